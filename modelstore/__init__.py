@@ -1,0 +1,1 @@
+"""modelstore: a model saved once, read back exactly, any part of it."""

@@ -1,0 +1,1 @@
+"""Pure pairs encode/decode between a region's values and its planes."""

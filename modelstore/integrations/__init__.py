@@ -1,0 +1,1 @@
+"""Views of a store for other libraries."""

@@ -1,0 +1,1 @@
+"""Pure decisions: what will be written, read, and where, as plain data."""

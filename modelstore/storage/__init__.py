@@ -1,0 +1,1 @@
+"""Bytes at keys: read ranges, create, put, list, delete; the same contract over every backend."""

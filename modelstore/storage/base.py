@@ -1,0 +1,69 @@
+"""What a storage must do, and nothing more. Keys are relative, '/'-separated, and validated by the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from modelstore.format.buffers import Buffer
+
+
+class ObjectInfo(NamedTuple):
+    """An object's key, its size in bytes, and when it was last written (Unix seconds by the storage's clock)."""
+
+    key: str
+    size: int
+    modified: float
+
+
+class Storage(Protocol):
+    """Bytes at keys. All methods are synchronous and may be called from many threads at once.
+
+    Each raises `NotFoundError` for an absent object, and `StorageError` for anything else that retries did not mend;
+    both name the object.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where this storage lies, without credentials."""
+
+    def get(self, key: str) -> bytes:
+        """The whole object; for small ones (records, manifests)."""
+
+    def read(self, key: str, start: int, out: memoryview) -> None:
+        """Fill `out` (bytes, writable, contiguous) with the object's bytes from `start`.
+
+        `CorruptionError` where the object ends before that.
+        """
+
+    def create(self, key: str, data: Buffer) -> bool:
+        """Make an object that must not be there yet: True if this call made it, False if it was there already.
+
+        Atomic among all writers everywhere: exactly one create of a key ever returns True, and nobody sees a part of it.
+        """
+
+    def put(self, key: str, pieces: Iterable[Buffer], size: int) -> None:
+        """Write an object of `size` bytes from its pieces, visible whole or not at all.
+
+        Only for objects whose key names their content: an object that is there is replaced by the same bytes.
+        The pieces are taken as they are needed, and not held.
+        """
+
+    def info(self, key: str) -> ObjectInfo | None:
+        """Size and time of an object, None where there is none."""
+
+    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[ObjectInfo]:
+        """Objects whose key begins with `prefix` (which is '' or ends in '/'), at any depth, in ascending order of their keys.
+
+        At most the first `limit`, in as few requests as the backend can.
+        """
+
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the immediate sub-folders of `prefix` (which is '' or ends in '/'), ascending."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; an absent one is no error."""
+
+    def path(self, key: str) -> Path | None:
+        """The local file that is the object, None where the storage is not the local file system."""

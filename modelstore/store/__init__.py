@@ -1,0 +1,1 @@
+"""Packs, transactions, garbage collection, verification and repair."""
