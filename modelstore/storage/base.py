@@ -59,7 +59,7 @@ class Storage(Protocol):
         At most the first `limit`, in as few requests as the backend can.
         """
 
-    def folders(self, prefix: str) -> list[str]:
+    def folders(self, prefix: str) -> tuple[str, ...]:
         """Names of the immediate sub-folders of `prefix` (which is '' or ends in '/'), ascending."""
 
     def delete(self, key: str) -> None:
