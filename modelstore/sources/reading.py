@@ -1,0 +1,151 @@
+"""Reading boxes of arrays out of files: positioned reads into the caller's memory, threads sharing descriptors.
+
+Files are read, not mapped: mapped pages would count as the process's memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelstore.errors import FormatError, StorageError
+from modelstore.format.buffers import Bytes
+from modelstore.format.region import Region, extent
+
+SPAN = 4 << 20  # the most that one read fetches only to pick parts of it
+SPARSE_GAP = 64 << 10  # a gap longer than this is skipped rather than read
+OPEN_FILES = 200  # descriptors kept; beyond, a file is opened for one read (the usual limit of a process is 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where an array lies in a file: the first element's byte offset, and each dimension's stride in bytes (≥ 0)."""
+
+    path: Path
+    start: int
+    strides: tuple[int, ...]
+
+
+def row_major(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Strides in bytes of a dense row-major array."""
+    strides, step = [], itemsize
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+class Files:
+    """Open files for positioned reads; safe for threads, which share the descriptors."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def read(self, path: Path, start: int, out: Bytes) -> None:
+        """Fill `out` (1-d, contiguous) with the file's bytes from `start` on.
+
+        `FormatError` where the file ends before, `StorageError` where it cannot be read.
+        """
+        descriptor, kept = self._descriptor(path)
+        try:
+            view = out.data
+            done = 0
+            while done < len(view):
+                got = os.preadv(descriptor, [view[done:]], start + done)
+                if got == 0:
+                    raise FormatError(
+                        f"{path} ends at byte {start + done}, where {len(view) - done} more were expected: it was "
+                        "changed since it was opened, or cut short",
+                        object=str(path),
+                    )
+                done += got
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error}", object=str(path)) from error
+        finally:
+            if not kept:
+                os.close(descriptor)
+
+    def bytes(self, path: Path, start: int, length: int) -> bytes:
+        """A copy of `length` bytes from `start` on."""
+        out = np.empty(length, np.uint8)
+        self.read(path, start, out)
+        return out.tobytes()
+
+    def box(self, placed: Placed, itemsize: int, region: Region, out: NDArray[np.uint8]) -> None:
+        """Write a region of the placed array into `out`: uint8, the region's shape plus a last axis of `itemsize`."""
+        start = placed.start + sum(a * stride for (a, _), stride in zip(region, placed.strides, strict=True))
+        if out.size:
+            self._gather(placed.path, start, placed.strides, itemsize, out)
+
+    def close(self) -> None:
+        """Close every file; reads fail from now on. Not to be called while a thread reads."""
+        with self._lock:
+            self._closed = True
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def _descriptor(self, path: Path) -> tuple[int, bool]:
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"the source of {path} is closed: open it again")
+            found = self._descriptors.get(path)
+            if found is not None:
+                return found, True
+            try:
+                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            except OSError as error:
+                raise StorageError(f"cannot open {path}: {error}", object=str(path)) from error
+            kept = len(self._descriptors) < OPEN_FILES
+            if kept:
+                self._descriptors[path] = descriptor
+            return descriptor, kept
+
+    def _gather(self, path: Path, start: int, strides: tuple[int, ...], itemsize: int, out: NDArray[np.uint8]) -> None:
+        shape = out.shape[:-1]
+        axes = [i for i, n in enumerate(shape) if n > 1]
+        span = itemsize + sum((shape[i] - 1) * strides[i] for i in axes)
+        dense = row_major(shape, itemsize)
+        if out.flags.c_contiguous and all(strides[i] == dense[i] for i in axes):
+            self.read(path, start, out.reshape(-1))
+            return
+        widest = max(axes, key=lambda i: strides[i], default=None)
+        if widest is None:  # one element, into memory that is not contiguous
+            self._pick(path, start, span, strides, out)
+            return
+        step = strides[widest]
+        one = span - (shape[widest] - 1) * step  # what one index along the widest dimension spans
+        sparse = step - one > SPARSE_GAP
+        if span <= SPAN and not sparse:
+            self._pick(path, start, span, strides, out)
+            return
+        # Rows at a time: as many as one read may span, or one by one where the gaps are not worth reading.
+        rows = 1 if sparse or one > SPAN or step == 0 else 1 + (SPAN - one) // step
+        index: list[Any] = [slice(None)] * out.ndim
+        for i in range(0, shape[widest], rows):
+            index[widest] = slice(i, i + rows)
+            self._gather(path, start + i * step, strides, itemsize, out[tuple(index)])
+
+    def _pick(self, path: Path, start: int, span: int, strides: tuple[int, ...], out: NDArray[np.uint8]) -> None:
+        buffer = np.empty(span, np.uint8)
+        self.read(path, start, buffer)
+        out[...] = np.lib.stride_tricks.as_strided(buffer, out.shape, (*strides, 1), writeable=False)
+
+
+def boxed(out: Bytes, region: Region, itemsize: int) -> NDArray[np.uint8]:
+    """`out` as the array that `Files.box` fills; `ValueError` where its length is not the region's."""
+    shape = (*extent(region), itemsize)
+    if out.dtype != np.uint8 or out.ndim != 1 or out.size != int(np.prod(shape, dtype=object)):
+        raise ValueError(f"out has {out.size} bytes of {out.dtype}, where region {region} takes shape {shape} of uint8")
+    if not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError("out must be contiguous and writable")
+    return out.reshape(shape)
