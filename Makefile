@@ -1,0 +1,43 @@
+# `make demo` and `make test` set up by themselves on a fresh machine; `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.modelstore
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup demo test test-fast lint format bench clean
+
+help:  ## list what can be made
+	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+setup: $(STAMP)  ## make .venv with everything in it
+
+demo: $(STAMP)  ## save, read, slice, export and mend a real model
+	$(BIN)/modelstore demo
+
+test: $(STAMP)  ## run all tests
+	$(PYTEST) -n 2 --dist loadfile
+
+test-fast: $(STAMP)  ## run the tests that take no time
+	$(PYTEST) -n 2 --dist loadfile -m 'not slow'
+
+lint: $(STAMP)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## measure against other tools (installs them)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## remove everything that was made
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

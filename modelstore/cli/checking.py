@@ -1,0 +1,79 @@
+"""`verify` and `repair`: whether what is stored is what was saved, and what to do where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modelstore.cli import output, units
+from modelstore.cli.failures import FAILED
+from modelstore.cli.options import AsJson, Debug, Memory, OptionalReference, Quiet, StoreUrl, open_store
+
+if TYPE_CHECKING:
+    from modelstore.client import Report
+
+
+def verify(
+    ref: OptionalReference = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Decode every tensor too, and check it against the digest of what was saved.")
+    ] = False,
+    store: StoreUrl = None,
+    memory: Memory = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check every stored chunk against its digest.
+
+    Exit code 1 where something is wrong.
+    """
+    opened = open_store(store, memory=memory)
+    with output.progress(quiet=quiet) as report:
+        found = opened.verify(ref, deep=deep, progress=report)
+    output.result(found, _lines(found), as_json=json)
+    if not found.ok:
+        output.remark(
+            "modelstore: damage found; `modelstore repair --from URL` mends it from another copy", quiet=quiet or json
+        )
+        raise typer.Exit(FAILED)
+
+
+def repair(
+    ref: OptionalReference = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="URL",
+            show_default=False,
+            help="A store that holds the same models; without it, only what this store holds twice can be mended.",
+        ),
+    ] = None,
+    store: StoreUrl = None,
+    memory: Memory = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Replace what is damaged by good copies.
+
+    Exit code 1 where something stays damaged.
+    """
+    opened = open_store(store, memory=memory)
+    with output.progress(quiet=quiet) as report:
+        found = opened.repair(ref, source=source, progress=report)
+    output.result(found, _lines(found), as_json=json)
+    if not found.ok:
+        raise typer.Exit(FAILED)
+
+
+def _lines(found: Report) -> Iterator[str]:
+    yield from (f"{problem.kind}: {problem.message}" for problem in found.problems)
+    mended = found.repaired
+    if mended:
+        yield f"repaired {units.count(mended if isinstance(mended, int) else len(mended), 'object')}"
+    checked = f"{units.count(found.tensors, 'tensor')}, {units.count(found.chunks, 'chunk')}, {units.size(found.bytes)}"
+    yield f"{'ok' if found.ok else units.count(len(found.problems), 'problem')}: checked {checked}"

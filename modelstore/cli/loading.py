@@ -1,0 +1,105 @@
+"""`load` and `export`: a model out of the store, into files."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelstore.cli import output, units
+from modelstore.cli.options import (
+    AsJson,
+    Debug,
+    Memory,
+    Mirrors,
+    Overwrite,
+    Quiet,
+    Reference,
+    StoreUrl,
+    open_store,
+    size_of,
+)
+
+
+class Format(StrEnum):
+    """What an export looks like."""
+
+    hf = "hf"
+    safetensors = "safetensors"
+    zarr = "zarr"
+
+
+def load(
+    ref: Reference,
+    out: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="The .safetensors file to write.", show_default=False),
+    ],
+    overwrite: Overwrite = False,
+    store: StoreUrl = None,
+    mirror: Mirrors = None,
+    memory: Memory = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Read a model's tensors into one .safetensors file."""
+    _export(ref, out, Format.safetensors, overwrite, None, store, mirror, memory, json, quiet)
+
+
+def export(
+    ref: Reference,
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="The folder (for safetensors: the file) to write.", show_default=False),
+    ],
+    format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="hf: a folder that transformers loads, with the model's other files. safetensors: one file. "
+            "zarr: a Zarr v3 group.",
+        ),
+    ] = Format.hf,
+    max_shard: Annotated[
+        int | None,
+        typer.Option(
+            "--max-shard",
+            metavar="SIZE",
+            parser=size_of,
+            show_default=False,
+            help="hf: begin a new .safetensors file where one would grow beyond this, such as 5GB.",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    store: StoreUrl = None,
+    mirror: Mirrors = None,
+    memory: Memory = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as files that other programs load."""
+    _export(ref, path, format, overwrite, max_shard, store, mirror, memory, json, quiet)
+
+
+def _export(
+    ref: str,
+    path: Path,
+    format: Format,
+    overwrite: bool,
+    max_shard: int | None,
+    store: str | None,
+    mirrors: list[str] | None,
+    memory: int | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    opened = open_store(store, memory=memory, mirrors=mirrors)
+    limits = {} if max_shard is None else {"max_shard_bytes": max_shard}
+    with output.progress(quiet=quiet) as report:
+        done = opened.export(ref, path, format=format.value, overwrite=overwrite, progress=report, **limits)
+    line = f"wrote {units.size(done.bytes)} to {done.path} in {units.seconds(done.seconds)}"
+    output.result(done, [line], as_json=json)

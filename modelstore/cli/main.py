@@ -1,0 +1,59 @@
+"""The `modelstore` command. Nothing heavy is imported before a command runs, so that help is instant."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from modelstore.cli import about, checking, demo, listing, loading, naming, removing, saving
+from modelstore.cli.failures import Commands
+
+EPILOG = (
+    "A store is given by --store URL or MODELSTORE_URL. A reference is NAME[@VERSION-OR-TAG][:VARIANT]. "
+    "Exit code: 0 done, 1 the work failed, 2 wrong usage."
+)
+
+app = typer.Typer(
+    name="modelstore",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: it costs nothing to import, and reads the same in a file as on a screen
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Save a model once, sharded and losslessly compressed; read back any part of it, exactly.",
+    epilog=EPILOG,
+)
+
+for command in (
+    saving.save,
+    loading.load,
+    loading.export,
+    listing.ls,
+    listing.show,
+    listing.diff,
+    naming.tag,
+    naming.untag,
+    removing.rm,
+    removing.gc,
+    checking.verify,
+    checking.repair,
+    demo.demo,
+    about.version,
+):
+    app.command()(command)
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Set what holds for every command."""
+    if version:
+        print(f"modelstore {about.installed('modelstore')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    app(prog_name="modelstore")

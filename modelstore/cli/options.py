@@ -1,0 +1,111 @@
+"""The options that commands share, and the way from them to an open store. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modelstore.cli import complete, units
+from modelstore.cli.failures import usage
+
+if TYPE_CHECKING:
+    from modelstore.client import Store
+
+
+def size_of(text: str | int) -> int:
+    """The value of an option that takes a size."""
+    try:
+        return units.parse_size(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def duration_of(text: str | int) -> int:
+    """The value of an option that takes a duration."""
+    try:
+        return units.parse_duration(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="MODELSTORE_URL",
+        metavar="URL",
+        show_default=False,
+        help="Where the store lies: a folder, or a URL such as s3://bucket/models.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result (and an error, on stderr) as one line of JSON.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress bar and no remarks: only the result, and errors.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        parser=size_of,
+        show_default=False,
+        help="Working memory to stay within, such as 1GiB or 512MB.",
+    ),
+]
+Mirrors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mirror",
+        metavar="URL",
+        show_default=False,
+        help="Another store with the same models, asked for what is lost or damaged in this one. May be given several times.",
+    ),
+]
+Grace = Annotated[
+    int,
+    typer.Option(
+        "--grace",
+        metavar="TIME",
+        parser=duration_of,
+        help="Spare what is younger than this (such as 90s, 12h, 7d): a running save may still be about to refer to it.",
+    ),
+]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", autocompletion=complete.names, help="The model's name: NAME or ORG/NAME.", show_default=False
+    ),
+]
+Reference = Annotated[
+    str,
+    typer.Argument(
+        metavar="REF",
+        autocompletion=complete.references,
+        help="NAME[@VERSION-OR-TAG][:VARIANT]; the newest version's original where nothing else is said.",
+        show_default=False,
+    ),
+]
+OptionalReference = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[REF]",
+        autocompletion=complete.references,
+        help="NAME[@VERSION-OR-TAG][:VARIANT]; the whole store where none is given.",
+        show_default=False,
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+OutputPath = Path
+
+
+def open_store(url: str | None, *, memory: int | None = None, mirrors: Sequence[str] | None = None) -> Store:
+    """The store a command works on; wrong usage where none was named."""
+    if not url:
+        raise usage("no store given: add --store URL, or set MODELSTORE_URL (a folder will do: --store ./store)")
+    import modelstore as ms
+
+    return ms.open(url, memory=memory, mirrors=tuple(mirrors or ()))

@@ -1,0 +1,69 @@
+"""`rm` and `gc`: take models out of sight, and free the space of what nothing refers to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from modelstore.cli import output, units
+from modelstore.cli.failures import FAILED, usage
+from modelstore.cli.options import AsJson, Debug, Grace, Quiet, Reference, StoreUrl, open_store
+
+
+def rm(
+    ref: Reference,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all versions of the model.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, even on a terminal.")] = False,
+    store: StoreUrl = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Remove a version, a variant or a model.
+
+    NAME@VERSION removes a version, NAME@VERSION:VARIANT one variant of it, NAME --all the whole model.
+
+    The space is freed by `modelstore gc --delete`.
+    """
+    exact = "@" in ref or ":" in ref
+    if exact and everything:
+        raise usage(f"--all removes every version: give the model's name alone, not {ref!r}")
+    if not exact and not everything:
+        raise usage(f"{ref!r} names all versions: add a version ({ref}@1), or --all to remove every one")
+    opened = open_store(store)
+    what = f"all versions of {ref}" if everything else ref
+    if not yes and sys.stdin.isatty() and not typer.confirm(f"Remove {what}?", err=True):
+        output.remark("nothing removed")
+        raise typer.Exit(FAILED)
+    opened.delete(ref, all=everything)
+    output.result({"removed": ref, "all": everything}, [f"removed {what}; gc --delete frees the space"], as_json=json)
+
+
+def gc(
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete the objects; without this, they are only listed and counted.")
+    ] = False,
+    grace: Grace = 86_400,
+    store: StoreUrl = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Find, or delete, what nothing refers to.
+
+    Objects that no version of any model refers to are listed; --delete deletes them, and frees their space.
+    """
+    swept = open_store(store).gc(dry_run=not delete, grace=grace)
+
+    def lines() -> Iterator[str]:
+        if not quiet:
+            yield from (f"{thing.key}  {units.size(thing.size)}" for thing in swept.objects)
+        what = f"{units.count(len(swept.objects), 'object')}, {units.size(swept.bytes)}"
+        if delete:
+            yield f"deleted {what}"
+        else:
+            yield f"would delete {what}; nothing was deleted" + (": add --delete" if swept.objects else "")
+
+    output.result(swept, lines(), as_json=json)

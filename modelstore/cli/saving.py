@@ -1,0 +1,79 @@
+"""`save`: a model into the store."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelstore.cli import complete, output, units
+from modelstore.cli.options import AsJson, Debug, Memory, ModelName, Quiet, StoreUrl, open_store
+
+
+class StorageCodec(StrEnum):
+    """How an original is stored: both give back every bit."""
+
+    lossless = "lossless"
+    raw = "raw"
+
+
+class Grid(StrEnum):
+    """How tensors are cut into chunks."""
+
+    auto = "auto"
+    whole = "whole"
+
+
+def save(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            exists=True,
+            help="A Hugging Face folder, a .safetensors file, or a checkpoint file or folder of PyTorch or Zarr.",
+            show_default=False,
+        ),
+    ],
+    name: ModelName,
+    tag: Annotated[
+        str | None, typer.Option("--tag", metavar="TAG", show_default=False, help="Let this tag name the new version.")
+    ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            "--parent",
+            metavar="REF",
+            autocompletion=complete.references,
+            show_default=False,
+            help="Record that the model was made from this one.",
+        ),
+    ] = None,
+    codec: Annotated[
+        StorageCodec, typer.Option("--codec", help="lossless: exact and smaller. raw: the bytes as they are.")
+    ] = StorageCodec.lossless,
+    grid: Annotated[
+        Grid,
+        typer.Option("--grid", help="auto: cut tensors so that slices read little. whole: each tensor in one piece."),
+    ] = Grid.auto,
+    store: StoreUrl = None,
+    memory: Memory = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Save a model as the next version of NAME.
+
+    Only what the store does not hold yet is written. A save that was interrupted goes on when it is started again.
+    """
+    opened = open_store(store, memory=memory)
+    with output.progress(quiet=quiet) as report:
+        saved = opened.save(name, source, codec=codec.value, grid=grid.value, tag=tag, parent=parent, progress=report)
+    lines = [
+        f"saved {saved.model}@{saved.version}: {units.count(saved.tensors, 'tensor')}, {units.size(saved.bytes)} "
+        f"in {units.seconds(saved.seconds)}",
+        f"written {units.size(saved.stored)} ({units.share(saved.stored, saved.bytes)} of the model), "
+        f"already there {units.size(saved.reused)}",
+    ]
+    output.result(saved, lines, as_json=json)

@@ -1,0 +1,89 @@
+"""Sizes, times and shares as people write and read them."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+_BYTES = {
+    "": 1,
+    "B": 1,
+    "K": 1000,
+    "KB": 1000,
+    "KIB": 1 << 10,
+    "M": 1000**2,
+    "MB": 1000**2,
+    "MIB": 1 << 20,
+    "G": 1000**3,
+    "GB": 1000**3,
+    "GIB": 1 << 30,
+    "T": 1000**4,
+    "TB": 1000**4,
+    "TIB": 1 << 40,
+}
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as '8GiB', '512MB' or '1000000'; `ValueError` saying what is accepted."""
+    match = _NUMBER.fullmatch(text)
+    unit = _BYTES.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is not a size: write a number and a unit, such as 8GiB or 512MB")
+    size = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+    if size <= 0:
+        raise ValueError(f"{text!r} is no size to work with: it must be at least one byte")
+    return size
+
+
+def parse_duration(text: str) -> int:
+    """Seconds of a duration such as '90s', '12h', '7d' or '3600'; `ValueError` saying what is accepted."""
+    match = _NUMBER.fullmatch(text)
+    unit = _SECONDS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is not a duration: write a number and a unit of s, m, h, d or w, such as 12h or 7d")
+    return int(float(match[1]) * unit)
+
+
+def size(count: int) -> str:
+    """A number of bytes in decimal units: '0 B', '999 B', '90.9 MB', '1.23 TB'."""
+    if abs(count) < 1000:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("kB", "MB", "GB", "TB"):
+        value /= 1000
+        if abs(value) < 999.5 or unit == "TB":
+            break
+    return f"{value:.3g} {unit}" if abs(value) < 999.5 else f"{value:.0f} {unit}"
+
+
+def share(part: int, whole: int) -> str:
+    """A part of a whole in percent, '–' where there is no whole."""
+    return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
+def seconds(duration: float) -> str:
+    """A duration: '0.42 s', '12.3 s', '3 min 05 s'."""
+    if duration < 10:
+        return f"{duration:.2f} s"
+    if duration < 60:
+        return f"{duration:.1f} s"
+    minutes, rest = divmod(round(duration), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def moment(when: float | str | datetime | None) -> str:
+    """A point in time in the local time zone, to the minute; '–' where it is unknown."""
+    if when is None:
+        return "–"
+    if isinstance(when, int | float):
+        when = datetime.fromtimestamp(when, UTC)
+    if isinstance(when, str):
+        when = datetime.fromisoformat(when)
+    return when.astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def count(number: int, noun: str) -> str:
+    """A number and its noun: '1 tensor', '2 tensors'."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,0 +1,188 @@
+"""The rules of the house, as far as a program can see them."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import modelstore
+
+ROOT = Path(modelstore.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+LONGEST = 400
+
+# Lower may not import higher. `execute` lies between what it runs (plans, stores) and what uses it.
+LAYERS = {
+    "errors": 0,
+    "settings": 0,
+    "format": 1,
+    "codecs": 2,
+    "storage": 2,
+    "sources": 2,
+    "plan": 3,
+    "store": 4,
+    "execute": 5,
+    "compress": 6,
+    "cluster": 7,
+    "client": 8,
+    "cli": 9,
+    "serve": 9,
+    "integrations": 9,
+}
+# Siblings on one level know nothing of each other, with these exceptions: the edges may use one another.
+EDGES = frozenset({"cli", "serve", "integrations"})
+FOREIGN = {  # packages that only these parts may import when they themselves are imported
+    "ray": {"cluster"},
+    "transformers": {"integrations"},
+    "huggingface_hub": {"integrations", "serve"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
+    "fastapi": {"serve"},
+    "vllm": {"integrations"},
+    "xarray": {"integrations"},
+    "obstore": {"storage"},
+    "s3fs": {"storage"},
+}
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    """A file's syntax tree."""
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def part(path: Path) -> str:
+    """The part of the house a file lies in: a folder's name, or the file's own; '' for the package itself."""
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py") if first not in ("__init__.py", "__main__.py") else ""
+
+
+def imports(tree: ast.AST) -> list[tuple[str, int]]:
+    """Every module that is imported anywhere in the tree, with its line."""
+    found: list[tuple[str, int]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            # `from modelstore import store` names a part too
+            found += [
+                (f"{module}.{alias.name}" if module == "modelstore" else module, node.lineno) for alias in node.names
+            ]
+    return found
+
+
+def when_imported(tree: ast.Module) -> ast.Module:
+    """What runs when a module is imported: no function bodies, nothing for type checkers only."""
+    kept: list[ast.stmt] = []
+    queue = list(tree.body)
+    while queue:
+        node = queue.pop(0)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            queue += node.orelse
+        elif isinstance(node, ast.If | ast.With | ast.ClassDef | ast.For):
+            queue += [*node.body, *getattr(node, "orelse", [])]
+        elif isinstance(node, ast.Try):
+            queue += [*node.body, *node.orelse, *node.finalbody, *(s for h in node.handlers for s in h.body)]
+        else:
+            kept.append(node)
+    return ast.Module(kept, [])
+
+
+def where(path: Path) -> str:
+    """A file's path as it is spoken of."""
+    return path.relative_to(ROOT.parent).as_posix()
+
+
+def test_every_part_has_its_place() -> None:
+    unknown = {part(path) for path in FILES} - {*LAYERS, ""}
+    assert not unknown, f"no layer is given for {unknown}: add them to LAYERS"
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path in FILES:
+        here = part(path)
+        if not here:
+            continue
+        for module, line in imports(parse(path)):
+            names = module.split(".")
+            if names[0] != "modelstore" or len(names) < 2 or names[1] not in LAYERS or names[1] == here:
+                continue
+            there = names[1]
+            if LAYERS[there] > LAYERS[here] or (LAYERS[there] == LAYERS[here] and not {here, there} <= EDGES):
+                wrong.append(f"{where(path)}:{line}: {here} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_heavy_packages_stay_at_the_edges() -> None:
+    wrong = []
+    for path in FILES:
+        for module, line in imports(when_imported(parse(path))):
+            allowed = FOREIGN.get(module.split(".")[0])
+            if allowed is not None and part(path) not in allowed:
+                wrong.append(f"{where(path)}:{line}: imports {module} at its top")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", FILES, ids=where)
+def test_file_is_read_in_one_sitting(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST, f"{where(path)} has {lines} lines: two rooms in one?"
+
+
+def test_all_names_what_is_public() -> None:
+    listed = list(modelstore.__all__)
+    assert listed == sorted(listed, key=lambda name: (name.casefold(), name))
+    assert len(listed) == len(set(listed))
+    missing = [name for name in listed if not hasattr(modelstore, name)]
+    assert not missing, f"__all__ promises {missing}"
+    public = {name for name in dir(modelstore) if not name.startswith("_")}
+    submodules = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    extra = public - set(listed) - submodules - {"annotations", "TYPE_CHECKING"}
+    assert not extra, f"{extra} are public by accident: add them to __all__, or begin them with '_'"
+
+
+def test_what_is_public_is_explained() -> None:
+    wrong = []
+    for path in FILES:
+        tree = parse(path)
+        if ast.get_docstring(tree) is None:
+            wrong.append(f"{where(path)}:1: the module")
+        public = (
+            node
+            for node in tree.body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+        )
+        wrong += [f"{where(path)}:{node.lineno}: {node.name}" for node in public if ast.get_docstring(node) is None]
+    assert not wrong, "no docstring:\n" + "\n".join(wrong)
+
+
+def test_only_the_command_line_prints() -> None:
+    wrong = [
+        f"{where(path)}:{node.lineno}"
+        for path in FILES
+        if part(path) != "cli"
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not wrong, "print outside cli:\n" + "\n".join(wrong)
+
+
+def test_no_failure_is_swallowed() -> None:
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(parse(path)):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            caught = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)} if node.type else {"BaseException"}
+            silent = all(isinstance(s, ast.Pass | ast.Continue) for s in node.body)
+            if node.type is None or (silent and caught & {"Exception", "BaseException"}):
+                wrong.append(f"{where(path)}:{node.lineno}")
+    assert not wrong, "bare or silent except:\n" + "\n".join(wrong)
