@@ -1,0 +1,118 @@
+"""Pipeline parallelism: a range of layers; embeddings with the first, final norm and head with the last."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from modelstore.errors import UnsupportedError
+from modelstore.plan.layout_share import Combines, Config, Share, Tensors, whole
+from modelstore.plan.layout_table import BESIDE
+
+_LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|layer|h|blocks|block))\.(\d+)\.")
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|output_projection|project_out|score|classifier|qa_outputs|vocab_\w+|cls|pooler)(\.|$)"
+)
+_HEAD_WEIGHT = re.compile(
+    r"(^|\.)(lm_head|lm_head\.decoder|cls\.predictions\.decoder|embed_out|output_projection|vocab_projector"
+    r"|score|classifier|qa_outputs)\.weight$"
+)
+_NORM = re.compile(r"(^|\.)(norm|norm_f|ln_f|final_?layer_?norm|final_norm)\.(weight|bias)$")
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
+
+
+@dataclass(frozen=True)
+class Layers(Combines):
+    """Layers `start` to `stop` (not included), whole.
+
+    What lies outside the layers goes with the first layer (embeddings, towers), or with the last (final norm, heads).
+    Where the head's weight is tied to the embedding and not stored apart, both the first and the last hold the
+    embedding, under its own name. `UnsupportedError` for a model with several stacks of layers (encoder and decoder).
+    """
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"layers {self.start} to {self.stop}: give 0 <= start <= stop")
+
+    def shares(self, config: Config | None, tensors: Tensors) -> dict[str, Share]:
+        """The tensors of these layers, whole, with what belongs to the model's ends."""
+        layers = _layers(tensors)
+        count = max(layers.values(), default=-1) + 1
+        if self.stop > count:
+            raise ValueError(f"layers {self.start} to {self.stop} of a model that has {count}")
+        return _held(tensors, layers, range(self.start, self.stop), self.start == 0, self.stop == count, config)
+
+
+@dataclass(frozen=True)
+class PipelineStage(Combines):
+    """Stage `stage` of `stages`: as many layers to each; see `Layers` for what lies outside them.
+
+    Where the layers do not divide evenly, the stages before the last take one more each, from the back: the first and
+    the last also hold the embedding and the head. `ValueError` where there are more stages than layers.
+    """
+
+    stage: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        if self.stages < 1 or not 0 <= self.stage < self.stages:
+            raise ValueError(f"stage {self.stage} of {self.stages}: a stage is at least 0 and below their number")
+
+    def shares(self, config: Config | None, tensors: Tensors) -> dict[str, Share]:
+        """The tensors of this stage, whole."""
+        layers = _layers(tensors)
+        count = max(layers.values(), default=-1) + 1
+        if self.stages > max(count, 1):
+            raise ValueError(f"{self.stages} stages of a model that has {count} layers: give no more than {count}")
+        each, more = divmod(count, self.stages)
+        sizes = [each + (self.stages - 1 - more <= i < self.stages - 1) for i in range(self.stages)]
+        start = sum(sizes[: self.stage])
+        mine = range(start, start + sizes[self.stage])
+        return _held(tensors, layers, mine, self.stage == 0, self.stage == self.stages - 1, config)
+
+
+def _layers(tensors: Tensors) -> dict[str, int]:
+    """The layer of each tensor that lies in one."""
+    stacks: dict[str, dict[str, int]] = {}
+    for name in tensors:
+        found = _LAYER.match(name)
+        if found and not any(part in BESIDE for part in found[1].split(".")):
+            stacks.setdefault(found[1], {})[name] = int(found[2])
+    if len(stacks) > 1:
+        raise UnsupportedError(
+            f"the model has several stacks of layers ({', '.join(sorted(stacks))}): give Regions with what this stage holds"
+        )
+    return next(iter(stacks.values()), {})
+
+
+def _held(
+    tensors: Tensors, layers: dict[str, int], mine: range, first: bool, last: bool, config: Config | None
+) -> dict[str, Share]:
+    tied = last and _is_tied(tensors, config)
+    held = {}
+    for name, shape in tensors.items():
+        if name in layers:
+            holds = layers[name] in mine
+        elif _HEAD.search(name) or _NORM.search(name):
+            holds = last
+        else:
+            holds = first or (tied and _EMBEDDING.search(name) is not None)
+        if holds:
+            held[name] = whole(shape)
+    return held
+
+
+def _is_tied(tensors: Tensors, config: Config | None) -> bool:
+    """Whether the head is the embedding: a language model whose head is not stored apart."""
+    config = config or {}
+    if any(_HEAD_WEIGHT.search(name) for name in tensors):
+        return False
+    inner = config.get("text_config")
+    for settings in (config, inner if isinstance(inner, dict) else {}):
+        if settings.get("tie_word_embeddings") is False:
+            return False
+    names = config.get("architectures") or ["LMHead"]
+    return any(re.search(r"CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining", str(name)) for name in names)
