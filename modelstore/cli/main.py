@@ -44,14 +44,19 @@ for command in (
     app.command()(command)
 
 
-@app.callback()
-def common(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
-) -> None:
-    """Set what holds for every command."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"modelstore {about.installed('modelstore')}")
         raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What holds for every command."""
 
 
 def main() -> None:
