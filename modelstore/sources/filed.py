@@ -1,0 +1,170 @@
+"""A source whose tensors lie in local files, each in one piece or several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Generic, TypeVar
+
+from blake3 import blake3
+
+from modelstore.errors import FormatError
+from modelstore.format import region as regions
+from modelstore.format.buffers import Bytes
+from modelstore.format.dtypes import dtype
+from modelstore.format.names import check_tensor
+from modelstore.format.region import Region, Shape
+from modelstore.sources.base import TensorSpec
+from modelstore.sources.reading import Files, Placed, boxed
+
+W = TypeVar("W")  # what says where a piece lies: a `Placed`, or what leads to one
+
+MAX_COMPARISONS = 5_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Piece(Generic[W]):
+    """A box of a tensor, and where its bytes are."""
+
+    region: Region
+    where: W
+
+
+@dataclass(frozen=True, slots=True)
+class Found(Generic[W]):
+    """What reading a checkpoint's tables gave: all that a `FiledSource` needs, as plain data.
+
+    `skipped` says what was left out and why: relative path or entry → reason.
+    """
+
+    tensors: Sequence[TensorSpec]
+    pieces: Mapping[str, tuple[Piece[W], ...]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+class FiledSource(Generic[W]):
+    """The `Source` of tensors that lie in files. Subclasses say where a piece lies, by `place`."""
+
+    def __init__(self, found: Found[W], opened: Files | None = None) -> None:
+        for spec in found.tensors:
+            check_tensor(spec.name)
+        for alias in found.aliases:
+            check_tensor(alias)
+        self._found = found
+        self._specs = {spec.name: spec for spec in found.tensors}
+        self._files = opened if opened is not None else Files()
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return tuple(self._found.tensors)
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return MappingProxyType(dict(self._found.aliases))
+
+    @property
+    def files(self) -> Mapping[str, Path | bytes]:
+        return MappingProxyType(dict(self._found.files))
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return MappingProxyType(dict(self._found.metadata))
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self._found.fingerprint
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """What is not saved: relative path, or entry, → why."""
+        return MappingProxyType(dict(self._found.skipped))
+
+    def read(self, name: str, region: Region, out: Bytes) -> None:
+        """See `Source.read`. `KeyError` for a name not in `tensors`, `ValueError` for a region outside the tensor."""
+        spec = self._specs[name]
+        regions.check(region, spec.shape)
+        box = boxed(out, region, spec.dtype.itemsize)
+        if not box.size:
+            return
+        done = 0
+        for piece in self._found.pieces[name]:
+            overlap = regions.intersect(piece.region, region)
+            if overlap is None:
+                continue
+            part = box[regions.slices(regions.shift(overlap, region))]
+            placed = self.place(spec, piece)
+            self._files.box(placed, spec.dtype.itemsize, regions.shift(overlap, piece.region), part)
+            done += regions.size(overlap)
+        if done != regions.size(region):
+            raise FormatError(f"tensor {name!r}: the checkpoint has no bytes for part of {region}", tensor=name)
+
+    def place(self, spec: TensorSpec, piece: Piece[W]) -> Placed:
+        """Where a piece lies. Here `where` already says it."""
+        del spec
+        assert isinstance(piece.where, Placed)
+        return piece.where
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def spec_of(name: str, dtype_name: str, shape: Shape) -> TensorSpec:
+    """A spec with its dtype looked up; `UnsupportedError` naming the tensor where there is none."""
+    return TensorSpec(name, dtype(dtype_name), shape)
+
+
+def check_tiling(name: str, shape: Shape, boxes: Sequence[Region]) -> None:
+    """`FormatError` unless the boxes lie in a tensor of that shape and cover it exactly once."""
+
+    def bad(what: str) -> FormatError:
+        return FormatError(f"the pieces of tensor {name!r} {what}: the checkpoint is not whole", tensor=name)
+
+    for box in boxes:
+        if len(box) != len(shape) or not all(0 <= a <= b <= n for (a, b), n in zip(box, shape, strict=True)):
+            raise bad(f"reach outside its shape {shape}")
+    whole = math.prod(shape)
+    if sum(regions.size(box) for box in boxes) != whole:
+        raise bad(f"do not hold its {whole} elements once each")
+    solid = [box for box in boxes if regions.size(box)]
+    if len(solid) < 2:
+        return
+    # Sweep along the dimension that is cut most: each box meets only those that begin before it ends.
+    axis = max(range(len(shape)), key=lambda i: len({box[i][0] for box in solid}))
+    solid.sort(key=lambda box: box[axis])
+    compared = 0
+    for i, box in enumerate(solid):
+        for j in range(i + 1, len(solid)):
+            if solid[j][axis][0] >= box[axis][1]:
+                break
+            compared += 1
+            if compared > MAX_COMPARISONS:
+                raise bad("are cut in more ways than can be checked")
+            if regions.intersect(box, solid[j]) is not None:
+                raise bad("overlap")
+
+
+def fingerprint(files: Iterable[tuple[str, Path | bytes]], headers: Mapping[str, bytes] | None = None) -> str:
+    """One text for the state of all files: relative path, size, modification time, and the bytes of tables read."""
+    digest = blake3()
+
+    def add(*parts: bytes) -> None:
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part)
+
+    for name, file in sorted(files, key=lambda item: item[0]):
+        add(b"file", name.encode("utf-8", "surrogateescape"))
+        if isinstance(file, bytes):
+            add(file)
+        else:
+            stat = file.stat()
+            add(str(stat.st_size).encode(), str(stat.st_mtime_ns).encode())
+    for name, header in sorted((headers or {}).items()):
+        add(b"header", name.encode("utf-8", "surrogateescape"), header)
+    return digest.hexdigest()

@@ -1,0 +1,191 @@
+"""Anything that can be saved, opened as a source."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from modelstore.errors import FormatError, NotFoundError, UnsupportedError
+from modelstore.format.buffers import Bytes
+from modelstore.format.names import check_file
+from modelstore.format.region import Region
+from modelstore.sources import safetensors
+from modelstore.sources.base import Source, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    import zarr
+
+    Openable = str | Path | Sequence[str | Path] | Mapping[str, Any] | torch.nn.Module | zarr.Group
+
+_ACCEPTED = (
+    "a safetensors file or a list of them, a Hugging Face directory, a .pt/.pth/.bin file or a directory with "
+    "pytorch_model.bin, a torch.distributed.checkpoint directory, a Zarr directory or group, a mapping from names to "
+    "tensors, or a torch module"
+)
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+_ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
+
+
+def open_source(what: Openable, *, files: Mapping[str, str | Path | bytes] | None = None) -> Source:
+    """What is given, as tensors and files that can be saved; close it when done.
+
+    `what` is a path, a list of safetensors paths, a mapping from names to tensors (torch or NumPy), a `torch.nn.Module`
+    or a `zarr.Group`. `files` adds further files, or replaces those found: relative POSIX path → local path, or bytes.
+    `NotFoundError` where the path does not exist, `FormatError` where what is there is not valid, `UnsupportedError`
+    where nothing here can read it, `TypeError` for other kinds of object.
+    """
+    extra = _checked(files or {})
+    source = _dispatch(what)
+    return _WithFiles(source, extra) if extra else source
+
+
+def _dispatch(what: Any) -> Source:
+    if isinstance(what, (str, Path)):
+        return _open_path(what)
+    if isinstance(what, Mapping):
+        from modelstore.sources.torch import open_state_dict
+
+        return open_state_dict(what)
+    # An instance of a class can only exist once its module is imported: so neither library is imported to look.
+    if "torch" in sys.modules:
+        import torch
+
+        if isinstance(what, torch.nn.Module):
+            from modelstore.sources.torch import open_module
+
+            return open_module(what)
+    if "zarr" in sys.modules:
+        import zarr
+
+        if isinstance(what, zarr.Group):
+            from modelstore.sources.zarr import open_group
+
+            return open_group(what)
+    if isinstance(what, (list, tuple)) and what and all(isinstance(item, (str, Path)) for item in what):
+        wrong = [str(item) for item in what if Path(item).suffix != ".safetensors"]
+        if wrong:
+            raise ValueError(f"a list must name safetensors files only, and has {wrong[0]!r}")
+        return safetensors.open_files([Path(item).expanduser() for item in what])
+    raise TypeError(f"a {type(what).__module__}.{type(what).__qualname__} cannot be saved: give {_ACCEPTED}")
+
+
+def _open_path(given: str | Path) -> Source:
+    if "://" in str(given):
+        raise UnsupportedError(f"{given} is a URL, and sources are local: fetch it first, or mount it")
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return _open_directory(path)
+    if not path.exists():
+        raise NotFoundError(f"{path} does not exist: give {_ACCEPTED}", object=str(path))
+    if path.suffix == ".safetensors":
+        return safetensors.open_files([path])
+    if path.suffix in _PICKLED:
+        from modelstore.sources import pickled
+
+        return pickled.open_file(path)
+    if path.suffix == ".gguf":
+        raise UnsupportedError(f"{path} is a GGUF file, which is not read: give the safetensors it was made from")
+    raise FormatError(f"{path} is a file of an unknown kind ({path.suffix or 'no suffix'}): give {_ACCEPTED}")
+
+
+def _open_directory(root: Path) -> Source:
+    top = sorted(entry.name for entry in root.iterdir())
+    if ".metadata" in top:
+        from modelstore.sources import dcp
+
+        return dcp.open_directory(root)
+    if any(name in top for name in _ZARR):
+        return _open_zarr(root)
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in top):
+        return safetensors.open_directory(root)
+    if any(name.endswith((*_PICKLED, ".bin.index.json")) for name in top):
+        from modelstore.sources import pickled
+
+        return pickled.open_directory(root)
+    if "manifest.ocdbt" in top or _has_arrays(root):
+        return _open_zarr(root)
+    found = ", ".join(top[:8]) + (", …" if len(top) > 8 else "") if top else "nothing"
+    raise FormatError(f"{root} holds no checkpoint (found: {found}): give {_ACCEPTED}", object=str(root))
+
+
+def _open_zarr(root: Path) -> Source:
+    try:
+        from modelstore.sources import zarr
+    except ImportError as error:
+        raise UnsupportedError(f"{root} is Zarr: install zarr to read it ({error})") from None
+    return zarr.open_directory(root)
+
+
+def _has_arrays(root: Path, depth: int = 4) -> bool:
+    """Whether a folder, not far below, is a Zarr array: Orbax writes one folder an array, with no group above."""
+    for entry in sorted(root.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            if any((entry / name).is_file() for name in _ZARR):
+                return True
+            if depth and _has_arrays(entry, depth - 1):
+                return True
+    return False
+
+
+def _checked(files: Mapping[str, str | Path | bytes]) -> dict[str, Path | bytes]:
+    checked: dict[str, Path | bytes] = {}
+    for name, file in files.items():
+        try:
+            check_file(name)
+        except FormatError as error:
+            raise ValueError(str(error)) from None
+        if isinstance(file, (str, Path)):
+            file = Path(file)
+            if not file.is_file():
+                raise NotFoundError(f"{file}, given as {name!r}, is not a file", object=str(file))
+        elif not isinstance(file, bytes):
+            raise TypeError(f"file {name!r} must be a path or bytes, not a {type(file).__name__}")
+        checked[name] = file
+    return checked
+
+
+class _WithFiles:
+    """A source with further files; its fingerprint covers them."""
+
+    def __init__(self, source: Source, files: Mapping[str, Path | bytes]) -> None:
+        self._source = source
+        self._extra = dict(files)
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return self._source.tensors
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return self._source.aliases
+
+    @property
+    def files(self) -> Mapping[str, Path | bytes]:
+        return MappingProxyType({**self._source.files, **self._extra})
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self._source.metadata
+
+    @property
+    def fingerprint(self) -> str | None:
+        from modelstore.sources.filed import fingerprint
+
+        own = self._source.fingerprint
+        return None if own is None else fingerprint(self._extra.items(), {"": own.encode()})
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """What is not saved: relative path, or entry, → why."""
+        skipped: Mapping[str, str] = getattr(self._source, "skipped", {})
+        return skipped
+
+    def read(self, name: str, region: Region, out: Bytes) -> None:
+        self._source.read(name, region, out)
+
+    def close(self) -> None:
+        self._source.close()

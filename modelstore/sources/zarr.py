@@ -1,0 +1,217 @@
+"""Zarr hierarchies (format 2 and 3) as a source, as JAX and Orbax write them too: every array is a tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from zarr.storage import LocalStore
+
+from modelstore.errors import FormatError, ModelStoreError, NotFoundError, UnsupportedError
+from modelstore.format import region as regions
+from modelstore.format.buffers import Bytes
+from modelstore.format.dtypes import DType
+from modelstore.format.names import check_file, check_tensor
+from modelstore.format.region import Region
+from modelstore.format.safetensors import MAX_BYTES
+from modelstore.sources.arrays import copy_box, dtype_of
+from modelstore.sources.base import TensorSpec
+from modelstore.sources.filed import fingerprint
+from modelstore.sources.folder import read_json
+from modelstore.sources.reading import boxed
+from modelstore.sources.zarr_dtypes import Renamed
+
+ATTRIBUTES = "zarr_attributes.json"
+MAX_CHUNK = 16 << 30  # a chunk is decoded whole
+MAX_FILES = 5_000_000
+_MARKS = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"})
+
+
+class ZarrSource:
+    """The arrays of a Zarr hierarchy, named by their paths. Reading a region decodes the Zarr chunks it touches."""
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Any],
+        stored: Mapping[str, DType],
+        files: Mapping[str, Path | bytes],
+        fingerprint: str | None,
+    ) -> None:
+        self._arrays = dict(arrays)
+        self._files = dict(files)
+        self._fingerprint = fingerprint
+        self._specs = {name: _spec(name, array, stored.get(name)) for name, array in arrays.items()}
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return tuple(self._specs.values())
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return MappingProxyType({})
+
+    @property
+    def files(self) -> Mapping[str, Path | bytes]:
+        return MappingProxyType(self._files)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return MappingProxyType({})
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self._fingerprint
+
+    def read(self, name: str, region: Region, out: Bytes) -> None:
+        """See `Source.read`; the Zarr chunks that the region touches are decoded whole, some at a time."""
+        spec = self._specs[name]
+        regions.check(region, spec.shape)
+        boxed(out, region, spec.dtype.itemsize)
+        if not out.size:
+            return
+        try:
+            values = np.asarray(self._arrays[name].get_basic_selection(regions.slices(region)))
+        except Exception as error:  # codecs fail in their own ways on bytes that are not theirs
+            raise FormatError(f"tensor {name!r}: zarr cannot read {region}: {str(error)[:300]}", tensor=name) from error
+        copy_box(values, regions.full(values.shape), out)
+
+    def close(self) -> None:
+        self._arrays.clear()
+
+
+def open_directory(root: Path) -> ZarrSource:
+    """A directory with Zarr arrays in it, under groups or plain folders. Files that are not Zarr's are kept."""
+    if not root.is_dir():
+        raise NotFoundError(f"{root} is not a directory", object=str(root))
+    paths, groups, others, everything = _walk(root)
+    store = Renamed(LocalStore(root, read_only=True))
+    arrays, attributes = {}, {}
+    for group in groups:
+        attributes[group] = _attributes(root / group)
+    for path, version in paths.items():
+        name = path or root.name.removesuffix(".zarr")
+        arrays[name] = _open_array(store, path, name, version)
+        attributes[path] = dict(arrays[name].attrs)
+    stored = {path or root.name.removesuffix(".zarr"): kind for path, kind in store.renamed.items()}
+    return ZarrSource(arrays, stored, others | _written(attributes), fingerprint(everything))
+
+
+def open_group(group: zarr.Group) -> ZarrSource:
+    """An open Zarr group, of any store; its arrays are named by their paths in the group."""
+    store = Renamed(group.store)
+    version = group.metadata.zarr_format
+    try:
+        again = zarr.open_group(store, path=group.path, mode="r", zarr_format=version, use_consolidated=False)
+        members = sorted(again.members(max_depth=None))
+    except ModelStoreError:
+        raise
+    except Exception as error:
+        raise FormatError(f"zarr cannot read the group {group.path!r}: {str(error)[:300]}") from error
+    prefix = f"{group.path}/" if group.path else ""
+    arrays = {name: member for name, member in members if isinstance(member, zarr.Array)}
+    stored = {path.removeprefix(prefix): kind for path, kind in store.renamed.items()}
+    attributes = {name: dict(member.attrs) for name, member in members} | {"": dict(group.attrs)}
+    return ZarrSource(arrays, stored, _written(attributes), None)
+
+
+def _open_array(store: Renamed, path: str, name: str, version: Literal[2, 3]) -> Any:
+    try:
+        return zarr.open_array(store, path=path, mode="r", zarr_format=version)
+    except ModelStoreError:
+        raise
+    except Exception as error:  # zarr's own refusals have many types
+        raise FormatError(f"zarr cannot open the array {name!r}: {str(error)[:300]}", tensor=name) from error
+
+
+def _spec(name: str, array: Any, stored: DType | None) -> TensorSpec:
+    check_tensor(name)
+    kind = stored or dtype_of(name, array.dtype)
+    shape = tuple(int(n) for n in array.shape)
+    chunk = math.prod(int(n) for n in array.chunks) * kind.itemsize
+    if any(n < 0 for n in shape) or math.prod(n for n in shape if n) * kind.itemsize > MAX_BYTES:
+        raise FormatError(f"array {name!r} has shape {shape}, which is not valid", tensor=name)
+    if chunk > MAX_CHUNK:
+        raise UnsupportedError(
+            f"array {name!r} has chunks of {chunk} bytes, where {MAX_CHUNK} is the limit: write it in smaller ones",
+            tensor=name,
+        )
+    return TensorSpec(name, kind, shape)
+
+
+_Walked = tuple[dict[str, Literal[2, 3]], list[str], dict[str, Path | bytes], list[tuple[str, Path | bytes]]]
+
+
+def _walk(root: Path) -> _Walked:
+    """Arrays (path → format), groups, other files, and every file, of a directory; links that lead out are refused."""
+    real = root.resolve()
+    arrays: dict[str, Literal[2, 3]] = {}
+    groups: list[str] = []
+    others: dict[str, Path | bytes] = {}
+    everything: list[tuple[str, Path | bytes]] = []
+    inside: set[str] = set()  # folders of arrays: what lies in them is chunks
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in (".git", "__pycache__", ".cache"))
+        here = Path(folder)
+        path = "" if here == root else here.relative_to(root).as_posix()
+        below = path in inside
+        if not below and "manifest.ocdbt" in names:
+            raise UnsupportedError(
+                f"{here} is a checkpoint in OCDBT, which zarr cannot read: save it with use_ocdbt=False",
+                object=str(here),
+            )
+        if not below:
+            version = _node(here, names)
+            if version:
+                arrays[path] = version
+                below = True
+            elif _MARKS & set(names):
+                groups.append(path)
+        inside.update(f"{path}/{name}".lstrip("/") for name in folders if below)
+        for file in _plain(here, folders, sorted(names), real):
+            relative = file.relative_to(root).as_posix()
+            everything.append((relative, file))
+            if not below and file.name not in _MARKS:
+                others[check_file(relative)] = file
+        if len(everything) > MAX_FILES:
+            raise FormatError(f"{root} has more than {MAX_FILES} files: write larger chunks", object=str(root))
+    if not arrays:
+        raise FormatError(f"{root} has no Zarr array: no folder holds a .zarray or zarr.json", object=str(root))
+    return arrays, groups, others, everything
+
+
+def _plain(here: Path, folders: list[str], names: list[str], real: Path) -> Iterator[Path]:
+    for name in [*folders, *names]:
+        path = here / name
+        if path.is_symlink() and not path.resolve().is_relative_to(real):
+            raise FormatError(f"{path} is a link out of the directory: copy what it leads to", object=str(path))
+    yield from (here / name for name in names if (here / name).is_file())
+
+
+def _node(here: Path, names: list[str]) -> Literal[2, 3] | None:
+    """The Zarr format of the array in this folder, None where it holds none."""
+    if ".zarray" in names:
+        return 2
+    if "zarr.json" in names and read_json(here / "zarr.json").get("node_type") == "array":
+        return 3
+    return None
+
+
+def _attributes(here: Path) -> dict[str, Any]:
+    if (here / "zarr.json").is_file():
+        attributes = read_json(here / "zarr.json").get("attributes", {})
+    else:
+        attributes = read_json(here / ".zattrs") if (here / ".zattrs").is_file() else {}
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _written(attributes: Mapping[str, dict[str, Any]]) -> dict[str, Path | bytes]:
+    """The attributes of groups and arrays as one JSON file: path → attributes, "" for the root."""
+    filled = {path: attributes[path] for path in sorted(attributes) if attributes[path]}
+    return {ATTRIBUTES: json.dumps(filled, indent=2, sort_keys=True).encode()} if filled else {}
