@@ -1,0 +1,98 @@
+"""Names of models, tags, variants and tensors, and references to them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from modelstore.errors import FormatError
+
+_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?")
+_RESERVED = frozenset(
+    {"versions", "tags", "manifests"}
+)  # folders of a model: a model of that name would lie in another's
+_WORD = re.compile(r"[A-Za-z_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?")
+ORIGINAL = "original"
+MAX_TENSOR_NAME = 1024
+MAX_VERSION = 99_999_998
+
+
+def check_model(name: str) -> str:
+    """The name of a model, `name` or `org/name`, as it is; `ValueError` where it is not valid."""
+    parts = name.split("/") if isinstance(name, str) else []
+    if not 1 <= len(parts) <= 2 or not all(_PART.fullmatch(p) for p in parts) or _RESERVED & set(parts):
+        raise ValueError(
+            f"model name {name!r} is not valid: write 'name' or 'org/name' with letters, digits, '.', '_' and '-', "
+            f"each part at most 96 long and not one of {', '.join(sorted(_RESERVED))}"
+        )
+    return name
+
+
+def check_word(word: str, what: str) -> str:
+    """A tag's or variant's name as it is; `ValueError` where it is not valid. It never looks like a number."""
+    if not isinstance(word, str) or not _WORD.fullmatch(word):
+        raise ValueError(
+            f"{what} {word!r} is not valid: begin with a letter, go on with letters, digits, '.', '_' and '-', at most 96"
+        )
+    return word
+
+
+def check_tensor(name: str) -> str:
+    """The name of a tensor read from a file or manifest; `FormatError` where no store can hold it."""
+    if not name or len(name.encode("utf-8", "surrogatepass")) > MAX_TENSOR_NAME or any(ord(c) < 32 for c in name):
+        raise FormatError(
+            f"tensor name {name[:80]!r} is empty, longer than {MAX_TENSOR_NAME} bytes or has control characters: rename it",
+            tensor=name[:80],
+        )
+    return name
+
+
+def check_file(path: str) -> str:
+    """The relative POSIX path of a model's file; `FormatError` where it could lead out of its folder."""
+    parts = path.split("/")
+    bad = any(p in ("", ".", "..") or len(p) > 255 for p in parts) or "\\" in path or any(ord(c) < 32 for c in path)
+    if bad or len(path) > 1024 or re.match(r"[A-Za-z]:", path):
+        raise FormatError(
+            f"file name {path[:80]!r} is not a plain relative path: rename or leave out the file", object=path[:80]
+        )
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """`name[@version-or-tag][:variant]`, parsed. `version` and `tag` are both None for the newest version."""
+
+    name: str
+    version: int | None = None
+    tag: str | None = None
+    variant: str = ORIGINAL
+
+    def __str__(self) -> str:
+        at = self.tag if self.version is None else self.version
+        return (
+            self.name + (f"@{at}" if at is not None else "") + (f":{self.variant}" if self.variant != ORIGINAL else "")
+        )
+
+    @property
+    def is_newest(self) -> bool:
+        return self.version is None and self.tag is None
+
+
+def parse_reference(text: str) -> Reference:
+    """A reference from its text; `ValueError` naming the part that is wrong."""
+    if not isinstance(text, str):
+        raise TypeError(f"a reference is a text such as 'name@version:variant', not {type(text).__name__}")
+    rest, colon, variant = text.partition(":")
+    name, at, where = rest.partition("@")
+    check_model(name)
+    if colon:
+        check_word(variant, "variant")
+    version = tag = None
+    if at:
+        if where.isascii() and where.isdigit():
+            version = int(where) if len(where) <= 8 else 0
+            if not 1 <= version <= MAX_VERSION:
+                raise ValueError(f"version {where!r} in {text!r} is out of range: versions are 1, 2, 3, …")
+        elif where != "latest":
+            tag = check_word(where, "tag")
+    return Reference(name, version, tag, variant if colon else ORIGINAL)
