@@ -1,0 +1,75 @@
+"""Open files, kept for the next read."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class _File:
+    """An open descriptor, and how many reads use it now; closed by whoever is last once it is retired."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.readers = 0
+        self.retired = False
+
+
+class Descriptors:
+    """A bounded cache of files open for reading, safe among threads.
+
+    A descriptor is never closed while a read uses it. A file that was removed or replaced is noticed (it has no name
+    left), and what is at its path now is opened instead.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def borrow(self, path: str) -> Iterator[int]:
+        """A descriptor of the file at `path`, valid within the block; `OSError` where it cannot be opened."""
+        file = self._take(path)
+        try:
+            yield file.descriptor
+        finally:
+            self._give_back(file)
+
+    def __del__(self) -> None:
+        for file in self._files.values():  # nobody holds the cache, so nobody reads
+            os.close(file.descriptor)
+
+    def _take(self, path: str) -> _File:
+        with self._lock:
+            if file := self._files.get(path):
+                if os.fstat(file.descriptor).st_nlink:
+                    self._files.move_to_end(path)
+                    file.readers += 1
+                    return file
+                self._retire(path)
+        opened = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC))  # outside the lock: a slow disk stops only this read
+        opened.readers = 1
+        with self._lock:
+            if path in self._files:  # another thread was faster: ours serves this one read
+                opened.retired = True
+            else:
+                self._files[path] = opened
+                if len(self._files) > self._limit:
+                    self._retire(next(iter(self._files)))
+        return opened
+
+    def _retire(self, path: str) -> None:
+        file = self._files.pop(path)
+        file.retired = True
+        if not file.readers:
+            os.close(file.descriptor)
+
+    def _give_back(self, file: _File) -> None:
+        with self._lock:
+            file.readers -= 1
+            if file.retired and not file.readers:
+                os.close(file.descriptor)

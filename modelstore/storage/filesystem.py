@@ -1,0 +1,191 @@
+"""Objects in any fsspec file system; for writing, in those only that can create exclusively."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from modelstore.errors import CorruptionError, StorageError, UnsupportedError
+from modelstore.format.buffers import Buffer, as_bytes
+from modelstore.storage.base import ObjectInfo, Storage
+from modelstore.storage.failures import TransientStorageError, failure, mentions
+from modelstore.storage.keys import check_key, check_prefix, key_problem
+from modelstore.storage.pieces import fitted, joined
+
+PART = 8 << 20
+
+# File systems whose `pipe_file(mode="create")` was seen, in its source, to be one conditional request. fsspec's own is
+# "exists, then write", which lets two writers win; and many that override it (obstore's adapter) ignore the mode.
+_EXCLUSIVE = {("s3fs.core", "S3FileSystem")}
+
+
+def require_exclusive_create(filesystem: Any, protocol: str) -> None:
+    """`UnsupportedError`, with what to use instead, unless the file system is known to create exclusively."""
+    if not any((kind.__module__, kind.__name__) in _EXCLUSIVE for kind in type(filesystem).__mro__):
+        raise UnsupportedError(
+            f"{protocol}:// cannot hold a store: {type(filesystem).__name__} is not known to create a file exclusively,"
+            " so that two writers could overwrite each other. Use s3://, gs://, az:// or a local folder, or open it for reading"
+            " with read_only=True."
+        )
+
+
+class FsspecStorage(Storage):
+    """An fsspec file system under a root path.
+
+    `writer` is the file system that `put` uses: its client may retry, since only it can repeat one part; that of
+    `filesystem` should not.
+    """
+
+    def __init__(self, filesystem: Any, root: str, url: str, writer: Any = None) -> None:
+        self._fs = filesystem
+        self._writer = filesystem if writer is None else writer
+        self._root = root.rstrip("/")
+        self._url = url.rstrip("/")
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def get(self, key: str) -> bytes:
+        path = self._at(key)
+        try:
+            return bytes(self._fs.cat_file(path))
+        except Exception as error:
+            raise failure(error, key, "read") from error
+
+    def read(self, key: str, start: int, out: memoryview) -> None:
+        path = self._at(key)
+        if not out.nbytes:
+            return
+        try:
+            data = self._fs.cat_file(path, start=start, end=start + out.nbytes)
+        except Exception as error:
+            if mentions(error, "InvalidRange"):
+                raise _ends_before(key, start + out.nbytes) from error
+            raise failure(error, key, "read") from error
+        if len(data) != out.nbytes:
+            raise _ends_before(key, start + out.nbytes)
+        out[:] = data
+
+    def create(self, key: str, data: Buffer) -> bool:
+        path = self._at(key)
+        try:
+            self._fs.pipe_file(path, as_bytes(data).tobytes(), mode="create")
+        except FileExistsError:
+            return False
+        except Exception as error:
+            if mentions(error, "PreconditionFailed"):
+                return False
+            raise failure(error, key, "create") from error
+        return True
+
+    def put(self, key: str, pieces: Iterable[Buffer], size: int) -> None:
+        path = self._at(key)
+        if size <= PART:
+            data = joined(key, pieces, size)
+            try:
+                self._writer.pipe_file(path, data)
+            except Exception as error:
+                raise _given_up(error, key) from error
+            return
+        try:
+            file = self._writer.open(path, "wb", block_size=PART, autocommit=False)
+        except Exception as error:
+            raise _given_up(error, key) from error
+        try:
+            for piece in fitted(key, pieces, size, PART):
+                _to_storage(key, file.write, piece)
+            _to_storage(key, file.close)
+            _to_storage(key, file.commit)
+        except BaseException:
+            file.closed = True  # or its end would send what it holds
+            with suppress(Exception):  # what made us give up is the error to tell
+                file.discard()
+            raise
+
+    def info(self, key: str) -> ObjectInfo | None:
+        path = self._at(key)
+        try:
+            self._fs.invalidate_cache()
+            found = self._fs.info(path)
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise failure(error, key, "look at") from error
+        return None if found.get("type") == "directory" else _info(key, found)
+
+    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[ObjectInfo]:
+        check_prefix(prefix)
+        return islice(self._list(prefix), limit)
+
+    def folders(self, prefix: str) -> tuple[str, ...]:
+        path = f"{self._root}/{check_prefix(prefix)}".rstrip("/")
+        try:
+            self._fs.invalidate_cache()
+            found = self._fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+        except Exception as error:
+            raise failure(error, prefix, "list") from error
+        names = (item["name"].rstrip("/").rsplit("/", 1)[-1] for item in found if item["type"] == "directory")
+        return tuple(sorted(name for name in names if key_problem(prefix + name) is None))
+
+    def delete(self, key: str) -> None:
+        path = self._at(key)
+        try:
+            self._fs.rm_file(path)
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise failure(error, key, "delete") from error
+
+    def path(self, key: str) -> Path | None:
+        check_key(key)
+        return None
+
+    def _at(self, key: str) -> str:
+        return f"{self._root}/{check_key(key)}"
+
+    def _list(self, prefix: str) -> Iterator[ObjectInfo]:
+        # fsspec has no listing by pages: the whole is asked for, whatever the limit.
+        try:
+            self._fs.invalidate_cache()
+            found = self._fs.find(f"{self._root}/{prefix}".rstrip("/"), detail=True)
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise failure(error, prefix, "list") from error
+        base = self._fs._strip_protocol(self._root).rstrip("/") + "/"
+        keys = ((path.removeprefix(base), item) for path, item in found.items() if path.startswith(base))
+        for key, item in sorted(keys, key=lambda pair: pair[0]):
+            if key.startswith(prefix) and key_problem(key) is None:
+                yield _info(key, item)
+
+
+def _to_storage(key: str, act: Any, *arguments: Any) -> None:
+    try:
+        act(*arguments)
+    except Exception as error:
+        raise _given_up(error, key) from error
+
+
+def _given_up(error: Exception, key: str) -> Exception:
+    """The error of a `put`, whose requests its client has retried already."""
+    problem = failure(error, key, "write")
+    return StorageError(str(problem), object=key) if isinstance(problem, TransientStorageError) else problem
+
+
+def _info(key: str, item: dict[str, Any]) -> ObjectInfo:
+    modified = next(
+        (item[name] for name in ("LastModified", "mtime", "last_modified", "modified") if item.get(name)), 0.0
+    )
+    return ObjectInfo(
+        key, int(item.get("size") or 0), modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
+    )
+
+
+def _ends_before(key: str, end: int) -> CorruptionError:
+    return CorruptionError(f"Object {key!r} ends before byte {end:,}.", object=key)

@@ -1,0 +1,137 @@
+"""A storage from its URL."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from modelstore.errors import UnsupportedError
+from modelstore.storage.base import Storage
+from modelstore.storage.filesystem import FsspecStorage, require_exclusive_create
+from modelstore.storage.keys import check_prefix
+from modelstore.storage.local import LocalStorage
+from modelstore.storage.memory import MemoryStorage
+from modelstore.storage.options import StorageOptions, s3_settings
+from modelstore.storage.retry import RetryingStorage
+from modelstore.storage.wrapping import ReadOnlyStorage
+
+ENGINES = ("obstore", "s3fs")
+_SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+_MAKERS = {"s3": "s3_storage", "gs": "gcs_storage", "az": "azure_storage"}
+
+
+def open_storage(
+    url: str | os.PathLike[str],
+    storage_options: StorageOptions | None = None,
+    engine: str | None = None,
+    *,
+    read_only: bool = False,
+) -> Storage:
+    """The storage at `url`: a path, `file://`, `memory://`, `s3://`, `gs://`, `az://`/`abfs://`, or another of fsspec's.
+
+    `storage_options` are fsspec's for that protocol. `engine` chooses the client of `s3://`: obstore (the default)
+    or s3fs. Nothing is asked of the network yet. What cannot create objects exclusively is refused with
+    `UnsupportedError`, unless it is opened with `read_only`; everything remote is retried.
+    """
+    text, options = os.fspath(url), dict(storage_options or {})
+    if not text:
+        raise ValueError("Invalid URL '': give a folder, or a URL like s3://bucket/prefix.")
+    if engine not in (None, *ENGINES):
+        raise ValueError(f"Invalid engine {engine!r}: one of {', '.join(ENGINES)}.")
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme in ("file", "local"):
+        storage = _local(unquote(urlsplit(text).path) if separator else text, options, engine)
+    elif scheme == "memory":
+        _no_more(options, engine, scheme)
+        storage = MemoryStorage(rest.strip("/"))
+    elif scheme in _SCHEMES and "::" not in text:
+        storage = _object_store(_SCHEMES[scheme], text, options, engine)
+    else:
+        storage = _filesystem(scheme, text, options, engine, read_only)
+    return ReadOnlyStorage(storage) if read_only else storage
+
+
+def _local(path: str, options: dict[str, Any], engine: str | None) -> Storage:
+    _no_more(options, engine, "file")
+    return LocalStorage(Path(path).expanduser())
+
+
+def _object_store(scheme: str, url: str, options: dict[str, Any], engine: str | None) -> Storage:
+    parts = urlsplit(url, allow_fragments=False)
+    container, prefix = parts.netloc, parts.path.strip("/")
+    if parts.query:
+        raise ValueError(f"Invalid URL {scheme}://…: give what follows '?' as storage_options.")
+    if scheme == "az" and "@" in container:  # abfs://container@account.dfs.core.windows.net/prefix
+        container, host = container.split("@", 1)
+        options.setdefault("account_name", host.split(".", 1)[0])
+    elif "@" in container:
+        options.setdefault("key", unquote(parts.username or ""))
+        options.setdefault("secret", unquote(parts.password or ""))
+        container = container.rsplit("@", 1)[1]
+    if not container:
+        raise ValueError(f"Invalid URL {scheme}://: it names no bucket, as in {scheme}://bucket/prefix.")
+    check_prefix(prefix and prefix + "/")
+    if engine == "s3fs":
+        return RetryingStorage(_s3fs(scheme, container, prefix, options))
+    objects = _needs("modelstore.storage.objects", "obstore", scheme)
+    return RetryingStorage(getattr(objects, _MAKERS[scheme])(container, prefix, options))
+
+
+def _s3fs(scheme: str, bucket: str, prefix: str, options: dict[str, Any]) -> Storage:
+    if scheme != "s3":
+        raise ValueError(f"Invalid engine 's3fs' for {scheme}://: it serves s3:// only.")
+    filesystem = _needs("s3fs", "s3fs", "s3").S3FileSystem
+    settings = s3_settings(options)  # the same options whatever the engine; unknown ones are named
+    network = {"connect_timeout": settings.connect_seconds, "read_timeout": settings.stall_seconds}
+    config = {**network, **options.pop("config_kwargs", {}), "retries": {"total_max_attempts": 1}}
+    if (style := dict(config.get("s3", {}))).get("addressing_style") is None and "endpoint" in settings.config:
+        config["s3"] = {**style, "addressing_style": "path"}
+    arguments = {**options, "config_kwargs": config, "use_listings_cache": False, "skip_instance_cache": True}
+    if region := arguments.pop("region", None) or arguments.pop("region_name", None):
+        arguments["client_kwargs"] = {**arguments.get("client_kwargs", {}), "region_name": region}
+    once, patient = filesystem(**arguments), filesystem(**arguments)
+    once.retries = 1
+    require_exclusive_create(once, "s3")
+    return FsspecStorage(once, f"{bucket}/{prefix}", f"s3://{bucket}/{prefix}", patient)
+
+
+def _filesystem(scheme: str, url: str, options: dict[str, Any], engine: str | None, read_only: bool) -> Storage:
+    if engine is not None:
+        raise ValueError(f"Invalid engine {engine!r} for {scheme}://: it serves s3:// only.")
+    fsspec = _needs("fsspec", "fsspec", scheme)
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise UnsupportedError(f"{scheme}:// needs another package: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"Invalid URL {_shown(url)!r}: {error}") from error
+    if not read_only:
+        require_exclusive_create(filesystem, scheme)
+    return RetryingStorage(FsspecStorage(filesystem, root, _shown(url)))
+
+
+def _no_more(options: dict[str, Any], engine: str | None, scheme: str) -> None:
+    if options:
+        raise ValueError(f"Unknown storage option for {scheme}://: {', '.join(sorted(map(repr, options)))}.")
+    if engine is not None:
+        raise ValueError(f"Invalid engine {engine!r} for {scheme}://: it serves s3:// only.")
+
+
+def _shown(url: str) -> str:
+    """A URL without what may be secret: user, password, query."""
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{host.rsplit('@', 1)[-1]}{slash}{path}"
+
+
+def _needs(module: str, package: str, scheme: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        extra = {"gs": "gcs", "az": "azure"}.get(scheme, "s3")
+        raise UnsupportedError(f"{scheme}:// needs the package {package}: pip install 'modelstore[{extra}]'.") from None
