@@ -34,11 +34,16 @@ def rm(
         raise usage(f"{ref!r} names all versions: add a version ({ref}@1), or --all to remove every one")
     opened = open_store(store)
     what = f"all versions of {ref}" if everything else ref
-    if not yes and sys.stdin.isatty() and not typer.confirm(f"Remove {what}?", err=True):
+    if not yes and asks() and not typer.confirm(f"Remove {what}?", err=True):
         output.remark("nothing removed")
         raise typer.Exit(FAILED)
     opened.delete(ref, all=everything)
     output.result({"removed": ref, "all": everything}, [f"removed {what}; gc --delete frees the space"], as_json=json)
+
+
+def asks() -> bool:
+    """Whether there is somebody to ask: stdin is a terminal."""
+    return sys.stdin.isatty()
 
 
 def gc(

@@ -127,3 +127,12 @@ def test_completion_of_names_never_fails(url: str) -> None:
     done = run(_MODELSTORE_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD="4")
     assert done.stdout.strip() == ""
     assert done.stderr == ""
+
+
+def test_the_page_on_the_command_line_is_complete() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name in COMMANDS:
+        assert f"| `{name}" in page, name
+        for parameter in get_command(app).commands[name].params:  # type: ignore[attr-defined]
+            for option in parameter.opts:
+                assert not option.startswith("--") or f"`{option}" in page or f" {option}" in page, f"{name} {option}"
