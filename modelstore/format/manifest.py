@@ -1,0 +1,249 @@
+"""What a variant is made of: tensors → codec, planes → chunks → (pack, offset, length, digest); files; provenance.
+
+A manifest is JSON, compressed with zstd, named by the BLAKE3 of the JSON. Its chunk table is columnar, so that a million
+chunks are read without making a million objects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import zstandard
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from modelstore.errors import FormatError, UnsupportedError
+from modelstore.format import grid
+from modelstore.format.dtypes import DTYPES, DType
+from modelstore.format.names import check_file, check_tensor
+
+FORMAT = 1
+DIGEST_BYTES = 32
+MAX_CHUNK = 64 << 20  # raw bytes of a chunk; what this package writes has at most 8 MiB
+MAX_MANIFEST = 2 << 30  # bytes of a manifest's JSON
+MAX_ELEMENTS = 1 << 60
+MAX_DIMENSIONS = 32
+
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+
+
+class CodecSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A codec's name and parameters."""
+
+    name: str
+    params: dict[str, int | float | str | bool] = {}
+
+
+class Plane(msgspec.Struct, frozen=True, array_like=True):
+    """A plane's name, and the index in the chunk table of its first chunk; the others follow in the grid's order."""
+
+    name: str
+    first: Count
+
+
+class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A tensor: dtype, shape, the shape of its chunks, its codec (an index), the BLAKE3 of its raw bytes, its planes."""
+
+    name: str
+    dtype: str
+    shape: tuple[Count, ...]
+    chunk: tuple[Count, ...]
+    codec: Count
+    digest: Digest
+    planes: tuple[Plane, ...]
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks each plane has."""
+        return grid.count(self.shape, self.chunk)
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes of the values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def kind(self) -> DType:
+        return DTYPES[self.dtype]
+
+
+class ChunkTable(msgspec.Struct, frozen=True):
+    """Columns of little-endian numbers, one row a chunk: pack (u4), offset (u8), length (u8), digest (32 bytes)."""
+
+    pack: bytes
+    offset: bytes
+    length: bytes
+    digest: bytes
+
+
+class Base(msgspec.Struct, frozen=True):
+    """A manifest whose tensors delta-coded tensors of the same name are stored against."""
+
+    model: str
+    manifest: Digest
+
+
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
+    """All of one variant. Immutable; the same content has the same bytes, hence the same name."""
+
+    format: int
+    packs: tuple[Digest, ...]
+    codecs: tuple[CodecSpec, ...]
+    tensors: tuple[Tensor, ...]
+    files: tuple[Tensor, ...]
+    chunks: ChunkTable
+    aliases: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    base: Base | None = None
+    recipe: dict[str, Any] = {}
+
+    @cached_property
+    def pack(self) -> NDArray[np.uint32]:
+        return np.frombuffer(self.chunks.pack, "<u4")
+
+    @cached_property
+    def offset(self) -> NDArray[np.uint64]:
+        return np.frombuffer(self.chunks.offset, "<u8")
+
+    @cached_property
+    def length(self) -> NDArray[np.uint64]:
+        return np.frombuffer(self.chunks.length, "<u8")
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Tensor]:
+        """Tensors by name, tied names included."""
+        found = {t.name: t for t in self.tensors}
+        return found | {alias: found[name] for alias, name in self.aliases.items()}
+
+    def digest(self, chunk: int) -> bytes:
+        """BLAKE3 of a chunk's encoded bytes."""
+        return self.chunks.digest[DIGEST_BYTES * chunk : DIGEST_BYTES * (chunk + 1)]
+
+    def rows(self, tensor: Tensor) -> NDArray[np.int64]:
+        """Rows of the chunk table that hold a tensor, plane after plane."""
+        n = tensor.chunks
+        return np.concatenate([np.arange(p.first, p.first + n) for p in tensor.planes] or [np.zeros(0, np.int64)])
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes of all distinct tensors."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @cached_property
+    def stored(self) -> int:
+        """Bytes of all encoded chunks, each distinct one counted once."""
+        at = np.stack([self.pack.astype(np.uint64), self.offset, self.length])
+        return int(np.unique(at, axis=1)[2].sum()) if at.size else 0
+
+
+_encoder = msgspec.json.Encoder(order="deterministic")
+_decoder = msgspec.json.Decoder(Manifest)
+
+
+def encode(manifest: Manifest) -> tuple[str, bytes]:
+    """The manifest's digest, and the bytes to store."""
+    text = _encoder.encode(manifest)
+    return blake3(text).hexdigest(), zstandard.ZstdCompressor(level=3).compress(text)
+
+
+def decode(data: bytes, digest: str, where: str) -> Manifest:
+    """The manifest from its stored bytes, checked against its digest and validated.
+
+    `FormatError` says what is wrong with the object called `where`.
+    """
+
+    def wrong(what: str) -> FormatError:
+        return FormatError(f"manifest {where} {what}: restore it with 'modelstore repair'", object=where)
+
+    try:
+        size = zstandard.frame_content_size(data)
+        if not 0 <= size <= MAX_MANIFEST:
+            raise wrong(f"declares {size} bytes of JSON, at most {MAX_MANIFEST} are read")
+        text = zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise wrong(f"is not a zstd frame ({error})") from None
+    if blake3(text).hexdigest() != digest:
+        raise wrong("does not match its digest")
+    try:
+        manifest = _decoder.decode(text)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise wrong(f"is not valid ({error})") from None
+    if manifest.format != FORMAT:
+        raise UnsupportedError(
+            f"manifest {where} has format {manifest.format}, this release reads {FORMAT}: use a newer modelstore",
+            object=where,
+        )
+    problem = first_problem(manifest)
+    if problem:
+        raise wrong(f"is not valid ({problem})")
+    return manifest
+
+
+def first_problem(manifest: Manifest) -> str | None:
+    """What is wrong with a manifest's content, None where nothing is."""
+    table = manifest.chunks
+    rows = len(table.pack) // 4
+    sizes = {"pack": 4, "offset": 8, "length": 8, "digest": DIGEST_BYTES}
+    for column, size in sizes.items():
+        if len(getattr(table, column)) != rows * size:
+            return f"column {column!r} of the chunk table has {len(getattr(table, column))} bytes for {rows} rows"
+    if rows and int(manifest.pack.max()) >= len(manifest.packs):
+        return f"the chunk table names pack {int(manifest.pack.max())} of {len(manifest.packs)}"
+    if rows and (int(manifest.offset.max()) >= 1 << 50 or int(manifest.length.max()) > 2 * MAX_CHUNK):
+        return "the chunk table has an offset or a length out of bounds"
+    seen: set[str] = set()
+    for tensor in manifest.tensors:
+        problem = _problem_of(tensor, rows, len(manifest.codecs))
+        if problem or tensor.name in seen:
+            return f"tensor {tensor.name[:80]!r}: {problem or 'stands there twice'}"
+        seen.add(tensor.name)
+    paths: set[str] = set()
+    for file in manifest.files:
+        problem = _problem_of(file, rows, len(manifest.codecs))
+        if problem or file.name in paths or file.dtype != "uint8" or len(file.shape) != 1:
+            return f"file {file.name[:80]!r}: {problem or 'stands there twice, or is not a run of bytes'}"
+        paths.add(file.name)
+    try:
+        for name in (*seen, *manifest.aliases):
+            check_tensor(name)
+        for path in paths:
+            check_file(path)
+    except FormatError as error:
+        return str(error)
+    for alias, name in manifest.aliases.items():
+        if name not in seen or alias in seen:
+            return f"alias {alias[:80]!r} stands for {name[:80]!r}, which is not there, or hides a tensor"
+    return None
+
+
+def _problem_of(tensor: Tensor, rows: int, codecs: int) -> str | None:
+    shape, chunk = tensor.shape, tensor.chunk
+    if tensor.dtype not in DTYPES:
+        return f"dtype {tensor.dtype[:40]!r} is not known"
+    if len(shape) > MAX_DIMENSIONS or len(chunk) != len(shape) or math.prod(shape) > MAX_ELEMENTS:
+        return f"shape {shape[:8]} with chunks {chunk[:8]} is out of bounds"
+    if any(c < 1 or c > max(1, n) for n, c in zip(shape, chunk, strict=True)):
+        return f"chunks {chunk} do not fit shape {shape}"
+    if math.prod(chunk) * DTYPES[tensor.dtype].itemsize > MAX_CHUNK:
+        return f"chunks {chunk} are over {MAX_CHUNK} bytes"
+    if tensor.codec >= codecs:
+        return f"codec {tensor.codec} of {codecs}"
+    if not tensor.planes or any(p.first + tensor.chunks > rows for p in tensor.planes):
+        return f"its chunks reach beyond the {rows} rows of the chunk table"
+    return None
+
+
+def chunk_table(rows: Sequence[tuple[int, int, int, bytes]]) -> ChunkTable:
+    """The columns of (pack, offset, length, digest) rows."""
+    return ChunkTable(
+        np.array([r[0] for r in rows], "<u4").tobytes(),
+        np.array([r[1] for r in rows], "<u8").tobytes(),
+        np.array([r[2] for r in rows], "<u8").tobytes(),
+        b"".join(r[3] for r in rows),
+    )

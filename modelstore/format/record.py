@@ -1,0 +1,126 @@
+"""What makes a version or a tag visible: small create-only JSON objects, and the keys they lie at.
+
+Numbers in keys count down from 99,999,999, so that the newest version, and the newest record of it, is the first key of a
+listing: finding it takes one request, however many there are.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from modelstore.errors import FormatError, UnsupportedError
+from modelstore.format.manifest import FORMAT, Count, Digest
+from modelstore.format.names import check_model, check_word
+
+_LAST = 99_999_999
+STORE_KEY = "modelstore.json"
+PACKS = "packs/"
+JOBS = "jobs/"
+MODELS = "models/"
+
+
+class StoreInfo(msgspec.Struct, frozen=True):
+    """`modelstore.json`: the version of the format, and the store's id."""
+
+    format: int
+    id: str
+
+
+class VariantEntry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a variant's manifest is, where its copy is (a pack), and its sizes: raw values, stored chunks."""
+
+    manifest: Digest
+    copy: Digest
+    nbytes: Count
+    stored: Count
+    tensors: Count
+    codec: str
+    created: float
+
+
+class VersionRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One state of a version. The record with the highest number is the truth; `deleted` is final."""
+
+    format: int
+    model: str
+    version: Count
+    number: Count
+    writer: str
+    created: float
+    variants: dict[str, VariantEntry]
+    deleted: bool = False
+
+
+class TagRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One state of a tag; version 0 means that the tag is gone."""
+
+    format: int
+    model: str
+    tag: str
+    number: Count
+    writer: str
+    created: float
+    version: Count
+
+
+R = TypeVar("R", StoreInfo, VersionRecord, TagRecord)
+
+
+def parse(data: bytes, kind: type[R], where: str) -> R:
+    """A record from its bytes; `FormatError` where it is not one, `UnsupportedError` for another format's version."""
+    try:
+        record = msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise FormatError(
+            f"object {where} is not a valid record ({error}): restore or remove it", object=where
+        ) from None
+    if record.format != FORMAT:
+        raise UnsupportedError(
+            f"object {where} has format {record.format}, this release reads {FORMAT}: use a newer modelstore",
+            object=where,
+        )
+    return record
+
+
+def descending(number: int) -> str:
+    """A number from 1 as 8 digits that sort the highest first."""
+    return f"{_LAST - number:08d}"
+
+
+def ascending(digits: str) -> int | None:
+    """The number that `descending` wrote, None where the text is not one."""
+    return _LAST - int(digits) if len(digits) == 8 and digits.isascii() and digits.isdigit() else None
+
+
+def versions_prefix(model: str) -> str:
+    return f"{MODELS}{check_model(model)}/versions/"
+
+
+def version_prefix(model: str, version: int) -> str:
+    return f"{versions_prefix(model)}{descending(version)}/"
+
+
+def version_key(model: str, version: int, number: int) -> str:
+    return f"{version_prefix(model, version)}{descending(number)}.json"
+
+
+def tags_prefix(model: str) -> str:
+    return f"{MODELS}{check_model(model)}/tags/"
+
+
+def tag_key(model: str, tag: str, number: int) -> str:
+    return f"{tags_prefix(model)}{check_word(tag, 'tag')}/{descending(number)}.json"
+
+
+def manifests_prefix(model: str) -> str:
+    return f"{MODELS}{check_model(model)}/manifests/"
+
+
+def manifest_key(model: str, digest: str) -> str:
+    return f"{manifests_prefix(model)}{digest}.json.zst"
+
+
+def pack_key(digest: str) -> str:
+    return f"{PACKS}{digest[:2]}/{digest}.safetensors"

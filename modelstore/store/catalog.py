@@ -1,0 +1,244 @@
+"""Records of versions and tags: reading them, and the one write that makes a change visible.
+
+Nothing else in the package creates a record, so atomicity stands or falls here: each change is one create-only object.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+
+import msgspec
+
+from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, StorageError
+from modelstore.format import record as rec
+from modelstore.format.manifest import FORMAT
+from modelstore.format.names import ORIGINAL, Reference
+from modelstore.format.record import StoreInfo, TagRecord, VariantEntry, VersionRecord
+from modelstore.storage.base import Storage
+
+_encoder = msgspec.json.Encoder(order="deterministic")
+_RACES = 1000  # how often a lost race is tried again before giving up; each loss means that another writer won
+_NEWEST = 64  # keys listed to find the newest live version; more are listed only where those are all of deleted ones
+
+
+class Catalog:
+    """The records in one store."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    # ------------------------------------------------------------------ the store itself
+
+    def open(self, *, create: bool) -> StoreInfo:
+        """The store's own record, made where there is none and `create` allows it."""
+        try:
+            return rec.parse(self._storage.get(rec.STORE_KEY), StoreInfo, rec.STORE_KEY)
+        except NotFoundError:
+            if not create:
+                raise NotFoundError(
+                    f"there is no store at {self._storage.url}: save a model to make one, or check the address", object=rec.STORE_KEY
+                ) from None
+        self._storage.create(rec.STORE_KEY, _encoder.encode(StoreInfo(FORMAT, uuid.uuid4().hex)))
+        return rec.parse(self._storage.get(rec.STORE_KEY), StoreInfo, rec.STORE_KEY)
+
+    # ------------------------------------------------------------------ reading
+
+    def models(self) -> list[str]:
+        """Names of all models that have records, ascending."""
+        found = []
+        for first in self._storage.folders(rec.MODELS):
+            inner = set(self._storage.folders(f"{rec.MODELS}{first}/"))
+            if "versions" in inner:
+                found.append(first)
+            found += [f"{first}/{second}" for second in inner - {"versions", "tags", "manifests"}]
+        return sorted(found)
+
+    def versions(self, model: str) -> list[VersionRecord]:
+        """The newest record of every version of a model, deleted ones too, oldest version first."""
+        keys = [key for _, key in self._heads(model, None)]
+        with ThreadPoolExecutor(16) as pool:
+            return sorted(pool.map(self._version_at, keys), key=lambda r: r.version)
+
+    def newest(self, model: str) -> VersionRecord:
+        """The newest live version of a model: one listing and one read, however many versions there are."""
+        for limit in (_NEWEST, None):
+            for _, key in self._heads(model, limit):
+                record = self._version_at(key)
+                if not record.deleted:
+                    return record
+        raise self._no_model(model)
+
+    def version(self, model: str, version: int) -> VersionRecord:
+        """The newest record of one version, deleted or not."""
+        for info in self._storage.list(rec.version_prefix(model, version), limit=1):
+            return self._version_at(info.key)
+        if not any(self._heads(model, 1)):
+            raise self._no_model(model)
+        raise NotFoundError(f"model {model!r} has no version {version}: list them with 'modelstore ls {model}'", model=model)
+
+    def resolve(self, ref: Reference) -> VersionRecord:
+        """The live version that a reference names; its variant is not looked at."""
+        if ref.is_newest:
+            return self.newest(ref.name)
+        version = ref.version if ref.version is not None else self.tag(ref.name, ref.tag or "")
+        record = self.version(ref.name, version)
+        if record.deleted:
+            via = f" (tag {ref.tag!r})" if ref.tag else ""
+            raise NotFoundError(f"version {version}{via} of model {ref.name!r} was deleted: choose another", model=ref.name)
+        return record
+
+    def entry(self, ref: Reference) -> tuple[VersionRecord, VariantEntry]:
+        """The version that a reference names, and the entry of its variant."""
+        record = self.resolve(ref)
+        if ref.variant not in record.variants:
+            known = ", ".join(record.variants)
+            raise NotFoundError(
+                f"version {record.version} of model {ref.name!r} has no variant {ref.variant!r}: it has {known}", model=ref.name
+            )
+        return record, record.variants[ref.variant]
+
+    def tag(self, model: str, tag: str) -> int:
+        """The version that a tag names."""
+        record = self._tag_head(model, tag)
+        if record is None or not record.version:
+            if not any(self._heads(model, 1)):
+                raise self._no_model(model)
+            known = ", ".join(sorted(self.tags(model))) or "none"
+            raise NotFoundError(f"model {model!r} has no tag {tag!r}: its tags are {known}", model=model)
+        return record.version
+
+    def tags(self, model: str) -> dict[str, int]:
+        """All tags of a model and the versions they name."""
+        heads = [self._tag_head(model, tag) for tag in self._storage.folders(rec.tags_prefix(model))]
+        return {head.tag: head.version for head in heads if head and head.version}
+
+    # ------------------------------------------------------------------ publishing
+
+    def publish_version(self, model: str, writer: str, entry: VariantEntry) -> VersionRecord:
+        """Make a new version of a model visible, with its `original`."""
+        version = next((v for v, _ in self._heads(model, 1)), 0)
+        for _ in range(_RACES):
+            version += 1
+            record = VersionRecord(FORMAT, model, version, 1, writer, time.time(), {ORIGINAL: entry})
+            if self._create_version(record):
+                return record
+        raise self._busy(model)
+
+    def publish_variant(self, model: str, version: int, variant: str, writer: str, entry: VariantEntry) -> VersionRecord:
+        """Make a variant of a live version visible; `ConflictError` where the name is taken or the version went away."""
+        for _ in range(_RACES):
+            head = self.version(model, version)
+            if head.deleted:
+                raise ConflictError(f"version {version} of model {model!r} was deleted meanwhile: nothing was published", model=model)
+            if variant in head.variants and head.variants[variant].manifest != entry.manifest:
+                raise ConflictError(
+                    f"version {version} of model {model!r} has a variant {variant!r} already: delete it first, or choose a name",
+                    model=model,
+                )
+            record = self._next(head, writer, variants={**head.variants, variant: entry})
+            if self._create_version(record):
+                return record
+        raise self._busy(model)
+
+    def replace_entry(self, model: str, version: int, variant: str, writer: str, entry: VariantEntry) -> VersionRecord:
+        """Point a variant at another manifest of the same tensors (repair)."""
+        for _ in range(_RACES):
+            head = self.version(model, version)
+            record = self._next(head, writer, variants={**head.variants, variant: entry})
+            if self._create_version(record):
+                return record
+        raise self._busy(model)
+
+    def delete(self, model: str, version: int, variant: str | None, writer: str) -> VersionRecord:
+        """Delete a version (for good), or one variant of it; `ConflictError` while a tag names the version."""
+        for _ in range(_RACES):
+            head = self.version(model, version)
+            if head.deleted:
+                raise NotFoundError(f"version {version} of model {model!r} was deleted already", model=model)
+            if variant is None:
+                tags = sorted(tag for tag, at in self.tags(model).items() if at == version)
+                if tags:
+                    raise ConflictError(
+                        f"version {version} of model {model!r} is tagged {', '.join(tags)}: move or remove the tag first", model=model
+                    )
+                record = self._next(head, writer, deleted=True)
+            else:
+                if variant not in head.variants:
+                    raise NotFoundError(f"version {version} of model {model!r} has no variant {variant!r}", model=model)
+                if variant == ORIGINAL:
+                    raise ConflictError(
+                        f"every version keeps its original: delete the whole version {model}@{version} instead", model=model
+                    )
+                record = self._next(head, writer, variants={k: v for k, v in head.variants.items() if k != variant})
+            if self._create_version(record):
+                return record
+        raise self._busy(model)
+
+    def set_tag(self, model: str, tag: str, version: int, writer: str) -> TagRecord:
+        """Let a tag name a live version; version 0 removes the tag."""
+        if version and self.version(model, version).deleted:
+            raise NotFoundError(f"version {version} of model {model!r} was deleted: tag another", model=model)
+        for _ in range(_RACES):
+            head = self._tag_head(model, tag)
+            number = head.number + 1 if head else 1
+            record = TagRecord(FORMAT, model, tag, number, writer, time.time(), version)
+            key = rec.tag_key(model, tag, number)
+            if self._storage.create(key, _encoder.encode(record)) or self._own(key, TagRecord, record):
+                return record
+        raise self._busy(model)
+
+    # ------------------------------------------------------------------ within
+
+    def _create_version(self, record: VersionRecord) -> bool:
+        """The one write that makes a version or variant visible; True also where it was ours and its answer was lost."""
+        key = rec.version_key(record.model, record.version, record.number)
+        return self._storage.create(key, _encoder.encode(record)) or self._own(key, VersionRecord, record)
+
+    def _own(self, key: str, kind: type[VersionRecord] | type[TagRecord], record: VersionRecord | TagRecord) -> bool:
+        return rec.parse(self._storage.get(key), kind, key) == record
+
+    @staticmethod
+    def _next(
+        head: VersionRecord, writer: str, *, variants: dict[str, VariantEntry] | None = None, deleted: bool = False
+    ) -> VersionRecord:
+        return VersionRecord(
+            FORMAT, head.model, head.version, head.number + 1, writer, time.time(), variants or head.variants, deleted
+        )
+
+    def _heads(self, model: str, limit: int | None) -> Iterator[tuple[int, str]]:
+        """(version, key of its newest record), newest version first; all of them, or those within the first `limit` keys."""
+        prefix = rec.versions_prefix(model)
+        keys = (info.key for info in self._storage.list(prefix, limit=limit))
+        for folder, group in groupby(keys, key=lambda key: key[len(prefix) :].partition("/")[0]):
+            version = rec.ascending(folder)
+            if version is not None:
+                yield version, next(group)
+
+    def _version_at(self, key: str) -> VersionRecord:
+        record = rec.parse(self._storage.get(key), VersionRecord, key)
+        if rec.version_key(record.model, record.version, record.number) != key:
+            raise StorageError(
+                f"object {key} speaks of version {record.version} of {record.model!r}: it was moved; put it back", object=key
+            )
+        return record
+
+    def _tag_head(self, model: str, tag: str) -> TagRecord | None:
+        prefix = rec.tag_key(model, tag, 1).rpartition("/")[0] + "/"
+        for info in self._storage.list(prefix, limit=1):
+            return rec.parse(self._storage.get(info.key), TagRecord, info.key)
+        return None
+
+    def _no_model(self, model: str) -> ModelStoreError:
+        return NotFoundError(
+            f"there is no model {model!r} in {self._storage.url}: list the models with 'modelstore ls'", model=model
+        )
+
+    @staticmethod
+    def _busy(model: str) -> ModelStoreError:
+        return ConflictError(f"{_RACES} writers of model {model!r} came first: try again when fewer write at once", model=model)
+
+
