@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import about, checking, demo, listing, loading, naming, removing, saving
+from modelstore.cli import about, bench, checking, demo, listing, loading, naming, removing, saving
 from modelstore.cli.failures import Commands
 
 EPILOG = (
@@ -39,6 +39,7 @@ for command in (
     checking.verify,
     checking.repair,
     demo.demo,
+    bench.bench,
     about.version,
 ):
     app.command()(command)
