@@ -53,10 +53,10 @@ class Storage(Protocol):
     def info(self, key: str) -> ObjectInfo | None:
         """Size and time of an object, None where there is none."""
 
-    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
         """Objects whose key begins with `prefix` (which is '' or ends in '/'), at any depth, in ascending order of their keys.
 
-        At most the first `limit`, in as few requests as the backend can.
+        At most the first `limit` of those whose key is greater than `after`, in as few requests as the backend can.
         """
 
     def folders(self, prefix: str) -> tuple[str, ...]:

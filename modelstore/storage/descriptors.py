@@ -39,9 +39,14 @@ class Descriptors:
         finally:
             self._give_back(file)
 
+    def close(self) -> None:
+        """Close all that no read uses now, and the others when it ends."""
+        with self._lock:
+            for path in tuple(self._files):
+                self._retire(path)
+
     def __del__(self) -> None:
-        for file in self._files.values():  # nobody holds the cache, so nobody reads
-            os.close(file.descriptor)
+        self.close()
 
     def _take(self, path: str) -> _File:
         with self._lock:

@@ -155,9 +155,9 @@ class FaultyStorage(WrappingStorage):
         if key in self.flipped and out.nbytes:
             out[0] ^= 1
 
-    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
         # A listing can break half-way, too: every object is an occasion to fail.
-        for item in super().list(prefix, limit=limit):
+        for item in super().list(prefix, limit=limit, after=after):
             yield item
             with self._lock:
                 fails = self._random.random() < self.failing / 10

@@ -117,9 +117,9 @@ class FsspecStorage(Storage):
             raise failure(error, key, "look at") from error
         return None if found.get("type") == "directory" else _info(key, found)
 
-    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
         check_prefix(prefix)
-        return islice(self._list(prefix), limit)
+        return islice((item for item in self._list(prefix) if item.key > after), limit)
 
     def folders(self, prefix: str) -> tuple[str, ...]:
         path = f"{self._root}/{check_prefix(prefix)}".rstrip("/")

@@ -95,8 +95,8 @@ class LocalStorage(Storage):
                 return None
             return ObjectInfo(key, status.st_size, status.st_mtime)
 
-    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[ObjectInfo]:
-        return islice(self._descend(check_prefix(prefix)), limit)
+    def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
+        return islice((item for item in self._descend(check_prefix(prefix)) if item.key > after), limit)
 
     def folders(self, prefix: str) -> tuple[str, ...]:
         entries = self._entries(check_prefix(prefix))

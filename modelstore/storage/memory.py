@@ -67,11 +67,11 @@ class MemoryStorage(Storage):
         item = self._shelf.objects.get(check_key(key))
         return None if item is None else ObjectInfo(key, len(item[0]), item[1])
 
-    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
         check_prefix(prefix)
         with self._shelf.lock:
             objects = sorted((k, len(d), t) for k, (d, t) in self._shelf.objects.items() if k.startswith(prefix))
-        return (ObjectInfo(*item) for item in islice(objects, limit))
+        return (ObjectInfo(*item) for item in islice((item for item in objects if item[0] > after), limit))
 
     def folders(self, prefix: str) -> tuple[str, ...]:
         names = (item.key[len(prefix) :].split("/") for item in self.list(prefix))

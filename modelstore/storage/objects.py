@@ -137,9 +137,10 @@ class ObjectStorage(Storage):
         except Exception as error:
             raise failure(error, key, "look at") from error
 
-    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
         check_prefix(prefix)
-        return islice(self._list(prefix, 1000 if limit is None else min(max(limit, 1), 1000)), limit)
+        page = 1000 if limit is None else min(max(limit, 1), 1000)
+        return islice(self._list(prefix, page, after), limit)
 
     def folders(self, prefix: str) -> tuple[str, ...]:
         check_prefix(prefix)
@@ -174,12 +175,14 @@ class ObjectStorage(Storage):
             raise _ends_before(key, start + out.nbytes)
         out[:] = data
 
-    def _list(self, prefix: str, page: int) -> Iterator[ObjectInfo]:
+    def _list(self, prefix: str, page: int, after: str) -> Iterator[ObjectInfo]:
         last = ""
         try:
-            for batch in obstore.list(self._store, prefix or None, chunk_size=page):
+            for batch in obstore.list(self._store, prefix or None, offset=after or None, chunk_size=page):
                 for item in map(_info, batch):
-                    if key_problem(item.key):  # not ours
+                    if (
+                        key_problem(item.key) or item.key <= after
+                    ):  # not ours, or obstore began earlier (after "a/", say)
                         continue
                     if item.key <= last:  # S3 Express buckets
                         raise StorageError(f"{self.url} does not list its objects in order; use another bucket.")

@@ -75,14 +75,15 @@ class RetryingStorage(WrappingStorage):
 
         self.around("put", key, act)
 
-    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[ObjectInfo]:
-        started, attempt, last = self._clock(), 0, ""
+    def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
+        started, attempt, left = self._clock(), 0, limit
         while True:
             try:
-                for item in self.inner.list(prefix, limit=limit):
-                    if item.key > last:  # a repeated listing begins again: what was handed out is passed over
-                        attempt, started, last = 0, self._clock(), item.key
-                        yield item
+                for item in self.inner.list(prefix, limit=left, after=after):
+                    # A listing that broke off goes on after what was handed out, with new patience.
+                    started, attempt, after = self._clock(), 0, item.key
+                    left = None if left is None else left - 1
+                    yield item
                 return
             except TransientStorageError as error:
                 attempt += 1

@@ -44,8 +44,8 @@ class WrappingStorage(Storage):
     def info(self, key: str) -> ObjectInfo | None:
         return self.around("info", key, lambda: self.inner.info(key))
 
-    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[ObjectInfo]:
-        objects = self.inner.list(prefix, limit=limit)
+    def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
+        objects = self.inner.list(prefix, limit=limit, after=after)
         # The request is made when the first object is asked for, so that is what is wrapped.
         first = self.around("list", prefix, lambda: next(objects, None))
         if first is not None:

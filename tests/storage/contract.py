@@ -164,6 +164,11 @@ class StorageContract:
         for limit in range(len(keys) + 2):
             assert self.keys(storage, limit=limit) == sorted(keys)[:limit]
         assert [(item.key, item.size) for item in storage.list("b/", limit=1)] == [("b/1", 3)]
+        for after in (*keys, "a/", "b", "zz"):
+            expected = [key for key in sorted(keys) if key > after]
+            assert [item.key for item in storage.list("", after=after)] == expected
+            assert [item.key for item in storage.list("", after=after, limit=2)] == expected[:2]
+        assert [item.key for item in storage.list("b/", after="b/1")] == ["b/10", "b/2"]
 
     def test_folders(self, storage: Storage) -> None:
         for key in ("m/b/1", "m/a/x/2", "m/c", "n/1", "top"):

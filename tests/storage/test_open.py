@@ -1,0 +1,186 @@
+"""URLs and options."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from modelstore.errors import NotFoundError, UnsupportedError
+from modelstore.storage.filesystem import require_exclusive_create
+from modelstore.storage.local import LocalStorage
+from modelstore.storage.memory import MemoryStorage
+from modelstore.storage.open import open_storage
+from modelstore.storage.options import azure_settings, gcs_settings, s3_settings
+
+KEYS = {"key": "AKIA", "secret": "hush", "client_kwargs": {"region_name": "eu-west-1"}}
+
+
+def test_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for url in ("./store", "store", str(tmp_path / "store"), tmp_path / "store", f"file://{tmp_path}/store"):
+        storage = open_storage(url)
+        assert isinstance(storage, LocalStorage)
+        assert storage.url == f"file://{tmp_path}/store"
+    assert not (tmp_path / "store").exists()
+
+
+def test_memory() -> None:
+    one, other = open_storage("memory://one"), open_storage("memory://other")
+    assert isinstance(one, MemoryStorage)
+    one.create("a", b"x")
+    assert open_storage("memory://one").get("a") == b"x"
+    assert other.info("a") is None
+
+
+@pytest.mark.parametrize("engine", ["obstore", "s3fs"])
+@pytest.mark.parametrize("url", ["s3://bucket/a/b", "s3://bucket/a/b/", "s3a://bucket/a/b"])
+def test_s3(url: str, engine: str) -> None:
+    pytest.importorskip(engine)
+    assert open_storage(url, KEYS, engine).url == "s3://bucket/a/b"
+
+
+def test_secrets_are_not_shown() -> None:
+    storage = open_storage("s3://AKIA:hush@bucket/a")
+    assert storage.url == "s3://bucket/a"
+    storage = open_storage("https://user:hush@example.org/models?token=hush", read_only=True)
+    assert storage.url == "https://example.org/models"
+
+
+def test_clouds() -> None:
+    assert open_storage("gs://bucket/x", {"token": "anon"}).url == "gs://bucket/x"
+    assert open_storage("az://box/x", {"account_name": "me", "anon": True}).url == "az://box/x"
+    assert open_storage("abfs://box@me.dfs.core.windows.net/x", {"anon": True}).url == "az://box/x"
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "engine", "said"),
+    [
+        ("", {}, None, "give a folder"),
+        ("s3://", {}, None, "names no bucket"),
+        ("s3://bucket/../x", {}, None, "Invalid key"),
+        ("s3://bucket/x?a=b", {}, None, "storage_options"),
+        ("s3://bucket", {"colour": "red"}, None, "'colour'"),
+        ("s3://bucket", {"colour": "red"}, "s3fs", "'colour'"),
+        ("s3://bucket", {"client_kwargs": {"colour": 1}}, None, "client_kwargs.*'colour'"),
+        ("s3://bucket", {"client_kwargs": 3}, None, "client_kwargs.*mapping"),
+        ("gs://bucket", {"colour": "red"}, None, "'colour'"),
+        ("az://bucket", {"colour": "red"}, None, "'colour'"),
+        ("./store", {"colour": "red"}, None, "'colour'"),
+        ("./store", {}, "s3fs", "s3:// only"),
+        ("gs://bucket", {}, "s3fs", "s3:// only"),
+        ("s3://bucket", {}, "curl", "one of obstore, s3fs"),
+        ("nonsense://x", {}, None, "nonsense"),
+    ],
+)
+def test_wrong_arguments(url: str, options: dict[str, object], engine: str | None, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        open_storage(url, options, engine)
+
+
+@pytest.mark.parametrize("url", ["http://example.org/x", "ftp://example.org/x", "github://a:b@main/x"])
+def test_no_exclusive_create_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    class Pretender(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        cachable = False
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **_: (Pretender(), url))
+    with pytest.raises(UnsupportedError, match=r"not known to create a file exclusively.*read_only=True"):
+        open_storage(url)
+
+
+def test_pretended_exclusive_creates_are_refused() -> None:
+    from fsspec.implementations.local import LocalFileSystem
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    for kind in (LocalFileSystem, MemoryFileSystem):
+        with pytest.raises(UnsupportedError):
+            require_exclusive_create(kind(), "x")
+    obstore_fsspec = pytest.importorskip("obstore.fsspec")
+    with pytest.raises(UnsupportedError):
+        require_exclusive_create(obstore_fsspec.FsspecStore("s3"), "s3")
+    s3fs = pytest.importorskip("s3fs")
+    require_exclusive_create(s3fs.S3FileSystem(anon=True), "s3")
+
+
+def test_reading_any_file_system(tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("m/b/1", "0123456789")
+        file.writestr("m/a", "x")
+    storage, out = open_storage(f"zip://m::file://{tmp_path}/a.zip", read_only=True), bytearray(3)
+    assert [item.key for item in storage.list("")] == ["a", "b/1"]
+    assert [item.key for item in storage.list("", limit=1)] == ["a"]
+    assert storage.folders("") == ("b",)
+    storage.read("b/1", 2, memoryview(out))
+    assert out == b"234"
+    assert storage.get("a") == b"x"
+    info = storage.info("b/1")
+    assert info is not None
+    assert info.size == 10
+    assert storage.info("b") is None
+    with pytest.raises(NotFoundError):
+        storage.get("c")
+    with pytest.raises(UnsupportedError, match="reading only"):
+        storage.create("c", b"")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    monkeypatch.delitem(sys.modules, "modelstore.storage.objects", raising=False)
+    for url, extra in (("s3://bucket", "s3"), ("gs://bucket", "gcs"), ("az://bucket", "azure")):
+        with pytest.raises(UnsupportedError, match=rf"obstore: pip install 'modelstore\[{extra}\]'"):
+            open_storage(url)
+
+
+def test_s3_options() -> None:
+    settings = s3_settings(
+        {
+            "key": "k",
+            "secret": "s",
+            "token": "t",
+            "endpoint_url": "http://host:1",
+            "client_kwargs": {"region_name": "r"},
+            "config_kwargs": {"connect_timeout": 1, "read_timeout": 2},
+            "s3_additional_kwargs": {"ServerSideEncryption": "AES256"},
+        }
+    )
+    assert settings.config == {
+        "endpoint": "http://host:1",
+        "region": "r",
+        "access_key_id": "k",
+        "secret_access_key": "s",
+        "session_token": "t",
+        "server_side_encryption": "AES256",
+        "disable_bulk_delete": True,
+    }
+    assert settings.client["allow_http"] is True
+    assert (settings.connect_seconds, settings.stall_seconds) == (1, 2)
+    assert s3_settings({"anon": True}).config["skip_signature"] is True
+
+
+def test_cloud_options() -> None:
+    assert gcs_settings({"token": {"a": 1}}).config == {"service_account_key": '{"a": 1}'}
+    assert gcs_settings({"token": "/key.json"}).config == {"service_account": "/key.json"}
+    assert azure_settings({"connection_string": "AccountName=n;AccountKey=a==;X=y"}).config == {
+        "account_name": "n",
+        "account_key": "a==",
+    }
+
+
+def test_profiles_lie_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("botocore")
+    from modelstore.storage.objects import _Credentials
+    from modelstore.storage.options import aws_credentials
+
+    file = tmp_path / "credentials"
+    file.write_text("[work]\naws_access_key_id = k\naws_secret_access_key = s\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    session = aws_credentials(s3_settings({"profile": "work"}))
+    given = _Credentials(session.get_credentials())()
+    assert (given["access_key_id"], given["secret_access_key"]) == ("k", "s")
+    assert aws_credentials(s3_settings({"anon": True})) is None
