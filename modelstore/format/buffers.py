@@ -14,3 +14,8 @@ Buffer: TypeAlias = bytes | bytearray | memoryview | Bytes
 def as_bytes(buffer: Buffer) -> Bytes:
     """Any contiguous buffer as a flat array of its bytes, without a copy."""
     return np.frombuffer(buffer, dtype=np.uint8)
+
+
+def view(buffer: Bytes) -> memoryview:
+    """An array of bytes as a memoryview, writable if the array is."""
+    return memoryview(buffer)  # type: ignore[arg-type]  # typeshed knows ndarray as a buffer from Python 3.12 on

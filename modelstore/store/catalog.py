@@ -17,7 +17,7 @@ from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, Sto
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
 from modelstore.format.names import ORIGINAL, Reference
-from modelstore.format.record import StoreInfo, TagRecord, VariantEntry, VersionRecord
+from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.storage.base import Storage
 
 _encoder = msgspec.json.Encoder(order="deterministic")
@@ -40,7 +40,8 @@ class Catalog:
         except NotFoundError:
             if not create:
                 raise NotFoundError(
-                    f"there is no store at {self._storage.url}: save a model to make one, or check the address", object=rec.STORE_KEY
+                    f"there is no store at {self._storage.url}: save a model to make one, or check the address",
+                    object=rec.STORE_KEY,
                 ) from None
         self._storage.create(rec.STORE_KEY, _encoder.encode(StoreInfo(FORMAT, uuid.uuid4().hex)))
         return rec.parse(self._storage.get(rec.STORE_KEY), StoreInfo, rec.STORE_KEY)
@@ -78,7 +79,9 @@ class Catalog:
             return self._version_at(info.key)
         if not any(self._heads(model, 1)):
             raise self._no_model(model)
-        raise NotFoundError(f"model {model!r} has no version {version}: list them with 'modelstore ls {model}'", model=model)
+        raise NotFoundError(
+            f"model {model!r} has no version {version}: list them with 'modelstore ls {model}'", model=model
+        )
 
     def resolve(self, ref: Reference) -> VersionRecord:
         """The live version that a reference names; its variant is not looked at."""
@@ -88,7 +91,9 @@ class Catalog:
         record = self.version(ref.name, version)
         if record.deleted:
             via = f" (tag {ref.tag!r})" if ref.tag else ""
-            raise NotFoundError(f"version {version}{via} of model {ref.name!r} was deleted: choose another", model=ref.name)
+            raise NotFoundError(
+                f"version {version}{via} of model {ref.name!r} was deleted: choose another", model=ref.name
+            )
         return record
 
     def entry(self, ref: Reference) -> tuple[VersionRecord, VariantEntry]:
@@ -97,7 +102,8 @@ class Catalog:
         if ref.variant not in record.variants:
             known = ", ".join(record.variants)
             raise NotFoundError(
-                f"version {record.version} of model {ref.name!r} has no variant {ref.variant!r}: it has {known}", model=ref.name
+                f"version {record.version} of model {ref.name!r} has no variant {ref.variant!r}: it has {known}",
+                model=ref.name,
             )
         return record, record.variants[ref.variant]
 
@@ -128,12 +134,16 @@ class Catalog:
                 return record
         raise self._busy(model)
 
-    def publish_variant(self, model: str, version: int, variant: str, writer: str, entry: VariantEntry) -> VersionRecord:
+    def publish_variant(
+        self, model: str, version: int, variant: str, writer: str, entry: VariantEntry
+    ) -> VersionRecord:
         """Make a variant of a live version visible; `ConflictError` where the name is taken or the version went away."""
         for _ in range(_RACES):
             head = self.version(model, version)
             if head.deleted:
-                raise ConflictError(f"version {version} of model {model!r} was deleted meanwhile: nothing was published", model=model)
+                raise ConflictError(
+                    f"version {version} of model {model!r} was deleted meanwhile: nothing was published", model=model
+                )
             if variant in head.variants and head.variants[variant].manifest != entry.manifest:
                 raise ConflictError(
                     f"version {version} of model {model!r} has a variant {variant!r} already: delete it first, or choose a name",
@@ -163,7 +173,8 @@ class Catalog:
                 tags = sorted(tag for tag, at in self.tags(model).items() if at == version)
                 if tags:
                     raise ConflictError(
-                        f"version {version} of model {model!r} is tagged {', '.join(tags)}: move or remove the tag first", model=model
+                        f"version {version} of model {model!r} is tagged {', '.join(tags)}: move or remove the tag first",
+                        model=model,
                     )
                 record = self._next(head, writer, deleted=True)
             else:
@@ -171,7 +182,8 @@ class Catalog:
                     raise NotFoundError(f"version {version} of model {model!r} has no variant {variant!r}", model=model)
                 if variant == ORIGINAL:
                     raise ConflictError(
-                        f"every version keeps its original: delete the whole version {model}@{version} instead", model=model
+                        f"every version keeps its original: delete the whole version {model}@{version} instead",
+                        model=model,
                     )
                 record = self._next(head, writer, variants={k: v for k, v in head.variants.items() if k != variant})
             if self._create_version(record):
@@ -198,7 +210,7 @@ class Catalog:
         key = rec.version_key(record.model, record.version, record.number)
         return self._storage.create(key, _encoder.encode(record)) or self._own(key, VersionRecord, record)
 
-    def _own(self, key: str, kind: type[VersionRecord] | type[TagRecord], record: VersionRecord | TagRecord) -> bool:
+    def _own(self, key: str, kind: type[R], record: R) -> bool:
         return rec.parse(self._storage.get(key), kind, key) == record
 
     @staticmethod
@@ -222,7 +234,8 @@ class Catalog:
         record = rec.parse(self._storage.get(key), VersionRecord, key)
         if rec.version_key(record.model, record.version, record.number) != key:
             raise StorageError(
-                f"object {key} speaks of version {record.version} of {record.model!r}: it was moved; put it back", object=key
+                f"object {key} speaks of version {record.version} of {record.model!r}: it was moved; put it back",
+                object=key,
             )
         return record
 
@@ -239,6 +252,6 @@ class Catalog:
 
     @staticmethod
     def _busy(model: str) -> ModelStoreError:
-        return ConflictError(f"{_RACES} writers of model {model!r} came first: try again when fewer write at once", model=model)
-
-
+        return ConflictError(
+            f"{_RACES} writers of model {model!r} came first: try again when fewer write at once", model=model
+        )

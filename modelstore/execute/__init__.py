@@ -1,0 +1,1 @@
+"""Runs plans under a byte budget, with threads: reads, checks, decoding and copies overlap."""

@@ -1,0 +1,119 @@
+"""Fetches a job's chunks and checks them; a wrong byte is never handed on, another copy is tried instead."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from blake3 import blake3
+
+from modelstore.errors import CorruptionError, NotFoundError, StorageError
+from modelstore.format.buffers import Bytes, view
+from modelstore.format.manifest import Manifest
+from modelstore.format.record import pack_key
+from modelstore.plan.read import Range, ReadJob, Want
+from modelstore.storage.base import Storage
+from modelstore.store.heal import replace_pack
+
+log = logging.getLogger("modelstore")
+
+
+@dataclass
+class Fetcher:
+    """Bytes of one manifest's chunks, from a store or, where that fails, its mirrors."""
+
+    model: str
+    manifest: Manifest
+    storage: Storage
+    mirrors: Sequence[Storage] = ()
+    _healed: set[int] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _scratch: threading.local = field(default_factory=threading.local)
+
+    def ranges(self, job: ReadJob, wants: Sequence[Want]) -> dict[int, Bytes]:
+        """The encoded bytes of each of the job's rows, checked. They lie in this thread's scratch buffer."""
+        buffer = self._buffer(job.fetched)
+        pieces: dict[Range, Bytes | None] = {}
+        at = 0
+        for r in job.ranges:
+            piece = buffer[at : at + r.stop - r.start]
+            at += len(piece)
+            pieces[r] = piece if self._read(r.pack, r.start, piece) else None
+        manifest = self.manifest
+        found: dict[int, Bytes] = {}
+        for chunk in job.chunks:
+            for row in chunk.rows:
+                pack, start, n = int(manifest.pack[row]), int(manifest.offset[row]), int(manifest.length[row])
+                r, whole = next(
+                    (r, p) for r, p in pieces.items() if r.pack == pack and r.start <= start and start + n <= r.stop
+                )
+                data = None if whole is None else whole[start - r.start : start - r.start + n]
+                if data is None or blake3(view(data)).digest() != manifest.digest(row):
+                    data = self.recover(row, wants[chunk.want].tensor.name, chunk.chunk)
+                found[row] = data
+        return found
+
+    def direct(self, row: int, out: Bytes, tensor: str, chunk: int) -> None:
+        """Read one row's bytes straight to where they belong, checked."""
+        manifest = self.manifest
+        read = self._read(int(manifest.pack[row]), int(manifest.offset[row]), out)
+        if not read or blake3(view(out)).digest() != manifest.digest(row):
+            out[:] = self.recover(row, tensor, chunk)
+
+    def recover(self, row: int, tensor: str, chunk: int) -> Bytes:
+        """A row's bytes from any good copy; the bad one is replaced. `CorruptionError` where there is none."""
+        manifest = self.manifest
+        pack, start, n = int(manifest.pack[row]), int(manifest.offset[row]), int(manifest.length[row])
+        key = pack_key(manifest.packs[pack])
+        data = np.empty(n, np.uint8)
+        reasons = []
+        for storage in (self.storage, *self.mirrors):
+            try:
+                storage.read(key, start, view(data))
+            except (NotFoundError, CorruptionError, StorageError) as error:
+                reasons.append(str(error))
+                continue
+            if blake3(view(data)).digest() == manifest.digest(row):
+                if storage is not self.storage:
+                    self._heal(pack, storage)
+                return data
+            reasons.append(f"the bytes in {storage.url} do not match their digest")
+        raise CorruptionError(
+            f"chunk {chunk} of tensor {tensor!r} of model {self.model!r} is lost: "
+            f"bytes {start} to {start + n} of {key} are wrong "
+            f"({'; '.join(reasons)}); run 'modelstore repair {self.model} --from URL' with another copy of the store",
+            model=self.model,
+            tensor=tensor,
+            chunk=chunk,
+            object=key,
+        )
+
+    def _buffer(self, nbytes: int) -> Bytes:
+        """This thread's buffer for this manifest, used again by the next job: fresh pages would cost more than the read."""
+        buffer: Bytes | None = getattr(self._scratch, "buffer", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._scratch.buffer = np.empty(-(-nbytes >> 20) << 20, np.uint8)
+        return buffer[:nbytes]
+
+    def _read(self, pack: int, start: int, out: Bytes) -> bool:
+        """Whether the bytes could be read; they are not checked yet."""
+        try:
+            self.storage.read(pack_key(self.manifest.packs[pack]), start, view(out))
+        except (NotFoundError, CorruptionError):
+            return False
+        return True
+
+    def _heal(self, pack: int, mirror: Storage) -> None:
+        with self._lock:
+            if pack in self._healed:
+                return
+            self._healed.add(pack)
+        digest = self.manifest.packs[pack]
+        try:
+            replace_pack(self.storage, mirror, digest)
+            log.warning("pack %s of %s was damaged and has been replaced from %s", digest, self.storage.url, mirror.url)
+        except (NotFoundError, CorruptionError, StorageError) as error:
+            log.warning("pack %s of %s is damaged and could not be replaced: %s", digest, self.storage.url, error)

@@ -1,0 +1,105 @@
+"""Memory: budgets, and host buffers in huge pages (fresh 4 KiB pages cost more than filling them)."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from modelstore.format.buffers import Bytes
+
+MAX_DEFAULT = 4 << 30
+_ALIGN = 64
+_HUGE = 2 << 20
+_ARENA = 32 << 20
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_size(size: int | str) -> int:
+    """A size in bytes from a number or a text such as '1GiB' or '500 MB'; `ValueError` where it is neither."""
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise TypeError(f"a size is a number of bytes or a text such as '1GiB', not {size!r}")
+    if isinstance(size, int):
+        number, unit = float(size), ""
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
+        if not match or match[2].lower() not in _UNITS:
+            raise ValueError(f"size {size!r} is not valid: write a number and a unit, such as '512MiB' or '8GB'")
+        number, unit = float(match[1]), match[2].lower()
+    if number <= 0:
+        raise ValueError(f"size {size!r} is not positive")
+    return int(number * _UNITS[unit])
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free now: of the machine, or of the container where that is less."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                pages = int(line.split()[1]) << 10
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            pages = min(pages, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # not Linux, or no cgroup v2: what sysconf says stands
+    return max(pages, 1)
+
+
+def budget(memory: int | str | None) -> int:
+    """Working memory in bytes: what was asked for, else a quarter of what is free and at most 4 GiB."""
+    if memory is not None:
+        asked = parse_size(memory)
+        if asked < 64 << 20:
+            raise ValueError(f"memory={memory!r} is below the 64 MiB that any work needs")
+        return asked
+    return max(64 << 20, min(MAX_DEFAULT, free_memory() // 4))
+
+
+class Arena:
+    """Hands out zero-filled byte buffers aligned to 64 bytes, cut from maps that ask for huge pages.
+
+    Small buffers share maps of 32 MiB; a map is freed when the last buffer in it is. Not for use by several threads.
+    """
+
+    def __init__(self) -> None:
+        self._map = np.empty(0, np.uint8)
+        self._at = 0
+
+    def allocate(self, nbytes: int) -> Bytes:
+        """A writable buffer of `nbytes` bytes; `MemoryError` where there is no room for it."""
+        if nbytes >= _ARENA // 4:
+            return _huge(nbytes)
+        if self._at + nbytes > len(self._map):
+            self._map, self._at = _huge(_ARENA), 0
+        buffer = self._map[self._at : self._at + nbytes]
+        self._at += -(-nbytes // _ALIGN) * _ALIGN
+        return buffer
+
+
+def _huge(nbytes: int) -> Bytes:
+    try:
+        area = mmap.mmap(-1, nbytes + _HUGE)
+    except (OSError, OverflowError, ValueError):
+        raise MemoryError(f"no room for {nbytes} bytes: load fewer tensors at once, or a slice of them") from None
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
+            area.madvise(mmap.MADV_HUGEPAGE)
+    buffer = np.frombuffer(area, np.uint8)
+    start = -buffer.ctypes.data % _HUGE
+    return buffer[start : start + nbytes]

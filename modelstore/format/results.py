@@ -1,0 +1,157 @@
+"""What a store answers: plain data, the same for Python, `--json` and tables. Sizes are bytes, times Unix seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """A version that was made: raw bytes of its tensors, bytes newly stored, and of chunks found already stored."""
+
+    model: str
+    version: int
+    variant: str
+    tensors: int
+    bytes: int
+    stored: int
+    reused: int
+    seconds: float
+    digest: str
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """A model: how many live versions, the newest, its tags, and the newest's sizes."""
+
+    name: str
+    versions: int
+    newest: int
+    tags: dict[str, int]
+    bytes: int
+    stored: int
+
+
+class VersionInfo(msgspec.Struct, frozen=True):
+    """A live version: when it was made, the tags that name it, its variants, the sizes of its original."""
+
+    version: int
+    created: float
+    tags: tuple[str, ...]
+    variants: tuple[str, ...]
+    bytes: int
+    stored: int
+
+
+class VariantInfo(msgspec.Struct, frozen=True):
+    """A variant: its codec, sizes, how many tensors, when it was made."""
+
+    variant: str
+    codec: str
+    bytes: int
+    stored: int
+    tensors: int
+    created: float
+
+
+class TensorInfo(msgspec.Struct, frozen=True):
+    """A tensor of a variant, as it is stored."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    codec: str
+    bytes: int
+    stored: int
+    chunks: int
+    digest: str
+
+
+class FileInfo(msgspec.Struct, frozen=True):
+    """A file of a model."""
+
+    path: str
+    bytes: int
+
+
+class Description(msgspec.Struct, frozen=True):
+    """All that is known of a variant."""
+
+    model: str
+    version: int
+    variant: str
+    tags: tuple[str, ...]
+    created: float
+    bytes: int
+    stored: int
+    tensors: tuple[TensorInfo, ...]
+    files: tuple[FileInfo, ...]
+    aliases: dict[str, str]
+    metadata: dict[str, str]
+    parent: str | None
+    recipe: dict[str, Any]
+    metrics: dict[str, float]
+
+
+class Exported(msgspec.Struct, frozen=True):
+    """Files that were written."""
+
+    path: str
+    files: tuple[str, ...]
+    bytes: int
+    seconds: float
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Something that is not as it should be, and where."""
+
+    kind: str
+    message: str
+    model: str | None = None
+    tensor: str | None = None
+    chunk: int | None = None
+    object: str | None = None
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a verification or repair found, and what it mended."""
+
+    chunks: int
+    bytes: int
+    tensors: int
+    problems: tuple[Problem, ...]
+    repaired: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong (any more)."""
+        return not self.problems
+
+
+class Diff(msgspec.Struct, frozen=True):
+    """What differs between two variants: tensors by name, chunks of tensors that both have, stored bytes only in the second."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[str, ...]
+    chunks_changed: int
+    chunks_total: int
+    bytes_changed: int
+    bytes_total: int
+
+
+class SweptObject(msgspec.Struct, frozen=True):
+    """An object that nothing refers to."""
+
+    key: str
+    size: int
+
+
+class Swept(msgspec.Struct, frozen=True):
+    """What garbage collection removed, or would remove, and how many objects stay."""
+
+    objects: tuple[SweptObject, ...]
+    bytes: int
+    kept: int
+    dry_run: bool

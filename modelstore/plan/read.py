@@ -1,0 +1,130 @@
+"""What will be read: which ranges of which packs, and where each chunk's values go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from modelstore.format import grid
+from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.region import Region, Shape, extent, intersect, shift
+from modelstore.plan.layout import Share
+
+JOB_BYTES = 8 << 20  # raw bytes that one job decodes, about
+GAP = 32 << 10  # bytes between two wanted ranges that are read rather than skipped
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A part of a tensor to read, into a buffer of the share's shape."""
+
+    tensor: Tensor
+    share: Share
+
+    @property
+    def shape(self) -> Shape:
+        return self.share.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a part of a chunk goes: `source` within the chunk, `place` within the wanted buffer."""
+
+    source: Region
+    place: Region
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRead:
+    """One chunk to read: its tensor's place among the wants, its index in the grid, its region, its rows (one a plane)."""
+
+    want: int
+    chunk: int
+    region: Region
+    rows: tuple[int, ...]
+    targets: tuple[Target, ...]
+
+    @property
+    def whole(self) -> Region | None:
+        """Where the chunk goes, if all of it goes to one place."""
+        if len(self.targets) == 1 and extent(self.targets[0].source) == extent(self.region):
+            return self.targets[0].place
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bytes of a pack to fetch in one request."""
+
+    pack: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """Chunks that one worker fetches and decodes in one go; `nbytes` are raw."""
+
+    chunks: tuple[ChunkRead, ...]
+    ranges: tuple[Range, ...]
+    nbytes: int
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that the job's requests ask for."""
+        return sum(r.stop - r.start for r in self.ranges)
+
+
+def chunk_reads(wants: Iterable[Want]) -> Iterator[ChunkRead]:
+    """Every chunk that the wants touch, in their order."""
+    for index, want in enumerate(wants):
+        tensor = want.tensor
+        pieces = list(want.share.pieces())
+        if len(pieces) == 1:
+            touched = grid.touching(tensor.shape, tensor.chunk, pieces[0][0]).tolist()
+        else:
+            touched = sorted({int(c) for p in pieces for c in grid.touching(tensor.shape, tensor.chunk, p[0])})
+        for chunk in touched:
+            region = grid.chunk_region(tensor.shape, tensor.chunk, chunk)
+            targets = []
+            for stored, placed in pieces:
+                both = intersect(region, stored)
+                if both is not None:
+                    origin = tuple((c - a, c) for (a, _), (c, _) in zip(stored, placed, strict=True))
+                    place = tuple((a + d[0], b + d[0]) for (a, b), d in zip(both, origin, strict=True))
+                    targets.append(Target(shift(both, region), place))
+            rows = tuple(plane.first + chunk for plane in tensor.planes)
+            yield ChunkRead(index, chunk, region, rows, tuple(targets))
+
+
+def plan_read(manifest: Manifest, wants: list[Want]) -> Iterator[ReadJob]:
+    """The wanted chunks in jobs, in order; each job's neighbouring bytes are fetched together.
+
+    Pure and lazy: a job is made when it is asked for, so a plan for a million chunks costs what is used of it.
+    """
+    chunks: list[ChunkRead] = []
+    nbytes = 0
+    for chunk in chunk_reads(wants):
+        size = wants[chunk.want].tensor.kind.itemsize
+        for a, b in chunk.region:
+            size *= b - a
+        if chunks and nbytes + size > JOB_BYTES:
+            yield _job(manifest, chunks, nbytes)
+            chunks, nbytes = [], 0
+        chunks.append(chunk)
+        nbytes += size
+    if chunks:
+        yield _job(manifest, chunks, nbytes)
+
+
+def _job(manifest: Manifest, chunks: list[ChunkRead], nbytes: int) -> ReadJob:
+    pack, offset, length = manifest.pack, manifest.offset, manifest.length
+    at = sorted((int(pack[r]), int(offset[r]), int(length[r])) for c in chunks for r in c.rows)
+    ranges: list[Range] = []
+    for p, start, n in at:
+        last = ranges[-1] if ranges else None
+        if last and last.pack == p and start - last.stop <= GAP:
+            ranges[-1] = Range(p, last.start, max(last.stop, start + n))
+        else:
+            ranges.append(Range(p, start, start + n))
+    return ReadJob(tuple(chunks), tuple(ranges), nbytes)

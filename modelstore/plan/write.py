@@ -1,0 +1,110 @@
+"""What will be written: for each tensor its codec, its chunks, and the steps in which its bytes are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from modelstore.format import grid
+from modelstore.format.dtypes import DTYPES
+from modelstore.format.manifest import CodecSpec
+from modelstore.format.region import Region, Shape
+
+STEP = 8 << 20  # raw bytes that one step reads and encodes, at least, where there is that much
+FILE_CODEC = CodecSpec("lossless")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """How one tensor will be stored. `whole` keeps it in one piece in its pack, under its own name and dtype."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    chunk: Shape
+    codec: CodecSpec
+    whole: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A region of a tensor to read at once; the chunks in it to encode; whether it advances the tensor's digest."""
+
+    tensor: int
+    region: Region
+    chunks: tuple[int, ...]
+    hashed: bool
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Parts that one worker reads and encodes in one go."""
+
+    parts: tuple[Part, ...]
+    nbytes: int
+
+
+def plan_tensor(
+    name: str,
+    dtype: str,
+    shape: Shape,
+    codec: CodecSpec,
+    *,
+    whole: bool = False,
+    axis: Callable[[str], int | None] | None = None,
+) -> TensorPlan:
+    """The plan of one tensor; `axis` says along which dimension ranks will slice it."""
+    whole = whole and DTYPES[dtype].safetensors is not None and bool(shape or dtype != "float4_e2m1fn_x2")
+    along = axis(name) if axis else None
+    if along is not None and not -len(shape) <= along < len(shape):
+        along = None
+    chunk = grid.chunk_shape(
+        shape, DTYPES[dtype].itemsize, axis=None if along is None else along % len(shape), rows_only=whole
+    )
+    return TensorPlan(name, dtype, shape, chunk, codec, whole)
+
+
+def plan_steps(tensors: Iterable[tuple[int, TensorPlan]], slab_limit: int) -> Iterator[Step]:
+    """The reading and encoding of tensors, in order, in steps of about `STEP` bytes.
+
+    A slab above `slab_limit` bytes is read twice, in bands to digest it and chunk by chunk to encode it, so that
+    memory does not grow with the tensor.
+    """
+    parts: list[Part] = []
+    nbytes = 0
+    for index, tensor in tensors:
+        for part in _parts(index, tensor, slab_limit):
+            if parts and nbytes + part.nbytes > STEP:
+                yield Step(tuple(parts), nbytes)
+                parts, nbytes = [], 0
+            parts.append(part)
+            nbytes += part.nbytes
+    if parts:
+        yield Step(tuple(parts), nbytes)
+
+
+def _parts(index: int, tensor: TensorPlan, slab_limit: int) -> Iterator[Part]:
+    size = tensor.itemsize
+    for slab in grid.slabs(tensor.shape, tensor.chunk):
+        touched = tuple(grid.touching(tensor.shape, tensor.chunk, slab).tolist())
+        nbytes = _nbytes(slab, size)
+        if nbytes <= max(slab_limit, STEP):
+            yield Part(index, slab, touched, True, nbytes)
+        else:
+            for band in grid.bands(slab, size, STEP):
+                yield Part(index, band, (), True, _nbytes(band, size))
+            for chunk in touched:
+                region = grid.chunk_region(tensor.shape, tensor.chunk, chunk)
+                yield Part(index, region, (chunk,), False, _nbytes(region, size))
+
+
+def _nbytes(region: Region, itemsize: int) -> int:
+    size = itemsize
+    for a, b in region:
+        size *= b - a
+    return size

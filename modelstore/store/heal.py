@@ -1,0 +1,55 @@
+"""Replaces a damaged pack by a good copy from another store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from blake3 import blake3
+
+from modelstore.errors import CorruptionError, NotFoundError
+from modelstore.format.buffers import view
+from modelstore.format.record import pack_key
+from modelstore.storage.base import Storage
+
+_PIECE = 8 << 20
+
+
+def pieces(storage: Storage, key: str, size: int) -> Iterator[bytes]:
+    """An object's bytes in pieces of 8 MiB."""
+    for start in range(0, size, _PIECE):
+        piece = np.empty(min(_PIECE, size - start), np.uint8)
+        storage.read(key, start, view(piece))
+        yield piece.tobytes()
+
+
+def pack_is_good(storage: Storage, digest: str) -> bool:
+    """Whether the pack is there and its bytes are what its name says; reads all of it."""
+    key = pack_key(digest)
+    info = storage.info(key)
+    if info is None:
+        return False
+    hasher = blake3()
+    try:
+        for piece in pieces(storage, key, info.size):
+            hasher.update(piece)
+    except (NotFoundError, CorruptionError):
+        return False
+    return hasher.hexdigest() == digest
+
+
+def replace_pack(storage: Storage, mirror: Storage, digest: str) -> None:
+    """Copy a pack from a mirror, where it is whole, over the one in `storage`.
+
+    The name is the digest of the bytes, so readers at work find the same pack, or a good one where it was bad.
+    `NotFoundError` or `CorruptionError` where the mirror has no good copy.
+    """
+    key = pack_key(digest)
+    info = mirror.info(key)
+    if info is None:
+        raise NotFoundError(f"{mirror.url} has no object {key}: try another copy of the store", object=key)
+    if not pack_is_good(mirror, digest):
+        raise CorruptionError(
+            f"the copy of {key} in {mirror.url} is damaged too: try another copy of the store", object=key
+        )
+    storage.put(key, pieces(mirror, key, info.size), info.size)

@@ -1,0 +1,69 @@
+"""Manifests in a store: written with a copy among the packs, read through a small cache."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from modelstore.errors import CorruptionError, FormatError, NotFoundError
+from modelstore.format import manifest as man
+from modelstore.format.manifest import Manifest
+from modelstore.format.record import VariantEntry, manifest_key
+from modelstore.storage.base import Storage
+from modelstore.store import packs
+
+COPY_ENTRY = "manifest"
+_CACHED_BYTES = 256 << 20
+
+
+class Manifests:
+    """Manifests of one store. Safe to use from many threads."""
+
+    def __init__(self, storage: Storage, mirrors: tuple[Storage, ...] = ()) -> None:
+        self._storages = (storage, *mirrors)
+        self._cache: OrderedDict[str, tuple[Manifest, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def write(self, model: str, manifest: Manifest, refresh_before: float) -> tuple[str, str]:
+        """Store a manifest, and a copy of it as a pack, from which a lost one is rebuilt: both digests."""
+        digest, data = man.encode(manifest)
+        builder = packs.PackBuilder()
+        builder.add(COPY_ENTRY, data)
+        copy = packs.finish(builder, {"kind": "manifest", "manifest": digest, "model": model})
+        packs.store(self._storages[0], copy, refresh_before)
+        self._storages[0].put(manifest_key(model, digest), iter([data]), len(data))
+        return digest, copy.digest
+
+    def read(self, model: str, digest: str) -> Manifest:
+        """A manifest by its digest, from the store or a mirror of it; each is checked before it is believed."""
+        with self._lock:
+            if digest in self._cache:
+                self._cache.move_to_end(digest)
+                return self._cache[digest][0]
+        key = manifest_key(model, digest)
+        problem: Exception | None = None
+        for storage in self._storages:
+            try:
+                data = storage.get(key)
+                manifest = man.decode(data, digest, key)
+            except (NotFoundError, FormatError) as error:
+                problem = problem or error
+                continue
+            self._remember(digest, manifest, len(data))
+            return manifest
+        raise CorruptionError(
+            f"the manifest {digest[:12]}… of model {model!r} is lost or damaged ({problem}): "
+            f"run 'modelstore repair {model}' to rebuild it from its copy",
+            model=model,
+            object=key,
+        ) from problem
+
+    def entry(self, model: str, entry: VariantEntry) -> Manifest:
+        """The manifest of a variant's entry."""
+        return self.read(model, entry.manifest)
+
+    def _remember(self, digest: str, manifest: Manifest, size: int) -> None:
+        with self._lock:
+            self._cache[digest] = manifest, 4 * size
+            while len(self._cache) > 1 and sum(n for _, n in self._cache.values()) > _CACHED_BYTES:
+                self._cache.popitem(last=False)

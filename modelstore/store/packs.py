@@ -1,0 +1,97 @@
+"""Packs: objects of many encoded chunks, each a valid safetensors file named by the BLAKE3 of its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+from blake3 import blake3
+
+from modelstore.format.buffers import Buffer, as_bytes, view
+from modelstore.format.manifest import FORMAT, CodecSpec
+from modelstore.format.record import pack_key
+from modelstore.format.region import Shape
+from modelstore.format.safetensors import Entry, build_header
+from modelstore.storage.base import Storage
+
+METADATA_KEY = "modelstore"
+PACK_BYTES = 128 << 20
+
+
+class TensorNote(msgspec.Struct, frozen=True):
+    """What a pack says of a tensor that has chunks in it, so that the data can be read by the pack alone."""
+
+    dtype: str
+    shape: Shape
+    chunk: Shape
+    codec: CodecSpec
+
+
+class PackNote(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A pack's own description, in its metadata."""
+
+    format: int
+    tensors: dict[str, TensorNote] = {}
+
+
+@dataclass(slots=True)
+class PackBuilder:
+    """A pack being filled in memory. Entries lie in the order in which they are added."""
+
+    entries: list[Entry] = field(default_factory=list)
+    pieces: list[Buffer] = field(default_factory=list)
+    notes: dict[str, TensorNote] = field(default_factory=dict)
+    size: int = 0
+
+    def add(self, name: str, data: Buffer) -> int:
+        """Append an entry; its offset from the first byte of the pack's data."""
+        data = as_bytes(data)
+        start = self.size
+        self.entries.append(Entry(name, "uint8", (len(data),), start, start + len(data)))
+        self.pieces.append(data)
+        self.size += len(data)
+        return start
+
+    def announce(self, name: str, dtype: str, shape: Shape, nbytes: int) -> None:
+        """An entry whose bytes will be written by the caller: a tensor in one piece, too large to be held."""
+        self.entries.append(Entry(name, dtype, shape, self.size, self.size + nbytes))
+        self.size += nbytes
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """The safetensors header of what was added so far."""
+        note = msgspec.json.encode(PackNote(FORMAT, self.notes), order="deterministic").decode()
+        return build_header(self.entries, {**metadata, METADATA_KEY: note})
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """A finished pack: its name, its bytes, and where its data begins."""
+
+    digest: str
+    pieces: tuple[Buffer, ...]
+    size: int
+    data_start: int
+
+
+def finish(builder: PackBuilder, metadata: Mapping[str, str]) -> Pack:
+    """The pack's bytes and name. The header comes first, so every offset is `data_start` later than `add` said."""
+    header = builder.header(metadata)
+    hasher = blake3(header)
+    for piece in builder.pieces:
+        hasher.update(view(as_bytes(piece)))
+    return Pack(hasher.hexdigest(), (header, *builder.pieces), len(header) + builder.size, len(header))
+
+
+def store(storage: Storage, pack: Pack, refresh_before: float) -> bool:
+    """Put a pack where it is not there yet; whether it was written.
+
+    One that was last written before `refresh_before` (Unix seconds) may be garbage about to be swept: it is written again,
+    so that its age protects it until it is published.
+    """
+    key = pack_key(pack.digest)
+    there = storage.info(key)
+    if there and there.size == pack.size and there.modified >= refresh_before:
+        return False
+    storage.put(key, iter(pack.pieces), pack.size)
+    return there is None
