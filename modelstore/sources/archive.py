@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from modelstore.errors import FormatError, UnsupportedError
+from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.region import Shape
 from modelstore.format.safetensors import MAX_BYTES, MAX_DIMENSIONS
@@ -78,7 +78,9 @@ class Archive:
         try:
             with zipfile.ZipFile(_View(opened, path, start, self._length)) as zipped:
                 infos = zipped.infolist()
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, UnicodeDecodeError) as error:
+        except ModelStoreError:
+            raise
+        except Exception as error:  # zipfile fails in its own ways on bytes that are no zip
             raise self._bad(f"not a valid torch.save archive ({error})") from None
         self._records = {info.filename: info for info in infos}
         if len(self._records) != len(infos):

@@ -8,7 +8,6 @@ straight from where they lie. Files from before torch 1.6 have no such layout: t
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def open_file(path: Path, *, files: Mapping[str, Path | bytes] | None = None) ->
     """One file of `torch.save`. `FormatError` names whatever in it is neither a tensor nor plain data."""
     if not path.is_file():
         raise NotFoundError(f"{path} is not a file", object=str(path))
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         return _open_legacy(path, files or {})
     return _open({path.name: path}, kept=files or {}, skipped={})
 
@@ -50,7 +49,7 @@ def open_directory(root: Path) -> Source:
     kept, skipped = leave_duplicates(folder, used)
     kept.pop(INDEX, None)
     shards = {name: folder.take(name) for name in sorted(used)}
-    old = [name for name, path in shards.items() if not zipfile.is_zipfile(path)]
+    old = [name for name, path in shards.items() if not _is_archive(path)]
     if old:
         if len(shards) == 1:
             return _open_legacy(shards[old[0]], kept)
@@ -62,6 +61,11 @@ def open_directory(root: Path) -> Source:
         source.close()
         raise FormatError(f"{root}: the index names {missing[0]!r}, and no file has it", object=str(root))
     return source
+
+
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"  # as torch.load tells the two formats apart
 
 
 def _choose(folder: Folder) -> tuple[set[str], Mapping[str, str]]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from modelstore.errors import FormatError, ModelStoreError, NotFoundError, UnsupportedError
@@ -26,6 +27,7 @@ from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import fingerprint
 from modelstore.sources.folder import read_json
 from modelstore.sources.reading import boxed
+from modelstore.sources.zarr_chunks import Chunks, chunk_bytes, overlapping
 from modelstore.sources.zarr_dtypes import Renamed
 
 ATTRIBUTES = "zarr_attributes.json"
@@ -47,6 +49,7 @@ class ZarrSource:
         self._arrays = dict(arrays)
         self._files = dict(files)
         self._fingerprint = fingerprint
+        self._chunks = Chunks()
         self._specs = {name: _spec(name, array, stored.get(name)) for name, array in arrays.items()}
 
     @property
@@ -70,20 +73,39 @@ class ZarrSource:
         return self._fingerprint
 
     def read(self, name: str, region: Region, out: Bytes) -> None:
-        """See `Source.read`; the Zarr chunks that the region touches are decoded whole, some at a time."""
+        """See `Source.read`; the Zarr chunks that the region touches are decoded whole, and large ones kept for a while.
+
+        So memory is bounded by the largest chunk and `zarr_chunks.KEPT`, where a chunk is larger than `out`.
+        """
         spec = self._specs[name]
         regions.check(region, spec.shape)
         boxed(out, region, spec.dtype.itemsize)
         if not out.size:
             return
+        array = self._arrays[name]
+        size = chunk_bytes(array.chunks, spec.dtype.itemsize)
+        if size <= 2 * out.size:
+            values = self._decode(name, region)
+            copy_box(values, regions.full(values.shape), out)
+            return
+        # Chunks larger than what is asked for: each is decoded once, and serves the regions that follow.
+        box = boxed(out, region, spec.dtype.itemsize)
+        for chunk, shared in overlapping(region, spec.shape, array.chunks):
+            values = self._chunks.get((name, chunk), size, lambda chunk=chunk: self._decode(name, chunk))  # type: ignore[misc]
+            part = np.empty(regions.size(shared) * spec.dtype.itemsize, np.uint8)
+            copy_box(values, regions.shift(shared, chunk), part)
+            target = box[regions.slices(regions.shift(shared, region))]
+            target[...] = part.reshape(target.shape)
+
+    def _decode(self, name: str, region: Region) -> NDArray[Any]:
         try:
-            values = np.asarray(self._arrays[name].get_basic_selection(regions.slices(region)))
+            return np.asarray(self._arrays[name].get_basic_selection(regions.slices(region)))
         except Exception as error:  # codecs fail in their own ways on bytes that are not theirs
             raise FormatError(f"tensor {name!r}: zarr cannot read {region}: {str(error)[:300]}", tensor=name) from error
-        copy_box(values, regions.full(values.shape), out)
 
     def close(self) -> None:
         self._arrays.clear()
+        self._chunks.clear()
 
 
 def open_directory(root: Path) -> ZarrSource:
@@ -134,7 +156,7 @@ def _spec(name: str, array: Any, stored: DType | None) -> TensorSpec:
     check_tensor(name)
     kind = stored or dtype_of(name, array.dtype)
     shape = tuple(int(n) for n in array.shape)
-    chunk = math.prod(int(n) for n in array.chunks) * kind.itemsize
+    chunk = chunk_bytes(array.chunks, kind.itemsize)
     if any(n < 0 for n in shape) or math.prod(n for n in shape if n) * kind.itemsize > MAX_BYTES:
         raise FormatError(f"array {name!r} has shape {shape}, which is not valid", tensor=name)
     if chunk > MAX_CHUNK:
