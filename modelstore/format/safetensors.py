@@ -156,7 +156,7 @@ def _parse_entry(name: str, fields: Any) -> Entry:
     if not isinstance(fields, dict) or not fields.keys() >= {"dtype", "shape", "data_offsets"}:
         raise bad("an entry has 'dtype', 'shape' and 'data_offsets'")
     label, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if label in _SUB_BYTE if isinstance(label, str) else False:
+    if isinstance(label, str) and label in _SUB_BYTE:
         raise UnsupportedError(f"tensor {name!r} has dtype {label}, which torch lacks", tensor=name)
     if not isinstance(label, str) or label not in FROM_SAFETENSORS:
         raise bad(f"unknown dtype {str(label)[:40]!r}; known are {', '.join(FROM_SAFETENSORS)}")
