@@ -25,7 +25,7 @@ from modelstore.plan.read import ChunkRead, ReadJob, Want, plan_read
 _PER_THREAD = 24 << 20  # working memory of one reading thread: encoded bytes, a decoded plane, a chunk for cut copies
 _REMOTE_THREADS = 16
 
-Allocate = Callable[[int], Bytes]
+Allocate = Callable[[int, int], Bytes]  # (the want's place in the list, bytes) → a writable buffer of that many
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Reader:
         Reads run in the order of the wants. With `bounded`, buffers not yet taken count against the memory, and one
         tensor above it is let through alone; without, all are the caller's.
         """
-        allocate = allocate or Arena().allocate
+        arena = Arena()
+        allocate = allocate or (lambda _, nbytes: arena.allocate(nbytes))
         threads = limits.reading_threads(self._local)
         buffers: dict[int, Bytes] = {}
         left: dict[int, int] = {}  # chunks not finished, of the wants begun
@@ -87,7 +88,7 @@ class Reader:
         def begin(index: int) -> None:
             nonlocal held
             nbytes = math.prod(wants[index].shape) * wants[index].tensor.kind.itemsize
-            buffers[index] = allocate(nbytes)
+            buffers[index] = allocate(index, nbytes)
             left[index] = 0
             held += nbytes
 

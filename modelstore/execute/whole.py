@@ -39,6 +39,7 @@ class WholeWriter:
     refresh_before: float
     metadata: Mapping[str, str]
     progress: Callable[[int], None] | None = None
+    finished: Callable[[dict[str, Written]], None] | None = None
     tally: Tally = field(default_factory=Tally)
 
     def write(self, inputs: Sequence[Input]) -> dict[str, Written]:
@@ -121,6 +122,8 @@ class WholeWriter:
                 self.known.setdefault(content, (digest, at, n))
                 at += n
             done[item.plan.name] = Written(digested.tensor, {"data": rows})
+        if self.finished:
+            self.finished(done)
         return done
 
 

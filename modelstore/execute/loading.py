@@ -1,0 +1,255 @@
+"""Loads tensors: whole models, ranks' shares, single regions; into new memory, maps, or a module's own parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from modelstore.errors import FormatError, NotFoundError
+from modelstore.execute import tensors as ten
+from modelstore.execute.fetch import Fetcher
+from modelstore.execute.memory import Arena
+from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.saving import LONGEST_CHAIN
+from modelstore.format.buffers import Bytes
+from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.region import from_index
+from modelstore.plan.layout import Layout, Share, whole
+from modelstore.plan.read import Want
+from modelstore.storage.base import Storage
+from modelstore.store.manifests import Manifests
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int], None]
+
+
+class Model:
+    """One variant of one version, open for reading."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        mirrors: tuple[Storage, ...],
+        manifests: Manifests,
+        model: str,
+        manifest: Manifest,
+        *,
+        depth: int = 0,
+    ) -> None:
+        if depth > LONGEST_CHAIN + 1:
+            raise FormatError(
+                f"the deltas of model {model!r} are more than {LONGEST_CHAIN} deep: its manifest is not valid",
+                model=model,
+            )
+        base = None
+        if manifest.base is not None:
+            under = manifests.read(manifest.base.model, manifest.base.manifest)
+            base = Model(storage, mirrors, manifests, manifest.base.model, under, depth=depth + 1).reader
+            self.chain = 1 + _chain(manifests, under)
+        else:
+            self.chain = 0
+        self.name = model
+        self.manifest = manifest
+        self.reader = Reader(Fetcher(model, manifest, storage, mirrors), base)
+        self._storage = storage
+
+    def file(self, path: str) -> bytes:
+        """A file of the model; `NotFoundError` where it has none of that path."""
+        for file in self.manifest.files:
+            if file.name == path:
+                return self.reader.region(file, ((0, file.shape[0]),)).tobytes()
+        known = ", ".join(f.name for f in self.manifest.files[:10]) or "none"
+        raise NotFoundError(f"model {self.name!r} has no file {path!r}: it has {known}", model=self.name)
+
+    def config(self) -> dict[str, Any] | None:
+        """The model's config.json, None where it has none or it is not a JSON object."""
+        if not any(file.name == "config.json" for file in self.manifest.files):
+            return None
+        try:
+            config = json.loads(self.file("config.json"))
+        except (ValueError, RecursionError):
+            return None
+        return config if isinstance(config, dict) else None
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by its name, or a tied one's; `NotFoundError` where there is none."""
+        try:
+            return self.manifest.by_name[name]
+        except KeyError:
+            raise NotFoundError(
+                f"model {self.name!r} has no tensor {name!r}: list them with 'modelstore show {self.name}'",
+                model=self.name,
+                tensor=name,
+            ) from None
+
+    def shares(self, shard: Layout | None, names: Iterable[str] | None) -> dict[str, Share]:
+        """What is to be read: tensors by name, in model order, with the part of each; tied names included."""
+        chosen = list(self.manifest.by_name) if names is None else [n for n in names if self.tensor(n)]
+        shapes = {name: self.manifest.by_name[name].shape for name in chosen}
+        if shard is None:
+            return {name: whole(shape) for name, shape in shapes.items()}
+        return shard.shares(self.config(), shapes)
+
+    def stream(
+        self,
+        shares: Mapping[str, Share],
+        limits: Limits,
+        *,
+        device: str | torch.device = "cpu",
+        bounded: bool = True,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors by name, as they become ready; tied ones are one tensor under each of their names."""
+        import torch
+
+        place = torch.device(device)
+        groups: dict[tuple[str, Share], list[str]] = {}
+        for name, share in shares.items():
+            groups.setdefault((self.tensor(name).name, share), []).append(name)
+        wants = [Want(self.tensor(name), share) for name, share in groups]
+        names = list(groups.values())
+        allocate = (lambda _, nbytes: ten.pinned(nbytes)) if place.type == "cuda" else None
+        for index, buffer in self.reader.stream(wants, limits, allocate=allocate, bounded=bounded, progress=progress):
+            tensor = ten.to_torch(buffer, wants[index].tensor.dtype, wants[index].shape)
+            if place.type != "cpu":
+                tensor = tensor.to(place)
+            for name in names[index]:
+                yield name, tensor
+
+    def load(
+        self,
+        shares: Mapping[str, Share],
+        limits: Limits,
+        *,
+        device: str | torch.device = "cpu",
+        progress: Progress | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """All of `shares`, in their order."""
+        found = dict(self.stream(shares, limits, device=device, bounded=str(device) != "cpu", progress=progress))
+        return {name: found[name] for name in shares}
+
+    def map(self, shares: Mapping[str, Share]) -> dict[str, torch.Tensor]:
+        """All of `shares`, mapped from local packs and read when they are touched; see `tensors.Mapped`."""
+        mapped = ten.Mapped(self._storage, self.manifest)
+        made: dict[tuple[str, Share], torch.Tensor] = {}
+        for name, share in shares.items():
+            key = (self.tensor(name).name, share)
+            if key not in made:
+                made[key] = mapped.tensor(self.tensor(name), share)
+        return {name: made[self.tensor(name).name, share] for name, share in shares.items()}
+
+    def load_into(
+        self, module: torch.nn.Module, limits: Limits, *, shard: Layout | None, strict: bool, progress: Progress | None
+    ) -> None:
+        """Fill a module's parameters and buffers, in place; those on the meta device are given memory.
+
+        Host tensors are decoded straight into their own memory. `ValueError` where names or shapes do not fit, before
+        anything is changed.
+        """
+        import torch
+
+        targets = {
+            name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)
+        }
+        shares = self.shares(shard, None)
+        stored = {name: (self.tensor(name).dtype, share.shape) for name, share in shares.items()}
+        tied = {id(value): name for name, value in targets.items() if name in stored}
+        wanted = {
+            n: v for n, v in targets.items() if n in stored or id(v) not in tied
+        }  # a tied name the checkpoint leaves out
+        ten.check_targets(wanted, stored, strict)
+        names = [name for name in shares if name in targets]
+        wants = [Want(self.tensor(name), shares[name]) for name in names]
+        direct = [self._own_memory(targets[name], want) for name, want in zip(names, wants, strict=True)]
+        arena = Arena()
+
+        def allocate(index: int, nbytes: int) -> Bytes:
+            memory = direct[index]
+            return memory if memory is not None else arena.allocate(nbytes)
+
+        made: dict[int, torch.Tensor] = {}
+        for index, buffer in self.reader.stream(wants, limits, allocate=allocate, progress=progress):
+            target = targets[names[index]]
+            if direct[index] is not None:
+                continue
+            value = ten.to_torch(buffer, wants[index].tensor.dtype, wants[index].shape)
+            if target.is_meta:
+                made[id(target)] = value.to(target.dtype)
+            else:
+                with torch.no_grad():
+                    target.copy_(value)
+        if made:
+            _materialize(module, made)
+
+    @staticmethod
+    def _own_memory(target: torch.Tensor, want: Want) -> Bytes | None:
+        same = not target.is_meta and target.dtype == ten.torch_dtype(want.tensor.dtype)
+        return ten.bytes_of(target) if same else None
+
+
+class LazyTensor:
+    """A tensor in a store; indexing it reads the chunks that the index touches, and no others.
+
+    `shape` is a tuple, `dtype` torch's name, `nbytes` the raw size. An index is made of ints, slices of step 1 and `...`.
+    """
+
+    def __init__(self, model: Model, name: str, limits: Limits) -> None:
+        self._model = model
+        self._tensor = model.tensor(name)
+        self._limits = limits
+        self.name = name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._tensor.shape
+
+    @property
+    def dtype(self) -> str:
+        return self._tensor.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self._tensor.nbytes
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError(f"tensor {self.name!r} is 0-d: it has no length")
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        region, dropped = from_index(index, self.shape)
+        share = Share(tuple((pair,) for pair in region))
+        ((_, buffer),) = self._model.reader.stream([Want(self._tensor, share)], self._limits, bounded=False)
+        values = ten.to_torch(buffer, self.dtype, share.shape)
+        return values.reshape([n for axis, n in enumerate(share.shape) if axis not in dropped])
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self.name!r}, shape={self.shape}, dtype={self.dtype})"
+
+
+def _chain(manifests: Manifests, manifest: Manifest) -> int:
+    depth = 0
+    while manifest.base is not None and depth <= LONGEST_CHAIN:
+        manifest = manifests.read(manifest.base.model, manifest.base.manifest)
+        depth += 1
+    return depth
+
+
+def _materialize(module: torch.nn.Module, made: Mapping[int, torch.Tensor]) -> None:
+    """Put new memory in the place of a module's tensors on the meta device, by the identity of these; ties stay."""
+    import torch
+
+    parameters: dict[int, torch.nn.Parameter] = {}
+    for part in module.modules():
+        for name, old in list(part._parameters.items()):
+            if old is not None and id(old) in made:
+                fresh = parameters.setdefault(
+                    id(old), torch.nn.Parameter(made[id(old)], requires_grad=old.requires_grad)
+                )
+                part._parameters[name] = fresh
+        for name, held in list(part._buffers.items()):
+            if held is not None and id(held) in made:
+                part._buffers[name] = made[id(held)]

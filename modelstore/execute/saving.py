@@ -1,0 +1,256 @@
+"""Saves a source as a new version: plan, encode, packs, manifest, record."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from modelstore.codecs.registry import codec as make_codec
+from modelstore.errors import FormatError, UnsupportedError
+from modelstore.execute.journal import Journal
+from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.whole import WholeWriter
+from modelstore.execute.writing import Input, Location, PackWriter, ReadRegion, Tally, Written, manifest_tensors
+from modelstore.format.buffers import Bytes
+from modelstore.format.grid import count
+from modelstore.format.manifest import FORMAT, Base, CodecSpec, Manifest, Tensor, chunk_table
+from modelstore.format.names import check_file, check_tensor
+from modelstore.format.record import VariantEntry, VersionRecord
+from modelstore.format.region import Region
+from modelstore.plan.layout import axes
+from modelstore.plan.write import FILE_CODEC, plan_tensor
+from modelstore.sources.base import Source
+from modelstore.storage.base import Storage
+from modelstore.store.catalog import Catalog
+from modelstore.store.manifests import Manifests
+
+CODECS = ("lossless", "raw", "delta")
+GRIDS = ("auto", "whole")
+LONGEST_CHAIN = 8  # deltas of deltas: each link is another read
+_FILE = "file:"  # before a file's path, among the names in packs
+REFRESH = 12 * 3600  # seconds; a pack older than that is written again rather than relied upon, see `packs.store`
+
+
+@dataclass(frozen=True)
+class Against:
+    """A stored variant whose chunks need not be stored again, and that deltas can be made of."""
+
+    model: str
+    digest: str
+    manifest: Manifest
+    reader: Reader
+    chain: int  # how many deltas lie under it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a save made."""
+
+    record: VersionRecord
+    entry: VariantEntry
+    tally: Tally
+
+
+def check_options(codec: str, grid: str, parent: object | None) -> None:
+    """`ValueError` where a save's options do not go together."""
+    if codec not in CODECS:
+        raise ValueError(f"codec {codec!r} is not one of {', '.join(CODECS)}")
+    if grid not in GRIDS:
+        raise ValueError(f"grid {grid!r} is not one of {', '.join(GRIDS)}")
+    if grid == "whole" and codec != "raw":
+        raise ValueError('grid="whole" keeps tensors as they are: save with codec="raw"')
+    if codec == "delta" and parent is None:
+        raise ValueError('codec="delta" stores the difference to a parent: say which by parent="name@version"')
+
+
+def save(
+    storage: Storage,
+    catalog: Catalog,
+    manifests: Manifests,
+    model: str,
+    source: Source,
+    *,
+    codec: str,
+    grid: str,
+    parent: Against | None,
+    previous: Against | None,
+    limits: Limits,
+    progress: Callable[[int], None] | None,
+) -> Outcome:
+    """Store a source's tensors and files and publish them as a new version of `model`.
+
+    Chunks that `parent` or `previous` (the newest version) have are referred to. Nothing is visible before the last step.
+    """
+    base = parent if codec == "delta" and parent is not None and parent.chain < LONGEST_CHAIN else None
+    inputs = plan_inputs(source, codec, grid, base)
+    journal, earlier = _open_journal(storage, model, source, codec, grid, base)
+    known = _known_chunks([a for a in (previous, parent) if a is not None])
+    for done in earlier.values():
+        for chunks in done.planes.values():
+            known.update(chunks)
+    tally = Tally()
+    refresh_before = time.time() - REFRESH
+    written: dict[str, Written] = {}
+    left = []
+    for item in inputs:
+        done_before = earlier.get(item.plan.name)
+        if done_before is None or not _fits(item, done_before):
+            left.append(item)
+            continue
+        written[item.plan.name] = done_before
+        raw = int(np.prod(item.plan.shape, dtype=np.int64)) * item.plan.itemsize
+        tally.raw += raw
+        tally.reused += sum(at[2] for chunks in done_before.planes.values() for _, at in chunks)
+        if progress:
+            progress(raw)
+    note = journal.note if journal else None
+    whole = [item for item in left if item.plan.whole]
+    if whole:
+        metadata = {"format": "pt", **source.metadata}
+        written |= WholeWriter(storage, known, refresh_before, metadata, progress, note, tally).write(whole)
+    cut = [item for item in left if not item.plan.whole]
+    written |= PackWriter(storage, limits, known, refresh_before, progress, note, tally).write(cut)
+    manifest = _manifest(source, inputs, written, base)
+    entry = store_manifest(manifests, model, manifest, codec, refresh_before)
+    record = catalog.publish_version(model, uuid.uuid4().hex, entry)
+    if journal:
+        journal.clear()
+    return Outcome(record, entry, tally)
+
+
+def store_manifest(
+    manifests: Manifests, model: str, manifest: Manifest, codec: str, refresh_before: float
+) -> VariantEntry:
+    """Write a manifest and its copy; the entry that a record publishes it by."""
+    digest, copy = manifests.write(model, manifest, refresh_before)
+    return VariantEntry(digest, copy, manifest.nbytes, manifest.stored, len(manifest.tensors), codec, time.time())
+
+
+def plan_inputs(source: Source, codec: str, grid: str, base: Against | None) -> list[Input]:
+    """Every tensor and file of a source with its plan, in model order; names are checked."""
+    axis = _axes(source.files)
+    storage_spec = CodecSpec("lossless" if codec == "delta" else codec)
+    inputs = []
+    for spec in source.tensors:
+        check_tensor(spec.name)
+        if spec.name.startswith(_FILE):
+            raise FormatError(
+                f"tensor name {spec.name!r} begins with {_FILE!r}, which is kept for files: rename it", tensor=spec.name
+            )
+        under = _base_of(base, spec.name, spec.shape, spec.dtype.name) if base else None
+        plan = plan_tensor(
+            spec.name,
+            spec.dtype.name,
+            spec.shape,
+            CodecSpec("delta") if under else storage_spec,
+            whole=grid == "whole",
+            axis=axis,
+        )
+        inputs.append(Input(plan, make_codec(plan.codec.name, plan.codec.params), _reading(source, spec.name), under))
+    for path, content in source.files.items():
+        check_file(path)
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        plan = plan_tensor(_FILE + path, "uint8", (size,), FILE_CODEC)
+        inputs.append(Input(plan, make_codec(FILE_CODEC.name, FILE_CODEC.params), _file_reading(path, content)))
+    return inputs
+
+
+def _axes(files: Mapping[str, Path | bytes]) -> Callable[[str], int | None] | None:
+    """Along which axis ranks will slice each tensor, where config.json names an architecture that is known."""
+    content = files.get("config.json")
+    if content is None:
+        return None
+    try:
+        config: Any = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+        return axes(config) if isinstance(config, dict) else None
+    except (ValueError, UnsupportedError, RecursionError):
+        return None  # the grid is then cut without a hint; the file itself is kept as it is
+
+
+def _base_of(base: Against, name: str, shape: tuple[int, ...], dtype: str) -> Callable[[Region], Bytes] | None:
+    """How regions of the base's tensor of that name are read, where it has one of the same dtype and shape."""
+    tensor: Tensor | None = base.manifest.by_name.get(name)
+    if tensor is None or tensor.name != name or tensor.shape != shape or tensor.dtype != dtype:
+        return None
+    found = tensor
+    return lambda region: base.reader.region(found, region)
+
+
+def _reading(source: Source, name: str) -> ReadRegion:
+    return lambda region, out: source.read(name, region, out)
+
+
+def _file_reading(path: str, content: Path | bytes) -> ReadRegion:
+    def read(region: Region, out: Bytes) -> None:
+        ((start, stop),) = region
+        if isinstance(content, bytes):
+            data = content[start:stop]
+        else:
+            with content.open("rb") as file:
+                file.seek(start)
+                data = file.read(stop - start)
+        if len(data) != len(out):
+            raise FormatError(f"file {path} changed while it was saved: save again", object=path)
+        out[:] = np.frombuffer(data, np.uint8)
+
+    return read
+
+
+def _known_chunks(stored: list[Against]) -> dict[bytes, Location]:
+    known: dict[bytes, Location] = {}
+    for one in stored:
+        manifest = one.manifest
+        digests = manifest.chunks.digest
+        rows = zip(manifest.pack.tolist(), manifest.offset.tolist(), manifest.length.tolist(), strict=True)
+        for row, (pack, start, n) in enumerate(rows):
+            known.setdefault(digests[32 * row : 32 * row + 32], (manifest.packs[pack], start, n))
+    return known
+
+
+def _open_journal(
+    storage: Storage, model: str, source: Source, codec: str, grid: str, base: Against | None
+) -> tuple[Journal | None, dict[str, Written]]:
+    """The journal of this very work, and what it finished before; none where the source cannot be recognised again."""
+    if source.fingerprint is None:
+        return None, {}
+    identity = "\0".join((str(FORMAT), model, source.fingerprint, codec, grid, base.digest if base else ""))
+    journal = Journal(storage, blake3(identity.encode()).hexdigest()[:32])
+    return journal, journal.finished()
+
+
+def _fits(item: Input, done: Written) -> bool:
+    """Whether a journal's tensor is cut as this release would cut it."""
+    n = count(item.plan.shape, item.plan.chunk)
+    return all(len(chunks) == n for chunks in done.planes.values())
+
+
+def _manifest(source: Source, inputs: list[Input], written: Mapping[str, Written], base: Against | None) -> Manifest:
+    codecs: list[CodecSpec] = []
+    packs: dict[str, int] = {}
+    rows: list[tuple[int, int, int, bytes]] = []
+    entries = manifest_tensors(inputs, written, codecs, packs, rows)
+    tensors = tuple(t for t in entries if not t.name.startswith(_FILE))
+    files = tuple(
+        Tensor(t.name[len(_FILE) :], t.dtype, t.shape, t.chunk, t.codec, t.digest, t.planes)
+        for t in entries
+        if t.name.startswith(_FILE)
+    )
+    return Manifest(
+        FORMAT,
+        tuple(packs),
+        tuple(codecs),
+        tensors,
+        files,
+        chunk_table(rows),
+        aliases=dict(source.aliases),
+        metadata=dict(source.metadata),
+        base=Base(base.model, base.digest) if base else None,
+    )
