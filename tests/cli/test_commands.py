@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 import modelstore as ms
 from modelstore.cli import complete, output
 
-from .conftest import Command, weights
+from tests.cli.conftest import Command
+from tests.cli.models import weights, write_model
 
 Answer = Callable[..., Any]
 
@@ -241,8 +242,6 @@ def test_a_reader_that_leaves_is_no_error(saved: Command) -> None:
 
 @pytest.mark.slow
 def test_stopped_by_ctrl_c_goes_on_by_the_same_command(run: Command, answer: Answer, tmp_path: Path) -> None:
-    from .conftest import write_model
-
     generator = torch.Generator().manual_seed(1)
     big = {f"layer.{i}": torch.randn(1024, 4096, generator=generator).bfloat16() for i in range(40)}
     folder = write_model(tmp_path / "big", big)
