@@ -132,7 +132,8 @@ from storage_backends import CLIENTS
 {CLIENTS[client].imports}
 make = lambda: CLIENTS[{client!r}]({bucket!r}, {prefix!r})
 {act}
-print(time.perf_counter() - started)
+print(time.perf_counter() - started, flush=True)
+import os; os._exit(0)
 """
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 

@@ -82,6 +82,10 @@ def _verdict(error: BaseException) -> bool | None:
     text = str(error)
     if any(code in text for code in _PASSING_CODES):
         return True
+    if _of(
+        error, "aiohttp.http_exceptions", "PayloadEncodingError"
+    ):  # a short body; its code 400 is no server's status
+        return True
     if (status := _status(error, text)) is not None:
         return status in _PASSING_STATUS or status >= 500
     if _of(error, "obstore.exceptions", "GenericError"):

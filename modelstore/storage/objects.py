@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
@@ -192,6 +192,14 @@ class ObjectStorage(Storage):
             raise failure(error, prefix, "list") from error
 
 
+def _object_storage(make: Callable[..., ObjectStore], url: str, settings: ClientSettings) -> ObjectStorage:
+    try:
+        return ObjectStorage(make, url, settings)
+    except BaseError as error:
+        said = str(error).split("\n\nDebug source", 1)[0]
+        raise ValueError(f"Cannot open {url}: {said}") from error
+
+
 def s3_storage(bucket: str, prefix: str, options: StorageOptions) -> ObjectStorage:
     """A bucket of S3, or of a server that speaks like it; a server of one's own is addressed by path."""
     settings = s3_settings(options)
@@ -205,7 +213,7 @@ def s3_storage(bucket: str, prefix: str, options: StorageOptions) -> ObjectStora
     def make(**arguments: Any) -> ObjectStore:
         return S3Store(bucket, prefix=prefix or None, **extra, **arguments)
 
-    return ObjectStorage(make, f"s3://{bucket}/{prefix}", settings)
+    return _object_storage(make, f"s3://{bucket}/{prefix}", settings)
 
 
 def gcs_storage(bucket: str, prefix: str, options: StorageOptions) -> ObjectStorage:
@@ -214,7 +222,7 @@ def gcs_storage(bucket: str, prefix: str, options: StorageOptions) -> ObjectStor
     def make(**arguments: Any) -> ObjectStore:
         return GCSStore(bucket, prefix=prefix or None, **arguments)
 
-    return ObjectStorage(make, f"gs://{bucket}/{prefix}", gcs_settings(options))
+    return _object_storage(make, f"gs://{bucket}/{prefix}", gcs_settings(options))
 
 
 def azure_storage(container: str, prefix: str, options: StorageOptions) -> ObjectStorage:
@@ -223,7 +231,7 @@ def azure_storage(container: str, prefix: str, options: StorageOptions) -> Objec
     def make(**arguments: Any) -> ObjectStore:
         return AzureStore(container, prefix=prefix or None, **arguments)
 
-    return ObjectStorage(make, f"az://{container}/{prefix}", azure_settings(options))
+    return _object_storage(make, f"az://{container}/{prefix}", azure_settings(options))
 
 
 class _Credentials:

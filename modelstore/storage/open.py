@@ -133,5 +133,6 @@ def _needs(module: str, package: str, scheme: str) -> Any:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != package:
             raise
-        extra = {"gs": "gcs", "az": "azure"}.get(scheme, "s3")
-        raise UnsupportedError(f"{scheme}:// needs the package {package}: pip install 'modelstore[{extra}]'.") from None
+        raise UnsupportedError(
+            f"{scheme}:// needs the package {package}: pip install 'modelstore[{scheme}]'."
+        ) from None

@@ -13,6 +13,7 @@ import pytest
 
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.storage.base import Storage
+from modelstore.storage.exclusive import prove_exclusive_create
 
 HOSTILE = (
     "",
@@ -70,6 +71,10 @@ class StorageContract:
         assert storage.get("a/1.json") == b"first"
         storage.delete("a/1.json")
         assert storage.create("a/1.json", b"third") is True
+
+    def test_exclusive_create_is_proved(self, storage: Storage) -> None:
+        prove_exclusive_create(storage)
+        assert self.keys(storage) == []
 
     def test_create_after_put(self, storage: Storage) -> None:
         storage.put("a", [b"x"], 1)

@@ -71,6 +71,7 @@ def test_clouds() -> None:
         ("./store", {}, "s3fs", "s3:// only"),
         ("gs://bucket", {}, "s3fs", "s3:// only"),
         ("s3://bucket", {}, "curl", "one of obstore, s3fs"),
+        ("az://box", {}, None, "Cannot open az://box.*[Aa]ccount"),
         ("nonsense://x", {}, None, "nonsense"),
     ],
 )
@@ -131,7 +132,7 @@ def test_reading_any_file_system(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     monkeypatch.delitem(sys.modules, "modelstore.storage.objects", raising=False)
-    for url, extra in (("s3://bucket", "s3"), ("gs://bucket", "gcs"), ("az://bucket", "azure")):
+    for url, extra in (("s3://bucket", "s3"), ("gs://bucket", "gs"), ("az://bucket", "az")):
         with pytest.raises(UnsupportedError, match=rf"obstore: pip install 'modelstore\[{extra}\]'"):
             open_storage(url)
 

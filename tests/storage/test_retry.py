@@ -10,6 +10,7 @@ import pytest
 
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError, StorageError, UnsupportedError
 from modelstore.storage.base import Storage
+from modelstore.storage.exclusive import prove_exclusive_create
 from modelstore.storage.failures import TransientStorageError, failure, transient
 from modelstore.storage.faults import CountingStorage, FaultyStorage, Killed
 from modelstore.storage.memory import MemoryStorage
@@ -188,6 +189,13 @@ def test_stall(memory: Storage) -> None:
         storage.get("a")
     storage.release()
     assert storage.get("a") == b"x"
+
+
+def test_a_server_that_ignores_the_condition_is_found_out(memory: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "create", lambda key, data: memory.put(key, [data], len(data)) is None)
+    with pytest.raises(UnsupportedError, match="ignores 'If-None-Match"):
+        prove_exclusive_create(memory)
+    assert list(memory.list("")) == []
 
 
 def test_read_only(memory: Storage) -> None:
