@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 import modelstore as ms
 from modelstore.cli import complete, output
-
 from tests.cli.conftest import Command
 from tests.cli.models import weights, write_model
 
