@@ -1,1 +1,53 @@
-"""modelstore: a model saved once, read back exactly, any part of it."""
+"""modelstore: a model saved once, and any part of it read back exactly.
+
+    import modelstore as ms
+
+    store = ms.open("./store")
+    store.save("acme/llama", "path/to/hf_dir", tag="prod")
+    weights = store.load("acme/llama")
+
+Names are looked up when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modelstore import errors
+    from modelstore.client import Store, open
+    from modelstore.plan.layout import ExpertParallel, Layers, PipelineStage, Regions, TensorParallel
+
+__version__ = "0.1.0"
+__all__ = [
+    "ExpertParallel",
+    "Layers",
+    "PipelineStage",
+    "Regions",
+    "Store",
+    "TensorParallel",
+    "__version__",
+    "errors",
+    "open",
+]
+
+_HOMES = {
+    "Store": "modelstore.client",
+    "open": "modelstore.client",
+    **dict.fromkeys(
+        ("ExpertParallel", "Layers", "PipelineStage", "Regions", "TensorParallel"), "modelstore.plan.layout"
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("modelstore.errors")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'modelstore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -25,6 +25,11 @@ def size(region: Region) -> int:
     return math.prod(extent(region))
 
 
+def nbytes(shape: Sequence[int], itemsize: int) -> int:
+    """Bytes of a tensor of that shape."""
+    return math.prod(shape) * itemsize
+
+
 def intersect(one: Region, other: Region) -> Region | None:
     """The overlap of two regions of the same tensor, None where they share no element."""
     both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))

@@ -190,6 +190,16 @@ class Catalog:
                 return record
         raise self._busy(model)
 
+    def delete_model(self, model: str, writer: str) -> None:
+        """Remove every tag of a model, then delete every version; can be done again where it was interrupted."""
+        live = [record for record in self.versions(model) if not record.deleted]
+        if not live:
+            raise self._no_model(model)
+        for tag in self.tags(model):
+            self.set_tag(model, tag, 0, writer)
+        for record in live:
+            self.delete(model, record.version, None, writer)
+
     def set_tag(self, model: str, tag: str, version: int, writer: str) -> TagRecord:
         """Let a tag name a live version; version 0 removes the tag."""
         if version and self.version(model, version).deleted:

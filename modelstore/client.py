@@ -1,0 +1,410 @@
+"""The store as a user sees it: one object, everything by name."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from modelstore.errors import NotFoundError
+from modelstore.execute.loading import LazyTensor, Model
+from modelstore.execute.memory import budget
+from modelstore.execute.progress import Progress, meter
+from modelstore.execute.reading import Limits
+from modelstore.execute.saving import Against, check_options, save
+from modelstore.format import results
+from modelstore.format.manifest import Manifest
+from modelstore.format.names import Reference, check_model, check_word, parse_reference
+from modelstore.format.record import VersionRecord
+from modelstore.format.region import nbytes
+from modelstore.plan.layout import Layout, Regions
+from modelstore.sources.open import open_source
+from modelstore.storage.open import open_storage
+from modelstore.store.catalog import Catalog
+from modelstore.store.compare import diff
+from modelstore.store.describe import describe, model_info, variant_infos, version_info
+from modelstore.store.manifests import Manifests
+
+if TYPE_CHECKING:
+    import torch
+
+    from modelstore.integrations.zarr import ModelArrays
+    from modelstore.sources.open import Openable
+
+Shard = Layout | Mapping[str, Any]
+GRACE = 86_400  # seconds for which garbage collection leaves what nothing refers to
+
+
+def open(
+    url: str | os.PathLike[str],
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    mirrors: Sequence[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
+    engine: str | None = None,
+) -> Store:
+    """The store at `url`: a folder, `file://`, `s3://bucket/prefix`, `gs://`, `az://`, `memory://name`, or another of fsspec's.
+
+    `memory` is the working memory of each call, as bytes or a text like "1GiB" (default: a quarter of what is free, at
+    most 4 GiB); what a call returns comes on top. `threads` (default: the cores; more where requests wait for a network).
+    `mirrors` are copies of the store, read where this one's bytes are wrong or gone, which they then replace.
+    `storage_options` are fsspec's for the protocol; `engine` is the S3 client, "obstore" or "s3fs". A store that is not
+    there yet is made by the first save.
+    """
+    if isinstance(mirrors, str):
+        raise TypeError(f"mirrors is a list of URLs: write [{mirrors!r}]")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} is not positive")
+    return Store(url, memory, threads, tuple(mirrors), storage_options, engine)
+
+
+class Store:
+    """A store of models. Made by `modelstore.open`; may be used from many threads."""
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        memory: int | str | None,
+        threads: int | None,
+        mirrors: tuple[str, ...],
+        storage_options: Mapping[str, Any] | None,
+        engine: str | None,
+    ) -> None:
+        self._storage = open_storage(url, storage_options, engine)
+        self._mirrors = tuple(open_storage(mirror, storage_options, read_only=True) for mirror in mirrors)
+        self._catalog = Catalog(self._storage)
+        self._manifests = Manifests(self._storage, self._mirrors)
+        self._memory = memory
+        self._threads = threads
+        self._checked = False
+        budget(memory)
+
+    @property
+    def url(self) -> str:
+        """Where the store lies, without credentials."""
+        return self._storage.url
+
+    def __repr__(self) -> str:
+        return f"modelstore.open({self.url!r})"
+
+    # ------------------------------------------------------------------ saving
+
+    def save(
+        self,
+        name: str,
+        source: Openable,
+        *,
+        codec: Literal["lossless", "raw", "delta"] = "lossless",
+        grid: Literal["auto", "whole"] = "auto",
+        tag: str | None = None,
+        parent: str | None = None,
+        files: Mapping[str, str | Path | bytes] | None = None,
+        progress: Progress | None = None,
+    ) -> results.Saved:
+        """Save a source as the next version of a model; it is visible when this returns, and not before.
+
+        `source`: a Hugging Face directory, safetensors files, a `.pt`/`.bin` file, a torch DCP or Zarr directory, a
+        mapping of tensors, or a module. `codec`: "lossless" (exact and smaller), "raw" (the bytes as they are), "delta"
+        (the difference to `parent`, exact). `grid="whole"` with "raw" keeps each tensor in one piece, to be mapped, or
+        read from the packs by any safetensors loader. `parent` names a version whose chunks are not stored again; the
+        model's newest always counts. `tag` will name the new version. `files` are added to the source's own: path → local
+        path or bytes. An interrupted save of files goes on where it stopped when it is called again.
+        """
+        started = time.monotonic()
+        check_model(name)
+        check_options(codec, grid, parent)
+        if tag is not None:
+            check_word(tag, "tag")
+        against = self._against(parse_reference(parent)) if parent is not None else None
+        opened = open_source(source, files=files)
+        try:
+            self._open(create=True)
+            total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in opened.tensors)
+            outcome = save(
+                self._storage,
+                self._catalog,
+                self._manifests,
+                name,
+                opened,
+                codec=codec,
+                grid=grid,
+                parent=against,
+                previous=self._newest(name),
+                limits=self._limits(),
+                progress=meter(progress, total, f"saving {name}"),
+            )
+        finally:
+            opened.close()
+        version = outcome.record.version
+        if tag is not None:
+            self._catalog.set_tag(name, tag, version, uuid.uuid4().hex)
+        entry, tally = outcome.entry, outcome.tally
+        seconds = time.monotonic() - started
+        return results.Saved(
+            name, version, "original", entry.tensors, entry.nbytes, tally.stored, tally.reused, seconds, entry.manifest
+        )
+
+    # ------------------------------------------------------------------ loading
+
+    def load(
+        self,
+        ref: str,
+        *,
+        device: str | torch.device = "cpu",
+        shard: Shard | None = None,
+        names: Iterable[str] | None = None,
+        mmap: bool = False,
+        progress: Progress | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of a variant by name, each chunk checked, in memory of their own; tied tensors are one tensor.
+
+        `shard`: a rank's layout (`TensorParallel`, `PipelineStage`, …), or {name: region}. `names`: these tensors only.
+        `mmap=True`, for local models saved with `codec="raw", grid="whole"`, maps them instead: nothing is read, or
+        checked, until it is touched.
+        """
+        model = self._model(parse_reference(ref))
+        shares = model.shares(_layout(shard), names)
+        if mmap:
+            mapped = model.map(shares)
+            return mapped if str(device) == "cpu" else {name: tensor.to(device) for name, tensor in mapped.items()}
+        total = sum(nbytes(share.shape, model.tensor(name).kind.itemsize) for name, share in shares.items())
+        return model.load(shares, self._limits(), device=device, progress=meter(progress, total, f"loading {ref}"))
+
+    def stream(
+        self,
+        ref: str,
+        *,
+        device: str | torch.device = "cpu",
+        shard: Shard | None = None,
+        names: Iterable[str] | None = None,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) pairs of a variant as they become ready, about in model order, within the memory budget.
+
+        A tensor larger than the budget comes alone. Take them one by one, and let go of those that are done with.
+        """
+        model = self._model(parse_reference(ref))
+        return model.stream(model.shares(_layout(shard), names), self._limits(), device=device)
+
+    def load_into(
+        self,
+        module: torch.nn.Module,
+        ref: str,
+        *,
+        shard: Shard | None = None,
+        strict: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        """Fill a module's parameters and buffers with a variant's tensors, in place; those on the meta device get memory.
+
+        `strict`: every name must be on both sides. `ValueError` where names or shapes do not fit; nothing is changed then.
+        """
+        model = self._model(parse_reference(ref))
+        metered = meter(progress, model.manifest.nbytes, f"loading {ref}")
+        model.load_into(module, self._limits(), shard=_layout(shard), strict=strict, progress=metered)
+
+    def tensor(self, ref: str, name: str) -> LazyTensor:
+        """A tensor to be sliced: `store.tensor(ref, name)[a:b, c:d]` reads only the chunks that it touches."""
+        return LazyTensor(self._model(parse_reference(ref)), name, self._limits())
+
+    def zarr(self, ref: str, *, bits: bool = False) -> ModelArrays:
+        """The variant as a read-only Zarr v3 store, for `zarr.open_group(…, mode="r")` and xarray.
+
+        dtypes that Zarr lacks appear widened (bfloat16 as float32, exactly), or with `bits` as unsigned integers.
+        """
+        from modelstore.integrations.zarr import ModelArrays
+        from modelstore.integrations.zarr_reader import ModelReader
+
+        return ModelArrays(ModelReader(self._model(parse_reference(ref))), bits=bits)
+
+    def file(self, ref: str, path: str) -> bytes:
+        """The bytes of one of the model's files, such as `config.json`."""
+        return self._model(parse_reference(ref)).file(path)
+
+    def export(
+        self,
+        ref: str,
+        path: str | os.PathLike[str],
+        *,
+        format: Literal["hf", "safetensors", "zarr"] = "hf",
+        overwrite: bool = False,
+        max_shard_bytes: int = 5_000_000_000,
+        progress: Progress | None = None,
+    ) -> results.Exported:
+        """Write a variant to local files: a Hugging Face directory, one safetensors file, or a Zarr v3 group.
+
+        A target that is there is refused unless `overwrite`. An interrupted export goes on when it is called again.
+        """
+        from modelstore.execute.export import export
+
+        model = self._model(parse_reference(ref))
+        metered = meter(progress, model.manifest.nbytes, f"exporting {ref}")
+        if format == "zarr":
+            from modelstore.integrations.zarr_export import export_zarr
+
+            return export_zarr(model.reader, Path(path), limits=self._limits(), overwrite=overwrite, progress=metered)
+        return export(
+            model.reader,
+            Path(path),
+            format=format,
+            limits=self._limits(),
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            progress=metered,
+        )
+
+    # ------------------------------------------------------------------ looking
+
+    def models(self) -> list[results.ModelInfo]:
+        """All models that have a live version, by name."""
+        self._open()
+        with ThreadPoolExecutor(8) as pool:
+            return [info for info in pool.map(self._model_info, self._catalog.models()) if info is not None]
+
+    def versions(self, name: str) -> list[results.VersionInfo]:
+        """The live versions of a model, oldest first."""
+        self._open()
+        records = [r for r in self._catalog.versions(check_model(name)) if not r.deleted]
+        if not records:
+            self._catalog.newest(name)  # says what is wrong
+        tags = self._catalog.tags(name)
+        return [version_info(record, tags) for record in records]
+
+    def variants(self, ref: str) -> list[results.VariantInfo]:
+        """The variants of a version."""
+        record = self._resolve(parse_reference(ref))
+        return variant_infos(record)
+
+    def describe(self, ref: str) -> results.Description:
+        """All that is known of a variant: sizes, every tensor, files, provenance."""
+        parsed = parse_reference(ref)
+        self._open()
+        record, entry = self._catalog.entry(parsed)
+        tags = [tag for tag, version in self._catalog.tags(parsed.name).items() if version == record.version]
+        return describe(record, parsed.variant, entry, tuple(sorted(tags)), self._manifests.entry(parsed.name, entry))
+
+    def diff(self, a: str, b: str) -> results.Diff:
+        """What differs between two variants: tensors by name, chunks, and bytes that only the second one has."""
+        return diff(self._manifest(parse_reference(a)), self._manifest(parse_reference(b)))
+
+    # ------------------------------------------------------------------ keeping
+
+    def verify(self, ref: str | None = None, *, deep: bool = False, progress: Progress | None = None) -> results.Report:
+        """Check every stored byte of a variant, or of everything live: each chunk against its digest.
+
+        `deep` decodes as well, and checks every tensor's own digest. Never raises for what it finds: read `problems`.
+        """
+        from modelstore.execute.verify import verify
+
+        self._open()
+        metered = meter(progress, 0, "verifying")
+        return verify(
+            self._storage,
+            self._catalog,
+            self._manifests,
+            _reference(ref),
+            deep=deep,
+            limits=self._limits(),
+            progress=metered,
+        )
+
+    def repair(
+        self, ref: str | None = None, *, source: str | None = None, progress: Progress | None = None
+    ) -> results.Report:
+        """Mend what `verify` finds: lost manifests from their copies, damaged packs from `source`, a copy of the store."""
+        from modelstore.store.repair import repair
+
+        self._open()
+        other = open_storage(source, read_only=True) if source is not None else None
+        metered = meter(progress, 0, "repairing")
+        return repair(self._storage, self._catalog, self._manifests, _reference(ref), other, progress=metered)
+
+    def tag(self, ref: str, tag: str) -> None:
+        """Let a tag name a version; readers of the tag find it from then on."""
+        record = self._resolve(parse_reference(ref))
+        self._catalog.set_tag(record.model, check_word(tag, "tag"), record.version, uuid.uuid4().hex)
+
+    def untag(self, name: str, tag: str) -> None:
+        """Remove a tag; the version stays."""
+        self._open()
+        self._catalog.tag(check_model(name), check_word(tag, "tag"))  # says so where there is none
+        self._catalog.set_tag(name, tag, 0, uuid.uuid4().hex)
+
+    def delete(self, ref: str, *, all: bool = False) -> None:
+        """Delete a version ("name@3"), one variant of it ("name@3:int8"), or with `all` every version of a model ("name").
+
+        It is gone for readers at once; its bytes are freed by `gc`. A tagged version is refused, unless `all` is given.
+        """
+        parsed = parse_reference(ref)
+        self._open()
+        writer = uuid.uuid4().hex
+        if all:
+            if not parsed.is_newest or parsed.variant != "original":
+                raise ValueError(f"all=True deletes a whole model: give its name alone, not {ref!r}")
+            self._catalog.delete_model(parsed.name, writer)
+            return
+        if parsed.is_newest:
+            raise ValueError(
+                f"{ref!r} does not say which version: write {parsed.name}@VERSION, or all=True for the whole model"
+            )
+        record = self._catalog.resolve(parsed)
+        variant = parsed.variant if ":" in ref else None
+        self._catalog.delete(parsed.name, record.version, variant, writer)
+
+    def gc(self, *, dry_run: bool = True, grace: float = GRACE) -> results.Swept:
+        """Remove objects that nothing refers to and that are older than `grace` seconds; by default only say which.
+
+        What was deleted less than `grace` seconds ago is kept too: readers and writers at work then lose nothing.
+        """
+        from modelstore.store.garbage import collect
+
+        self._open()
+        return collect(self._storage, self._catalog, self._manifests, dry_run=dry_run, grace=grace)
+
+    # ------------------------------------------------------------------ within
+
+    def _open(self, *, create: bool = False) -> None:
+        if not self._checked:
+            self._catalog.open(create=create)
+            self._checked = True
+
+    def _limits(self) -> Limits:
+        return Limits(budget(self._memory), self._threads)
+
+    def _resolve(self, ref: Reference) -> VersionRecord:
+        self._open()
+        return self._catalog.resolve(ref)
+
+    def _manifest(self, ref: Reference) -> Manifest:
+        self._open()
+        return self._manifests.entry(ref.name, self._catalog.entry(ref)[1])
+
+    def _model(self, ref: Reference) -> Model:
+        return Model(self._storage, self._mirrors, self._manifests, ref.name, self._manifest(ref))
+
+    def _against(self, ref: Reference) -> Against:
+        model = self._model(ref)
+        digest = self._catalog.entry(ref)[1].manifest
+        return Against(ref.name, digest, model.manifest, model.reader, model.chain)
+
+    def _newest(self, name: str) -> Against | None:
+        try:
+            return self._against(Reference(name))
+        except NotFoundError:
+            return None
+
+    def _model_info(self, name: str) -> results.ModelInfo | None:
+        live = [record for record in self._catalog.versions(name) if not record.deleted]
+        return model_info(live, self._catalog.tags(name)) if live else None
+
+
+def _reference(ref: str | None) -> Reference | None:
+    return parse_reference(ref) if ref is not None else None
+
+
+def _layout(shard: Shard | None) -> Layout | None:
+    return Regions(shard) if isinstance(shard, Mapping) else shard

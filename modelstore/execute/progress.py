@@ -1,0 +1,22 @@
+"""How far a work is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
+
+
+def meter(progress: Progress | None, total: int, what: str) -> Callable[[int], None] | None:
+    """A counter of bytes that reports the sum so far; None where nobody listens."""
+    if progress is None:
+        return None
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, max(total, done), what)
+
+    progress(0, total, what)
+    return count

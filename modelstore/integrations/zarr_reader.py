@@ -1,0 +1,31 @@
+"""A stored model, as the Zarr view wants to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from modelstore.execute.loading import Model
+from modelstore.format.region import Region
+from modelstore.integrations.zarr_nodes import Tensor
+
+
+class ModelReader:
+    """One open variant; called from several threads at once."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._tensors = {
+            name: Tensor(tensor.kind, tensor.shape, tensor.chunk) for name, tensor in model.manifest.by_name.items()
+        }
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._tensors
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        return {"model": self._model.name, **self._model.manifest.metadata}
+
+    def read(self, name: str, region: Region) -> bytes:
+        return self._model.reader.region(self._model.tensor(name), region).tobytes()

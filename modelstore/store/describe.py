@@ -1,0 +1,70 @@
+"""Models, versions and variants described as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.names import ORIGINAL
+from modelstore.format.record import VariantEntry, VersionRecord
+from modelstore.format.results import Description, FileInfo, ModelInfo, TensorInfo, VariantInfo, VersionInfo
+
+
+def model_info(live: Sequence[VersionRecord], tags: Mapping[str, int]) -> ModelInfo:
+    """A model from its live versions, oldest first and at least one, and its tags."""
+    newest = live[-1]
+    original = newest.variants[ORIGINAL]
+    return ModelInfo(newest.model, len(live), newest.version, dict(tags), original.nbytes, original.stored)
+
+
+def version_info(record: VersionRecord, tags: Mapping[str, int]) -> VersionInfo:
+    """A live version, and which of the model's tags name it."""
+    original = record.variants[ORIGINAL]
+    named = tuple(sorted(tag for tag, version in tags.items() if version == record.version))
+    return VersionInfo(
+        record.version, original.created, named, tuple(record.variants), original.nbytes, original.stored
+    )
+
+
+def variant_infos(record: VersionRecord) -> list[VariantInfo]:
+    """The variants of a version."""
+    return [VariantInfo(name, e.codec, e.nbytes, e.stored, e.tensors, e.created) for name, e in record.variants.items()]
+
+
+def describe(
+    record: VersionRecord, variant: str, entry: VariantEntry, tags: tuple[str, ...], manifest: Manifest
+) -> Description:
+    """All that a record and a manifest say of a variant."""
+    parent = f"{manifest.base.model} (manifest {manifest.base.manifest})" if manifest.base else None
+    return Description(
+        record.model,
+        record.version,
+        variant,
+        tags,
+        entry.created,
+        manifest.nbytes,
+        manifest.stored,
+        tuple(_tensor(manifest, tensor) for tensor in manifest.tensors),
+        tuple(FileInfo(file.name, file.shape[0]) for file in manifest.files),
+        manifest.aliases,
+        manifest.metadata,
+        parent,
+        manifest.recipe,
+        {},
+    )
+
+
+def _tensor(manifest: Manifest, tensor: Tensor) -> TensorInfo:
+    stored = int(manifest.length[manifest.rows(tensor)].sum())
+    codec = manifest.codecs[tensor.codec].name
+    return TensorInfo(
+        tensor.name,
+        tensor.dtype,
+        tensor.shape,
+        tensor.chunk,
+        codec,
+        tensor.nbytes,
+        stored,
+        tensor.chunks,
+        tensor.digest,
+    )
