@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def save(
     Chunks that `parent` or `previous` (the newest version) have are referred to. Nothing is visible before the last step.
     """
     base = parent if codec == "delta" and parent is not None and parent.chain < LONGEST_CHAIN else None
-    inputs = plan_inputs(source, codec, grid, base)
+    inputs = plan_inputs(source, codec, grid, base, [a.manifest for a in (previous, parent) if a is not None])
     journal, earlier = _open_journal(storage, model, source, codec, grid, base)
     known = _known_chunks([a for a in (previous, parent) if a is not None])
     for done in earlier.values():
@@ -134,8 +134,13 @@ def store_manifest(
     return VariantEntry(digest, copy, manifest.nbytes, manifest.stored, len(manifest.tensors), codec, time.time())
 
 
-def plan_inputs(source: Source, codec: str, grid: str, base: Against | None) -> list[Input]:
-    """Every tensor and file of a source with its plan, in model order; names are checked."""
+def plan_inputs(
+    source: Source, codec: str, grid: str, base: Against | None, earlier: Sequence[Manifest] = ()
+) -> list[Input]:
+    """Every tensor and file of a source with its plan, in model order; names are checked.
+
+    Tensors that an earlier manifest has in the same shape are cut as they are there.
+    """
     axis = _axes(source.files)
     storage_spec = CodecSpec("lossless" if codec == "delta" else codec)
     inputs = []
@@ -153,6 +158,7 @@ def plan_inputs(source: Source, codec: str, grid: str, base: Against | None) -> 
             CodecSpec("delta") if under else storage_spec,
             whole=grid == "whole",
             axis=axis,
+            like=_cut_before(earlier, spec.name, spec.shape, spec.dtype.name),
         )
         inputs.append(Input(plan, make_codec(plan.codec.name, plan.codec.params), _reading(source, spec.name), under))
     for path, content in source.files.items():
@@ -161,6 +167,14 @@ def plan_inputs(source: Source, codec: str, grid: str, base: Against | None) -> 
         plan = plan_tensor(_FILE + path, "uint8", (size,), FILE_CODEC)
         inputs.append(Input(plan, make_codec(FILE_CODEC.name, FILE_CODEC.params), _file_reading(path, content)))
     return inputs
+
+
+def _cut_before(earlier: Sequence[Manifest], name: str, shape: tuple[int, ...], dtype: str) -> tuple[int, ...] | None:
+    for manifest in earlier:
+        tensor = manifest.by_name.get(name)
+        if tensor is not None and tensor.shape == shape and tensor.dtype == dtype:
+            return tensor.chunk
+    return None
 
 
 def _axes(files: Mapping[str, Path | bytes]) -> Callable[[str], int | None] | None:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from modelstore.execute.loading import Model
-from modelstore.format.region import Region
-from modelstore.integrations.zarr_nodes import Tensor
+from modelstore.format.dtypes import DType
+from modelstore.format.region import Region, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class _Array:
+    dtype: DType
+    shape: Shape
+    chunk_shape: Shape
 
 
 class ModelReader:
@@ -16,7 +24,7 @@ class ModelReader:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._tensors = {
-            name: Tensor(tensor.kind, tensor.shape, tensor.chunk) for name, tensor in model.manifest.by_name.items()
+            name: _Array(tensor.kind, tensor.shape, tensor.chunk) for name, tensor in model.manifest.by_name.items()
         }
 
     @property

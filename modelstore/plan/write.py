@@ -57,9 +57,16 @@ def plan_tensor(
     *,
     whole: bool = False,
     axis: Callable[[str], int | None] | None = None,
+    like: Shape | None = None,
 ) -> TensorPlan:
-    """The plan of one tensor; `axis` says along which dimension ranks will slice it."""
+    """The plan of one tensor.
+
+    `axis` says along which dimension ranks will slice it. `like` is the chunk shape of the tensor that it may equal in
+    part, in an earlier version: chunks can only be the same where they are cut the same.
+    """
     whole = whole and DTYPES[dtype].safetensors is not None and bool(shape or dtype != "float4_e2m1fn_x2")
+    if like is not None and not whole:
+        return TensorPlan(name, dtype, shape, like, codec)
     along = axis(name) if axis else None
     if along is not None and not -len(shape) <= along < len(shape):
         along = None
