@@ -1,0 +1,47 @@
+"""Codecs by name, as manifests and recipes speak of them. A new codec is one row here.
+
+A row names a class as "module:Class", loaded when it is first asked for. The class is a frozen dataclass whose fields are the
+codec's parameters, and which refuses wrong values in `__post_init__` with `ValueError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import cast
+
+from modelstore.codecs.base import Codec
+from modelstore.errors import UnsupportedError
+
+_ROWS = MappingProxyType(
+    {
+        "raw": "modelstore.codecs.raw:Raw",
+        "lossless": "modelstore.codecs.lossless:Lossless",
+        "delta": "modelstore.codecs.delta:Delta",
+    }
+)
+
+
+def names() -> tuple[str, ...]:
+    """The names of all codecs."""
+    return tuple(_ROWS)
+
+
+def codec(name: str, params: Mapping[str, object] | None = None) -> Codec:
+    """The codec of that name with these parameters, each having a default.
+
+    `UnsupportedError` where no codec has that name, `ValueError` where it has no such parameter or refuses its value.
+    """
+    if name not in _ROWS:
+        raise UnsupportedError(f"codec {name!r} is not known; known are {', '.join(_ROWS)}")
+    module, attribute = _ROWS[name].split(":")
+    made = getattr(import_module(module), attribute)
+    params = params or {}
+    known = [field.name for field in dataclasses.fields(made)]
+    unknown = sorted(set(params) - set(known))
+    if unknown:
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise ValueError(f"codec {name!r} has no parameter {', '.join(map(repr, unknown))}; {takes}")
+    return cast(Codec, made(**params))
