@@ -32,8 +32,10 @@ LAYERS = {
     "serve": 9,
     "integrations": 9,
 }
-# Siblings on one level know nothing of each other, with these exceptions: the edges may use one another.
+# Siblings on one level know nothing of each other, with one exception: the edges may use one another.
 EDGES = frozenset({"cli", "serve", "integrations"})
+# The client hands out views that live at an edge (`store.zarr`): it looks for them when it is asked, not before.
+ON_DEMAND = frozenset({("client", "integrations")})
 FOREIGN = {  # packages that only these parts may import when they themselves are imported
     "ray": {"cluster"},
     "transformers": {"integrations"},
@@ -116,6 +118,8 @@ def test_imports_go_one_way() -> None:
             if names[0] != "modelstore" or len(names) < 2 or names[1] not in LAYERS or names[1] == here:
                 continue
             there = names[1]
+            if (here, there) in ON_DEMAND and (module, line) not in imports(when_imported(parse(path))):
+                continue
             if LAYERS[there] > LAYERS[here] or (LAYERS[there] == LAYERS[here] and not {here, there} <= EDGES):
                 wrong.append(f"{where(path)}:{line}: {here} imports {module}")
     assert not wrong, "\n".join(wrong)
@@ -139,7 +143,7 @@ def test_file_is_read_in_one_sitting(path: Path) -> None:
 
 def test_all_names_what_is_public() -> None:
     listed = list(modelstore.__all__)
-    assert listed == sorted(listed, key=lambda name: (name.casefold(), name))
+    assert listed == sorted(listed)
     assert len(listed) == len(set(listed))
     missing = [name for name in listed if not hasattr(modelstore, name)]
     assert not missing, f"__all__ promises {missing}"

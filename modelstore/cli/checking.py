@@ -12,7 +12,7 @@ from modelstore.cli.failures import FAILED
 from modelstore.cli.options import AsJson, Debug, Memory, OptionalReference, Quiet, StoreUrl, open_store
 
 if TYPE_CHECKING:
-    from modelstore.client import Report
+    from modelstore.format.results import Report
 
 
 def verify(
@@ -33,7 +33,7 @@ def verify(
     opened = open_store(store, memory=memory)
     with output.progress(quiet=quiet) as report:
         found = opened.verify(ref, deep=deep, progress=report)
-    output.result(found, _lines(found), as_json=json)
+    _result(found, json)
     if not found.ok:
         output.remark(
             "modelstore: damage found; `modelstore repair --from URL` mends it from another copy", quiet=quiet or json
@@ -65,15 +65,23 @@ def repair(
     opened = open_store(store, memory=memory)
     with output.progress(quiet=quiet) as report:
         found = opened.repair(ref, source=source, progress=report)
-    output.result(found, _lines(found), as_json=json)
+    _result(found, json)
     if not found.ok:
         raise typer.Exit(FAILED)
 
 
+def _result(found: Report, json: bool) -> None:
+    if json:
+        import msgspec
+
+        output.result({"ok": found.ok} | msgspec.to_builtins(found), (), as_json=True)
+    else:
+        output.result(found, _lines(found), as_json=False)
+
+
 def _lines(found: Report) -> Iterator[str]:
     yield from (f"{problem.kind}: {problem.message}" for problem in found.problems)
-    mended = found.repaired
-    if mended:
-        yield f"repaired {units.count(mended if isinstance(mended, int) else len(mended), 'object')}"
+    if found.repaired:
+        yield f"repaired {units.count(len(found.repaired), 'object')}"
     checked = f"{units.count(found.tensors, 'tensor')}, {units.count(found.chunks, 'chunk')}, {units.size(found.bytes)}"
     yield f"{'ok' if found.ok else units.count(len(found.problems), 'problem')}: checked {checked}"

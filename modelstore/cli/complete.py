@@ -54,7 +54,7 @@ def _references(store: Store, incomplete: str) -> Iterator[str]:
 
 def _ask(ctx: typer.Context, question: Callable[[Store], Any], incomplete: str) -> list[str]:
     """The answers that begin with what was typed; none where the store cannot be asked, or not in time."""
-    url = ctx.params.get("store") or os.environ.get("MODELSTORE_URL")
+    url = str(ctx.params.get("store") or os.environ.get("MODELSTORE_URL") or "")
     answers: list[str] = []
 
     def ask() -> None:

@@ -14,7 +14,7 @@ from modelstore.errors import CorruptionError
 if TYPE_CHECKING:
     import torch
 
-    from modelstore.client import Saved
+    from modelstore.format.results import Saved
 
 
 class Demo:

@@ -107,7 +107,7 @@ def show(
             "dtypes": ", ".join(sorted({t.dtype for t in about.tensors})),
             "codecs": ", ".join(sorted({t.codec for t in about.tensors})),
             "tied": ", ".join(f"{alias} = {name}" for alias, name in about.aliases.items()),
-            "files": ", ".join(about.files),
+            "files": ", ".join(file.path for file in about.files),
             "parent": about.parent or "",
         }
         width = max(map(len, facts))

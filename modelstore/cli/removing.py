@@ -25,13 +25,15 @@ def rm(
 
     NAME@VERSION removes a version, NAME@VERSION:VARIANT one variant of it, NAME --all the whole model.
 
-    The space is freed by `modelstore gc --delete`.
+    A tagged version is refused: move or remove its tag first. The space is freed by `modelstore gc --delete`.
     """
-    exact = "@" in ref or ":" in ref
-    if exact and everything:
+    exact = "@" in ref
+    if everything and (exact or ":" in ref):
         raise usage(f"--all removes every version: give the model's name alone, not {ref!r}")
     if not exact and not everything:
-        raise usage(f"{ref!r} names all versions: add a version ({ref}@1), or --all to remove every one")
+        raise usage(
+            f"{ref!r} does not say which version: write NAME@VERSION, or --all to remove every version of a model"
+        )
     opened = open_store(store)
     what = f"all versions of {ref}" if everything else ref
     if not yes and asks() and not typer.confirm(f"Remove {what}?", err=True):

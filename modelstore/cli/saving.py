@@ -13,10 +13,11 @@ from modelstore.cli.options import AsJson, Debug, Memory, ModelName, Quiet, Stor
 
 
 class StorageCodec(StrEnum):
-    """How an original is stored: both give back every bit."""
+    """How an original is stored: all give back every bit."""
 
     lossless = "lossless"
     raw = "raw"
+    delta = "delta"
 
 
 class Grid(StrEnum):
@@ -51,11 +52,18 @@ def save(
         ),
     ] = None,
     codec: Annotated[
-        StorageCodec, typer.Option("--codec", help="lossless: exact and smaller. raw: the bytes as they are.")
+        StorageCodec,
+        typer.Option(
+            "--codec",
+            help="lossless: exact and smaller. raw: the bytes as they are. delta: exact, as the difference to --parent.",
+        ),
     ] = StorageCodec.lossless,
     grid: Annotated[
         Grid,
-        typer.Option("--grid", help="auto: cut tensors so that slices read little. whole: each tensor in one piece."),
+        typer.Option(
+            "--grid",
+            help="auto: cut tensors so that slices read little. whole: each tensor in one piece, with --codec raw.",
+        ),
     ] = Grid.auto,
     store: StoreUrl = None,
     memory: Memory = None,

@@ -161,8 +161,8 @@ def test_rm_asks_on_a_terminal(
     saved: Command, answer: Answer, monkeypatch: pytest.MonkeyPatch, said: str, code: int, left: int
 ) -> None:
     monkeypatch.setattr("modelstore.cli.removing.asks", lambda: True)
-    done = saved("rm", "acme/toy@1", input=said, code=code)
-    assert "Remove acme/toy@1?" in done.stderr
+    done = saved("rm", "acme/toy@2", input=said, code=code)
+    assert "Remove acme/toy@2?" in done.stderr
     assert len(answer("ls", "acme/toy")) == left
 
 
