@@ -94,7 +94,9 @@ class Arena:
 
 def _huge(nbytes: int) -> Bytes:
     try:
-        area = mmap.mmap(-1, nbytes + _HUGE)
+        area = mmap.mmap(
+            -1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )  # shared maps get no huge pages
     except (OSError, OverflowError, ValueError):
         raise MemoryError(f"no room for {nbytes} bytes: load fewer tensors at once, or a slice of them") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):

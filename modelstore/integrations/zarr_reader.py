@@ -28,7 +28,7 @@ class ModelReader:
         }
 
     @property
-    def tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> Mapping[str, _Array]:
         return self._tensors
 
     @property
