@@ -26,6 +26,7 @@ class DType:
 
     @property
     def lane(self) -> int:
+        """Bytes of one number: an element, or half of a complex one."""
         return self.itemsize // 2 if self.kind == "complex" else self.itemsize
 
 

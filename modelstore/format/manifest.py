@@ -70,6 +70,7 @@ class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def kind(self) -> DType:
+        """The dtype, with its width and its other names."""
         return DTYPES[self.dtype]
 
 
@@ -105,14 +106,17 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
 
     @cached_property
     def pack(self) -> NDArray[np.uint32]:
+        """Of each chunk, the index of its pack."""
         return np.frombuffer(self.chunks.pack, "<u4")
 
     @cached_property
     def offset(self) -> NDArray[np.uint64]:
+        """Of each chunk, its first byte in its pack, counted from the beginning of the file."""
         return np.frombuffer(self.chunks.offset, "<u8")
 
     @cached_property
     def length(self) -> NDArray[np.uint64]:
+        """Of each chunk, how many bytes it is stored in."""
         return np.frombuffer(self.chunks.length, "<u8")
 
     @cached_property

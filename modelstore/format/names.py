@@ -75,6 +75,7 @@ class Reference:
 
     @property
     def is_newest(self) -> bool:
+        """Whether no version is named, so that the newest is meant."""
         return self.version is None and self.tag is None
 
 

@@ -95,32 +95,40 @@ def ascending(digits: str) -> int | None:
 
 
 def versions_prefix(model: str) -> str:
+    """Where the records of all versions of a model lie; `ValueError` where its name is not valid."""
     return f"{MODELS}{check_model(model)}/versions/"
 
 
 def version_prefix(model: str, version: int) -> str:
+    """Where the records of one version lie."""
     return f"{versions_prefix(model)}{descending(version)}/"
 
 
 def version_key(model: str, version: int, number: int) -> str:
+    """The key of one record of a version."""
     return f"{version_prefix(model, version)}{descending(number)}.json"
 
 
 def tags_prefix(model: str) -> str:
+    """Where the records of all tags of a model lie."""
     return f"{MODELS}{check_model(model)}/tags/"
 
 
 def tag_key(model: str, tag: str, number: int) -> str:
+    """The key of one record of a tag; `ValueError` where its name is not valid."""
     return f"{tags_prefix(model)}{check_word(tag, 'tag')}/{descending(number)}.json"
 
 
 def manifests_prefix(model: str) -> str:
+    """Where the manifests of a model lie."""
     return f"{MODELS}{check_model(model)}/manifests/"
 
 
 def manifest_key(model: str, digest: str) -> str:
+    """The key of the manifest with that digest."""
     return f"{manifests_prefix(model)}{digest}.json.zst"
 
 
 def pack_key(digest: str) -> str:
+    """The key of the pack with that digest."""
     return f"{PACKS}{digest[:2]}/{digest}.safetensors"
