@@ -13,7 +13,7 @@ def prove_exclusive_create(storage: Storage) -> None:
 
     Some servers that speak like S3 take a conditional write and ignore its condition. Costs two writes and a delete.
     """
-    key = f"probe-{secrets.token_hex(8)}"
+    key = f"jobs/probe-{secrets.token_hex(8)}.json"  # where garbage collection finds it, should this be killed
     try:
         storage.create(key, b"first")
         if storage.create(key, b"second"):

@@ -19,6 +19,7 @@ from modelstore.format.manifest import FORMAT
 from modelstore.format.names import ORIGINAL, Reference
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.storage.base import Storage
+from modelstore.storage.exclusive import prove_exclusive_create
 
 _encoder = msgspec.json.Encoder(order="deterministic")
 _RACES = 1000  # how often a lost race is tried again before giving up; each loss means that another writer won
@@ -43,6 +44,7 @@ class Catalog:
                     f"there is no store at {self._storage.url}: save a model to make one, or check the address",
                     object=rec.STORE_KEY,
                 ) from None
+        prove_exclusive_create(self._storage)
         self._storage.create(rec.STORE_KEY, _encoder.encode(StoreInfo(FORMAT, uuid.uuid4().hex)))
         return rec.parse(self._storage.get(rec.STORE_KEY), StoreInfo, rec.STORE_KEY)
 
