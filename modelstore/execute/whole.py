@@ -16,7 +16,7 @@ from blake3 import blake3
 from modelstore.errors import ConflictError
 from modelstore.execute.writing import Input, Location, Tally, Written
 from modelstore.format import grid
-from modelstore.format.buffers import Bytes, view
+from modelstore.format.buffers import Bytes, Pieces, view
 from modelstore.format.record import pack_key
 from modelstore.storage.base import Storage
 from modelstore.store.packs import PackBuilder, TensorNote
@@ -60,9 +60,11 @@ class WholeWriter:
                 done |= self._store(shard)
                 shard = []
             shard.append((item, digested))
-        if shard:
-            done |= self._store(shard)
-        return done
+        if any(d.chunks for _, d in shard):
+            return done | self._store(shard)
+        return done | {
+            item.plan.name: Written(d.tensor, {"data": []}) for item, d in shard
+        }  # a pack of nothing is none
 
     def _digest(self, item: Input) -> _Digested:
         hasher = blake3()
@@ -111,7 +113,7 @@ class WholeWriter:
 
         there = self.storage.info(pack_key(digest))
         if there is None or there.size != size or there.modified < self.refresh_before:
-            self.storage.put(pack_key(digest), data(), size)
+            self.storage.put(pack_key(digest), Pieces(data), size)
             self.tally.stored += size if there is None else 0
         done = {}
         at = len(header)

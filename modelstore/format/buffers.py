@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -9,6 +10,16 @@ from numpy.typing import NDArray
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Buffer: TypeAlias = bytes | bytearray | memoryview | Bytes
+
+
+class Pieces:
+    """An object's pieces, made anew each time they are taken: so a write that failed half-way can be repeated."""
+
+    def __init__(self, make: Callable[[], Iterator[Buffer]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Buffer]:
+        return self._make()
 
 
 def as_bytes(buffer: Buffer) -> Bytes:

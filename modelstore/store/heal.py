@@ -8,7 +8,7 @@ import numpy as np
 from blake3 import blake3
 
 from modelstore.errors import CorruptionError, NotFoundError
-from modelstore.format.buffers import view
+from modelstore.format.buffers import Pieces, view
 from modelstore.format.record import pack_key
 from modelstore.storage.base import Storage
 
@@ -52,4 +52,4 @@ def replace_pack(storage: Storage, mirror: Storage, digest: str) -> None:
         raise CorruptionError(
             f"the copy of {key} in {mirror.url} is damaged too: try another copy of the store", object=key
         )
-    storage.put(key, pieces(mirror, key, info.size), info.size)
+    storage.put(key, Pieces(lambda: pieces(mirror, key, info.size)), info.size)

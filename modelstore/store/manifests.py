@@ -31,7 +31,7 @@ class Manifests:
         builder.add(COPY_ENTRY, data)
         copy = packs.finish(builder, {"kind": "manifest", "manifest": digest, "model": model})
         packs.store(self._storages[0], copy, refresh_before)
-        self._storages[0].put(manifest_key(model, digest), iter([data]), len(data))
+        self._storages[0].put(manifest_key(model, digest), [data], len(data))
         return digest, copy.digest
 
     def read(self, model: str, digest: str) -> Manifest:

@@ -93,5 +93,5 @@ def store(storage: Storage, pack: Pack, refresh_before: float) -> bool:
     there = storage.info(key)
     if there and there.size == pack.size and there.modified >= refresh_before:
         return False
-    storage.put(key, iter(pack.pieces), pack.size)
+    storage.put(key, pack.pieces, pack.size)
     return there is None
