@@ -41,7 +41,7 @@ class Words:
     """How a dtype's lanes are changed before they are split (see `kernels/words`)."""
 
     width: int
-    rotate: int  # 1 where the exponent is to fill the top byte
+    top: int  # mask of the top byte where the sign is moved below it, else 0
     magnitude: int  # mask of the bits below the sign of sign-magnitude numbers, else 0
     trial: bool  # whether repetitions at a distance are likely enough to be looked for
 
@@ -57,7 +57,7 @@ def words_of(dtype: DType) -> Words:
     signed = dtype.kind in ("float", "complex") and dtype.name not in ("float8_e8m0fnu", "float4_e2m1fn_x2")
     return Words(
         width=lane,
-        rotate=int(signed and lane > 1),
+        top=0xFF << (8 * lane - 8) if signed and lane > 1 else 0,
         magnitude=(1 << (8 * lane - 1)) - 1 if signed else 0,
         trial=dtype.kind in ("int", "bool"),
     )
@@ -88,8 +88,8 @@ def _costs(lanes: NDArray[Word], base: NDArray[Word], how: Words) -> list[float]
     """Estimated bits a byte of each plane."""
     bits = np.empty(how.width)
     _, _, cost = words.kernels(how.width)
-    rotate = 0 if base.size else how.rotate
-    cost(lanes, base, how.magnitude, rotate, min(SAMPLE, lanes.size), np.empty((how.width, 256), np.uint32), bits)
+    top = 0 if base.size else how.top
+    cost(lanes, base, how.magnitude, top, min(SAMPLE, lanes.size), np.empty((how.width, 256), np.uint32), bits)
     return [min(8.0, b) for b in bits.tolist()]
 
 
@@ -101,7 +101,7 @@ def _write(lanes: NDArray[Word], base: NDArray[Word], how: Words, costs: list[fl
     out = np.empty(at + count * width, np.uint8)
     lengths = np.empty((blocks, width), np.uint32)
     split, _, _ = words.kernels(width)
-    change = (how.magnitude, 0 if base.size else how.rotate)
+    change = (how.magnitude, 0 if base.size else how.top)
     space = frames.scratch(width)
     nothing: list[Method | None] = [None] * width
     methods = nothing if count < SMALL else _methods(lanes, base, how, costs)
@@ -173,7 +173,7 @@ def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes | None = None) -
     flat, row, stride = _flat(out, how)
     under = np.ascontiguousarray(base).view(how.dtype) if differs and base is not None else flat[:0]
     _, merge, _ = words.kernels(width)
-    change = (how.magnitude, 0 if differs else how.rotate)
+    change = (how.magnitude, 0 if differs else how.top)
     at = HEADER.size + 4 * blocks * width
     for b, sizes in enumerate(lengths):
         first = b * BLOCK

@@ -2,7 +2,8 @@
 
 The words are changed on the way, so that what varies little comes to lie in the top bytes:
 
-    rotate = 1      word rotated left by one bit: the sign goes last, the exponent first
+    a top given     the sign moved down to the place below the top byte, which then holds nothing but exponent (and in
+                    float16 the first bits after it). `top` is the mask of the top byte, or 0: nothing moves
     a base given    zigzag of (ordinal of word - ordinal of base word), modulo the word. The ordinal of a sign-magnitude
                     number is its place in numeric order, bits below the sign flipped where the sign is set; of any
                     other word, the word itself. `magnitude` is the mask of the bits below the sign, or 0.
@@ -27,7 +28,7 @@ WORDS: dict[int, np.dtype[Any]] = {n: np.dtype(f"<u{n}") for n in (1, 2, 4, 8)}
 TILE = 2048  # words
 
 
-def _split(values, base, magnitude, rotate, places, out, scratch):  # type: ignore[no-untyped-def]
+def _split(values, base, magnitude, top, places, out, scratch):  # type: ignore[no-untyped-def]
     """Plane p of `values` goes to `out` from places[p], or to scratch[p] where that is negative.
 
     values, base: words, 1-d, base of the same length or empty; places: int64 (planes,); out: uint8 1-d;
@@ -35,8 +36,9 @@ def _split(values, base, magnitude, rotate, places, out, scratch):  # type: igno
     """
     width = values.itemsize
     bits = 8 * width
-    left = np.uint8(rotate)
-    right = np.uint8((bits - rotate) & (bits - 1))
+    above = values.dtype.type(top)
+    moved = values.dtype.type((above >> np.uint8(1)) & ~above)
+    rest = values.dtype.type(~(above | moved))
     sign = np.uint8(bits - 1)
     tile = np.empty(TILE, values.dtype)
     zero = tile.dtype.type(0)
@@ -53,7 +55,7 @@ def _split(values, base, magnitude, rotate, places, out, scratch):  # type: igno
                 tile[i] = (d << np.uint8(1)) ^ (zero - (d >> sign))
         else:
             for i in range(n):
-                tile[i] = (v[i] << left) | (v[i] >> right)
+                tile[i] = ((v[i] << np.uint8(1)) & above) | ((v[i] >> np.uint8(8)) & moved) | (v[i] & rest)
         if width == 1:
             only = scratch[0, start : start + n] if places[0] < 0 else out[places[0] + start : places[0] + start + n]
             for i in range(n):
@@ -70,15 +72,16 @@ def _split(values, base, magnitude, rotate, places, out, scratch):  # type: igno
                     low[i] = np.uint8(w)
 
 
-def _merge(pieces, base, magnitude, rotate, first, row, stride, out):  # type: ignore[no-untyped-def]
+def _merge(pieces, base, magnitude, top, first, row, stride, out):  # type: ignore[no-untyped-def]
     """The reverse: words first, first + 1, … of a region whose rows of `row` words begin `stride` words apart in `out`.
 
     pieces: as many uint8 arrays (n,) as a word has bytes; base: words (n,) or empty; out: words, 1-d.
     """
     width = out.itemsize
     bits = 8 * width
-    right = np.uint8(rotate)
-    left = np.uint8((bits - rotate) & (bits - 1))
+    above = out.dtype.type(top)
+    moved = out.dtype.type((above >> np.uint8(1)) & ~above)
+    rest = out.dtype.type(~(above | moved))
     sign = np.uint8(bits - 1)
     count = pieces[0].size
     tile = np.empty(TILE, out.dtype)
@@ -122,10 +125,10 @@ def _merge(pieces, base, magnitude, rotate, first, row, stride, out):  # type: i
                 low = pieces[width - 1][start + done : start + done + m]
                 for i in range(m):
                     pair = np.uint16(np.uint16(high[i]) << np.uint8(8)) | np.uint16(low[i])
-                    o[i] = np.uint16(pair >> right) | np.uint16(pair << left)
+                    o[i] = ((pair & above) >> np.uint8(1)) | ((pair & moved) << np.uint8(8)) | (pair & rest)
             else:
                 for i in range(m):
-                    o[i] = (w[i] >> right) | (w[i] << left)
+                    o[i] = ((w[i] & above) >> np.uint8(1)) | ((w[i] & moved) << np.uint8(8)) | (w[i] & rest)
             done += m
             column += m
             if column == row:
@@ -133,7 +136,7 @@ def _merge(pieces, base, magnitude, rotate, first, row, stride, out):  # type: i
                 line += 1
 
 
-def _cost(values, base, magnitude, rotate, run, counts, bits):  # type: ignore[no-untyped-def]
+def _cost(values, base, magnitude, top, run, counts, bits):  # type: ignore[no-untyped-def]
     """Estimated size of each plane, in bits a byte, into `bits`: the entropy of the bytes of sampled words.
 
     Sampled are `run` words at the beginning of each of equally long stretches, at most 64 of them, over all of `values`.
@@ -141,8 +144,9 @@ def _cost(values, base, magnitude, rotate, run, counts, bits):  # type: ignore[n
     """
     width = values.itemsize
     wide = 8 * width
-    left = np.uint8(rotate)
-    right = np.uint8((wide - rotate) & (wide - 1))
+    above = values.dtype.type(top)
+    moved = values.dtype.type((above >> np.uint8(1)) & ~above)
+    rest = values.dtype.type(~(above | moved))
     sign = np.uint8(wide - 1)
     zero = values.dtype.type(0)
     mask = values.dtype.type(magnitude)
@@ -158,7 +162,7 @@ def _cost(values, base, magnitude, rotate, run, counts, bits):  # type: ignore[n
                 d = values.dtype.type(x - y)
                 w = (d << np.uint8(1)) ^ (zero - (d >> sign))
             else:
-                w = (v << left) | (v >> right)
+                w = ((v << np.uint8(1)) & above) | ((v >> np.uint8(8)) & moved) | (v & rest)
             for p in range(width):
                 counts[p, np.uint8(w >> np.uint8(wide - 8 - 8 * p))] += np.uint32(1)
         total += run
@@ -185,7 +189,7 @@ def kernels(width: int) -> tuple[Callable[..., Any], Callable[..., Any], Callabl
     piece = types.Array(types.uint8, 1, "C", readonly=True)
     pieces = types.UniTuple(piece, width)  # type: ignore[no-untyped-call]
     table = types.Array(types.uint8, 2, "C")
-    how = (types.uint64, types.intp)
+    how = (types.uint64, types.uint64)
     split = types.void(words, words, *how, types.Array(types.int64, 1, "C"), plane, table)
     merge = types.void(pieces, words, *how, types.intp, types.intp, types.intp, out)
     counts, bits = types.Array(types.uint32, 2, "C"), types.Array(types.float64, 1, "C")
