@@ -48,7 +48,8 @@ def save(
             metavar="REF",
             autocompletion=complete.references,
             show_default=False,
-            help="Record that the model was made from this one.",
+            help="A version whose chunks are not stored again, as the newest of NAME's never are; "
+            "and what --codec delta stores the difference to.",
         ),
     ] = None,
     codec: Annotated[

@@ -59,7 +59,9 @@ def test_save_says_what_it_stored(answer: Answer, model: Path, tuned: Path) -> N
     second = answer("save", tuned, "toy", "--parent", "toy@1")
     assert second["version"] == 2
     assert 0 < second["stored"] < first["stored"] / 10
-    assert answer("show", "toy")["parent"] is not None
+    assert answer("show", "toy")["parent"] is None
+    answer("save", tuned, "toy", "--codec", "delta", "--parent", "toy@1")
+    assert "toy" in answer("show", "toy@3")["parent"]
     assert answer("show", "toy@prod")["version"] == 1
 
 
@@ -102,7 +104,11 @@ def test_ls(saved: Command, answer: Answer) -> None:
     assert "original" in saved("ls", "acme/toy@prod").stdout
 
 
-def test_ls_of_nothing_says_what_to_do_next(run: Command, answer: Answer) -> None:
+def test_ls_of_nothing_says_what_to_do_next(run: Command, answer: Answer, model: Path, tmp_path: Path) -> None:
+    assert "no store" in run("ls", code=1).stderr
+    assert not (tmp_path / "store").exists()
+    run("save", model, "toy")
+    run("rm", "toy@1")
     done = run("ls")
     assert done.stdout == ""
     assert "modelstore save" in done.stderr
