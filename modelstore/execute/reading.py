@@ -101,7 +101,8 @@ class Reader:
                 while job is not None and len(pending) < 2 * threads:
                     fresh = {c.want for c in job.chunks} - buffers.keys()
                     cost = sum(math.prod(wants[i].shape) * wants[i].tensor.kind.itemsize for i in fresh)
-                    if bounded and fresh and held and held + cost > limits.memory // 2:
+                    busy = pending or any(n == 0 and i < last for i, n in left.items())  # else waiting would never end
+                    if bounded and fresh and busy and held + cost > limits.memory // 2:
                         break
                     upto = job.chunks[-1].want
                     for index in range(last + 1, upto + 1):
@@ -127,6 +128,7 @@ class Reader:
                 if ready:
                     continue
                 if not pending:
+                    assert not left and job is None, "a tensor was not finished"
                     return
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
