@@ -1,14 +1,17 @@
-"""The journal of a save: what is stored already, so that an interrupted one goes on where it stopped."""
+"""The journal of a save: what is stored already, so that an interrupted one goes on where it stopped.
+
+Each page speaks of one pack: of the tensors that it completed, and of its chunks of tensors that were not complete yet.
+"""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from modelstore.errors import FormatError
-from modelstore.execute.writing import Written
+from modelstore.errors import FormatError, NotFoundError
+from modelstore.execute.writing import Location, Placed, Written
 from modelstore.format.manifest import Digest
 from modelstore.format.record import JOBS, pack_key
 from modelstore.storage.base import Storage
@@ -26,47 +29,65 @@ class _Tensor(msgspec.Struct, frozen=True, array_like=True):
     planes: dict[str, tuple[_Chunk, ...]]
 
 
+class _Page(msgspec.Struct, frozen=True):
+    tensors: dict[str, _Tensor]
+    chunks: tuple[_Chunk, ...]
+
+
 class Journal:
-    """Finished tensors of one work, as create-only objects under `jobs/<id>/`."""
+    """What one work stored, as create-only objects under `jobs/<id>/`."""
 
     def __init__(self, storage: Storage, job: str) -> None:
         self._storage = storage
         self._prefix = f"{JOBS}{job}/"
 
-    def finished(self) -> dict[str, Written]:
-        """Tensors that an earlier run stored, of which every pack is still there."""
+    def finished(self) -> tuple[dict[str, Written], dict[bytes, Location]]:
+        """Tensors that an earlier run stored, and where all chunks that it stored lie; without those whose pack is gone."""
         found: dict[str, Written] = {}
+        known: dict[bytes, Location] = {}
         there: dict[str, bool] = {}
+
+        def is_there(pack: str) -> bool:
+            if pack not in there:
+                there[pack] = self._storage.info(pack_key(pack)) is not None
+            return there[pack]
+
         for info in list(self._storage.list(self._prefix)):
             try:
-                page = msgspec.json.decode(self._storage.get(info.key), type=dict[str, _Tensor])
+                page = msgspec.json.decode(self._storage.get(info.key), type=_Page)
+            except NotFoundError:  # another run of the same work was finished meanwhile
+                continue
             except msgspec.MsgspecError as error:
                 raise FormatError(
                     f"object {info.key} is not a valid journal ({error}): remove it", object=info.key
                 ) from None
-            for name, tensor in page.items():
-                packs = {chunk.pack for chunks in tensor.planes.values() for chunk in chunks}
-                for pack in packs - there.keys():
-                    there[pack] = self._storage.info(pack_key(pack)) is not None
-                if all(there[pack] for pack in packs):
-                    planes = {
-                        plane: [(bytes.fromhex(c.digest), (c.pack, c.offset, c.length)) for c in chunks]
-                        for plane, chunks in tensor.planes.items()
-                    }
+            known.update(_placed(chunk) for chunk in page.chunks if is_there(chunk.pack))
+            for name, tensor in page.tensors.items():
+                planes = {plane: [_placed(chunk) for chunk in chunks] for plane, chunks in tensor.planes.items()}
+                placed = [at for chunks in planes.values() for at in chunks]
+                known.update(at for at in placed if is_there(at[1][0]))
+                if all(is_there(pack) for _, (pack, _, _) in placed):
                     found[name] = Written(tensor.digest, planes)
-        return found
+        return found, known
 
-    def note(self, written: Mapping[str, Written]) -> None:
-        """Record tensors of which every chunk is stored."""
-        page = {
-            name: _Tensor(
-                done.digest, {p: tuple(_Chunk(d.hex(), *at) for d, at in chunks) for p, chunks in done.planes.items()}
-            )
+    def note(self, written: Mapping[str, Written], chunks: Sequence[Placed]) -> None:
+        """Record tensors of which every chunk is stored, and stored chunks of others."""
+        tensors = {
+            name: _Tensor(done.digest, {plane: _chunks(placed) for plane, placed in done.planes.items()})
             for name, done in written.items()
         }
+        page = _Page(tensors, _chunks(chunks))
         self._storage.create(f"{self._prefix}{uuid.uuid4().hex}.json", msgspec.json.encode(page))
 
     def clear(self) -> None:
         """Remove the journal; what it speaks of is published, or given up."""
         for info in list(self._storage.list(self._prefix)):
             self._storage.delete(info.key)
+
+
+def _placed(chunk: _Chunk) -> Placed:
+    return bytes.fromhex(chunk.digest), (chunk.pack, chunk.offset, chunk.length)
+
+
+def _chunks(placed: Sequence[Placed]) -> tuple[_Chunk, ...]:
+    return tuple(_Chunk(digest.hex(), *at) for digest, at in placed)

@@ -91,11 +91,9 @@ def save(
     """
     base = parent if codec == "delta" and parent is not None and parent.chain < LONGEST_CHAIN else None
     inputs = plan_inputs(source, codec, grid, base, [a.manifest for a in (previous, parent) if a is not None])
-    journal, earlier = _open_journal(storage, model, source, codec, grid, base)
+    journal, earlier, placed = _open_journal(storage, model, source, codec, grid, base)
     known = _known_chunks([a for a in (previous, parent) if a is not None])
-    for done in earlier.values():
-        for chunks in done.planes.values():
-            known.update(chunks)
+    known.update(placed)
     tally = Tally()
     refresh_before = time.time() - REFRESH
     written: dict[str, Written] = {}
@@ -231,13 +229,13 @@ def _known_chunks(stored: list[Against]) -> dict[bytes, Location]:
 
 def _open_journal(
     storage: Storage, model: str, source: Source, codec: str, grid: str, base: Against | None
-) -> tuple[Journal | None, dict[str, Written]]:
-    """The journal of this very work, and what it finished before; none where the source cannot be recognised again."""
+) -> tuple[Journal | None, dict[str, Written], dict[bytes, Location]]:
+    """The journal of this very work, and what it stored before; none where the source cannot be recognised again."""
     if source.fingerprint is None:
-        return None, {}
+        return None, {}, {}
     identity = "\0".join((str(FORMAT), model, source.fingerprint, codec, grid, base.digest if base else ""))
     journal = Journal(storage, blake3(identity.encode()).hexdigest()[:32])
-    return journal, journal.finished()
+    return journal, *journal.finished()
 
 
 def _fits(item: Input, done: Written) -> bool:

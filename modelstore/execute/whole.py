@@ -14,7 +14,7 @@ import numpy as np
 from blake3 import blake3
 
 from modelstore.errors import ConflictError
-from modelstore.execute.writing import Input, Location, Tally, Written
+from modelstore.execute.writing import Input, Location, Placed, Tally, Written
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, Pieces, view
 from modelstore.format.record import pack_key
@@ -39,7 +39,7 @@ class WholeWriter:
     refresh_before: float
     metadata: Mapping[str, str]
     progress: Callable[[int], None] | None = None
-    finished: Callable[[dict[str, Written]], None] | None = None
+    finished: Callable[[dict[str, Written], Sequence[Placed]], None] | None = None
     tally: Tally = field(default_factory=Tally)
 
     def write(self, inputs: Sequence[Input]) -> dict[str, Written]:
@@ -125,7 +125,7 @@ class WholeWriter:
                 at += n
             done[item.plan.name] = Written(digested.tensor, {"data": rows})
         if self.finished:
-            self.finished(done)
+            self.finished(done, ())
         return done
 
 

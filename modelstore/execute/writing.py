@@ -25,6 +25,7 @@ from modelstore.store.packs import PackBuilder, TensorNote
 
 Location = tuple[str, int, int]  # pack digest, offset, length
 ReadRegion = Callable[[Region, Bytes], None]
+Placed = tuple[bytes, Location]  # a stored chunk's digest, and where it lies
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class PackWriter:
     known: dict[bytes, Location]
     refresh_before: float
     progress: Callable[[int], None] | None = None
-    finished: Callable[[dict[str, Written]], None] | None = None
+    finished: Callable[[dict[str, Written], Sequence[Placed]], None] | None = None
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
@@ -91,7 +92,7 @@ class PackWriter:
     def write(self, inputs: Sequence[Input]) -> dict[str, Written]:
         """Store all inputs, in order; what became of each, by name.
 
-        `finished` hears of tensors whose every chunk is stored, as packs are.
+        `finished` hears, as packs are stored, of tensors whose every chunk is, and of the pack's chunks of other tensors.
         """
         state = _State(self, inputs)
         threads = self.limits.threads or max(2, os.cpu_count() or 1)
@@ -185,6 +186,7 @@ class _State:
 
     def settle(self) -> None:
         """Wait for the pack on its way; then its chunks have a location, and tensors may be finished."""
+        stored: list[tuple[int, Placed]] = []
         if self._uploading is not None:
             future, placed, offsets, _ = self._uploading
             digest = future.result()
@@ -194,6 +196,7 @@ class _State:
                 self._filling.pop(content, None)
                 self._tensors[index].planes[plane][chunk] = (content, (digest, start, n))
                 self._tensors[index].waiting -= 1
+                stored.append((index, (content, (digest, start, n))))
             again, self._twins = self._twins, []
             for index, plane, chunk, content in again:
                 at = self._writer.known.get(content)
@@ -202,17 +205,18 @@ class _State:
                     continue
                 self._tensors[index].planes[plane][chunk] = (content, at)
                 self._tensors[index].waiting -= 1
-        self._finish()
+        self._finish(stored)
 
-    def _finish(self) -> None:
+    def _finish(self, stored: Sequence[tuple[int, Placed]]) -> None:
         fresh: dict[str, Written] = {}
         for index in [i for i, t in self._tensors.items() if not t.left and not t.waiting]:
             tensor = self._tensors.pop(index)
             planes = {name: [(d, at) for d, at in rows if at is not None] for name, rows in tensor.planes.items()}
             fresh[self._inputs[index].plan.name] = Written(tensor.hasher.hexdigest(), planes)
         self._done.update(fresh)
-        if fresh and self._writer.finished:
-            self._writer.finished(fresh)
+        partial = [placed for index, placed in stored if index in self._tensors]
+        if (fresh or partial) and self._writer.finished:
+            self._writer.finished(fresh, partial)
 
     def written(self) -> dict[str, Written]:
         """All tensors; to be called when everything is stored."""
