@@ -32,7 +32,10 @@ class Demo:
 
     def run(self) -> None:
         """All steps, in order; an error where the store does not do what it says."""
-        _say(f"The model is {self.source.resolve().name!r} in {self.source}; the store is {self.url}.")
+        _say("Each step shows the Python (>>>) and the command ($) that do it, and what came out. In them:")
+        _say(f"  MODEL={self.source}")
+        _say(f"  WORK={self.work}")
+        _say(f"  MODELSTORE_URL={self.url}")
         for step in (self.save, self.read, self.save_again, self.slice, self.list, self.verify, self.export, self.mend):
             step()
         _say(f"\nAll of it held, in {units.seconds(perf_counter() - self.begun)}.")
@@ -41,9 +44,9 @@ class Demo:
         """A real model goes into the store."""
         self._step(
             "Save a model: compressed without loss, in chunks",
-            f'store = ms.open("{self.url}")',
-            f'store.save("{self.name}", "{self.source}")',
-            shell=f"modelstore save {self.source} {self.name} --store {self.url}",
+            "import modelstore as ms; store = ms.open(MODELSTORE_URL)",
+            f'store.save("{self.name}", MODEL)',
+            shell=f"modelstore save $MODEL {self.name}",
         )
         saved = self.store.save(self.name, self.source)
         self.first = f"{saved.model}@{saved.version}"
@@ -54,7 +57,7 @@ class Demo:
         self._step(
             "Read it back: bit for bit",
             f'weights = store.load("{self.first}")',
-            shell=f"modelstore load {self.first} -o all.safetensors --store {self.url}",
+            shell=f"modelstore load {self.first} -o $WORK/all.safetensors",
         )
         begun = perf_counter()
         weights = self.store.load(self.first)
@@ -71,16 +74,15 @@ class Demo:
         changed, total = tune(self.source, tuned)
         self._step(
             f"Save a second version, in which {changed} of {total} tensors changed",
-            f'store.save("{self.name}", "{tuned}", parent="{self.first}", tag="prod")',
-            shell=f"modelstore save {tuned} {self.name} --parent {self.first} --tag prod --store {self.url}",
+            f'store.save("{self.name}", WORK + "/tuned", tag="prod")',
+            shell=f"modelstore save $WORK/tuned {self.name} --tag prod",
         )
-        saved = self.store.save(self.name, tuned, parent=self.first, tag="prod")
+        saved = self.store.save(self.name, tuned, tag="prod")
         self.second = f"{saved.model}@{saved.version}"
         self._saved(saved)
+        _say(f"  $ modelstore diff {self.first} {self.second}")
         found = self.store.diff(self.first, self.second)
-        _say(
-            f"  modelstore diff {self.first} {self.second}: {len(found.changed)} changed: {', '.join(found.changed[:3])}"
-        )
+        _say(f"  {len(found.changed)} changed: {', '.join(found.changed[:3])}")
         self._compare(self.store.load(f"{self.name}@prod"), tuned)
         _say("  the second version, too, comes back bit for bit")
 
@@ -114,7 +116,7 @@ class Demo:
             "List what is there",
             "store.models()",
             f'store.versions("{self.name}")',
-            shell=f"modelstore ls {self.name} --store {self.url}",
+            shell=f"modelstore ls {self.name}",
         )
         for version in self.store.versions(self.name):
             tags = f", tagged {', '.join(version.tags)}" if version.tags else ""
@@ -127,7 +129,7 @@ class Demo:
         self._step(
             "Verify: every chunk, and every tensor, against its digest",
             f'store.verify("{self.first}", deep=True)',
-            shell=f"modelstore verify {self.first} --deep --store {self.url}",
+            shell=f"modelstore verify {self.first} --deep",
         )
         report = self.store.verify(self.first, deep=True)
         if not report.ok:
@@ -141,8 +143,8 @@ class Demo:
         out = self.work / "export"
         self._step(
             "Export: a folder that transformers and others load",
-            f'store.export("{self.first}", "{out}")',
-            shell=f"modelstore export {self.first} {out} --store {self.url}",
+            f'store.export("{self.first}", WORK + "/export")',
+            shell=f"modelstore export {self.first} $WORK/export",
         )
         done = self.store.export(self.first, out)
         self._compare(dict(tensors(out)), self.source)
@@ -160,10 +162,10 @@ class Demo:
         url = self.work / "damaged"
         self._step(
             "Damage a second store, and mend it from the first",
-            f'second = ms.open("{url}"); second.save("{self.name}", "{self.source}")',
+            f'second = ms.open(WORK + "/damaged"); second.save("{self.name}", MODEL)',
             "# one bit of one stored byte is flipped",
-            f'second.verify("{self.name}"); second.repair("{self.name}", source="{self.url}")',
-            shell=f"modelstore repair {self.name} --from {self.url} --store {url}",
+            f'second.verify("{self.name}"); second.repair("{self.name}", source=MODELSTORE_URL)',
+            shell=f"modelstore repair {self.name} --from $MODELSTORE_URL --store $WORK/damaged",
         )
         second = self.ms.open(str(url))
         second.save(self.name, self.source)
