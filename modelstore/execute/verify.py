@@ -1,0 +1,342 @@
+"""Verification: every stored chunk against its digest, and, deep, every tensor against the digest of what was saved.
+
+Nothing is mended, and no mirror stands in: what is looked at is this very store. It never stops at a problem.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from modelstore.codecs.registry import codec as make_codec
+from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError, StorageError
+from modelstore.execute.loading import Model
+from modelstore.execute.reading import Limits, Reader, whole_want
+from modelstore.format import grid
+from modelstore.format.buffers import view
+from modelstore.format.manifest import DIGEST_BYTES, Manifest, Tensor, decode
+from modelstore.format.names import Reference
+from modelstore.format.record import VariantEntry, manifest_key, pack_key
+from modelstore.format.region import Region, size
+from modelstore.format.results import Problem, Report
+from modelstore.plan.read import GAP, JOB_BYTES
+from modelstore.storage.base import Storage
+from modelstore.store.catalog import Catalog
+from modelstore.store.manifests import Manifests
+from modelstore.store.repair import live, problem, read_copy
+
+_BAD = (NotFoundError, CorruptionError, FormatError, StorageError)
+_WINDOW = 4  # parts of a large tensor decoded at a time
+
+T = TypeVar("T")
+U = TypeVar("U")
+Progress = Callable[[int], None]
+Rows = NDArray[np.int64]
+
+
+def verify(
+    storage: Storage,
+    catalog: Catalog,
+    manifests: Manifests,
+    ref: Reference | None,
+    *,
+    deep: bool,
+    limits: Limits,
+    progress: Progress | None = None,
+) -> Report:
+    """Check the variant that a reference names, or all that is live, and what its deltas are stored against.
+
+    `deep` decodes every tensor as well, within the memory of `limits` whatever its size. `progress` hears of the stored
+    bytes checked, and of the raw bytes decoded. A chunk that several variants share is read once.
+    """
+    work = _Verification(storage, manifests, limits, progress)
+    if ref is not None:
+        work.variant(ref.name, catalog.entry(ref)[1], deep)
+    else:
+        for model in catalog.models():
+            for _, _, entry in live(catalog, model, None, work.problems):
+                work.variant(model, entry, deep)
+    return Report(work.chunks, work.nbytes, work.tensors, tuple(work.problems))
+
+
+@dataclass
+class _Verification:
+    """One verification: what it has seen so far."""
+
+    storage: Storage
+    manifests: Manifests
+    limits: Limits
+    progress: Progress | None
+    problems: list[Problem] = field(default_factory=list)
+    chunks: int = 0
+    nbytes: int = 0
+    tensors: int = 0
+    _seen: set[tuple[str, str]] = field(default_factory=set)
+    _checked: dict[str, NDArray[np.bytes_]] = field(default_factory=dict)  # pack → `_places` of its chunks
+    _wrong: set[tuple[str, bytes]] = field(default_factory=set)  # the same of bad chunks
+
+    def variant(self, model: str, entry: VariantEntry, deep: bool) -> None:
+        """Check a variant's manifest and its copy, its chunks and tensors; then those that it is stored against."""
+        digest, copy = entry.manifest, entry.copy
+        while (model, digest) not in self._seen:
+            self._seen.add((model, digest))
+            manifest = self._manifest(model, digest, copy)
+            if manifest is None:
+                return
+            self.tensors += len(manifest.tensors)
+            if deep:
+                self._check_tensors(model, manifest)
+            else:
+                self._check_chunks(model, manifest)
+            if manifest.base is None:
+                return
+            model, digest, copy = manifest.base.model, manifest.base.manifest, ""
+
+    def _manifest(self, model: str, digest: str, copy: str) -> Manifest | None:
+        """A manifest, from elsewhere if it is damaged here, so that the rest can be checked; None where there is none."""
+        found: list[Manifest] = []
+        key = manifest_key(model, digest)
+        ways: list[Callable[[], Manifest]] = [lambda: decode(self.storage.get(key), digest, key)]
+        ways += [lambda: read_copy(self.storage, copy, digest)[0]] if copy else []
+        for way in ways:
+            try:
+                found.append(way())
+            except _BAD as error:
+                self.problems.append(problem(error, model))
+        if found:
+            return found[0]
+        try:
+            return self.manifests.read(model, digest)  # a mirror's
+        except CorruptionError:
+            return None  # told above
+
+    # ------------------------------------------------------------------ chunks
+
+    def _check_chunks(self, model: str, manifest: Manifest) -> set[int]:
+        """Check every chunk that was not checked before; the rows of those that are bad."""
+        places = _places(manifest)
+        fresh = self._fresh(manifest, places)
+        missing: Counter[int] = Counter()
+        first: dict[int, int] = {}
+        owners = _Owners(manifest)
+
+        def check(job: list[int]) -> list[tuple[int, ModelStoreError | None]]:
+            return _check(self.storage, manifest, job)
+
+        for results in _mapped(check, _jobs(manifest, fresh), self._threads(), 2):
+            for row, error in results:
+                self.chunks += 1
+                self.nbytes += int(manifest.length[row])
+                if self.progress:
+                    self.progress(int(manifest.length[row]))
+                if error is None:
+                    continue
+                pack = int(manifest.pack[row])
+                self._wrong.add((manifest.packs[pack], places[row].tobytes()))
+                if isinstance(error, NotFoundError):
+                    missing[pack] += 1
+                    first.setdefault(pack, row)
+                else:
+                    self.problems.append(_chunk_problem(model, manifest, row, owners.of(row), error))
+        for pack, n in missing.items():
+            key = pack_key(manifest.packs[pack])
+            name, _ = owners.of(first[pack])
+            what = f"with {n} chunks, the first of tensor {name!r}"
+            message = f"pack {key} of model {model!r}, {what}, is missing: {_advice(model)}"
+            self.problems.append(Problem("not_found", message, model=model, tensor=name, object=key))
+        if not self._wrong:
+            return set()
+        packs = manifest.packs
+        return {row for row, p in enumerate(manifest.pack.tolist()) if (packs[p], places[row].tobytes()) in self._wrong}
+
+    def _fresh(self, manifest: Manifest, places: NDArray[np.uint8]) -> Rows:
+        """One row for each place that was not checked before, in the order of packs and offsets; they count as checked now."""
+        keys = places.view(f"S{places.shape[1]}").reshape(-1)  # of one length, so trailing zeros make no two equal
+        order = np.lexsort((manifest.offset, manifest.pack))
+        ends = np.searchsorted(manifest.pack[order], np.arange(len(manifest.packs) + 1))
+        fresh = []
+        for pack, digest in enumerate(manifest.packs):
+            rows = order[ends[pack] : ends[pack + 1]]
+            found, at = np.unique(keys[rows], return_index=True)
+            before = self._checked.get(digest)
+            if before is not None:
+                new = ~np.isin(found, before)
+                at, found = at[new], np.concatenate([before, found[new]])
+            self._checked[digest] = found
+            fresh.append(rows[np.sort(at)])
+        return np.concatenate(fresh or [np.zeros(0, np.int64)])
+
+    def _threads(self) -> int:
+        return self.limits.reading_threads(self.storage.path("x") is not None)
+
+    # ------------------------------------------------------------------ tensors
+
+    def _check_tensors(self, model: str, manifest: Manifest) -> None:
+        """Decode everything and compare; chunk by chunk only where something is bad, so that all of it is named."""
+        wrong: set[int] | None = None
+        try:
+            reader = Model(self.storage, (), self.manifests, model, manifest).reader
+        except ModelStoreError as error:
+            self.problems.append(problem(error, model))
+            self._check_chunks(model, manifest)
+            return
+        for group in (manifest.tensors, manifest.files):
+            left = {tensor.name: tensor for tensor in group}
+            while left:
+                try:
+                    for tensor, digest in self._decoded(reader, list(left.values())):
+                        del left[tensor.name]
+                        self._compare(model, manifest, tensor, digest)
+                except _BAD as error:
+                    if wrong is None:
+                        wrong = self._check_chunks(model, manifest)
+                    bad = [n for n, t in left.items() if wrong and not wrong.isdisjoint(manifest.rows(t).tolist())]
+                    if not bad:
+                        self.problems.append(problem(error, model))
+                        bad = [error.tensor] if error.tensor in left else list(left)
+                    for name in bad:
+                        del left[name]
+        if wrong is None:
+            rows = self._fresh(manifest, _places(manifest))
+            self.chunks += len(rows)
+            self.nbytes += int(manifest.length[rows].sum())
+
+    def _compare(self, model: str, manifest: Manifest, tensor: Tensor, digest: str) -> None:
+        spec = manifest.codecs[tensor.codec]
+        # A lossy codec gives other values back: its digest is of what was encoded.
+        if digest != tensor.digest and make_codec(spec.name, spec.params).exact:
+            message = (
+                f"tensor {tensor.name!r} of model {model!r} decodes to other bytes than were saved, though every "
+                f"stored chunk is good: save the model again, and report this"
+            )
+            self.problems.append(Problem("corruption", message, model=model, tensor=tensor.name))
+
+    def _decoded(self, reader: Reader, tensors: list[Tensor]) -> Iterator[tuple[Tensor, str]]:
+        """Each tensor with the digest of its decoded bytes; those too large to be held go in parts."""
+        small = [t for t in tensors if t.nbytes <= self.limits.memory // 4]
+        wants = [whole_want(t) for t in small]
+        for index, buffer in reader.stream(wants, self.limits, progress=self.progress):
+            yield small[index], blake3(view(buffer)).hexdigest()
+        for tensor in tensors:
+            if tensor.nbytes > self.limits.memory // 4:
+                yield tensor, self._in_parts(reader, tensor)
+
+    def _in_parts(self, reader: Reader, tensor: Tensor) -> str:
+        hasher = blake3()
+        limit = self.limits.memory // (4 * _WINDOW)
+        threads = min(_WINDOW, self._threads())
+        for part in _mapped(lambda region: reader.region(tensor, region), _parts(tensor, limit), threads, 1):
+            hasher.update(view(part))
+            if self.progress:
+                self.progress(len(part))
+        return hasher.hexdigest()
+
+
+def _parts(tensor: Tensor, limit: int) -> Iterator[Region]:
+    """A tensor in the order of its bytes, in parts of at most `limit` bytes."""
+    for slab in grid.slabs(tensor.shape, tensor.chunk):
+        if size(slab) * tensor.kind.itemsize <= limit:
+            yield slab
+        else:
+            yield from grid.bands(slab, tensor.kind.itemsize, limit)
+
+
+def _places(manifest: Manifest) -> NDArray[np.uint8]:
+    """One line a row: offset, length and digest, as bytes."""
+    table = manifest.chunks
+    offset, length = (np.frombuffer(column, np.uint8).reshape(-1, 8) for column in (table.offset, table.length))
+    digest = np.frombuffer(table.digest, np.uint8).reshape(-1, DIGEST_BYTES)
+    return np.ascontiguousarray(np.concatenate([offset, length, digest], axis=1))
+
+
+def _jobs(manifest: Manifest, rows: Rows) -> Iterator[list[int]]:
+    """Rows, in the order of their places, grouped so that each group is read as one range."""
+    job: list[int] = []
+    last, start, stop = -1, 0, 0
+    columns = (manifest.pack[rows].tolist(), manifest.offset[rows].tolist(), manifest.length[rows].tolist())
+    for row, pack, at, n in zip(rows.tolist(), *columns, strict=True):
+        if job and (pack != last or at - stop > GAP or at + n - start > JOB_BYTES):
+            yield job
+            job = []
+        if not job:
+            last, start, stop = pack, at, at
+        job.append(row)
+        stop = max(stop, at + n)
+    if job:
+        yield job
+
+
+def _check(storage: Storage, manifest: Manifest, job: Sequence[int]) -> list[tuple[int, ModelStoreError | None]]:
+    """Read a job's range and check each row; where it cannot be read whole, row by row."""
+    spans = [(int(manifest.offset[row]), int(manifest.offset[row] + manifest.length[row])) for row in job]
+    start, stop = min(a for a, _ in spans), max(b for _, b in spans)
+    key = pack_key(manifest.packs[int(manifest.pack[job[0]])])
+    data = np.empty(stop - start, np.uint8)
+    try:
+        storage.read(key, start, view(data))
+    except (NotFoundError, CorruptionError, StorageError) as error:
+        if len(job) == 1 or isinstance(error, NotFoundError):
+            return [(row, error) for row in job]
+        return [result for row in job for result in _check(storage, manifest, [row])]
+    results: list[tuple[int, ModelStoreError | None]] = []
+    for row, (a, b) in zip(job, spans, strict=True):
+        good = blake3(view(data[a - start : b - start])).digest() == manifest.digest(row)
+        results.append((row, None if good else CorruptionError("the bytes do not match their digest")))
+    return results
+
+
+def _chunk_problem(model: str, manifest: Manifest, row: int, owner: tuple[str, int], error: ModelStoreError) -> Problem:
+    start, n = int(manifest.offset[row]), int(manifest.length[row])
+    key = pack_key(manifest.packs[int(manifest.pack[row])])
+    name, chunk = owner
+    message = (
+        f"chunk {chunk} of tensor {name!r} of model {model!r} is damaged: bytes {start} to {start + n} of {key} "
+        f"are wrong ({error}); {_advice(model)}"
+    )
+    return Problem(error.kind, message, model, name, chunk, key)
+
+
+def _advice(model: str) -> str:
+    return f"run 'modelstore repair {model} --from URL' with another copy of the store"
+
+
+class _Owners:
+    """Which tensor, and which of its chunks, a row of the chunk table belongs to; made when the first is asked for."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._planes: list[tuple[int, int, str]] = []
+
+    def of(self, row: int) -> tuple[str, int]:
+        """The tensor's or file's name, and the chunk's index in its grid; ('', 0) for a row that nothing refers to."""
+        if not self._planes:
+            every = (*self._manifest.tensors, *self._manifest.files)
+            self._planes = sorted((p.first, t.chunks, t.name) for t in every for p in t.planes)
+        at = bisect_right(self._planes, row, key=lambda plane: plane[0])
+        for first, n, name in reversed(self._planes[:at]):
+            if row < first + n:
+                return name, row - first
+        return "", 0
+
+
+def _mapped(act: Callable[[T], U], items: Iterable[T], threads: int, ahead: int) -> Iterator[U]:
+    """Results in the order of the items, with at most `ahead` items a thread under way or waiting to be taken."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="modelstore-verify")
+    try:
+        pending: deque[Future[U]] = deque()
+        for item in items:
+            pending.append(pool.submit(act, item))
+            if len(pending) >= ahead * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,260 @@
+"""Garbage collection: marks what any record still needs, sweeps what is unmarked and older than a grace period.
+
+Everything is decided by the storage's own clock. An object younger than the grace period is never touched, so a writer that
+has not published yet loses nothing; what a record gave up less than the grace period ago is marked as if it were still
+named, so a reader, or a writer that refers to it, loses nothing either. A work that takes longer than the grace period is
+protected by its journal, as long as it goes on writing it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from modelstore.errors import CorruptionError, FormatError, NotFoundError, StorageError, UnsupportedError
+from modelstore.format import record as rec
+from modelstore.format.manifest import Manifest
+from modelstore.format.names import check_model
+from modelstore.format.record import VersionRecord
+from modelstore.format.results import Swept, SweptObject
+from modelstore.storage.base import ObjectInfo, Storage
+from modelstore.storage.local import LocalStorage
+from modelstore.storage.wrapping import WrappingStorage
+from modelstore.store.catalog import Catalog
+from modelstore.store.manifests import Manifests
+from modelstore.store.repair import copy_of, read_copy
+
+_THREADS = 16
+_ONE_LISTING = 1000  # packs up to which one listing is quicker than one a folder
+_LONGEST_CHAIN = 1000  # manifests of deltas upon one another; far beyond what is ever written
+_DIGEST = re.compile(rb"[0-9a-f]{64}")
+
+Progress = Callable[[int], None]
+Needed = dict[
+    tuple[str, str], str | None
+]  # (model, manifest) → the pack that is its copy, None where no record says so
+
+
+def collect(
+    storage: Storage,
+    catalog: Catalog,
+    manifests: Manifests,
+    *,
+    dry_run: bool,
+    grace: float,
+    progress: Progress | None = None,
+) -> Swept:
+    """Remove the objects that nothing refers to and that are at least `grace` seconds old; with `dry_run` only say which.
+
+    Stops with an error, before anything is removed, where a record or a manifest cannot be read: what it refers to is not
+    known then. May be killed at any point and run again. Superseded records, and those of deleted versions, are kept: they
+    are small, and keep numbers from being used twice. `progress` hears of the bytes freed.
+    """
+    if not grace >= 0:
+        raise ValueError(f"grace={grace} is not a number of seconds from 0 on")
+    limit = _now(storage, dry_run) - grace
+    marked = _mark(storage, catalog, manifests, limit)
+    found = _unmarked(storage, marked, limit)
+    gone = []
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-gc") as pool:
+        for stage in found.stages:
+            for swept in pool.map(lambda info: _sweep(storage, info, limit, dry_run), stage):
+                found.kept += swept is None
+                if swept is not None:
+                    gone.append(swept)
+                    if progress:
+                        progress(swept.size)
+    gone += _temporaries(storage, grace, dry_run)
+    return Swept(tuple(gone), sum(one.size for one in gone), found.kept, dry_run)
+
+
+def _now(storage: Storage, dry_run: bool) -> float:
+    """The time by the storage's clock, which may differ from this machine's: that of an object made for it."""
+    key = f"{rec.JOBS}gc-{uuid.uuid4().hex}.json"
+    try:
+        storage.create(key, b"{}")
+    except UnsupportedError:
+        if dry_run:  # a store open for reading only: what is said may be off by what the clocks differ
+            return time.time()
+        raise
+    info = storage.info(key)
+    storage.delete(key)
+    if info is None:
+        raise StorageError(
+            f"object {key} was removed as soon as it was made: run garbage collection again when no other does",
+            object=key,
+        )
+    return info.modified
+
+
+# ---------------------------------------------------------------------- marking
+
+
+def _mark(storage: Storage, catalog: Catalog, manifests: Manifests, limit: float) -> set[str]:
+    """Keys of every manifest and pack that a record needs, or needed until after `limit`."""
+    needed: Needed = {}
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-gc") as pool:
+        for found in pool.map(lambda model: _needed(storage, model, limit), catalog.models()):
+            needed |= found
+        marked: set[str] = set()
+        seen = set(needed)
+        for _ in range(_LONGEST_CHAIN):
+            bases: Needed = {}
+            read = pool.map(lambda item: _manifest(storage, manifests, item[0], item[1]), needed.items())
+            for (model, digest), (manifest, copy) in zip(needed, read, strict=True):
+                marked |= {rec.manifest_key(model, digest), rec.pack_key(copy), *map(rec.pack_key, manifest.packs)}
+                base = manifest.base
+                if base is not None and (base.model, base.manifest) not in seen:
+                    seen.add((base.model, base.manifest))
+                    bases[base.model, base.manifest] = None
+            if not bases:
+                return marked
+            needed = bases
+    raise FormatError(f"deltas of deltas are more than {_LONGEST_CHAIN} deep: nothing was swept; delete what made them")
+
+
+def _needed(storage: Storage, model: str, limit: float) -> Needed:
+    """The manifests of a model that the newest record of a version names, or one that was superseded after `limit`."""
+    found: Needed = {}
+    prefix = rec.versions_prefix(model)
+    for folder, infos in groupby(storage.list(prefix), key=lambda info: info.key[len(prefix) :].partition("/")[0]):
+        if rec.ascending(folder) is None:
+            continue
+        superseded = math.inf
+        for info in infos:
+            if superseded <= limit:
+                break
+            record = rec.parse(storage.get(info.key), VersionRecord, info.key)
+            if rec.version_key(record.model, record.version, record.number) != info.key:
+                raise StorageError(
+                    f"object {info.key} speaks of version {record.version} of {record.model!r}: it was moved; put it back",
+                    object=info.key,
+                )
+            if record.deleted and info.modified <= limit:
+                break
+            for entry in record.variants.values():
+                found.setdefault((model, entry.manifest), entry.copy)
+            superseded = info.modified
+    return found
+
+
+def _manifest(storage: Storage, manifests: Manifests, name: tuple[str, str], copy: str | None) -> tuple[Manifest, str]:
+    """A manifest, from its copy if need be, and the digest of the pack that is its copy."""
+    model, digest = name
+    try:
+        manifest = manifests.read(model, digest)
+        if copy is not None:
+            return manifest, copy
+        return manifest, copy_of(storage, model, digest, manifest).digest
+    except CorruptionError as error:
+        if copy is not None:
+            with suppress(NotFoundError, CorruptionError, FormatError):
+                return read_copy(storage, copy, digest)[0], copy
+        raise CorruptionError(
+            f"nothing was swept, because what it refers to is not known: {error}", model=model, object=error.object
+        ) from error
+
+
+# ---------------------------------------------------------------------- sweeping
+
+
+@dataclass
+class _Found:
+    """What can go, in the order in which it goes: what refers to other things before these; how many objects stay."""
+
+    stages: tuple[list[ObjectInfo], ...]
+    kept: int = 0
+    journals: list[str] = field(default_factory=list)
+
+
+def _unmarked(storage: Storage, marked: set[str], limit: float) -> _Found:
+    """Journals, manifests and packs that are unmarked, were last written before `limit`, and in no running work's journal."""
+    jobs: list[ObjectInfo] = []
+    found = _Found((jobs, [], []))
+    listed = storage.list(rec.JOBS)
+    for _, group in groupby(listed, key=lambda info: info.key[len(rec.JOBS) :].partition("/")[0]):
+        job = list(group)
+        if max(info.modified for info in job) <= limit:
+            jobs += job
+        else:  # a work that goes on: its oldest pages count too
+            found.kept += len(job)
+            found.journals += [info.key for info in job]
+    for stage, infos in zip(found.stages[1:], (_manifests(storage), _packs(storage)), strict=True):
+        for info in infos:
+            if info.key in marked or info.modified > limit:
+                found.kept += 1
+            else:
+                stage.append(info)
+    for stage in found.stages[1:]:
+        _spare(storage, stage, found)
+    return found
+
+
+def _spare(storage: Storage, stage: list[ObjectInfo], found: _Found) -> None:
+    """Take what the journals of running works name out of what can go."""
+    if not stage or not found.journals:
+        return
+    names = {info.key.rpartition("/")[2].partition(".")[0].encode() for info in stage}
+    spared: set[bytes] = set()
+    for key in found.journals:
+        with suppress(NotFoundError):  # the work was finished meanwhile: what it published is young, or marked
+            spared.update(name for name in _DIGEST.findall(storage.get(key)) if name in names)
+    left = [info for info in stage if info.key.rpartition("/")[2].partition(".")[0].encode() not in spared]
+    found.kept += len(stage) - len(left)
+    stage[:] = left
+
+
+def _manifests(storage: Storage) -> Iterator[ObjectInfo]:
+    """Every manifest, also of models that have no record yet."""
+    for first in storage.folders(rec.MODELS):
+        inner = storage.folders(f"{rec.MODELS}{first}/")
+        for name in (first, *(f"{first}/{second}" for second in inner)):
+            try:
+                prefix = rec.manifests_prefix(check_model(name))
+            except ValueError:
+                continue  # no folder of a model: not ours
+            yield from storage.list(prefix)
+
+
+def _packs(storage: Storage) -> Iterable[ObjectInfo]:
+    """Every pack; many of them folder by folder, side by side."""
+    few = list(storage.list(rec.PACKS, limit=_ONE_LISTING))
+    if len(few) < _ONE_LISTING:
+        return few
+
+    def folder(name: str) -> list[ObjectInfo]:
+        return list(storage.list(f"{rec.PACKS}{name}/"))
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-gc") as pool:
+        return [info for infos in pool.map(folder, storage.folders(rec.PACKS)) for info in infos]
+
+
+def _sweep(storage: Storage, info: ObjectInfo, limit: float, dry_run: bool) -> SweptObject | None:
+    """Remove an object, unless a writer that wants it has written it again meanwhile; None where it stays, or was gone."""
+    if not dry_run:
+        now = storage.info(info.key)
+        if now is None or now.modified > limit:
+            return None
+        storage.delete(info.key)
+    return SweptObject(info.key, info.size)
+
+
+def _temporaries(storage: Storage, grace: float, dry_run: bool) -> list[SweptObject]:
+    """Files that killed writers left behind in a local store."""
+    while isinstance(storage, WrappingStorage):
+        storage = storage.inner
+    if not isinstance(storage, LocalStorage):
+        return []
+    sizes = {}
+    for path in storage.remove_temporaries(grace, dry_run=True):
+        with suppress(FileNotFoundError):  # its writer is done with it
+            sizes[path] = path.stat().st_size
+    paths = sizes if dry_run else storage.remove_temporaries(grace)
+    return [SweptObject(path.relative_to(storage.root).as_posix(), sizes.get(path, 0)) for path in paths]

@@ -1,0 +1,279 @@
+"""Repair: lost manifests from their copies, damaged packs from another copy of the store.
+
+What cannot be mended stays in the report, with what to do. Nothing that is good is written again.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError, StorageError
+from modelstore.format import manifest as man
+from modelstore.format import record as rec
+from modelstore.format import safetensors as st
+from modelstore.format.buffers import view
+from modelstore.format.manifest import Manifest
+from modelstore.format.names import ORIGINAL, Reference
+from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
+from modelstore.format.results import Problem, Report
+from modelstore.storage.base import Storage
+from modelstore.store import packs
+from modelstore.store.catalog import Catalog
+from modelstore.store.heal import pack_is_good, replace_pack
+from modelstore.store.manifests import COPY_ENTRY, Manifests
+
+_THREADS = 4
+_LARGEST_COPY = 1 << 30  # bytes of a compressed manifest
+_LOST = (NotFoundError, CorruptionError, FormatError, StorageError)
+
+Progress = Callable[[int], None]
+
+
+def repair(
+    storage: Storage,
+    catalog: Catalog,
+    manifests: Manifests,
+    ref: Reference | None,
+    source: Storage | None,
+    *,
+    progress: Progress | None = None,
+) -> Report:
+    """Mend what a reference names, or all that is live: manifests first, then every pack that they refer to.
+
+    A bare name stands for all versions of the model, `name@version` for all its variants. `source` is another copy of the
+    store; without one, only manifests and their copies can be mended. `progress` hears of the bytes of packs checked.
+    """
+    work = _Repair(storage, catalog, manifests, source)
+    for model in [ref.name] if ref else catalog.models():
+        for record, variant, entry in live(catalog, model, ref, work.problems):
+            work.variant(record, variant, entry)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-repair") as pool:
+        for size in pool.map(lambda item: work.pack(*item), work.packs.items()):
+            work.nbytes += size
+            if progress:
+                progress(size)
+    return Report(work.chunks, work.nbytes, work.tensors, tuple(work.problems), tuple(work.repaired))
+
+
+def live(
+    catalog: Catalog, model: str, ref: Reference | None, problems: list[Problem]
+) -> Iterator[tuple[VersionRecord, str, VariantEntry]]:
+    """A model's live versions and variants, as far as `ref` names them; a record that cannot be read becomes a problem."""
+    try:
+        if ref is None or (ref.is_newest and ref.variant == ORIGINAL):
+            records = [record for record in catalog.versions(model) if not record.deleted]
+        else:
+            records = [catalog.resolve(ref)]
+    except (FormatError, StorageError) as error:
+        problems.append(problem(error, model))
+        return
+    if ref is not None and not records:
+        catalog.newest(model)  # says what is wrong with the name
+    if ref is not None and ref.variant != ORIGINAL:
+        yield records[0], ref.variant, catalog.entry(ref)[1]
+        return
+    for record in records:
+        for variant, entry in record.variants.items():
+            yield record, variant, entry
+
+
+def problem(error: ModelStoreError, model: str) -> Problem:
+    """What an error says, as an entry of a report."""
+    return Problem(error.kind, str(error), error.model or model, error.tensor, error.chunk, error.object)
+
+
+def read_copy(storage: Storage, copy: str, digest: str) -> tuple[Manifest, bytes]:
+    """A manifest, and its stored bytes, from the pack that is its copy; an error where that is not a good one."""
+    key = pack_key(copy)
+    entries, _, start = _header(storage, key)
+    entry = next((e for e in entries if e.name == COPY_ENTRY), None)
+    if entry is None or entry.stop - entry.start > _LARGEST_COPY:
+        raise FormatError(f"object {key} is no copy of a manifest: run 'modelstore repair'", object=key)
+    data = np.empty(entry.stop - entry.start, np.uint8)
+    storage.read(key, start + entry.start, view(data))
+    return man.decode(data.tobytes(), digest, key), data.tobytes()
+
+
+def copy_pack(model: str, digest: str, data: bytes) -> packs.Pack:
+    """The pack that is a manifest's copy, from the manifest's stored bytes; the same as `Manifests.write` stores."""
+    builder = packs.PackBuilder()
+    builder.add(COPY_ENTRY, data)
+    return packs.finish(builder, {"kind": "manifest", "manifest": digest, "model": model})
+
+
+def copy_of(storage: Storage, model: str, digest: str, manifest: Manifest) -> packs.Pack:
+    """The pack that is the copy of a manifest whose record is gone."""
+    try:
+        return copy_pack(model, digest, storage.get(manifest_key(model, digest)))
+    except NotFoundError:  # the manifest came from a mirror
+        return copy_pack(model, digest, man.encode(manifest)[1])
+
+
+def _header(storage: Storage, key: str) -> tuple[list[st.Entry], dict[str, str], int]:
+    """A pack's entries, its metadata, and where its data begins."""
+    info = storage.info(key)
+    if info is None:
+        raise NotFoundError(f"there is no object {key}: run 'modelstore repair'", object=key)
+    prefix = np.empty(st.PREFIX, np.uint8)
+    storage.read(key, 0, view(prefix))
+    header = np.empty(st.header_length(prefix.tobytes(), info.size), np.uint8)
+    storage.read(key, st.PREFIX, view(header))
+    return *st.parse_header(header.tobytes(), info.size), st.PREFIX + len(header)
+
+
+@dataclass
+class _Repair:
+    """One repair: what it found and did so far."""
+
+    storage: Storage
+    catalog: Catalog
+    manifests: Manifests
+    source: Storage | None
+    writer: str = field(default_factory=lambda: uuid.uuid4().hex)
+    problems: list[Problem] = field(default_factory=list)
+    repaired: list[str] = field(default_factory=list)
+    packs: dict[str, tuple[str, str, int]] = field(default_factory=dict)  # digest → model, first tensor, chunks
+    chunks: int = 0
+    nbytes: int = 0
+    tensors: int = 0
+    _seen: set[tuple[str, str, str]] = field(default_factory=set)
+    _noted: set[tuple[str, str]] = field(default_factory=set)
+    _copies: dict[str, str] | None = None  # manifest → pack, as packs' headers say
+
+    def variant(self, record: VersionRecord, variant: str, entry: VariantEntry) -> None:
+        """Mend a variant's manifest, its copy, and the manifests under it; note the packs that they need."""
+        model, digest, copy = record.model, entry.manifest, entry.copy
+        while (model, digest, copy) not in self._seen:
+            self._seen.add((model, digest, copy))
+            found = self._manifest(model, digest, copy)
+            if found is None:
+                return
+            manifest, data = found
+            if copy:
+                self._copy(record, variant, entry, data)
+            if (model, digest) not in self._noted:
+                self._noted.add((model, digest))
+                self._note(model, manifest)
+            if manifest.base is None:
+                return
+            model, digest, copy = manifest.base.model, manifest.base.manifest, ""
+
+    def _note(self, model: str, manifest: Manifest) -> None:
+        self.tensors += len(manifest.tensors)
+        self.chunks += len(manifest.pack)
+        counts = np.bincount(manifest.pack, minlength=len(manifest.packs)).tolist()
+        first: dict[int, str] = {}
+        for tensor in (*manifest.tensors, *manifest.files):
+            for plane in tensor.planes:
+                for pack in np.unique(manifest.pack[plane.first : plane.first + tensor.chunks]).tolist():
+                    first.setdefault(pack, tensor.name)
+        for index, digest in enumerate(manifest.packs):
+            self.packs.setdefault(digest, (model, first.get(index, ""), counts[index]))
+
+    def _manifest(self, model: str, digest: str, copy: str) -> tuple[Manifest, bytes] | None:
+        """A good manifest, put back where it was not; None, and a problem, where there is none anywhere."""
+        key = manifest_key(model, digest)
+
+        def from_mirror() -> tuple[Manifest, bytes]:
+            manifest = self.manifests.read(model, digest)
+            return manifest, man.encode(manifest)[1]
+
+        def from_object(storage: Storage) -> tuple[Manifest, bytes]:
+            data = storage.get(key)
+            return man.decode(data, digest, key), data
+
+        ways: list[Callable[[], tuple[Manifest, bytes]]] = [lambda: from_object(self.storage)]
+        both = [self.storage] if self.source is None else [self.storage, self.source]
+        ways += [lambda at=at: read_copy(at, copy, digest) for at in both if copy]  # type: ignore[misc]
+        if self.source is not None:
+            ways.append(lambda source=self.source: from_object(source))  # type: ignore[misc]
+        ways += [from_mirror, lambda: read_copy(self.storage, self._search().get(digest, digest), digest)]
+        reasons: list[str] = []
+        for way in ways:
+            try:
+                manifest, data = way()
+            except _LOST as error:
+                reasons.append(str(error))
+                continue
+            if reasons:
+                self.storage.put(key, iter([data]), len(data))
+                self.repaired.append(key)
+            return manifest, data
+        self.problems.append(
+            Problem(
+                "corruption",
+                f"manifest {key} of model {model!r} is lost, and so is its copy ({reasons[0]}): {self._advice(model)}",
+                model=model,
+                object=key,
+            )
+        )
+        return None
+
+    def _copy(self, record: VersionRecord, variant: str, entry: VariantEntry, data: bytes) -> None:
+        """See that the entry's copy is a good one; a lost one is made again."""
+        try:
+            if pack_is_good(self.storage, entry.copy):
+                read_copy(self.storage, entry.copy, entry.manifest)
+                return
+        except (NotFoundError, CorruptionError, FormatError):
+            pass  # a good pack, of something else: the entry is wrong
+        made = copy_pack(record.model, entry.manifest, data)
+        self.storage.put(pack_key(made.digest), iter(made.pieces), made.size)
+        self.repaired.append(pack_key(made.digest))
+        if made.digest != entry.copy:
+            pointed = msgspec.structs.replace(entry, copy=made.digest)
+            self.catalog.replace_entry(record.model, record.version, variant, self.writer, pointed)
+
+    def _search(self) -> dict[str, str]:
+        """The copies of manifests among all packs, found by what their headers say; looked for once, as a last resort."""
+        if self._copies is None:
+
+            def header(key: str) -> tuple[str, str] | None:
+                try:
+                    metadata = _header(self.storage, key)[1]
+                except ModelStoreError:
+                    return None  # a damaged pack is no copy; where it is needed, it is reported
+                if metadata.get("kind") != "manifest":
+                    return None
+                return metadata.get("manifest", ""), key.rpartition("/")[2].partition(".")[0]
+
+            with ThreadPoolExecutor(16, thread_name_prefix="modelstore-repair") as pool:
+                found = pool.map(header, [info.key for info in self.storage.list(rec.PACKS)])
+                self._copies = dict(pair for pair in found if pair is not None)
+        return self._copies
+
+    def pack(self, digest: str, needs: tuple[str, str, int]) -> int:
+        """Check a pack, replace it where it is bad; its size."""
+        key = pack_key(digest)
+        reason = "it is missing or its bytes are not those that its name stands for"
+        try:
+            if not pack_is_good(self.storage, digest):
+                if self.source is None:
+                    raise CorruptionError(reason)
+                replace_pack(self.storage, self.source, digest)
+                self.repaired.append(key)
+        except _LOST as error:
+            model, tensor, chunks = needs
+            what = f"{chunks} chunks, the first of tensor {tensor!r}"
+            self.problems.append(
+                Problem(
+                    error.kind,
+                    f"pack {key} of model {model!r}, with {what}, is damaged ({error}): {self._advice(model)}",
+                    model=model,
+                    tensor=tensor or None,
+                    object=key,
+                )
+            )
+        info = self.storage.info(key)
+        return info.size if info else 0
+
+    def _advice(self, model: str) -> str:
+        if self.source is None:
+            return f"run 'modelstore repair {model} --from URL' with another copy of the store"
+        return f"{self.source.url} cannot mend it; try another copy of the store, or save the model again"
