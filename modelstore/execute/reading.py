@@ -128,7 +128,7 @@ class Reader:
                 if ready:
                     continue
                 if not pending:
-                    assert not left and job is None, "a tensor was not finished"
+                    assert not left, "a tensor was not finished"
                     return
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:

@@ -40,14 +40,14 @@ class CodecSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     params: dict[str, int | float | str | bool] = {}
 
 
-class Plane(msgspec.Struct, frozen=True, array_like=True):
+class Plane(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A plane's name, and the index in the chunk table of its first chunk; the others follow in the grid's order."""
 
     name: str
     first: Count
 
 
-class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
+class Tensor(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A tensor: dtype, shape, the shape of its chunks, its codec (an index), the BLAKE3 of its raw bytes, its planes."""
 
     name: str

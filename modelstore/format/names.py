@@ -12,6 +12,7 @@ _RESERVED = frozenset(
     {"versions", "tags", "manifests"}
 )  # folders of a model: a model of that name would lie in another's
 _WORD = re.compile(r"[A-Za-z_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?")
+_CONTROL = re.compile(r"[\x00-\x1f]")
 ORIGINAL = "original"
 MAX_TENSOR_NAME = 1024
 MAX_VERSION = 99_999_998
@@ -39,7 +40,7 @@ def check_word(word: str, what: str) -> str:
 
 def check_tensor(name: str) -> str:
     """The name of a tensor read from a file or manifest; `FormatError` where no store can hold it."""
-    if not name or len(name.encode("utf-8", "surrogatepass")) > MAX_TENSOR_NAME or any(ord(c) < 32 for c in name):
+    if not name or len(name.encode("utf-8", "surrogatepass")) > MAX_TENSOR_NAME or _CONTROL.search(name):
         raise FormatError(
             f"tensor name {name[:80]!r} is empty, longer than {MAX_TENSOR_NAME} bytes or has control characters: rename it",
             tensor=name[:80],
@@ -50,7 +51,7 @@ def check_tensor(name: str) -> str:
 def check_file(path: str) -> str:
     """The relative POSIX path of a model's file; `FormatError` where it could lead out of its folder."""
     parts = path.split("/")
-    bad = any(p in ("", ".", "..") or len(p) > 255 for p in parts) or "\\" in path or any(ord(c) < 32 for c in path)
+    bad = any(p in ("", ".", "..") or len(p) > 255 for p in parts) or "\\" in path or bool(_CONTROL.search(path))
     if bad or len(path) > 1024 or re.match(r"[A-Za-z]:", path):
         raise FormatError(
             f"file name {path[:80]!r} is not a plain relative path: rename or leave out the file", object=path[:80]
