@@ -51,7 +51,7 @@ def bench(
     import modelstore as ms
     from modelstore.cli.demo_model import find_model
 
-    _, source = find_model(model)
+    name, source = find_model(model)
     files = sorted(source.glob("*.safetensors"))
     with tempfile.TemporaryDirectory(prefix="modelstore-bench-", dir=where) as folder:
         stores = [ms.open(str(Path(folder) / f"store{i}"), memory=memory) for i in range(ROUNDS)]
@@ -69,7 +69,8 @@ def bench(
         }
     size, stored = saved[0].bytes, saved[0].stored
     measured = {
-        "model": str(source),
+        "model": name.removeprefix("demo/"),
+        "source": str(source),
         "bytes": size,
         "stored": stored,
         "cores": os.cpu_count(),
@@ -79,7 +80,7 @@ def bench(
 
     def lines() -> Iterator[str]:
         yield (
-            f"{source.resolve().name}: {units.size(size)}, stored in {units.size(stored)} "
+            f"{measured['model']}: {units.size(size)}, stored in {units.size(stored)} "
             f"({units.share(stored, size)}); {os.cpu_count()} cores"
         )
         rows = [(what, units.seconds(took), f"{size / took / 1e9:.2f} GB/s") for what, took in times.items()]

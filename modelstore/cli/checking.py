@@ -36,7 +36,7 @@ def verify(
     _result(found, json)
     if not found.ok:
         output.remark(
-            "modelstore: damage found; `modelstore repair --from URL` mends it from another copy", quiet=quiet or json
+            "modelstore: `modelstore repair --from URL` mends this from another copy of the store", quiet=quiet or json
         )
         raise typer.Exit(FAILED)
 

@@ -62,7 +62,8 @@ Mirrors = Annotated[
         "--mirror",
         metavar="URL",
         show_default=False,
-        help="Another store with the same models, asked for what is lost or damaged in this one. May be given several times.",
+        help="A copy of the store, asked for what is lost or damaged in this one, which is mended by it. "
+        "May be given several times.",
     ),
 ]
 Grace = Annotated[

@@ -193,6 +193,10 @@ def test_verify_finds_and_repair_mends(
     saved("load", "acme/toy@1", "-o", tmp_path / "m.safetensors", "--mirror", mirror)
     same(load_file(tmp_path / "m.safetensors"), weights())
 
+    assert "ok: checked" in saved("verify").stdout, "a mirror mends what it is asked for"
+
+    flip(tmp_path / "store")
+    saved("verify", code=1)
     assert "repaired" in saved("repair", "--from", mirror).stdout
     assert "ok: checked" in saved("verify", "--deep").stdout
     saved("load", "acme/toy@1", "-o", tmp_path / "y.safetensors")
