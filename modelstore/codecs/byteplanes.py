@@ -67,10 +67,10 @@ def encode(values: Bytes, dtype: DType, base: Bytes | None = None) -> Bytes:
     """`values` (uint8, 1-d, whole elements) encoded; with a base of the same size, as differences where that is smaller."""
     how = words_of(dtype)
     if not values.size:
-        return _header(0, how.width)
+        return np.frombuffer(HEADER.pack(VERSION, 0, how.width, LOG_BLOCK), np.uint8)
     lanes = np.ascontiguousarray(values).view(how.dtype)
     none = lanes[:0]
-    costs = _costs(lanes, none, how)
+    costs = _costs(lanes, none, how) if base is not None or lanes.size >= SMALL else []
     differs = False
     if base is not None:
         under = np.ascontiguousarray(base).view(how.dtype)
@@ -78,10 +78,6 @@ def encode(values: Bytes, dtype: DType, base: Bytes | None = None) -> Bytes:
         differs = sum(against) < sum(costs)
         costs = against if differs else costs
     return _write(lanes, under if differs else none, how, costs)
-
-
-def _header(flags: int, planes: int) -> Bytes:
-    return np.frombuffer(HEADER.pack(VERSION, flags, planes, LOG_BLOCK), np.uint8)
 
 
 def _costs(lanes: NDArray[Word], base: NDArray[Word], how: Words) -> list[float]:
@@ -99,36 +95,38 @@ def _write(lanes: NDArray[Word], base: NDArray[Word], how: Words, costs: list[fl
     blocks = -(-count // BLOCK)
     at = HEADER.size + 4 * blocks * width
     out = np.empty(at + count * width, np.uint8)
-    lengths = np.empty((blocks, width), np.uint32)
+    lengths: list[int] = []
     split, _, _ = words.kernels(width)
     change = (how.magnitude, 0 if base.size else how.top)
     space = frames.scratch(width)
     nothing: list[Method | None] = [None] * width
     methods = nothing if count < SMALL else _methods(lanes, base, how, costs)
-    for b in range(blocks):
-        v = lanes[b * BLOCK : (b + 1) * BLOCK]
-        u = base[b * BLOCK : (b + 1) * BLOCK]
+    for start in range(0, count, BLOCK):
+        v, u = lanes[start : start + BLOCK], base[start : start + BLOCK]
         n = v.size
-        packed: list[bytes | None] = [None] * width
-        places = _places(methods if n >= SMALL else nothing, at, n)
-        split(v, u, *change, places, out, space)
-        for p in np.flatnonzero(places < 0).tolist():
-            smaller = frames.compress(space[p, :n], methods[p] or "entropy")
-            packed[p] = smaller if len(smaller) < n else None
-        if packed.count(None) != np.count_nonzero(places >= 0):  # some did not shrink: make room for them
-            places = _places(packed, at, n)
-            split(v, u, *change, places, out, space)
+        tried = methods if n >= SMALL else nothing
+        split(v, u, *change, _places(tried, at, n), out, space)
+        packed = [None if method is None else _smaller(space[p, :n], method) for p, method in enumerate(tried)]
+        if packed.count(None) != tried.count(None):  # some did not shrink: make room for them
+            split(v, u, *change, _places(packed, at, n), out, space)
         at += packed.count(None) * n
-        for p, frame in enumerate(packed):
-            lengths[b, p] = n if frame is None else len(frame)
+        for frame in packed:
+            lengths.append(n if frame is None else len(frame))
             if frame is not None:
                 out[at : at + len(frame)] = np.frombuffer(frame, np.uint8)
                 at += len(frame)
-    out[: HEADER.size] = _header(DIFFERS if base.size else 0, width)
-    out[HEADER.size : HEADER.size + lengths.nbytes] = lengths.reshape(-1).view(np.uint8)
-    return (
-        out[:at] if at > out.size // 2 else out[:at].copy()
-    )  # shrinking in place would cost fresh pages in the next call
+    head = HEADER.pack(VERSION, DIFFERS if base.size else 0, width, LOG_BLOCK) + struct.pack(
+        f"<{len(lengths)}I", *lengths
+    )
+    out[: len(head)] = np.frombuffer(head, np.uint8)
+    # What is left over is not given back, unless it is much: an array shrunk in place costs the next call fresh pages.
+    return out[:at] if at > out.size // 2 else out[:at].copy()
+
+
+def _smaller(piece: Bytes, method: Method) -> bytes | None:
+    """The piece as a frame, None where that is not smaller."""
+    frame = frames.compress(piece, method)
+    return frame if len(frame) < piece.size else None
 
 
 def _methods(lanes: NDArray[Word], base: NDArray[Word], how: Words, costs: list[float]) -> list[Method | None]:
@@ -149,12 +147,11 @@ def _methods(lanes: NDArray[Word], base: NDArray[Word], how: Words, costs: list[
 
 def _places(coded: Sequence[bytes | Method | None], at: int, size: int) -> NDArray[np.int64]:
     """Where each raw piece of a block goes: one after the other from `at`; -1 for those that become frames."""
-    places = np.full(len(coded), -1, np.int64)
-    for p, how in enumerate(coded):
-        if how is None:
-            places[p] = at
-            at += size
-    return places
+    places = []
+    for how in coded:
+        places.append(-1 if how is not None else at)
+        at += size if how is None else 0
+    return np.array(places, np.int64)
 
 
 def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes | None = None) -> None:
