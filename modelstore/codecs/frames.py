@@ -1,6 +1,6 @@
 """Single zstd frames of at most one block: as small as the entropy of their bytes, and safe to decode.
 
-Measured on the exponents of LLM-like bf16 weights (one core; the machine's bound by entropy is 0.330 of the plane):
+Measured on the exponents of LLM-like bf16 weights (one core; their entropy is 0.330 of the plane):
 `ENTROPY` 0.334 at 0.99 GB/s, decoded at 2.6 GB/s; zstd level 1 0.379 at 0.32 and 1.46; level 3 0.407 at 0.20 and 1.15.
 Looking for matches costs time, and the sequences of accidental ones cost size and slow the decoder; a table of 64 entries and
 matches of 7 bytes leave the runs that are real. Level 3 pays for tables of integers, whose bytes repeat at a distance.
