@@ -84,15 +84,16 @@ class Arena:
     def allocate(self, nbytes: int) -> Bytes:
         """A writable buffer of `nbytes` bytes; `MemoryError` where there is no room for it."""
         if nbytes >= _ARENA // 4:
-            return _huge(nbytes)
+            return huge(nbytes)
         if self._at + nbytes > len(self._map):
-            self._map, self._at = _huge(_ARENA), 0
+            self._map, self._at = huge(_ARENA), 0
         buffer = self._map[self._at : self._at + nbytes]
         self._at += -(-nbytes // _ALIGN) * _ALIGN
         return buffer
 
 
-def _huge(nbytes: int) -> Bytes:
+def huge(nbytes: int) -> Bytes:
+    """A zero-filled buffer in a map of its own that asks for huge pages; `MemoryError` where there is no room."""
     try:
         area = mmap.mmap(
             -1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS

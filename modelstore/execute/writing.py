@@ -12,18 +12,20 @@ import numpy as np
 from blake3 import blake3
 
 from modelstore.codecs.base import Codec
+from modelstore.execute.memory import huge
 from modelstore.execute.reading import Limits
 from modelstore.format import grid
 from modelstore.format.buffers import Buffer, Bytes, as_bytes, view
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import CodecSpec, Plane, Tensor
 from modelstore.format.region import Region, extent, shift, slices
-from modelstore.plan.write import STEP, Part, Step, TensorPlan, plan_steps
+from modelstore.plan.write import Part, Step, TensorPlan, plan_steps
 from modelstore.storage.base import Storage
 from modelstore.store import packs
 from modelstore.store.packs import PackBuilder, TensorNote
 
 Location = tuple[str, int, int]  # pack digest, offset, length
+_ALIGN = 64
 ReadRegion = Callable[[Region, Bytes], None]
 Placed = tuple[bytes, Location]  # a stored chunk's digest, and where it lies
 
@@ -96,8 +98,6 @@ class PackWriter:
         """
         state = _State(self, inputs)
         threads = self.limits.threads or max(2, os.cpu_count() or 1)
-        # A step under way holds its raw bytes, the encoded ones, and a chunk's copy: three times its size at most.
-        window = max(1, min(2 * threads, self.limits.memory // 3 // (3 * max(self._slab_limit, STEP))))
         steps = plan_steps(((i, item.plan) for i, item in enumerate(inputs)), self._slab_limit)
         with (
             ThreadPoolExecutor(threads, thread_name_prefix="modelstore-encode") as encoders,
@@ -105,7 +105,8 @@ class PackWriter:
         ):
             encoding: deque[Future[list[_Encoded]]] = deque()
             try:
-                for encoded in _ordered(steps, lambda step: encoders.submit(_encode, step, inputs), encoding, window):
+                room = _Room(2 * threads, self.limits.memory // 3)
+                for encoded in _ordered(steps, lambda step: encoders.submit(_encode, step, inputs), encoding, room):
                     for item in encoded:
                         state.take(item)
                         if state.builder.size >= self._pack_bytes:
@@ -226,14 +227,19 @@ class _State:
 
 def _encode(step: Step, inputs: Sequence[Input]) -> list[_Encoded]:
     """Read and encode one step's parts; runs in a worker."""
-    return [_encode_part(part, inputs[part.tensor]) for part in step.parts]
+    buffer = huge(step.nbytes + _ALIGN * len(step.parts))
+    encoded = []
+    at = 0
+    for part in step.parts:
+        encoded.append(_encode_part(part, inputs[part.tensor], buffer[at : at + part.nbytes]))
+        at += -(-part.nbytes // _ALIGN) * _ALIGN  # the codecs look at the bytes as words
+    return encoded
 
 
-def _encode_part(part: Part, item: Input) -> _Encoded:
+def _encode_part(part: Part, item: Input, raw: Bytes) -> _Encoded:
     plan = item.plan
     codec = item.codec
     kind = DTYPES[plan.dtype]
-    raw = np.empty(part.nbytes, np.uint8)
     item.read(part.region, raw)
     box = raw.view(f"V{kind.itemsize}").reshape(extent(part.region)) if part.chunks else None
     chunks = []
@@ -247,17 +253,29 @@ def _encode_part(part: Part, item: Input) -> _Encoded:
     return _Encoded(part, raw if part.hashed else None, tuple(chunks))
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """How many steps may be under way, and the memory for them."""
+
+    steps: int
+    memory: int
+
+
 def _ordered(
     steps: Iterable[Step],
     submit: Callable[[Step], Future[list[_Encoded]]],
     queue: deque[Future[list[_Encoded]]],
-    window: int,
+    room: _Room,
 ) -> Iterator[list[_Encoded]]:
-    """Results in the order of the steps, at most `window` of them under way."""
+    """Results in the order of the steps; as many under way as there is room for, and always one."""
+    costs: deque[int] = deque()
     for step in steps:
-        queue.append(submit(step))
-        if len(queue) >= window:
+        cost = 3 * step.nbytes  # its raw bytes, the encoded ones, and the copies of chunks
+        while queue and (len(queue) >= room.steps or sum(costs) + cost > room.memory):
+            costs.popleft()
             yield queue.popleft().result()
+        queue.append(submit(step))
+        costs.append(cost)
     while queue:
         yield queue.popleft().result()
 

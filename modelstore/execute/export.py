@@ -1,0 +1,86 @@
+"""Writes a variant to local files that other programs load.
+
+export_layout   which files there are, and where each tensor lies in them
+export_target   the folder they go to: hidden until whole, resumable, one export at a time
+export_write    the work itself
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from modelstore.execute.export_layout import CONFIG, OutFile, directory, one_file
+from modelstore.execute.export_target import Target
+from modelstore.execute.export_write import write
+from modelstore.execute.reading import Limits, Reader
+from modelstore.format import results
+from modelstore.format.manifest import Manifest
+
+MAX_SHARD = 5_000_000_000
+_MAX_CONFIG = 16 << 20
+
+
+def export(
+    reader: Reader,
+    path: Path,
+    *,
+    format: Literal["hf", "safetensors"],
+    limits: Limits,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD,
+    progress: Callable[[int], None] | None = None,
+) -> results.Exported:
+    """Write all tensors to local files; `progress` hears of raw bytes as they are written.
+
+    "hf": the folder `path` as transformers and vLLM load it, with the model's own files, and weights in
+    `model.safetensors` or, beyond `max_shard_bytes`, in numbered shards with an index. Names that are tied are left out
+    where the model's `config.json` says `"tie_word_embeddings": true` and loaders tie them by themselves (`lm_head` to the
+    embedding, T5's and BART's embeddings to the shared one), as `save_pretrained` does; every other tied name is
+    written with bytes of its own, which any loader takes. "safetensors": one file, which has every name.
+
+    The bytes of every tensor are those of the store. Nothing is visible under its name before all files are whole and
+    durable; what an interrupted export finished is found again by the next one to the same place. A target that is
+    there and not empty is a `ConflictError`, unless `overwrite`: files of the same names, and other weights, are
+    replaced then, and anything else stays. `StorageError` where the disk is too small, `UnsupportedError` for tensors
+    that safetensors cannot hold: both before anything is written.
+    """
+    started = time.monotonic()
+    path = Path(os.path.abspath(path))  # noqa: PTH100  a link at the end is followed when it is opened, not before
+    manifest = reader.manifest
+    outputs: list[OutFile]
+    if format == "safetensors":
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} is not the name of a safetensors file: let it end in .safetensors")
+        outputs = [one_file(manifest, path.name)]
+    elif format == "hf":
+        if max_shard_bytes < 1:
+            raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")
+        outputs = directory(manifest, _config(reader, manifest), max_shard_bytes)
+    else:
+        raise ValueError(f"format {format!r} is not known: hf and safetensors are")
+    with Target(path, outputs, single=format == "safetensors", overwrite=overwrite) as target:
+        write(reader, outputs, target, limits, progress)
+        target.place()
+    return results.Exported(
+        str(path),
+        tuple(sorted(output.path for output in outputs)),
+        sum(output.size for output in outputs),
+        time.monotonic() - started,
+    )
+
+
+def _config(reader: Reader, manifest: Manifest) -> Mapping[str, Any] | None:
+    """The model's config.json, None where it has none that can be read."""
+    for file in manifest.files:
+        if file.name == CONFIG and file.nbytes <= _MAX_CONFIG:
+            try:
+                config = json.loads(reader.region(file, ((0, file.shape[0]),)).tobytes())
+            except (ValueError, RecursionError):
+                return None
+            return config if isinstance(config, dict) else None
+    return None

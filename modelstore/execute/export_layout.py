@@ -1,0 +1,208 @@
+"""Which files an export has, and where each tensor lies in them: pure decisions, made before anything is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blake3 import blake3
+
+from modelstore.errors import FormatError, UnsupportedError
+from modelstore.format import grid
+from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.names import check_file
+from modelstore.format.region import Region, Shape
+from modelstore.format.safetensors import METADATA, Entry, build_header
+
+log = logging.getLogger("modelstore")
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+STAGING = ".modelstore-export"
+
+# The names under which the loaders of a Hugging Face directory look for weights, whatever the number of shards.
+WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json")
+
+# Of tied tensors transformers and vLLM make these again from the embedding, and its own `save_pretrained` leaves them out.
+_HEAD = re.compile(
+    r"(.*\.)?lm_head(\.decoder)?\.(weight|bias)|embed_out\.weight|cls\.predictions\.decoder\.(weight|bias)"
+)
+_SHARED = re.compile(r"(.*\.)?shared\.weight")
+_FROM_SHARED = re.compile(r"(.*\.)?(encoder|decoder)\.embed_tokens\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor's bytes within a file. A tied tensor's second copy does not count as progress."""
+
+    tensor: Tensor
+    offset: int
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class OutFile:
+    """A file to write: its relative path, the bytes it begins with, the tensors after them."""
+
+    path: str
+    header: bytes
+    tensors: tuple[Placed, ...]
+    size: int
+
+    @property
+    def digest(self) -> str:
+        """Equal for files of equal bytes at the same path."""
+        hasher = blake3(self.header)
+        for placed in self.tensors:
+            hasher.update(bytes.fromhex(placed.tensor.digest))
+        return hasher.hexdigest()
+
+
+def one_file(manifest: Manifest, path: str) -> OutFile:
+    """All tensors in one safetensors file, each tied name with bytes of its own: any loader finds every name."""
+    named = [(name, t, name == t.name) for t, names in _names(manifest) for name in names]
+    return _weights(path, named, manifest.metadata)
+
+
+def directory(manifest: Manifest, config: Mapping[str, Any] | None, max_shard_bytes: int) -> list[OutFile]:
+    """A Hugging Face directory: shards of at most so many bytes of tensors (or of one tensor), their index, the files.
+
+    The config comes last, the index before it: loaders that meet an unfinished directory then see that it is none.
+    """
+    left_out = _left_out(manifest, config)
+    named = []
+    for tensor, names in _names(manifest):
+        kept = [name for name in names if name not in left_out]
+        named += [(name, tensor, name == kept[0]) for name in kept]
+    shards: list[list[tuple[str, Tensor, bool]]] = [[]]
+    nbytes = 0
+    for item in named:
+        if shards[-1] and nbytes + item[1].nbytes > max_shard_bytes:
+            shards.append([])
+            nbytes = 0
+        shards[-1].append(item)
+        nbytes += item[1].nbytes
+    n = len(shards)
+    paths = [SINGLE] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    weights = [_weights(path, shard, manifest.metadata) for path, shard in zip(paths, shards, strict=True)]
+    if n > 1:
+        total = sum(t.nbytes for _, t, _ in named)
+        where = {name: path for path, shard in zip(paths, shards, strict=True) for name, _, _ in shard}
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, ensure_ascii=False)
+        text = index.encode() + b"\n"
+        weights.append(OutFile(INDEX, text, (), len(text)))
+    files = list(_files(manifest))
+    outputs = [f for f in files if f.path != CONFIG] + weights + [f for f in files if f.path == CONFIG]
+    _check_paths(outputs)
+    return outputs
+
+
+def blocks(tensor: Tensor, limit: int) -> Iterator[Region]:
+    """The tensor in regions of at most `limit` bytes (or of one chunk), in order, each made of whole chunks.
+
+    Each is one run of the tensor's bytes, where a row of chunks is within the limit; else a box of long rows.
+    """
+    shape, block = tensor.shape, _block(tensor, limit)
+    for index in range(grid.count(shape, block)):
+        yield grid.chunk_region(shape, block, index)
+
+
+def _block(tensor: Tensor, limit: int) -> Shape:
+    block = list(tensor.chunk)
+    nbytes = tensor.kind.itemsize
+    for n in block:
+        nbytes *= n
+    for axis in reversed(range(len(block))):
+        times = max(1, limit // max(1, nbytes))
+        if block[axis] * times < tensor.shape[axis]:
+            block[axis] *= times
+            break
+        nbytes = nbytes // block[axis] * max(1, tensor.shape[axis])
+        block[axis] = max(1, tensor.shape[axis])
+    return tuple(block)
+
+
+def _names(manifest: Manifest) -> Iterator[tuple[Tensor, list[str]]]:
+    """Every tensor with all its names, its own first."""
+    tied: dict[str, list[str]] = {}
+    for alias, name in manifest.aliases.items():
+        tied.setdefault(name, []).append(alias)
+    for tensor in manifest.tensors:
+        yield tensor, [tensor.name, *tied.get(tensor.name, ())]
+
+
+def _left_out(manifest: Manifest, config: Mapping[str, Any] | None) -> set[str]:
+    """Tied names that the loaders tie again by themselves, because the config says so in so many words."""
+    if config is None:
+        return set()
+    text = config.get("text_config")
+    said = [part.get("tie_word_embeddings") for part in (config, text) if isinstance(part, Mapping)]
+    if True not in said or False in said:
+        return set()
+    found: set[str] = set()
+    for _, names in _names(manifest):
+        heads = {name for name in names if _HEAD.fullmatch(name)}
+        if len(heads) < len(names):
+            found |= heads
+        if any(_SHARED.fullmatch(name) for name in names):
+            found |= {name for name in names if _FROM_SHARED.fullmatch(name)}
+    return found
+
+
+def _weights(path: str, named: Iterable[tuple[str, Tensor, bool]], metadata: Mapping[str, str]) -> OutFile:
+    # Wider numbers first, as the safetensors library does it: each tensor then begins at a multiple of its width.
+    ordered = sorted(named, key=lambda item: -item[1].kind.itemsize)
+    entries = []
+    at = 0
+    for name, tensor, _ in ordered:
+        kind = tensor.kind
+        if kind.safetensors is None or name == METADATA or (kind.safetensors == "F4" and not tensor.shape):
+            what = f"the name {name!r}" if name == METADATA else f"{len(tensor.shape)}-d {kind.name}"
+            raise UnsupportedError(
+                f"tensor {name!r} cannot be exported, because safetensors has no place for {what}: "
+                'convert it, or export with format="zarr"',
+                tensor=name,
+            )
+        entries.append(Entry(name, tensor.dtype, tensor.shape, at, at + tensor.nbytes))
+        at += tensor.nbytes
+    header = build_header(entries, {"format": "pt", **metadata})
+    placed = tuple(
+        Placed(tensor, len(header) + entry.start, first)
+        for entry, (_, tensor, first) in zip(entries, ordered, strict=True)
+    )
+    return OutFile(path, header, placed, len(header) + at)
+
+
+def _files(manifest: Manifest) -> Iterator[OutFile]:
+    """The model's own files. One named as the weights are is left out: it would be taken for them."""
+    for file in manifest.files:
+        path = check_file(file.name)
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise FormatError(f"file name {path[:80]!r} is not valid Unicode: the manifest is not valid") from None
+        if path.split("/")[0].casefold() == STAGING:
+            raise FormatError(f"file name {path[:80]!r} is kept for unfinished exports: rename the file", object=path)
+        if WEIGHTS.fullmatch(path.casefold()):
+            log.warning("file %s of the model is left out: the exported weights have that name", path)
+            continue
+        yield OutFile(path, b"", (Placed(file, 0, False),), file.nbytes)
+
+
+def _check_paths(outputs: Iterable[OutFile]) -> None:
+    """`FormatError` where one path is there twice, or is a folder on the way to another."""
+    paths = [output.path for output in outputs]
+    folders: set[str] = set()
+    for path in paths:
+        parts = path.split("/")
+        folders |= {"/".join(parts[:n]) for n in range(1, len(parts))}
+    seen: set[str] = set()
+    for path in paths:
+        if path in folders or path in seen:
+            raise FormatError(f"file {path[:80]!r} is a folder too, or is there twice: rename the file", object=path)
+        seen.add(path)

@@ -1,0 +1,227 @@
+"""Writes the files of an export: blocks of tensors are read in parallel, and each goes to its place when it is ready."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from modelstore.execute.export_layout import OutFile, Placed, blocks
+from modelstore.execute.export_target import Done, Target, writing
+from modelstore.execute.reading import Limits, Reader
+from modelstore.format.buffers import Bytes, view
+from modelstore.format.region import Region, extent, is_contiguous, offset
+from modelstore.plan.layout import Share
+from modelstore.plan.read import Want
+
+CHECKPOINT = 512 << 20  # bytes of one file after which what is written of it is made durable and recorded
+_SIZES = 16  # of buffers: multiples of this part of the largest
+_UNSYNCED = 8  # finished files that wait to be made durable
+
+
+@dataclass(slots=True)
+class _Open:
+    """A file being written: its blocks, and which of them are there."""
+
+    output: OutFile
+    first: int  # blocks that an earlier run wrote
+    count: int
+    descriptor: int = -1
+    written: set[int] = field(default_factory=set)
+    reached: int = 0  # all blocks below are written
+    since: int = 0  # bytes since the last checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    file: int
+    number: int
+    placed: Placed
+    region: Region
+
+
+def write(
+    reader: Reader, outputs: Sequence[OutFile], target: Target, limits: Limits, progress: Callable[[int], None] | None
+) -> None:
+    """Write all files to where they are staged, going on from what an earlier run left."""
+    limit = max(2 << 20, min(16 << 20, limits.memory // 16))
+    writer = _Writer(target, limit)
+    wanted: list[_Block] = []
+    for output in outputs:
+        done = target.done(output, limit)
+        found = [(placed, region) for placed in output.tensors for region in blocks(placed.tensor, limit)]
+        first = len(found) if done.whole else done.blocks
+        file = writer.add(output, first, len(found), whole=done.whole)
+        for number, (placed, region) in enumerate(found):
+            if number >= first:
+                wanted.append(_Block(file, number, placed, region))
+            elif progress and placed.counts:
+                progress(_nbytes(placed, region))
+    try:
+        writer.start()
+        wants = [Want(b.placed.tensor, Share(tuple((pair,) for pair in b.region))) for b in wanted]
+        buffers = _Buffers(limit)
+        for index, buffer in reader.stream(wants, limits, allocate=buffers.take):
+            writer.put(wanted[index], buffer)
+            buffers.give_back(index)
+            if progress and wanted[index].placed.counts:
+                progress(len(buffer))
+    finally:
+        writer.close()
+    writer.check()
+
+
+class _Buffers:
+    """Buffers that are used again, because fresh memory costs more than what is written to it. For one thread."""
+
+    def __init__(self, limit: int) -> None:
+        self._unit = limit // _SIZES
+        self._free: dict[int, list[Bytes]] = {}
+        self._taken: dict[int, Bytes] = {}
+        self._spare = 2 * limit  # bytes of free ones that are kept, at most
+
+    def take(self, index: int, nbytes: int) -> Bytes:
+        """A buffer for the block of that number; what it holds is undefined."""
+        size = -(-nbytes // self._unit) * self._unit
+        if size == self._unit:
+            return np.empty(nbytes, np.uint8)
+        free = self._free.get(size)
+        if free:
+            buffer = free.pop()
+            self._spare += size
+        else:
+            buffer = np.empty(size, np.uint8)
+        self._taken[index] = buffer
+        return buffer[:nbytes]
+
+    def give_back(self, index: int) -> None:
+        """The block was written; its buffer may be taken by another."""
+        buffer = self._taken.pop(index, None)
+        if buffer is not None and len(buffer) <= self._spare:
+            self._spare -= len(buffer)
+            self._free.setdefault(len(buffer), []).append(buffer)
+
+
+class _Writer:
+    """Open files, used by one thread; another makes them durable."""
+
+    def __init__(self, target: Target, limit: int) -> None:
+        self._target = target
+        self._limit = limit
+        self._files: list[_Open] = []
+        self._whole: list[bool] = []
+        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="modelstore-sync")
+        self._waiting: deque[Future[None]] = deque()
+
+    def add(self, output: OutFile, first: int, count: int, *, whole: bool) -> int:
+        """Announce a file with so many blocks; its number."""
+        self._files.append(_Open(output, first, count, reached=first))
+        self._whole.append(whole)
+        return len(self._files) - 1
+
+    def start(self) -> None:
+        """Write the files that have no block to wait for."""
+        for number, file in enumerate(self._files):
+            if not self._whole[number] and file.first == file.count:
+                self._finish(number)
+
+    def put(self, block: _Block, buffer: Bytes) -> None:
+        """Write one block to its place."""
+        file = self._files[block.file]
+        with writing(self._target.path):
+            descriptor = self._descriptor(file)
+            _write_region(descriptor, block.placed, block.region, buffer)
+        file.written.add(block.number)
+        while file.reached in file.written:
+            file.written.remove(file.reached)
+            file.reached += 1
+        file.since += len(buffer)
+        if file.reached == file.count:
+            self._finish(block.file)
+        elif file.since >= CHECKPOINT and not self._waiting:
+            done = Done(file.output.digest, False, file.reached, self._limit)
+            self._waiting.append(self._keeper.submit(self._keep, file, done))
+            file.since = 0
+        while self._waiting and (len(self._waiting) > _UNSYNCED or self._waiting[0].done()):
+            self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """Wait for what is being made durable, and close everything."""
+        self._keeper.shutdown(wait=True)
+        for file in self._files:
+            if file.descriptor >= 0:
+                os.close(file.descriptor)
+                file.descriptor = -1
+
+    def check(self) -> None:
+        """Raise what went wrong in the other thread."""
+        for future in self._waiting:
+            future.result()
+        assert all(self._whole), "a file was not finished"
+
+    def _descriptor(self, file: _Open) -> int:
+        """The open file, made at its full size if nothing of it is there."""
+        if file.descriptor < 0:
+            path = self._target.staged(file.output)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = 0 if file.first else os.O_TRUNC
+            file.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | fresh, 0o666)
+            os.ftruncate(file.descriptor, file.output.size)
+            _write(file.descriptor, memoryview(file.output.header), 0)
+        return file.descriptor
+
+    def _finish(self, number: int) -> None:
+        file = self._files[number]
+        with writing(self._target.path):
+            self._descriptor(file)
+        self._whole[number] = True
+        done = Done(file.output.digest, True, file.count, self._limit)
+        self._waiting.append(self._keeper.submit(self._keep, replace(file), done))
+        file.descriptor = -1
+
+    def _keep(self, file: _Open, done: Done) -> None:
+        """Make a file durable, then say so; runs in the keeper's thread."""
+        with writing(self._target.path):
+            try:
+                os.fsync(file.descriptor)
+            finally:
+                if done.whole:
+                    os.close(file.descriptor)
+            self._target.note(file.output, done)
+
+
+def _nbytes(placed: Placed, region: Region) -> int:
+    nbytes = placed.tensor.kind.itemsize
+    for n in extent(region):
+        nbytes *= n
+    return nbytes
+
+
+def _write_region(descriptor: int, placed: Placed, region: Region, buffer: Bytes) -> None:
+    """Write a region's bytes where they belong in the file: at once, or run by run."""
+    shape, itemsize = placed.tensor.shape, placed.tensor.kind.itemsize
+    data = view(buffer)
+    if is_contiguous(region, shape):
+        _write(descriptor, data, placed.offset + offset(region, shape) * itemsize)
+        return
+    # The dimensions before `inner` are walked; from there on each row of the region is one run of the tensor.
+    inner = len(shape) - 1
+    while region[inner] == (0, shape[inner]):
+        inner -= 1
+    run = len(data)
+    for n in extent(region)[:inner]:
+        run //= n
+    for number, index in enumerate(np.ndindex(*extent(region)[:inner])):
+        corner = [(a + i, a + i + 1) for (a, _), i in zip(region, index, strict=False)]
+        at = placed.offset + offset((*corner, *region[inner:]), shape) * itemsize
+        _write(descriptor, data[number * run : (number + 1) * run], at)
+
+
+def _write(descriptor: int, data: memoryview, at: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], at + done)
