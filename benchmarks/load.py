@@ -1,0 +1,125 @@
+"""Loading from a warm page cache: into memory of one's own, and mapped."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Row, Setting, Timer, fastest, fresh, rate, seconds, turns, warm
+
+KINDS: dict[str, dict[str, str]] = {
+    "lossless": {"codec": "lossless"},
+    "raw": {"codec": "raw"},
+    "raw whole": {"codec": "raw", "grid": "whole"},
+}
+GOALS = {"lossless": (3.0, 1.2), "raw": (5.0, 2.0), "raw whole": (5.0, 2.0)}
+
+
+def store(setting: Setting, kind: str) -> str:
+    """A local store with the model as `kind`, made where it is not there yet."""
+    import modelstore as ms
+
+    url = str(setting.folder / f"store-{kind.replace(' ', '-')}")
+    if not Path(url, "modelstore.json").exists():
+        ms.open(url).save("bench", setting.model, **KINDS[kind])  # type: ignore[arg-type]
+    return url
+
+
+def ours(model: str, url: str, ref: str = "bench", check: bool = False) -> dict[str, Any]:
+    """`store.load`, every chunk's digest checked. The kernels' machine code is loaded before, like any import."""
+    import torch  # noqa: F401
+
+    import modelstore as ms
+    from benchmarks.peers import outcome, prime_for
+
+    prepare()
+    opened = ms.open(url)
+    prime_for(model)
+    with Timer() as timer:
+        tensors = opened.load(ref)
+    return outcome(timer, tensors, check)
+
+
+def prepare() -> None:
+    """Load what is loaded once a process."""
+    from modelstore.codecs.kernels.words import kernels
+
+    kernels(2)
+
+
+def ours_touch(url: str) -> dict[str, Any]:
+    """`store.load(mmap=True)`, and one byte of every page touched."""
+    import torch  # noqa: F401
+
+    import modelstore as ms
+    from benchmarks.peers import touch
+
+    opened = ms.open(url)
+    with Timer() as timer:
+        tensors = opened.load("bench", mmap=True)
+        total = touch(tensors)
+    return {**timer.found, "tensors": len(tensors), "touched": total}
+
+
+def owned(setting: Setting) -> list[Row]:
+    """Rows of loading into memory of one's own."""
+    model = str(setting.model)
+    cases = {kind: partial(fresh, "benchmarks.load:ours", model=model, url=store(setting, kind)) for kind in KINDS}
+    cases |= {
+        "safetensors": partial(fresh, "benchmarks.peers:safetensors_clone", model=model),
+        "runai": partial(fresh, "benchmarks.peers:runai", model=model, owned=True),
+        "runai clone": partial(fresh, "benchmarks.peers:runai", model=model, owned=False),
+    }
+    for folder in (setting.model, setting.folder):
+        warm(folder)
+    digests = {name: case(check=True)["digest"] for name, case in cases.items()}
+    if len(set(digests.values())) != 1:
+        raise RuntimeError(f"the loaders disagree about the bytes: {digests}")
+    found = turns(setting, cases)
+    took = {name: seconds(runs) for name, runs in found.items()}
+    best_runai = min("runai", "runai clone", key=took.__getitem__)
+    rows = []
+    for kind in KINDS:
+        for peer, goal, words in (
+            ("safetensors", GOALS[kind][0], "safetensors load_file + clone"),
+            (best_runai, GOALS[kind][1], "runai-model-streamer, owned tensors (the faster way)"),
+        ):
+            ratio = took[peer] / took[kind]
+            work = f"load from page cache, {kind}"
+            speeds = rate(setting.nbytes, took[kind]), rate(setting.nbytes, took[peer])
+            note = f"{fastest(found[peer]) / fastest(found[kind]):.2f} by the fastest run of each"
+            detail = {"ours": found[kind], "peer": found[peer]}
+            rows.append(Row(work, words, *speeds, ratio, f"≥ {goal}×", ratio >= goal, note, detail))
+    return rows
+
+
+def mapped(setting: Setting) -> list[Row]:
+    """The row of loading lazily."""
+    url = store(setting, "raw whole")
+    warm(setting.model)
+    warm(Path(url))
+    found = turns(
+        setting,
+        {
+            "mapped": partial(fresh, "benchmarks.load:ours_touch", url=url),
+            "safetensors": partial(fresh, "benchmarks.peers:safetensors_touch", model=str(setting.model)),
+        },
+    )
+    if len({run["touched"] for runs in found.values() for run in runs}) != 1:
+        print("the mapped tensors differ", file=sys.stderr)
+        raise SystemExit(1)
+    ours, peer = seconds(found["mapped"]), seconds(found["safetensors"])
+    ratio = peer / ours
+    row = Row(
+        "load mapped (mmap=True), one byte a page touched",
+        "safetensors load_file",
+        rate(setting.nbytes, ours),
+        rate(setting.nbytes, peer),
+        ratio,
+        "≥ 0.9×",
+        ratio >= 0.9,
+        detail=found,
+    )
+    return [row]
