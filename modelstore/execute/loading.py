@@ -44,7 +44,7 @@ class Model:
                 f"the deltas of model {model!r} are more than {LONGEST_CHAIN} deep: its manifest is not valid",
                 model=model,
             )
-        base = None
+        base: Reader | None = None
         if manifest.base is not None:
             under = manifests.read(manifest.base.model, manifest.base.manifest)
             base = Model(storage, mirrors, manifests, manifest.base.model, under, depth=depth + 1).reader
@@ -53,7 +53,7 @@ class Model:
             self.chain = 0
         self.name = model
         self.manifest = manifest
-        self.reader = Reader(Fetcher(model, manifest, storage, mirrors), base)
+        self.reader: Reader = Reader(Fetcher(model, manifest, storage, mirrors), base)
         self._storage = storage
 
     def file(self, path: str) -> bytes:

@@ -47,7 +47,13 @@ class Reader:
     def __init__(self, fetcher: Fetcher, base: Reader | None) -> None:
         self._fetcher = fetcher
         self._base = base
-        self._codecs: list[Codec] = [make_codec(spec.name, spec.params) for spec in self.manifest.codecs]
+        try:
+            self._codecs: list[Codec] = [make_codec(spec.name, spec.params) for spec in self.manifest.codecs]
+        except (TypeError, ValueError) as error:
+            raise FormatError(
+                f"the manifest of model {fetcher.model!r} is not valid ({str(error)[:200]}): restore it",
+                model=fetcher.model,
+            ) from None
         self._local = fetcher.storage.path("x") is not None
 
     @property
@@ -158,10 +164,10 @@ class Reader:
         want = wants[chunk.want]
         tensor = want.tensor
         place = chunk.whole
-        if place is None or self._codecs[tensor.codec].name != "raw":
+        if place is None or self._codecs[tensor.codec].name != "raw" or len(chunk.rows) != 1:
             return False
         out = _rows(buffers[chunk.want], want, place)
-        if out is None or out.shape[0] != 1:
+        if out is None or out.shape[0] != 1 or out.size != self.manifest.length[chunk.rows[0]]:
             return False
         self._fetcher.direct(chunk.rows[0], out[0], tensor.name, chunk.chunk)
         return True
@@ -197,9 +203,10 @@ class Reader:
                 tensor=tensor.name,
             )
         base = self._base.manifest.by_name[tensor.name]
-        if base.shape != tensor.shape or base.kind.itemsize != tensor.kind.itemsize:
+        if base.shape != tensor.shape or base.dtype != tensor.dtype:
             raise FormatError(
-                f"tensor {tensor.name!r} and its base differ in shape: the manifest is not valid", tensor=tensor.name
+                f"tensor {tensor.name!r} and its base differ in shape or dtype: the manifest is not valid",
+                tensor=tensor.name,
             )
         return self._base.region(base, region)
 

@@ -20,14 +20,17 @@ from numpy.typing import NDArray
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
 from modelstore.format.dtypes import DTYPES, DType
-from modelstore.format.names import check_file, check_tensor
+from modelstore.format.names import check_file, check_model, check_tensor
 
 FORMAT = 1
 DIGEST_BYTES = 32
-MAX_CHUNK = 64 << 20  # raw bytes of a chunk; what this package writes has at most 8 MiB
+MAX_CHUNK = 64 << 20  # raw bytes of a chunk; what this package writes has at most 4 MiB
 MAX_MANIFEST = 2 << 30  # bytes of a manifest's JSON
+UNSUSPECTED = 256 << 20  # bytes of JSON that may hide in any frame; more must not be over `MAX_RATIO` times the frame
+MAX_RATIO = 100
+SLACK = 64 << 10  # bytes that an encoded chunk may have beyond twice the raw ones
 MAX_ELEMENTS = 1 << 60
-MAX_DIMENSIONS = 32
+MAX_DIMENSIONS = 64  # torch's limit
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -167,8 +170,9 @@ def decode(data: bytes, digest: str, where: str) -> Manifest:
 
     try:
         size = zstandard.frame_content_size(data)
-        if not 0 <= size <= MAX_MANIFEST:
-            raise wrong(f"declares {size} bytes of JSON, at most {MAX_MANIFEST} are read")
+        limit = min(MAX_MANIFEST, max(UNSUSPECTED, MAX_RATIO * len(data)))
+        if not 0 <= size <= limit:
+            raise wrong(f"declares {size} bytes of JSON, at most {limit} are read")
         text = zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
     except zstandard.ZstdError as error:
         raise wrong(f"is not a zstd frame ({error})") from None
@@ -176,7 +180,7 @@ def decode(data: bytes, digest: str, where: str) -> Manifest:
         raise wrong("does not match its digest")
     try:
         manifest = _decoder.decode(text)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise wrong(f"is not valid ({error})") from None
     if manifest.format != FORMAT:
         raise UnsupportedError(
@@ -218,11 +222,37 @@ def first_problem(manifest: Manifest) -> str | None:
             check_tensor(name)
         for path in paths:
             check_file(path)
-    except FormatError as error:
+        if manifest.base is not None:
+            check_model(manifest.base.model)
+    except (FormatError, ValueError) as error:
         return str(error)
     for alias, name in manifest.aliases.items():
         if name not in seen or alias in seen:
             return f"alias {alias[:80]!r} stands for {name[:80]!r}, which is not there, or hides a tensor"
+    return _problem_of_rows(manifest)
+
+
+def _problem_of_rows(manifest: Manifest) -> str | None:
+    """Whether each plane has rows of its own, and none of them more bytes than its chunks can take."""
+    spans: list[tuple[int, int, int, str]] = []
+    cuts: dict[tuple[object, ...], tuple[int, int]] = {}  # many tensors are cut the same
+    for tensor in (*manifest.tensors, *manifest.files):
+        key = tensor.shape, tensor.chunk, tensor.dtype
+        if key not in cuts:
+            cuts[key] = tensor.chunks, 2 * math.prod(tensor.chunk) * tensor.kind.itemsize + SLACK
+        n, most = cuts[key]
+        if n:
+            spans += [(plane.first, plane.first + n, most, tensor.name) for plane in tensor.planes]
+    if not spans:
+        return None
+    spans.sort()
+    first, stop, limit = (np.array(column, np.uint64) for column in list(zip(*spans, strict=True))[:3])
+    if (first[1:] < stop[:-1]).any():
+        name = spans[int((first[1:] < stop[:-1]).argmax())][3]
+        return f"tensor {name[:80]!r} shares rows of the chunk table with another plane"
+    longest = np.maximum.reduceat(manifest.length, first.astype(np.int64))
+    if (longest > limit).any():
+        return f"tensor {spans[int((longest > limit).argmax())][3][:80]!r} has a chunk that is too long for its shape"
     return None
 
 
@@ -234,7 +264,9 @@ def _problem_of(tensor: Tensor, rows: int, codecs: int) -> str | None:
         return f"shape {shape[:8]} with chunks {chunk[:8]} is out of bounds"
     if any(c < 1 or c > max(1, n) for n, c in zip(shape, chunk, strict=True)):
         return f"chunks {chunk} do not fit shape {shape}"
-    if math.prod(chunk) * DTYPES[tensor.dtype].itemsize > MAX_CHUNK:
+    if math.prod(n for n in shape if n) > MAX_ELEMENTS:
+        return f"shape {shape[:8]} is empty, with a dimension out of bounds"
+    if 0 not in shape and math.prod(chunk) * DTYPES[tensor.dtype].itemsize > MAX_CHUNK:
         return f"chunks {chunk} are over {MAX_CHUNK} bytes"
     if tensor.codec >= codecs:
         return f"codec {tensor.codec} of {codecs}"

@@ -72,7 +72,7 @@ def parse(data: bytes, kind: type[R], where: str) -> R:
     """A record from its bytes; `FormatError` where it is not one, `UnsupportedError` for another format's version."""
     try:
         record = msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(
             f"object {where} is not a valid record ({error}): restore or remove it", object=where
         ) from None

@@ -11,6 +11,7 @@ from modelstore.format.region import Region, Shape, extent, intersect, shift
 from modelstore.plan.layout import Share
 
 JOB_BYTES = 8 << 20  # raw bytes that one job decodes, about
+JOB_CHUNKS = 4096  # that one job reads, at most
 GAP = 32 << 10  # bytes between two wanted ranges that are read rather than skipped
 
 
@@ -103,16 +104,19 @@ def plan_read(manifest: Manifest, wants: list[Want]) -> Iterator[ReadJob]:
     Pure and lazy: a job is made when it is asked for, so a plan for a million chunks costs what is used of it.
     """
     chunks: list[ChunkRead] = []
-    nbytes = 0
+    nbytes = stored = 0
     for chunk in chunk_reads(wants):
         size = wants[chunk.want].tensor.kind.itemsize
         for a, b in chunk.region:
             size *= b - a
-        if chunks and nbytes + size > JOB_BYTES:
+        encoded = sum(int(manifest.length[row]) for row in chunk.rows)
+        full = nbytes + size > JOB_BYTES or stored + encoded > 2 * JOB_BYTES or len(chunks) == JOB_CHUNKS
+        if chunks and full:
             yield _job(manifest, chunks, nbytes)
-            chunks, nbytes = [], 0
+            chunks, nbytes, stored = [], 0, 0
         chunks.append(chunk)
         nbytes += size
+        stored += encoded
     if chunks:
         yield _job(manifest, chunks, nbytes)
 
