@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-import modelstore.client
 from modelstore.client import Store
 from modelstore.errors import NotFoundError
 from modelstore.format import grid
@@ -23,10 +22,8 @@ Bits = tuple[str, tuple[int, ...], bytes]  # dtype, shape, the raw bytes
 
 
 def open_on(storage: Storage, *, mirrors: Sequence[Storage] = (), memory: str = "64MiB", threads: int = 2) -> Store:
-    """A store on storage objects, as `modelstore.open` makes one on URLs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modelstore.client, "open_storage", lambda given, *_, **__: given)
-        return Store(storage, memory, threads, tuple(mirrors), None, None)  # type: ignore[arg-type]
+    """A store on storage objects, as `modelstore.open` makes one on URLs; with little to use."""
+    return Store(storage, tuple(mirrors), memory=memory, threads=threads)
 
 
 def bits(tensor: torch.Tensor) -> Bits:
