@@ -19,10 +19,10 @@ from modelstore.execute.saving import Against, check_options, save
 from modelstore.format import results
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import Reference, check_model, check_word, parse_reference
-from modelstore.format.record import VersionRecord
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Layout, Regions
 from modelstore.sources.open import open_source
+from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.compare import diff
@@ -53,36 +53,34 @@ def open(
     `memory` is the working memory of each call, as bytes or a text like "1GiB" (default: a quarter of what is free, at
     most 4 GiB); what a call returns comes on top. `threads` (default: the cores; more where requests wait for a network).
     `mirrors` are copies of the store, read where this one's bytes are wrong or gone, which they then replace.
-    `storage_options` are fsspec's for the protocol; `engine` is the S3 client, "obstore" or "s3fs". A store that is not
-    there yet is made by the first save.
+    `storage_options` are fsspec's for the protocol; `engine` is the S3 client, "obstore" or "s3fs". The first save makes it.
     """
     if isinstance(mirrors, str):
         raise TypeError(f"mirrors is a list of URLs: write [{mirrors!r}]")
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads} is not positive")
-    return Store(url, memory, threads, tuple(mirrors), storage_options, engine)
+    copies = tuple(open_storage(mirror, storage_options, read_only=True) for mirror in mirrors)
+    return Store(open_storage(url, storage_options, engine), copies, memory=memory, threads=threads)
 
 
 class Store:
-    """A store of models. Made by `modelstore.open`; may be used from many threads."""
+    """A store of models over a storage. Made by `modelstore.open`; may be used from many threads."""
 
     def __init__(
         self,
-        url: str | os.PathLike[str],
-        memory: int | str | None,
-        threads: int | None,
-        mirrors: tuple[str, ...],
-        storage_options: Mapping[str, Any] | None,
-        engine: str | None,
+        storage: Storage,
+        mirrors: tuple[Storage, ...] = (),
+        *,
+        memory: int | str | None = None,
+        threads: int | None = None,
     ) -> None:
-        self._storage = open_storage(url, storage_options, engine)
-        self._mirrors = tuple(open_storage(mirror, storage_options, read_only=True) for mirror in mirrors)
+        budget(memory)
+        self._storage = storage
+        self._mirrors = mirrors
         self._catalog = Catalog(self._storage)
         self._manifests = Manifests(self._storage, self._mirrors)
         self._memory = memory
         self._threads = threads
-        self._checked = False
-        budget(memory)
 
     @property
     def url(self) -> str:
@@ -123,7 +121,7 @@ class Store:
         against = self._against(parse_reference(parent)) if parent is not None else None
         opened = open_source(source, files=files)
         try:
-            self._open(create=True)
+            self._catalog.open(create=True)
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in opened.tensors)
             outcome = save(
                 self._storage,
@@ -183,10 +181,7 @@ class Store:
         shard: Shard | None = None,
         names: Iterable[str] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) pairs of a variant as they become ready, about in model order, within the memory budget.
-
-        A tensor larger than the budget comes alone. Take them one by one, and let go of those that are done with.
-        """
+        """(name, tensor) pairs as they become ready, within the memory budget; a tensor larger than it comes alone."""
         model = self._model(parse_reference(ref))
         return model.stream(model.shares(_layout(shard), names), self._limits(), device=device)
 
@@ -261,14 +256,16 @@ class Store:
 
     def models(self) -> list[results.ModelInfo]:
         """All models that have a live version, by name."""
-        self._open()
+        self._catalog.open()
         with ThreadPoolExecutor(8) as pool:
-            return [info for info in pool.map(self._model_info, self._catalog.models()) if info is not None]
+            names = self._catalog.models()
+            infos = zip(pool.map(self._catalog.live, names), pool.map(self._catalog.tags, names), strict=True)
+            return [model_info(live, tags) for live, tags in infos if live]
 
     def versions(self, name: str) -> list[results.VersionInfo]:
         """The live versions of a model, oldest first."""
-        self._open()
-        records = [r for r in self._catalog.versions(check_model(name)) if not r.deleted]
+        self._catalog.open()
+        records = self._catalog.live(check_model(name))
         if not records:
             self._catalog.newest(name)  # says what is wrong
         tags = self._catalog.tags(name)
@@ -276,13 +273,14 @@ class Store:
 
     def variants(self, ref: str) -> list[results.VariantInfo]:
         """The variants of a version."""
-        record = self._resolve(parse_reference(ref))
+        self._catalog.open()
+        record = self._catalog.resolve(parse_reference(ref))
         return variant_infos(record)
 
     def describe(self, ref: str) -> results.Description:
         """All that is known of a variant: sizes, every tensor, files, provenance."""
         parsed = parse_reference(ref)
-        self._open()
+        self._catalog.open()
         record, entry = self._catalog.entry(parsed)
         tags = [tag for tag, version in self._catalog.tags(parsed.name).items() if version == record.version]
         return describe(record, parsed.variant, entry, tuple(sorted(tags)), self._manifests.entry(parsed.name, entry))
@@ -300,13 +298,13 @@ class Store:
         """
         from modelstore.execute.verify import verify
 
-        self._open()
+        self._catalog.open()
         metered = meter(progress, 0, "verifying")
         return verify(
             self._storage,
             self._catalog,
             self._manifests,
-            _reference(ref),
+            parse_reference(ref) if ref else None,
             deep=deep,
             limits=self._limits(),
             progress=metered,
@@ -318,19 +316,27 @@ class Store:
         """Mend what `verify` finds: lost manifests from their copies, damaged packs from `source`, a copy of the store."""
         from modelstore.store.repair import repair
 
-        self._open()
+        self._catalog.open()
         other = open_storage(source, read_only=True) if source is not None else None
         metered = meter(progress, 0, "repairing")
-        return repair(self._storage, self._catalog, self._manifests, _reference(ref), other, progress=metered)
+        return repair(
+            self._storage,
+            self._catalog,
+            self._manifests,
+            parse_reference(ref) if ref else None,
+            other,
+            progress=metered,
+        )
 
     def tag(self, ref: str, tag: str) -> None:
         """Let a tag name a version; readers of the tag find it from then on."""
-        record = self._resolve(parse_reference(ref))
+        self._catalog.open()
+        record = self._catalog.resolve(parse_reference(ref))
         self._catalog.set_tag(record.model, check_word(tag, "tag"), record.version, uuid.uuid4().hex)
 
     def untag(self, name: str, tag: str) -> None:
         """Remove a tag; the version stays."""
-        self._open()
+        self._catalog.open()
         self._catalog.tag(check_model(name), check_word(tag, "tag"))  # says so where there is none
         self._catalog.set_tag(name, tag, 0, uuid.uuid4().hex)
 
@@ -340,7 +346,7 @@ class Store:
         It is gone for readers at once; its bytes are freed by `gc`. A tagged version is refused, unless `all` is given.
         """
         parsed = parse_reference(ref)
-        self._open()
+        self._catalog.open()
         writer = uuid.uuid4().hex
         if all:
             if not parsed.is_newest or parsed.variant != "original":
@@ -348,9 +354,7 @@ class Store:
             self._catalog.delete_model(parsed.name, writer)
             return
         if parsed.is_newest:
-            raise ValueError(
-                f"{ref!r} does not say which version: write {parsed.name}@VERSION, or all=True for the whole model"
-            )
+            raise ValueError(f"{ref!r} names no version: write {parsed.name}@VERSION, or all=True for the whole model")
         record = self._catalog.resolve(parsed)
         variant = parsed.variant if ":" in ref else None
         self._catalog.delete(parsed.name, record.version, variant, writer)
@@ -362,48 +366,33 @@ class Store:
         """
         from modelstore.store.garbage import collect
 
-        self._open()
+        self._catalog.open()
         return collect(self._storage, self._catalog, self._manifests, dry_run=dry_run, grace=grace)
 
     # ------------------------------------------------------------------ within
 
-    def _open(self, *, create: bool = False) -> None:
-        if not self._checked:
-            self._catalog.open(create=create)
-            self._checked = True
-
     def _limits(self) -> Limits:
         return Limits(budget(self._memory), self._threads)
 
-    def _resolve(self, ref: Reference) -> VersionRecord:
-        self._open()
-        return self._catalog.resolve(ref)
-
     def _manifest(self, ref: Reference) -> Manifest:
-        self._open()
+        self._catalog.open()
         return self._manifests.entry(ref.name, self._catalog.entry(ref)[1])
 
     def _model(self, ref: Reference) -> Model:
         return Model(self._storage, self._mirrors, self._manifests, ref.name, self._manifest(ref))
 
     def _against(self, ref: Reference) -> Against:
-        model = self._model(ref)
-        digest = self._catalog.entry(ref)[1].manifest
-        return Against(ref.name, digest, model.manifest, model.reader, model.chain)
+        self._catalog.open()
+        entry = self._catalog.entry(ref)[1]
+        manifest = self._manifests.entry(ref.name, entry)
+        model = Model(self._storage, self._mirrors, self._manifests, ref.name, manifest)
+        return Against(ref.name, entry.manifest, manifest, model.reader, model.chain)
 
     def _newest(self, name: str) -> Against | None:
         try:
             return self._against(Reference(name))
         except NotFoundError:
             return None
-
-    def _model_info(self, name: str) -> results.ModelInfo | None:
-        live = [record for record in self._catalog.versions(name) if not record.deleted]
-        return model_info(live, self._catalog.tags(name)) if live else None
-
-
-def _reference(ref: str | None) -> Reference | None:
-    return parse_reference(ref) if ref is not None else None
 
 
 def _layout(shard: Shard | None) -> Layout | None:

@@ -104,6 +104,10 @@ class Fetcher:
             self.storage.read(pack_key(self.manifest.packs[pack]), start, view(out))
         except (NotFoundError, CorruptionError):
             return False
+        except StorageError:
+            if self.mirrors:
+                return False
+            raise
         return True
 
     def _heal(self, pack: int, mirror: Storage) -> None:

@@ -41,15 +41,20 @@ class Journal:
         self._storage = storage
         self._prefix = f"{JOBS}{job}/"
 
-    def finished(self) -> tuple[dict[str, Written], dict[bytes, Location]]:
-        """Tensors that an earlier run stored, and where all chunks that it stored lie; without those whose pack is gone."""
+    def finished(self, written_since: float) -> tuple[dict[str, Written], dict[bytes, Location]]:
+        """Tensors that an earlier run stored, and where all chunks that it stored lie.
+
+        Without those whose pack is gone, or was written before `written_since` (Unix seconds): such a pack may be garbage
+        about to be collected.
+        """
         found: dict[str, Written] = {}
         known: dict[bytes, Location] = {}
         there: dict[str, bool] = {}
 
         def is_there(pack: str) -> bool:
             if pack not in there:
-                there[pack] = self._storage.info(pack_key(pack)) is not None
+                info = self._storage.info(pack_key(pack))
+                there[pack] = info is not None and info.modified >= written_since
             return there[pack]
 
         for info in list(self._storage.list(self._prefix)):
@@ -57,7 +62,7 @@ class Journal:
                 page = msgspec.json.decode(self._storage.get(info.key), type=_Page)
             except NotFoundError:  # another run of the same work was finished meanwhile
                 continue
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 raise FormatError(
                     f"object {info.key} is not a valid journal ({error}): remove it", object=info.key
                 ) from None

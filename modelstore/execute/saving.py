@@ -21,7 +21,7 @@ from modelstore.execute.whole import WholeWriter
 from modelstore.execute.writing import Input, Location, PackWriter, ReadRegion, Tally, Written, manifest_tensors
 from modelstore.format.buffers import Bytes
 from modelstore.format.grid import count
-from modelstore.format.manifest import FORMAT, Base, CodecSpec, Manifest, Tensor, chunk_table
+from modelstore.format.manifest import FORMAT, Base, CodecSpec, Manifest, Tensor, chunk_table, first_problem
 from modelstore.format.names import check_file, check_tensor
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region
@@ -128,6 +128,11 @@ def store_manifest(
     manifests: Manifests, model: str, manifest: Manifest, codec: str, refresh_before: float
 ) -> VariantEntry:
     """Write a manifest and its copy; the entry that a record publishes it by."""
+    problem = first_problem(manifest)
+    if problem:  # never publish what no reader would take
+        raise FormatError(
+            f"model {model!r} cannot be stored ({problem}): change or leave out what is named", model=model
+        )
     digest, copy = manifests.write(model, manifest, refresh_before)
     return VariantEntry(digest, copy, manifest.nbytes, manifest.stored, len(manifest.tensors), codec, time.time())
 
@@ -235,7 +240,10 @@ def _open_journal(
         return None, {}, {}
     identity = "\0".join((str(FORMAT), model, source.fingerprint, codec, grid, base.digest if base else ""))
     journal = Journal(storage, blake3(identity.encode()).hexdigest()[:32])
-    return journal, *journal.finished()
+    finished, chunks = journal.finished(time.time() - REFRESH)
+    if finished or chunks:
+        journal.note({}, ())  # a fresh page: garbage collection keeps what a journal names while it is being written
+    return journal, finished, chunks
 
 
 def _fits(item: Input, done: Written) -> bool:

@@ -14,6 +14,7 @@ _RESERVED = frozenset(
 _WORD = re.compile(r"[A-Za-z_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?")
 _CONTROL = re.compile(r"[\x00-\x1f]")
 ORIGINAL = "original"
+LATEST = "latest"
 MAX_TENSOR_NAME = 1024
 MAX_VERSION = 99_999_998
 
@@ -31,18 +32,24 @@ def check_model(name: str) -> str:
 
 def check_word(word: str, what: str) -> str:
     """A tag's or variant's name as it is; `ValueError` where it is not valid. It never looks like a number."""
-    if not isinstance(word, str) or not _WORD.fullmatch(word):
+    if not isinstance(word, str) or not _WORD.fullmatch(word) or word == LATEST:
         raise ValueError(
-            f"{what} {word!r} is not valid: begin with a letter, go on with letters, digits, '.', '_' and '-', at most 96"
+            f"{what} {word!r} is not valid: begin with a letter, go on with letters, digits, '.', '_' and '-', at most 96; "
+            f"{LATEST!r} always means the newest version"
         )
     return word
 
 
 def check_tensor(name: str) -> str:
     """The name of a tensor read from a file or manifest; `FormatError` where no store can hold it."""
-    if not name or len(name.encode("utf-8", "surrogatepass")) > MAX_TENSOR_NAME or _CONTROL.search(name):
+    if (
+        not name
+        or name == "__metadata__"
+        or len(name.encode("utf-8", "surrogatepass")) > MAX_TENSOR_NAME
+        or _CONTROL.search(name)
+    ):
         raise FormatError(
-            f"tensor name {name[:80]!r} is empty, longer than {MAX_TENSOR_NAME} bytes or has control characters: rename it",
+            f"tensor name {name[:80]!r} is empty, reserved, over {MAX_TENSOR_NAME} bytes or has control characters: rename it",
             tensor=name[:80],
         )
     return name
@@ -95,6 +102,6 @@ def parse_reference(text: str) -> Reference:
             version = int(where) if len(where) <= 8 else 0
             if not 1 <= version <= MAX_VERSION:
                 raise ValueError(f"version {where!r} in {text!r} is out of range: versions are 1, 2, 3, …")
-        elif where != "latest":
+        elif where != LATEST:
             tag = check_word(where, "tag")
     return Reference(name, version, tag, variant if colon else ORIGINAL)

@@ -13,7 +13,7 @@ from itertools import groupby
 
 import msgspec
 
-from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, StorageError
+from modelstore.errors import ConflictError, FormatError, ModelStoreError, NotFoundError
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
 from modelstore.format.names import ORIGINAL, Reference
@@ -31,11 +31,17 @@ class Catalog:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+        self._info: StoreInfo | None = None
 
     # ------------------------------------------------------------------ the store itself
 
-    def open(self, *, create: bool) -> StoreInfo:
-        """The store's own record, made where there is none and `create` allows it."""
+    def open(self, *, create: bool = False) -> StoreInfo:
+        """The store's own record, read once; made where there is none and `create` allows it."""
+        if self._info is None:
+            self._info = self._open(create)
+        return self._info
+
+    def _open(self, create: bool) -> StoreInfo:
         try:
             return rec.parse(self._storage.get(rec.STORE_KEY), StoreInfo, rec.STORE_KEY)
         except NotFoundError:
@@ -65,6 +71,10 @@ class Catalog:
         keys = [key for _, key in self._heads(model, None)]
         with ThreadPoolExecutor(16) as pool:
             return sorted(pool.map(self._version_at, keys), key=lambda r: r.version)
+
+    def live(self, model: str) -> list[VersionRecord]:
+        """The versions of a model that are not deleted, oldest first."""
+        return [record for record in self.versions(model) if not record.deleted]
 
     def newest(self, model: str) -> VersionRecord:
         """The newest live version of a model: one listing and one read, however many versions there are."""
@@ -157,9 +167,13 @@ class Catalog:
         raise self._busy(model)
 
     def replace_entry(self, model: str, version: int, variant: str, writer: str, entry: VariantEntry) -> VersionRecord:
-        """Point a variant at another manifest of the same tensors (repair)."""
+        """Point a variant of a live version at another manifest of the same tensors (repair)."""
         for _ in range(_RACES):
             head = self.version(model, version)
+            if head.deleted or variant not in head.variants:
+                raise NotFoundError(
+                    f"{model}@{version}:{variant} was deleted meanwhile: nothing was changed", model=model
+                )
             record = self._next(head, writer, variants={**head.variants, variant: entry})
             if self._create_version(record):
                 return record
@@ -194,7 +208,7 @@ class Catalog:
 
     def delete_model(self, model: str, writer: str) -> None:
         """Remove every tag of a model, then delete every version; can be done again where it was interrupted."""
-        live = [record for record in self.versions(model) if not record.deleted]
+        live = self.live(model)
         if not live:
             raise self._no_model(model)
         for tag in self.tags(model):
@@ -245,17 +259,21 @@ class Catalog:
     def _version_at(self, key: str) -> VersionRecord:
         record = rec.parse(self._storage.get(key), VersionRecord, key)
         if rec.version_key(record.model, record.version, record.number) != key:
-            raise StorageError(
-                f"object {key} speaks of version {record.version} of {record.model!r}: it was moved; put it back",
-                object=key,
-            )
+            raise self._moved(key, f"version {record.version} of {record.model!r}")
         return record
 
     def _tag_head(self, model: str, tag: str) -> TagRecord | None:
         prefix = rec.tag_key(model, tag, 1).rpartition("/")[0] + "/"
         for info in self._storage.list(prefix, limit=1):
-            return rec.parse(self._storage.get(info.key), TagRecord, info.key)
+            record = rec.parse(self._storage.get(info.key), TagRecord, info.key)
+            if rec.tag_key(record.model, record.tag, record.number) != info.key:
+                raise self._moved(info.key, f"tag {record.tag!r} of {record.model!r}")
+            return record
         return None
+
+    @staticmethod
+    def _moved(key: str, what: str) -> ModelStoreError:
+        return FormatError(f"object {key} speaks of {what}: it was moved; put it back", object=key)
 
     def _no_model(self, model: str) -> ModelStoreError:
         return NotFoundError(

@@ -183,16 +183,23 @@ def test_a_wrong_tensor_of_good_chunks_is_found_by_decoding_only() -> None:
 def test_a_chunk_that_cannot_be_decoded_is_named_and_the_rest_is_checked() -> None:
     small = one()
     manifest = small.manifest("org/m")
-    # The planes of another tensor: good bytes, of no use here.
+    # The bytes of another tensor's chunk: good ones, of no use here.
     by_name = {t.name: t for t in manifest.tensors}
-    up, bias = by_name["mlp.up"], by_name["mlp.bias"]
-    tensors = tuple(
-        msgspec.structs.replace(t, planes=tuple(man.Plane(p.name, up.planes[0].first) for p in bias.planes))
-        if t.name == "mlp.bias"
-        else t
-        for t in manifest.tensors
+    wrong, right = by_name["mlp.up"].planes[0].first, by_name["mlp.bias"].planes[0].first
+    rows = list(
+        zip(
+            manifest.pack,
+            manifest.offset,
+            manifest.length,
+            map(manifest.digest, range(len(manifest.pack))),
+            strict=True,
+        )
     )
-    digest, copy = Manifests(small.storage).write("org/m", msgspec.structs.replace(manifest, tensors=tensors), 0.0)
+    rows[right] = rows[wrong]
+    lie = msgspec.structs.replace(
+        manifest, chunks=man.chunk_table([(int(p), int(o), int(n), d) for p, o, n, d in rows])
+    )
+    digest, copy = Manifests(small.storage).write("org/m", lie, 0.0)
     entry = msgspec.structs.replace(small.entry("org/m"), manifest=digest, copy=copy)
     small.store._catalog.replace_entry("org/m", 1, "original", "w", entry)
     assert look(small, deep=False).ok

@@ -265,13 +265,12 @@ class Sweeping(WrappingStorage):
         return act()
 
 
-def test_a_save_with_a_collection_before_each_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_with_a_collection_before_each_of_its_steps() -> None:
     small = two_versions()
     small.store.delete("org/m@1")
     small.age(1e6)
     sweeping = Sweeping(small)
-    monkeypatch.setattr(modelstore.client, "open_storage", lambda *_, **__: sweeping)
-    modelstore.client.Store("x", "64MiB", 2, (), None, None).save("org/m", weights(1))
+    modelstore.client.Store(sweeping, memory="64MiB", threads=2).save("org/m", weights(1))
     assert sweeping.sweeps > 5
     small.check("org/m@3", weights(1))
 
