@@ -130,8 +130,10 @@ def fresh(case: str, environment: Mapping[str, str] | None = None, **arguments: 
     return found
 
 
-def prime(nbytes: int) -> None:
+def prime(nbytes: int, *folders: str | Path) -> None:
     """Touch that much memory and give it back, right before a timed run: what follows then finds memory that is there.
+
+    While it is held, the files of `folders` are read, so that they lie in the page cache beside it, and stay there.
 
     A virtual machine may hand free memory back to its host (free page reporting) some seconds after it was freed; whoever
     touches it next waits for the host, at 0.5 GB/s where the memory itself is filled at 14. That is no tool's doing, and
@@ -141,6 +143,8 @@ def prime(nbytes: int) -> None:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         area.madvise(mmap.MADV_HUGEPAGE)
     np.frombuffer(area, np.uint8)[::4096] = 1
+    for folder in folders:
+        warm(Path(folder))
     area.close()
 
 
@@ -166,7 +170,8 @@ def turns(
     """Every case `repeat` times, in turns: A B C, A B C, …; a case is what one run of it returns.
 
     Where other processes used more than `OTHERS` of a processor meanwhile, the run is thrown away and done again, whatever
-    its result, up to `repeat` x the cases times in all; not with `alone=False`, for work that a server on this machine takes part in.
+    its result, up to `repeat` x the cases times in all; not with `alone=False`, for work in which a server on this machine
+    takes part.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     again = setting.repeat * len(cases)

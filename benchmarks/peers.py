@@ -35,9 +35,9 @@ def outcome(timer: Timer, tensors: Mapping[str, torch.Tensor], check: bool) -> d
     return {**timer.found, "tensors": len(tensors), "digest": digest(tensors) if check else None}
 
 
-def prime_for(model: str) -> None:
-    """Memory for all of a model, and a quarter more."""
-    prime(sum(Path(path).stat().st_size for path in files(model)) * 5 // 4)
+def prime_for(model: str, *folders: str) -> None:
+    """Memory for all of a model, and a quarter more; files in the page cache."""
+    prime(sum(Path(path).stat().st_size for path in files(model)) * 5 // 4, *folders)
 
 
 def files(model: str) -> list[str]:
@@ -51,7 +51,7 @@ def safetensors_clone(model: str, check: bool = False) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     tensors = {}
-    prime_for(model)
+    prime_for(model, model)
     with Timer() as timer:
         for path in files(model):
             tensors.update({name: tensor.clone() for name, tensor in load_file(path).items()})
@@ -79,12 +79,12 @@ def touch(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def runai(model: str, owned: bool, paths: list[str] | None = None, check: bool = False) -> dict[str, Any]:
-    """The Run:ai streamer, from the model's files or from s3:// `paths`: tensors as it makes them one's own, or its views cloned."""
+    """The Run:ai streamer, from the model's files or s3:// `paths`: tensors as it makes them one's own, or its views cloned."""
     import torch  # noqa: F401
     from runai_model_streamer import SafetensorsStreamer
 
     tensors = {}
-    prime_for(model)
+    prime_for(model, *([] if paths else [model]))
     with Timer() as timer, SafetensorsStreamer() as streamer:
         streamer.stream_files(paths or files(model), owned=owned)
         for name, tensor in streamer.get_tensors():
