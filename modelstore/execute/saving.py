@@ -21,7 +21,16 @@ from modelstore.execute.whole import WholeWriter
 from modelstore.execute.writing import Input, Location, PackWriter, ReadRegion, Tally, Written, manifest_tensors
 from modelstore.format.buffers import Bytes
 from modelstore.format.grid import count
-from modelstore.format.manifest import FORMAT, Base, CodecSpec, Manifest, Tensor, chunk_table, first_problem
+from modelstore.format.manifest import (
+    FORMAT,
+    MAX_DIMENSIONS,
+    Base,
+    CodecSpec,
+    Manifest,
+    Tensor,
+    chunk_table,
+    first_problem,
+)
 from modelstore.format.names import check_file, check_tensor
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region
@@ -152,6 +161,11 @@ def plan_inputs(
         if spec.name.startswith(_FILE):
             raise FormatError(
                 f"tensor name {spec.name!r} begins with {_FILE!r}, which is kept for files: rename it", tensor=spec.name
+            )
+        if len(spec.shape) > MAX_DIMENSIONS:
+            raise UnsupportedError(
+                f"tensor {spec.name!r} has {len(spec.shape)} dimensions, at most {MAX_DIMENSIONS} are stored: reshape it",
+                tensor=spec.name,
             )
         under = _base_of(base, spec.name, spec.shape, spec.dtype.name) if base else None
         plan = plan_tensor(

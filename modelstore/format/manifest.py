@@ -30,7 +30,7 @@ UNSUSPECTED = 256 << 20  # bytes of JSON that may hide in any frame; more must n
 MAX_RATIO = 100
 SLACK = 64 << 10  # bytes that an encoded chunk may have beyond twice the raw ones
 MAX_ELEMENTS = 1 << 60
-MAX_DIMENSIONS = 64  # torch's limit
+MAX_DIMENSIONS = 63  # NumPy's 64, less one for the bytes of an element
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]

@@ -19,10 +19,15 @@ MAX_TENSOR_NAME = 1024
 MAX_VERSION = 99_999_998
 
 
+def is_model(name: object) -> bool:
+    """Whether it is a valid name of a model, `name` or `org/name`."""
+    parts = name.split("/") if isinstance(name, str) else []
+    return 1 <= len(parts) <= 2 and all(_PART.fullmatch(p) for p in parts) and not _RESERVED & set(parts)
+
+
 def check_model(name: str) -> str:
     """The name of a model, `name` or `org/name`, as it is; `ValueError` where it is not valid."""
-    parts = name.split("/") if isinstance(name, str) else []
-    if not 1 <= len(parts) <= 2 or not all(_PART.fullmatch(p) for p in parts) or _RESERVED & set(parts):
+    if not is_model(name):
         raise ValueError(
             f"model name {name!r} is not valid: write 'name' or 'org/name' with letters, digits, '.', '_' and '-', "
             f"each part at most 96 long and not one of {', '.join(sorted(_RESERVED))}"

@@ -12,7 +12,7 @@ import msgspec
 
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.manifest import FORMAT, Count, Digest
-from modelstore.format.names import check_model, check_word
+from modelstore.format.names import ORIGINAL, check_model, check_word, is_model
 
 _LAST = 99_999_999
 STORE_KEY = "modelstore.json"
@@ -82,6 +82,29 @@ def parse(data: bytes, kind: type[R], where: str) -> R:
             object=where,
         )
     return record
+
+
+def parse_version(data: bytes, where: str) -> VersionRecord:
+    """A version's record; `FormatError` also where it belongs at another key, or has no original."""
+    record = parse(data, VersionRecord, where)
+    if not is_model(record.model) or version_key(record.model, record.version, record.number) != where:
+        raise _moved(where, f"version {record.version} of {record.model[:200]!r}")
+    if ORIGINAL not in record.variants:
+        raise FormatError(f"object {where} is not a valid record (it has no original): restore it", object=where)
+    return record
+
+
+def parse_tag(data: bytes, where: str) -> TagRecord:
+    """A tag's record; `FormatError` also where it belongs at another key."""
+    record = parse(data, TagRecord, where)
+    head, _, last = where.rpartition("/")
+    if head != f"{MODELS}{record.model}/tags/{record.tag}" or last != f"{descending(record.number)}.json":
+        raise _moved(where, f"tag {record.tag[:200]!r} of {record.model[:200]!r}")
+    return record
+
+
+def _moved(where: str, what: str) -> FormatError:
+    return FormatError(f"object {where} speaks of {what}: it was moved; put it back", object=where)
 
 
 def descending(number: int) -> str:

@@ -13,10 +13,10 @@ from itertools import groupby
 
 import msgspec
 
-from modelstore.errors import ConflictError, FormatError, ModelStoreError, NotFoundError
+from modelstore.errors import ConflictError, ModelStoreError, NotFoundError
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
-from modelstore.format.names import ORIGINAL, Reference
+from modelstore.format.names import ORIGINAL, Reference, is_model
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.storage.base import Storage
 from modelstore.storage.exclusive import prove_exclusive_create
@@ -64,7 +64,7 @@ class Catalog:
             if "versions" in inner:
                 found.append(first)
             found += [f"{first}/{second}" for second in inner - {"versions", "tags", "manifests"}]
-        return sorted(found)
+        return sorted(filter(is_model, found))
 
     def versions(self, model: str) -> list[VersionRecord]:
         """The newest record of every version of a model, deleted ones too, oldest version first."""
@@ -257,23 +257,13 @@ class Catalog:
                 yield version, next(group)
 
     def _version_at(self, key: str) -> VersionRecord:
-        record = rec.parse(self._storage.get(key), VersionRecord, key)
-        if rec.version_key(record.model, record.version, record.number) != key:
-            raise self._moved(key, f"version {record.version} of {record.model!r}")
-        return record
+        return rec.parse_version(self._storage.get(key), key)
 
     def _tag_head(self, model: str, tag: str) -> TagRecord | None:
         prefix = rec.tag_key(model, tag, 1).rpartition("/")[0] + "/"
         for info in self._storage.list(prefix, limit=1):
-            record = rec.parse(self._storage.get(info.key), TagRecord, info.key)
-            if rec.tag_key(record.model, record.tag, record.number) != info.key:
-                raise self._moved(info.key, f"tag {record.tag!r} of {record.model!r}")
-            return record
+            return rec.parse_tag(self._storage.get(info.key), info.key)
         return None
-
-    @staticmethod
-    def _moved(key: str, what: str) -> ModelStoreError:
-        return FormatError(f"object {key} speaks of {what}: it was moved; put it back", object=key)
 
     def _no_model(self, model: str) -> ModelStoreError:
         return NotFoundError(

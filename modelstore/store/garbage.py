@@ -22,7 +22,6 @@ from modelstore.errors import CorruptionError, FormatError, NotFoundError, Stora
 from modelstore.format import record as rec
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import check_model
-from modelstore.format.record import VersionRecord
 from modelstore.format.results import Swept, SweptObject
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.local import LocalStorage
@@ -131,12 +130,7 @@ def _needed(storage: Storage, model: str, limit: float) -> Needed:
         for info in infos:
             if superseded <= limit:
                 break
-            record = rec.parse(storage.get(info.key), VersionRecord, info.key)
-            if rec.version_key(record.model, record.version, record.number) != info.key:
-                raise StorageError(
-                    f"object {info.key} speaks of version {record.version} of {record.model!r}: it was moved; put it back",
-                    object=info.key,
-                )
+            record = rec.parse_version(storage.get(info.key), info.key)
             if record.deleted and info.modified <= limit:
                 break
             for entry in record.variants.values():
