@@ -12,7 +12,7 @@ _RESERVED = frozenset(
     {"versions", "tags", "manifests"}
 )  # folders of a model: a model of that name would lie in another's
 _WORD = re.compile(r"[A-Za-z_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?")
-_CONTROL = re.compile(r"[\x00-\x1f]")
+_CONTROL = re.compile(r"[\x00-\x1f\ud800-\udfff]")  # and halves of pairs, which UTF-8 does not have
 ORIGINAL = "original"
 LATEST = "latest"
 MAX_TENSOR_NAME = 1024
