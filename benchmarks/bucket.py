@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,8 @@ def obstore_store(bucket: str) -> Any:
 
 
 @contextlib.contextmanager
-def made() -> Iterator[str]:
-    """A new bucket; it and all in it are gone afterwards."""
+def made(sweep: str | None = None) -> Iterator[str]:
+    """A new bucket; it and all in it are gone afterwards. `sweep` is a command that makes the server free the memory."""
     if "AWS_ENDPOINT_URL" not in os.environ:
         raise UnavailableError("AWS_ENDPOINT_URL names no S3 server")
     import boto3
@@ -38,17 +39,19 @@ def made() -> Iterator[str]:
     try:
         yield bucket
     finally:
-        empty(bucket)
+        empty(bucket, sweep=sweep)
         s3.delete_bucket(Bucket=bucket)
 
 
-def empty(bucket: str, prefix: str | None = None) -> None:
+def empty(bucket: str, prefix: str | None = None, sweep: str | None = None) -> None:
     """Remove everything below a prefix."""
     import obstore
 
     store = obstore_store(bucket)
     for batch in obstore.list(store, prefix, chunk_size=1000):
         obstore.delete(store, [item["path"] for item in batch])
+    if sweep:
+        subprocess.run(sweep, shell=True, check=True, capture_output=True)
 
 
 def upload(bucket: str, folder: Path, prefix: str) -> None:

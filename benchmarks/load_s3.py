@@ -62,7 +62,7 @@ def ranges(model: str, bucket: str, sizes: dict[str, int], threads: int) -> dict
 def rows(setting: Setting) -> list[Row]:
     """Ours against three readers."""
     try:
-        with buckets.made() as bucket:
+        with buckets.made(setting.sweep) as bucket:
             return _rows(setting, bucket)
     except buckets.UnavailableError as why:
         return [skipped(WORK, words, f"≥ {goal}×", str(why)) for words, goal in GOALS.values()]

@@ -86,6 +86,9 @@ def main() -> None:
     )
     parser.add_argument("--lock", type=Path, help="a file locked during measurements, for others to wait on")
     parser.add_argument(
+        "--sweep", help="a command after which the S3 server has freed what was deleted, where it is slow to"
+    )
+    parser.add_argument(
         "--quiet", type=float, default=20, help="seconds to wait at most, before each run, for an idle machine"
     )
     args = parser.parse_args()
@@ -96,7 +99,7 @@ def main() -> None:
         if model is None:
             model = folder / f"checkpoint-{args.gb:g}"
             checkpoint.make(model, args.gb)
-        setting = Setting(model.resolve(), folder, args.repeat, args.lock, args.quiet)
+        setting = Setting(model.resolve(), folder, args.repeat, args.lock, args.sweep, args.quiet)
         done: list[Row] = []
         failed = False
         for name in args.only:
