@@ -76,14 +76,15 @@ def collect(
 
 def _now(storage: Storage, dry_run: bool) -> float:
     """The time by the storage's clock, which may differ from this machine's: that of an object made for it."""
-    key = f"{rec.JOBS}gc-{uuid.uuid4().hex}.json"
+    folder = f"{rec.JOBS}gc-{uuid.uuid4().hex}/"
+    key = f"{folder}now.json"
     try:
         storage.create(key, b"{}")
     except UnsupportedError:
         if dry_run:  # a store open for reading only: what is said may be off by what the clocks differ
             return time.time()
         raise
-    info = storage.info(key)
+    info = next(storage.list(folder, limit=1), None)  # S3 lists milliseconds, and answers whole seconds for one object
     storage.delete(key)
     if info is None:
         raise StorageError(
@@ -98,30 +99,41 @@ def _now(storage: Storage, dry_run: bool) -> float:
 
 def _mark(storage: Storage, catalog: Catalog, manifests: Manifests, limit: float) -> set[str]:
     """Keys of every manifest and pack that a record needs, or needed until after `limit`."""
-    needed: Needed = {}
+    live: Needed = {}
+    recent: Needed = {}
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-gc") as pool:
-        for found in pool.map(lambda model: _needed(storage, model, limit), catalog.models()):
-            needed |= found
+        for found, given_up in pool.map(lambda model: _needed(storage, model, limit), catalog.models()):
+            live |= found
+            recent |= given_up
         marked: set[str] = set()
-        seen = set(needed)
-        for _ in range(_LONGEST_CHAIN):
-            bases: Needed = {}
-            read = pool.map(lambda item: _manifest(storage, manifests, item[0], item[1]), needed.items())
-            for (model, digest), (manifest, copy) in zip(needed, read, strict=True):
-                marked |= {rec.manifest_key(model, digest), rec.pack_key(copy), *map(rec.pack_key, manifest.packs)}
-                base = manifest.base
-                if base is not None and (base.model, base.manifest) not in seen:
-                    seen.add((base.model, base.manifest))
-                    bases[base.model, base.manifest] = None
-            if not bases:
-                return marked
-            needed = bases
-    raise FormatError(f"deltas of deltas are more than {_LONGEST_CHAIN} deep: nothing was swept; delete what made them")
+        for needed, must_be_there in ((live, True), (recent, False)):
+            for _ in range(_LONGEST_CHAIN):
+                bases: Needed = {}
+                read = pool.map(lambda item: _manifest(storage, manifests, item[0], item[1]), needed.items())
+                for (model, digest), one in zip(needed, read, strict=True):
+                    if isinstance(one, CorruptionError):
+                        if must_be_there or storage.info(rec.manifest_key(model, digest)):
+                            raise one
+                        continue  # it was given up, and swept by an earlier collection of a shorter grace
+                    manifest, copy = one
+                    marked |= {rec.manifest_key(model, digest), rec.pack_key(copy), *map(rec.pack_key, manifest.packs)}
+                    base = manifest.base
+                    if base is not None and rec.manifest_key(base.model, base.manifest) not in marked:
+                        bases[base.model, base.manifest] = None
+                if not bases:
+                    break
+                needed = bases
+            else:
+                raise FormatError(
+                    f"deltas of deltas are more than {_LONGEST_CHAIN} deep: nothing was swept; delete what made them"
+                )
+    return marked
 
 
-def _needed(storage: Storage, model: str, limit: float) -> Needed:
-    """The manifests of a model that the newest record of a version names, or one that was superseded after `limit`."""
-    found: Needed = {}
+def _needed(storage: Storage, model: str, limit: float) -> tuple[Needed, Needed]:
+    """The manifests of a model that the newest record of a version names; and those of records given up after `limit`."""
+    live: Needed = {}
+    recent: Needed = {}
     prefix = rec.versions_prefix(model)
     for folder, infos in groupby(storage.list(prefix), key=lambda info: info.key[len(prefix) :].partition("/")[0]):
         if rec.ascending(folder) is None:
@@ -133,14 +145,17 @@ def _needed(storage: Storage, model: str, limit: float) -> Needed:
             record = rec.parse_version(storage.get(info.key), info.key)
             if record.deleted and info.modified <= limit:
                 break
+            found = live if superseded == math.inf and not record.deleted else recent
             for entry in record.variants.values():
                 found.setdefault((model, entry.manifest), entry.copy)
             superseded = info.modified
-    return found
+    return live, recent
 
 
-def _manifest(storage: Storage, manifests: Manifests, name: tuple[str, str], copy: str | None) -> tuple[Manifest, str]:
-    """A manifest, from its copy if need be, and the digest of the pack that is its copy."""
+def _manifest(
+    storage: Storage, manifests: Manifests, name: tuple[str, str], copy: str | None
+) -> tuple[Manifest, str] | CorruptionError:
+    """A manifest, from its copy if need be, and the digest of the pack that is its copy; an error where there is none."""
     model, digest = name
     try:
         manifest = manifests.read(model, digest)
@@ -151,9 +166,9 @@ def _manifest(storage: Storage, manifests: Manifests, name: tuple[str, str], cop
         if copy is not None:
             with suppress(NotFoundError, CorruptionError, FormatError):
                 return read_copy(storage, copy, digest)[0], copy
-        raise CorruptionError(
+        return CorruptionError(
             f"nothing was swept, because what it refers to is not known: {error}", model=model, object=error.object
-        ) from error
+        )
 
 
 # ---------------------------------------------------------------------- sweeping
