@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import FormatError, NotFoundError
-from modelstore.execute import tensors as ten
 from modelstore.execute.fetch import Fetcher
 from modelstore.execute.memory import Arena
 from modelstore.execute.reading import Limits, Reader
@@ -105,6 +104,8 @@ class Model:
         """Tensors by name, as they become ready; tied ones are one tensor under each of their names."""
         import torch
 
+        from modelstore.execute import tensors as ten
+
         place = torch.device(device)
         groups: dict[tuple[str, Share], list[str]] = {}
         for name, share in shares.items():
@@ -133,6 +134,8 @@ class Model:
 
     def map(self, shares: Mapping[str, Share]) -> dict[str, torch.Tensor]:
         """All of `shares`, mapped from local packs and read when they are touched; see `tensors.Mapped`."""
+        from modelstore.execute import tensors as ten
+
         mapped = ten.Mapped(self._storage, self.manifest)
         made: dict[tuple[str, Share], torch.Tensor] = {}
         for name, share in shares.items():
@@ -150,6 +153,8 @@ class Model:
         anything is changed.
         """
         import torch
+
+        from modelstore.execute import tensors as ten
 
         targets = {
             name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)
@@ -186,6 +191,8 @@ class Model:
 
     @staticmethod
     def _own_memory(target: torch.Tensor, want: Want) -> Bytes | None:
+        from modelstore.execute import tensors as ten
+
         same = not target.is_meta and target.dtype == ten.torch_dtype(want.tensor.dtype)
         return ten.bytes_of(target) if same else None
 
@@ -220,6 +227,8 @@ class LazyTensor:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        from modelstore.execute import tensors as ten
+
         region, dropped = from_index(index, self.shape)
         share = Share(tuple((pair,) for pair in region))
         ((_, buffer),) = self._model.reader.stream([Want(self._tensor, share)], self._limits, bounded=False)
