@@ -1,0 +1,129 @@
+"""Memory is set by the budget: work on a model of several times the budget stays within it, and a margin."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+BUDGET = 64 << 20
+MARGIN = 64 << 20  # what an interpreter, its allocator and its threads take on top
+LARGE = (1536, 96 << 10)  # of bfloat16: 288 MiB in one tensor
+MANY = 24  # tensors of 12 MiB
+ROOT = Path(__file__).parents[2]
+
+# Does each work in turn in one process, after each was done once at a small size, and tells by how much memory grew.
+WORKER = """
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import modelstore as ms
+
+root, works = Path(sys.argv[1]), json.loads(sys.argv[2])
+
+def status(field):
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))
+    return int(line.split()[1]) << 10
+
+def do(store, folder, work):
+    source = root / folder
+    if work == "save":
+        store.save(folder, source / "large.safetensors")
+    elif work == "save-zarr":
+        store.save(f"{folder}-zarr", source / "zarr")
+    elif work == "save-raw":
+        store.save(f"{folder}-raw", source / "large.safetensors", codec="raw")
+    elif work == "save-whole":
+        store.save(f"{folder}-whole", source / "large.safetensors", codec="raw", grid="whole")
+    elif work == "save-many":
+        store.save(f"{folder}-many", source / "many.safetensors")
+    elif work == "save-delta":
+        store.save(f"{folder}-delta", source / "large2.safetensors", codec="delta", parent=folder)
+    elif work == "stream":
+        for _, tensor in store.stream(f"{folder}-many"):
+            del tensor
+    elif work == "slice":
+        store.tensor(folder, "large")[: 3]
+    elif work == "verify":
+        assert store.verify(folder).ok
+    elif work == "verify-deep":
+        assert store.verify(folder, deep=True).ok
+        assert store.verify(f"{folder}-delta", deep=True).ok
+    elif work == "export":
+        store.export(folder, root / "out" / folder / "hf")
+    elif work == "export-zarr":
+        store.export(folder, root / "out" / folder / "zarr", format="zarr")
+    elif work == "repair":
+        assert store.repair(folder).ok
+    else:
+        raise ValueError(work)
+
+store = ms.open(root / "store", memory="64MiB", threads=2)
+for work in works:
+    do(store, "little", work)
+grown = {}
+for work in works:
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    do(store, "big", work)
+    grown[work] = status("VmHWM") - before
+print(json.dumps(grown))
+"""
+
+WORKS = [
+    "save", "save-zarr", "save-raw", "save-whole", "save-many", "save-delta", "stream", "slice", "verify", "verify-deep",
+    "export", "export-zarr", "repair",
+]  # fmt: skip
+
+
+def write(folder: Path, shape: tuple[int, int], many: int) -> None:
+    """One large tensor, it again with a few values changed, many of a moderate size, and a Zarr group; piece by piece."""
+    folder.mkdir()
+    rows, columns = shape
+    for name, change in (("large", 0), ("large2", 1)):
+        header = json.dumps(
+            {"large": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 2 * rows * columns]}}
+        ).encode()
+        random = np.random.default_rng(1)
+        with (folder / f"{name}.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for _ in range(0, rows, 32):
+                piece = random.integers(0x3C00, 0x3E00, (min(32, rows), columns), np.uint16)
+                piece[0, :8] += change
+                file.write(piece.tobytes())
+    each = 2 * rows * columns // many
+    table = {
+        f"t{i}": {"dtype": "BF16", "shape": [each // 2], "data_offsets": [i * each, (i + 1) * each]}
+        for i in range(many)
+    }
+    header = json.dumps(table).encode()
+    with (folder / "many.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for i in range(many):
+            file.write(np.random.default_rng(i).integers(0, 256, each, np.uint8).tobytes())
+    group = zarr.create_group(folder / "zarr")
+    array = group.create_array("large", shape=shape, chunks=(min(64, rows), min(8192, columns)), dtype="uint16")
+    for row in range(0, rows, 64):
+        array[row : row + 64] = np.random.default_rng(row).integers(0, 999, (min(64, rows - row), columns), np.uint16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured by /proc")
+def test_work_stays_within_the_budget(tmp_path: Path) -> None:
+    write(tmp_path / "little", (32, 4096), 2)
+    write(tmp_path / "big", LARGE, MANY)
+    command = [sys.executable, "-c", WORKER, str(tmp_path), json.dumps(WORKS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown = json.loads(done.stdout)
+    assert grown.keys() == set(WORKS)
+    over = {work: f"{n >> 20} MiB" for work, n in grown.items() if n > BUDGET + MARGIN}
+    assert not over, f"of {grown}"
