@@ -47,6 +47,7 @@ def open(
     mirrors: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
     engine: str | None = None,
+    read_only: bool = False,
 ) -> Store:
     """The store at `url`: a folder, `file://`, `s3://bucket/prefix`, `gs://`, `az://`, `memory://name`, or another of fsspec's.
 
@@ -54,13 +55,16 @@ def open(
     most 4 GiB); what a call returns comes on top. `threads` (default: the cores; more where requests wait for a network).
     `mirrors` are copies of the store, read where this one's bytes are wrong or gone, which they then replace.
     `storage_options` are fsspec's for the protocol; `engine` is the S3 client, "obstore" or "s3fs". The first save makes it.
+    With `read_only` nothing can be written, and protocols that cannot hold a store safely, such as http, are read.
     """
     if isinstance(mirrors, str):
         raise TypeError(f"mirrors is a list of URLs: write [{mirrors!r}]")
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads} is not positive")
     copies = tuple(open_storage(mirror, storage_options, read_only=True) for mirror in mirrors)
-    return Store(open_storage(url, storage_options, engine), copies, memory=memory, threads=threads)
+    return Store(
+        open_storage(url, storage_options, engine, read_only=read_only), copies, memory=memory, threads=threads
+    )
 
 
 class Store:
@@ -159,8 +163,7 @@ class Store:
         mmap: bool = False,
         progress: Progress | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The tensors of a variant by name, each chunk checked, in memory of their own; tied tensors are one tensor.
-
+        """The tensors of a variant by name, each chunk checked, in memory of their own; tied ones are one tensor.
         `shard`: a rank's layout (`TensorParallel`, `PipelineStage`, …), or {name: region}. `names`: these tensors only.
         `mmap=True`, for local models saved with `codec="raw", grid="whole"`, maps them instead: nothing is read, or
         checked, until it is touched.
@@ -230,10 +233,7 @@ class Store:
         max_shard_bytes: int = 5_000_000_000,
         progress: Progress | None = None,
     ) -> results.Exported:
-        """Write a variant to local files: a Hugging Face directory, one safetensors file, or a Zarr v3 group.
-
-        A target that is there is refused unless `overwrite`. An interrupted export goes on when it is called again.
-        """
+        """Write a variant to local files; a target that is there is refused unless `overwrite`. Goes on if interrupted."""
         from modelstore.execute.export import export
 
         model = self._model(parse_reference(ref))

@@ -202,7 +202,7 @@ class _Repair:
                 reasons.append(str(error))
                 continue
             if reasons:
-                self.storage.put(key, iter([data]), len(data))
+                self.storage.put(key, [data], len(data))
                 self.repaired.append(key)
             return manifest, data
         self.problems.append(
@@ -224,7 +224,7 @@ class _Repair:
         except (NotFoundError, CorruptionError, FormatError):
             pass  # a good pack, of something else: the entry is wrong
         made = copy_pack(record.model, entry.manifest, data)
-        self.storage.put(pack_key(made.digest), iter(made.pieces), made.size)
+        self.storage.put(pack_key(made.digest), made.pieces, made.size)
         self.repaired.append(pack_key(made.digest))
         if made.digest != entry.copy:
             pointed = msgspec.structs.replace(entry, copy=made.digest)
