@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from modelstore.client import Store
 from modelstore.errors import NotFoundError, StorageError
+from modelstore.format.record import PACKS
 from modelstore.storage.base import Storage
 from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.local import LocalStorage
@@ -230,3 +231,23 @@ def test_gc_spares_what_a_running_save_has_stored(files: Path) -> None:
     assert len(stored) > len(weights())
     assert not open_on(storage).gc(dry_run=False, grace=3600).objects
     assert pack_sizes(storage) == stored
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["fails", "answer-lost"])
+def test_one_failure_of_a_repair_is_not_noticed(lost: bool, files: Path) -> None:
+    sound = MemoryStorage(uuid.uuid4().hex)
+    first(open_on(sound), files)
+    for n in itertools.count(1):
+        storage = MemoryStorage(uuid.uuid4().hex)
+        copy_all(sound, storage)
+        for key in keys(storage):  # every manifest and every pack
+            if key.startswith(PACKS) or "/manifests/" in key:
+                storage.delete(key)
+        disturbed = OneFails(storage, n, lost=lost)
+        report = open_on(RetryingStorage(disturbed, sleep=lambda _: None)).repair(source=sound.url)
+        assert report.ok
+        assert contents(open_on(storage)) == contents(open_on(sound))
+        assert keys(storage) == keys(sound)
+        if disturbed.writes < n:
+            assert n > 5
+            break
