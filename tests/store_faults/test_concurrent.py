@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -18,25 +18,47 @@ from safetensors.torch import save_file
 import modelstore as ms
 from modelstore.client import Store
 from modelstore.errors import ConflictError, NotFoundError
-from modelstore.format.record import VariantEntry
+from modelstore.format.record import MODELS, VariantEntry
+from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
+from modelstore.storage.wrapping import Verb, WrappingStorage
 from tests.helpers.stores import all_bits, contents, journal, open_on, shrink, weights
 
 ROOT = Path(__file__).parents[2]
+T = TypeVar("T")
+
+
+class Meeting(WrappingStorage):
+    """Where each of several threads waits, before the first record that it creates, until all of them are about to."""
+
+    def __init__(self, inner: Storage) -> None:
+        super().__init__(inner)
+        self.barrier: threading.Barrier | None = None
+        self._met = threading.local()
+
+    def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:
+        barrier = self.barrier
+        if barrier and verb == "create" and key.startswith(MODELS) and getattr(self._met, "at", None) is not barrier:
+            self._met.at = barrier
+            barrier.wait(60)
+        return act()
 
 
 @pytest.fixture
 def store() -> Store:
-    """An empty store."""
-    return open_on(MemoryStorage(uuid.uuid4().hex))
+    """An empty store, in which all races are run for certain: see `at_once`."""
+    return open_on(Meeting(MemoryStorage(uuid.uuid4().hex)))
 
 
-def at_once(works: list[Callable[[], Any]]) -> list[Any]:
-    """Results, or the errors, of works that begin at the same moment."""
+def at_once(works: list[Callable[[], Any]], race: Store | None = None) -> list[Any]:
+    """Results, or the errors, of works that begin at the same moment; in `race`, all want the same record before one has it."""
     ready = threading.Barrier(len(works))
+    if race is not None:
+        assert isinstance(race._storage, Meeting)
+        race._storage.barrier = threading.Barrier(len(works))
 
     def run(work: Callable[[], Any]) -> Any:
-        ready.wait()
+        ready.wait(60)
         try:
             return work()
         except (ConflictError, NotFoundError) as error:
@@ -58,7 +80,7 @@ def check_versions(store: Store, numbers: dict[int, int]) -> None:
 @pytest.mark.parametrize("savers", [2, 8])
 def test_savers_in_threads(savers: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch)
-    saved = at_once([lambda seed=seed: store.save("m", weights(seed)) for seed in range(savers)])
+    saved = at_once([lambda seed=seed: store.save("m", weights(seed)) for seed in range(savers)], race=store)
     check_versions(store, {seed: one.version for seed, one in enumerate(saved)})
 
 
@@ -66,7 +88,7 @@ def test_savers_in_threads(savers: int, store: Store, monkeypatch: pytest.Monkey
 def test_savers_of_the_same_file(savers: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch)
     save_file(weights(1), tmp_path / "model.safetensors")
-    saved = at_once([lambda: store.save("m", tmp_path / "model.safetensors") for _ in range(savers)])
+    saved = at_once([lambda: store.save("m", tmp_path / "model.safetensors") for _ in range(savers)], race=store)
     assert sorted(one.version for one in saved) == list(range(1, savers + 1))
     assert len({one.digest for one in saved}) == 1  # and so they share all they can
     for one in saved:
@@ -146,7 +168,7 @@ def test_variants_of_other_names_are_rebased(store: Store) -> None:
     store.save("m", weights(0))
     entries = [entry(store, seed) for seed in range(8)]
     publish = store._catalog.publish_variant
-    at_once([lambda i=i: publish("m", 1, f"v{i}", f"writer{i}", entries[i]) for i in range(8)])
+    at_once([lambda i=i: publish("m", 1, f"v{i}", f"writer{i}", entries[i]) for i in range(8)], race=store)
     variants = store._catalog.newest("m").variants
     assert {name: variants[name] for name in variants if name != "original"} == {f"v{i}": entries[i] for i in range(8)}
 
@@ -155,7 +177,7 @@ def test_variants_of_one_name_conflict(store: Store) -> None:
     store.save("m", weights(0))
     entries = [entry(store, seed) for seed in range(8)]
     publish = store._catalog.publish_variant
-    ended = at_once([lambda i=i: publish("m", 1, "int8", f"writer{i}", entries[i]) for i in range(8)])
+    ended = at_once([lambda i=i: publish("m", 1, "int8", f"writer{i}", entries[i]) for i in range(8)], race=store)
     lost = [one for one in ended if isinstance(one, ConflictError)]
     assert len(lost) == 7
     assert all("has a variant 'int8' already" in str(error) and error.model == "m" for error in lost)
@@ -169,7 +191,7 @@ def test_a_variant_of_a_version_that_goes_away(store: Store) -> None:
     works: list[Callable[[], Any]] = [
         lambda i=i: store._catalog.publish_variant("m", 1, f"v{i}", f"writer{i}", some) for i in range(4)
     ]
-    ended = at_once([*works, lambda: store.delete("m@1")])
+    ended = at_once([*works, lambda: store.delete("m@1")], race=store)
     assert ended[-1] is None
     assert store._catalog.version("m", 1).deleted  # whoever came first, what is deleted stays deleted
     for one in ended[:-1]:
@@ -181,8 +203,8 @@ def test_a_variant_of_a_version_that_goes_away(store: Store) -> None:
 def test_tags_at_once(store: Store) -> None:
     for seed in range(8):
         store.save("m", weights(seed))
-    at_once([lambda i=i: store.tag(f"m@{i}", "prod") for i in range(1, 9)])
-    at_once([lambda i=i: store.tag(f"m@{i}", f"own{i}") for i in range(1, 9)])
+    at_once([lambda i=i: store.tag(f"m@{i}", "prod") for i in range(1, 9)], race=store)
+    at_once([lambda i=i: store.tag(f"m@{i}", f"own{i}") for i in range(1, 9)], race=store)
     (info,) = store.models()
     prod = info.tags.pop("prod")
     assert info.tags == {f"own{i}": i for i in range(1, 9)}
@@ -193,7 +215,7 @@ def test_tags_at_once(store: Store) -> None:
 def test_deletes_at_once(store: Store) -> None:
     store.save("m", weights(0))
     store.save("m", weights(1))
-    ended = at_once([lambda: store.delete("m@1") for _ in range(8)])
+    ended = at_once([lambda: store.delete("m@1") for _ in range(8)], race=store)
     assert ended.count(None) == 1
     assert all("was deleted" in str(error) for error in ended if error is not None)
     assert [info.version for info in store.versions("m")] == [2]

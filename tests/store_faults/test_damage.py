@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ from modelstore.errors import CorruptionError, ModelStoreError
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import parse_reference
 from modelstore.format.record import manifest_key, pack_key
+from modelstore.storage.base import Storage
+from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.stores import all_bits, bits, copy_all, overwrite, pack_sizes, shrink, weights
 
@@ -24,8 +27,8 @@ HOW = {"lossless": {}, "raw": {"codec": "raw"}, "whole": {"codec": "raw", "grid"
 class Place:
     """A saved model, and a sound copy of its store."""
 
-    def __init__(self, **how: str) -> None:
-        self.storage = MemoryStorage(uuid.uuid4().hex)
+    def __init__(self, storage: Storage, **how: str) -> None:
+        self.storage = storage
         self.copy = MemoryStorage(uuid.uuid4().hex)
         self.store.save("acme/m", MODEL, files={"config.json": b"{}"}, **how)  # type: ignore[arg-type]
         copy_all(self.storage, self.copy)
@@ -69,11 +72,12 @@ class Place:
         }
 
 
-@pytest.fixture(params=HOW)
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """The model, stored in each way."""
+@pytest.fixture(params=[*HOW, "local-lossless", "local-raw"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Place:
+    """The model, stored in each way; raw chunks of a local store are read straight into their place."""
     shrink(monkeypatch)
-    return Place(**HOW[request.param])
+    kind, _, how = request.param.rpartition("-")
+    return Place(LocalStorage(tmp_path / "store") if kind else MemoryStorage(uuid.uuid4().hex), **HOW[how])
 
 
 def check_named(error: ModelStoreError, place: Place, row: int, tensor: str, chunk: int) -> None:
@@ -282,7 +286,7 @@ def test_what_is_damaged_in_one_place_each(place: Place) -> None:
 
 def test_a_delta_whose_base_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch)
-    place = Place()
+    place = Place(MemoryStorage(uuid.uuid4().hex))
     place.store.save("acme/tuned", {n: t + 0.01 for n, t in MODEL.items()}, codec="delta", parent="acme/m@1")
     tuned = all_bits(place.store.load("acme/tuned"))
     place.store.delete("acme/m", all=True)
