@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Annotated, Any
 
 import msgspec
@@ -21,6 +21,7 @@ from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.names import check_file, check_model, check_tensor
+from modelstore.format.region import Shape
 
 FORMAT = 1
 DIGEST_BYTES = 32
@@ -235,12 +236,8 @@ def first_problem(manifest: Manifest) -> str | None:
 def _problem_of_rows(manifest: Manifest) -> str | None:
     """Whether each plane has rows of its own, and none of them more bytes than its chunks can take."""
     spans: list[tuple[int, int, int, str]] = []
-    cuts: dict[tuple[object, ...], tuple[int, int]] = {}  # many tensors are cut the same
     for tensor in (*manifest.tensors, *manifest.files):
-        key = tensor.shape, tensor.chunk, tensor.dtype
-        if key not in cuts:
-            cuts[key] = tensor.chunks, 2 * math.prod(tensor.chunk) * tensor.kind.itemsize + SLACK
-        n, most = cuts[key]
+        _, n, most = _cut(tensor.dtype, tensor.shape, tensor.chunk)
         if n:
             spans += [(plane.first, plane.first + n, most, tensor.name) for plane in tensor.planes]
     if not spans:
@@ -257,21 +254,36 @@ def _problem_of_rows(manifest: Manifest) -> str | None:
 
 
 def _problem_of(tensor: Tensor, rows: int, codecs: int) -> str | None:
-    shape, chunk = tensor.shape, tensor.chunk
-    if tensor.dtype not in DTYPES:
-        return f"dtype {tensor.dtype[:40]!r} is not known"
+    problem, chunks, _ = _cut(tensor.dtype, tensor.shape, tensor.chunk)
+    if problem:
+        return problem
+    if tensor.codec >= codecs:
+        return f"codec {tensor.codec} of {codecs}"
+    if not tensor.planes or any([p.first + chunks > rows for p in tensor.planes]):  # noqa: C419 - a list is quicker
+        return f"its chunks reach beyond the {rows} rows of the chunk table"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _cut(dtype: str, shape: Shape, chunk: Shape) -> tuple[str | None, int, int]:
+    """(what is wrong with a tensor's cut, chunks of a plane, encoded bytes that one may have); many are cut the same."""
+    problem = _problem_of_cut(dtype, shape, chunk)
+    if problem:
+        return problem, 0, 0
+    return None, grid.count(shape, chunk), 2 * math.prod(chunk) * DTYPES[dtype].itemsize + SLACK
+
+
+def _problem_of_cut(dtype: str, shape: Shape, chunk: Shape) -> str | None:
+    if dtype not in DTYPES:
+        return f"dtype {dtype[:40]!r} is not known"
     if len(shape) > MAX_DIMENSIONS or len(chunk) != len(shape) or math.prod(shape) > MAX_ELEMENTS:
         return f"shape {shape[:8]} with chunks {chunk[:8]} is out of bounds"
     if any(c < 1 or c > max(1, n) for n, c in zip(shape, chunk, strict=True)):
         return f"chunks {chunk} do not fit shape {shape}"
     if math.prod(n for n in shape if n) > MAX_ELEMENTS:
         return f"shape {shape[:8]} is empty, with a dimension out of bounds"
-    if 0 not in shape and math.prod(chunk) * DTYPES[tensor.dtype].itemsize > MAX_CHUNK:
+    if 0 not in shape and math.prod(chunk) * DTYPES[dtype].itemsize > MAX_CHUNK:
         return f"chunks {chunk} are over {MAX_CHUNK} bytes"
-    if tensor.codec >= codecs:
-        return f"codec {tensor.codec} of {codecs}"
-    if not tensor.planes or any(p.first + tensor.chunks > rows for p in tensor.planes):
-        return f"its chunks reach beyond the {rows} rows of the chunk table"
     return None
 
 
