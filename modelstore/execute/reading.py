@@ -20,7 +20,7 @@ from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.region import Region, extent, full, size, slices
 from modelstore.plan.layout import Share
-from modelstore.plan.read import ChunkRead, ReadJob, Want, plan_read
+from modelstore.plan.read import ChunkRead, ReadJob, Want, plan_read, read_job
 
 _PER_THREAD = 24 << 20  # working memory of one reading thread: encoded bytes, a decoded plane, a chunk for cut copies
 _REMOTE_THREADS = 16
@@ -154,7 +154,7 @@ class Reader:
             rest = tuple(c for c in chunks if not self._direct(c, wants, buffers))
             if not rest:
                 return
-            job = job if len(rest) == len(chunks) else ReadJob(rest, job.ranges, job.nbytes)
+            job = job if len(rest) == len(chunks) else read_job(self.manifest, rest, job.nbytes)
         found = self._fetcher.ranges(job, wants)
         for chunk in job.chunks:
             self._decode(chunk, [found[row] for row in chunk.rows], wants[chunk.want], buffers[chunk.want])

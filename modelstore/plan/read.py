@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from modelstore.format import grid
@@ -112,16 +112,17 @@ def plan_read(manifest: Manifest, wants: list[Want]) -> Iterator[ReadJob]:
         encoded = sum(int(manifest.length[row]) for row in chunk.rows)
         full = nbytes + size > JOB_BYTES or stored + encoded > 2 * JOB_BYTES or len(chunks) == JOB_CHUNKS
         if chunks and full:
-            yield _job(manifest, chunks, nbytes)
+            yield read_job(manifest, chunks, nbytes)
             chunks, nbytes, stored = [], 0, 0
         chunks.append(chunk)
         nbytes += size
         stored += encoded
     if chunks:
-        yield _job(manifest, chunks, nbytes)
+        yield read_job(manifest, chunks, nbytes)
 
 
-def _job(manifest: Manifest, chunks: list[ChunkRead], nbytes: int) -> ReadJob:
+def read_job(manifest: Manifest, chunks: Sequence[ChunkRead], nbytes: int) -> ReadJob:
+    """The job that reads these chunks, of `nbytes` raw bytes, in as few requests as their places allow."""
     pack, offset, length = manifest.pack, manifest.offset, manifest.length
     at = sorted((int(pack[r]), int(offset[r]), int(length[r])) for c in chunks for r in c.rows)
     ranges: list[Range] = []
