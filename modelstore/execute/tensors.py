@@ -126,6 +126,8 @@ def _map(path: Path, key: str) -> Bytes:
             f"there is no object {key}: run 'modelstore repair' with another copy of the store", object=key
         ) from None
     try:
+        if not os.fstat(descriptor).st_size:  # which cannot be mapped
+            return np.empty(0, np.uint8)
         area = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     finally:
         os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import uuid
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 
 from modelstore.errors import FormatError
 from modelstore.format.record import pack_key
+from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.hostile import little_memory, manifest_of, plant, read_all
-from tests.helpers.stores import open_on
+from tests.helpers.stores import copy_all, open_on
 
 FORGED = "f" * 64
 BASE = {
@@ -125,3 +127,37 @@ def test_a_bomb_in_a_chunk(source: MemoryStorage) -> None:
         errors = read_all(open_on(storage), "bad")
     assert isinstance(errors["load"], FormatError)
     assert (errors["load"].tensor, errors["load"].chunk) == ("norm", 0)
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("length", [0, 1, 4, 1196, 1199, 1201, 2400])
+@pytest.mark.parametrize("model", ["raw", "good"])
+def test_a_chunk_of_another_length(model: str, length: int, local: bool, source: MemoryStorage, tmp_path: Path) -> None:
+    """Above all, a short one is not stretched, and a long one not cut, to fit its place of 1,200 bytes."""
+    encoded = first_row(source, model, "norm")
+    forged = forge(source, model, "norm", (encoded * 2)[:length] if model == "raw" else encoded + bytes(length + 1))
+    storage = LocalStorage(tmp_path) if local else MemoryStorage(uuid.uuid4().hex)
+    copy_all(forged, storage)
+    error = read_all(open_on(storage), "bad")["load"]
+    assert isinstance(error, FormatError)
+    assert (error.tensor, error.chunk) == ("norm", 0)
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("model", ["raw", "good"])
+def test_planes_that_the_codec_has_not(model: str, local: bool, source: MemoryStorage, tmp_path: Path) -> None:
+    """Two planes, each with rows of its own, where the codec stores one."""
+    manifest = manifest_of(open_on(source), model)
+    norm = next(t for t in manifest["tensors"] if t["name"] == "norm")
+    ((name, row),) = norm["planes"]
+    for part, kind in (("pack", "<u4"), ("offset", "<u8"), ("length", "<u8"), ("digest", "V32")):
+        values = column(manifest, part, kind)
+        more = np.concatenate([values, values[row : row + 1]])
+        manifest["chunks"][part] = base64.b64encode(more.tobytes()).decode()
+    norm["planes"] = [[name, row], ["more", len(values)]]
+    storage = LocalStorage(tmp_path) if local else MemoryStorage(uuid.uuid4().hex)
+    copy_all(source, storage)
+    plant(storage, manifest)
+    error = read_all(open_on(storage), "bad")["load"]
+    assert isinstance(error, FormatError)
+    assert (error.tensor, error.chunk) == ("norm", 0)

@@ -6,6 +6,7 @@ import base64
 import copy
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, UnsupportedError
 from modelstore.format import manifest as man
 from modelstore.format.record import manifest_key
+from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.hostile import little_memory, manifest_of, plant, read_all
 from tests.helpers.stores import copy_all, open_on, shrink, weights
@@ -147,11 +149,14 @@ CHANGES: dict[str, Callable[[Json], object]] = {
 }
 
 
-@pytest.mark.parametrize("model", ["good", "raw", "delta"])
+@pytest.mark.parametrize(("model", "local"), [("good", False), ("raw", False), ("raw", True), ("delta", False)])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_changed_manifest(change: Callable[[Json], object], model: str, storage: MemoryStorage) -> None:
-    store = open_on(storage)
-    manifest = manifest_of(store, model)
+def test_a_changed_manifest(
+    change: Callable[[Json], object], model: str, local: bool, source: MemoryStorage, tmp_path: Path
+) -> None:
+    storage = LocalStorage(tmp_path) if local else MemoryStorage(uuid.uuid4().hex)
+    copy_all(source, storage)
+    manifest = manifest_of(open_on(storage), model)
     change(manifest)
     plant(storage, manifest)
     with little_memory():
