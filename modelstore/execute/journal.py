@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from modelstore.errors import FormatError, NotFoundError
-from modelstore.execute.writing import Location, Placed, Written
+from modelstore.execute.writing import Location, Placed, Viewed, Written
 from modelstore.format.manifest import Digest
 from modelstore.format.record import JOBS, pack_key
 from modelstore.storage.base import Storage
@@ -27,6 +27,7 @@ class _Chunk(msgspec.Struct, frozen=True, array_like=True):
 class _Tensor(msgspec.Struct, frozen=True, array_like=True):
     digest: Digest
     planes: dict[str, tuple[_Chunk, ...]]
+    views: tuple[Viewed, ...] = ()
 
 
 class _Page(msgspec.Struct, frozen=True):
@@ -72,13 +73,13 @@ class Journal:
                 placed = [at for chunks in planes.values() for at in chunks]
                 known.update(at for at in placed if is_there(at[1][0]))
                 if all(is_there(pack) for _, (pack, _, _) in placed):
-                    found[name] = Written(tensor.digest, planes)
+                    found[name] = Written(tensor.digest, planes, tensor.views)
         return found, known
 
     def note(self, written: Mapping[str, Written], chunks: Sequence[Placed]) -> None:
         """Record tensors of which every chunk is stored, and stored chunks of others."""
         tensors = {
-            name: _Tensor(done.digest, {plane: _chunks(placed) for plane, placed in done.planes.items()})
+            name: _Tensor(done.digest, {plane: _chunks(placed) for plane, placed in done.planes.items()}, done.views)
             for name, done in written.items()
         }
         page = _Page(tensors, _chunks(chunks))

@@ -18,7 +18,7 @@ from modelstore.execute.fetch import Fetcher
 from modelstore.execute.memory import Arena
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.region import Region, extent, full, size, slices
+from modelstore.format.region import Region, extent, full, rows, size, slices
 from modelstore.plan.layout import Share
 from modelstore.plan.read import ChunkRead, ReadJob, Want, plan_read, read_job
 
@@ -166,7 +166,7 @@ class Reader:
         place = chunk.whole
         if place is None or self._codecs[tensor.codec].name != "raw" or len(chunk.rows) != 1:
             return False
-        out = _rows(buffers[chunk.want], want, place)
+        out = rows(buffers[chunk.want], want.shape, tensor.kind.itemsize, place)
         if out is None or out.shape[0] != 1 or out.size != self.manifest.length[chunk.rows[0]]:
             return False
         self._fetcher.direct(chunk.rows[0], out[0], tensor.name, chunk.chunk)
@@ -178,7 +178,7 @@ class Reader:
         shape = extent(chunk.region)
         base = self._base_region(tensor, chunk.region) if codec.needs_base else None
         place = chunk.whole
-        out = _rows(buffer, want, place) if place is not None else None
+        out = rows(buffer, want.shape, tensor.kind.itemsize, place) if place is not None else None
         try:
             if out is not None:
                 codec.decode(planes, shape, tensor.kind, out, base)
@@ -219,20 +219,3 @@ def whole_want(tensor: Tensor) -> Want:
 def _elements(buffer: Bytes, shape: Sequence[int], tensor: Tensor) -> NDArray[np.void]:
     """Raw bytes as an n-d array of opaque elements."""
     return buffer.view(f"V{tensor.kind.itemsize}").reshape(shape)
-
-
-def _rows(buffer: Bytes, want: Want, place: Region) -> Bytes | None:
-    """The place's bytes as a 2-d view of the buffer, None where its rows are not evenly apart."""
-    itemsize = want.tensor.kind.itemsize
-    if not place:
-        return buffer.reshape(1, -1)
-    *lead, last = want.shape
-    view = buffer.reshape(*lead, last * itemsize)[
-        (*slices(place[:-1]), slice(place[-1][0] * itemsize, place[-1][1] * itemsize))
-    ]
-    if view.flags.c_contiguous:
-        return view.reshape(1, -1)
-    try:
-        return view.reshape(-1, view.shape[-1], copy=False)
-    except ValueError:
-        return None

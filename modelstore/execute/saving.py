@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError, UnsupportedError
+from modelstore.execute.encoding import EncodeRegion, Input, ReadRegion
 from modelstore.execute.journal import Journal
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.whole import WholeWriter
-from modelstore.execute.writing import Input, Location, PackWriter, ReadRegion, Tally, Written, manifest_tensors
+from modelstore.execute.writing import Location, PackWriter, Tally, Written, manifest_tensors
 from modelstore.format.buffers import Bytes
+from modelstore.format.dtypes import DType
 from modelstore.format.grid import count
 from modelstore.format.manifest import (
     FORMAT,
@@ -33,7 +36,7 @@ from modelstore.format.manifest import (
 )
 from modelstore.format.names import check_file, check_tensor
 from modelstore.format.record import VariantEntry, VersionRecord
-from modelstore.format.region import Region
+from modelstore.format.region import Region, extent
 from modelstore.plan.layout import axes
 from modelstore.plan.write import FILE_CODEC, plan_tensor
 from modelstore.sources.base import Source
@@ -177,7 +180,9 @@ def plan_inputs(
             axis=axis,
             like=_cut_before(earlier, spec.name, spec.shape, spec.dtype.name),
         )
-        inputs.append(Input(plan, make_codec(plan.codec.name, plan.codec.params), _reading(source, spec.name), under))
+        codec_of = make_codec(plan.codec.name, plan.codec.params)
+        encode = _against_base(codec_of, spec.dtype, under) if under else None
+        inputs.append(Input(plan, codec_of, _reading(source, spec.name), encode))
     for path, content in source.files.items():
         check_file(path)
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
@@ -213,6 +218,10 @@ def _base_of(base: Against, name: str, shape: tuple[int, ...], dtype: str) -> Ca
         return None
     found = tensor
     return lambda region: base.reader.region(found, region)
+
+
+def _against_base(codec: Codec, dtype: DType, base: Callable[[Region], Bytes]) -> EncodeRegion:
+    return lambda values, region: codec.encode(values, extent(region), dtype, base(region))
 
 
 def _reading(source: Source, name: str) -> ReadRegion:

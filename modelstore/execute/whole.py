@@ -14,7 +14,8 @@ import numpy as np
 from blake3 import blake3
 
 from modelstore.errors import ConflictError
-from modelstore.execute.writing import Input, Location, Placed, Tally, Written
+from modelstore.execute.encoding import Input
+from modelstore.execute.writing import Location, Placed, Tally, Written
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, Pieces, view
 from modelstore.format.record import pack_key

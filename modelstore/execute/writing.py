@@ -7,45 +7,41 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import numpy as np
+import msgspec
 from blake3 import blake3
 
-from modelstore.codecs.base import Codec
-from modelstore.execute.memory import huge
+from modelstore.codecs.loss import Loss
+from modelstore.execute.encoding import Encoded, Input, encode_step
 from modelstore.execute.reading import Limits
 from modelstore.format import grid
-from modelstore.format.buffers import Buffer, Bytes, as_bytes, view
+from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import CodecSpec, Plane, Tensor
-from modelstore.format.region import Region, extent, shift, slices
-from modelstore.plan.write import Part, Step, TensorPlan, plan_steps
+from modelstore.plan.write import Step, plan_steps
 from modelstore.storage.base import Storage
 from modelstore.store import packs
-from modelstore.store.packs import PackBuilder, TensorNote
+from modelstore.store.packs import Pack, PackBuilder, TensorNote
 
 Location = tuple[str, int, int]  # pack digest, offset, length
-_ALIGN = 64
-ReadRegion = Callable[[Region, Bytes], None]
 Placed = tuple[bytes, Location]  # a stored chunk's digest, and where it lies
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """A tensor to write: its plan, its codec, how its bytes are read, and how its base's are (where the codec needs one)."""
+class Viewed(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor as one of its views reads it: the digest of the decoded values, and what they lost."""
 
-    plan: TensorPlan
-    codec: Codec
-    read: ReadRegion
-    base: Callable[[Region], Bytes] | None = None
+    digest: str
+    loss: Loss
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A tensor that is stored: its digest, and each plane's chunks as (digest, location)."""
+    """A tensor that is stored: its digest, each plane's chunks as (digest, location), and how its views read it."""
 
     digest: str
     planes: Mapping[str, Sequence[tuple[bytes, Location]]]
+    views: tuple[Viewed, ...] = ()
 
 
 @dataclass(slots=True)
@@ -59,19 +55,28 @@ class Tally:
 
 @dataclass(slots=True)
 class _Progress:
-    """A tensor on its way: its running digest, and its chunks so far."""
+    """A tensor on its way: the running digests of its values and of its views, and its chunks so far."""
 
-    hasher: blake3
+    hashers: list[blake3]
+    losses: list[Loss]
     planes: dict[str, list[tuple[bytes, Location | None]]]
     left: int
     waiting: int = 0  # chunks in packs that are not stored yet
 
+    def written(self) -> Written:
+        """The finished tensor."""
+        planes = {name: [(d, at) for d, at in rows if at is not None] for name, rows in self.planes.items()}
+        digest, *viewed = (hasher.hexdigest() for hasher in self.hashers)
+        return Written(digest, planes, tuple(Viewed(d, loss) for d, loss in zip(viewed, self.losses, strict=True)))
 
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    part: Part
-    raw: Bytes | None
-    chunks: tuple[tuple[int, tuple[tuple[bytes, Buffer], ...]], ...]
+
+class _Place(NamedTuple):
+    """Which chunk of which plane of which tensor, and its digest."""
+
+    tensor: int
+    plane: str
+    chunk: int
+    digest: bytes
 
 
 @dataclass
@@ -103,16 +108,18 @@ class PackWriter:
             ThreadPoolExecutor(threads, thread_name_prefix="modelstore-encode") as encoders,
             ThreadPoolExecutor(1, thread_name_prefix="modelstore-upload") as uploader,
         ):
-            encoding: deque[Future[list[_Encoded]]] = deque()
+            encoding: deque[Future[list[Encoded]]] = deque()
             try:
-                room = _Room(2 * threads, self.limits.memory // 3)
-                for encoded in _ordered(steps, lambda step: encoders.submit(_encode, step, inputs), encoding, room):
+                room = _Room(
+                    2 * threads, self.limits.memory // 3, 3 + 2 * max((len(i.views) for i in inputs), default=0)
+                )
+                for encoded in _ordered(steps, lambda step: encoders.submit(encode_step, step, inputs), encoding, room):
                     for item in encoded:
                         state.take(item)
-                        if state.builder.size >= self._pack_bytes:
+                        if state.filled >= self._pack_bytes:
                             state.upload(uploader)
                     if self.progress:
-                        self.progress(sum(e.part.nbytes for e in encoded if e.raw is not None))
+                        self.progress(sum(e.part.nbytes for e in encoded if e.values))
                 state.upload(uploader)
                 state.settle()
             except BaseException:
@@ -128,31 +135,31 @@ class _State:
     def __init__(self, writer: PackWriter, inputs: Sequence[Input]) -> None:
         self._writer = writer
         self._inputs = inputs
-        self.builder = PackBuilder()
+        self.filled = 0  # bytes of the pack being filled
         self._tensors: dict[int, _Progress] = {}
-        self._placed: list[tuple[int, str, int, bytes]] = []  # tensor, plane, chunk: in the pack being filled
-        self._offsets: list[tuple[int, int]] = []
-        self._filling: dict[bytes, tuple[int, str, int]] = {}  # digests in packs not stored yet → their first place
-        self._twins: list[tuple[int, str, int, bytes]] = []  # the same chunk again, before its pack was stored
-        self._uploading: (
-            tuple[Future[str], list[tuple[int, str, int, bytes]], list[tuple[int, int]], PackBuilder] | None
-        ) = None
+        self._filled: list[tuple[int, _Place, Buffer]] = []  # the plane's number, the place, the bytes
+        self._filling: set[bytes] = set()  # digests in packs not stored yet
+        self._twins: list[_Place] = []  # the same chunk again, before its pack was stored
+        self._uploading: tuple[Future[str], list[tuple[_Place, int, int]], Pack] | None = None
         self._done: dict[str, Written] = {}
         for index, item in enumerate(inputs):
             names = item.codec.planes(DTYPES[item.plan.dtype])
             n = grid.count(item.plan.shape, item.plan.chunk)
             empty: list[tuple[bytes, Location | None]] = [(b"", None)] * n
-            self._tensors[index] = _Progress(blake3(), {name: list(empty) for name in names}, n * len(names))
+            hashers, losses = [blake3() for _ in range(1 + len(item.views))], [Loss()] * len(item.views)
+            planes = {name: list(empty) for name in names}
+            self._tensors[index] = _Progress(hashers, losses, planes, n * len(names))
 
-    def take(self, encoded: _Encoded) -> None:
-        """Digest a part's raw bytes and place its chunks, in order."""
+    def take(self, encoded: Encoded) -> None:
+        """Digest a part's values and place its chunks, in order."""
         index = encoded.part.tensor
-        tensor, plan = self._tensors[index], self._inputs[index].plan
-        if encoded.raw is not None:
-            tensor.hasher.update(view(encoded.raw))
-            self._writer.tally.raw += len(encoded.raw)
+        tensor = self._tensors[index]
+        for hasher, values in zip(tensor.hashers, encoded.values, strict=False):
+            hasher.update(view(values))
+        self._writer.tally.raw += encoded.part.nbytes if encoded.values else 0
+        tensor.losses = [a + b for a, b in zip(tensor.losses, encoded.losses, strict=False)] or tensor.losses
         for chunk, planes in encoded.chunks:
-            for name, (digest, data) in zip(tensor.planes, planes, strict=True):
+            for number, (name, (digest, data)) in enumerate(zip(tensor.planes, planes, strict=True)):
                 at = self._writer.known.get(digest)
                 tensor.left -= 1
                 tensor.planes[name][chunk] = (digest, at)
@@ -160,60 +167,69 @@ class _State:
                     self._writer.tally.reused += at[2]
                     continue
                 tensor.waiting += 1
+                place = _Place(index, name, chunk, digest)
                 if digest in self._filling:
-                    self._twins.append((index, name, chunk, digest))
+                    self._twins.append(place)
                     continue
-                self._filling[digest] = (index, name, chunk)
-                self.builder.notes.setdefault(plan.name, TensorNote(plan.dtype, plan.shape, plan.chunk, plan.codec))
-                start = self.builder.add(f"{plan.name}/{name}/{chunk}", data)
-                self._placed.append((index, name, chunk, digest))
-                self._offsets.append((start, len(as_bytes(data))))
+                self._filling.add(digest)
+                self._filled.append((number, place, data))
+                self.filled += len(as_bytes(data))
 
     def upload(self, uploader: ThreadPoolExecutor) -> None:
         """Store the pack that was filled, once the one before it is stored."""
         self.settle()
-        if self.builder.entries:
-            pack = packs.finish(self.builder, {})
-            writer = self._writer
+        if not self._filled:
+            return
+        builder = PackBuilder()
+        places = []
+        # All first planes, then all second ones, …: who reads only the first finds them in one run.
+        for _, place, data in sorted(self._filled, key=lambda filled: filled[0]):
+            plan = self._inputs[place.tensor].plan
+            builder.notes.setdefault(plan.name, TensorNote(plan.dtype, plan.shape, plan.chunk, plan.codec))
+            start = builder.add(f"{plan.name}/{place.plane}/{place.chunk}", data)
+            places.append((place, start, builder.size - start))
+        pack = packs.finish(builder, {})
+        writer = self._writer
 
-            def put() -> str:
-                if packs.store(writer.storage, pack, writer.refresh_before):
-                    writer.tally.stored += pack.size
-                return pack.digest
+        def put() -> str:
+            if packs.store(writer.storage, pack, writer.refresh_before):
+                writer.tally.stored += pack.size
+            return pack.digest
 
-            starts = [(pack.data_start + start, n) for start, n in self._offsets]
-            self._uploading = uploader.submit(put), self._placed, starts, self.builder
-            self.builder, self._placed, self._offsets = PackBuilder(), [], []
+        self._uploading = uploader.submit(put), places, pack
+        self._filled, self.filled = [], 0
 
     def settle(self) -> None:
         """Wait for the pack on its way; then its chunks have a location, and tensors may be finished."""
         stored: list[tuple[int, Placed]] = []
         if self._uploading is not None:
-            future, placed, offsets, _ = self._uploading
+            future, places, pack = self._uploading
             digest = future.result()
             self._uploading = None
-            for (index, plane, chunk, content), (start, n) in zip(placed, offsets, strict=True):
-                self._writer.known[content] = (digest, start, n)
-                self._filling.pop(content, None)
-                self._tensors[index].planes[plane][chunk] = (content, (digest, start, n))
-                self._tensors[index].waiting -= 1
-                stored.append((index, (content, (digest, start, n))))
+            for place, start, n in places:
+                at = (digest, pack.data_start + start, n)
+                self._writer.known[place.digest] = at
+                self._filling.discard(place.digest)
+                self._settle(place, at)
+                stored.append((place.tensor, (place.digest, at)))
             again, self._twins = self._twins, []
-            for index, plane, chunk, content in again:
-                at = self._writer.known.get(content)
-                if at is None:
-                    self._twins.append((index, plane, chunk, content))
-                    continue
-                self._tensors[index].planes[plane][chunk] = (content, at)
-                self._tensors[index].waiting -= 1
+            for place in again:
+                known = self._writer.known.get(place.digest)
+                if known is None:
+                    self._twins.append(place)
+                else:
+                    self._settle(place, known)
         self._finish(stored)
+
+    def _settle(self, place: _Place, at: Location) -> None:
+        tensor = self._tensors[place.tensor]
+        tensor.planes[place.plane][place.chunk] = (place.digest, at)
+        tensor.waiting -= 1
 
     def _finish(self, stored: Sequence[tuple[int, Placed]]) -> None:
         fresh: dict[str, Written] = {}
         for index in [i for i, t in self._tensors.items() if not t.left and not t.waiting]:
-            tensor = self._tensors.pop(index)
-            planes = {name: [(d, at) for d, at in rows if at is not None] for name, rows in tensor.planes.items()}
-            fresh[self._inputs[index].plan.name] = Written(tensor.hasher.hexdigest(), planes)
+            fresh[self._inputs[index].plan.name] = self._tensors.pop(index).written()
         self._done.update(fresh)
         partial = [placed for index, placed in stored if index in self._tensors]
         if (fresh or partial) and self._writer.finished:
@@ -225,52 +241,25 @@ class _State:
         return self._done
 
 
-def _encode(step: Step, inputs: Sequence[Input]) -> list[_Encoded]:
-    """Read and encode one step's parts; runs in a worker."""
-    buffer = huge(step.nbytes + _ALIGN * len(step.parts))
-    encoded = []
-    at = 0
-    for part in step.parts:
-        encoded.append(_encode_part(part, inputs[part.tensor], buffer[at : at + part.nbytes]))
-        at += -(-part.nbytes // _ALIGN) * _ALIGN  # the codecs look at the bytes as words
-    return encoded
-
-
-def _encode_part(part: Part, item: Input, raw: Bytes) -> _Encoded:
-    plan = item.plan
-    codec = item.codec
-    kind = DTYPES[plan.dtype]
-    item.read(part.region, raw)
-    box = raw.view(f"V{kind.itemsize}").reshape(extent(part.region)) if part.chunks else None
-    chunks = []
-    for chunk in part.chunks:
-        assert box is not None
-        region = grid.chunk_region(plan.shape, plan.chunk, chunk)
-        values = np.ascontiguousarray(box[slices(shift(region, part.region))]).reshape(-1).view(np.uint8)
-        base = item.base(region) if item.base is not None and codec.needs_base else None
-        planes = codec.encode(values, extent(region), kind, base)
-        chunks.append((chunk, tuple((blake3(view(as_bytes(plane))).digest(), plane) for plane in planes)))
-    return _Encoded(part, raw if part.hashed else None, tuple(chunks))
-
-
 @dataclass(frozen=True, slots=True)
 class _Room:
     """How many steps may be under way, and the memory for them."""
 
     steps: int
     memory: int
+    copies: int  # of a step's raw bytes: themselves, the encoded ones, those of a chunk, and two for each view
 
 
 def _ordered(
     steps: Iterable[Step],
-    submit: Callable[[Step], Future[list[_Encoded]]],
-    queue: deque[Future[list[_Encoded]]],
+    submit: Callable[[Step], Future[list[Encoded]]],
+    queue: deque[Future[list[Encoded]]],
     room: _Room,
-) -> Iterator[list[_Encoded]]:
+) -> Iterator[list[Encoded]]:
     """Results in the order of the steps; as many under way as there is room for, and always one."""
     costs: deque[int] = deque()
     for step in steps:
-        cost = 3 * step.nbytes  # its raw bytes, the encoded ones, and the copies of chunks
+        cost = room.copies * step.nbytes
         while queue and (len(queue) >= room.steps or sum(costs) + cost > room.memory):
             costs.popleft()
             yield queue.popleft().result()

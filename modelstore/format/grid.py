@@ -18,19 +18,24 @@ WAYS = 8  # ranks that each should find whole chunks
 
 
 def chunk_shape(
-    shape: Sequence[int], itemsize: int, *, axis: int | None = None, multiple: int = 1, rows_only: bool = False
+    shape: Sequence[int],
+    itemsize: int,
+    *,
+    axis: int | None = None,
+    units: Sequence[int] | None = None,
+    rows_only: bool = False,
 ) -> Shape:
     """The shape of a tensor's chunks.
 
     Every dimension is cut evenly into a power of two of parts, the leading ones first and each 8 ways before any is cut
     finer, until a chunk has at most `TARGET` bytes. `axis`, along which ranks will slice the tensor, is cut 8 ways before
-    all others and down to chunks of `FINEST` bytes. Cuts of the last dimension respect `multiple`, the quantization
-    group. `rows_only` cuts so that every chunk is one run of the tensor's bytes.
+    all others and down to chunks of `FINEST` bytes. Cuts along each dimension are at multiples of `units`, the group of
+    a codec, which for that may pass the target. `rows_only` cuts so that every chunk is one run of the tensor's bytes.
     """
     shape = tuple(shape)
     if not shape or math.prod(shape) * itemsize < SMALL:
         return tuple(max(1, n) for n in shape)
-    units = (*[1] * (len(shape) - 1), multiple)
+    units = tuple(units) if units is not None else (1,) * len(shape)
     parts = [1] * len(shape)
 
     def chunk() -> Shape:
@@ -60,9 +65,9 @@ def chunk_shape(
     raise AssertionError("unreachable: cycle() does not end")
 
 
-def _part(length: int, parts: int, multiple: int) -> int:
+def _part(length: int, parts: int, unit: int) -> int:
     part = -(-length // parts)
-    return min(length, -(-part // multiple) * multiple) or 1
+    return min(length, -(-part // unit) * unit) or 1
 
 
 def counts(shape: Sequence[int], chunk: Sequence[int]) -> Shape:

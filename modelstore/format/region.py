@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from modelstore.format.buffers import Bytes
+
 Region = tuple[tuple[int, int], ...]
 Shape = tuple[int, ...]
 
@@ -44,6 +46,21 @@ def shift(region: Region, origin: Region) -> Region:
 def slices(region: Region) -> tuple[slice, ...]:
     """The region as an index for an array."""
     return tuple(slice(a, b) for a, b in region)
+
+
+def rows(buffer: Bytes, shape: Sequence[int], itemsize: int, place: Region) -> Bytes | None:
+    """A region's bytes as a 2-d view of a tensor's buffer, rows contiguous; None where its rows are not evenly apart."""
+    if not place:
+        return buffer.reshape(1, -1)
+    *lead, last = shape
+    inner = slice(place[-1][0] * itemsize, place[-1][1] * itemsize)
+    view = buffer.reshape(*lead, last * itemsize)[(*slices(place[:-1]), inner)]
+    if view.flags.c_contiguous:
+        return view.reshape(1, -1)
+    try:
+        return view.reshape(-1, view.shape[-1], copy=False)
+    except ValueError:
+        return None
 
 
 def is_contiguous(region: Region, shape: Sequence[int]) -> bool:

@@ -58,11 +58,13 @@ def plan_tensor(
     whole: bool = False,
     axis: Callable[[str], int | None] | None = None,
     like: Shape | None = None,
+    units: Shape | None = None,
 ) -> TensorPlan:
     """The plan of one tensor.
 
     `axis` says along which dimension ranks will slice it. `like` is the chunk shape of the tensor that it may equal in
     part, in an earlier version: chunks can only be the same where they are cut the same.
+    `units` is the codec's group: all cuts are at multiples of it.
     """
     whole = whole and DTYPES[dtype].safetensors is not None and bool(shape or dtype != "float4_e2m1fn_x2")
     if like is not None and not whole:
@@ -71,7 +73,7 @@ def plan_tensor(
     if along is not None and not -len(shape) <= along < len(shape):
         along = None
     chunk = grid.chunk_shape(
-        shape, DTYPES[dtype].itemsize, axis=None if along is None else along % len(shape), rows_only=whole
+        shape, DTYPES[dtype].itemsize, axis=None if along is None else along % len(shape), units=units, rows_only=whole
     )
     return TensorPlan(name, dtype, shape, chunk, codec, whole)
 

@@ -116,7 +116,7 @@ def test_chunks_of_rows_are_runs_of_bytes(shape: Shape, itemsize: int) -> None:
 @given(shape=SHAPES.filter(bool), group=st.sampled_from([1, 16, 32, 128]), data=st.data())
 def test_cuts_respect_the_group(shape: Shape, group: int, data: st.DataObject) -> None:
     axis = data.draw(st.none() | st.integers(0, len(shape) - 1))
-    chunk = grid.chunk_shape(shape, 2, axis=axis, multiple=group)
+    chunk = grid.chunk_shape(shape, 2, axis=axis, units=(*[1] * (len(shape) - 1), group))
     assert chunk[-1] % group == 0 or chunk[-1] == max(1, shape[-1])
 
 

@@ -10,11 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 
-def compiled(function: Callable[..., Any], *signatures: Any) -> Callable[..., Any]:
-    """`function` as machine code for exactly these Numba signatures; it releases the GIL and checks no bounds."""
+def compiled(function: Callable[..., Any], *signatures: Any, reorder: bool = False) -> Callable[..., Any]:
+    """`function` as machine code for exactly these Numba signatures; it releases the GIL and checks no bounds.
+
+    `reorder` lets sums of floats be taken in any order, so that they vectorise: for statistics only, since their last
+    bits then depend on the machine.
+    """
     import numba
 
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    if reorder:
+        options["fastmath"] = {"reassoc"}
     try:
         return numba.njit(list(signatures), cache=True, **options)(function)
     except (RuntimeError, OSError):  # no folder to cache in, or one that is full

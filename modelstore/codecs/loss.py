@@ -1,0 +1,75 @@
+"""What a codec that is not exact loses: the energy of the error beside that of the signal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from modelstore.codecs.kernels import jit
+from modelstore.codecs.numbers import to_float32
+from modelstore.format.buffers import Bytes
+from modelstore.format.dtypes import DType
+
+_TILE = 32 << 10  # elements
+
+
+class Loss(msgspec.Struct, frozen=True, array_like=True):
+    """Sums over elements: value², error², and how many values were NaN or infinite (which the sums leave out)."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    nonfinite: int = 0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(self.signal + other.signal, self.noise + other.noise, self.nonfinite + other.nonfinite)
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to quantization noise ratio in dB; infinite where nothing was lost."""
+        if not self.noise:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+
+def loss_of(values: Bytes, decoded: Bytes, dtype: DType) -> Loss:
+    """The loss between a region's raw bytes, of a float dtype, and the same after encoding and decoding."""
+    total = Loss()
+    step = _TILE * dtype.itemsize
+    for start in range(0, values.size, step):  # tiles whose float32 numbers stay in the cache
+        one, other = (to_float32(side[start : start + step], dtype) for side in (values, decoded))
+        signal, noise, nonfinite = _kernel()(one, other)
+        total += Loss(float(signal), float(noise), int(nonfinite))
+    return total
+
+
+def _loss(values, decoded):  # type: ignore[no-untyped-def]
+    signal = noise = np.float64(0)
+    finite = 0
+    for start in range(0, values.size, 1024):  # short sums in float32, which vectorise, long ones in float64
+        s = e = np.float32(0)
+        n = np.int32(0)
+        for i in range(start, min(start + 1024, values.size)):
+            known = abs(values[i]) <= np.float32(3.4028235e38)
+            v = values[i] if known else np.float32(0)
+            d = v - decoded[i] if known else np.float32(0)
+            s += v * v
+            e += d * d
+            n += np.int32(known)
+        signal += np.float64(s)
+        noise += np.float64(e)
+        finite += int(n)
+    return signal, noise, values.size - finite
+
+
+@cache
+def _kernel() -> Callable[..., Any]:
+    from numba import types
+
+    numbers = types.Array(types.float32, 1, "C", readonly=True, aligned=False)
+    result = types.Tuple((types.float64, types.float64, types.int64))  # type: ignore[no-untyped-call]
+    return jit.compiled(_loss, result(numbers, numbers), reorder=True)

@@ -1,0 +1,131 @@
+"""What a codec for weights is: codecs that compress work on matrices of numbers, in groups, and need not be exact.
+
+A tensor is looked at as a matrix, whose rows are output channels and whose columns are inputs; see `matrix`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from modelstore.codecs.base import Codec
+from modelstore.format.buffers import Buffer, Bytes
+from modelstore.format.dtypes import DType
+from modelstore.format.region import Region, Shape, extent
+
+ReadValues = Callable[[Region], Bytes]  # a region of the tensor → its raw bytes, 1-d
+Encode = Callable[[Bytes, Region], tuple[Buffer, ...]]  # a region's raw bytes, and where it lies → its planes
+
+FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+_KERNEL = 11  # a last dimension up to this, of three or more, is a convolution's kernel
+
+
+def matrix(shape: Shape) -> tuple[int, int]:
+    """Rows and columns of a tensor, or of a region of one whose borders respect the codec's group.
+
+    A convolution [out, in, *kernel] is [out, in * kernel]; anything else has its last dimension as columns and all others,
+    such as the experts of [experts, out, in], as rows. A 1-d tensor is one row, a 0-d one a single number.
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    if is_convolution(shape):
+        return shape[0], math.prod(shape[1:])
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def is_convolution(shape: Shape) -> bool:
+    """Whether a shape is that of a convolution's weights: [out, in, *kernel]."""
+    return len(shape) > 2 and (len(shape) > 3 or shape[-1] <= _KERNEL)
+
+
+def group_of(shape: Shape, columns: int, rows: int = 1) -> Shape:
+    """The group of a codec that works on blocks of `rows` × `columns` of the matrix, as multiples for each dimension.
+
+    0 stands for the whole extent. Convolutions, and matrices in a stack whose columns are no multiple, are never cut
+    along their columns, so that a region of one is still seen as what it is.
+    """
+    if not shape:
+        return ()
+    if is_convolution(shape):
+        return (min(rows or shape[0], shape[0]), *shape[1:])
+    whole = columns == 0 or (len(shape) > 2 and shape[-1] % columns != 0)
+    last = max(1, shape[-1] if whole else columns)
+    if len(shape) == 1:
+        return (last,)
+    if rows == 0 or (rows > 1 and len(shape) > 2):  # rows of several matrices never share a block: each is whole
+        return (*[1] * (len(shape) - 2), max(1, shape[-2]), last) if rows else (*[max(1, n) for n in shape[:-1]], last)
+    return (*[1] * (len(shape) - 2), rows, last)
+
+
+class WeightCodec:
+    """Base of the codecs that compress; subclasses are frozen dataclasses, with `Codec`'s methods and these.
+
+    They decode to the dtype they encoded from, always to the same bits, on every machine. NaN counts as 0 and an infinity
+    as the largest finite number of its sign, unless a codec says otherwise.
+    """
+
+    __slots__ = ()
+    exact = False
+    needs_base = False
+
+    def refuses(self, shape: Shape, dtype: DType) -> str | None:
+        """Why a tensor is not encoded so, as the end of "it …"; None where it is."""
+        if dtype.name not in FLOATS:
+            return f"is {dtype.name}"
+        if not math.prod(shape):
+            return "is empty"
+        return None
+
+    def group(self, shape: Shape) -> Shape:
+        """For each dimension, what the borders of regions are multiples of (the tensor's own end excepted)."""
+        return (1,) * len(shape)
+
+    def size(self, shape: Shape, dtype: DType) -> int:
+        """Bytes that a tensor is stored in: exact, or where planes are entropy-coded an estimate."""
+        raise NotImplementedError
+
+    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:  # noqa: ARG002
+        """Look at a whole tensor, region by region, before it is encoded; how its regions are then.
+
+        Codecs that encode each region by itself look at nothing. Memory stays well below the tensor's size.
+        """
+        codec: Codec = self  # type: ignore[assignment]  # subclasses are codecs
+        return lambda values, region: codec.encode(values, extent(region), dtype)
+
+    @property
+    def view(self) -> EngineView | None:
+        """How engines take what is stored, without dequantizing it; None where none does."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor as an engine takes it: dtype (torch's name), shape, and its raw little-endian bytes."""
+
+    dtype: str
+    shape: Shape
+    data: Bytes
+
+
+class EngineView(Protocol):
+    """What a codec stores, in the names and packing of compressed-tensors. Planes are unpacked, placed, then packed."""
+
+    @property
+    def format(self) -> str:
+        """compressed-tensors' name of the format, such as "pack-quantized"."""
+
+    def scheme(self) -> dict[str, Any]:
+        """compressed-tensors' description of the weights: num_bits, type, symmetric, strategy, group_size, …"""
+
+    def cells(self, shape: Shape) -> Mapping[str, tuple[int, int]]:
+        """Of each unpacked array, the rows and columns of the weight matrix that one entry stands for (0: all of them)."""
+
+    def arrays(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> dict[str, NDArray[Any]]:
+        """A region's planes unpacked: 2-d arrays by name, such as codes (rows, columns) and scales (rows, groups)."""
+
+    def parts(self, arrays: Mapping[str, NDArray[Any]], shape: Shape, dtype: DType) -> dict[str, Part]:
+        """The tensors of a weight, or of a rank's slice of it, of that shape: by the end of their names ("weight_packed", …)."""

@@ -1,0 +1,124 @@
+"""Reads and encodes one step of a write plan; and, where a codec is to be proved or loses something, decodes it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+
+from modelstore.codecs.base import Codec
+from modelstore.codecs.loss import Loss, loss_of
+from modelstore.execute.memory import huge
+from modelstore.format import grid
+from modelstore.format.buffers import Buffer, Bytes, as_bytes, view
+from modelstore.format.dtypes import DTYPES
+from modelstore.format.region import Region, extent, intersect, rows, shift, size, slices
+from modelstore.plan.write import Part, Step, TensorPlan
+
+ReadRegion = Callable[[Region, Bytes], None]
+EncodeRegion = Callable[[Bytes, Region], tuple[Buffer, ...]]  # a region's raw bytes, and where it lies → its planes
+_ALIGN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A tensor to write: its plan, its codec, how its bytes are read, and how a region of them is encoded.
+
+    `encode` is the codec's, unless it needs more than a region's values: a base's, or what was found in the whole tensor.
+    `views` are codecs that read what is stored, or some planes of it: each decodes every chunk again before it is
+    stored, for the digest and the loss of the values that its readers will get.
+    """
+
+    plan: TensorPlan
+    codec: Codec
+    read: ReadRegion
+    encode: EncodeRegion | None = None
+    views: tuple[Codec, ...] = ()
+
+    def encoded(self, values: Bytes, region: Region) -> tuple[Buffer, ...]:
+        """A region's planes."""
+        if self.encode is not None:
+            return self.encode(values, region)
+        return self.codec.encode(values, extent(region), DTYPES[self.plan.dtype])
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A part of a tensor, read and encoded.
+
+    `values` are the part's, then as each view reads them; none where the part advances no digest. `chunks` are the
+    indices in the grid with each plane's digest and bytes. `losses` has one for each view, none where there are no chunks.
+    """
+
+    part: Part
+    values: tuple[Bytes, ...]
+    chunks: tuple[tuple[int, tuple[tuple[bytes, Buffer], ...]], ...]
+    losses: tuple[Loss, ...]
+
+
+def encode_step(step: Step, inputs: Sequence[Input]) -> list[Encoded]:
+    """Read and encode one step's parts; runs in a worker."""
+    buffer = huge(step.nbytes + _ALIGN * len(step.parts))
+    encoded = []
+    at = 0
+    for part in step.parts:
+        encoded.append(_encode_part(part, inputs[part.tensor], buffer[at : at + part.nbytes]))
+        at += -(-part.nbytes // _ALIGN) * _ALIGN  # the codecs look at the bytes as words
+    return encoded
+
+
+def _encode_part(part: Part, item: Input, raw: Bytes) -> Encoded:
+    item.read(part.region, raw)
+    decoded = tuple(np.empty_like(raw) for _ in item.views)
+    chunks = []
+    for chunk in part.chunks:
+        region = grid.chunk_region(item.plan.shape, item.plan.chunk, chunk)
+        planes = _encode_chunk(item, region, part.region, raw, decoded)
+        chunks.append((chunk, tuple((blake3(view(as_bytes(plane))).digest(), plane) for plane in planes)))
+    if decoded and not part.chunks:
+        _decode_band(part.region, item, decoded)
+    kind = DTYPES[item.plan.dtype]
+    losses = tuple(loss_of(raw, values, kind) for values in decoded) if part.chunks else ()
+    return Encoded(part, (raw, *decoded) if part.hashed else (), tuple(chunks), losses)
+
+
+def _encode_chunk(
+    item: Input, region: Region, around: Region, raw: Bytes, decoded: Sequence[Bytes]
+) -> tuple[Buffer, ...]:
+    """The planes of a chunk, out of the values of a region around it; decoded again into its place in each of `decoded`."""
+    kind = DTYPES[item.plan.dtype]
+    element = f"V{kind.itemsize}"
+    place = shift(region, around)
+    box = raw.view(element).reshape(extent(around))
+    values = np.ascontiguousarray(box[slices(place)]).reshape(-1).view(np.uint8)
+    planes = item.encoded(values, region)
+    named = dict(zip(item.codec.planes(kind), planes, strict=True))
+    for codec, buffer in zip(item.views, decoded, strict=True):
+        wanted = [named[name] for name in codec.planes(kind)]
+        out = rows(buffer, extent(around), kind.itemsize, place)
+        if out is not None:
+            codec.decode(wanted, extent(region), kind, out)
+            continue
+        apart = np.empty((1, values.size), np.uint8)
+        codec.decode(wanted, extent(region), kind, apart)
+        buffer.view(element).reshape(extent(around))[slices(place)] = apart.view(element).reshape(extent(region))
+    return planes
+
+
+def _decode_band(band: Region, item: Input, decoded: Sequence[Bytes]) -> None:
+    """What views read of a band that is no whole chunks: its chunks are encoded and decoded, one after another."""
+    plan, itemsize = item.plan, item.plan.itemsize
+    element = f"V{itemsize}"
+    for chunk in grid.touching(plan.shape, plan.chunk, band).tolist():
+        region = grid.chunk_region(plan.shape, plan.chunk, chunk)
+        raw = np.empty(size(region) * itemsize, np.uint8)
+        apart = [np.empty_like(raw) for _ in item.views]
+        item.read(region, raw)
+        _encode_chunk(item, region, region, raw, apart)
+        both = intersect(region, band)
+        assert both is not None, "a chunk that touches the band shares elements with it"
+        for values, buffer in zip(apart, decoded, strict=True):
+            box = values.view(element).reshape(extent(region))
+            buffer.view(element).reshape(extent(band))[slices(shift(both, band))] = box[slices(shift(both, region))]
