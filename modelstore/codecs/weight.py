@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from modelstore.codecs.base import Codec
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Region, Shape, extent
@@ -69,8 +68,35 @@ class WeightCodec:
     """
 
     __slots__ = ()
-    exact = False
-    needs_base = False
+
+    @property
+    def name(self) -> str:
+        """As `Codec.name`."""
+        raise NotImplementedError
+
+    @property
+    def exact(self) -> bool:
+        """As `Codec.exact`."""
+        return False
+
+    @property
+    def needs_base(self) -> bool:
+        """As `Codec.needs_base`."""
+        return False
+
+    def planes(self, dtype: DType) -> tuple[str, ...]:
+        """As `Codec.planes`."""
+        raise NotImplementedError
+
+    def encode(self, values: Bytes, shape: Shape, dtype: DType, base: Bytes | None = None) -> tuple[Buffer, ...]:
+        """As `Codec.encode`; where a codec looks at whole tensors, the region is taken to be one."""
+        raise NotImplementedError
+
+    def decode(
+        self, planes: Sequence[Buffer], shape: Shape, dtype: DType, out: Bytes, base: Bytes | None = None
+    ) -> None:
+        """As `Codec.decode`."""
+        raise NotImplementedError
 
     def refuses(self, shape: Shape, dtype: DType) -> str | None:
         """Why a tensor is not encoded so, as the end of "it …"; None where it is."""
@@ -93,8 +119,7 @@ class WeightCodec:
 
         Codecs that encode each region by itself look at nothing. Memory stays well below the tensor's size.
         """
-        codec: Codec = self  # type: ignore[assignment]  # subclasses are codecs
-        return lambda values, region: codec.encode(values, extent(region), dtype)
+        return lambda values, region: self.encode(values, extent(region), dtype)
 
     @property
     def view(self) -> EngineView | None:

@@ -5,14 +5,20 @@ Each page speaks of one pack: of the tensors that it completed, and of its chunk
 
 from __future__ import annotations
 
+import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
+from blake3 import blake3
 
 from modelstore.errors import FormatError, NotFoundError
-from modelstore.execute.writing import Location, Placed, Viewed, Written
-from modelstore.format.manifest import Digest
+from modelstore.execute.encoding import Input
+from modelstore.execute.writing import Placed, Tally, Viewed, Written
+from modelstore.format import grid
+from modelstore.format.manifest import FORMAT, Digest
+from modelstore.format.manifest_builder import Location
 from modelstore.format.record import JOBS, pack_key
 from modelstore.storage.base import Storage
 
@@ -97,3 +103,43 @@ def _placed(chunk: _Chunk) -> Placed:
 
 def _chunks(placed: Sequence[Placed]) -> tuple[_Chunk, ...]:
     return tuple(_Chunk(digest.hex(), *at) for digest, at in placed)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A work that goes on: its journal, the tensors that are done, and the chunks that are stored."""
+
+    journal: Journal
+    written: dict[str, Written]
+    known: dict[bytes, Location]
+
+
+def resume(
+    storage: Storage,
+    identity: Sequence[str],
+    inputs: Sequence[Input],
+    written_since: float,
+    tally: Tally,
+    progress: Callable[[int], None] | None,
+) -> Resumed:
+    """The journal of this very work, and those of its inputs that an earlier run stored; they are added to the tally.
+
+    `identity` is all that the work's result depends on: its like names the same journal.
+    """
+    journal = Journal(storage, blake3("\0".join((str(FORMAT), *identity)).encode()).hexdigest()[:32])
+    finished, known = journal.finished(written_since)
+    if finished or known:
+        journal.note({}, ())  # a fresh page: garbage collection keeps what a journal names while it is being written
+    written = {}
+    for item in inputs:
+        done = finished.get(item.plan.name)
+        n = grid.count(item.plan.shape, item.plan.chunk)
+        if done is None or any(len(chunks) != n for chunks in done.planes.values()):  # cut otherwise by another release
+            continue
+        written[item.plan.name] = done
+        raw = math.prod(item.plan.shape) * item.plan.itemsize
+        tally.raw += raw
+        tally.reused += sum(at[2] for chunks in done.planes.values() for _, at in chunks)
+        if progress:
+            progress(raw)
+    return Resumed(journal, written, known)

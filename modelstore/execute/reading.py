@@ -63,10 +63,14 @@ class Reader:
     def region(self, tensor: Tensor, region: Region) -> Bytes:
         """The raw bytes of one region, read and decoded in this thread."""
         out = np.empty(size(region) * tensor.kind.itemsize, np.uint8)
+        self.read_into(tensor, region, out)
+        return out
+
+    def read_into(self, tensor: Tensor, region: Region, out: Bytes) -> None:
+        """The same, into a buffer of exactly that many bytes."""
         wants = [Want(tensor, Share(tuple((pair,) for pair in region)))]
         for job in plan_read(self.manifest, wants):
             self._run(job, wants, {0: out})
-        return out
 
     def stream(
         self,

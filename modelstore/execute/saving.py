@@ -11,29 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
 from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.execute.encoding import EncodeRegion, Input, ReadRegion
-from modelstore.execute.journal import Journal
+from modelstore.execute.journal import resume
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.whole import WholeWriter
-from modelstore.execute.writing import Location, PackWriter, Tally, Written, manifest_tensors
+from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
-from modelstore.format.grid import count
 from modelstore.format.manifest import (
-    FORMAT,
     MAX_DIMENSIONS,
     Base,
     CodecSpec,
     Manifest,
     Tensor,
-    chunk_table,
     first_problem,
 )
+from modelstore.format.manifest_builder import ManifestBuilder
 from modelstore.format.names import check_file, check_tensor
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region, extent
@@ -102,25 +99,18 @@ def save(
     Chunks that `parent` or `previous` (the newest version) have are referred to. Nothing is visible before the last step.
     """
     base = parent if codec == "delta" and parent is not None and parent.chain < LONGEST_CHAIN else None
-    inputs = plan_inputs(source, codec, grid, base, [a.manifest for a in (previous, parent) if a is not None])
-    journal, earlier, placed = _open_journal(storage, model, source, codec, grid, base)
-    known = _known_chunks([a for a in (previous, parent) if a is not None])
-    known.update(placed)
+    earlier_manifests = [a.manifest for a in (previous, parent) if a is not None]
+    inputs = plan_inputs(source, codec, grid, base, earlier_manifests)
     tally = Tally()
     refresh_before = time.time() - REFRESH
-    written: dict[str, Written] = {}
-    left = []
-    for item in inputs:
-        done_before = earlier.get(item.plan.name)
-        if done_before is None or not _fits(item, done_before):
-            left.append(item)
-            continue
-        written[item.plan.name] = done_before
-        raw = int(np.prod(item.plan.shape, dtype=np.int64)) * item.plan.itemsize
-        tally.raw += raw
-        tally.reused += sum(at[2] for chunks in done_before.planes.values() for _, at in chunks)
-        if progress:
-            progress(raw)
+    work = None
+    if source.fingerprint is not None:  # else it could not be recognised again
+        identity = (model, source.fingerprint, codec, grid, base.digest if base else "")
+        work = resume(storage, identity, inputs, refresh_before, tally, progress)
+    journal = work.journal if work else None
+    known = known_chunks(earlier_manifests) | (work.known if work else {})
+    written = work.written if work else {}
+    left = [item for item in inputs if item.plan.name not in written]
     note = journal.note if journal else None
     whole = [item for item in left if item.plan.whole]
     if whole:
@@ -156,7 +146,7 @@ def plan_inputs(
 
     Tensors that an earlier manifest has in the same shape are cut as they are there.
     """
-    axis = _axes(source.files)
+    axis = tensor_axes(source.files)
     storage_spec = CodecSpec("lossless" if codec == "delta" else codec)
     inputs = []
     for spec in source.tensors:
@@ -199,7 +189,7 @@ def _cut_before(earlier: Sequence[Manifest], name: str, shape: tuple[int, ...], 
     return None
 
 
-def _axes(files: Mapping[str, Path | bytes]) -> Callable[[str], int | None] | None:
+def tensor_axes(files: Mapping[str, Path | bytes]) -> Callable[[str], int | None] | None:
     """Along which axis ranks will slice each tensor, where config.json names an architecture that is known."""
     content = files.get("config.json")
     if content is None:
@@ -244,55 +234,20 @@ def _file_reading(path: str, content: Path | bytes) -> ReadRegion:
     return read
 
 
-def _known_chunks(stored: list[Against]) -> dict[bytes, Location]:
-    known: dict[bytes, Location] = {}
-    for one in stored:
-        manifest = one.manifest
-        digests = manifest.chunks.digest
-        rows = zip(manifest.pack.tolist(), manifest.offset.tolist(), manifest.length.tolist(), strict=True)
-        for row, (pack, start, n) in enumerate(rows):
-            known.setdefault(digests[32 * row : 32 * row + 32], (manifest.packs[pack], start, n))
-    return known
-
-
-def _open_journal(
-    storage: Storage, model: str, source: Source, codec: str, grid: str, base: Against | None
-) -> tuple[Journal | None, dict[str, Written], dict[bytes, Location]]:
-    """The journal of this very work, and what it stored before; none where the source cannot be recognised again."""
-    if source.fingerprint is None:
-        return None, {}, {}
-    identity = "\0".join((str(FORMAT), model, source.fingerprint, codec, grid, base.digest if base else ""))
-    journal = Journal(storage, blake3(identity.encode()).hexdigest()[:32])
-    finished, chunks = journal.finished(time.time() - REFRESH)
-    if finished or chunks:
-        journal.note({}, ())  # a fresh page: garbage collection keeps what a journal names while it is being written
-    return journal, finished, chunks
-
-
-def _fits(item: Input, done: Written) -> bool:
-    """Whether a journal's tensor is cut as this release would cut it."""
-    n = count(item.plan.shape, item.plan.chunk)
-    return all(len(chunks) == n for chunks in done.planes.values())
-
-
 def _manifest(source: Source, inputs: list[Input], written: Mapping[str, Written], base: Against | None) -> Manifest:
-    codecs: list[CodecSpec] = []
-    packs: dict[str, int] = {}
-    rows: list[tuple[int, int, int, bytes]] = []
-    entries = manifest_tensors(inputs, written, codecs, packs, rows)
-    tensors = tuple(t for t in entries if not t.name.startswith(_FILE))
-    files = tuple(
-        Tensor(t.name[len(_FILE) :], t.dtype, t.shape, t.chunk, t.codec, t.digest, t.planes)
-        for t in entries
-        if t.name.startswith(_FILE)
-    )
-    return Manifest(
-        FORMAT,
-        tuple(packs),
-        tuple(codecs),
+    builder = ManifestBuilder()
+    tensors: list[Tensor] = []
+    files: list[Tensor] = []
+    for item in inputs:
+        plan, done = item.plan, written[item.plan.name]
+        is_file = plan.name.startswith(_FILE)
+        entry = builder.tensor(
+            plan.name.removeprefix(_FILE), plan.dtype, plan.shape, plan.chunk, plan.codec, done.digest, done.planes
+        )
+        (files if is_file else tensors).append(entry)
+    return builder.build(
         tensors,
         files,
-        chunk_table(rows),
         aliases=dict(source.aliases),
         metadata=dict(source.metadata),
         base=Base(base.model, base.digest) if base else None,

@@ -15,9 +15,10 @@ from blake3 import blake3
 
 from modelstore.errors import ConflictError
 from modelstore.execute.encoding import Input
-from modelstore.execute.writing import Location, Placed, Tally, Written
+from modelstore.execute.writing import Placed, Tally, Written
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, Pieces, view
+from modelstore.format.manifest_builder import Location
 from modelstore.format.record import pack_key
 from modelstore.storage.base import Storage
 from modelstore.store.packs import PackBuilder, TensorNote

@@ -18,13 +18,13 @@ from modelstore.execute.reading import Limits
 from modelstore.format import grid
 from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.manifest import CodecSpec, Plane, Tensor
+from modelstore.format.manifest import Manifest
+from modelstore.format.manifest_builder import Location
 from modelstore.plan.write import Step, plan_steps
 from modelstore.storage.base import Storage
 from modelstore.store import packs
 from modelstore.store.packs import Pack, PackBuilder, TensorNote
 
-Location = tuple[str, int, int]  # pack digest, offset, length
 Placed = tuple[bytes, Location]  # a stored chunk's digest, and where it lies
 
 
@@ -269,25 +269,12 @@ def _ordered(
         yield queue.popleft().result()
 
 
-def manifest_tensors(
-    inputs: Sequence[Input],
-    written: Mapping[str, Written],
-    codecs: list[CodecSpec],
-    packs_at: dict[str, int],
-    rows: list[tuple[int, int, int, bytes]],
-) -> tuple[Tensor, ...]:
-    """The manifest's entries of the inputs; their codecs, packs and rows of the chunk table are added to those given."""
-    tensors = []
-    for item in inputs:
-        plan, done = item.plan, written[item.plan.name]
-        if plan.codec not in codecs:
-            codecs.append(plan.codec)
-        planes = []
-        for name, chunks in done.planes.items():
-            planes.append(Plane(name, len(rows)))
-            for digest, (pack, start, n) in chunks:
-                rows.append((packs_at.setdefault(pack, len(packs_at)), start, n, digest))
-        tensors.append(
-            Tensor(plan.name, plan.dtype, plan.shape, plan.chunk, codecs.index(plan.codec), done.digest, tuple(planes))
-        )
-    return tuple(tensors)
+def known_chunks(stored: Iterable[Manifest]) -> dict[bytes, Location]:
+    """Where the chunks of stored manifests lie, by digest."""
+    known: dict[bytes, Location] = {}
+    for manifest in stored:
+        digests = manifest.chunks.digest
+        rows = zip(manifest.pack.tolist(), manifest.offset.tolist(), manifest.length.tolist(), strict=True)
+        for row, (pack, start, n) in enumerate(rows):
+            known.setdefault(digests[32 * row : 32 * row + 32], (manifest.packs[pack], start, n))
+    return known

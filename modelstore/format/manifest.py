@@ -95,7 +95,10 @@ class Base(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
-    """All of one variant. Immutable; the same content has the same bytes, hence the same name."""
+    """All of one variant. Immutable; the same content has the same bytes, hence the same name.
+
+    A compressed variant names its `parent`, the manifest it was made of, the `recipe`, and `metrics` of its quality.
+    """
 
     format: int
     packs: tuple[Digest, ...]
@@ -107,6 +110,8 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     metadata: dict[str, str] = {}
     base: Base | None = None
     recipe: dict[str, Any] = {}
+    parent: Digest | None = None
+    metrics: dict[str, Any] = {}
 
     @cached_property
     def pack(self) -> NDArray[np.uint32]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
@@ -146,22 +146,35 @@ class Catalog:
                 return record
         raise self._busy(model)
 
-    def publish_variant(
-        self, model: str, version: int, variant: str, writer: str, entry: VariantEntry
+    def publish_variants(
+        self,
+        model: str,
+        version: int,
+        entries: Mapping[str, VariantEntry],
+        writer: str,
+        *,
+        instead_of: Mapping[str, str] | None = None,
     ) -> VersionRecord:
-        """Make a variant of a live version visible; `ConflictError` where the name is taken or the version went away."""
+        """Make variants of a live version visible, all at once.
+
+        `instead_of`: the manifest that a variant had, where it is to be replaced. `ConflictError` where a name is taken by
+        another manifest, or the version went away.
+        """
         for _ in range(_RACES):
             head = self.version(model, version)
             if head.deleted:
                 raise ConflictError(
                     f"version {version} of model {model!r} was deleted meanwhile: nothing was published", model=model
                 )
-            if variant in head.variants and head.variants[variant].manifest != entry.manifest:
-                raise ConflictError(
-                    f"version {version} of model {model!r} has a variant {variant!r} already: delete it first, or choose a name",
-                    model=model,
-                )
-            record = self._next(head, writer, variants={**head.variants, variant: entry})
+            for variant, entry in entries.items():
+                there = head.variants.get(variant)
+                if there and there.manifest not in (entry.manifest, (instead_of or {}).get(variant)):
+                    raise ConflictError(
+                        f"version {version} of model {model!r} has a variant {variant!r} already: "
+                        f"delete it first, or choose a name",
+                        model=model,
+                    )
+            record = self._next(head, writer, variants={**head.variants, **entries})
             if self._create_version(record):
                 return record
         raise self._busy(model)

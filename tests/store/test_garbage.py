@@ -77,7 +77,7 @@ def test_a_deleted_variant_goes_by_the_same_rule() -> None:
     small = two_versions()
     other = small.entry("org/m@2")
     catalog = small.store._catalog
-    catalog.publish_variant("org/m", 1, "twin", "w", other)
+    catalog.publish_variants("org/m", 1, {"twin": other}, "w")
     catalog.delete("org/m", 2, None, "w")
     small.age(101)
     assert small.sweep().objects == ()

@@ -167,8 +167,8 @@ def entry(store: Store, seed: int) -> VariantEntry:
 def test_variants_of_other_names_are_rebased(store: Store) -> None:
     store.save("m", weights(0))
     entries = [entry(store, seed) for seed in range(8)]
-    publish = store._catalog.publish_variant
-    at_once([lambda i=i: publish("m", 1, f"v{i}", f"writer{i}", entries[i]) for i in range(8)], race=store)
+    publish = store._catalog.publish_variants
+    at_once([lambda i=i: publish("m", 1, {f"v{i}": entries[i]}, f"writer{i}") for i in range(8)], race=store)
     variants = store._catalog.newest("m").variants
     assert {name: variants[name] for name in variants if name != "original"} == {f"v{i}": entries[i] for i in range(8)}
 
@@ -176,8 +176,8 @@ def test_variants_of_other_names_are_rebased(store: Store) -> None:
 def test_variants_of_one_name_conflict(store: Store) -> None:
     store.save("m", weights(0))
     entries = [entry(store, seed) for seed in range(8)]
-    publish = store._catalog.publish_variant
-    ended = at_once([lambda i=i: publish("m", 1, "int8", f"writer{i}", entries[i]) for i in range(8)], race=store)
+    publish = store._catalog.publish_variants
+    ended = at_once([lambda i=i: publish("m", 1, {"int8": entries[i]}, f"writer{i}") for i in range(8)], race=store)
     lost = [one for one in ended if isinstance(one, ConflictError)]
     assert len(lost) == 7
     assert all("has a variant 'int8' already" in str(error) and error.model == "m" for error in lost)
@@ -189,7 +189,7 @@ def test_a_variant_of_a_version_that_goes_away(store: Store) -> None:
     store.save("m", weights(0))
     some = entry(store, 1)
     works: list[Callable[[], Any]] = [
-        lambda i=i: store._catalog.publish_variant("m", 1, f"v{i}", f"writer{i}", some) for i in range(4)
+        lambda i=i: store._catalog.publish_variants("m", 1, {f"v{i}": some}, f"writer{i}") for i in range(4)
     ]
     ended = at_once([*works, lambda: store.delete("m@1")], race=store)
     assert ended[-1] is None

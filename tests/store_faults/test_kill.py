@@ -61,7 +61,7 @@ def retired(store: Store, files: Path) -> None:
 
 def publish_variant(store: Store, files: Path) -> None:
     record = store._catalog.newest("acme/m")
-    store._catalog.publish_variant("acme/m", 1, "half", uuid.uuid4().hex, record.variants["original"])
+    store._catalog.publish_variants("acme/m", 1, {"half": record.variants["original"]}, uuid.uuid4().hex)
 
 
 def nothing(store: Store, files: Path) -> None:

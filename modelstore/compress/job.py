@@ -1,0 +1,258 @@
+"""Makes variants: reads the original chunk by chunk, encodes in parallel, proves what is stored, publishes.
+
+Each tensor is an item of its own: it is read, encoded, decoded again and digested, and noted in the journal once all of it
+is stored, so that the same call after a crash goes on from there. Memory is the budget's, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from modelstore.codecs.loss import Loss
+from modelstore.codecs.weight import Encode, WeightCodec
+from modelstore.compress.plan import Choice, CompressionPlan, weight_codec
+from modelstore.errors import ConflictError, CorruptionError
+from modelstore.execute.encoding import EncodeRegion, Input, ReadRegion
+from modelstore.execute.journal import resume
+from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.saving import REFRESH, store_manifest
+from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks
+from modelstore.format import grid
+from modelstore.format.buffers import Buffer, Bytes
+from modelstore.format.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.manifest_builder import ManifestBuilder
+from modelstore.format.names import ORIGINAL
+from modelstore.format.recipe import Recipe
+from modelstore.format.record import VariantEntry, VersionRecord
+from modelstore.format.region import Region
+from modelstore.plan.write import plan_tensor
+from modelstore.storage.base import Storage
+from modelstore.store.catalog import Catalog
+from modelstore.store.manifests import Manifests
+
+LADDER_VIEWS = (ORIGINAL, "int8", "int4")
+_LADDER = "ladder"
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The original that is compressed: its record, its manifest with its digest, and how its tensors are read."""
+
+    record: VersionRecord
+    digest: str
+    manifest: Manifest
+    reader: Reader
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a compression made: the record that shows it, each variant's entry, and each one's losses by tensor."""
+
+    record: VersionRecord
+    entries: Mapping[str, VariantEntry]
+    losses: Mapping[str, Mapping[str, Loss]]
+    tally: Tally
+
+
+def variants_of(plan: CompressionPlan, name: str) -> tuple[str, ...]:
+    """The variants that a plan makes: one, or with `ladder` the original anew and its prefixes.
+
+    `ValueError` where a recipe mixes `ladder` with other codecs, or names a ladder's variants otherwise.
+    """
+    codecs = {choice.codec.name for choice in plan.compressed if choice.codec}
+    if _LADDER not in codecs:
+        if name == ORIGINAL:
+            raise ValueError("a variant cannot be called 'original': choose another name")
+        return (name,)
+    if codecs != {_LADDER}:
+        raise ValueError(f"recipe {plan.recipe!r} mixes ladder with other codecs: make them variants of their own")
+    return LADDER_VIEWS
+
+
+def compress(
+    storage: Storage,
+    catalog: Catalog,
+    manifests: Manifests,
+    parent: Parent,
+    variants: tuple[str, ...],
+    plan: CompressionPlan,
+    recipe: Recipe,
+    *,
+    earlier: Iterable[Manifest] = (),
+    axis: Callable[[str], int | None] | None = None,
+    limits: Limits,
+    progress: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Make a plan's variants of one version and publish them together.
+
+    `earlier`: manifests whose chunks need not be stored again. `axis`: along which ranks will slice a tensor.
+    `ConflictError` where a variant of that name is there and is another, before anything is read; `CorruptionError` where
+    a tensor read is not what was saved, or does not decode to what it should: nothing is published then.
+    """
+    model = parent.record.model
+    recorded = _recorded(recipe, plan)
+    inputs = [_input(choice, parent, variants, axis) for choice in plan.compressed]
+    tally = Tally()
+    refresh_before = time.time() - REFRESH
+    identity = ("compress", model, parent.digest, *variants, msgspec.json.encode(recorded, order="sorted").decode())
+    work = resume(storage, identity, inputs, refresh_before, tally, progress)
+    known = known_chunks((parent.manifest, *earlier)) | work.known
+    left = [item for item in inputs if item.plan.name not in work.written]
+    writer = PackWriter(storage, limits, known, refresh_before, progress, work.journal.note, tally)
+    written = work.written | writer.write(left)
+    _prove(parent, variants, plan, written)
+    entries, losses = {}, {}
+    for at, variant in enumerate(variants):
+        losses[variant] = {name: done.views[at].loss for name, done in written.items()}
+        manifest = _manifest(parent, variants, at, inputs, written, recorded, losses[variant])
+        entries[variant] = store_manifest(manifests, model, manifest, recipe.name, refresh_before)
+    record = _publish(catalog, parent, entries)
+    work.journal.clear()
+    return Outcome(record, entries, losses, tally)
+
+
+def check_free(record: VersionRecord, variants: tuple[str, ...]) -> None:
+    """`ConflictError` where a version has one of these variants already, its original aside."""
+    taken = [variant for variant in variants if variant != ORIGINAL and variant in record.variants]
+    if taken:
+        raise ConflictError(
+            f"version {record.version} of model {record.model!r} has a variant {taken[0]!r} already: "
+            f"delete {record.model}@{record.version}:{taken[0]} first, or give another name",
+            model=record.model,
+        )
+
+
+def view_spec(spec: CodecSpec, variant: str) -> CodecSpec:
+    """The codec by which a variant reads what the codec of a plan stores."""
+    return CodecSpec(spec.name, {**spec.params, "view": variant}) if spec.name == _LADDER else spec
+
+
+def lazy_fit(codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor, chunks: int) -> EncodeRegion:
+    """The codec's encode for one tensor, which it looks at when the first region is encoded; let go after the last one."""
+    lock = threading.Lock()
+    made: list[Encode] = []
+    left = chunks
+
+    def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
+        nonlocal left
+        with lock:
+            if not made:
+                made.append(codec.fit(read, tensor.shape, tensor.kind))
+            fitted = made[0]
+            left -= 1
+            if left == 0:
+                made.clear()
+        return fitted(values, region)
+
+    return encode
+
+
+def _recorded(recipe: Recipe, plan: CompressionPlan) -> dict[str, Any]:
+    """What a manifest says of how it was made: the recipe, and each tensor's codec where rules alone do not tell it."""
+    made: dict[str, Any] = msgspec.to_builtins(recipe)
+    resolved = {choice.name: msgspec.to_builtins(choice.codec) for choice in plan.compressed if choice.reason}
+    return made | ({"resolved": resolved} if resolved else {})
+
+
+def _input(
+    choice: Choice, parent: Parent, variants: tuple[str, ...], axis: Callable[[str], int | None] | None
+) -> Input:
+    assert choice.codec is not None
+    tensor = parent.manifest.by_name[choice.name]
+    spec = view_spec(choice.codec, ORIGINAL)
+    codec = weight_codec(spec)
+    plan = plan_tensor(tensor.name, tensor.dtype, tensor.shape, spec, axis=axis, units=codec.group(tensor.shape))
+    views = tuple(weight_codec(view_spec(choice.codec, variant)) for variant in variants)
+    chunks = grid.count(plan.shape, plan.chunk)
+    encode = lazy_fit(codec, _regions(parent.reader, tensor), tensor, chunks)
+    return Input(plan, codec, _reading(parent.reader, tensor), encode, views)
+
+
+def _regions(reader: Reader, tensor: Tensor) -> Callable[[Region], Bytes]:
+    return lambda region: reader.region(tensor, region)
+
+
+def _reading(reader: Reader, tensor: Tensor) -> ReadRegion:
+    return lambda region, out: reader.read_into(tensor, region, out)
+
+
+def _prove(parent: Parent, variants: tuple[str, ...], plan: CompressionPlan, written: Mapping[str, Written]) -> None:
+    """What was read must be what was saved; and what an exact codec decodes to, too."""
+    for choice in plan.compressed:
+        saved, done = parent.manifest.by_name[choice.name].digest, written[choice.name]
+        if done.digest != saved:
+            raise CorruptionError(
+                f"tensor {choice.name!r} of model {parent.record.model!r} is not what was saved, though every chunk is good: "
+                f"nothing was published; run 'modelstore verify --deep'",
+                model=parent.record.model,
+                tensor=choice.name,
+            )
+        for variant, viewed in zip(variants, done.views, strict=True):
+            if variant == ORIGINAL and viewed.digest != saved:
+                raise CorruptionError(
+                    f"tensor {choice.name!r} of model {parent.record.model!r} does not come back exactly from "
+                    f"{choice.codec.name if choice.codec else ''}: nothing was published; please report this",
+                    model=parent.record.model,
+                    tensor=choice.name,
+                )
+
+
+def _manifest(
+    parent: Parent,
+    variants: tuple[str, ...],
+    at: int,
+    inputs: Iterable[Input],
+    written: Mapping[str, Written],
+    recorded: dict[str, Any],
+    losses: Mapping[str, Loss],
+) -> Manifest:
+    variant, manifest = variants[at], parent.manifest
+    builder = ManifestBuilder()
+    fresh = {item.plan.name: item for item in inputs}
+    tensors = []
+    kept_delta = False
+    for tensor in manifest.tensors:
+        item = fresh.get(tensor.name)
+        if item is None:
+            tensors.append(builder.carry(manifest, tensor))
+            kept_delta = kept_delta or manifest.codecs[tensor.codec].name == "delta"
+            continue
+        done, plan = written[tensor.name], item.plan
+        planes = {name: done.planes[name] for name in item.views[at].planes(tensor.kind)}
+        spec = view_spec(plan.codec, variant)
+        digest = done.views[at].digest
+        tensors.append(builder.tensor(plan.name, plan.dtype, plan.shape, plan.chunk, spec, digest, planes))
+    is_original = variant == ORIGINAL
+    return builder.build(
+        tensors,
+        [builder.carry(manifest, file) for file in manifest.files],
+        aliases=manifest.aliases,
+        metadata=manifest.metadata,
+        base=manifest.base if kept_delta else None,
+        recipe={} if is_original else recorded,
+        parent=None if is_original else parent.digest,
+        metrics={} if is_original else metrics(losses),
+    )
+
+
+def metrics(losses: Mapping[str, Loss]) -> dict[str, Any]:
+    """What a manifest keeps of the losses: signal to noise in dB, of all and by tensor, and counts of non-finite values."""
+    total = sum(losses.values(), Loss())
+    strange = {name: loss.nonfinite for name, loss in losses.items() if loss.nonfinite}
+    sqnr = {name: round(loss.sqnr, 2) for name, loss in losses.items() if loss.noise and loss.signal}
+    kept = {"sqnr": round(total.sqnr, 2)} if total.noise and total.signal else {}
+    return kept | ({"tensor_sqnr": sqnr} if sqnr else {}) | ({"nonfinite": strange} if strange else {})
+
+
+def _publish(catalog: Catalog, parent: Parent, entries: Mapping[str, VariantEntry]) -> VersionRecord:
+    record = parent.record
+    return catalog.publish_variants(
+        record.model, record.version, entries, uuid.uuid4().hex, instead_of={ORIGINAL: parent.digest}
+    )

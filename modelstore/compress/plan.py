@@ -1,0 +1,112 @@
+"""What compressing a variant would do, tensor by tensor, decided from its manifest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from modelstore.codecs.registry import codec as make_codec
+from modelstore.codecs.weight import WeightCodec
+from modelstore.compress.kinds import fused, kind_of
+from modelstore.errors import UnsupportedError
+from modelstore.format.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.recipe import Kind, Recipe
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """What becomes of one tensor: a codec, or None with the reason why it is kept as it is stored."""
+
+    name: str
+    kind: Kind
+    dtype: str
+    shape: tuple[int, ...]
+    codec: CodecSpec | None
+    reason: str
+    bytes: int
+    stored: int  # bytes as stored now
+    expected: int  # bytes as stored then; where planes are entropy-coded, an estimate
+
+
+class CompressionPlan(msgspec.Struct, frozen=True):
+    """All choices in model order, and their sums in bytes. `needs_threshold`: weights are first looked at as a whole."""
+
+    recipe: str
+    choices: tuple[Choice, ...]
+    bytes: int
+    stored: int
+    expected: int
+    needs_threshold: bool
+
+    @property
+    def compressed(self) -> tuple[Choice, ...]:
+        """The choices that have a codec."""
+        return tuple(choice for choice in self.choices if choice.codec is not None)
+
+
+def weight_codec(spec: CodecSpec) -> WeightCodec:
+    """The codec of a rule; `ValueError` or `UnsupportedError` where it is none that compresses."""
+    made = make_codec(spec.name, spec.params)
+    if not isinstance(made, WeightCodec):
+        raise UnsupportedError(f"codec {spec.name!r} stores a model, it does not compress one: save with it instead")
+    return made
+
+
+def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, recipe: Recipe) -> CompressionPlan:
+    """Choose a codec for every tensor; nothing is read but the manifest.
+
+    Tensors that a codec refuses are kept, and the reason is given. Layers that engines fuse share one scheme: where rules
+    differ, that of the first one is taken for all, and where one is kept, all are.
+    `ValueError` where the recipe compresses nothing.
+    """
+    kinds = {t.name: kind_of(t.name, t.dtype, t.shape, config) for t in manifest.tensors}
+    specs: dict[str, CodecSpec | None] = {}
+    reasons: dict[str, str] = {}
+    for tensor in manifest.tensors:
+        rule = recipe.rule(tensor.name, kinds[tensor.name])
+        spec = rule.codec if rule else None
+        refusal = weight_codec(spec).refuses(tensor.shape, tensor.kind) if spec else None
+        specs[tensor.name] = None if refusal else spec
+        if refusal:
+            reasons[tensor.name] = f"it {refusal}"
+        elif spec is None:
+            reasons[tensor.name] = (
+                "the recipe keeps it" if rule else f"a recipe leaves a {kinds[tensor.name]} tensor as it is"
+            )
+    for group in fused(specs):
+        _share_one_scheme(group, specs, reasons)
+    choices = tuple(
+        _choice(manifest, t, kinds[t.name], specs[t.name], reasons.get(t.name, "")) for t in manifest.tensors
+    )
+    if not any(choice.codec for choice in choices):
+        raise ValueError(
+            f"recipe {recipe.name!r} compresses none of the {len(choices)} tensors: let its targets name kinds of tensors "
+            f"that the model has, or patterns of their names"
+        )
+    return CompressionPlan(
+        recipe.name,
+        choices,
+        sum(c.bytes for c in choices),
+        sum(c.stored for c in choices),
+        sum(c.expected for c in choices),
+        recipe.prune is not None,
+    )
+
+
+def _share_one_scheme(group: Sequence[str], specs: dict[str, CodecSpec | None], reasons: dict[str, str]) -> None:
+    first = specs[group[0]]
+    if all(specs[name] == first for name in group):
+        return
+    kept = next((name for name in group if specs[name] is None), None)
+    for name in group:
+        if kept is not None and name != kept and specs[name] is not None:
+            specs[name], reasons[name] = None, f"engines fuse it with {kept}, which is kept"
+        elif kept is None and specs[name] != first:
+            specs[name], reasons[name] = first, f"engines fuse it with {group[0]}, whose scheme it takes"
+
+
+def _choice(manifest: Manifest, tensor: Tensor, kind: Kind, spec: CodecSpec | None, reason: str) -> Choice:
+    stored = int(manifest.length[manifest.rows(tensor)].sum())
+    expected = weight_codec(spec).size(tensor.shape, tensor.kind) if spec else stored
+    return Choice(tensor.name, kind, tensor.dtype, tensor.shape, spec, reason, tensor.nbytes, stored, expected)

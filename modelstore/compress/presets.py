@@ -1,0 +1,63 @@
+"""Presets: recipes with names. Each speaks of the linear layers, and of convolutions where it suits them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from modelstore.format.manifest import CodecSpec
+from modelstore.format.recipe import Recipe, Rule
+
+Value = int | float | str | bool
+_WEIGHTS = ("linear", "convolution")
+LADDER = "ladder"
+
+
+def _preset(name: str, description: str, codec: str, targets: tuple[str, ...] = _WEIGHTS, **params: Value) -> Recipe:
+    return Recipe(name, (Rule(targets, CodecSpec(codec, params)),), description=description)
+
+
+_ALL = (
+    _preset("int8", "8 bits, symmetric, one scale a channel", "int", bits=8, granularity="channel"),
+    _preset("int4", "4 bits, symmetric, groups of 128, clipped for the least error", "int", bits=4, method="mse"),
+    _preset("int3", "3 bits, symmetric, groups of 128, clipped", "int", bits=3, method="mse"),
+    _preset("int2", "2 bits, affine, groups of 64, HQQ", "int", bits=2, symmetric=False, group=64, method="hqq"),
+    _preset("int4-rtn", "4 bits, symmetric, groups of 128, plain rounding", "int", bits=4),
+    _preset("int4-g32", "4 bits, symmetric, groups of 32, clipped", "int", bits=4, group=32, method="mse"),
+    _preset(
+        "int4-affine", "4 bits with zero points, groups of 128, clipped", "int", bits=4, symmetric=False, method="mse"
+    ),
+    _preset(
+        "hqq4", "4 bits with zero points, groups of 64, HQQ", "int", bits=4, symmetric=False, group=64, method="hqq"
+    ),
+    _preset("fp8", "float8 e4m3, one scale a channel", "fp8", granularity="channel"),
+    _preset("fp8-block", "float8 e4m3, one scale a block of 128 × 128", "fp8", granularity="block"),
+    _preset("nf4", "4-bit normal floats, groups of 64 (QLoRA)", "nf4"),
+    _preset("mxfp4", "4-bit floats, blocks of 32 with a power of two (OCP MX)", "mxfp4"),
+    _preset("nvfp4", "4-bit floats, blocks of 16 with a float8 scale", "nvfp4"),
+    _preset("half", "float16 for what is wider", "half", ("linear", "convolution", "embedding", "head")),
+    _preset("round", "rounded to multiples of 0.001", "round", step=0.001),
+    _preset("binary", "one bit: sign × mean of a channel (XNOR-Net)", "binary"),
+    _preset("ternary", "-1, 0, 1 × a scale of a channel", "ternary"),
+    _preset("kmeans4", "16 shared values, their indices entropy-coded", "kmeans", bits=4),
+    _preset("sparse50", "the smaller half of each row pruned", "sparse", sparsity=0.5, scope="row"),
+    _preset("sparse24", "two of every four pruned", "sparse", n=2, m=4),
+    Recipe(
+        "sparse50-global",
+        (Rule(_WEIGHTS, CodecSpec("sparse")),),
+        prune=0.5,
+        description="the smaller half of all weights pruned",
+    ),
+    _preset("deep", "half pruned, the rest shared values, entropy-coded (Deep Compression)", "deep"),
+    _preset("lowrank", "factors of half the parameters (SVD)", "lowrank", ratio=0.5),
+    _preset(LADDER, "original, int8 and int4 in one set of bytes", "ladder"),
+)
+PRESETS: Mapping[str, Recipe] = MappingProxyType({preset.name: preset for preset in _ALL})
+
+
+def preset(name: str) -> Recipe:
+    """The preset of that name; `ValueError` where there is none."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ValueError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}, or give a Recipe") from None

@@ -1,0 +1,87 @@
+"""Recipes: which codec, with which parameters, for which tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from modelstore.format.manifest import CodecSpec
+
+Kind = Literal["linear", "convolution", "embedding", "head", "router", "norm", "bias", "other"]
+KINDS: tuple[str, ...] = get_args(Kind)
+_EXPRESSION = "re:"
+
+
+class Rule(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Tensors, and what becomes of them: a codec, or None to keep them as they are.
+
+    Each target is a kind ("linear", "convolution", "embedding", …), a pattern of names with `*` and `?`, or an expression
+    after "re:" that the whole name matches. A kind speaks of the tensors that are meant to be compressed so; a pattern of
+    whatever it matches.
+    """
+
+    targets: tuple[str, ...]
+    codec: CodecSpec | None = None
+
+
+class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Rules, of which the first that speaks of a tensor counts; a tensor that none speaks of is kept as it is.
+
+    `name` is the variant's, where no other is given. `prune` is a share of all weights that the rules prune, the smallest
+    in the whole model, before they are encoded: its threshold goes to every rule with codec `sparse`.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    prune: float | None = None
+    description: str = ""
+
+    def rule(self, tensor: str, kind: str) -> Rule | None:
+        """The rule that speaks of a tensor."""
+        return next((rule for rule in self.rules if any(matches(t, tensor, kind) for t in rule.targets)), None)
+
+    def with_rules(self, *rules: Rule) -> Recipe:
+        """The recipe with rules that come before its own."""
+        return msgspec.structs.replace(self, rules=(*rules, *self.rules))
+
+
+def matches(target: str, tensor: str, kind: str) -> bool:
+    """Whether a target speaks of a tensor of that name and kind."""
+    if target in KINDS:
+        return target == kind
+    if target.startswith(_EXPRESSION):
+        return re.fullmatch(target[len(_EXPRESSION) :], tensor) is not None
+    return fnmatchcase(tensor, target)
+
+
+def recipe(value: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data, as JSON has it; `ValueError` says what is wrong with it."""
+    try:
+        made = msgspec.convert(dict(value), Recipe)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"the recipe is not valid: {error}") from None
+    check(made)
+    return made
+
+
+def check(value: Recipe) -> None:
+    """`ValueError` where a recipe cannot be meant so."""
+    if value.prune is not None and not 0 < value.prune < 1:
+        raise ValueError(f"recipe {value.name!r}: prune={value.prune} is no share between 0 and 1")
+    for rule in value.rules:
+        if not rule.targets:
+            raise ValueError(
+                f"recipe {value.name!r}: a rule has no targets; name kinds ({', '.join(KINDS)}) or patterns"
+            )
+        for target in rule.targets:
+            if target.startswith(_EXPRESSION):
+                try:
+                    re.compile(target[len(_EXPRESSION) :])
+                except re.error as error:
+                    raise ValueError(
+                        f"recipe {value.name!r}: target {target!r} is no regular expression ({error})"
+                    ) from None
