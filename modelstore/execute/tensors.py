@@ -68,14 +68,15 @@ class Mapped:
     def tensor(self, tensor: Tensor, share: Share) -> torch.Tensor:
         """A tensor, or a rank's share of it; `UnsupportedError` where it cannot be mapped."""
         manifest = self._manifest
-        rows = manifest.rows(tensor)
-        whole = manifest.codecs[tensor.codec].name == "raw"
-        start, length, pack = (
-            manifest.offset[rows].astype(np.int64),
-            manifest.length[rows].astype(np.int64),
-            manifest.pack[rows],
+        chunks = tensor.chunks
+        first = tensor.planes[0].first if tensor.planes else 0
+        rows = slice(first, first + chunks)
+        start, length, pack = manifest.offset[rows], manifest.length[rows], manifest.pack[rows]
+        in_one_piece = (
+            manifest.codecs[tensor.codec].name == "raw"
+            and len(tensor.planes) <= 1
+            and (chunks <= 1 or ((pack[1:] == pack[:-1]).all() and (start[:-1] + length[:-1] == start[1:]).all()))
         )
-        in_one_piece = whole and (pack[1:] == pack[:-1]).all() and (start[:-1] + length[:-1] == start[1:]).all()
         # Chunks of whole rows, one after another, are the tensor's bytes in their order.
         outer = next((i for i, c in enumerate(tensor.chunk) if c != 1), 0)
         in_order = tensor.chunk[outer + 1 :] == tensor.shape[outer + 1 :]
@@ -85,7 +86,7 @@ class Mapped:
                 f'load it without mmap, or save the model with codec="raw", grid="whole"',
                 tensor=tensor.name,
             )
-        if not len(rows):
+        if not chunks:
             return torch.empty(share.shape, dtype=torch_dtype(tensor.dtype))
         file = self._file(int(pack[0]))
         at = int(start[0])
@@ -97,9 +98,9 @@ class Mapped:
                 object=key,
             )
         full = to_torch(file[at : at + tensor.nbytes], tensor.dtype, tensor.shape)
+        if share.region is not None:
+            return full if share.shape == tensor.shape else full[slices(share.region)]
         parts = [full[slices(stored)] for stored, _ in share.pieces()]
-        if len(parts) == 1:
-            return parts[0]
         out = torch.empty(share.shape, dtype=full.dtype)
         for part, (_, place) in zip(parts, share.pieces(), strict=True):
             out[slices(place)] = part
