@@ -17,22 +17,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modelstore import errors
     from modelstore.client import Store, open
+    from modelstore.compress.presets import presets
+    from modelstore.format.manifest import CodecSpec
+    from modelstore.format.recipe import Recipe, Rule
     from modelstore.plan.layout import ExpertParallel, Layers, PipelineStage, Regions, TensorParallel
 
 __version__ = "0.1.0"
 __all__ = [
+    "CodecSpec",
     "ExpertParallel",
     "Layers",
     "PipelineStage",
+    "Recipe",
     "Regions",
+    "Rule",
     "Store",
     "TensorParallel",
     "__version__",
     "errors",
     "open",
+    "presets",
 ]
 
 _HOMES = {
+    "CodecSpec": "modelstore.format.manifest",
+    "Recipe": "modelstore.format.recipe",
+    "Rule": "modelstore.format.recipe",
+    "presets": "modelstore.compress.presets",
     "Store": "modelstore.client",
     "open": "modelstore.client",
     **dict.fromkeys(

@@ -17,14 +17,14 @@ import msgspec
 
 from modelstore.codecs.loss import Loss
 from modelstore.codecs.weight import Encode, WeightCodec
-from modelstore.compress.plan import Choice, CompressionPlan, weight_codec
+from modelstore.compress.plan import weight_codec
 from modelstore.errors import ConflictError, CorruptionError
 from modelstore.execute.encoding import EncodeRegion, Input, ReadRegion
 from modelstore.execute.journal import resume
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import REFRESH, store_manifest
 from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks
-from modelstore.format import grid
+from modelstore.format import grid, results
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.manifest_builder import ManifestBuilder
@@ -32,9 +32,12 @@ from modelstore.format.names import ORIGINAL
 from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region
+from modelstore.format.results import Choice, CompressionPlan
+from modelstore.plan.layout import axes
 from modelstore.plan.write import plan_tensor
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
+from modelstore.store.describe import variant_infos
 from modelstore.store.manifests import Manifests
 
 LADDER_VIEWS = (ORIGINAL, "int8", "int4")
@@ -49,16 +52,30 @@ class Parent:
     digest: str
     manifest: Manifest
     reader: Reader
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a compression made: the record that shows it, each variant's entry, and each one's losses by tensor."""
+    """What a compression made: the record that shows it, and each variant's metrics."""
 
     record: VersionRecord
-    entries: Mapping[str, VariantEntry]
-    losses: Mapping[str, Mapping[str, Loss]]
+    metrics: Mapping[str, dict[str, Any]]
     tally: Tally
+
+    def result(self, plan: CompressionPlan, seconds: float) -> results.Compressed:
+        """The outcome as plain data."""
+        return results.Compressed(
+            self.record.model,
+            self.record.version,
+            tuple(info for info in variant_infos(self.record) if info.variant in self.metrics),
+            len(plan.compressed),
+            len(plan.choices) - len(plan.compressed),
+            plan.bytes,
+            self.tally.stored,
+            seconds,
+            dict(self.metrics),
+        )
 
 
 def variants_of(plan: CompressionPlan, name: str) -> tuple[str, ...]:
@@ -86,18 +103,18 @@ def compress(
     recipe: Recipe,
     *,
     earlier: Iterable[Manifest] = (),
-    axis: Callable[[str], int | None] | None = None,
     limits: Limits,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Make a plan's variants of one version and publish them together.
 
-    `earlier`: manifests whose chunks need not be stored again. `axis`: along which ranks will slice a tensor.
+    `earlier`: manifests whose chunks need not be stored again.
     `ConflictError` where a variant of that name is there and is another, before anything is read; `CorruptionError` where
     a tensor read is not what was saved, or does not decode to what it should: nothing is published then.
     """
     model = parent.record.model
     recorded = _recorded(recipe, plan)
+    axis = axes(parent.config) if parent.config else None
     inputs = [_input(choice, parent, variants, axis) for choice in plan.compressed]
     tally = Tally()
     refresh_before = time.time() - REFRESH
@@ -108,14 +125,31 @@ def compress(
     writer = PackWriter(storage, limits, known, refresh_before, progress, work.journal.note, tally)
     written = work.written | writer.write(left)
     _prove(parent, variants, plan, written)
-    entries, losses = {}, {}
+    entries, measured = {}, {}
     for at, variant in enumerate(variants):
-        losses[variant] = {name: done.views[at].loss for name, done in written.items()}
-        manifest = _manifest(parent, variants, at, inputs, written, recorded, losses[variant])
+        manifest = _manifest(parent, variants, at, inputs, written, recorded)
         entries[variant] = store_manifest(manifests, model, manifest, recipe.name, refresh_before)
+        measured[variant] = manifest.metrics
     record = _publish(catalog, parent, entries)
     work.journal.clear()
-    return Outcome(record, entries, losses, tally)
+    return Outcome(record, measured, tally)
+
+
+def made_before(
+    manifests: Manifests, parent: Parent, variants: tuple[str, ...], plan: CompressionPlan, recipe: Recipe
+) -> Outcome | None:
+    """The outcome of the very same work, where it was done and published already; None where it was not."""
+    record, measured = parent.record, {}
+    recorded = _recorded(recipe, plan)
+    for variant in variants:
+        if variant not in record.variants:
+            return None
+        manifest = parent.manifest if variant == ORIGINAL else manifests.entry(record.model, record.variants[variant])
+        made_of = manifest.parent in (parent.digest, None) or len(variants) > 1  # a ladder replaced what it was made of
+        if variant != ORIGINAL and (manifest.recipe != recorded or not made_of):
+            return None
+        measured[variant] = manifest.metrics
+    return Outcome(record, measured, Tally())
 
 
 def check_free(record: VersionRecord, variants: tuple[str, ...]) -> None:
@@ -211,9 +245,9 @@ def _manifest(
     inputs: Iterable[Input],
     written: Mapping[str, Written],
     recorded: dict[str, Any],
-    losses: Mapping[str, Loss],
 ) -> Manifest:
     variant, manifest = variants[at], parent.manifest
+    losses = {name: done.views[at].loss for name, done in written.items()}
     builder = ManifestBuilder()
     fresh = {item.plan.name: item for item in inputs}
     tensors = []

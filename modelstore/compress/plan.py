@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import msgspec
 
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.kinds import fused, kind_of
+from modelstore.compress.presets import preset
 from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
-from modelstore.format.recipe import Kind, Recipe
-
-
-class Choice(msgspec.Struct, frozen=True):
-    """What becomes of one tensor: a codec, or None with the reason why it is kept as it is stored."""
-
-    name: str
-    kind: Kind
-    dtype: str
-    shape: tuple[int, ...]
-    codec: CodecSpec | None
-    reason: str
-    bytes: int
-    stored: int  # bytes as stored now
-    expected: int  # bytes as stored then; where planes are entropy-coded, an estimate
-
-
-class CompressionPlan(msgspec.Struct, frozen=True):
-    """All choices in model order, and their sums in bytes. `needs_threshold`: weights are first looked at as a whole."""
-
-    recipe: str
-    choices: tuple[Choice, ...]
-    bytes: int
-    stored: int
-    expected: int
-    needs_threshold: bool
-
-    @property
-    def compressed(self) -> tuple[Choice, ...]:
-        """The choices that have a codec."""
-        return tuple(choice for choice in self.choices if choice.codec is not None)
+from modelstore.format.recipe import Kind, Recipe, Rule, check, recipe
+from modelstore.format.results import Choice, CompressionPlan
 
 
 def weight_codec(spec: CodecSpec) -> WeightCodec:
@@ -53,7 +23,7 @@ def weight_codec(spec: CodecSpec) -> WeightCodec:
     return made
 
 
-def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, recipe: Recipe) -> CompressionPlan:
+def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, chosen: Recipe) -> CompressionPlan:
     """Choose a codec for every tensor; nothing is read but the manifest.
 
     Tensors that a codec refuses are kept, and the reason is given. Layers that engines fuse share one scheme: where rules
@@ -64,7 +34,7 @@ def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, recip
     specs: dict[str, CodecSpec | None] = {}
     reasons: dict[str, str] = {}
     for tensor in manifest.tensors:
-        rule = recipe.rule(tensor.name, kinds[tensor.name])
+        rule = chosen.rule(tensor.name, kinds[tensor.name])
         spec = rule.codec if rule else None
         refusal = weight_codec(spec).refuses(tensor.shape, tensor.kind) if spec else None
         specs[tensor.name] = None if refusal else spec
@@ -81,16 +51,16 @@ def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, recip
     )
     if not any(choice.codec for choice in choices):
         raise ValueError(
-            f"recipe {recipe.name!r} compresses none of the {len(choices)} tensors: let its targets name kinds of tensors "
+            f"recipe {chosen.name!r} compresses none of the {len(choices)} tensors: let its targets name kinds of tensors "
             f"that the model has, or patterns of their names"
         )
     return CompressionPlan(
-        recipe.name,
+        chosen.name,
         choices,
         sum(c.bytes for c in choices),
         sum(c.stored for c in choices),
         sum(c.expected for c in choices),
-        recipe.prune is not None,
+        chosen.prune is not None,
     )
 
 
@@ -110,3 +80,25 @@ def _choice(manifest: Manifest, tensor: Tensor, kind: Kind, spec: CodecSpec | No
     stored = int(manifest.length[manifest.rows(tensor)].sum())
     expected = weight_codec(spec).size(tensor.shape, tensor.kind) if spec else stored
     return Choice(tensor.name, kind, tensor.dtype, tensor.shape, spec, reason, tensor.nbytes, stored, expected)
+
+
+def resolve(value: str | Recipe | Mapping[str, Any], include: Iterable[str] = (), skip: Iterable[str] = ()) -> Recipe:
+    """A recipe from a preset's name, plain data or itself; with targets that it compresses, or keeps, as well.
+
+    `ValueError` where there is no such preset or the recipe cannot be meant so.
+    """
+    if isinstance(value, str):
+        made = preset(value)
+    elif isinstance(value, Recipe):
+        made = value
+    elif isinstance(value, Mapping):
+        made = recipe(value)
+    else:
+        raise TypeError(f"a recipe is a preset's name, a Recipe or plain data, not {value!r}")
+    codec = next((rule.codec for rule in made.rules if rule.codec), None)
+    if codec is None:
+        raise ValueError(f"recipe {made.name!r} has no rule with a codec: it would compress nothing")
+    rules = [Rule(tuple(skip), None)] * bool(skip) + [Rule(tuple(include), codec)] * bool(include)
+    made = made.with_rules(*rules)
+    check(made)
+    return made

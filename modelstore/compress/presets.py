@@ -55,6 +55,11 @@ _ALL = (
 PRESETS: Mapping[str, Recipe] = MappingProxyType({preset.name: preset for preset in _ALL})
 
 
+def presets() -> dict[str, Recipe]:
+    """All presets by name."""
+    return dict(PRESETS)
+
+
 def preset(name: str) -> Recipe:
     """The preset of that name; `ValueError` where there is none."""
     try:

@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from modelstore.format.manifest import CodecSpec
+
 
 class Saved(msgspec.Struct, frozen=True):
     """A version that was made: raw bytes of its tensors, bytes newly stored, and of chunks found already stored."""
@@ -91,7 +93,7 @@ class Description(msgspec.Struct, frozen=True):
     metadata: dict[str, str]
     parent: str | None
     recipe: dict[str, Any]
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
 
 
 class Exported(msgspec.Struct, frozen=True):
@@ -155,3 +157,47 @@ class Swept(msgspec.Struct, frozen=True):
     bytes: int
     kept: int
     dry_run: bool
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """What becomes of one tensor: a codec, or None with the reason why it is kept as it is stored."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    codec: CodecSpec | None
+    reason: str
+    bytes: int
+    stored: int  # bytes as stored now
+    expected: int  # bytes as stored then; where planes are entropy-coded, an estimate
+
+
+class CompressionPlan(msgspec.Struct, frozen=True):
+    """All choices in model order, and their sums in bytes. `needs_threshold`: weights are first looked at as a whole."""
+
+    recipe: str
+    choices: tuple[Choice, ...]
+    bytes: int
+    stored: int
+    expected: int
+    needs_threshold: bool
+
+    @property
+    def compressed(self) -> tuple[Choice, ...]:
+        """The choices that have a codec."""
+        return tuple(choice for choice in self.choices if choice.codec is not None)
+
+
+class Compressed(msgspec.Struct, frozen=True):
+    """Variants that were made: bytes of each as stored, bytes newly stored for all, and each one's quality (see `metrics`)."""
+
+    model: str
+    version: int
+    variants: tuple[VariantInfo, ...]
+    compressed: int
+    kept: int
+    bytes: int
+    stored: int
+    seconds: float
+    metrics: dict[str, dict[str, Any]]

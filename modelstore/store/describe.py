@@ -50,7 +50,7 @@ def describe(
         manifest.metadata,
         parent,
         manifest.recipe,
-        {},
+        manifest.metrics,
     )
 
 

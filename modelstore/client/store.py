@@ -10,24 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelstore.errors import NotFoundError
-from modelstore.execute.loading import LazyTensor, Model
-from modelstore.execute.memory import budget
+from modelstore.client.compressing import Compressing
+from modelstore.client.keeping import Keeping
+from modelstore.execute.loading import LazyTensor
 from modelstore.execute.progress import Progress, meter
-from modelstore.execute.reading import Limits
-from modelstore.execute.saving import Against, check_options, save
+from modelstore.execute.saving import check_options, save
 from modelstore.format import results
-from modelstore.format.manifest import Manifest
-from modelstore.format.names import Reference, check_model, check_word, parse_reference
+from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Layout, Regions
 from modelstore.sources.open import open_source
-from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
-from modelstore.store.catalog import Catalog
 from modelstore.store.compare import diff
 from modelstore.store.describe import describe, model_info, variant_infos, version_info
-from modelstore.store.manifests import Manifests
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +31,6 @@ if TYPE_CHECKING:
     from modelstore.sources.open import Openable
 
 Shard = Layout | Mapping[str, Any]
-GRACE = 86_400  # seconds for which garbage collection leaves what nothing refers to
 
 
 def open(
@@ -67,32 +61,8 @@ def open(
     )
 
 
-class Store:
+class Store(Compressing, Keeping):
     """A store of models over a storage. Made by `modelstore.open`; may be used from many threads."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        mirrors: tuple[Storage, ...] = (),
-        *,
-        memory: int | str | None = None,
-        threads: int | None = None,
-    ) -> None:
-        budget(memory)
-        self._storage = storage
-        self._mirrors = mirrors
-        self._catalog = Catalog(self._storage)
-        self._manifests = Manifests(self._storage, self._mirrors)
-        self._memory = memory
-        self._threads = threads
-
-    @property
-    def url(self) -> str:
-        """Where the store lies, without credentials."""
-        return self._storage.url
-
-    def __repr__(self) -> str:
-        return f"modelstore.open({self.url!r})"
 
     # ------------------------------------------------------------------ saving
 
@@ -288,111 +258,6 @@ class Store:
     def diff(self, a: str, b: str) -> results.Diff:
         """What differs between two variants: tensors by name, chunks, and bytes that only the second one has."""
         return diff(self._manifest(parse_reference(a)), self._manifest(parse_reference(b)))
-
-    # ------------------------------------------------------------------ keeping
-
-    def verify(self, ref: str | None = None, *, deep: bool = False, progress: Progress | None = None) -> results.Report:
-        """Check every stored byte of a variant, or of everything live: each chunk against its digest.
-
-        `deep` decodes as well, and checks every tensor's own digest. Never raises for what it finds: read `problems`.
-        """
-        from modelstore.execute.verify import verify
-
-        self._catalog.open()
-        metered = meter(progress, 0, "verifying")
-        return verify(
-            self._storage,
-            self._catalog,
-            self._manifests,
-            parse_reference(ref) if ref else None,
-            deep=deep,
-            limits=self._limits(),
-            progress=metered,
-        )
-
-    def repair(
-        self, ref: str | None = None, *, source: str | None = None, progress: Progress | None = None
-    ) -> results.Report:
-        """Mend what `verify` finds: lost manifests from their copies, damaged packs from `source`, a copy of the store."""
-        from modelstore.store.repair import repair
-
-        self._catalog.open()
-        other = open_storage(source, read_only=True) if source is not None else None
-        metered = meter(progress, 0, "repairing")
-        return repair(
-            self._storage,
-            self._catalog,
-            self._manifests,
-            parse_reference(ref) if ref else None,
-            other,
-            progress=metered,
-        )
-
-    def tag(self, ref: str, tag: str) -> None:
-        """Let a tag name a version; readers of the tag find it from then on."""
-        self._catalog.open()
-        record = self._catalog.resolve(parse_reference(ref))
-        self._catalog.set_tag(record.model, check_word(tag, "tag"), record.version, uuid.uuid4().hex)
-
-    def untag(self, name: str, tag: str) -> None:
-        """Remove a tag; the version stays."""
-        self._catalog.open()
-        self._catalog.tag(check_model(name), check_word(tag, "tag"))  # says so where there is none
-        self._catalog.set_tag(name, tag, 0, uuid.uuid4().hex)
-
-    def delete(self, ref: str, *, all: bool = False) -> None:
-        """Delete a version ("name@3"), one variant of it ("name@3:int8"), or with `all` every version of a model ("name").
-
-        It is gone for readers at once; its bytes are freed by `gc`. A tagged version is refused, unless `all` is given.
-        """
-        parsed = parse_reference(ref)
-        self._catalog.open()
-        writer = uuid.uuid4().hex
-        if all:
-            if not parsed.is_newest or parsed.variant != "original":
-                raise ValueError(f"all=True deletes a whole model: give its name alone, not {ref!r}")
-            self._catalog.delete_model(parsed.name, writer)
-            return
-        if parsed.is_newest:
-            raise ValueError(f"{ref!r} names no version: write {parsed.name}@VERSION, or all=True for the whole model")
-        record = self._catalog.resolve(parsed)
-        variant = parsed.variant if ":" in ref else None
-        self._catalog.delete(parsed.name, record.version, variant, writer)
-
-    def gc(self, *, dry_run: bool = True, grace: float = GRACE) -> results.Swept:
-        """Remove objects that nothing refers to and that are older than `grace` seconds; by default only say which.
-
-        What was deleted less than `grace` seconds ago is kept too: readers and writers at work then lose nothing.
-        """
-        from modelstore.store.garbage import collect
-
-        self._catalog.open()
-        return collect(self._storage, self._catalog, self._manifests, dry_run=dry_run, grace=grace)
-
-    # ------------------------------------------------------------------ within
-
-    def _limits(self) -> Limits:
-        return Limits(budget(self._memory), self._threads)
-
-    def _manifest(self, ref: Reference) -> Manifest:
-        self._catalog.open()
-        return self._manifests.entry(ref.name, self._catalog.entry(ref)[1])
-
-    def _model(self, ref: Reference) -> Model:
-        return Model(self._storage, self._mirrors, self._manifests, ref.name, self._manifest(ref))
-
-    def _against(self, ref: Reference) -> Against:
-        self._catalog.open()
-        entry = self._catalog.entry(ref)[1]
-        manifest = self._manifests.entry(ref.name, entry)
-        model = Model(self._storage, self._mirrors, self._manifests, ref.name, manifest)
-        return Against(ref.name, entry.manifest, manifest, model.reader, model.chain)
-
-    def _newest(self, name: str) -> Against | None:
-        try:
-            return self._against(Reference(name))
-        except NotFoundError:
-            return None
 
 
 def _layout(shard: Shard | None) -> Layout | None:

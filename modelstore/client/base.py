@@ -1,0 +1,70 @@
+"""What every part of the client stands on: the storage, its catalog, and models opened for reading."""
+
+from __future__ import annotations
+
+from modelstore.errors import NotFoundError
+from modelstore.execute.loading import Model
+from modelstore.execute.memory import budget
+from modelstore.execute.reading import Limits
+from modelstore.execute.saving import Against
+from modelstore.format.manifest import Manifest
+from modelstore.format.names import Reference
+from modelstore.format.record import VariantEntry
+from modelstore.storage.base import Storage
+from modelstore.store.catalog import Catalog
+from modelstore.store.manifests import Manifests
+
+
+class Base:
+    """A store's storage and records, and the limits of each call."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        mirrors: tuple[Storage, ...] = (),
+        *,
+        memory: int | str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        budget(memory)
+        self._storage = storage
+        self._mirrors = mirrors
+        self._catalog = Catalog(self._storage)
+        self._manifests = Manifests(self._storage, self._mirrors)
+        self._memory = memory
+        self._threads = threads
+
+    @property
+    def url(self) -> str:
+        """Where the store lies, without credentials."""
+        return self._storage.url
+
+    def __repr__(self) -> str:
+        return f"modelstore.open({self.url!r})"
+
+    def _limits(self) -> Limits:
+        return Limits(budget(self._memory), self._threads)
+
+    def _manifest(self, ref: Reference) -> Manifest:
+        self._catalog.open()
+        return self._manifests.entry(ref.name, self._catalog.entry(ref)[1])
+
+    def _model(self, ref: Reference) -> Model:
+        self._catalog.open()
+        return self._opened(ref.name, self._catalog.entry(ref)[1])
+
+    def _opened(self, name: str, entry: VariantEntry) -> Model:
+        manifest = self._manifests.entry(name, entry)
+        return Model(self._storage, self._mirrors, self._manifests, name, manifest)
+
+    def _against(self, ref: Reference) -> Against:
+        self._catalog.open()
+        entry = self._catalog.entry(ref)[1]
+        model = self._opened(ref.name, entry)
+        return Against(ref.name, entry.manifest, model.manifest, model.reader, model.chain)
+
+    def _newest(self, name: str) -> Against | None:
+        try:
+            return self._against(Reference(name))
+        except NotFoundError:
+            return None

@@ -1,0 +1,104 @@
+"""Making variants."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from modelstore.client.base import Base
+from modelstore.execute.progress import Progress, meter
+from modelstore.format import results
+from modelstore.format.manifest import Manifest
+from modelstore.format.names import ORIGINAL, check_word, parse_reference
+from modelstore.format.recipe import Recipe
+from modelstore.format.record import VersionRecord
+
+if TYPE_CHECKING:
+    from modelstore.compress.job import Parent
+
+
+class Compressing(Base):
+    """The part of a store that makes variants of models."""
+
+    def compress(
+        self,
+        ref: str,
+        recipe: str | Recipe | Mapping[str, Any],
+        *,
+        variant: str | None = None,
+        include: Iterable[str] = (),
+        skip: Iterable[str] = (),
+        progress: Progress | None = None,
+    ) -> results.Compressed:
+        """Make a compressed variant of a version; the original stays as it is, exact.
+
+        `recipe`: a preset's name (`modelstore.presets()`), a `Recipe`, or one as plain data. `variant` names what is made
+        (default: the recipe's name). `include` and `skip` are further targets to compress by the recipe's first rule, and
+        to keep: kinds ("embedding", "head", …) or patterns of names. "ladder" stores the original itself anew, with int8
+        and int4 as parts of the same bytes, after proving that every bit comes back. Everything is read and written
+        chunk by chunk within the memory budget; what was interrupted goes on where it stopped when it is called again.
+
+        `ValueError` for a recipe that does not fit, `ConflictError` where there is another variant of that name.
+        """
+        from modelstore.compress.job import check_free, compress, made_before, variants_of
+
+        started = time.monotonic()
+        parent, plan, wanted = self._compression(ref, recipe, include, skip)
+        name = check_word(variant, "variant") if variant is not None else plan.recipe
+        variants = variants_of(plan, name)
+        before = made_before(self._manifests, parent, variants, plan, wanted)
+        if before is None:
+            check_free(parent.record, variants)
+        total = sum(choice.bytes for choice in plan.compressed)
+        outcome = before or compress(
+            self._storage,
+            self._catalog,
+            self._manifests,
+            parent,
+            variants,
+            plan,
+            wanted,
+            earlier=self._earlier(parent.record, variants),
+            limits=self._limits(),
+            progress=meter(progress, total, f"compressing {ref} to {', '.join(variants)}"),
+        )
+        return outcome.result(plan, time.monotonic() - started)
+
+    def plan_compression(
+        self,
+        ref: str,
+        recipe: str | Recipe | Mapping[str, Any],
+        *,
+        include: Iterable[str] = (),
+        skip: Iterable[str] = (),
+    ) -> results.CompressionPlan:
+        """What `compress` would do, tensor by tensor, with sizes in bytes; nothing but the manifest is read."""
+        return self._compression(ref, recipe, include, skip)[1]
+
+    def _compression(
+        self, ref: str, value: str | Recipe | Mapping[str, Any], include: Iterable[str], skip: Iterable[str]
+    ) -> tuple[Parent, results.CompressionPlan, Recipe]:
+        from modelstore.compress.job import Parent
+        from modelstore.compress.plan import plan_compression, resolve
+
+        recipe = resolve(value, include, skip)
+        parsed = parse_reference(ref)
+        if parsed.variant != ORIGINAL:
+            raise ValueError(
+                f"{ref!r} names a variant: variants are made of a version's original, give {parsed.name!r}"
+            )
+        self._catalog.open()
+        record, entry = self._catalog.entry(parsed)
+        model = self._opened(parsed.name, entry)
+        plan = plan_compression(model.manifest, model.config(), recipe)
+        return Parent(record, entry.manifest, model.manifest, model.reader, model.config()), plan, recipe
+
+    def _earlier(self, record: VersionRecord, variants: tuple[str, ...]) -> list[Manifest]:
+        """Manifests whose chunks a compression may find again: of all variants, and of these in the version before."""
+        entries = list(record.variants.values())
+        for before in reversed(self._catalog.live(record.model)):
+            if before.version < record.version:
+                entries += [before.variants[name] for name in variants if name in before.variants]
+                break
+        return [self._manifests.entry(record.model, entry) for entry in entries]

@@ -1,0 +1,95 @@
+"""Keeping a store: verifying and mending it, tags, deleting, garbage collection."""
+
+from __future__ import annotations
+
+import uuid
+
+from modelstore.client.base import Base
+from modelstore.execute.progress import Progress, meter
+from modelstore.format import results
+from modelstore.format.names import check_model, check_word, parse_reference
+from modelstore.storage.open import open_storage
+
+GRACE = 86_400  # seconds for which garbage collection leaves what nothing refers to
+
+
+class Keeping(Base):
+    """The part of a store that keeps it whole and tidy."""
+
+    def verify(self, ref: str | None = None, *, deep: bool = False, progress: Progress | None = None) -> results.Report:
+        """Check every stored byte of a variant, or of everything live: each chunk against its digest.
+
+        `deep` decodes as well, and checks every tensor's own digest. Never raises for what it finds: read `problems`.
+        """
+        from modelstore.execute.verify import verify
+
+        self._catalog.open()
+        metered = meter(progress, 0, "verifying")
+        return verify(
+            self._storage,
+            self._catalog,
+            self._manifests,
+            parse_reference(ref) if ref else None,
+            deep=deep,
+            limits=self._limits(),
+            progress=metered,
+        )
+
+    def repair(
+        self, ref: str | None = None, *, source: str | None = None, progress: Progress | None = None
+    ) -> results.Report:
+        """Mend what `verify` finds: lost manifests from their copies, damaged packs from `source`, a copy of the store."""
+        from modelstore.store.repair import repair
+
+        self._catalog.open()
+        other = open_storage(source, read_only=True) if source is not None else None
+        metered = meter(progress, 0, "repairing")
+        return repair(
+            self._storage,
+            self._catalog,
+            self._manifests,
+            parse_reference(ref) if ref else None,
+            other,
+            progress=metered,
+        )
+
+    def tag(self, ref: str, tag: str) -> None:
+        """Let a tag name a version; readers of the tag find it from then on."""
+        self._catalog.open()
+        record = self._catalog.resolve(parse_reference(ref))
+        self._catalog.set_tag(record.model, check_word(tag, "tag"), record.version, uuid.uuid4().hex)
+
+    def untag(self, name: str, tag: str) -> None:
+        """Remove a tag; the version stays."""
+        self._catalog.open()
+        self._catalog.tag(check_model(name), check_word(tag, "tag"))  # says so where there is none
+        self._catalog.set_tag(name, tag, 0, uuid.uuid4().hex)
+
+    def delete(self, ref: str, *, all: bool = False) -> None:
+        """Delete a version ("name@3"), one variant of it ("name@3:int8"), or with `all` every version of a model ("name").
+
+        It is gone for readers at once; its bytes are freed by `gc`. A tagged version is refused, unless `all` is given.
+        """
+        parsed = parse_reference(ref)
+        self._catalog.open()
+        writer = uuid.uuid4().hex
+        if all:
+            if not parsed.is_newest or parsed.variant != "original":
+                raise ValueError(f"all=True deletes a whole model: give its name alone, not {ref!r}")
+            self._catalog.delete_model(parsed.name, writer)
+            return
+        if parsed.is_newest:
+            raise ValueError(f"{ref!r} names no version: write {parsed.name}@VERSION, or all=True for the whole model")
+        record = self._catalog.resolve(parsed)
+        variant = parsed.variant if ":" in ref else None
+        self._catalog.delete(parsed.name, record.version, variant, writer)
+
+    def gc(self, *, dry_run: bool = True, grace: float = GRACE) -> results.Swept:
+        """Remove objects that nothing refers to and that are older than `grace` seconds; by default only say which.
+
+        What was deleted less than `grace` seconds ago is kept too: readers and writers at work then lose nothing.
+        """
+        from modelstore.store.garbage import collect
+
+        self._catalog.open()
+        return collect(self._storage, self._catalog, self._manifests, dry_run=dry_run, grace=grace)
