@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import about, bench, checking, demo, listing, loading, naming, removing, saving
+from modelstore.cli import about, bench, checking, compressing, demo, listing, loading, naming, removing, saving
 from modelstore.cli.failures import Commands
 
 EPILOG = (
@@ -29,6 +29,8 @@ for command in (
     saving.save,
     loading.load,
     loading.export,
+    compressing.compress,
+    compressing.presets,
     listing.ls,
     listing.show,
     listing.diff,
@@ -43,6 +45,9 @@ for command in (
     about.version,
 ):
     app.command()(command)
+
+
+app.add_typer(compressing.plan)
 
 
 def _print_version(wanted: bool) -> None:

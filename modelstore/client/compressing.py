@@ -41,17 +41,14 @@ class Compressing(Base):
 
         `ValueError` for a recipe that does not fit, `ConflictError` where there is another variant of that name.
         """
-        from modelstore.compress.job import check_free, compress, made_before, variants_of
+        from modelstore.compress.job import compress, variants_of
 
         started = time.monotonic()
         parent, plan, wanted = self._compression(ref, recipe, include, skip)
         name = check_word(variant, "variant") if variant is not None else plan.recipe
         variants = variants_of(plan, name)
-        before = made_before(self._manifests, parent, variants, plan, wanted)
-        if before is None:
-            check_free(parent.record, variants)
         total = sum(choice.bytes for choice in plan.compressed)
-        outcome = before or compress(
+        outcome = compress(
             self._storage,
             self._catalog,
             self._manifests,

@@ -118,8 +118,19 @@ def compress(
     inputs = [_input(choice, parent, variants, axis) for choice in plan.compressed]
     tally = Tally()
     refresh_before = time.time() - REFRESH
-    identity = ("compress", model, parent.digest, *variants, msgspec.json.encode(recorded, order="sorted").decode())
+    identity = (
+        "compress",
+        model,
+        parent.manifest.content,
+        *variants,
+        msgspec.json.encode(recorded, order="sorted").decode(),
+    )
     work = resume(storage, identity, inputs, refresh_before, tally, progress)
+    before = _made_before(manifests, parent, variants, recorded)
+    if before is not None:  # and the journal of the run that made it could not be removed
+        work.journal.clear()
+        return before
+    _check_free(parent.record, variants)
     known = known_chunks((parent.manifest, *earlier)) | work.known
     left = [item for item in inputs if item.plan.name not in work.written]
     writer = PackWriter(storage, limits, known, refresh_before, progress, work.journal.note, tally)
@@ -133,34 +144,6 @@ def compress(
     record = _publish(catalog, parent, entries)
     work.journal.clear()
     return Outcome(record, measured, tally)
-
-
-def made_before(
-    manifests: Manifests, parent: Parent, variants: tuple[str, ...], plan: CompressionPlan, recipe: Recipe
-) -> Outcome | None:
-    """The outcome of the very same work, where it was done and published already; None where it was not."""
-    record, measured = parent.record, {}
-    recorded = _recorded(recipe, plan)
-    for variant in variants:
-        if variant not in record.variants:
-            return None
-        manifest = parent.manifest if variant == ORIGINAL else manifests.entry(record.model, record.variants[variant])
-        made_of = manifest.parent in (parent.digest, None) or len(variants) > 1  # a ladder replaced what it was made of
-        if variant != ORIGINAL and (manifest.recipe != recorded or not made_of):
-            return None
-        measured[variant] = manifest.metrics
-    return Outcome(record, measured, Tally())
-
-
-def check_free(record: VersionRecord, variants: tuple[str, ...]) -> None:
-    """`ConflictError` where a version has one of these variants already, its original aside."""
-    taken = [variant for variant in variants if variant != ORIGINAL and variant in record.variants]
-    if taken:
-        raise ConflictError(
-            f"version {record.version} of model {record.model!r} has a variant {taken[0]!r} already: "
-            f"delete {record.model}@{record.version}:{taken[0]} first, or give another name",
-            model=record.model,
-        )
 
 
 def view_spec(spec: CodecSpec, variant: str) -> CodecSpec:
@@ -217,6 +200,32 @@ def _reading(reader: Reader, tensor: Tensor) -> ReadRegion:
     return lambda region, out: reader.read_into(tensor, region, out)
 
 
+def _check_free(record: VersionRecord, variants: tuple[str, ...]) -> None:
+    """`ConflictError` where a version has one of these variants already, its original aside."""
+    taken = [variant for variant in variants if variant != ORIGINAL and variant in record.variants]
+    if taken:
+        raise ConflictError(
+            f"version {record.version} of model {record.model!r} has a variant {taken[0]!r} already: "
+            f"delete {record.model}@{record.version}:{taken[0]} first, or give another name",
+            model=record.model,
+        )
+
+
+def _made_before(
+    manifests: Manifests, parent: Parent, variants: tuple[str, ...], recorded: dict[str, Any]
+) -> Outcome | None:
+    """The outcome of the very same work, where it was done and published already; None where it was not."""
+    record, measured = parent.record, {}
+    for variant in variants:
+        if variant not in record.variants:
+            return None
+        manifest = parent.manifest if variant == ORIGINAL else manifests.entry(record.model, record.variants[variant])
+        if variant != ORIGINAL and (manifest.recipe != recorded or manifest.parent != parent.manifest.content):
+            return None
+        measured[variant] = manifest.metrics
+    return Outcome(record, measured, Tally())
+
+
 def _prove(parent: Parent, variants: tuple[str, ...], plan: CompressionPlan, written: Mapping[str, Written]) -> None:
     """What was read must be what was saved; and what an exact codec decodes to, too."""
     for choice in plan.compressed:
@@ -271,7 +280,7 @@ def _manifest(
         metadata=manifest.metadata,
         base=manifest.base if kept_delta else None,
         recipe={} if is_original else recorded,
-        parent=None if is_original else parent.digest,
+        parent=None if is_original else manifest.content,
         metrics={} if is_original else metrics(losses),
     )
 

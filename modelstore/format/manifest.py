@@ -97,7 +97,8 @@ class Base(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     """All of one variant. Immutable; the same content has the same bytes, hence the same name.
 
-    A compressed variant names its `parent`, the manifest it was made of, the `recipe`, and `metrics` of its quality.
+    A compressed variant has its `parent`, the `content` of the original it was made of, the `recipe`, and `metrics` of its
+    quality.
     """
 
     format: int
@@ -147,6 +148,14 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     def nbytes(self) -> int:
         """Raw bytes of all distinct tensors."""
         return sum(t.nbytes for t in self.tensors)
+
+    @cached_property
+    def content(self) -> str:
+        """BLAKE3 of the names, dtypes, shapes and digests of all tensors: the same however the values are stored."""
+        hasher = blake3()
+        for tensor in sorted(self.tensors, key=lambda t: t.name):
+            hasher.update(f"{tensor.name}\0{tensor.dtype}\0{tensor.shape}\0{tensor.digest}\n".encode())
+        return hasher.hexdigest()
 
     @cached_property
     def stored(self) -> int:

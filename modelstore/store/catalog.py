@@ -169,6 +169,10 @@ class Catalog:
             for variant, entry in entries.items():
                 there = head.variants.get(variant)
                 if there and there.manifest not in (entry.manifest, (instead_of or {}).get(variant)):
+                    if variant == ORIGINAL:
+                        raise ConflictError(
+                            f"the original of {model}@{version} was stored anew meanwhile: run this again", model=model
+                        )
                     raise ConflictError(
                         f"version {version} of model {model!r} has a variant {variant!r} already: "
                         f"delete it first, or choose a name",

@@ -1,0 +1,162 @@
+"""`compress`, `plan compress` and `presets`: compressed variants of models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modelstore.cli import output, units
+from modelstore.cli.failures import usage
+from modelstore.cli.options import AsJson, Debug, Memory, Quiet, Reference, StoreUrl, open_store
+
+if TYPE_CHECKING:
+    from modelstore.format.results import CompressionPlan
+
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        show_default=False,
+        help="A preset, such as int8, int4 or ladder ('modelstore presets' lists them), or a .json file of a recipe.",
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="TARGET",
+        show_default=False,
+        help="Compress these too: a kind (embedding, head, router, norm, bias), or a pattern of names. Several times.",
+    ),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--skip",
+        metavar="TARGET",
+        show_default=False,
+        help="Keep these as they are: a kind, or a pattern of names such as 'model.layers.0.*'. Several times.",
+    ),
+]
+
+plan = typer.Typer(name="plan", help="Print what a command would do, and do nothing.", no_args_is_help=True)
+
+
+def compress(
+    ref: Reference,
+    recipe: Recipe,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            "--variant", metavar="NAME", show_default=False, help="The variant's name: the recipe's if not given."
+        ),
+    ] = None,
+    include: Include = None,
+    skip: Skip = None,
+    store: StoreUrl = None,
+    memory: Memory = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make a compressed variant of a version.
+
+    The original stays exact. A compression that was interrupted goes on when it is started again.
+    """
+    opened = open_store(store, memory=memory)
+    with output.progress(quiet=quiet) as report:
+        done = opened.compress(
+            ref, _recipe(recipe), variant=variant, include=include or (), skip=skip or (), progress=report
+        )
+
+    def lines() -> Iterator[str]:
+        yield (
+            f"compressed {units.count(done.compressed, 'tensor')} of {done.model}@{done.version} "
+            f"({units.size(done.bytes)}) in {units.seconds(done.seconds)}, kept {done.kept} as they are"
+        )
+        for made in done.variants:
+            loss = done.metrics.get(made.variant, {}).get("sqnr")
+            quality = f", error {loss} dB below the signal" if loss is not None else ""
+            yield (
+                f"{made.variant}: {units.size(made.stored)} ({units.share(made.stored, made.bytes)} of "
+                f"{units.size(made.bytes)}){quality}"
+            )
+        yield f"written {units.size(done.stored)}"
+        for variant, metrics in done.metrics.items():
+            for name, count in metrics.get("nonfinite", {}).items():
+                yield f"warning: {name} has {units.count(count, 'value')} that are not finite; see docs on {variant}"
+
+    output.result(done, lines(), as_json=json)
+
+
+@plan.command("compress")
+def plan_compress(
+    ref: Reference,
+    recipe: Recipe,
+    include: Include = None,
+    skip: Skip = None,
+    store: StoreUrl = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Print what compress would do, tensor by tensor.
+
+    Only the model's manifest is read.
+    """
+    found = open_store(store).plan_compression(ref, _recipe(recipe), include=include or (), skip=skip or ())
+    output.result(found, _plan_lines(found), as_json=json)
+
+
+def presets(json: AsJson = False, debug: Debug = False) -> None:
+    """List the recipes that have names."""
+    import modelstore as ms
+
+    known = ms.presets()
+    rows = [(name, recipe.description) for name, recipe in known.items()]
+    output.result(known, output.table(rows, ("PRESET", "WHAT IT DOES")), as_json=json)
+
+
+def _plan_lines(found: CompressionPlan) -> Iterator[str]:
+    rows = [
+        (
+            choice.name,
+            choice.kind,
+            "×".join(map(str, choice.shape)) or "scalar",
+            _codec(choice.codec.name, choice.codec.params) if choice.codec else "kept",
+            units.size(choice.bytes),
+            units.size(choice.stored),
+            units.size(choice.expected),
+            choice.reason,
+        )
+        for choice in found.choices
+    ]
+    heads = ("TENSOR", "KIND", "SHAPE", "CODEC", "SIZE", "STORED NOW", "THEN", "WHY")
+    yield from output.table(rows, heads, right=(4, 5, 6))
+    yield (
+        f"{len(found.compressed)} of {units.count(len(found.choices), 'tensor')} would be compressed: "
+        f"{units.size(found.bytes)}, stored in {units.size(found.stored)} now, in about {units.size(found.expected)} then"
+    )
+
+
+def _codec(name: str, params: dict[str, Any]) -> str:
+    return " ".join([name, *(f"{key}={value}" for key, value in params.items())])
+
+
+def _recipe(text: str) -> str | dict[str, Any]:
+    """The preset's name as it is, or what a file of JSON holds."""
+    if not text.endswith(".json"):
+        return text
+    import msgspec
+
+    try:
+        found = msgspec.json.decode(Path(text).read_bytes())
+    except FileNotFoundError:
+        raise usage(f"there is no file {text}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise usage(f"{text} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise usage(f"{text} holds no recipe: write an object with name and rules")
+    return found
