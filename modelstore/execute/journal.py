@@ -17,6 +17,7 @@ from modelstore.errors import FormatError, NotFoundError
 from modelstore.execute.encoding import Input
 from modelstore.execute.writing import Placed, Tally, Viewed, Written
 from modelstore.format import grid
+from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import FORMAT, Digest
 from modelstore.format.manifest_builder import Location
 from modelstore.format.record import JOBS, pack_key
@@ -133,8 +134,7 @@ def resume(
     written = {}
     for item in inputs:
         done = finished.get(item.plan.name)
-        n = grid.count(item.plan.shape, item.plan.chunk)
-        if done is None or any(len(chunks) != n for chunks in done.planes.values()):  # cut otherwise by another release
+        if done is None or not _fits(item, done):
             continue
         written[item.plan.name] = done
         raw = math.prod(item.plan.shape) * item.plan.itemsize
@@ -143,3 +143,14 @@ def resume(
         if progress:
             progress(raw)
     return Resumed(journal, written, known)
+
+
+def _fits(item: Input, done: Written) -> bool:
+    """Whether a journal's tensor is cut and encoded as it would be now: another release, or another version before it."""
+    n = grid.count(item.plan.shape, item.plan.chunk)
+    planes = item.codec.planes(DTYPES[item.plan.dtype])
+    return (
+        tuple(done.planes) == planes
+        and all(len(chunks) == n for chunks in done.planes.values())
+        and len(done.views) == len(item.views)
+    )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +14,9 @@ from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError
 from modelstore.execute.fetch import Fetcher
+from modelstore.execute.flow import flow
 from modelstore.execute.memory import Arena
-from modelstore.format.buffers import Bytes
+from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.region import Region, extent, full, rows, size, slices
 from modelstore.plan.layout import Share
@@ -25,6 +25,7 @@ from modelstore.plan.read import ChunkRead, ReadJob, Want, plan_read, read_job
 _PER_THREAD = 24 << 20  # working memory of one reading thread: encoded bytes, a decoded plane, a chunk for cut copies
 _REMOTE_THREADS = 16
 
+T = TypeVar("T")
 Allocate = Callable[[int, int], Bytes]  # (the want's place in the list, bytes) → a writable buffer of that many
 
 
@@ -88,68 +89,41 @@ class Reader:
         """
         arena = Arena()
         allocate = allocate or (lambda _, nbytes: arena.allocate(nbytes))
-        threads = limits.reading_threads(self._local)
-        buffers: dict[int, Bytes] = {}
-        left: dict[int, int] = {}  # chunks not finished, of the wants begun
-        last = -1  # the highest want of which a chunk was submitted; those below it have no more to come
-        held = 0
-        pending: dict[Future[None], ReadJob] = {}
+        return self.flow(
+            wants,
+            limits,
+            lambda index: allocate(index, wants[index].nbytes),
+            lambda job, buffers: self._run(job, wants, buffers),
+            bounded=bounded,
+            progress=progress,
+        )
 
-        def begin(index: int) -> None:
-            nonlocal held
-            nbytes = math.prod(wants[index].shape) * wants[index].tensor.kind.itemsize
-            buffers[index] = allocate(index, nbytes)
-            left[index] = 0
-            held += nbytes
+    def flow(
+        self,
+        wants: list[Want],
+        limits: Limits,
+        begin: Callable[[int], T],
+        run: Callable[[ReadJob, dict[int, T]], None],
+        *,
+        bounded: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, T]]:
+        """As `stream`, for a reader of its own: `begin` makes what a want is read into, `run` reads a job's chunks into these."""
+        return flow(
+            plan_read(self.manifest, wants),
+            [want.nbytes for want in wants],
+            begin,
+            run,
+            threads=limits.reading_threads(self._local),
+            memory=limits.memory // 2 if bounded else None,
+            progress=progress,
+        )
 
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="modelstore-read")
-        try:
-            jobs = plan_read(self.manifest, wants)
-            job = next(jobs, None)
-            ended = False
-            while True:
-                while job is not None and len(pending) < 2 * threads:
-                    fresh = {c.want for c in job.chunks} - buffers.keys()
-                    cost = sum(math.prod(wants[i].shape) * wants[i].tensor.kind.itemsize for i in fresh)
-                    busy = pending or any(n == 0 and i < last for i, n in left.items())  # else waiting would never end
-                    if bounded and fresh and busy and held + cost > limits.memory // 2:
-                        break
-                    upto = job.chunks[-1].want
-                    for index in range(last + 1, upto + 1):
-                        begin(index)
-                    last = max(last, upto)
-                    for chunk in job.chunks:
-                        left[chunk.want] += 1
-                    pending[pool.submit(self._run, job, wants, buffers)] = job
-                    job = next(jobs, None)
-                if job is None and not ended:
-                    ended = True
-                    for index in range(last + 1, len(wants)):
-                        begin(index)
-                    last = len(wants)
-                ready = [i for i, n in left.items() if n == 0 and i < last]
-                for index in ready:
-                    del left[index]
-                    buffer = buffers.pop(index)
-                    nbytes = len(buffer)
-                    yield index, buffer
-                    del buffer
-                    held -= nbytes
-                if ready:
-                    continue
-                if not pending:
-                    assert not left, "a tensor was not finished"
-                    return
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    finished = pending.pop(future)
-                    future.result()
-                    for chunk in finished.chunks:
-                        left[chunk.want] -= 1
-                    if progress:
-                        progress(finished.nbytes)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    def planes(self, job: ReadJob, wants: Sequence[Want]) -> Iterator[tuple[ChunkRead, list[Bytes]]]:
+        """Each of a job's chunks with its encoded planes, checked; they lie in this thread's scratch memory until its next job."""
+        found = self._fetcher.ranges(job, wants)
+        for chunk in job.chunks:
+            yield chunk, [found[row] for row in chunk.rows]
 
     def _run(self, job: ReadJob, wants: Sequence[Want], buffers: dict[int, Bytes]) -> None:
         """Fetch, check and decode one job's chunks into their buffers."""
@@ -159,9 +133,8 @@ class Reader:
             if not rest:
                 return
             job = job if len(rest) == len(chunks) else read_job(self.manifest, rest, job.nbytes)
-        found = self._fetcher.ranges(job, wants)
-        for chunk in job.chunks:
-            self._decode(chunk, [found[row] for row in chunk.rows], wants[chunk.want], buffers[chunk.want])
+        for chunk, planes in self.planes(job, wants):
+            self.decode(chunk, planes, wants[chunk.want], buffers[chunk.want])
 
     def _direct(self, chunk: ChunkRead, wants: Sequence[Want], buffers: dict[int, Bytes]) -> bool:
         """Read a raw chunk straight into its place, where it is one run there; whether that was so."""
@@ -176,9 +149,14 @@ class Reader:
         self._fetcher.direct(chunk.rows[0], out[0], tensor.name, chunk.chunk)
         return True
 
-    def _decode(self, chunk: ChunkRead, planes: list[Bytes], want: Want, buffer: Bytes) -> None:
+    def codec(self, tensor: Tensor) -> Codec:
+        """The codec of a tensor."""
+        return self._codecs[tensor.codec]
+
+    def decode(self, chunk: ChunkRead, planes: Sequence[Buffer], want: Want, buffer: Bytes) -> None:
+        """Decode a chunk's planes into their places in the want's buffer."""
         tensor = want.tensor
-        codec = self._codecs[tensor.codec]
+        codec = self.codec(tensor)
         shape = extent(chunk.region)
         base = self._base_region(tensor, chunk.region) if codec.needs_base else None
         place = chunk.whole

@@ -44,6 +44,7 @@ from modelstore.store.manifests import Manifests
 CODECS = ("lossless", "raw", "delta")
 GRIDS = ("auto", "whole")
 LONGEST_CHAIN = 8  # deltas of deltas: each link is another read
+_LADDER = "ladder"
 _FILE = "file:"  # before a file's path, among the names in packs
 REFRESH = 12 * 3600  # seconds; a pack older than that is written again rather than relied upon, see `packs.store`
 
@@ -161,14 +162,17 @@ def plan_inputs(
                 tensor=spec.name,
             )
         under = _base_of(base, spec.name, spec.shape, spec.dtype.name) if base else None
+        before = _stored_before(earlier, spec.name, spec.shape, spec.dtype.name)
+        # A lossless save keeps to the ladder that a version before was put on: unchanged chunks are the same then.
+        laddered = codec == "lossless" and before is not None and before[1].name == _LADDER
         plan = plan_tensor(
             spec.name,
             spec.dtype.name,
             spec.shape,
-            CodecSpec("delta") if under else storage_spec,
+            CodecSpec("delta") if under else before[1] if before and laddered else storage_spec,
             whole=grid == "whole",
             axis=axis,
-            like=_cut_before(earlier, spec.name, spec.shape, spec.dtype.name),
+            like=before[0] if before else None,
         )
         codec_of = make_codec(plan.codec.name, plan.codec.params)
         encode = _against_base(codec_of, spec.dtype, under) if under else None
@@ -181,11 +185,14 @@ def plan_inputs(
     return inputs
 
 
-def _cut_before(earlier: Sequence[Manifest], name: str, shape: tuple[int, ...], dtype: str) -> tuple[int, ...] | None:
+def _stored_before(
+    earlier: Sequence[Manifest], name: str, shape: tuple[int, ...], dtype: str
+) -> tuple[tuple[int, ...], CodecSpec] | None:
+    """How an earlier manifest cuts and encodes a tensor of that name, shape and dtype."""
     for manifest in earlier:
         tensor = manifest.by_name.get(name)
         if tensor is not None and tensor.shape == shape and tensor.dtype == dtype:
-            return tensor.chunk
+            return tensor.chunk, manifest.codecs[tensor.codec]
     return None
 
 
