@@ -42,6 +42,7 @@ from modelstore.store.manifests import Manifests
 
 LADDER_VIEWS = (ORIGINAL, "int8", "int4")
 _LADDER = "ladder"
+_REMOTE_THREADS = 8  # a worker reads what it encodes: where reading waits for a network, more of them
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,10 @@ def compress(
     _check_free(parent.record, variants)
     known = known_chunks((parent.manifest, *earlier)) | work.known
     left = [item for item in inputs if item.plan.name not in work.written]
-    writer = PackWriter(storage, limits, known, refresh_before, progress, work.journal.note, tally)
+    threads = limits.threads or (None if parent.reader.local else _REMOTE_THREADS)
+    writer = PackWriter(
+        storage, Limits(limits.memory, threads), known, refresh_before, progress, work.journal.note, tally
+    )
     written = work.written | writer.write(left)
     _prove(parent, variants, plan, written)
     entries, measured = {}, {}

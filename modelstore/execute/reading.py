@@ -61,6 +61,16 @@ class Reader:
     def manifest(self) -> Manifest:
         return self._fetcher.manifest
 
+    @property
+    def local(self) -> bool:
+        """Whether the packs are local files."""
+        return self._local
+
+    @property
+    def local(self) -> bool:
+        """Whether the bytes lie on this machine, so that reading them takes no waiting."""
+        return self._local
+
     def region(self, tensor: Tensor, region: Region) -> Bytes:
         """The raw bytes of one region, read and decoded in this thread."""
         out = np.empty(size(region) * tensor.kind.itemsize, np.uint8)
@@ -108,7 +118,7 @@ class Reader:
         bounded: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, T]]:
-        """As `stream`, for a reader of its own: `begin` makes what a want is read into, `run` reads a job's chunks into these."""
+        """As `stream`, where `begin` makes what a want is read into, and `run` reads a job's chunks into these."""
         return flow(
             plan_read(self.manifest, wants),
             [want.nbytes for want in wants],

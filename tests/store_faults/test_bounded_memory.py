@@ -61,6 +61,8 @@ def do(store, folder, work):
         store.export(folder, root / "out" / folder / "hf")
     elif work == "export-zarr":
         store.export(folder, root / "out" / folder / "zarr", format="zarr")
+    elif work.startswith("compress-"):
+        store.compress(folder, work.removeprefix("compress-"))
     elif work == "repair":
         assert store.repair(folder).ok
     else:
@@ -80,7 +82,7 @@ print(json.dumps(grown))
 
 WORKS = [
     "save", "save-zarr", "save-raw", "save-whole", "save-many", "save-delta", "stream", "slice", "verify", "verify-deep",
-    "export", "export-zarr", "repair",
+    "export", "export-zarr", "repair", "compress-int8", "compress-int4", "compress-kmeans4", "compress-ladder",
 ]  # fmt: skip
 
 
