@@ -66,11 +66,6 @@ class Reader:
         """Whether the packs are local files."""
         return self._local
 
-    @property
-    def local(self) -> bool:
-        """Whether the bytes lie on this machine, so that reading them takes no waiting."""
-        return self._local
-
     def region(self, tensor: Tensor, region: Region) -> Bytes:
         """The raw bytes of one region, read and decoded in this thread."""
         out = np.empty(size(region) * tensor.kind.itemsize, np.uint8)
