@@ -7,16 +7,20 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
 
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
+from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.names import check_file
 from modelstore.format.region import Region, Shape
 from modelstore.format.safetensors import METADATA, Entry, build_header
+
+if TYPE_CHECKING:
+    from modelstore.execute.reading import Reader
 
 log = logging.getLogger("modelstore")
 
@@ -36,13 +40,35 @@ _SHARED = re.compile(r"(.*\.)?shared\.weight")
 _FROM_SHARED = re.compile(r"(.*\.)?(encoder|decoder)\.embed_tokens\.weight")
 
 
+class Form(Protocol):
+    """How a tensor comes into a file, where its bytes are not written as they are. Used by several threads at once."""
+
+    @property
+    def key(self) -> str:
+        """Tells this form of a tensor from every other one, where the file's header does not."""
+
+    def regions(self, limit: int) -> Iterator[Region]:
+        """The tensor in regions of about `limit` raw bytes, in order."""
+
+    def read(self, reader: Reader, region: Region) -> list[tuple[int, Bytes]]:
+        """A region read and made into what is written: offsets in the file, and the bytes there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A tensor's bytes within a file. A tied tensor's second copy does not count as progress."""
+    """A tensor's bytes within a file. A tied tensor's second copy does not count as progress.
+
+    With a `form`, that says where the bytes go, and `offset` is where the first of them lies.
+    """
 
     tensor: Tensor
     offset: int
     counts: bool = True
+    form: Form | None = None
+
+    def regions(self, limit: int) -> Iterator[Region]:
+        """The regions in which the tensor is written."""
+        return self.form.regions(limit) if self.form else blocks(self.tensor, limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +86,8 @@ class OutFile:
         hasher = blake3(self.header)
         for placed in self.tensors:
             hasher.update(bytes.fromhex(placed.tensor.digest))
+            if placed.form:
+                hasher.update(placed.form.key.encode())
         return hasher.hexdigest()
 
 

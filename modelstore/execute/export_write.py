@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
-from modelstore.execute.export_layout import OutFile, Placed, blocks
+from modelstore.execute.export_layout import OutFile, Placed
 from modelstore.execute.export_target import Done, Target, writing
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format.buffers import Bytes, view
@@ -53,7 +55,7 @@ def write(
     wanted: list[_Block] = []
     for output in outputs:
         done = target.done(output, limit)
-        found = [(placed, region) for placed in output.tensors for region in blocks(placed.tensor, limit)]
+        found = [(placed, region) for placed in output.tensors for region in placed.regions(limit)]
         first = len(found) if done.whole else done.blocks
         file = writer.add(output, first, len(found), whole=done.whole)
         for number, (placed, region) in enumerate(found):
@@ -63,16 +65,47 @@ def write(
                 progress(_nbytes(placed, region))
     try:
         writer.start()
-        wants = [Want(b.placed.tensor, Share(tuple((pair,) for pair in b.region))) for b in wanted]
-        buffers = _Buffers(limit)
-        for index, buffer in reader.stream(wants, limits, allocate=buffers.take):
-            writer.put(wanted[index], buffer)
-            buffers.give_back(index)
-            if progress and wanted[index].placed.counts:
-                progress(len(buffer))
+        for formed, run in itertools.groupby(wanted, lambda block: block.placed.form is not None):
+            for block in (_formed if formed else _plain)(reader, list(run), limits, limit, writer):
+                if progress and block.placed.counts:
+                    progress(_nbytes(block.placed, block.region))
     finally:
         writer.close()
     writer.check()
+
+
+def _plain(reader: Reader, wanted: Sequence[_Block], limits: Limits, limit: int, writer: _Writer) -> Iterator[_Block]:
+    """Write blocks whose bytes are the store's; each, when it is written."""
+    wants = [Want(b.placed.tensor, Share(tuple((pair,) for pair in b.region))) for b in wanted]
+    buffers = _Buffers(limit)
+    for index, buffer in reader.stream(wants, limits, allocate=buffers.take):
+        block = wanted[index]
+        writer.put(block, partial(_write_region, block.placed, block.region, buffer), len(buffer))
+        buffers.give_back(index)
+        yield block
+
+
+def _formed(reader: Reader, wanted: Sequence[_Block], limits: Limits, limit: int, writer: _Writer) -> Iterator[_Block]:
+    """Write blocks that are made into something else in the threads that read them; each, when it is written."""
+    threads = limits.reading_threads(reader.local)
+    # A block is held raw, as float32 or as codes, and as what is written: about four times its size.
+    ahead = max(1, min(2 * threads, limits.memory // (4 * limit)))
+    waiting: deque[tuple[_Block, Future[list[tuple[int, Bytes]]]]] = deque()
+    left = iter(wanted)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="modelstore-export")
+    try:
+        while True:
+            while len(waiting) < ahead and (block := next(left, None)) is not None:
+                assert block.placed.form is not None
+                waiting.append((block, pool.submit(block.placed.form.read, reader, block.region)))
+            if not waiting:
+                return
+            block, future = waiting.popleft()
+            pieces = future.result()
+            writer.put(block, partial(_write_pieces, pieces), sum(len(data) for _, data in pieces))
+            yield block
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Buffers:
@@ -129,17 +162,16 @@ class _Writer:
             if not self._whole[number] and file.first == file.count:
                 self._finish(number)
 
-    def put(self, block: _Block, buffer: Bytes) -> None:
-        """Write one block to its place."""
+    def put(self, block: _Block, fill: Callable[[int], None], nbytes: int) -> None:
+        """Write one block to its place: `fill` writes its bytes, so many, to the open file."""
         file = self._files[block.file]
         with writing(self._target.path):
-            descriptor = self._descriptor(file)
-            _write_region(descriptor, block.placed, block.region, buffer)
+            fill(self._descriptor(file))
         file.written.add(block.number)
         while file.reached in file.written:
             file.written.remove(file.reached)
             file.reached += 1
-        file.since += len(buffer)
+        file.since += nbytes
         if file.reached == file.count:
             self._finish(block.file)
         elif file.since >= CHECKPOINT and not self._waiting:
@@ -201,7 +233,7 @@ def _nbytes(placed: Placed, region: Region) -> int:
     return nbytes
 
 
-def _write_region(descriptor: int, placed: Placed, region: Region, buffer: Bytes) -> None:
+def _write_region(placed: Placed, region: Region, buffer: Bytes, descriptor: int) -> None:
     """Write a region's bytes where they belong in the file: at once, or run by run."""
     shape, itemsize = placed.tensor.shape, placed.tensor.kind.itemsize
     data = view(buffer)
@@ -219,6 +251,11 @@ def _write_region(descriptor: int, placed: Placed, region: Region, buffer: Bytes
         corner = [(a + i, a + i + 1) for (a, _), i in zip(region, index, strict=False)]
         at = placed.offset + offset((*corner, *region[inner:]), shape) * itemsize
         _write(descriptor, data[number * run : (number + 1) * run], at)
+
+
+def _write_pieces(pieces: Sequence[tuple[int, Bytes]], descriptor: int) -> None:
+    for at, data in pieces:
+        _write(descriptor, view(data), at)
 
 
 def _write(descriptor: int, data: memoryview, at: int) -> None:

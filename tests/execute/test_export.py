@@ -127,11 +127,11 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, n: int) -> Callable[[], int]:
     count = [0]
     put = export_write._Writer.put
 
-    def die(self: Any, block: Any, buffer: Any) -> None:
+    def die(self: Any, block: Any, *rest: Any) -> None:
         count[0] += 1
         if count[0] == n:
             raise Killed
-        put(self, block, buffer)
+        put(self, block, *rest)
 
     monkeypatch.setattr(export_write._Writer, "put", die)
     return lambda: count[0]
@@ -420,13 +420,13 @@ def test_one_export_at_a_time(reader: Reader, tmp_path: Path) -> None:
     put = export_write._Writer.put
     errors: list[Exception] = []
 
-    def again(self: Any, block: Any, buffer: Any) -> None:
+    def again(self: Any, block: Any, *rest: Any) -> None:
         if not errors:
             try:
                 export(reader, tmp_path, format="hf", limits=LIMITS)
             except ConflictError as error:
                 errors.append(error)
-        put(self, block, buffer)
+        put(self, block, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_write._Writer, "put", again)
