@@ -20,6 +20,8 @@ _ROWS = MappingProxyType(
         "raw": "modelstore.codecs.raw:Raw",
         "lossless": "modelstore.codecs.lossless:Lossless",
         "delta": "modelstore.codecs.delta:Delta",
+        "binary": "modelstore.codecs.signs:Binary",
+        "ternary": "modelstore.codecs.signs:Ternary",
     }
 )
 
