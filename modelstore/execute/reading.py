@@ -125,7 +125,7 @@ class Reader:
         )
 
     def planes(self, job: ReadJob, wants: Sequence[Want]) -> Iterator[tuple[ChunkRead, list[Bytes]]]:
-        """Each of a job's chunks with its encoded planes, checked; they lie in this thread's scratch memory until its next job."""
+        """Each of a job's chunks with its encoded planes, checked; they lie in this thread's memory until its next job."""
         found = self._fetcher.ranges(job, wants)
         for chunk in job.chunks:
             yield chunk, [found[row] for row in chunk.rows]

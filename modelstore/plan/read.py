@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,11 @@ class Want:
     @property
     def shape(self) -> Shape:
         return self.share.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes of the buffer."""
+        return math.prod(self.shape) * self.tensor.kind.itemsize
 
 
 @dataclass(frozen=True, slots=True)
