@@ -177,9 +177,10 @@ def lazy_fit(codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor
 
 def _recorded(recipe: Recipe, plan: CompressionPlan) -> dict[str, Any]:
     """What a manifest says of how it was made: the recipe, and each tensor's codec where rules alone do not tell it."""
-    made: dict[str, Any] = msgspec.to_builtins(recipe)
-    resolved = {choice.name: msgspec.to_builtins(choice.codec) for choice in plan.compressed if choice.reason}
-    return made | ({"resolved": resolved} if resolved else {})
+    resolved = {choice.name: choice.codec for choice in plan.compressed if choice.reason}
+    whole = msgspec.to_builtins(recipe) | ({"resolved": resolved} if resolved else {})
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(whole))  # as a manifest will give it back
+    return plain
 
 
 def _input(

@@ -21,14 +21,18 @@ def version_info(record: VersionRecord, tags: Mapping[str, int]) -> VersionInfo:
     """A live version, and which of the model's tags name it."""
     original = record.variants[ORIGINAL]
     named = tuple(sorted(tag for tag, version in tags.items() if version == record.version))
-    return VersionInfo(
-        record.version, original.created, named, tuple(record.variants), original.nbytes, original.stored
-    )
+    return VersionInfo(record.version, original.created, named, _variants(record), original.nbytes, original.stored)
 
 
 def variant_infos(record: VersionRecord) -> list[VariantInfo]:
     """The variants of a version."""
-    return [VariantInfo(name, e.codec, e.nbytes, e.stored, e.tensors, e.created) for name, e in record.variants.items()]
+    entries = [(name, record.variants[name]) for name in _variants(record)]
+    return [VariantInfo(name, e.codec, e.nbytes, e.stored, e.tensors, e.created) for name, e in entries]
+
+
+def _variants(record: VersionRecord) -> tuple[str, ...]:
+    """Names of the variants, the original first."""
+    return tuple(sorted(record.variants, key=lambda name: (name != ORIGINAL, name)))
 
 
 def describe(

@@ -69,7 +69,8 @@ def test_a_variant_is_made_and_the_original_stays(recipe: str) -> None:
     for name, value in told.items():
         assert sqnr(saved[name], loaded[name]) == pytest.approx(value, abs=0.05)
     assert about.recipe["name"] == recipe
-    assert sum(pack_sizes(storage).values()) - sum(before.values()) == made.stored  # and nothing that is there already
+    fresh = [size for key, size in pack_sizes(storage).items() if key not in before]
+    assert made.stored <= sum(fresh) < made.stored + 8192  # the manifest's copy aside, nothing that was there already
     assert store.verify(deep=True).ok
     assert not journal(storage)
 
@@ -150,7 +151,7 @@ def test_the_ladder(dtype: torch.dtype) -> None:
     store, saved = open_on(storage), model(dtype=dtype)
     store.save("m", saved)
     made = store.compress("m", "ladder")
-    assert [v.variant for v in made.variants] == ["original", "int8", "int4"]
+    assert [v.variant for v in made.variants] == ["original", "int4", "int8"]
     assert all_bits(store.load("m")) == all_bits(saved)
     name = "model.layers.0.mlp.up_proj.weight"
     assert sqnr(saved[name], store.load("m:int8")[name]) > 40
