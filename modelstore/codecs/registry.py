@@ -20,8 +20,16 @@ _ROWS = MappingProxyType(
         "raw": "modelstore.codecs.raw:Raw",
         "lossless": "modelstore.codecs.lossless:Lossless",
         "delta": "modelstore.codecs.delta:Delta",
+        "ladder": "modelstore.codecs.ladder:Ladder",
         "binary": "modelstore.codecs.signs:Binary",
         "ternary": "modelstore.codecs.signs:Ternary",
+        "kmeans": "modelstore.codecs.kmeans:KMeans",
+        "round": "modelstore.codecs.rounded:Round",
+        "half": "modelstore.codecs.half:Half",
+        "fp8": "modelstore.codecs.fp8:Fp8",
+        "nf4": "modelstore.codecs.nf4:Nf4",
+        "mxfp4": "modelstore.codecs.fp4:Mxfp4",
+        "nvfp4": "modelstore.codecs.fp4:Nvfp4",
     }
 )
 
