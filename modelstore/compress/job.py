@@ -152,7 +152,7 @@ def compress(
 
 def view_spec(spec: CodecSpec, variant: str) -> CodecSpec:
     """The codec by which a variant reads what the codec of a plan stores."""
-    return CodecSpec(spec.name, {**spec.params, "view": variant}) if spec.name == _LADDER else spec
+    return CodecSpec(spec.name, {**spec.params, "variant": variant}) if spec.name == _LADDER else spec
 
 
 def lazy_fit(codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor, chunks: int) -> EncodeRegion:
@@ -286,7 +286,7 @@ def _manifest(
         base=manifest.base if kept_delta else None,
         recipe={} if is_original else recorded,
         parent=None if is_original else manifest.content,
-        metrics={} if is_original else metrics(losses),
+        metrics=manifest.metrics if is_original else metrics(losses),  # an original's are of what it predicts: still true
     )
 
 

@@ -21,14 +21,14 @@ _ALL = (
     _preset("int8", "8 bits, symmetric, one scale a channel", "int", bits=8, granularity="channel"),
     _preset("int4", "4 bits, symmetric, groups of 128, clipped for the least error", "int", bits=4, method="mse"),
     _preset("int3", "3 bits, symmetric, groups of 128, clipped", "int", bits=3, method="mse"),
-    _preset("int2", "2 bits, affine, groups of 64, HQQ", "int", bits=2, symmetric=False, group=64, method="hqq"),
+    _preset("int2", "2 bits, affine, groups of 64, HQQ", "int", bits=2, symmetric=False, group_size=64, method="hqq"),
     _preset("int4-rtn", "4 bits, symmetric, groups of 128, plain rounding", "int", bits=4),
-    _preset("int4-g32", "4 bits, symmetric, groups of 32, clipped", "int", bits=4, group=32, method="mse"),
+    _preset("int4-g32", "4 bits, symmetric, groups of 32, clipped", "int", bits=4, group_size=32, method="mse"),
     _preset(
         "int4-affine", "4 bits with zero points, groups of 128, clipped", "int", bits=4, symmetric=False, method="mse"
     ),
     _preset(
-        "hqq4", "4 bits with zero points, groups of 64, HQQ", "int", bits=4, symmetric=False, group=64, method="hqq"
+        "hqq4", "4 bits with zero points, groups of 64, HQQ", "int", bits=4, symmetric=False, group_size=64, method="hqq"
     ),
     _preset("fp8", "float8 e4m3, one scale a channel", "fp8", granularity="channel"),
     _preset("fp8-block", "float8 e4m3, one scale a block of 128 × 128", "fp8", granularity="block"),

@@ -15,21 +15,7 @@ from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.stores import all_bits, journal, open_on, pack_sizes, shrink
 
-RECIPES = (
-    "int8",
-    "int4",
-    "int4-affine",
-    "hqq4",
-    "half",
-    "fp8",
-    "nf4",
-    "mxfp4",
-    "nvfp4",
-    "binary",
-    "kmeans4",
-    "sparse50",
-    "lowrank",
-)
+RECIPES = tuple(name for name in ms.presets() if name not in ("ladder", "round"))
 
 
 def model(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:

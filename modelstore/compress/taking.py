@@ -1,0 +1,141 @@
+"""Loads variants as they are stored, for engines: each weight as its codes and scales, everything else as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from modelstore.codecs.weight import EngineView, Part, WeightCodec
+from modelstore.compress.engine import Assembly, check_slice, part_name
+from modelstore.errors import UnsupportedError
+from modelstore.execute.loading import Model
+from modelstore.execute.memory import Arena
+from modelstore.execute.reading import Limits, Reader
+from modelstore.format.buffers import Bytes
+from modelstore.format.manifest import Tensor
+from modelstore.plan.layout import Share
+from modelstore.plan.read import ReadJob, Want
+
+if TYPE_CHECKING:
+    import torch
+
+_Target = Assembly | Bytes
+
+
+def engine_view(reader: Reader, tensor: Tensor) -> EngineView | None:
+    """How engines take a tensor; None where it is stored exactly, and they take it as it is.
+
+    `UnsupportedError` where no engine takes what its codec stores.
+    """
+    codec = reader.codec(tensor)
+    if not isinstance(codec, WeightCodec) or codec.exact:
+        return None
+    view = codec.view
+    if view is None:
+        raise UnsupportedError(
+            f"no engine takes what codec {codec.name!r} stores of tensor {tensor.name!r}: load it with dequantize=True",
+            tensor=tensor.name,
+        )
+    return view
+
+
+def stream_parts(
+    model: Model,
+    shares: Mapping[str, Share],
+    limits: Limits,
+    *,
+    device: str | torch.device = "cpu",
+    bounded: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of `shares` as engines take them: (name, tensor) pairs as they become ready, a weight's parts together.
+
+    Tied tensors are one tensor under each of their names. A weight of which a rank holds nothing has no parts.
+    `ValueError` where a slice cuts through groups, `UnsupportedError` for a codec that no engine takes or where a part's
+    name is another tensor's: both before anything is read.
+    """
+    import torch
+
+    from modelstore.execute.tensors import to_torch
+
+    groups: dict[tuple[str, Share], list[str]] = {}
+    for name, share in shares.items():
+        groups.setdefault((model.tensor(name).name, share), []).append(name)
+    names: list[list[str]] = list(groups.values())
+    wants = [Want(model.tensor(name), share) for name, share in groups]
+    views = [engine_view(model.reader, want.tensor) for want in wants]
+    for want, view in zip(wants, views, strict=True):
+        if view is not None:
+            check_slice(want, view.cells(want.tensor.shape))
+    place = torch.device(device)
+
+    def pairs() -> Iterator[tuple[str, torch.Tensor]]:
+        taken = {name for view, them in zip(views, names, strict=True) if view is None for name in them}
+        for index, parts in _read(model.reader, wants, views, limits, bounded, progress):
+            made = {key: to_torch(_writable(part.data), part.dtype, part.shape).to(place) for key, part in parts.items()}
+            for name in names[index]:
+                for key, tensor in made.items():
+                    called = part_name(name, key) if views[index] is not None else name
+                    if views[index] is not None:
+                        if called in taken:
+                            raise UnsupportedError(
+                                f"part {key!r} of tensor {name!r} has the name of another tensor, {called!r}: "
+                                f"load with dequantize=True",
+                                tensor=name,
+                            )
+                        taken.add(called)
+                    yield called, tensor
+
+    return pairs()
+
+
+def load_parts(
+    model: Model,
+    shares: Mapping[str, Share],
+    limits: Limits,
+    *,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """All that `stream_parts` gives, in the order of the model."""
+    found: dict[str, torch.Tensor] = {}
+    order = {name: at for at, name in enumerate(shares)}
+    return found
+
+
+def _read(
+    reader: Reader,
+    wants: list[Want],
+    views: list[EngineView | None],
+    limits: Limits,
+    bounded: bool,
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[int, Mapping[str, Part]]]:
+    """Each want's place in the list, and its parts."""
+    arena = Arena()
+
+    def begin(index: int) -> _Target:
+        view = views[index]
+        return arena.allocate(wants[index].nbytes) if view is None else Assembly(wants[index], view)
+
+    def run(job: ReadJob, targets: dict[int, _Target]) -> None:
+        for chunk, planes in reader.planes(job, wants):
+            target = targets[chunk.want]
+            if isinstance(target, Assembly):
+                target.put(chunk, planes)
+            else:
+                reader.decode(chunk, planes, wants[chunk.want], target)
+
+    for index, target in reader.flow(wants, limits, begin, run, bounded=bounded, progress=progress):
+        want = wants[index]
+        if isinstance(target, Assembly):
+            yield index, target.parts or {}
+        else:
+            yield index, {"": Part(want.tensor.dtype, want.shape, target)}
+
+
+def _writable(data: Bytes) -> Bytes:
+    """Bytes that torch may hold: in their own memory, where they were lent."""
+    return data if data.flags.writeable else np.array(data)
