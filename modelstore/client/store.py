@@ -198,7 +198,8 @@ class Store(Compressing, Keeping):
         ref: str,
         path: str | os.PathLike[str],
         *,
-        format: Literal["hf", "safetensors", "zarr"] = "hf",
+        format: Literal["hf", "safetensors", "zarr", "gguf"] = "hf",
+        gguf_type: str | None = None,
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
         progress: Progress | None = None,
@@ -212,6 +213,20 @@ class Store(Compressing, Keeping):
             from modelstore.integrations.zarr_export import export_zarr
 
             return export_zarr(model.reader, Path(path), limits=self._limits(), overwrite=overwrite, progress=metered)
+        if format == "gguf":
+            from modelstore.integrations.gguf_export import export_gguf
+
+            name = parse_reference(ref).name
+            limits = self._limits()
+            return export_gguf(
+                model.reader,
+                Path(path),
+                name=name,
+                gguf_type=gguf_type,
+                limits=limits,
+                overwrite=overwrite,
+                progress=metered,
+            )
         return export(
             model.reader,
             Path(path),

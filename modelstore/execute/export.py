@@ -60,7 +60,7 @@ def export(
     elif format == "hf":
         if max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")
-        outputs = directory(manifest, _config(reader, manifest), max_shard_bytes)
+        outputs = directory(manifest, model_config(reader, manifest), max_shard_bytes)
     else:
         raise ValueError(f"format {format!r} is not known: hf and safetensors are")
     with Target(path, outputs, single=format == "safetensors", overwrite=overwrite) as target:
@@ -74,7 +74,7 @@ def export(
     )
 
 
-def _config(reader: Reader, manifest: Manifest) -> Mapping[str, Any] | None:
+def model_config(reader: Reader, manifest: Manifest) -> Mapping[str, Any] | None:
     """The model's config.json, None where it has none that can be read."""
     for file in manifest.files:
         if file.name == CONFIG and file.nbytes <= _MAX_CONFIG:

@@ -1,0 +1,178 @@
+"""Writes a variant as one GGUF file, as llama.cpp and what builds on it load it, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from modelstore.codecs.numbers import to_float32
+from modelstore.errors import UnsupportedError
+from modelstore.execute.export import model_config
+from modelstore.execute.export_layout import OutFile, Placed
+from modelstore.execute.export_target import Target
+from modelstore.execute.export_write import write
+from modelstore.execute.reading import Limits, Reader
+from modelstore.format import results
+from modelstore.format.buffers import Bytes
+from modelstore.format.region import Region, extent
+from modelstore.integrations.gguf_model import GgufModel, Named, gguf_model, rows_in_order, type_of
+from modelstore.integrations.gguf_quants import TYPES, quantize, row_bytes
+from modelstore.integrations.gguf_vocab import add_tokenizer
+
+if TYPE_CHECKING:
+    import gguf
+
+_ALIGNMENT = 32
+_FILE_TYPE = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers
+
+
+def export_gguf(
+    reader: Reader,
+    path: Path,
+    *,
+    name: str,
+    gguf_type: str | None = None,
+    limits: Limits,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> results.Exported:
+    """Write a model as one GGUF (v3) file, which takes its name when it is whole; goes on if interrupted.
+
+    `gguf_type`: what matrices are stored as, "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1" (default: BF16 where the most of
+    them are bfloat16, else F16); vectors stay float32, embedding and head are Q8_0 with the 4-bit types, and matrices whose
+    rows are no multiple of 32 are F16 with the block types. A compressed variant is dequantized first. `name`: the model's.
+    `UnsupportedError` for architectures, tokenizers and tensors that llama.cpp has no place for, before anything is written.
+    """
+    started = time.monotonic()
+    path = Path(os.path.abspath(path))  # noqa: PTH100  a link at the end stays what it is
+    if gguf_type is not None and gguf_type not in TYPES:
+        raise ValueError(f"gguf_type={gguf_type!r} is not known: {', '.join(TYPES)} are")
+    if path.suffix != ".gguf":
+        raise ValueError(f"{path} is not the name of a GGUF file: let it end in .gguf")
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UnsupportedError("GGUF needs the package gguf: pip install 'modelstore[gguf]'") from None
+    manifest = reader.manifest
+    model = gguf_model(manifest, model_config(reader, manifest))
+    output = _layout(reader, model, path.name, name, gguf_type or _default(model))
+    with Target(path, [output], single=True, overwrite=overwrite) as target:
+        write(reader, [output], target, limits, progress)
+        target.place()
+    return results.Exported(str(path), (path.name,), output.size, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A tensor written row by row in another type, the rows of each head in llama.cpp's order."""
+
+    named: Named
+    kind: str
+    offset: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind} {self.named.head}"
+
+    def regions(self, limit: int) -> Iterator[Region]:
+        """Whole rows, of whole heads where these are put in another order, and of whole chunks where that is not too much."""
+        tensor, step = self.named.tensor, max(1, self.named.head)
+        rows = tensor.shape[0]
+        across = tensor.nbytes // max(1, rows)
+        chunk = math.lcm(step, max(1, tensor.chunk[0]))
+        step = chunk if chunk * across <= limit else step
+        step *= max(1, limit // max(1, step * across))
+        for start in range(0, rows, step):
+            yield ((start, min(rows, start + step)), *((0, n) for n in tensor.shape[1:]))
+
+    def read(self, reader: Reader, region: Region) -> list[tuple[int, Bytes]]:
+        tensor = self.named.tensor
+        raw = reader.region(tensor, region)
+        rows, columns = extent(region)[0], math.prod(extent(region)[1:])  # of a vector, each number is a row
+        if self.named.head:
+            raw = raw.reshape(rows, -1)[rows_in_order(rows, self.named.head)].reshape(-1)
+        width = row_bytes(self.kind, columns)
+        same = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(self.kind) == tensor.dtype
+        data = raw if same else quantize(to_float32(raw, tensor.kind), self.kind)
+        return [(self.offset + region[0][0] * width, data)]
+
+
+def _layout(reader: Reader, model: GgufModel, path: str, name: str, kind: str) -> OutFile:
+    import gguf
+
+    writer = gguf.GGUFWriter(None, model.arch)
+    writer.add_type("model")
+    writer.add_name(name)
+    for key, value in model.values.items():
+        _add(writer, f"{model.arch}{key}" if key.startswith(".") else key, value)
+    writer.add_file_type(_FILE_TYPE[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_tokenizer(writer, _file(reader), int(model.values[".vocab_size"]))
+    for constant, numbers in model.constants.items():
+        writer.add_tensor_info(constant, numbers.shape, numbers.dtype, numbers.nbytes, gguf.GGMLQuantizationType.F32)
+    sizes, kinds = [], []
+    for named in model.tensors:
+        tensor, its = named.tensor, type_of(named, kind)
+        size = math.prod(tensor.shape[:-1]) * row_bytes(its, tensor.shape[-1])
+        number = gguf.GGMLQuantizationType[its]
+        writer.add_tensor_info(named.name, tensor.shape, np.dtype(np.float32), size, number)
+        sizes.append(size)
+        kinds.append(its)
+    header = _header(writer)
+    for numbers in model.constants.values():
+        header = _padded(header) + numbers.tobytes()
+    placed = []
+    at = len(_padded(header))
+    for named, its, size in zip(model.tensors, kinds, sizes, strict=True):
+        placed.append(Placed(named.tensor, at, True, _Rows(named, its, at)))
+        at += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return OutFile(path, _padded(header), tuple(placed), at)
+
+
+def _header(writer: gguf.GGUFWriter) -> bytes:
+    """All that comes before the tensors, padded to where the first begins."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "header"
+        writer.write_header_to_file(file)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return _padded(file.read_bytes())
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % _ALIGNMENT)
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: int | float | str | bool) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def _file(reader: Reader) -> Callable[[str], bytes | None]:
+    files = {file.name: file for file in reader.manifest.files}
+
+    def read(name: str) -> bytes | None:
+        return reader.region(files[name], ((0, files[name].shape[0]),)).tobytes() if name in files else None
+
+    return read
+
+
+def _default(model: GgufModel) -> str:
+    wide = [named.tensor for named in model.tensors if named.wide]
+    halves = sum(t.nbytes for t in wide if t.dtype == "bfloat16")
+    return "BF16" if 2 * halves > sum(t.nbytes for t in wide) else "F16"
