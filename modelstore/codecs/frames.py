@@ -9,6 +9,7 @@ matches of 7 bytes leave the runs that are real. Level 3 pays for tables of inte
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -59,6 +60,20 @@ def scratch(planes: int) -> Bytes:
 def compress(piece: Bytes, method: Method) -> bytes:
     """`piece` (contiguous, at most `BLOCK` bytes) as a frame that states its content's size."""
     return _tools.compressors[method].compress(piece.data)
+
+
+def compress_parts(parts: Sequence[Bytes], method: Method) -> bytes:
+    """All parts, one after the other, as one frame, in which each begins a block, hence may have an entropy code of its own.
+
+    Parts are contiguous, of any size. For many small ones a frame each would cost more calls.
+    """
+    job = _tools.compressors[method].compressobj(size=sum(part.size for part in parts))
+    pieces = []
+    for part in parts:
+        pieces.append(job.compress(part.data))
+        pieces.append(job.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    pieces.append(job.flush())
+    return b"".join(pieces)
 
 
 def decompress(frame: Bytes, size: int) -> NDArray[np.uint8]:

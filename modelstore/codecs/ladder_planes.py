@@ -1,0 +1,326 @@
+"""How the ladder's planes are laid out: nibbles in pieces, and what is left of the original beyond its codes.
+
+Numbers are little-endian. A plane of nibbles: version (1 byte), two zeros, log2 of a piece's bytes (17); the length (u32) of
+each piece as stored; the pieces, each as it is where it is stored in all its bytes, else a zstd frame. In a piece, nibble
+2i lies in the low bits of byte i.
+
+The residual: version, form, zero, log2 of a block's elements (18). Form 0: the values, as `lossless` stores them. Form 1:
+
+    zeros, patches                     counts, u32
+    three lengths, u32                 of the encodings of the words of code 0, the patches' places, the patches' words
+    a length, u32, for each block      of its symbols as stored
+    the three encodings                as `lossless` stores words of the tensor's dtype, uint32 and again the dtype
+    block after block                  symbols: as they are where as many bytes are stored, else a zstd frame; then rests
+
+A block's symbols are those of the codes whose abs has 1 bit, then 2, … 7 or more, each in the order of elements. Rests are
+nibbles, packed as above, for float16, u16 for float32; there are none for bfloat16.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelstore.codecs import byteplanes, frames
+from modelstore.codecs.kernels import ladder as kernels
+from modelstore.codecs.kernels.ladder import LANES, STREAMS, ZERO
+from modelstore.codecs.numbers import Floats
+from modelstore.errors import FormatError
+from modelstore.format.buffers import Bytes
+from modelstore.format.dtypes import DTYPES, DType
+
+VERSION = 1
+PIECE = frames.BLOCK  # bytes of nibbles
+BLOCK = 2 * PIECE  # elements
+LOG_PIECE, LOG_BLOCK = PIECE.bit_length() - 1, BLOCK.bit_length() - 1
+HEADER = struct.Struct("<BBBB")
+COUNTS = struct.Struct("<5I")
+VALUES, DIFFERENCES = 0, 1
+_PATCHES = 16  # more than one in so many elements, and the values are stored as they are
+_POOR = 0.65  # of the raw size: from there on a residual is compared with the values stored as they are
+
+Words = NDArray[np.unsignedinteger]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How words of a dtype are split: see `kernels/ladder`."""
+
+    number: int
+    width: int
+    magnitude: int
+    infinity: int
+    shift: int
+    bias: int
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        return np.dtype(f"<u{self.width}")
+
+
+KINDS = {
+    "bfloat16": Kind(0, 2, 0x7FFF, 0x7F80, 0, 128),
+    "float16": Kind(1, 2, 0x7FFF, 0x7C00, 4, 128 * 16 + 8),
+    "float32": Kind(2, 4, 0x7FFFFFFF, 0x7F800000, 16, (128 << 16) + (1 << 15)),
+}
+
+
+class Scratch(threading.local):
+    """One thread's memory for a block, warm, of undefined content."""
+
+    def __init__(self) -> None:
+        self.codes = np.empty(BLOCK, np.uint8)
+        self.symbols = np.empty(BLOCK, np.uint8)
+        self.streams = np.empty(BLOCK, np.uint8)
+        self.places = np.empty(BLOCK, np.uint32)
+        self.words = np.empty(2 * BLOCK, np.uint16)
+        self.counts = np.empty((LANES, STREAMS), np.int64)
+
+    def of(self, kind: Kind, n: int) -> Words:
+        """`n` words."""
+        if self.words.nbytes < n * kind.width:
+            self.words = np.empty(n * kind.width // 2, np.uint16)
+        words: Words = self.words.view(kind.dtype)[:n]
+        return words
+
+
+scratch = Scratch()
+LENGTHS = np.array([min(7, abs(u - ZERO).bit_length()) for u in range(256)], np.uint8)
+LENGTHS.flags.writeable = False
+
+
+class NibbleWriter:
+    """A plane of nibbles in the making."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Bytes] = []
+
+    def add(self, piece: Bytes) -> None:
+        """The next piece, which is the caller's to change afterwards."""
+        self._pieces.append(squeezed(piece))
+
+    def plane(self) -> Bytes:
+        """All of it."""
+        lengths = np.array([piece.size for piece in self._pieces], "<u4").view(np.uint8)
+        head = np.frombuffer(HEADER.pack(VERSION, 0, 0, LOG_PIECE), np.uint8)
+        return np.concatenate([head, lengths, *self._pieces])
+
+
+class NibbleReader:
+    """The pieces of a plane of nibbles. `FormatError` where it is none of `count` nibbles."""
+
+    def __init__(self, data: Bytes, count: int, name: str) -> None:
+        self._data, self._count, self._name = data, count, name
+        pieces = -(-count // BLOCK)
+        if data.size < HEADER.size + 4 * pieces:
+            raise FormatError(f"the plane {name!r} has {data.size} bytes, too few for its header")
+        if data[: HEADER.size].tobytes() != HEADER.pack(VERSION, 0, 0, LOG_PIECE):
+            raise FormatError(f"the plane {name!r} begins with {data[:4].tobytes().hex()}, which is not known")
+        lengths = data[HEADER.size : HEADER.size + 4 * pieces].view("<u4").astype(np.int64)
+        self._ends = HEADER.size + 4 * pieces + np.cumsum(lengths)
+        self._lengths = lengths
+        end = int(self._ends[-1]) if pieces else HEADER.size
+        if end != data.size:
+            raise FormatError(f"the plane {name!r} has {data.size} bytes where its lengths add up to {end}")
+
+    def piece(self, index: int) -> Bytes:
+        """The nibbles of a block, packed."""
+        size = -(-min(BLOCK, self._count - index * BLOCK) // 2)
+        end, length = int(self._ends[index]), int(self._lengths[index])
+        return expanded(self._data[end - length : end], size, self._name)
+
+
+def squeezed(piece: Bytes) -> Bytes:
+    """A piece as a frame, if that is worth it, else a copy of it."""
+    if piece.size >= byteplanes.SMALL and _bits(piece) < byteplanes.TRY:
+        frame = frames.compress(piece, "entropy")
+        if len(frame) < piece.size:
+            return np.frombuffer(frame, np.uint8)
+    return piece.copy()
+
+
+def expanded(stored: Bytes, size: int, name: str) -> Bytes:
+    """The `size` bytes that are stored as they are or as a frame."""
+    if stored.size > size:
+        raise FormatError(f"the plane {name!r} has a piece of {stored.size} bytes where {size} are the most")
+    return stored if stored.size == size else frames.decompress(stored, size)
+
+
+def _bits(piece: Bytes) -> float:
+    """Entropy of a sample of the bytes, in bits."""
+    sample = piece[:: max(1, piece.size >> 13)]
+    counts = np.bincount(sample, minlength=256)
+    share = counts[counts > 0] / sample.size
+    return float(-(share * np.log2(share)).sum()) + (share.size - 1) * (0.72 / sample.size + 4 / piece.size)
+
+
+class ResidualWriter:
+    """The residual in the making, block after block."""
+
+    def __init__(self, kind: Kind, count: int) -> None:
+        self._kind, self._count = kind, count
+        self._symbols: list[Bytes] = []
+        self._rests: list[Bytes] = []
+        self._zeros: list[Words] = []
+        self._places: list[NDArray[np.uint32]] = []
+        self._patches: list[Words] = []
+        self._patched = 0
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether there are so many patches that the values are better stored as they are."""
+        return self._patched > self._count // _PATCHES
+
+    def patches(self, places: NDArray[np.uint32], words: Words, first: int, count: int) -> None:
+        """The patches of a block that begins at element `first`: some of them, where there are more than there is room for."""
+        self._patched += count
+        if count:
+            self._places.append(places[:count] + np.uint32(first))
+            self._patches.append(words[:count].copy())
+
+    def block(self, codes: Bytes, symbols: Bytes, rests: Words, values: Words) -> None:
+        """A block's symbols and rests, and the words of its codes 0."""
+        work = kernels.kernels(self._kind.width)
+        work.count(codes, scratch.counts)
+        cursors, sizes = starts(scratch.counts)
+        n = int(sizes[1:].sum())
+        streams, places = scratch.streams[:n], scratch.places[: int(sizes[0])]
+        work.scatter(codes, symbols, LENGTHS, cursors, streams, places)
+        self._zeros.append(values[places])
+        ends = np.cumsum(sizes[1:]).tolist()
+        parts = [streams[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a]
+        frame = np.frombuffer(frames.compress_parts(parts, "entropy") if n else b"", np.uint8)
+        self._symbols.append(frame if frame.size < n else streams.copy())
+        if self._kind.number == 1:
+            low = np.empty(-(-codes.size // 2), np.uint8)
+            work.pack(rests.astype(np.uint8), np.empty_like(low), low)
+            self._rests.append(low)
+        elif self._kind.number == 2:
+            self._rests.append(rests.astype("<u2").view(np.uint8))
+
+    def plane(self, values: Bytes, dtype: DType) -> Bytes:
+        """All of it; or the values, where that is smaller."""
+        plain = HEADER.pack(VERSION, VALUES, 0, LOG_BLOCK)
+        if self.hopeless:
+            return _join(plain, byteplanes.encode(values, dtype))
+        zeros = _concatenated(self._zeros, self._kind.dtype)
+        patches = _concatenated(self._patches, self._kind.dtype)
+        places = _concatenated(self._places, np.dtype(np.uint32))
+        sides = [
+            byteplanes.encode(array.view(np.uint8), how)
+            for array, how in ((zeros, dtype), (places, DTYPES["uint32"]), (patches, dtype))
+        ]
+        head = HEADER.pack(VERSION, DIFFERENCES, 0, LOG_BLOCK)
+        head += COUNTS.pack(zeros.size, patches.size, *(side.size for side in sides))
+        lengths = np.array([symbols.size for symbols in self._symbols], "<u4").view(np.uint8)
+        body: list[Bytes] = []
+        for b, symbols in enumerate(self._symbols):
+            body.append(symbols)
+            body += self._rests[b : b + 1]
+        size = sum(map(len, (head, lengths, *sides, *body)))
+        if size > _POOR * values.size:
+            apart = byteplanes.encode(values, dtype)
+            if apart.size + HEADER.size < size:
+                return _join(plain, apart)
+        return _join(head, lengths, *sides, *body)
+
+
+def starts(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(where each quarter begins in each stream, flat; the streams' sizes). Streams 1… follow each other; 0 is apart."""
+    sizes = counts.sum(axis=0)
+    first = np.cumsum(sizes) - sizes - sizes[0]
+    first[0] = 0
+    cursors = first + np.cumsum(counts, axis=0) - counts
+    return cursors.reshape(-1), sizes
+
+
+def _concatenated(arrays: list[Words], dtype: np.dtype[np.unsignedinteger]) -> Words:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype)
+
+
+def _join(*pieces: bytes | Bytes) -> Bytes:
+    return np.concatenate([np.frombuffer(piece, np.uint8) for piece in pieces])
+
+
+class ResidualReader:
+    """Gives blocks their original words. `FormatError` where the plane is no residual of `count` words."""
+
+    def __init__(self, data: Bytes, kind: Kind, dtype: DType, count: int) -> None:
+        self._data, self._kind, self._count = data, kind, count
+        blocks = -(-count // BLOCK)
+        at = HEADER.size + COUNTS.size + 4 * blocks
+        if data.size < at:
+            raise FormatError(f"the plane 'residual' has {data.size} bytes, too few for its header")
+        zeros, patches, *sides = COUNTS.unpack(data[HEADER.size : HEADER.size + COUNTS.size].tobytes())
+        if zeros > count or patches > count:
+            raise FormatError(f"the plane 'residual' has {zeros} zeros and {patches} patches of {count} elements")
+        lengths = data[at - 4 * blocks : at].view("<u4").astype(np.int64)
+        rests = sum(_rest_bytes(kind, min(BLOCK, count - first)) for first in range(0, count, BLOCK))
+        expected = at + sum(sides) + int(lengths.sum()) + rests
+        if data.size != expected:
+            raise FormatError(f"the plane 'residual' has {data.size} bytes where its lengths add up to {expected}")
+        self._lengths = lengths.tolist()
+        read: list[Words] = []
+        for size, n, how in zip(sides, (zeros, patches, patches), (dtype, DTYPES["uint32"], dtype), strict=True):
+            out = np.empty(n, f"<u{how.itemsize}")
+            byteplanes.decode(data[at : at + size], how, out.view(np.uint8).reshape(1, -1))
+            read.append(out)
+            at += size
+        self._zeros, self._places, self._patches = read
+        if (self._places >= count).any():
+            raise FormatError("the plane 'residual' has a patch outside its elements")
+        self._at, self._zero = at, 0
+
+    def block(self, index: int, codes: Bytes, out: Words, grid: tuple[int, int, int, int, Floats]) -> None:
+        """The next block's words, into `out`. `grid`: kind, first element, columns, group and scales, as kernels take them."""
+        work = kernels.kernels(self._kind.width)
+        n = codes.size
+        work.count(codes, scratch.counts)
+        cursors, sizes = starts(scratch.counts)
+        end = self._at + self._lengths[index]
+        streams = expanded(self._data[self._at : end], n - int(sizes[0]), "residual")
+        self._at = end + _rest_bytes(self._kind, n)
+        symbols, places = scratch.symbols[:n], scratch.places[: int(sizes[0])]
+        work.gather(codes, streams, LENGTHS, cursors, symbols, places)
+        rests = self._rests(self._data[end : self._at], n)
+        work.join(codes, symbols, rests, *grid, self._kind.shift, self._kind.bias, out)
+        zeros = self._zeros[self._zero : self._zero + places.size]
+        if zeros.size != places.size:
+            raise FormatError(f"the plane 'residual' has {self._zeros.size} zeros; its codes have more")
+        self._zero += places.size
+        out[places] = zeros
+        first = index * BLOCK
+        here = (self._places >= first) & (self._places < first + n)
+        if here.any():
+            out[self._places[here] - np.uint32(first)] = self._patches[here]
+
+    def end(self) -> None:
+        """After the last block: all must be used up."""
+        if self._zero != self._zeros.size:
+            raise FormatError(f"the plane 'residual' has {self._zeros.size} zeros; its codes have {self._zero}")
+
+    def _rests(self, data: Bytes, n: int) -> Words:
+        if self._kind.number == 2:
+            return data.view("<u2").astype("<u4")
+        if self._kind.number == 1:
+            nibbles = scratch.streams[:n]
+            kernels.kernels(2).unpack(data, data[:0], nibbles)
+            return nibbles.astype("<u2")
+        return np.empty(0, self._kind.dtype)
+
+
+def _rest_bytes(kind: Kind, n: int) -> int:
+    """Bytes that the rests of `n` words take."""
+    return (0, -(-n // 2), 2 * n)[kind.number]
+
+
+def is_values(data: Bytes) -> bool:
+    """Whether a residual holds the values themselves. `FormatError` where it is of no form that is known."""
+    head = data[: HEADER.size].tobytes()
+    if head not in (HEADER.pack(VERSION, form, 0, LOG_BLOCK) for form in (VALUES, DIFFERENCES)):
+        raise FormatError(f"the plane 'residual' begins with {head.hex()}, which is not known")
+    return head[1] == VALUES
