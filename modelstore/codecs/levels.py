@@ -29,7 +29,8 @@ def limit(dtype: DType) -> np.float32:
     """The largest finite number of a dtype as float32; float64's is float32's."""
     import ml_dtypes
 
-    return np.float32(min(float(ml_dtypes.finfo(numpy_dtype(dtype)).max), _LARGEST))
+    info = ml_dtypes.finfo(numpy_dtype(dtype))  # type: ignore[no-untyped-call]
+    return np.float32(min(float(info.max), _LARGEST))
 
 
 def numbers(values: Bytes, dtype: DType) -> Floats:

@@ -1,0 +1,145 @@
+"""Codebooks for one-dimensional numbers, found in their histogram: k-means, and entropy-constrained quantization.
+
+The numbers are sorted, so that every cluster is a run of them: sums over a cluster are differences of running sums, and a
+round of Lloyd's takes microseconds however large the tensor is. Everything is float64 and the same in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Doubles: TypeAlias = NDArray[np.float64]
+Codebook = tuple[Doubles, Doubles]  # levels, ascending; the bounds between them
+
+ROUNDS = 200  # of Lloyd's: it has converged long before, but for ties in rounding
+MOST = 255  # levels of an entropy-constrained codebook
+_STEPS = 16  # halvings of the interval in which its step lies
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Numbers, ascending and distinct, and running sums of how often they occur, of them, and of their squares."""
+
+    values: Doubles
+    count: Doubles
+    total: Doubles
+    square: Doubles
+
+    @classmethod
+    def of(cls, values: Doubles, counts: NDArray[np.int64]) -> Numbers:
+        """Out of sorted numbers and how often each occurs, scaled so that squares cannot overflow."""
+        weights = counts.astype(np.float64)
+        return cls(
+            values,
+            *(np.concatenate([[0.0], np.cumsum(x)]) for x in (weights, weights * values, weights * values * values)),
+        )
+
+    def error(self, book: Codebook) -> float:
+        """The sum of squared errors."""
+        counts, totals, squares = self.sums(book)
+        return float((squares - 2 * book[0] * totals + book[0] ** 2 * counts).sum())
+
+    def sums(self, book: Codebook) -> tuple[Doubles, Doubles, Doubles]:
+        """Of each cluster: how many, their sum, the sum of their squares. A number at a bound lies below it."""
+        ends = np.concatenate([[0], np.searchsorted(self.values, book[1], "right"), [self.values.size]])
+        return np.diff(self.count[ends]), np.diff(self.total[ends]), np.diff(self.square[ends])
+
+
+def kmeans(numbers: Numbers, levels: int) -> Codebook:
+    """At most `levels` numbers of least squared error: Lloyd's rounds from several beginnings, of which the best is kept."""
+    if numbers.values.size <= levels:
+        return numbers.values, _middles(numbers.values)
+    books = [_lloyd(numbers, start) for start in _starts(numbers, levels)]
+    return min(books, key=numbers.error)
+
+
+def _starts(numbers: Numbers, levels: int) -> Iterator[Doubles]:
+    """Linear over the range (Han et al.), and where the cube root of the density has its quantiles (Panter and Dite)."""
+    low, high = float(numbers.values[0]), float(numbers.values[-1])
+    places = (np.arange(levels) + 0.5) / levels
+    yield low + (high - low) * places
+    for bins in (512, 8192):  # coarse, and fine for numbers with outliers
+        edges = np.linspace(low, high, bins + 1)
+        ends = np.searchsorted(numbers.values, edges[1:-1], "right")
+        counts = np.diff(numbers.count[np.concatenate([[0], ends, [numbers.values.size]])])
+        root = np.concatenate([[0.0], np.cumsum(np.cbrt(counts))])
+        yield np.interp(places * root[-1], root, edges)
+
+
+def _lloyd(numbers: Numbers, start: Doubles) -> Codebook:
+    """Means of clusters and the middles between them, in turn, until nothing moves; empty clusters are dropped."""
+    points = start
+    for _ in range(ROUNDS):
+        counts, totals, _ = numbers.sums((points, _middles(points)))
+        full = counts > 0
+        means = totals[full] / counts[full]
+        if np.array_equal(means, points):
+            break
+        points = means
+    return points, _middles(points)
+
+
+def _middles(points: Doubles) -> Doubles:
+    return points[:-1] / 2 + points[1:] / 2
+
+
+def entropy_constrained(numbers: Numbers, rate: float) -> Codebook:
+    """A codebook of least squared error whose indices have at most `rate` bits of entropy each.
+
+    Chou, Lookabaugh, Gray, "Entropy-Constrained Vector Quantization" (1989): squared error + slope * length of the code.
+    The slope belongs to the step of the uniform quantizer that is the beginning, and that is halved in on.
+    """
+    spread = float(np.sqrt(numbers.square[-1] / numbers.count[-1])) or 1.0
+    low, high = np.log2(spread) - 9, np.log2(spread) + 4  # log2 of the step
+    best: Codebook | None = None
+    for _ in range(_STEPS):
+        step = 2.0 ** float((low + high) / 2)
+        book, entropy = _constrained(numbers, step)
+        if entropy <= rate:
+            best, high = book, (low + high) / 2
+        else:
+            low = (low + high) / 2
+    return best if best is not None else kmeans(numbers, 1)
+
+
+def _constrained(numbers: Numbers, step: float) -> tuple[Codebook, float]:
+    """The codebook that a uniform quantizer of that step leads to, and the entropy of its indices."""
+    slope = step * step * 0.11552453  # ln 2 / 6: what a bit is worth where steps are small
+    points = _uniform(numbers, step)
+    bounds = _middles(points)
+    for _ in range(40):
+        counts, totals, _ = numbers.sums((points, bounds))
+        full = counts > 0
+        points = totals[full] / counts[full]
+        share = counts[full] / numbers.count[-1]
+        lengths = np.round(-64 * np.log2(share)) / 64  # robust against the last bits of a machine's logarithm
+        moved = _middles(points) + slope * np.diff(lengths) / (2 * np.diff(points))
+        moved = np.clip(np.maximum.accumulate(moved), numbers.values[0], numbers.values[-1])
+        if np.array_equal(moved, bounds):
+            break
+        bounds = moved
+    counts, totals, _ = numbers.sums((points, bounds))
+    full = counts > 0
+    if not full.all():  # a bound belongs to the last cluster before it that is left
+        ends = np.flatnonzero(full)
+        points, bounds = points[ends], bounds[ends[:-1]]
+        counts = counts[ends]
+    share = counts / numbers.count[-1]
+    return (points, bounds), float(-(share * np.log2(share)).sum())
+
+
+def _uniform(numbers: Numbers, step: float) -> Doubles:
+    """Multiples of the step over the range; where those are too many, the outer ones grow apart towards its ends."""
+    low, high = float(numbers.values[0]), float(numbers.values[-1])
+    first, last = int(np.floor(low / step)), int(np.ceil(high / step))
+    if last - first < MOST:
+        return np.arange(first, last + 1) * step
+    inner = np.arange(-95, 96) * step
+    above = np.geomspace(96 * step, max(high, 97 * step), 32)
+    below = -np.geomspace(96 * step, max(-low, 97 * step), 32)[::-1]
+    return np.concatenate([below, inner, above])
