@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 from modelstore.errors import NotFoundError
 from modelstore.execute.loading import Model
 from modelstore.execute.memory import budget
 from modelstore.execute.reading import Limits
 from modelstore.execute.saving import Against
 from modelstore.format.manifest import Manifest
-from modelstore.format.names import Reference
+from modelstore.format.names import ORIGINAL, Reference
 from modelstore.format.record import VariantEntry
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
+
+log = logging.getLogger("modelstore")
 
 
 class Base:
@@ -52,6 +56,27 @@ class Base:
     def _model(self, ref: Reference) -> Model:
         self._catalog.open()
         return self._opened(ref.name, self._catalog.entry(ref)[1])
+
+    def _readable(self, ref: Reference) -> Model:
+        """As `_model`; a variant that is not stored but has a preset's name is made while it is read, and said to be."""
+        from modelstore.compress.presets import PRESETS
+
+        self._catalog.open()
+        record = self._catalog.resolve(ref)
+        if ref.variant in record.variants or ref.variant not in PRESETS:
+            return self._opened(ref.name, self._catalog.variant(record, ref.variant))
+        from modelstore.compress.fly import unstored
+
+        at = f"{ref.name}@{record.version}"
+        made = unstored(self._opened(ref.name, record.variants[ORIGINAL]), PRESETS[ref.variant])
+        log.warning(
+            "variant %r of %s is not stored and is made of the original while it is read: compress(%r, %r) stores it",
+            ref.variant,
+            at,
+            at,
+            ref.variant,
+        )
+        return made
 
     def _opened(self, name: str, entry: VariantEntry) -> Model:
         manifest = self._manifests.entry(name, entry)

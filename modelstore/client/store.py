@@ -131,20 +131,33 @@ class Store(Compressing, Keeping):
         shard: Shard | None = None,
         names: Iterable[str] | None = None,
         mmap: bool = False,
+        dequantize: bool = True,
         progress: Progress | None = None,
     ) -> dict[str, torch.Tensor]:
         """The tensors of a variant by name, each chunk checked, in memory of their own; tied ones are one tensor.
         `shard`: a rank's layout (`TensorParallel`, `PipelineStage`, …), or {name: region}. `names`: these tensors only.
         `mmap=True`, for local models saved with `codec="raw", grid="whole"`, maps them instead: nothing is read, or
-        checked, until it is touched.
+        checked, until it is touched. `dequantize=False` gives a compressed variant's weights as engines take them: instead
+        of `a.weight` its `a.weight_packed`, `a.weight_scale`, … in the packing of compressed-tensors; a rank's slices then
+        begin and end with groups. A variant that is not stored but has a preset's name, such as "m:int8", is made of the
+        original while it is read, with the bits that `compress` would store; a warning says so.
         """
-        model = self._model(parse_reference(ref))
+        if mmap and not dequantize:
+            raise ValueError(
+                "mmap=True maps tensors as they are stored, in their own dtypes: leave dequantize=False out"
+            )
+        model = self._readable(parse_reference(ref))
         shares = model.shares(_layout(shard), names)
         if mmap:
             mapped = model.map(shares)
             return mapped if str(device) == "cpu" else {name: tensor.to(device) for name, tensor in mapped.items()}
         total = sum(nbytes(share.shape, model.tensor(name).kind.itemsize) for name, share in shares.items())
-        return model.load(shares, self._limits(), device=device, progress=meter(progress, total, f"loading {ref}"))
+        metered = meter(progress, total, f"loading {ref}")
+        if not dequantize:
+            from modelstore.compress.taking import load_parts
+
+            return load_parts(model, shares, self._limits(), device=device, progress=metered)
+        return model.load(shares, self._limits(), device=device, progress=metered)
 
     def stream(
         self,
@@ -153,10 +166,19 @@ class Store(Compressing, Keeping):
         device: str | torch.device = "cpu",
         shard: Shard | None = None,
         names: Iterable[str] | None = None,
+        dequantize: bool = True,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) pairs as they become ready, within the memory budget; a tensor larger than it comes alone."""
-        model = self._model(parse_reference(ref))
-        return model.stream(model.shares(_layout(shard), names), self._limits(), device=device)
+        """(name, tensor) pairs as they become ready, within the memory budget; a tensor larger than it comes alone.
+
+        `dequantize`, and variants that are not stored, as for `load`.
+        """
+        model = self._readable(parse_reference(ref))
+        shares = model.shares(_layout(shard), names)
+        if not dequantize:
+            from modelstore.compress.taking import stream_parts
+
+            return stream_parts(model, shares, self._limits(), device=device)
+        return model.stream(shares, self._limits(), device=device)
 
     def load_into(
         self,
@@ -171,13 +193,13 @@ class Store(Compressing, Keeping):
 
         `strict`: every name must be on both sides. `ValueError` where names or shapes do not fit; nothing is changed then.
         """
-        model = self._model(parse_reference(ref))
+        model = self._readable(parse_reference(ref))
         metered = meter(progress, model.manifest.nbytes, f"loading {ref}")
         model.load_into(module, self._limits(), shard=_layout(shard), strict=strict, progress=metered)
 
     def tensor(self, ref: str, name: str) -> LazyTensor:
         """A tensor to be sliced: `store.tensor(ref, name)[a:b, c:d]` reads only the chunks that it touches."""
-        return LazyTensor(self._model(parse_reference(ref)), name, self._limits())
+        return LazyTensor(self._readable(parse_reference(ref)), name, self._limits())
 
     def zarr(self, ref: str, *, bits: bool = False) -> ModelArrays:
         """The variant as a read-only Zarr v3 store, for `zarr.open_group(…, mode="r")` and xarray.

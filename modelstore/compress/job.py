@@ -17,7 +17,7 @@ import msgspec
 
 from modelstore.codecs.loss import Loss
 from modelstore.codecs.weight import Encode, WeightCodec
-from modelstore.compress.plan import weight_codec
+from modelstore.compress.plan import tensor_plan, weight_codec
 from modelstore.errors import ConflictError, CorruptionError
 from modelstore.execute.encoding import EncodeRegion, Input, ReadRegion
 from modelstore.execute.journal import resume
@@ -34,7 +34,6 @@ from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region
 from modelstore.format.results import Choice, CompressionPlan
 from modelstore.plan.layout import axes
-from modelstore.plan.write import plan_tensor
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.describe import variant_infos
@@ -190,7 +189,7 @@ def _input(
     tensor = parent.manifest.by_name[choice.name]
     spec = view_spec(choice.codec, ORIGINAL)
     codec = weight_codec(spec)
-    plan = plan_tensor(tensor.name, tensor.dtype, tensor.shape, spec, axis=axis, units=codec.group(tensor.shape))
+    plan = tensor_plan(tensor, spec, axis)
     views = tuple(weight_codec(view_spec(choice.codec, variant)) for variant in variants)
     chunks = grid.count(plan.shape, plan.chunk)
     encode = lazy_fit(codec, _regions(parent.reader, tensor), tensor, chunks)

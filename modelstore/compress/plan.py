@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from modelstore.codecs.registry import codec as make_codec
@@ -13,6 +13,7 @@ from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.recipe import Kind, Recipe, Rule, check, recipe
 from modelstore.format.results import Choice, CompressionPlan
+from modelstore.plan.write import TensorPlan, plan_tensor
 
 
 def weight_codec(spec: CodecSpec) -> WeightCodec:
@@ -80,6 +81,12 @@ def _choice(manifest: Manifest, tensor: Tensor, kind: Kind, spec: CodecSpec | No
     stored = int(manifest.length[manifest.rows(tensor)].sum())
     expected = weight_codec(spec).size(tensor.shape, tensor.kind) if spec else stored
     return Choice(tensor.name, kind, tensor.dtype, tensor.shape, spec, reason, tensor.nbytes, stored, expected)
+
+
+def tensor_plan(tensor: Tensor, spec: CodecSpec, axis: Callable[[str], int | None] | None) -> TensorPlan:
+    """How a tensor is cut and stored by a codec; `axis` says along which dimension ranks will slice it."""
+    units = weight_codec(spec).group(tensor.shape)
+    return plan_tensor(tensor.name, tensor.dtype, tensor.shape, spec, axis=axis, units=units)
 
 
 def resolve(value: str | Recipe | Mapping[str, Any], include: Iterable[str] = (), skip: Iterable[str] = ()) -> Recipe:

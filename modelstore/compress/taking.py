@@ -38,6 +38,10 @@ def engine_view(reader: Reader, tensor: Tensor) -> EngineView | None:
             f"no engine takes what codec {codec.name!r} stores of tensor {tensor.name!r}: load it with dequantize=True",
             tensor=tensor.name,
         )
+    try:
+        view.cells(tensor.shape)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"tensor {tensor.name!r}: {error}", tensor=tensor.name) from None
     return view
 
 
@@ -53,42 +57,11 @@ def stream_parts(
     """The tensors of `shares` as engines take them: (name, tensor) pairs as they become ready, a weight's parts together.
 
     Tied tensors are one tensor under each of their names. A weight of which a rank holds nothing has no parts.
-    `ValueError` where a slice cuts through groups, `UnsupportedError` for a codec that no engine takes or where a part's
-    name is another tensor's: both before anything is read.
+    Before anything is read: `ValueError` where a slice cuts through groups, `UnsupportedError` for a codec that no engine
+    takes. `UnsupportedError` also where a part would have the name of another tensor.
     """
-    import torch
-
-    from modelstore.execute.tensors import to_torch
-
-    groups: dict[tuple[str, Share], list[str]] = {}
-    for name, share in shares.items():
-        groups.setdefault((model.tensor(name).name, share), []).append(name)
-    names: list[list[str]] = list(groups.values())
-    wants = [Want(model.tensor(name), share) for name, share in groups]
-    views = [engine_view(model.reader, want.tensor) for want in wants]
-    for want, view in zip(wants, views, strict=True):
-        if view is not None:
-            check_slice(want, view.cells(want.tensor.shape))
-    place = torch.device(device)
-
-    def pairs() -> Iterator[tuple[str, torch.Tensor]]:
-        taken = {name for view, them in zip(views, names, strict=True) if view is None for name in them}
-        for index, parts in _read(model.reader, wants, views, limits, bounded, progress):
-            made = {key: to_torch(_writable(part.data), part.dtype, part.shape).to(place) for key, part in parts.items()}
-            for name in names[index]:
-                for key, tensor in made.items():
-                    called = part_name(name, key) if views[index] is not None else name
-                    if views[index] is not None:
-                        if called in taken:
-                            raise UnsupportedError(
-                                f"part {key!r} of tensor {name!r} has the name of another tensor, {called!r}: "
-                                f"load with dequantize=True",
-                                tensor=name,
-                            )
-                        taken.add(called)
-                    yield called, tensor
-
-    return pairs()
+    found = _stream(model, shares, limits, device, bounded, progress)
+    return ((called, tensor) for _, called, tensor in found)
 
 
 def load_parts(
@@ -99,10 +72,62 @@ def load_parts(
     device: str | torch.device = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """All that `stream_parts` gives, in the order of the model."""
-    found: dict[str, torch.Tensor] = {}
-    order = {name: at for at, name in enumerate(shares)}
-    return found
+    """All that `stream_parts` gives, in the order of `shares`."""
+    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in shares}
+    for name, called, tensor in _stream(model, shares, limits, device, str(device) != "cpu", progress):
+        found[name][called] = tensor
+    return {called: tensor for parts in found.values() for called, tensor in parts.items()}
+
+
+def _stream(
+    model: Model,
+    shares: Mapping[str, Share],
+    limits: Limits,
+    device: str | torch.device,
+    bounded: bool,
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(name of the weight, name of the part, the part); what can be refused is refused before the first is asked for."""
+    groups: dict[tuple[str, Share], list[str]] = {}
+    for name, share in shares.items():
+        groups.setdefault((model.tensor(name).name, share), []).append(name)
+    wants = [Want(model.tensor(name), share) for name, share in groups]
+    views = [engine_view(model.reader, want.tensor) for want in wants]
+    for want, view in zip(wants, views, strict=True):
+        if view is not None:
+            check_slice(want, view.cells(want.tensor.shape))
+    found = _read(model.reader, wants, views, limits, bounded, progress)
+    return _named(found, list(groups.values()), views, device)
+
+
+def _named(
+    found: Iterator[tuple[int, Mapping[str, Part]]],
+    names: list[list[str]],
+    views: list[EngineView | None],
+    device: str | torch.device,
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    import torch
+
+    from modelstore.execute.tensors import to_torch
+
+    place = torch.device(device)
+    taken = {name for view, them in zip(views, names, strict=True) if view is None for name in them}
+    for index, parts in found:
+        made = {key: to_torch(_writable(part.data), part.dtype, part.shape).to(place) for key, part in parts.items()}
+        for name in names[index]:
+            if views[index] is None:
+                yield name, name, made[""]
+                continue
+            for key, tensor in made.items():
+                called = part_name(name, key)
+                if called in taken:
+                    raise UnsupportedError(
+                        f"part {key!r} of tensor {name!r} would have the name of another tensor, {called!r}: "
+                        f"load with dequantize=True",
+                        tensor=name,
+                    )
+                taken.add(called)
+                yield name, called, tensor
 
 
 def _read(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import FormatError, NotFoundError
@@ -54,6 +55,12 @@ class Model:
         self.manifest = manifest
         self.reader: Reader = Reader(Fetcher(model, manifest, storage, mirrors), base)
         self._storage = storage
+
+    def variant(self, reader: Reader) -> Model:
+        """The same model as another reader gives its tensors: its manifest is the reader's."""
+        made = copy(self)
+        made.manifest, made.reader = reader.manifest, reader
+        return made
 
     def file(self, path: str) -> bytes:
         """A file of the model; `NotFoundError` where it has none of that path."""

@@ -111,13 +111,18 @@ class Catalog:
     def entry(self, ref: Reference) -> tuple[VersionRecord, VariantEntry]:
         """The version that a reference names, and the entry of its variant."""
         record = self.resolve(ref)
-        if ref.variant not in record.variants:
+        return record, self.variant(record, ref.variant)
+
+    @staticmethod
+    def variant(record: VersionRecord, variant: str) -> VariantEntry:
+        """The entry of a version's variant; `NotFoundError` where it has none of that name."""
+        if variant not in record.variants:
             known = ", ".join(record.variants)
             raise NotFoundError(
-                f"version {record.version} of model {ref.name!r} has no variant {ref.variant!r}: it has {known}",
-                model=ref.name,
+                f"version {record.version} of model {record.model!r} has no variant {variant!r}: it has {known}",
+                model=record.model,
             )
-        return record, record.variants[ref.variant]
+        return record.variants[variant]
 
     def tag(self, model: str, tag: str) -> int:
         """The version that a tag names."""
