@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,9 +14,10 @@ from blake3 import blake3
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
+from modelstore.format.dtypes import dtype
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.names import check_file
-from modelstore.format.region import Region, Shape
+from modelstore.format.region import Region, Shape, nbytes
 from modelstore.format.safetensors import METADATA, Entry, build_header
 
 if TYPE_CHECKING:
@@ -52,6 +53,34 @@ class Form(Protocol):
 
     def read(self, reader: Reader, region: Region) -> list[tuple[int, Bytes]]:
         """A region read and made into what is written: offsets in the file, and the bytes there."""
+
+
+class Packing(Protocol):
+    """A tensor that goes into a safetensors file as several, of other dtypes and shapes."""
+
+    def parts(self, name: str) -> list[tuple[str, str, Shape]]:
+        """Name, dtype and shape of each, of the tensor under that name."""
+
+    def form(self, offsets: Sequence[int]) -> Form:
+        """How they are written to these places in the file, in the order of `parts`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A tensor under one of its names, and how it is packed (None: as it is)."""
+
+    name: str
+    tensor: Tensor
+    counts: bool
+    packing: Packing | None = None
+
+    @property
+    def parts(self) -> list[tuple[str, str, Shape]]:
+        return self.packing.parts(self.name) if self.packing else [(self.name, self.tensor.dtype, self.tensor.shape)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(nbytes(shape, dtype(kind).itemsize) for _, kind, shape in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,38 +122,48 @@ class OutFile:
 
 def one_file(manifest: Manifest, path: str) -> OutFile:
     """All tensors in one safetensors file, each tied name with bytes of its own: any loader finds every name."""
-    named = [(name, t, name == t.name) for t, names in _names(manifest) for name in names]
+    named = [_Item(name, t, name == t.name) for t, names in _names(manifest) for name in names]
     return _weights(path, named, manifest.metadata)
 
 
-def directory(manifest: Manifest, config: Mapping[str, Any] | None, max_shard_bytes: int) -> list[OutFile]:
+def directory(
+    manifest: Manifest,
+    config: Mapping[str, Any] | None,
+    max_shard_bytes: int,
+    packed: Mapping[str, Packing] | None = None,
+    instead: Mapping[str, bytes] | None = None,
+) -> list[OutFile]:
     """A Hugging Face directory: shards of at most so many bytes of tensors (or of one tensor), their index, the files.
 
+    `packed` tensors, by name, are written in their parts; `instead` are files with other bytes than the model's.
     The config comes last, the index before it: loaders that meet an unfinished directory then see that it is none.
     """
     left_out = _left_out(manifest, config)
-    named = []
+    items = []
     for tensor, names in _names(manifest):
         kept = [name for name in names if name not in left_out]
-        named += [(name, tensor, name == kept[0]) for name in kept]
-    shards: list[list[tuple[str, Tensor, bool]]] = [[]]
-    nbytes = 0
-    for item in named:
-        if shards[-1] and nbytes + item[1].nbytes > max_shard_bytes:
+        items += [_Item(name, tensor, name == kept[0], (packed or {}).get(tensor.name)) for name in kept]
+    shards: list[list[_Item]] = [[]]
+    held = 0
+    for item in items:
+        if shards[-1] and held + item.nbytes > max_shard_bytes:
             shards.append([])
-            nbytes = 0
+            held = 0
         shards[-1].append(item)
-        nbytes += item[1].nbytes
+        held += item.nbytes
     n = len(shards)
     paths = [SINGLE] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
     weights = [_weights(path, shard, manifest.metadata) for path, shard in zip(paths, shards, strict=True)]
     if n > 1:
-        total = sum(t.nbytes for _, t, _ in named)
-        where = {name: path for path, shard in zip(paths, shards, strict=True) for name, _, _ in shard}
+        total = sum(item.nbytes for item in items)
+        shown = zip(paths, shards, strict=True)
+        where = {name: path for path, shard in shown for item in shard for name, _, _ in item.parts}
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, ensure_ascii=False)
         text = index.encode() + b"\n"
         weights.append(OutFile(INDEX, text, (), len(text)))
-    files = list(_files(manifest))
+    other = instead or {}
+    files = [f for f in _files(manifest) if f.path not in other]
+    files += [OutFile(path, data, (), len(data)) for path, data in other.items()]
     outputs = [f for f in files if f.path != CONFIG] + weights + [f for f in files if f.path == CONFIG]
     _check_paths(outputs)
     return outputs
@@ -182,28 +221,34 @@ def _left_out(manifest: Manifest, config: Mapping[str, Any] | None) -> set[str]:
     return found
 
 
-def _weights(path: str, named: Iterable[tuple[str, Tensor, bool]], metadata: Mapping[str, str]) -> OutFile:
+def _weights(path: str, items: Iterable[_Item], metadata: Mapping[str, str]) -> OutFile:
     # Wider numbers first, as the safetensors library does it: each tensor then begins at a multiple of its width.
-    ordered = sorted(named, key=lambda item: -item[1].kind.itemsize)
+    parts = [(item, part) for item in items for part in item.parts]
+    parts.sort(key=lambda found: -dtype(found[1][1]).itemsize)
     entries = []
     at = 0
-    for name, tensor, _ in ordered:
-        kind = tensor.kind
-        if kind.safetensors is None or name == METADATA or (kind.safetensors == "F4" and not tensor.shape):
-            what = f"the name {name!r}" if name == METADATA else f"{len(tensor.shape)}-d {kind.name}"
+    for _, (name, kind, shape) in parts:
+        known = dtype(kind)
+        if known.safetensors is None or name == METADATA or (known.safetensors == "F4" and not shape):
+            what = f"the name {name!r}" if name == METADATA else f"{len(shape)}-d {kind}"
             raise UnsupportedError(
                 f"tensor {name!r} cannot be exported, because safetensors has no place for {what}: "
                 'convert it, or export with format="zarr"',
                 tensor=name,
             )
-        entries.append(Entry(name, tensor.dtype, tensor.shape, at, at + tensor.nbytes))
-        at += tensor.nbytes
+        size = nbytes(shape, known.itemsize)
+        entries.append(Entry(name, kind, shape, at, at + size))
+        at += size
     header = build_header(entries, {"format": "pt", **metadata})
-    placed = tuple(
-        Placed(tensor, len(header) + entry.start, first)
-        for entry, (_, tensor, first) in zip(entries, ordered, strict=True)
-    )
-    return OutFile(path, header, placed, len(header) + at)
+    offsets = {entry.name: len(header) + entry.start for entry in entries}
+    plain = [Placed(item.tensor, offsets[name], item.counts) for item, (name, _, _) in parts if item.packing is None]
+    made = []
+    for item in {item.name: item for item, _ in parts}.values():
+        if item.packing is None:
+            continue
+        places = [offsets[name] for name, _, _ in item.parts]
+        made.append(Placed(item.tensor, min(places), item.counts, item.packing.form(places)))
+    return OutFile(path, header, (*plain, *made), len(header) + at)
 
 
 def _files(manifest: Manifest) -> Iterator[OutFile]:
