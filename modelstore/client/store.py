@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.client.compressing import Compressing
+from modelstore.client.evaluating import Evaluating
 from modelstore.client.keeping import Keeping
 from modelstore.execute.loading import LazyTensor
 from modelstore.execute.progress import Progress, meter
@@ -61,7 +62,7 @@ def open(
     )
 
 
-class Store(Compressing, Keeping):
+class Store(Compressing, Evaluating, Keeping):
     """A store of models over a storage. Made by `modelstore.open`; may be used from many threads."""
 
     # ------------------------------------------------------------------ saving

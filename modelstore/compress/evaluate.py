@@ -139,13 +139,15 @@ def _against(
     work: Sequence[Sequence[Window]],
     count: Callable[[int], None] | None,
 ) -> Score:
+    import torch
+
     predicted, surprise, divergence, agreed = 0, 0.0, 0.0, 0
     for known, (answers, targets) in zip(reference, _answers(model, tokens, work, count), strict=True):
         predicted += len(targets)
         surprise += _surprise(answers, targets)
-        for p, q in zip(known.split(_ROWS), answers.split(_ROWS), strict=True):
+        for p, q in zip(torch.split(known, _ROWS), torch.split(answers, _ROWS), strict=True):
             terms = p.exp() * (p - q)
-            divergence += float(terms.masked_fill_(p == -math.inf, 0).sum(-1, dtype=p.dtype).double().sum())
+            divergence += float(terms.masked_fill_(p == -math.inf, 0).sum(-1).double().sum())
             agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
     return Score(predicted, surprise, divergence, agreed)
 

@@ -79,7 +79,8 @@ def publish(catalog: Catalog, manifests: Manifests, ref: Reference, content: str
         manifest = manifests.entry(ref.name, entry)
         if manifest.content != content:
             raise ConflictError(
-                f"{ref.name}@{version}:{ref.variant} was made anew while it was evaluated: evaluate it again", model=ref.name
+                f"{ref.name}@{version}:{ref.variant} was made anew while it was evaluated: evaluate it again",
+                model=ref.name,
             )
         metrics = with_evaluation(manifest.metrics, made)
         if metrics == manifest.metrics:

@@ -21,7 +21,14 @@ from modelstore.execute.reading import Limits
 if TYPE_CHECKING:
     import torch
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
 _SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _LARGEST = 256 << 20  # bytes of a file that a tokenizer is made of
 
@@ -71,7 +78,9 @@ def language_config(model: Model) -> Any:
 def tokens(model: Model, text: str) -> list[int]:
     """A text as the model's own tokenizer cuts it, with what it puts before a text; `NotFoundError` where it has none."""
     transformers = _transformers()
-    files = [f for f in model.manifest.files if f.name.endswith(_SUFFIXES) and "/" not in f.name and f.nbytes <= _LARGEST]
+    files = [
+        f for f in model.manifest.files if f.name.endswith(_SUFFIXES) and "/" not in f.name and f.nbytes <= _LARGEST
+    ]
     if not any(file.name in _TOKENIZERS for file in files):
         raise NotFoundError(
             f"model {model.name!r} has no tokenizer among its files: save it from a folder that has tokenizer.json, "
@@ -124,7 +133,11 @@ def language_model(model: Model, config: Any, limits: Limits, *, dtype: str, dev
 def _without_kernels(content: Any) -> Any:
     """A config without what would choose kernels, wherever it stands in it."""
     if isinstance(content, dict):
-        kept = {k: v for k, v in content.items() if not (isinstance(k, str) and k.endswith(("_implementation", "_internal")))}
+        kept = {
+            k: v
+            for k, v in content.items()
+            if not (isinstance(k, str) and k.endswith(("_implementation", "_internal")))
+        }
         return {key: _without_kernels(value) for key, value in kept.items() if key not in ("auto_map", "use_kernels")}
     return [_without_kernels(item) for item in content] if isinstance(content, list) else content
 
@@ -134,7 +147,7 @@ def _transformers() -> ModuleType:
         import transformers
     except ImportError:
         raise UnsupportedError("evaluating runs the model with transformers: pip install 'modelstore[eval]'") from None
-    return transformers  # type: ignore[no-any-return]
+    return transformers
 
 
 @contextmanager

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from modelstore.codecs.loss import Loss
-from modelstore.codecs.weight import Encode, WeightCodec
+from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
 from modelstore.compress.plan import tensor_plan, weight_codec
 from modelstore.errors import ConflictError, CorruptionError
-from modelstore.execute.encoding import EncodeRegion, Input, ReadRegion
+from modelstore.execute.encoding import Encoder, EncodeRegion, Input, ReadRegion
 from modelstore.execute.journal import resume
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import REFRESH, store_manifest
@@ -31,7 +32,7 @@ from modelstore.format.manifest_builder import ManifestBuilder
 from modelstore.format.names import ORIGINAL
 from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
-from modelstore.format.region import Region
+from modelstore.format.region import Region, extent, shift, slices
 from modelstore.format.results import Choice, CompressionPlan
 from modelstore.plan.layout import axes
 from modelstore.storage.base import Storage
@@ -154,8 +155,12 @@ def view_spec(spec: CodecSpec, variant: str) -> CodecSpec:
     return CodecSpec(spec.name, {**spec.params, "variant": variant}) if spec.name == _LADDER else spec
 
 
-def lazy_fit(codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor, chunks: int) -> EncodeRegion:
-    """The codec's encode for one tensor, which it looks at when the first region is encoded; let go after the last one."""
+def encoder(codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor, chunks: int) -> Encoder:
+    """How parts of a tensor are encoded: what the codec wants to look at first is taken from the part, where it has it.
+
+    Where it has not, the tensor is read for it when its first chunk is encoded, and what was found is let go after the
+    last one.
+    """
     lock = threading.Lock()
     made: list[Encode] = []
     left = chunks
@@ -171,7 +176,16 @@ def lazy_fit(codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor
                 made.clear()
         return fitted(values, region)
 
-    return encode
+    def choose(part: Region, raw: Bytes) -> EncodeRegion:
+        if codec.scope == "tensor" or (codec.scope == "rows" and not has_whole_rows(part, tensor.shape)):
+            return encode
+        box = raw.view(f"V{tensor.kind.itemsize}").reshape(extent(part))
+        fitted = codec.fit(
+            lambda region: np.ascontiguousarray(box[slices(region)]).reshape(-1).view(np.uint8), box.shape, tensor.kind
+        )
+        return lambda values, region: fitted(values, shift(region, part))
+
+    return choose
 
 
 def _recorded(recipe: Recipe, plan: CompressionPlan) -> dict[str, Any]:
@@ -192,8 +206,8 @@ def _input(
     plan = tensor_plan(tensor, spec, axis)
     views = tuple(weight_codec(view_spec(choice.codec, variant)) for variant in variants)
     chunks = grid.count(plan.shape, plan.chunk)
-    encode = lazy_fit(codec, _regions(parent.reader, tensor), tensor, chunks)
-    return Input(plan, codec, _reading(parent.reader, tensor), encode, views)
+    chosen = encoder(codec, _regions(parent.reader, tensor), tensor, chunks)
+    return Input(plan, codec, _reading(parent.reader, tensor), chosen, views)
 
 
 def _regions(reader: Reader, tensor: Tensor) -> Callable[[Region], Bytes]:
@@ -285,7 +299,9 @@ def _manifest(
         base=manifest.base if kept_delta else None,
         recipe={} if is_original else recorded,
         parent=None if is_original else manifest.content,
-        metrics=manifest.metrics if is_original else metrics(losses),  # an original's are of what it predicts: still true
+        metrics=manifest.metrics
+        if is_original
+        else metrics(losses),  # an original's are of what it predicts: still true
     )
 
 

@@ -201,3 +201,51 @@ class Compressed(msgspec.Struct, frozen=True):
     stored: int
     seconds: float
     metrics: dict[str, dict[str, Any]]
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """One evaluation as a manifest keeps it: of which text, how, and what came out.
+
+    `tokens` of the text were read, `predicted` of them predicted, in windows of `context` tokens that are `stride` apart.
+    `kl` (nats a token) and `top1` (share of predictions) are against the original, None where they were not asked for;
+    a perplexity is None where the model predicts no numbers.
+    """
+
+    text: str
+    text_digest: str
+    tokens: int
+    predicted: int
+    context: int
+    stride: int
+    dtype: str
+    perplexity: float | None
+    baseline_perplexity: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+
+
+class Evaluation(msgspec.Struct, frozen=True):
+    """An evaluation of a variant; whether it was known already, and how long all that was evaluated with it took."""
+
+    model: str
+    version: int
+    variant: str
+    measured: Measured
+    known: bool
+    seconds: float
+
+
+class Quality(msgspec.Struct, frozen=True):
+    """A variant's size beside its quality. `stored` and `bits` (for each weight) are of its tensors, without files.
+
+    `sqnr` in dB, None where nothing is lost or known; `measured` is the evaluation that can be compared with those of the
+    other variants.
+    """
+
+    variant: str
+    codec: str
+    weights: int
+    stored: int
+    bits: float
+    sqnr: float | None
+    measured: Measured | None

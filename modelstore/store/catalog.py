@@ -188,13 +188,29 @@ class Catalog:
                 return record
         raise self._busy(model)
 
-    def replace_entry(self, model: str, version: int, variant: str, writer: str, entry: VariantEntry) -> VersionRecord:
-        """Point a variant of a live version at another manifest of the same tensors (repair)."""
+    def replace_entry(
+        self,
+        model: str,
+        version: int,
+        variant: str,
+        writer: str,
+        entry: VariantEntry,
+        *,
+        instead_of: str | None = None,
+    ) -> VersionRecord:
+        """Point a variant of a live version at another manifest of the same tensors (repair, metrics).
+
+        `ConflictError` where it has not the manifest `instead_of` any more.
+        """
         for _ in range(_RACES):
             head = self.version(model, version)
             if head.deleted or variant not in head.variants:
                 raise NotFoundError(
                     f"{model}@{version}:{variant} was deleted meanwhile: nothing was changed", model=model
+                )
+            if instead_of is not None and head.variants[variant].manifest != instead_of:
+                raise ConflictError(
+                    f"{model}@{version}:{variant} was changed meanwhile: try again with what it is now", model=model
                 )
             record = self._next(head, writer, variants={**head.variants, variant: entry})
             if self._create_version(record):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.names import ORIGINAL
@@ -72,3 +75,11 @@ def _tensor(manifest: Manifest, tensor: Tensor) -> TensorInfo:
         tensor.chunks,
         tensor.digest,
     )
+
+
+def weights_of(manifest: Manifest) -> tuple[int, int]:
+    """How many numbers a variant's tensors have, and the bytes of their encoded chunks, each distinct one counted once."""
+    rows = np.concatenate([manifest.rows(tensor) for tensor in manifest.tensors] or [np.zeros(0, np.int64)])
+    at = np.stack([manifest.pack[rows].astype(np.uint64), manifest.offset[rows], manifest.length[rows]])
+    stored = int(np.unique(at, axis=1)[2].sum()) if at.size else 0
+    return sum(math.prod(tensor.shape) for tensor in manifest.tensors), stored

@@ -1,0 +1,157 @@
+"""One evaluation from end to end: what is known already, which models are run, what is new."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from blake3 import blake3
+
+from modelstore.compress import evaluate as ev
+from modelstore.compress.evaluate_metrics import known, publish
+from modelstore.compress.evaluate_model import language_config, language_model, tokens
+from modelstore.execute.loading import Model
+from modelstore.execute.progress import Progress, meter
+from modelstore.execute.reading import Limits
+from modelstore.format.names import ORIGINAL
+from modelstore.format.results import Measured
+
+__all__ = ["Choice", "Found", "evaluate", "publish"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+_DIGITS = 8  # of what is kept: float32 sums say no more
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a text is read and a model run; see `Store.eval`."""
+
+    context: int
+    stride: int
+    limit: int | None
+    batch: int | None
+    device: str
+    dtype: str
+
+    def check(self) -> None:
+        """`ValueError` where the settings cannot be meant so."""
+        if self.context < 2:
+            raise ValueError(f"context={self.context} is too short: a token is predicted from at least one before it")
+        if not 1 <= self.stride <= self.context:
+            raise ValueError(f"stride={self.stride} is not between 1 and the context of {self.context} tokens")
+        if self.limit is not None and self.limit < 2:
+            raise ValueError(f"limit={self.limit} leaves nothing to predict: give 2 tokens or more")
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"batch={self.batch} is not positive")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The evaluation of each variant that was asked for, and those that are new, the original's perhaps among them."""
+
+    all: Mapping[str, Measured]
+    fresh: Mapping[str, Measured]
+
+
+def evaluate(
+    models: Mapping[str, Model],
+    variants: Sequence[str],
+    name: str,
+    text: str,
+    choice: Choice,
+    baseline: bool,
+    limits: Limits,
+    progress: Progress | None = None,
+) -> Found:
+    """Evaluate variants of one version; `models` are they and the original, by name.
+
+    `ValueError` where the text has fewer than two tokens, or the context is longer than what the model was made for.
+    """
+    original = models[ORIGINAL]
+    config = language_config(original)
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and choice.context > longest:
+        raise ValueError(f"context={choice.context} is more than the {longest} positions of model {original.name!r}")
+    ids = tokens(original, text)[: choice.limit]
+    if len(ids) < 2:
+        raise ValueError(
+            f"the text has {len(ids)} tokens: give one of two or more, since each is predicted from those before"
+        )
+    vocabulary = int(config.get_text_config().vocab_size)
+    if max(ids) >= vocabulary:
+        raise ValueError(f"the tokenizer of model {original.name!r} knows more tokens than the model's {vocabulary}")
+    windows = ev.windows(len(ids), choice.context, choice.stride)
+    blank = Measured(
+        name,
+        blake3(text.encode()).hexdigest(),
+        len(ids),
+        sum(window.predicted for window in windows),
+        choice.context,
+        choice.stride,
+        choice.dtype,
+        None,
+    )
+    before = {variant: known(model.manifest.metrics, blank) for variant, model in models.items()}
+    todo = [v for v in dict.fromkeys(variants) if v != ORIGINAL and not _answers(before[v], baseline)]
+    runs_original = (baseline and bool(todo)) or (ORIGINAL in variants and before[ORIGINAL] is None)
+    work = ev.batches(windows, choice.batch or ev.batch_size(choice.context, vocabulary))
+    per_token = len(text.encode()) / max(1, blank.predicted)
+
+    def maker(variant: str) -> ev.MakeModel:
+        return lambda: language_model(models[variant], config, limits, dtype=choice.dtype, device=choice.device)
+
+    count = _counter(progress, per_token, blank.predicted * (len(todo) + runs_original), todo)
+    rest: dict[str, Any] = {"memory": limits.memory // 2, "vocabulary": vocabulary, "count": count}
+    made = [maker(variant) for variant in todo]
+    score, scores = ev.compare(maker(ORIGINAL) if runs_original else None, made if baseline else [], ids, work, **rest)
+    if not baseline:
+        scores = ev.compare(None, made, ids, work, **rest)[1]
+    fresh: dict[str, Measured] = {}
+    reference = before[ORIGINAL]
+    if score is not None and reference is None:
+        at = _rounded(score.perplexity)
+        fresh[ORIGINAL] = reference = msgspec.structs.replace(
+            blank, perplexity=at, baseline_perplexity=at, kl=0.0, top1=1.0
+        )
+    for variant, found in zip(todo, scores, strict=True):
+        fresh[variant] = _measured(blank, found, reference, compared=baseline)
+    return Found({v: fresh[v] if v in fresh else _there(before[v]) for v in variants}, fresh)
+
+
+def _answers(found: Measured | None, baseline: bool) -> bool:
+    """Whether an evaluation that is there says all that is asked; a KL of None beside a perplexity of None is an answer too."""
+    return found is not None and (not baseline or found.top1 is not None)
+
+
+def _there(found: Measured | None) -> Measured:
+    assert found is not None, "what was not known was run"
+    return found
+
+
+def _measured(blank: Measured, score: ev.Score, reference: Measured | None, *, compared: bool) -> Measured:
+    divergence = score.divergence / score.predicted
+    return msgspec.structs.replace(
+        blank,
+        perplexity=_rounded(score.perplexity),
+        baseline_perplexity=reference.perplexity if reference else None,
+        kl=_rounded(max(0.0, divergence) if divergence == divergence else None) if compared else None,
+        top1=_rounded(score.agreed / score.predicted) if compared else None,
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    """A number as it is kept; None for what JSON cannot say."""
+    return float(f"{value:.{_DIGITS}g}") if value is not None and math.isfinite(value) else None
+
+
+def _counter(
+    progress: Progress | None, per_token: float, predictions: int, variants: Sequence[str]
+) -> Callable[[int], None] | None:
+    """Tells of bytes of text, so that a bar has the unit of all others."""
+    count = meter(progress, round(predictions * per_token), f"evaluating {', '.join(variants) or ORIGINAL}")
+    return None if count is None else lambda predicted: count(round(predicted * per_token))
