@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
@@ -18,6 +18,8 @@ from modelstore.format.region import Region, Shape, extent
 
 ReadValues = Callable[[Region], Bytes]  # a region of the tensor → its raw bytes, 1-d
 Encode = Callable[[Bytes, Region], tuple[Buffer, ...]]  # a region's raw bytes, and where it lies → its planes
+
+Scope = Literal["region", "rows", "tensor"]
 
 FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 _KERNEL = 11  # a last dimension up to this, of three or more, is a convolution's kernel
@@ -34,6 +36,12 @@ def matrix(shape: Shape) -> tuple[int, int]:
     if is_convolution(shape):
         return shape[0], math.prod(shape[1:])
     return math.prod(shape[:-1]), shape[-1]
+
+
+def has_whole_rows(region: Region, shape: Shape) -> bool:
+    """Whether a region holds rows of the tensor's matrix from end to end."""
+    first = 1 if is_convolution(shape) else max(0, len(shape) - 1)
+    return all(pair == (0, n) for pair, n in zip(region[first:], shape[first:], strict=True))
 
 
 def is_convolution(shape: Shape) -> bool:
@@ -110,6 +118,11 @@ class WeightCodec:
         """For each dimension, what the borders of regions are multiples of (the tensor's own end excepted)."""
         return (1,) * len(shape)
 
+    @property
+    def scope(self) -> Scope:
+        """How much `fit` looks at: nothing but the region that is encoded, its rows of the matrix, or the whole tensor."""
+        return "region"
+
     def size(self, shape: Shape, dtype: DType) -> int:
         """Bytes that a tensor is stored in: exact, or where planes are entropy-coded an estimate."""
         raise NotImplementedError
@@ -117,7 +130,8 @@ class WeightCodec:
     def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:  # noqa: ARG002
         """Look at a whole tensor, region by region, before it is encoded; how its regions are then.
 
-        Codecs that encode each region by itself look at nothing. Memory stays well below the tensor's size.
+        Codecs that encode each region by itself look at nothing. Memory stays well below the tensor's size. With scope
+        "rows", fitting any run of whole rows gives what fitting the tensor would give for them.
         """
         return lambda values, region: self.encode(values, extent(region), dtype)
 

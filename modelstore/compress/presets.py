@@ -28,7 +28,13 @@ _ALL = (
         "int4-affine", "4 bits with zero points, groups of 128, clipped", "int", bits=4, symmetric=False, method="mse"
     ),
     _preset(
-        "hqq4", "4 bits with zero points, groups of 64, HQQ", "int", bits=4, symmetric=False, group_size=64, method="hqq"
+        "hqq4",
+        "4 bits with zero points, groups of 64, HQQ",
+        "int",
+        bits=4,
+        symmetric=False,
+        group_size=64,
+        method="hqq",
     ),
     _preset("fp8", "float8 e4m3, one scale a channel", "fp8", granularity="channel"),
     _preset("fp8-block", "float8 e4m3, one scale a block of 128 × 128", "fp8", granularity="block"),

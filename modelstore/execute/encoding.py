@@ -19,6 +19,9 @@ from modelstore.plan.write import Part, Step, TensorPlan
 
 ReadRegion = Callable[[Region, Bytes], None]
 EncodeRegion = Callable[[Bytes, Region], tuple[Buffer, ...]]  # a region's raw bytes, and where it lies → its planes
+Encoder = Callable[
+    [Region, Bytes], EncodeRegion
+]  # a part of a tensor, and its raw bytes → how chunks in it are encoded
 _ALIGN = 64
 
 
@@ -26,7 +29,8 @@ _ALIGN = 64
 class Input:
     """A tensor to write: its plan, its codec, how its bytes are read, and how a region of them is encoded.
 
-    `encode` is the codec's, unless it needs more than a region's values: a base's, or what was found in the whole tensor.
+    `encoder` gives, for a part of the tensor and its raw bytes, how chunks in it are encoded: by the codec, unless that
+    needs more than a chunk's values, such as a base's, or what was found in whole rows or in the whole tensor.
     `views` are codecs that read what is stored, or some planes of it: each decodes every chunk again before it is
     stored, for the digest and the loss of the values that its readers will get.
     """
@@ -34,14 +38,14 @@ class Input:
     plan: TensorPlan
     codec: Codec
     read: ReadRegion
-    encode: EncodeRegion | None = None
+    encoder: Encoder | None = None
     views: tuple[Codec, ...] = ()
 
-    def encoded(self, values: Bytes, region: Region) -> tuple[Buffer, ...]:
-        """A region's planes."""
-        if self.encode is not None:
-            return self.encode(values, region)
-        return self.codec.encode(values, extent(region), DTYPES[self.plan.dtype])
+    def encode_in(self, part: Region, raw: Bytes) -> EncodeRegion:
+        """How chunks in a part of the tensor are encoded."""
+        if self.encoder is not None:
+            return self.encoder(part, raw)
+        return lambda values, region: self.codec.encode(values, extent(region), DTYPES[self.plan.dtype])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +76,11 @@ def encode_step(step: Step, inputs: Sequence[Input]) -> list[Encoded]:
 def _encode_part(part: Part, item: Input, raw: Bytes) -> Encoded:
     item.read(part.region, raw)
     decoded = tuple(np.empty_like(raw) for _ in item.views)
+    encode = item.encode_in(part.region, raw)
     chunks = []
     for chunk in part.chunks:
         region = grid.chunk_region(item.plan.shape, item.plan.chunk, chunk)
-        planes = _encode_chunk(item, region, part.region, raw, decoded)
+        planes = _encode_chunk(item, encode, region, part.region, raw, decoded)
         chunks.append((chunk, tuple((blake3(view(as_bytes(plane))).digest(), plane) for plane in planes)))
     if decoded and not part.chunks:
         _decode_band(part.region, item, decoded)
@@ -85,7 +90,7 @@ def _encode_part(part: Part, item: Input, raw: Bytes) -> Encoded:
 
 
 def _encode_chunk(
-    item: Input, region: Region, around: Region, raw: Bytes, decoded: Sequence[Bytes]
+    item: Input, encode: EncodeRegion, region: Region, around: Region, raw: Bytes, decoded: Sequence[Bytes]
 ) -> tuple[Buffer, ...]:
     """The planes of a chunk, out of the values of a region around it; decoded again into its place in each of `decoded`."""
     kind = DTYPES[item.plan.dtype]
@@ -93,7 +98,7 @@ def _encode_chunk(
     place = shift(region, around)
     box = raw.view(element).reshape(extent(around))
     values = np.ascontiguousarray(box[slices(place)]).reshape(-1).view(np.uint8)
-    planes = item.encoded(values, region)
+    planes = encode(values, region)
     named = dict(zip(item.codec.planes(kind), planes, strict=True))
     for codec, buffer in zip(item.views, decoded, strict=True):
         wanted = [named[name] for name in codec.planes(kind)]
@@ -116,7 +121,7 @@ def _decode_band(band: Region, item: Input, decoded: Sequence[Bytes]) -> None:
         raw = np.empty(size(region) * itemsize, np.uint8)
         apart = [np.empty_like(raw) for _ in item.views]
         item.read(region, raw)
-        _encode_chunk(item, region, region, raw, apart)
+        _encode_chunk(item, item.encode_in(region, raw), region, region, raw, apart)
         both = intersect(region, band)
         assert both is not None, "a chunk that touches the band shares elements with it"
         for values, buffer in zip(apart, decoded, strict=True):

@@ -15,12 +15,12 @@ import numpy as np
 from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError, UnsupportedError
-from modelstore.execute.encoding import EncodeRegion, Input, ReadRegion
+from modelstore.execute.encoding import Encoder, Input, ReadRegion
 from modelstore.execute.journal import resume
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.whole import WholeWriter
 from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks
-from modelstore.format.buffers import Bytes
+from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.manifest import (
     MAX_DIMENSIONS,
@@ -175,8 +175,8 @@ def plan_inputs(
             like=before[0] if before else None,
         )
         codec_of = make_codec(plan.codec.name, plan.codec.params)
-        encode = _against_base(codec_of, spec.dtype, under) if under else None
-        inputs.append(Input(plan, codec_of, _reading(source, spec.name), encode))
+        encoder = _against_base(codec_of, spec.dtype, under) if under else None
+        inputs.append(Input(plan, codec_of, _reading(source, spec.name), encoder))
     for path, content in source.files.items():
         check_file(path)
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
@@ -217,8 +217,11 @@ def _base_of(base: Against, name: str, shape: tuple[int, ...], dtype: str) -> Ca
     return lambda region: base.reader.region(found, region)
 
 
-def _against_base(codec: Codec, dtype: DType, base: Callable[[Region], Bytes]) -> EncodeRegion:
-    return lambda values, region: codec.encode(values, extent(region), dtype, base(region))
+def _against_base(codec: Codec, dtype: DType, base: Callable[[Region], Bytes]) -> Encoder:
+    def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
+        return codec.encode(values, extent(region), dtype, base(region))
+
+    return lambda part, raw: encode  # noqa: ARG005  the part adds nothing
 
 
 def _reading(source: Source, name: str) -> ReadRegion:
