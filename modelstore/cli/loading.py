@@ -29,6 +29,18 @@ class Format(StrEnum):
     hf = "hf"
     safetensors = "safetensors"
     zarr = "zarr"
+    gguf = "gguf"
+
+
+class GgufType(StrEnum):
+    """What the matrices of a GGUF file are stored as."""
+
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+    Q8_0 = "Q8_0"
+    Q4_0 = "Q4_0"
+    Q4_1 = "Q4_1"
 
 
 def load(
@@ -53,16 +65,29 @@ def export(
     ref: Reference,
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="The folder (for safetensors: the file) to write.", show_default=False),
+        typer.Argument(
+            metavar="PATH", help="The folder (for safetensors and gguf: the file) to write.", show_default=False
+        ),
     ],
     format: Annotated[
         Format,
         typer.Option(
             "--format",
             help="hf: a folder that transformers loads, with the model's other files. safetensors: one file. "
-            "zarr: a Zarr v3 group.",
+            "zarr: a Zarr v3 group. gguf: one file for llama.cpp.",
         ),
     ] = Format.hf,
+    gguf_type: Annotated[
+        GgufType | None,
+        typer.Option(
+            "--gguf-type",
+            show_default=False,
+            help="gguf: what matrices are stored as; BF16 or F16 where nothing is said.",
+        ),
+    ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="hf: write a compressed variant dense, not packed for engines.")
+    ] = False,
     max_shard: Annotated[
         int | None,
         typer.Option(
@@ -82,7 +107,8 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a model as files that other programs load."""
-    _export(ref, path, format, overwrite, max_shard, store, mirror, memory, json, quiet)
+    kind = None if gguf_type is None else gguf_type.value
+    _export(ref, path, format, overwrite, max_shard, store, mirror, memory, json, quiet, kind, dequantize)
 
 
 def _export(
@@ -96,10 +122,21 @@ def _export(
     memory: int | None,
     json: bool,
     quiet: bool,
+    gguf_type: str | None = None,
+    dequantize: bool = False,
 ) -> None:
     opened = open_store(store, memory=memory, mirrors=mirrors)
     limits = {} if max_shard is None else {"max_shard_bytes": max_shard}
     with output.progress(quiet=quiet) as report:
-        done = opened.export(ref, path, format=format.value, overwrite=overwrite, progress=report, **limits)
+        done = opened.export(
+            ref,
+            path,
+            format=format.value,
+            gguf_type=gguf_type,
+            dequantize=dequantize,
+            overwrite=overwrite,
+            progress=report,
+            **limits,
+        )
     line = f"wrote {units.size(done.bytes)} to {done.path} in {units.seconds(done.seconds)}"
     output.result(done, [line], as_json=json)

@@ -223,11 +223,17 @@ class Store(Compressing, Evaluating, Keeping):
         *,
         format: Literal["hf", "safetensors", "zarr", "gguf"] = "hf",
         gguf_type: str | None = None,
+        dequantize: bool = False,
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
         progress: Progress | None = None,
     ) -> results.Exported:
-        """Write a variant to local files; a target that is there is refused unless `overwrite`. Goes on if interrupted."""
+        """Write a variant to local files; a target that is there is refused unless `overwrite`. Goes on if interrupted.
+
+        "hf": a compressed variant that engines have a layout for is written packed, as compressed-tensors has it; any other,
+        and with `dequantize` every one, dense in its own dtype, as are all in the other formats. "gguf": one file, whose
+        matrices are of `gguf_type`: "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1" (default: BF16 or F16, by the model).
+        """
         from modelstore.execute.export import export
 
         model = self._model(parse_reference(ref))
@@ -236,11 +242,11 @@ class Store(Compressing, Evaluating, Keeping):
             from modelstore.integrations.zarr_export import export_zarr
 
             return export_zarr(model.reader, Path(path), limits=self._limits(), overwrite=overwrite, progress=metered)
+        limits = self._limits()
         if format == "gguf":
             from modelstore.integrations.gguf_export import export_gguf
 
             name = parse_reference(ref).name
-            limits = self._limits()
             return export_gguf(
                 model.reader,
                 Path(path),
@@ -250,13 +256,20 @@ class Store(Compressing, Evaluating, Keeping):
                 overwrite=overwrite,
                 progress=metered,
             )
+        layout = None
+        if format == "hf" and not dequantize:
+            from modelstore.compress.engine_export import engine_layout
+
+            layout = engine_layout(model.reader, model.config())
         return export(
             model.reader,
             Path(path),
             format=format,
-            limits=self._limits(),
+            limits=limits,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
+            packed=layout.packed if layout else None,
+            instead={"config.json": layout.config} if layout else None,
             progress=metered,
         )
 

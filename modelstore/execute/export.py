@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from modelstore.execute.export_layout import CONFIG, OutFile, directory, one_file
+from modelstore.execute.export_layout import CONFIG, OutFile, Packing, directory, one_file
 from modelstore.execute.export_target import Target
 from modelstore.execute.export_write import write
 from modelstore.execute.reading import Limits, Reader
@@ -33,6 +33,8 @@ def export(
     limits: Limits,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD,
+    packed: Mapping[str, Packing] | None = None,
+    instead: Mapping[str, bytes] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> results.Exported:
     """Write all tensors to local files; `progress` hears of raw bytes as they are written.
@@ -43,7 +45,8 @@ def export(
     embedding, T5's and BART's embeddings to the shared one), as `save_pretrained` does; every other tied name is
     written with bytes of its own, which any loader takes. "safetensors": one file, which has every name.
 
-    The bytes of every tensor are those of the store. Nothing is visible under its name before all files are whole and
+    The bytes of every tensor are those of the store, but of those `packed`, for "hf", which are written in parts; `instead` are
+    files by name that are written with other bytes. Nothing is visible under its name before all files are whole and
     durable; what an interrupted export finished is found again by the next one to the same place. A target that is
     there and not empty is a `ConflictError`, unless `overwrite`: files of the same names, and other weights, are
     replaced then, and anything else stays. `StorageError` where the disk is too small, `UnsupportedError` for tensors
@@ -60,7 +63,7 @@ def export(
     elif format == "hf":
         if max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")
-        outputs = directory(manifest, model_config(reader, manifest), max_shard_bytes)
+        outputs = directory(manifest, model_config(reader, manifest), max_shard_bytes, packed, instead)
     else:
         raise ValueError(f"format {format!r} is not known: hf and safetensors are")
     with Target(path, outputs, single=format == "safetensors", overwrite=overwrite) as target:

@@ -1,0 +1,248 @@
+"""Compressed variants as directories in the layout of compressed-tensors, which transformers and vLLM load as they are.
+
+Linear layers whose codec has an engine's view are written in its parts; everything else is written dense, and named in the
+config as not quantized. The parts of a weight are known before it is read, and made band by band of its rows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelstore.codecs.weight import EngineView, Part, WeightCodec, matrix
+from modelstore.compress.engine import Assembly, part_name, units
+from modelstore.compress.kinds import kind_of
+from modelstore.errors import UnsupportedError
+from modelstore.execute.export_layout import Packing
+from modelstore.execute.reading import Reader
+from modelstore.format import grid
+from modelstore.format.buffers import Bytes
+from modelstore.format.dtypes import dtype
+from modelstore.format.manifest import Tensor
+from modelstore.format.region import Region, Shape, nbytes
+from modelstore.plan.layout import Share
+from modelstore.plan.read import Want, plan_read
+
+log = logging.getLogger("modelstore")
+
+_WORD = (
+    32  # rows of codes that are packed down the columns fill whole words of 32 bits after so many, whatever their width
+)
+_TRANSPOSED = (
+    "gpt2",
+    "openai-gpt",
+    "imagegpt",
+    "decision_transformer",
+)  # Conv1D: [in, out], which engines take for [out, in]
+_SHAPE = "weight_shape"
+_DENSE = "export it with dequantize=True"
+
+
+@dataclass(frozen=True)
+class EngineLayout:
+    """What of a variant is written how: the packed weights by name, and the config that says so."""
+
+    packed: Mapping[str, Packing]
+    config: bytes
+
+
+def engine_layout(reader: Reader, config: Mapping[str, Any] | None) -> EngineLayout | None:
+    """The layout of a compressed variant for engines; None where none of its codecs has one, and it is exported dense.
+
+    `UnsupportedError` where engines have no layout for weights that their codec could give them: stacked experts, GPT-2's
+    transposed weights, rows that are no whole groups in every layer, a model without a config or quantized when it came.
+    """
+    views = {t.name: view for t in reader.manifest.tensors if (view := _view(reader, t)) is not None}
+    if not views:
+        return None
+    if config is None:
+        raise UnsupportedError(
+            f"engines read how weights are packed from config.json, and the model has none: {_DENSE}"
+        )
+    if "quantization_config" in config:
+        raise UnsupportedError(
+            f"the model was quantized before it was saved, and its config.json can speak of one scheme only: {_DENSE}"
+        )
+    if config.get("model_type") in _TRANSPOSED:
+        raise UnsupportedError(
+            f"{config['model_type']} keeps its weights transposed, which engines have no packed layout for: {_DENSE}"
+        )
+    packed: dict[str, Packed] = {}
+    kept: list[str] = []
+    reasons: list[str] = []
+    for tensor in reader.manifest.tensors:
+        view = views.get(tensor.name)
+        kind = kind_of(tensor.name, tensor.dtype, tensor.shape, config)
+        if view is not None and len(tensor.shape) == 3 and kind == "linear":
+            raise UnsupportedError(
+                f"tensor {tensor.name!r} is a stack of {tensor.shape[0]} matrices, such as experts, which engines have no "
+                f"packed layout for: {_DENSE}",
+                tensor=tensor.name,
+            )
+        if kind not in ("linear", "head", "router") or not tensor.name.endswith(".weight"):
+            continue
+        reason = _unfit(view, tensor.shape) if view is not None else "it is not compressed"
+        if reason is None and view is not None:
+            packed[tensor.name] = Packed(reader, tensor, view)
+            continue
+        kept.append(tensor.name.removesuffix(".weight"))
+        if view is not None:
+            reasons.append(f"tensor {tensor.name!r} is exported dense: {reason}")
+            log.warning("%s", reasons[-1])
+    if not packed:
+        raise UnsupportedError(
+            f"no weight can be packed for engines ({reasons[0] if reasons else 'none is linear'}): {_DENSE}"
+        )
+    kept += [name.removesuffix(".weight") for name in reader.manifest.aliases if name.endswith(".weight")]
+    if "lm_head.weight" not in packed and "lm_head" not in kept:
+        kept.append("lm_head")  # tied, and then made by the engine
+    made = {**config, "quantization_config": quantization_config(packed, kept)}
+    return EngineLayout(packed, json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def quantization_config(packed: Mapping[str, Packed], kept: Sequence[str]) -> dict[str, Any]:
+    """compressed-tensors' account of the packed weights: a group for each scheme; `kept` are modules that are dense."""
+    groups: dict[str, tuple[EngineView, list[str]]] = {}
+    for name, weight in packed.items():
+        view = weight.view
+        key = json.dumps([view.format, view.scheme()], sort_keys=True)
+        groups.setdefault(key, (view, []))[1].append(name.removesuffix(".weight"))
+    formats = {view.format for view, _ in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": list(kept),
+        "config_groups": {
+            f"group_{at}": {
+                "targets": ["Linear"] if len(groups) == 1 else modules,
+                "weights": view.scheme(),
+                "input_activations": None,
+                "output_activations": None,
+                "format": view.format,
+            }
+            for at, (view, modules) in enumerate(groups.values())
+        },
+    }
+
+
+class Packed:
+    """A weight [rows, columns] as the parts that engines take; see `EngineView.parts`."""
+
+    def __init__(self, reader: Reader, tensor: Tensor, view: EngineView) -> None:
+        self.tensor = tensor
+        self.view = view
+        self.unit = math.lcm(units(tensor.shape, view.cells(tensor.shape))[0], _WORD)
+        self._codec = json.dumps([reader.codec(tensor).name, view.format, view.scheme()])
+        kinds = _kinds(reader, tensor, view)
+        rows = tensor.shape[0]
+        one, two = (self._parts(min(rows, n * self.unit), kinds) for n in (1, 2))
+        rest = self._parts(rows % self.unit, kinds) if rows % self.unit else {}
+        self.specs: dict[str, tuple[str, Shape]] = {}
+        self.steps: dict[str, int] = {}  # bytes by which a part grows with each unit of rows; 0: it does not
+        for name, part in one.items():
+            grown = two[name].shape[:1] != part.shape[:1]
+            high = (
+                part.shape[0] * (rows // self.unit) + (rest[name].shape[0] if rest else 0) if grown else part.shape[0]
+            )
+            self.specs[name] = (part.dtype, (high, *part.shape[1:]))
+            self.steps[name] = nbytes(part.shape, dtype(part.dtype).itemsize) if grown else 0
+
+    def parts(self, name: str) -> list[tuple[str, str, Shape]]:
+        """As `Packing.parts`."""
+        return [(part_name(name, part), kind, shape) for part, (kind, shape) in self.specs.items()]
+
+    def form(self, offsets: Sequence[int]) -> _Bands:
+        """As `Packing.form`."""
+        return _Bands(self, dict(zip(self.specs, offsets, strict=True)), self._codec)
+
+    def _parts(self, rows: int, kinds: Mapping[str, np.dtype[Any]]) -> dict[str, Part]:
+        """The parts of so many rows of zeros."""
+        columns = self.tensor.shape[1]
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, (high, wide) in self.view.cells(self.tensor.shape).items():
+            arrays[name] = np.zeros((-(-rows // high) if high else 1, -(-columns // wide) if wide else 1), kinds[name])
+        return self.view.parts(arrays, (rows, columns), self.tensor.kind)
+
+
+@dataclass(frozen=True)
+class _Bands:
+    """A packed weight written in bands of its rows."""
+
+    packed: Packed
+    offsets: Mapping[str, int]
+    key: str
+
+    def regions(self, limit: int) -> Iterator[Region]:
+        """Whole rows, in multiples of what shares a scale or a word, and of chunks where these are not too large."""
+        tensor, step = self.packed.tensor, self.packed.unit
+        rows = tensor.shape[0]
+        across = max(1, tensor.nbytes // rows)
+        chunk = math.lcm(step, tensor.chunk[0])
+        step = chunk if chunk * across <= limit else step
+        step *= max(1, limit // (step * across))
+        for start in range(0, rows, step):
+            yield ((start, min(rows, start + step)), (0, tensor.shape[1]))
+
+    def read(self, reader: Reader, region: Region) -> list[tuple[int, Bytes]]:
+        """As `Form.read`."""
+        tensor = self.packed.tensor
+        parts = _read(reader, tensor, self.packed.view, region)
+        pieces = []
+        start = region[0][0]
+        for name, part in parts.items():
+            step = self.packed.steps[name]
+            data = np.array(tensor.shape, "<i8").view(np.uint8) if name == _SHAPE else part.data
+            if step or start == 0:
+                pieces.append((self.offsets[name] + start // self.packed.unit * step, data))
+        return pieces
+
+
+def _read(reader: Reader, tensor: Tensor, view: EngineView, region: Region) -> Mapping[str, Part]:
+    want = Want(tensor, Share(tuple((pair,) for pair in region)))
+    assembly = Assembly(want, view)
+    for job in plan_read(reader.manifest, [want]):
+        for chunk, planes in reader.planes(job, [want]):
+            assembly.put(chunk, planes)
+    assert assembly.parts is not None
+    return assembly.parts
+
+
+def _kinds(reader: Reader, tensor: Tensor, view: EngineView) -> dict[str, np.dtype[Any]]:
+    """The dtypes of a weight's arrays, from its first chunk."""
+    region = grid.chunk_region(tensor.shape, tensor.chunk, 0)
+    want = Want(tensor, Share(tuple((pair,) for pair in region)))
+    for job in plan_read(reader.manifest, [want]):
+        for _, planes in reader.planes(job, [want]):
+            shape = tuple(b - a for a, b in region)
+            return {name: array.dtype for name, array in view.arrays(planes, shape, tensor.kind).items()}
+    raise AssertionError("a tensor has no chunk")
+
+
+def _view(reader: Reader, tensor: Tensor) -> EngineView | None:
+    codec = reader.codec(tensor)
+    return codec.view if isinstance(codec, WeightCodec) and not codec.exact else None
+
+
+def _unfit(view: EngineView, shape: Shape) -> str | None:
+    """Why engines do not take a weight of that shape packed."""
+    if len(shape) != 2:
+        return f"it is {len(shape)}-d"
+    try:
+        view.cells(shape)
+    except UnsupportedError as error:
+        return str(error)
+    group = view.scheme().get("group_size")
+    columns = matrix(shape)[1]
+    if isinstance(group, int) and group > 0 and columns % group:
+        return f"its {columns} columns are not whole groups of {group}"
+    return None
