@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstore.cli import complete, output, units
+from modelstore.cli import complete, evaluating, output, units
 from modelstore.cli.options import AsJson, Debug, Reference, StoreUrl, open_store
 
 if TYPE_CHECKING:
@@ -85,15 +86,32 @@ def _tags(tags: dict[str, int]) -> str:
 def show(
     ref: Reference,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too (--json always does).")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            dir_okay=False,
+            show_default=False,
+            help="Draw the quality of all variants of the version over their size, to a .png, .svg or .pdf file.",
+        ),
+    ] = None,
     store: StoreUrl = None,
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Describe what a reference names.
 
-    Sizes, tensors, files, and where it comes from.
+    Sizes, tensors, files, where it comes from, and what the version's variants are worth, as far as it was measured.
     """
-    about = open_store(store).describe(ref)
+    if plot is not None:
+        evaluating.check_plot(plot)
+    opened = open_store(store)
+    about = opened.describe(ref)
+    at = f"{about.model}@{about.version}"
+    if plot is not None:
+        evaluating.plot(opened.quality(at), at, plot)
+        output.remark(f"drew {plot}", quiet=json)
 
     def lines() -> Iterator[str]:
         chunks = sum(t.chunks for t in about.tensors)
@@ -112,6 +130,10 @@ def show(
         }
         width = max(map(len, facts))
         yield from (f"{key.ljust(width)}  {value}" for key, value in facts.items() if value)
+        worth = opened.quality(at)
+        if len(worth) > 1 or any(one.measured for one in worth):
+            yield ""
+            yield from evaluating.table(worth)
         if tensors:
             rows = [
                 (

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import about, bench, checking, compressing, demo, listing, loading, naming, removing, saving
+from modelstore.cli import (
+    about,
+    bench,
+    checking,
+    compressing,
+    demo,
+    evaluating,
+    listing,
+    loading,
+    naming,
+    removing,
+    saving,
+)
 from modelstore.cli.failures import Commands
 
 EPILOG = (
@@ -47,6 +59,7 @@ for command in (
     app.command()(command)
 
 
+app.command("eval")(evaluating.evaluate)
 app.add_typer(compressing.plan)
 
 
