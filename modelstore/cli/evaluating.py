@@ -1,0 +1,181 @@
+"""`eval`: what variants of a language model predict, beside their size; and the picture that `show --plot` draws of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modelstore.cli import complete, output, units
+from modelstore.cli.failures import usage
+from modelstore.cli.options import AsJson, Debug, Memory, Quiet, StoreUrl, open_store
+
+if TYPE_CHECKING:
+    from modelstore.format.results import Measured, Quality
+
+_HEADS = ("VARIANT", "STORED", "BITS/WEIGHT", "SQNR", "PERPLEXITY", "KL", "TOP-1")
+_PLOTS = (".png", ".svg", ".pdf")
+
+
+def evaluate(
+    refs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="REF...",
+            autocompletion=complete.references,
+            show_default=False,
+            help="NAME[@VERSION-OR-TAG][:VARIANT]; several variants of one version are compared with one run of the original.",
+        ),
+    ],
+    text: Annotated[
+        Path,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="The text to predict, in UTF-8: one that the model was not trained on.",
+        ),
+    ],
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline/--no-baseline", help="Run the original too, and measure how far from it the variants are."
+        ),
+    ] = True,
+    context: Annotated[int, typer.Option("--context", metavar="TOKENS", min=2, help="Tokens of a window.")] = 512,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride",
+            metavar="TOKENS",
+            min=1,
+            show_default=False,
+            help="From one window's beginning to the next one's: the context if not given.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="TOKENS", min=2, show_default=False, help="Only so many tokens of the text."),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", metavar="N", min=1, show_default=False, help="Windows that are run at once."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Where the model runs, such as cuda.")
+    ] = "cpu",
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep what is found with the variant.")] = True,
+    store: StoreUrl = None,
+    memory: Memory = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how well variants of a language model predict a text.
+
+    Perplexity, and against the original KL divergence (nats a token) and how often both think the same token likeliest.
+    The arithmetic is float32. What is known already is not computed again.
+    """
+    opened = open_store(store, memory=memory)
+    with output.progress(quiet=quiet) as report:
+        found = opened.eval(
+            refs,
+            text=text,
+            context=context,
+            stride=stride,
+            limit=limit,
+            baseline=baseline,
+            keep=keep,
+            batch=batch,
+            device=device,
+            progress=report,
+        )
+
+    def lines() -> Iterator[str]:
+        rows = [
+            (f"{e.model}@{e.version}:{e.variant}", *_measures(e.measured), _number(e.measured.baseline_perplexity, 3))
+            for e in found
+        ]
+        heads = ("VARIANT", *_HEADS[4:], "ORIGINAL'S PERPLEXITY")
+        yield from output.table(rows, heads, right=range(1, 5))
+        known = "known before, " if all(e.known for e in found) else ""
+        yield f"{of_text(found[0].measured)}: {known}{units.seconds(found[0].seconds)}"
+
+    output.result(found, lines(), as_json=json)
+
+
+def table(found: Sequence[Quality]) -> Iterator[str]:
+    """Lines of a table of variants: their sizes and what they are worth."""
+    rows = [
+        (
+            one.variant,
+            units.size(one.stored),
+            f"{one.bits:.2f}",
+            f"{one.sqnr:.1f} dB" if one.sqnr is not None else "–",
+            *_measures(one.measured),
+        )
+        for one in found
+    ]
+    yield from output.table(rows, _HEADS, right=range(1, len(_HEADS)))
+    measured = next((one.measured for one in found if one.measured), None)
+    if measured:
+        yield f"evaluated on {of_text(measured)}"
+
+
+def of_text(measured: Measured) -> str:
+    """Which text was predicted, and how."""
+    stride = f", stride {measured.stride}" if measured.stride != measured.context else ""
+    return f"{measured.text}, {units.count(measured.tokens, 'token')} in windows of {measured.context}{stride}, {measured.dtype}"
+
+
+def check_plot(path: Path) -> None:
+    """Wrong usage where no picture can be drawn to a path."""
+    if path.suffix.lower() not in _PLOTS:
+        raise usage(f"{path} is not the name of a picture: let it end in {', '.join(_PLOTS)}")
+
+
+def plot(found: Sequence[Quality], title: str, path: Path) -> None:
+    """Draw quality over bytes of a version's variants: their perplexity where it was measured, else their SQNR."""
+    from modelstore.errors import UnsupportedError
+
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError("--plot draws with matplotlib: pip install 'modelstore[plot]'") from None
+    perplexities = [(one, one.measured.perplexity) for one in found if one.measured and one.measured.perplexity]
+    ratios = [(one, one.sqnr) for one in found if one.sqnr is not None]
+    points = perplexities or ratios
+    if not points:
+        raise UnsupportedError(
+            f"nothing was measured of {title} yet: compress it, or evaluate it with 'modelstore eval {title} --text FILE'"
+        )
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.scatter([one.stored / 1e6 for one, _ in points], [value for _, value in points])
+    for one, value in points:
+        axes.annotate(one.variant, (one.stored / 1e6, value), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("stored, MB")
+    axes.set_ylabel("perplexity, lower is better" if perplexities else "SQNR in dB, higher is better")
+    values = [value for _, value in points]
+    if perplexities and max(values) > 4 * min(values):
+        axes.set_yscale("log")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    measured = points[0][0].measured
+    axes.set_title(f"{title}: {of_text(measured)}" if perplexities and measured else title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _measures(measured: Measured | None) -> tuple[str, str, str]:
+    if measured is None:
+        return "–", "–", "–"
+    top1 = f"{100 * measured.top1:.1f} %" if measured.top1 is not None else "–"
+    return _number(measured.perplexity, 3), _number(measured.kl, 5), top1
+
+
+def _number(value: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if value is not None else "–"
