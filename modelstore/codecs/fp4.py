@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from modelstore.codecs import check, floatviews, scaled
+from modelstore.codecs.numbers import Floats
 from modelstore.codecs.scaled import Format4, Grid
 from modelstore.codecs.weight import Encode, EngineView, ReadValues, WeightCodec, group_of, matrix
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.grid import bands
-from modelstore.format.region import Shape, extent, full, size
+from modelstore.format.region import Region, Shape, extent, full, size
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -115,16 +116,23 @@ class Nvfp4(WeightCodec):
 
     def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
         """The tensor is looked at for its largest magnitude, in bands of 4 MiB."""
-        largest = np.float32(0)
+        greatest = np.float32(0)
         for region in bands(full(shape), dtype.itemsize, _BAND):
             n = size(region)
-            largest = max(largest, scaled.absmax(read(region), dtype, Grid(1, n, n)).max())
-        over = _global(largest, dtype)
-        return lambda values, region: self._encode(values, extent(region), dtype, over)
+            greatest = max(greatest, scaled.absmax(read(region), dtype, Grid(1, n, n)).max())
+        over = _global(greatest, dtype)
+
+        def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
+            check.values(values, extent(region), dtype)
+            largest = scaled.absmax(values, dtype, _grid(extent(region), 16))
+            return self._encode(values, extent(region), dtype, over, largest)
+
+        return encode
 
     def encode(self, values: Bytes, shape: Shape, dtype: DType, base: Bytes | None = None) -> tuple[Buffer, ...]:  # noqa: ARG002
         check.values(values, shape, dtype)
-        return self._encode(values, shape, dtype, _global(scaled.absmax(values, dtype, _grid(shape, 16)).max(), dtype))
+        largest = scaled.absmax(values, dtype, _grid(shape, 16))
+        return self._encode(values, shape, dtype, _global(largest.max(), dtype), largest)
 
     def decode(
         self,
@@ -143,9 +151,10 @@ class Nvfp4(WeightCodec):
             scales = scales / divisor
         scaled.decode4(codes, grid, scales, E2M1, dtype, out)
 
-    def _encode(self, values: Bytes, shape: Shape, dtype: DType, over: np.float32) -> tuple[Buffer, ...]:
+    def _encode(
+        self, values: Bytes, shape: Shape, dtype: DType, over: np.float32, largest: Floats
+    ) -> tuple[Buffer, ...]:
         grid = _grid(shape, 16)
-        largest = scaled.absmax(values, dtype, grid)
         wanted = np.clip(over * (largest / np.float32(MOST)), np.float32(_LEAST_SCALE), np.float32(MOST_SCALE))
         wanted[largest == 0] = 1
         kept = scaled.plane(wanted, "float8_e4m3fn")

@@ -62,6 +62,10 @@ class Fp8(WeightCodec):
     def view(self) -> EngineView | None:
         return floatviews.Fp8View(self.granularity, self.block) if self.format == "e4m3" else None
 
+    @property
+    def by_rows(self) -> bool:
+        return self.granularity == "channel"
+
     def planes(self, dtype: DType) -> tuple[str, ...]:  # noqa: ARG002
         return ("codes", "scale")
 

@@ -280,9 +280,10 @@ def _write(fill: Callable[[_Tile], Floats], grid: Grid, dtype: DType, out: Bytes
 
 
 @cache
-def _pairs(levels: tuple[float, ...]) -> Floats:
+def _pairs(levels: tuple[float, ...]) -> NDArray[np.uint64]:
+    """Of each byte the two levels that its codes stand for, as the bits of float32 numbers side by side."""
     table = np.array(levels, np.float32)
     codes = np.arange(256)
-    pairs = np.stack([table[codes & 15], table[codes >> 4]], axis=1)
+    pairs = np.stack([table[codes & 15], table[codes >> 4]], axis=1).view(np.uint64)[:, 0].copy()
     pairs.flags.writeable = False
     return pairs

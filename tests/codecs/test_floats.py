@@ -10,9 +10,11 @@ from modelstore.codecs import scaled
 from modelstore.codecs.fp4 import E2M1, Mxfp4, Nvfp4
 from modelstore.codecs.fp8 import Fp8
 from modelstore.codecs.half import Half
+from modelstore.codecs.loss import loss_of
 from modelstore.codecs.nf4 import LEVELS, Nf4
 from modelstore.codecs.rounded import Round
 from modelstore.codecs.scaled import E4M3, E5M2, Grid
+from modelstore.codecs.weight import WeightCodec
 from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES
 from tests.codecs.weight_contract import WeightContract, make
@@ -174,3 +176,26 @@ def test_rounding_gives_whole_numbers() -> None:
 def test_wrong_parameters_are_named(make_codec: object, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         make_codec()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [Fp8(), Fp8(granularity="tensor"), Fp8("e5m2", "block", 48), Nf4(), Nf4(4080), Mxfp4(), Nvfp4()],
+    ids=lambda c: c.name,
+)
+def test_rows_longer_than_a_tile(codec: WeightCodec) -> None:
+    """Cut into tiles, a long row decodes as the same row cut into short ones does, where groups are the same."""
+    d = DTYPES["bfloat16"]
+    for columns in (3 * scaled.TILE, 2 * scaled.TILE + 1777):
+        values = make("normal", (2, columns), d)
+        decoded = np.empty((2, 2 * columns), np.uint8)
+        codec.decode(codec.encode(values, (2, columns), d), (2, columns), d, decoded)
+        assert loss_of(values, decoded.reshape(-1), d).sqnr > 16
+        spaced = np.zeros((2, 2 * columns + 6), np.uint8)
+        codec.decode(codec.encode(values, (2, columns), d), (2, columns), d, spaced[:, 2:-4])
+        assert np.array_equal(spaced[:, 2:-4], decoded)
+        if codec in (Nf4(), Mxfp4(), Nvfp4(), Fp8(granularity="tensor")) and columns % 256 == 0:
+            short = (2 * columns // 256, 256)
+            again = np.empty((short[0], 512), np.uint8)
+            codec.decode(codec.encode(values, short, d), short, d, again)
+            assert again.tobytes() == decoded.tobytes()

@@ -17,21 +17,45 @@ import numpy as np
 
 from modelstore.codecs.kernels import jit
 
+RUN = 16  # numbers of a loop of a fixed length, which vectorises however short the group is
 BLOCK = 1024  # numbers between one loop and the next: they stay in the first-level cache
 
 
 def _absmax(numbers, columns, width, out):  # type: ignore[no-untyped-def]
     """Largest magnitude of the finite numbers of each group, 0 where there are none. numbers: float32 bits as uint32."""
+    if width >= 8 * RUN or width % RUN:
+        for r in range(out.shape[0]):
+            for g in range(out.shape[1]):
+                x = numbers[r * columns + g * width : r * columns + min(columns, (g + 1) * width)]
+                largest = np.uint32(0)
+                for i in range(x.size):
+                    bits = x[i] & np.uint32(0x7FFFFFFF)
+                    largest = max(largest, bits if bits < np.uint32(0x7F800000) else np.uint32(0))
+                out[r, g] = largest
+        return
+    fold = np.empty(BLOCK, np.uint32)  # short groups: a block is folded in half until a number stands for each run
     for r in range(out.shape[0]):
         for g in range(out.shape[1]):
-            start = r * columns + g * width
-            stop = r * columns + min(columns, (g + 1) * width)
-            largest = np.uint32(0)
-            for i in range(start, stop):
-                bits = numbers[i] & np.uint32(0x7FFFFFFF)
-                bits = bits if bits < np.uint32(0x7F800000) else np.uint32(0)  # NaN and infinities do not count
-                largest = max(largest, bits)
-            out[r, g] = largest
+            out[r, g] = np.uint32(0)
+        for start in range(0, columns, BLOCK):
+            n = min(BLOCK, columns - start)
+            x = numbers[r * columns + start : r * columns + start + n]
+            for i in range(n):
+                bits = x[i] & np.uint32(0x7FFFFFFF)
+                fold[i] = bits if bits < np.uint32(0x7F800000) else np.uint32(0)
+            for i in range(n, -(-n // RUN) * RUN):
+                fold[i] = np.uint32(0)
+            runs = -(-n // RUN)
+            for part in (8, 4, 2, 1):
+                for i in range(runs * part):
+                    fold[i] = max(fold[2 * i], fold[2 * i + 1])
+            g = start // width
+            edge = (g + 1) * width - start
+            for i in range(runs):
+                if i * RUN >= edge:
+                    g += 1
+                    edge += width
+                out[r, g] = max(out[r, g], fold[i])
 
 
 def _encode8(numbers, columns, width, scales, mantissa, bias, most, out):  # type: ignore[no-untyped-def]
@@ -107,59 +131,77 @@ def _decode8(codes, columns, width, scales, mantissa, bias, limit, out):  # type
 
 
 def _encode4(numbers, columns, width, scales, borders, signed, out):  # type: ignore[no-untyped-def]
-    """Codes of 4 bits, two a byte, the first in the low bits; each row begins a byte. `width` is even.
+    """Codes of 4 bits, two a byte, the first in the low bits; each row begins a byte. `width` is a multiple of 16.
 
     A code is how many of the ascending `borders` the number is beyond; with `signed` it is so for the magnitude, and
     bit 3 is the sign.
     """
     block = np.empty(BLOCK, np.float32)
+    spread = np.empty(BLOCK, np.float32)  # the scale of each number
+    runs = spread.reshape(BLOCK // RUN, RUN)
     bits = block.view(np.uint32)
-    counts = np.empty(BLOCK, np.uint8)
+    pairs = np.empty(BLOCK // 2, np.uint16)
+    counts = pairs.view(np.uint8)  # little-endian, as all that is stored
     line = (columns + 1) // 2
     for r in range(scales.shape[0]):
-        for g in range(scales.shape[1]):
-            scale = scales[r, g]
-            last = min(columns, (g + 1) * width)
-            for start in range(g * width, last, BLOCK):
-                n = min(BLOCK, last - start)
-                x = numbers[r * columns + start : r * columns + start + n]
+        for start in range(0, columns, BLOCK):
+            n = min(BLOCK, columns - start)
+            x = numbers[r * columns + start : r * columns + start + n]
+            g = start // width
+            edge = (g + 1) * width - start
+            for q in range((n + RUN - 1) // RUN):
+                if q * RUN >= edge:
+                    g += 1
+                    edge += width
+                scale = scales[r, g]
+                for j in range(RUN):
+                    runs[q, j] = scale
+            for i in range(n):
+                v = x[i] / spread[i]
+                block[i] = v if v == v else np.float32(0)
+            if signed:
                 for i in range(n):
-                    v = x[i] / scale
-                    block[i] = v if v == v else np.float32(0)
-                if signed:
-                    for i in range(n):
-                        counts[i] = np.uint8((bits[i] >> np.uint32(28)) & np.uint32(8))
-                        bits[i] &= np.uint32(0x7FFFFFFF)
-                else:
-                    for i in range(n):
-                        counts[i] = np.uint8(0)
-                for k in range(borders.size):
-                    border = borders[k]
-                    for i in range(n):
-                        counts[i] += np.uint8(block[i] > border)
-                if n & 1:
-                    counts[n] = np.uint8(0)  # BLOCK is even: there is room
-                at = r * line + start // 2
-                for i in range((n + 1) // 2):
-                    out[at + i] = counts[2 * i] | (counts[2 * i + 1] << np.uint8(4))
+                    counts[i] = np.uint8((bits[i] >> np.uint32(28)) & np.uint32(8))
+                    bits[i] &= np.uint32(0x7FFFFFFF)
+            else:
+                for i in range(n):
+                    counts[i] = np.uint8(0)
+            for k in range(borders.size):
+                border = borders[k]
+                for i in range(n):
+                    counts[i] += np.uint8(block[i] > border)
+            if n & 1:
+                counts[n] = np.uint8(0)  # BLOCK is even: there is room
+            o = out[r * line + start // 2 : r * line + (start + n + 1) // 2]
+            for i in range(o.size):
+                o[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
 
 
 def _decode4(codes, columns, width, scales, pairs, out):  # type: ignore[no-untyped-def]
-    """Numbers of such codes, into `out`. pairs: float32 (256, 2), the two numbers of each byte."""
+    """Numbers of such codes, into `out`. pairs: uint64 (256,), the two float32 numbers of each byte side by side."""
+    wide = np.empty(BLOCK // 2, np.uint64)
+    block = wide.view(np.float32)
+    spread = np.empty(BLOCK, np.float32)  # the scale of each number
+    runs = spread.reshape(BLOCK // RUN, RUN)
     line = (columns + 1) // 2
     for r in range(scales.shape[0]):
-        for g in range(scales.shape[1]):
-            scale = scales[r, g]
-            start = g * width
-            n = min(columns, start + width) - start
-            c = codes[r * line + start // 2 :]
+        for start in range(0, columns, BLOCK):
+            n = min(BLOCK, columns - start)
+            c = codes[r * line + start // 2 : r * line + (start + n + 1) // 2]
             o = out[r * columns + start : r * columns + start + n]
-            for i in range(n // 2):
-                byte = c[i]
-                o[2 * i] = pairs[byte, 0] * scale
-                o[2 * i + 1] = pairs[byte, 1] * scale
-            if n & 1:
-                o[n - 1] = pairs[c[n // 2], 0] * scale
+            for i in range(c.size):
+                wide[i] = pairs[c[i]]
+            g = start // width
+            edge = (g + 1) * width - start
+            for q in range((n + RUN - 1) // RUN):
+                if q * RUN >= edge:
+                    g += 1
+                    edge += width
+                scale = scales[r, g]
+                for j in range(RUN):
+                    runs[q, j] = scale
+            for i in range(n):
+                o[i] = block[i] * spread[i]
 
 
 @cache
@@ -179,5 +221,7 @@ def kernels() -> dict[str, Callable[..., Any]]:
         "encode8": jit.compiled(_encode8, types.void(numbers, size, size, scales, *format8, f32, array(u8))),
         "decode8": jit.compiled(_decode8, u32(codes, size, size, scales, *format8, size, array(f32))),
         "encode4": jit.compiled(_encode4, types.void(numbers, size, size, scales, numbers, types.boolean, array(u8))),
-        "decode4": jit.compiled(_decode4, types.void(codes, size, size, scales, array(f32, 2, True), array(f32))),
+        "decode4": jit.compiled(
+            _decode4, types.void(codes, size, size, scales, array(types.uint64, readonly=True), array(f32))
+        ),
     }
