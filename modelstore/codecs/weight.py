@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -18,8 +18,6 @@ from modelstore.format.region import Region, Shape, extent
 
 ReadValues = Callable[[Region], Bytes]  # a region of the tensor → its raw bytes, 1-d
 Encode = Callable[[Bytes, Region], tuple[Buffer, ...]]  # a region's raw bytes, and where it lies → its planes
-
-Scope = Literal["region", "rows", "tensor"]
 
 FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 _KERNEL = 11  # a last dimension up to this, of three or more, is a convolution's kernel
@@ -119,9 +117,9 @@ class WeightCodec:
         return (1,) * len(shape)
 
     @property
-    def scope(self) -> Scope:
-        """How much `fit` looks at: nothing but the region that is encoded, its rows of the matrix, or the whole tensor."""
-        return "region"
+    def by_rows(self) -> bool:
+        """Whether `fit` finds for a run of whole rows of the matrix what it finds for them in the whole tensor."""
+        return False
 
     def size(self, shape: Shape, dtype: DType) -> int:
         """Bytes that a tensor is stored in: exact, or where planes are entropy-coded an estimate."""
@@ -130,8 +128,7 @@ class WeightCodec:
     def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:  # noqa: ARG002
         """Look at a whole tensor, region by region, before it is encoded; how its regions are then.
 
-        Codecs that encode each region by itself look at nothing. Memory stays well below the tensor's size. With scope
-        "rows", fitting any run of whole rows gives what fitting the tensor would give for them.
+        Codecs that encode each region by itself look at nothing. Memory stays well below the tensor's size.
         """
         return lambda values, region: self.encode(values, extent(region), dtype)
 

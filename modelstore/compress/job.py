@@ -177,7 +177,7 @@ def encoder(codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor,
         return fitted(values, region)
 
     def choose(part: Region, raw: Bytes) -> EncodeRegion:
-        if codec.scope == "tensor" or (codec.scope == "rows" and not has_whole_rows(part, tensor.shape)):
+        if not codec.by_rows or not has_whole_rows(part, tensor.shape):
             return encode
         box = raw.view(f"V{tensor.kind.itemsize}").reshape(extent(part))
         fitted = codec.fit(
