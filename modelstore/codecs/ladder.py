@@ -253,7 +253,8 @@ def _limit(dtype: DType) -> float:
 def _eighth(s4: Bytes, dtype: DType) -> Floats:
     """s8 of raw s4: a sixteenth, rounded to the dtype."""
     s8 = np.empty(s4.size, np.uint8)
-    from_float32(to_float32(s4, dtype) / np.float32(16), dtype, s8.reshape(1, -1))
+    with np.errstate(invalid="ignore"):  # a NaN that damage made
+        from_float32(to_float32(s4, dtype) / np.float32(16), dtype, s8.reshape(1, -1))
     return to_float32(s8, dtype)
 
 

@@ -9,11 +9,13 @@ The residual: version, form, zero, log2 of a block's elements (18). Form 0: the 
     zeros, patches                     counts, u32
     three lengths, u32                 of the encodings of the words of code 0, the patches' places, the patches' words
     a length, u32, for each block      of its symbols as stored
+    a byte for each block              bit k is set where the symbols of stream k are packed
     the three encodings                as `lossless` stores words of the tensor's dtype, uint32 and again the dtype
     block after block                  symbols: as they are where as many bytes are stored, else a zstd frame; then rests
 
-A block's symbols are those of the codes whose abs has 1 bit, then 2, … 7 or more, each in the order of elements. Rests are
-nibbles, packed as above, for float16, u16 for float32; there are none for bfloat16.
+A block's symbols are seven streams, one after the other: of the codes whose abs has 1 bit, then 2, … 7 or more, each in the
+order of elements. A stream of symbols from 120 to 135 only is packed: nibbles, as above, of symbol - 120. Rests are nibbles
+for float16, u16 for float32; there are none for bfloat16.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ HEADER = struct.Struct("<BBBB")
 COUNTS = struct.Struct("<5I")
 VALUES, DIFFERENCES = 0, 1
 _PATCHES = 16  # more than one in so many elements, and the values are stored as they are
+_LEAST = 120  # of the 16 symbols about that of no difference
 _POOR = 0.65  # of the raw size: from there on a residual is compared with the values stored as they are
 
 Words = NDArray[np.unsignedinteger]
@@ -152,7 +155,7 @@ def expanded(stored: Bytes, size: int, name: str) -> Bytes:
 
 def _bits(piece: Bytes) -> float:
     """Entropy of a sample of the bytes, in bits."""
-    sample = piece[:: max(1, piece.size >> 13)]
+    sample = piece[:: max(1, piece.size >> 12)]
     counts = np.bincount(sample, minlength=256)
     share = counts[counts > 0] / sample.size
     return float(-(share * np.log2(share)).sum()) + (share.size - 1) * (0.72 / sample.size + 4 / piece.size)
@@ -164,6 +167,7 @@ class ResidualWriter:
     def __init__(self, kind: Kind, count: int) -> None:
         self._kind, self._count = kind, count
         self._symbols: list[Bytes] = []
+        self._packed: list[int] = []
         self._rests: list[Bytes] = []
         self._zeros: list[Words] = []
         self._places: list[NDArray[np.uint32]] = []
@@ -187,18 +191,21 @@ class ResidualWriter:
         work = kernels.kernels(self._kind.width)
         work.count(codes, scratch.counts)
         cursors, sizes = starts(scratch.counts)
-        n = int(sizes[1:].sum())
-        streams, places = scratch.streams[:n], scratch.places[: int(sizes[0])]
-        work.scatter(codes, symbols, LENGTHS, cursors, streams, places)
-        self._zeros.append(values[places])
-        ends = np.cumsum(sizes[1:]).tolist()
-        parts = [streams[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a]
-        frame = np.frombuffer(frames.compress_parts(parts, "entropy") if n else b"", np.uint8)
-        self._symbols.append(frame if frame.size < n else streams.copy())
+        streams = scratch.streams[: codes.size]
+        work.scatter(codes, symbols, LENGTHS, cursors, streams)
+        self._zeros.append(values[np.flatnonzero(codes == ZERO)])
+        parts, packed = [], 0
+        for k, part in enumerate(np.split(streams, np.cumsum(sizes[:-1]))[1:], start=1):
+            if part.size and part.min() >= _LEAST and part.max() < _LEAST + 16:
+                parts.append(_nibbles(part - np.uint8(_LEAST)))
+                packed |= 1 << k
+            elif part.size:
+                parts.append(part)
+        frame = np.frombuffer(frames.compress_parts(parts, "entropy") if parts else b"", np.uint8)
+        self._symbols.append(frame if frame.size < sum(part.size for part in parts) else _join(*parts))
+        self._packed.append(packed)
         if self._kind.number == 1:
-            low = np.empty(-(-codes.size // 2), np.uint8)
-            work.pack(rests.astype(np.uint8), np.empty_like(low), low)
-            self._rests.append(low)
+            self._rests.append(_nibbles(rests.astype(np.uint8)))
         elif self._kind.number == 2:
             self._rests.append(rests.astype("<u2").view(np.uint8))
 
@@ -221,21 +228,27 @@ class ResidualWriter:
         for b, symbols in enumerate(self._symbols):
             body.append(symbols)
             body += self._rests[b : b + 1]
-        size = sum(map(len, (head, lengths, *sides, *body)))
+        packed = np.array(self._packed, np.uint8)
+        size = sum(map(len, (head, lengths, packed, *sides, *body)))
         if size > _POOR * values.size:
             apart = byteplanes.encode(values, dtype)
             if apart.size + HEADER.size < size:
                 return _join(plain, apart)
-        return _join(head, lengths, *sides, *body)
+        return _join(head, lengths, packed, *sides, *body)
 
 
-def starts(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(where each quarter begins in each stream, flat; the streams' sizes). Streams 1… follow each other; 0 is apart."""
+def starts(counts: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """(where each quarter begins in each stream, (LANES, STREAMS); the streams' sizes). Streams follow each other."""
     sizes = counts.sum(axis=0)
-    first = np.cumsum(sizes) - sizes - sizes[0]
-    first[0] = 0
-    cursors = first + np.cumsum(counts, axis=0) - counts
-    return cursors.reshape(-1), sizes
+    first = np.cumsum(sizes) - sizes
+    return np.ascontiguousarray(first + np.cumsum(counts, axis=0) - counts, np.uint64), sizes
+
+
+def _nibbles(values: Bytes) -> Bytes:
+    """Bytes below 16, packed."""
+    low = np.empty(-(-values.size // 2), np.uint8)
+    kernels.kernels(2).pack(values, np.empty_like(low), low)
+    return low
 
 
 def _concatenated(arrays: list[Words], dtype: np.dtype[np.unsignedinteger]) -> Words:
@@ -243,6 +256,8 @@ def _concatenated(arrays: list[Words], dtype: np.dtype[np.unsignedinteger]) -> W
 
 
 def _join(*pieces: bytes | Bytes) -> Bytes:
+    if not pieces:
+        return np.empty(0, np.uint8)
     return np.concatenate([np.frombuffer(piece, np.uint8) for piece in pieces])
 
 
@@ -252,13 +267,14 @@ class ResidualReader:
     def __init__(self, data: Bytes, kind: Kind, dtype: DType, count: int) -> None:
         self._data, self._kind, self._count = data, kind, count
         blocks = -(-count // BLOCK)
-        at = HEADER.size + COUNTS.size + 4 * blocks
+        at = HEADER.size + COUNTS.size + 5 * blocks
         if data.size < at:
             raise FormatError(f"the plane 'residual' has {data.size} bytes, too few for its header")
         zeros, patches, *sides = COUNTS.unpack(data[HEADER.size : HEADER.size + COUNTS.size].tobytes())
         if zeros > count or patches > count:
             raise FormatError(f"the plane 'residual' has {zeros} zeros and {patches} patches of {count} elements")
-        lengths = data[at - 4 * blocks : at].view("<u4").astype(np.int64)
+        lengths = data[at - 5 * blocks : at - blocks].view("<u4").astype(np.int64)
+        self._packed = data[at - blocks : at].tolist()
         rests = sum(_rest_bytes(kind, min(BLOCK, count - first)) for first in range(0, count, BLOCK))
         expected = at + sum(sides) + int(lengths.sum()) + rests
         if data.size != expected:
@@ -282,10 +298,10 @@ class ResidualReader:
         work.count(codes, scratch.counts)
         cursors, sizes = starts(scratch.counts)
         end = self._at + self._lengths[index]
-        streams = expanded(self._data[self._at : end], n - int(sizes[0]), "residual")
+        streams = self._streams(self._data[self._at : end], sizes.tolist(), self._packed[index])
         self._at = end + _rest_bytes(self._kind, n)
-        symbols, places = scratch.symbols[:n], scratch.places[: int(sizes[0])]
-        work.gather(codes, streams, LENGTHS, cursors, symbols, places)
+        symbols, places = scratch.symbols[:n], np.flatnonzero(codes == ZERO)
+        work.gather(codes, streams, LENGTHS, cursors, symbols)
         rests = self._rests(self._data[end : self._at], n)
         work.join(codes, symbols, rests, *grid, self._kind.shift, self._kind.bias, out)
         zeros = self._zeros[self._zero : self._zero + places.size]
@@ -302,6 +318,22 @@ class ResidualReader:
         """After the last block: all must be used up."""
         if self._zero != self._zeros.size:
             raise FormatError(f"the plane 'residual' has {self._zeros.size} zeros; its codes have {self._zero}")
+
+    def _streams(self, stored: Bytes, sizes: list[int], packed: int) -> Bytes:
+        """All streams, one after the other: of stream 0, which is none, as many bytes of any content as it has codes."""
+        halves = [0, *(-(-n // 2) if packed >> k & 1 else n for k, n in enumerate(sizes[1:], start=1))]
+        data = expanded(stored, sum(halves), "residual")
+        streams = scratch.streams[: sum(sizes)]
+        to, at = sizes[0], 0
+        for k in range(1, STREAMS):
+            part, piece = streams[to : to + sizes[k]], data[at : at + halves[k]]
+            if packed >> k & 1:
+                kernels.kernels(2).unpack(piece, piece[:0], part)
+                part += np.uint8(_LEAST)
+            else:
+                part[:] = piece
+            to, at = to + sizes[k], at + halves[k]
+        return streams
 
     def _rests(self, data: Bytes, n: int) -> Words:
         if self._kind.number == 2:

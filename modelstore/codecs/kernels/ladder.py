@@ -35,14 +35,21 @@ def _largest(words, magnitude, infinity, columns, group, out):  # type: ignore[n
     """The largest finite magnitude of each group, as a word, 0 if there is none. words: (rows * columns,)."""
     word = words.dtype.type
     mask, end = word(magnitude), word(infinity)
+    tile = np.empty(_RUN, words.dtype)
     groups = -(-columns // group)
     for g in range(out.size):
         row = g // groups
-        first = row * columns + (g - row * groups) * group
+        start = row * columns + (g - row * groups) * group
+        stop = min(start + group, (row + 1) * columns)
         most = word(0)
-        for w in words[first : min(first + group, (row + 1) * columns)]:
-            m = word(w & mask)
-            most = max(most, m if m < end else word(0))
+        while start < stop:
+            run = words[start : min(start + _RUN, stop)]
+            for i in range(run.size):
+                m = word(run[i] & mask)
+                tile[i] = m if m < end else word(0)
+            for i in range(run.size):
+                most = max(most, tile[i])
+            start += _RUN
         out[g] = most
 
 
@@ -86,7 +93,8 @@ def _split(words, kind, first, columns, group, scale, given, shift, bias, out, s
                 scaled = numbers[i] * np.float32(5.192296858534828e33)  # 2 ** 112: float16's exponent as float32's
                 numbers[i] = -scaled if w[i] >> np.uint8(15) else scaled
             for i in range(n):
-                infinite = np.uint32(0x7F800000) | (np.uint32(w[i] & word(0x83FF)) << np.uint32(16))
+                infinite = np.uint32(0x7F800000) | (np.uint32(w[i] & word(0x8000)) << np.uint32(16))
+                infinite |= np.uint32(w[i] & word(0x03FF)) << np.uint32(13)
                 bits[i] = infinite if (w[i] & word(0x7C00)) == word(0x7C00) else bits[i]
         else:
             for i in range(n):
@@ -108,7 +116,7 @@ def _split(words, kind, first, columns, group, scale, given, shift, bias, out, s
                 code[i] = x if x < np.float32(119) else np.float32(119)
         u = out[start : start + n]
         for i in range(n):
-            u[i] = np.uint8(np.int32(code[i]) + np.int32(ZERO))
+            u[i] = np.uint8(np.int32(code[i] + np.float32(ZERO)))
             products[i] = code[i] * s
         # their nearest words
         if kind == 0:
@@ -169,8 +177,9 @@ def _join(u, symbols, rests, kind, first, columns, group, scale, shift, bias, ou
     zero = word(0)
     below = word((word(1) << sign) - word(1))
     cut, offset = np.uint8(shift), word(bias)
-    middle = np.int32(ZERO) if symbols.size else np.int32(bias)
+    middle = np.float32(ZERO) if symbols.size else np.float32(bias)
     bits = np.empty(_RUN, np.uint32)
+    base = np.empty(_RUN, out.dtype)
     product = np.empty(_RUN, np.uint32)
     products = product.view(np.float32)
     groups = -(-columns // group)
@@ -184,43 +193,48 @@ def _join(u, symbols, rests, kind, first, columns, group, scale, shift, bias, ou
         c = u[start : start + n]
         o = out[start : start + n]
         for i in range(n):
-            products[i] = np.float32(np.int32(c[i]) - middle) * s
+            products[i] = (np.float32(c[i]) - middle) * s
         if kind == 0:
             for i in range(n):
                 p = product[i]
-                o[i] = word(np.uint32(p + np.uint32(0x7FFF) + ((p >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+                base[i] = word(
+                    np.uint32(p + np.uint32(0x7FFF) + ((p >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+                )
         elif kind == 1:
             for i in range(n):
                 p = product[i] & np.uint32(0x7FFFFFFF)
                 odd = (p >> np.uint32(13)) & np.uint32(1)
                 normal = np.uint32(p - np.uint32(0x37FFF001) + odd) >> np.uint32(13)
                 bits[i] = np.uint32(0x7C00) if p >= np.uint32(0x477FF000) else normal
-                o[i] = word((product[i] >> np.uint32(16)) & np.uint32(0x8000))
+                base[i] = word((product[i] >> np.uint32(16)) & np.uint32(0x8000))
             for i in range(n):
                 products[i] = abs(products[i]) + np.float32(0.5)
             for i in range(n):
                 small = np.uint32(product[i] - np.uint32(0x3F000000))
-                o[i] |= word(small if small <= np.uint32(0x400) else bits[i])
+                base[i] |= word(small if small <= np.uint32(0x400) else bits[i])
         else:
             for i in range(n):
-                o[i] = word(product[i])
+                base[i] = word(product[i])
         if symbols.size:
             sym = symbols[start : start + n]
             if rests.size:
                 rest = rests[start : start + n]
                 for i in range(n):
-                    y = o[i] ^ ((zero - (o[i] >> sign)) & below)
+                    y = base[i] ^ ((zero - (base[i] >> sign)) & below)
                     d = word(word((word(sym[i]) << cut) | word(rest[i])) - offset)
                     d = word((zero - d) if c[i] < np.uint8(ZERO) else d)
                     x = word(y + d)
                     o[i] = x ^ ((zero - (x >> sign)) & below)
             else:
                 for i in range(n):
-                    y = o[i] ^ ((zero - (o[i] >> sign)) & below)
+                    y = base[i] ^ ((zero - (base[i] >> sign)) & below)
                     d = word(word(sym[i]) - offset)
                     d = word((zero - d) if c[i] < np.uint8(ZERO) else d)
                     x = word(y + d)
                     o[i] = x ^ ((zero - (x >> sign)) & below)
+        else:
+            for i in range(n):
+                o[i] = base[i]
         start += n
 
 
@@ -255,53 +269,59 @@ def _count(u, counts):  # type: ignore[no-untyped-def]
             start += n
 
 
-def _scatter(u, symbols, lengths, cursors, streams, zeros):  # type: ignore[no-untyped-def]
-    """Each symbol to its stream; of code 0, the place. lengths: uint8 (256,), the stream of each code.
+def _scatter(u, symbols, lengths, cursors, streams):  # type: ignore[no-untyped-def]
+    """Each symbol to its stream. lengths: uint8 (256,), the stream of each code.
 
-    cursors: int64 (LANES * STREAMS,), where each quarter begins in each stream, advanced; zeros: uint32.
+    cursors: uint64 (LANES, STREAMS), where in `streams` each quarter begins in each stream, advanced.
     """
+    one = np.uint64(1)  # unsigned: a signed place might count from the end
     quarter = u.size // 4
+    u0, u1, u2, u3 = u[:quarter], u[quarter : 2 * quarter], u[2 * quarter : 3 * quarter], u[3 * quarter :]
+    s0, s1, s2 = symbols[:quarter], symbols[quarter : 2 * quarter], symbols[2 * quarter : 3 * quarter]
+    s3 = symbols[3 * quarter :]
+    c0, c1, c2, c3 = cursors[0], cursors[1], cursors[2], cursors[3]
     for i in range(quarter):
-        for lane in range(4):
-            e = lane * quarter + i
-            k = 8 * lane + np.int64(lengths[u[e]])
-            p = cursors[k]
-            cursors[k] = p + 1
-            if k == 8 * lane:
-                zeros[p] = np.uint32(e)
-            else:
-                streams[p] = symbols[e]
-    for e in range(4 * quarter, u.size):
-        k = 24 + np.int64(lengths[u[e]])
-        p = cursors[k]
-        cursors[k] = p + 1
-        if k == 24:
-            zeros[p] = np.uint32(e)
-        else:
-            streams[p] = symbols[e]
+        k0, k1, k2, k3 = lengths[u0[i]], lengths[u1[i]], lengths[u2[i]], lengths[u3[i]]
+        p0, p1, p2, p3 = c0[k0], c1[k1], c2[k2], c3[k3]
+        c0[k0] = p0 + one
+        c1[k1] = p1 + one
+        c2[k2] = p2 + one
+        c3[k3] = p3 + one
+        streams[p0] = s0[i]
+        streams[p1] = s1[i]
+        streams[p2] = s2[i]
+        streams[p3] = s3[i]
+    for i in range(quarter, u3.size):
+        k = lengths[u3[i]]
+        p = c3[k]
+        c3[k] = p + one
+        streams[p] = s3[i]
 
 
-def _gather(u, streams, lengths, cursors, symbols, zeros):  # type: ignore[no-untyped-def]
-    """The reverse of `_scatter`: symbols in the order of elements, and the places of code 0."""
+def _gather(u, streams, lengths, cursors, symbols):  # type: ignore[no-untyped-def]
+    """The reverse of `_scatter`: symbols in the order of elements."""
+    one = np.uint64(1)
     quarter = u.size // 4
+    u0, u1, u2, u3 = u[:quarter], u[quarter : 2 * quarter], u[2 * quarter : 3 * quarter], u[3 * quarter :]
+    s0, s1, s2 = symbols[:quarter], symbols[quarter : 2 * quarter], symbols[2 * quarter : 3 * quarter]
+    s3 = symbols[3 * quarter :]
+    c0, c1, c2, c3 = cursors[0], cursors[1], cursors[2], cursors[3]
     for i in range(quarter):
-        for lane in range(4):
-            e = lane * quarter + i
-            k = 8 * lane + np.int64(lengths[u[e]])
-            p = cursors[k]
-            cursors[k] = p + 1
-            if k == 8 * lane:
-                zeros[p] = np.uint32(e)
-            else:
-                symbols[e] = streams[p]
-    for e in range(4 * quarter, u.size):
-        k = 24 + np.int64(lengths[u[e]])
-        p = cursors[k]
-        cursors[k] = p + 1
-        if k == 24:
-            zeros[p] = np.uint32(e)
-        else:
-            symbols[e] = streams[p]
+        k0, k1, k2, k3 = lengths[u0[i]], lengths[u1[i]], lengths[u2[i]], lengths[u3[i]]
+        p0, p1, p2, p3 = c0[k0], c1[k1], c2[k2], c3[k3]
+        c0[k0] = p0 + one
+        c1[k1] = p1 + one
+        c2[k2] = p2 + one
+        c3[k3] = p3 + one
+        s0[i] = streams[p0]
+        s1[i] = streams[p1]
+        s2[i] = streams[p2]
+        s3[i] = streams[p3]
+    for i in range(quarter, u3.size):
+        k = lengths[u3[i]]
+        p = c3[k]
+        c3[k] = p + one
+        s3[i] = streams[p]
 
 
 def _pack(u, high, low):  # type: ignore[no-untyped-def]
@@ -360,20 +380,20 @@ def kernels(width: int) -> Kernels:
     size, whole = types.intp, types.uint64
     words, out = array(word, True), array(word)
     codes, made, places = array(types.uint8, True), array(types.uint8), array(types.uint32)
-    scale, cursors = array(types.float32, True), array(types.int64)
+    scale, cursors = array(types.float32, True), array(types.uint64, dims=2)
     grid = (size, size, size, size, scale)  # kind, first, columns, group
     largest = types.void(words, whole, whole, size, size, out)
     split = size(words, *grid, array(types.int8, True), size, whole, made, made, out, places, out)
     join = types.void(codes, codes, words, *grid, size, whole, out)
     count = types.void(codes, array(types.int64, dims=2))
-    walk = types.void(codes, codes, codes, cursors, made, places)
+    walk = types.void(codes, codes, codes, cursors, made)
     return Kernels(
         jit.compiled(_largest, largest),
         jit.compiled(_split, split),
         jit.compiled(_join, join),
         jit.compiled(_count, count),
         jit.compiled(_scatter, walk),
-        jit.compiled(_gather, types.void(codes, codes, codes, cursors, made, places)),
+        jit.compiled(_gather, walk),
         jit.compiled(_pack, types.void(codes, made, made)),
         jit.compiled(_unpack, types.void(codes, codes, made)),
     )
