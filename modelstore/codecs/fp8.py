@@ -30,7 +30,7 @@ class Fp8(WeightCodec):
 
     format          "e4m3" (largest 448; no infinities) or "e5m2" (largest 57344)
     granularity     numbers that share a scale: "tensor", "channel" (a row of the matrix) or "block"
-    block           rows and columns of a block; those at the end are smaller, and no block spans two matrices of a stack
+    group_size      rows and columns of a block; those at the end are smaller, and no block spans two matrices of a stack
 
     A scale is the largest finite magnitude divided by the format's largest number, in the tensor's dtype for float16 and
     bfloat16 (as compressed-tensors keeps it), else in float32. Numbers are rounded half to even and saturate.
@@ -38,7 +38,7 @@ class Fp8(WeightCodec):
 
     format: str = "e4m3"
     granularity: str = "channel"
-    block: int = 128
+    group_size: int = 128
 
     def __post_init__(self) -> None:
         if self.format not in _FORMATS:
@@ -47,8 +47,8 @@ class Fp8(WeightCodec):
             raise ValueError(
                 f"fp8: granularity {self.granularity!r} is not known; known are {', '.join(_GRANULARITIES)}"
             )
-        if type(self.block) is not int or not 16 <= self.block <= 4096 or self.block % 16:
-            raise ValueError(f"fp8: block {self.block!r} is no multiple of 16 from 16 to 4096")
+        if type(self.group_size) is not int or not 16 <= self.group_size <= 4096 or self.group_size % 16:
+            raise ValueError(f"fp8: group_size {self.group_size!r} is no multiple of 16 from 16 to 4096")
 
     @property
     def name(self) -> str:
@@ -60,7 +60,7 @@ class Fp8(WeightCodec):
 
     @property
     def view(self) -> EngineView | None:
-        return floatviews.Fp8View(self.granularity, self.block) if self.format == "e4m3" else None
+        return floatviews.Fp8View(self.granularity, self.group_size) if self.format == "e4m3" else None
 
     @property
     def by_rows(self) -> bool:
@@ -71,7 +71,7 @@ class Fp8(WeightCodec):
 
     def group(self, shape: Shape) -> Shape:
         if self.granularity == "block":
-            return group_of(shape, self.block, self.block)
+            return group_of(shape, self.group_size, self.group_size)
         return group_of(shape, _COLUMNS)
 
     def size(self, shape: Shape, dtype: DType) -> int:
@@ -106,7 +106,7 @@ class Fp8(WeightCodec):
             largest = largest.max(keepdims=True)
         elif self.granularity == "block":
             rows, height = len(largest), _height(shape)
-            tops = [top for start in range(0, rows, height) for top in range(start, start + height, self.block)]
+            tops = [top for start in range(0, rows, height) for top in range(start, start + height, self.group_size)]
             largest = np.maximum.reduceat(largest, tops, axis=0)
         return self._encode(values, shape, dtype, self._choose(largest, dtype))
 
@@ -132,7 +132,7 @@ class Fp8(WeightCodec):
 
     def _grid(self, shape: Shape) -> Grid:
         rows, columns = matrix(shape)
-        return Grid(rows, columns, self.block if self.granularity == "block" else max(1, columns))
+        return Grid(rows, columns, self.group_size if self.granularity == "block" else max(1, columns))
 
     def _scales(self, shape: Shape) -> tuple[int, int]:
         """Rows and columns of the scales of a region."""
@@ -140,7 +140,7 @@ class Fp8(WeightCodec):
         if self.granularity != "block":
             return (1 if self.granularity == "tensor" else rows), 1
         height = _height(shape)
-        return rows // height * -(-height // self.block), -(-columns // self.block)
+        return rows // height * -(-height // self.group_size), -(-columns // self.group_size)
 
     def _spread(self, scales: Floats, shape: Shape) -> Floats:
         """The scales with a row for each row of the region, where they are not one, or so, already."""
@@ -148,7 +148,7 @@ class Fp8(WeightCodec):
             return scales
         rows, height = matrix(shape)[0], _height(shape)
         row = np.arange(rows)
-        spread: Floats = scales[row // height * -(-height // self.block) + row % height // self.block]
+        spread: Floats = scales[row // height * -(-height // self.group_size) + row % height // self.group_size]
         return spread
 
 

@@ -41,17 +41,17 @@ NF4 = Format4(LEVELS, tuple(float(np.float32((a + b) / 2)) for a, b in pairwise(
 class Nf4(WeightCodec):
     """4-bit NormalFloat (Dettmers et al., "QLoRA", 2023), without double quantization.
 
-    columns     numbers of a row that share a scale: a multiple of 16 from 16 to 4096
+    group_size  numbers of a row that share a scale: a multiple of 16 from 16 to 4096
 
     Planes: `codes`, two a byte, the first in the low bits, each row beginning a byte; `scale`, the largest finite
     magnitude of each group of each row, rounded to bfloat16, 1 for a group of zeros. A number is LEVELS[code] * scale.
     """
 
-    columns: int = 64
+    group_size: int = 64
 
     def __post_init__(self) -> None:
-        if type(self.columns) is not int or not 16 <= self.columns <= 4096 or self.columns % 16:
-            raise ValueError(f"nf4: columns {self.columns!r} is no multiple of 16 from 16 to 4096")
+        if type(self.group_size) is not int or not 16 <= self.group_size <= 4096 or self.group_size % 16:
+            raise ValueError(f"nf4: group_size {self.group_size!r} is no multiple of 16 from 16 to 4096")
 
     @property
     def name(self) -> str:
@@ -61,7 +61,7 @@ class Nf4(WeightCodec):
         return ("codes", "scale")
 
     def group(self, shape: Shape) -> Shape:
-        return group_of(shape, self.columns)
+        return group_of(shape, self.group_size)
 
     def size(self, shape: Shape, dtype: DType) -> int:  # noqa: ARG002
         grid = self._grid(shape)
@@ -88,4 +88,4 @@ class Nf4(WeightCodec):
         scaled.decode4(codes, grid, scales, NF4, dtype, out)
 
     def _grid(self, shape: Shape) -> Grid:
-        return Grid(*matrix(shape), self.columns)
+        return Grid(*matrix(shape), self.group_size)

@@ -19,7 +19,7 @@ from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Shape
 
-LEAST = 8  # columns of a group: below, scales weigh more than signs
+LEAST = 16  # columns of a group: below, scales weigh more than signs, and a stack of matrices looks like convolutions
 THRESHOLD = 0.7  # of the mean magnitude: Li's optimum for uniform and, nearly, for normal weights
 
 
@@ -32,7 +32,7 @@ class _Signs(WeightCodec):
     def __post_init__(self) -> None:
         columns = self._columns
         if isinstance(columns, bool) or not isinstance(columns, int) or (columns != 0 and columns < LEAST):
-            raise ValueError(f"columns is {columns!r}: 0 (one scale a row), or at least {LEAST} columns a group")
+            raise ValueError(f"group_size is {columns!r}: 0 (one scale a row), or at least {LEAST} columns a group")
 
     @property
     def _columns(self) -> int:
@@ -43,7 +43,7 @@ class _Signs(WeightCodec):
         return ("codes", "scales")
 
     def group(self, shape: Shape) -> Shape:
-        """Whole groups: without `columns`, whole rows."""
+        """Whole groups: without `group_size`, whole rows."""
         return group_of(shape, self._columns)
 
     def _cut(self, shape: Shape) -> tuple[int, int, int, int]:
@@ -76,7 +76,7 @@ class _Signs(WeightCodec):
 
 @dataclass(frozen=True, slots=True)
 class Binary(_Signs):
-    """sign(w) times the mean of abs(w) over the row, or over each `columns` columns of it where they are given.
+    """sign(w) times the mean of abs(w) over the row, or over each `group_size` columns of it where they are given.
 
     Rastegari et al., "XNOR-Net" (2016): for a row this is the scale of least squared error. Zeros count as positive.
 
@@ -84,7 +84,7 @@ class Binary(_Signs):
     number of the tensor's dtype for each row and group of it. A group of zeros has the scale 0.
     """
 
-    columns: int = 0
+    group_size: int = 0
 
     @property
     def name(self) -> str:
@@ -92,7 +92,7 @@ class Binary(_Signs):
 
     @property
     def _columns(self) -> int:
-        return self.columns
+        return self.group_size
 
     def size(self, shape: Shape, dtype: DType) -> int:
         """Exact."""
@@ -136,7 +136,7 @@ class Ternary(_Signs):
     normal weights have an entropy of 1.56 and two bits each would take a quarter more; `scales`, as those of `binary`.
     """
 
-    columns: int = 0
+    group_size: int = 0
 
     @property
     def name(self) -> str:
@@ -144,7 +144,7 @@ class Ternary(_Signs):
 
     @property
     def _columns(self) -> int:
-        return self.columns
+        return self.group_size
 
     def size(self, shape: Shape, dtype: DType) -> int:
         """Exact."""

@@ -166,8 +166,8 @@ def test_rounding_gives_whole_numbers() -> None:
     [
         (lambda: Fp8("e3m4"), "format"),
         (lambda: Fp8(granularity="row"), "granularity"),
-        (lambda: Fp8(block=100), "block"),
-        (lambda: Nf4(7), "columns"),
+        (lambda: Fp8(group_size=100), "group_size"),
+        (lambda: Nf4(7), "group_size"),
         (lambda: Half("float8"), "dtype"),
         (lambda: Round(0.0), "step"),
         (lambda: Round(float("nan")), "step"),

@@ -27,7 +27,7 @@ class TestBinary(WeightContract):
 
 
 class TestBinaryInGroups(WeightContract):
-    codec = Binary(columns=64)
+    codec = Binary(group_size=64)
     floor = 3.5
     robust = False
 
@@ -53,7 +53,7 @@ class TestTernary(WeightContract):
 
 
 class TestTernaryInGroups(WeightContract):
-    codec = Ternary(columns=128)
+    codec = Ternary(group_size=128)
     floor = 6.5
     robust = False
 
@@ -62,7 +62,7 @@ class TestTernaryInGroups(WeightContract):
 @pytest.mark.parametrize("columns", [-1, 1, 7, True, 64.0])
 def test_wrong_groups_are_named(made: type[Binary | Ternary], columns: object) -> None:
     with pytest.raises(ValueError, match="columns"):
-        made(columns=columns)  # type: ignore[arg-type]
+        made(group_size=columns)  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 70), st.integers(0, 9))
