@@ -11,7 +11,7 @@ from modelstore.client.base import Base
 from modelstore.execute.progress import Progress
 from modelstore.format import results
 from modelstore.format.names import Reference, parse_reference
-from modelstore.store.describe import weights_of
+from modelstore.store.describe import variant_infos, weights_of
 
 if TYPE_CHECKING:
     from modelstore.execute.loading import Model
@@ -129,7 +129,8 @@ class Evaluating(Base):
         self._catalog.open()
         parsed = parse_reference(ref)
         record = self._catalog.resolve(parsed)
-        manifests = {name: self._manifests.entry(parsed.name, entry) for name, entry in record.variants.items()}
+        names = [info.variant for info in variant_infos(record)]
+        manifests = {name: self._manifests.entry(parsed.name, record.variants[name]) for name in names}
         measured = {name: evaluations(manifest.metrics) for name, manifest in manifests.items()}
         chosen = shared(measured.values())
         made = []
