@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 }
             )
     for row in rows:
-        row["dominated_by"] = dominating(row, rows)
+        row["dominated_by"] = dominating(row, rows) if row["preset"] != "original" else []  # nothing else is exact
     first = found[0].measured
     return {
         "text": first.text,

@@ -22,24 +22,11 @@ from modelstore.execute.saving import store_manifest
 from modelstore.format.names import Reference, parse_reference
 from modelstore.format.results import Measured
 from modelstore.storage.memory import MemoryStorage
+from tests.helpers.language import TEXT, make_language_model
 from tests.helpers.stores import open_on
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
-WORDS = [
-    "the ",
-    "sea ",
-    "was calm",
-    " and ",
-    "she said ",
-    "that he ",
-    "would not ",
-    "come again ",
-    "before ",
-    "winter ",
-]
-TEXT = "".join(WORDS[(7 * i * i + 3 * i) % len(WORDS)] for i in range(160)) + "."
 CONTEXT = 32
 NORM = "model.norm.weight"
 
@@ -47,25 +34,7 @@ NORM = "model.norm.weight"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with weights of its own and a tokenizer made from the text."""
-    out = tmp_path_factory.mktemp("tiny")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=90, special_tokens=["<s>"], show_progress=False)
-    tokenizer.train_from_iterator([TEXT], trainer)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(out)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(out)
-    return out
+    return make_language_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

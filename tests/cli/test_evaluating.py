@@ -1,0 +1,80 @@
+"""`eval`, and what `show` says and draws of what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import modelstore as ms
+from tests.cli.conftest import Command
+from tests.helpers.language import TEXT, make_language_model
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_language_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "sea.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_eval_measures_and_show_says_it(run: Command, folder: Path, text: Path, tmp_path: Path) -> None:
+    run("save", folder, "m")
+    run("compress", "m", "round")
+    assert "dB" in run("show", "m:round").stdout
+    done = run("eval", "m", "m:round", "--text", text, "--context", "32", "--batch", "2")
+    measured = ms.open(tmp_path / "store").eval("m:round", text=text, context=32)
+    assert measured.known
+    assert f"{measured.measured.perplexity:.3f}" in done.stdout
+    assert "sea.txt" in done.stdout
+    (line,) = run("eval", "m:round", "--text", text, "--context", "32", "--json").stdout.splitlines()
+    (answer,) = json.loads(line)
+    assert answer["measured"]["perplexity"] == measured.measured.perplexity
+    assert answer["known"]
+    shown = run("show", "m").stdout
+    assert "PERPLEXITY" in shown
+    assert f"{measured.measured.kl:.5f}" in shown
+    about = json.loads(run("show", "m:round", "--json").stdout)
+    assert about["metrics"]["evaluation"]["perplexity"] == measured.measured.perplexity
+
+
+def test_the_original_is_left_out_where_it_is_not_wanted(run: Command, folder: Path, text: Path) -> None:
+    run("save", folder, "m")
+    run("compress", "m", "round")
+    args = ("eval", "m:round", "--text", text, "--context", "16", "--stride", "8", "--limit", "60")
+    (answer,) = json.loads(run(*args, "--no-baseline", "--no-keep", "--json").stdout)
+    assert answer["measured"]["kl"] is None
+    assert (answer["measured"]["tokens"], answer["measured"]["stride"]) == (60, 8)
+    assert "evaluation" not in json.loads(run("show", "m:round", "--json").stdout)["metrics"]
+
+
+@pytest.mark.parametrize(("name", "magic"), [("q.png", b"\x89PNG"), ("q.svg", b"<?xml"), ("q.pdf", b"%PDF")])
+def test_show_draws_a_picture(run: Command, folder: Path, text: Path, tmp_path: Path, name: str, magic: bytes) -> None:
+    pytest.importorskip("matplotlib")
+    run("save", folder, "m")
+    run("compress", "m", "round")
+    out = tmp_path / name
+    assert str(out) in run("show", "m", "--plot", out).stderr  # of errors, as long as that is all that is known
+    first = out.read_bytes()
+    assert first.startswith(magic)
+    run("eval", "m:round", "--text", text, "--context", "32")
+    run("show", "m", "--plot", out)
+    assert out.read_bytes() != first
+
+
+def test_what_cannot_be_done_is_said(run: Command, folder: Path, text: Path, tmp_path: Path) -> None:
+    run("save", folder, "m")
+    assert "end in .png" in run("show", "m", "--plot", tmp_path / "q.txt", code=2).stderr
+    assert "nothing was measured" in run("show", "m", "--plot", tmp_path / "q.png", code=1).stderr
+    assert "64 positions" in run("eval", "m", "--text", text, "--context", "512", code=2).stderr
+    run("eval", "m", "--text", tmp_path / "nowhere.txt", code=2)
+    run("eval", "m", code=2)
+    assert "no variant 'int4'" in run("eval", "m:int4", "--text", text, "--context", "32", code=1).stderr
