@@ -137,8 +137,11 @@ def test_a_bit_after_the_last_is_refused() -> None:
         {"threshold": float("nan")},
         {"scope": "model"},
         {"n": 2},
-    ]
-    + [{"n": 4, "m": 4}, {"n": 2, "m": 65}, {"sparsity": 0.5, "threshold": 0.1}, {"sparsity": 0.5, "n": 2, "m": 4}],
+        {"n": 4, "m": 4},
+        {"n": 2, "m": 65},
+        {"sparsity": 0.5, "threshold": 0.1},
+        {"sparsity": 0.5, "n": 2, "m": 4},
+    ],
 )
 def test_wrong_parameters_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
