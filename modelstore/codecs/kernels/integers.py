@@ -143,9 +143,8 @@ def _power(x, exponent):  # type: ignore[no-untyped-def]
     t = np.float32(-100) if t < np.float32(-100) else t
     shifted = np.float32(t + _MAGIC)
     f = t - (shifted - _MAGIC)
-    q = ((np.float32(0.05592204) * f + np.float32(0.24264008)) * f + np.float32(0.69312103)) * f + np.float32(
-        0.99992448
-    )
+    q = (np.float32(0.05592204) * f + np.float32(0.24264008)) * f + np.float32(0.69312103)
+    q = q * f + np.float32(0.99992448)
     e = np.int32((np.float32(shifted).view(np.int32) - _INT + np.int32(127)) << np.int32(23))
     return np.int32(e).view(np.float32) * q
 
