@@ -26,6 +26,7 @@ _ROWS = MappingProxyType(
         "kmeans": "modelstore.codecs.kmeans:KMeans",
         "sparse": "modelstore.codecs.sparse:Sparse",
         "deep": "modelstore.codecs.deep:Deep",
+        "lowrank": "modelstore.codecs.lowrank:LowRank",
         "int": "modelstore.codecs.affine:Int",
         "round": "modelstore.codecs.rounded:Round",
         "half": "modelstore.codecs.half:Half",

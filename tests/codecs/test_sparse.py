@@ -128,21 +128,21 @@ def test_a_bit_after_the_last_is_refused() -> None:
         codec.decode([more[0], planes[1]], (3, 3), BF16, np.empty((3, 6), np.uint8))
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"sparsity": 1.0},
-        {"sparsity": -0.1},
-        {"threshold": -1.0},
-        {"threshold": float("nan")},
-        {"scope": "model"},
-        {"n": 2},
-        {"n": 4, "m": 4},
-        {"n": 2, "m": 65},
-        {"sparsity": 0.5, "threshold": 0.1},
-        {"sparsity": 0.5, "n": 2, "m": 4},
-    ],
-)
+WRONG: list[dict[str, Any]] = [
+    {"sparsity": 1.0},
+    {"sparsity": -0.1},
+    {"threshold": -1.0},
+    {"threshold": float("nan")},
+    {"scope": "model"},
+    {"n": 2},
+    {"n": 4, "m": 4},
+    {"n": 2, "m": 65},
+    {"sparsity": 0.5, "threshold": 0.1},
+    {"sparsity": 0.5, "n": 2, "m": 4},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_parameters_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sparse(**wrong)

@@ -76,16 +76,16 @@ def _compact(words, mask, out):  # type: ignore[no-untyped-def]
     at = 0
     for i in range(words.size):
         out[at] = words[i]
-        at += mask[i]
+        at += np.int64(mask[i])
     return at
 
 
 def _spread(kept, mask, out):  # type: ignore[no-untyped-def]
     """out[i] = the next of `kept` where mask[i] is 1, else 0; how many were used. kept: one more than there are."""
     at = 0
-    for i in range(out.size):
-        out[i] = kept[at] if mask[i] else out.dtype.type(0)
-        at += mask[i]
+    for i in range(out.size):  # multiplied, since a branch would be guessed wrong half of the time
+        out[i] = kept[at] * out.dtype.type(mask[i])
+        at += np.int64(mask[i])
     return at
 
 
