@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,15 @@ from modelstore.plan.read import ReadJob, Want
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger("modelstore")
+
 _Target = Assembly | Bytes
 
 
 def engine_view(reader: Reader, tensor: Tensor) -> EngineView | None:
-    """How engines take a tensor; None where it is stored exactly, and they take it as it is.
+    """How engines take a tensor; None where they take its values: it is stored exactly, or they have no layout for its shape.
 
-    `UnsupportedError` where no engine takes what its codec stores.
+    `UnsupportedError` where no engine takes what its codec stores, whatever the shape.
     """
     codec = reader.codec(tensor)
     if not isinstance(codec, WeightCodec) or codec.exact:
@@ -41,7 +44,8 @@ def engine_view(reader: Reader, tensor: Tensor) -> EngineView | None:
     try:
         view.cells(tensor.shape)
     except UnsupportedError as error:
-        raise UnsupportedError(f"tensor {tensor.name!r}: {error}", tensor=tensor.name) from None
+        log.warning("tensor %r comes dequantized: %s", tensor.name, error)
+        return None
     return view
 
 
@@ -55,6 +59,8 @@ def stream_parts(
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of `shares` as engines take them: (name, tensor) pairs as they become ready, a weight's parts together.
+
+    A compressed tensor whose shape engines have no layout for comes dequantized, under its own name; a warning says so.
 
     Tied tensors are one tensor under each of their names. A weight of which a rank holds nothing has no parts.
     Before anything is read: `ValueError` where a slice cuts through groups, `UnsupportedError` for a codec that no engine
