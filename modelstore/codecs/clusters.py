@@ -6,6 +6,7 @@ round of Lloyd's takes microseconds however large the tensor is. Everything is f
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -17,7 +18,10 @@ Doubles: TypeAlias = NDArray[np.float64]
 Codebook = tuple[Doubles, Doubles]  # levels, ascending; the bounds between them
 
 ROUNDS = 200  # of Lloyd's: it has converged long before, but for ties in rounding
-MOST = 255  # levels of an entropy-constrained codebook
+# Levels of an entropy-constrained codebook, by its rate: at low rates several indices must share a byte, since bytes of less
+# than two bits or so repeat by accident, and zstd then takes for matches what is cheaper without.
+_MOST = ((2.7, 255), (1.5, 15), (0.0, 4))
+_TABLES = 1.008  # what tables of codes, and codes of at most 11 bits, add to the length of Huffman's
 _STEPS = 16  # halvings of the interval in which its step lies
 
 
@@ -85,32 +89,33 @@ def _lloyd(numbers: Numbers, start: Doubles) -> Codebook:
 
 
 def _middles(points: Doubles) -> Doubles:
-    return points[:-1] / 2 + points[1:] / 2
+    return np.asarray(points[:-1] / 2 + points[1:] / 2, np.float64)
 
 
 def entropy_constrained(numbers: Numbers, rate: float) -> Codebook:
-    """A codebook of least squared error whose indices have at most `rate` bits of entropy each.
+    """A codebook of least squared error whose indices take at most `rate` bits each, to about 1 %, once coded.
 
     Chou, Lookabaugh, Gray, "Entropy-Constrained Vector Quantization" (1989): squared error + slope * length of the code.
     The slope belongs to the step of the uniform quantizer that is the beginning, and that is halved in on.
     """
     spread = float(np.sqrt(numbers.square[-1] / numbers.count[-1])) or 1.0
     low, high = np.log2(spread) - 9, np.log2(spread) + 4  # log2 of the step
+    most = next(levels for least, levels in _MOST if rate >= least)
     best: Codebook | None = None
     for _ in range(_STEPS):
         step = 2.0 ** float((low + high) / 2)
-        book, entropy = _constrained(numbers, step)
-        if entropy <= rate:
+        book, length = _constrained(numbers, step, most)
+        if length <= rate:
             best, high = book, (low + high) / 2
         else:
             low = (low + high) / 2
     return best if best is not None else kmeans(numbers, 1)
 
 
-def _constrained(numbers: Numbers, step: float) -> tuple[Codebook, float]:
-    """The codebook that a uniform quantizer of that step leads to, and the entropy of its indices."""
+def _constrained(numbers: Numbers, step: float, most: int) -> tuple[Codebook, float]:
+    """The codebook that a uniform quantizer of that step leads to, and how many bits its indices take."""
     slope = step * step * 0.11552453  # ln 2 / 6: what a bit is worth where steps are small
-    points = _uniform(numbers, step)
+    points = _uniform(numbers, step, most)
     bounds = _middles(points)
     for _ in range(40):
         counts, totals, _ = numbers.sums((points, bounds))
@@ -130,16 +135,34 @@ def _constrained(numbers: Numbers, step: float) -> tuple[Codebook, float]:
         points, bounds = points[ends], bounds[ends[:-1]]
         counts = counts[ends]
     share = counts / numbers.count[-1]
-    return (points, bounds), float(-(share * np.log2(share)).sum())
+    return (points, bounds), coded_length(share)
 
 
-def _uniform(numbers: Numbers, step: float) -> Doubles:
+def coded_length(share: Doubles) -> float:
+    """Bits that an index takes where each occurs in that share: of Huffman codes as `indices` has them, and their tables."""
+    together = 8 // max(1, (len(share) - 1).bit_length())  # indices in a byte
+    symbols = share
+    for _ in range(together - 1):
+        symbols = np.outer(symbols, share).reshape(-1)
+    heap = sorted(symbols.tolist())
+    total = 0.0
+    while len(heap) > 1:  # the length of a Huffman code is the sum of its inner nodes
+        node = heapq.heappop(heap) + heapq.heappop(heap)
+        total += node
+        heapq.heappush(heap, node)
+    return _TABLES * total / together
+
+
+def _uniform(numbers: Numbers, step: float, most: int) -> Doubles:
     """Multiples of the step over the range; where those are too many, the outer ones grow apart towards its ends."""
     low, high = float(numbers.values[0]), float(numbers.values[-1])
     first, last = int(np.floor(low / step)), int(np.ceil(high / step))
-    if last - first < MOST:
+    if last - first < most:
         return np.arange(first, last + 1) * step
-    inner = np.arange(-95, 96) * step
-    above = np.geomspace(96 * step, max(high, 97 * step), 32)
-    below = -np.geomspace(96 * step, max(-low, 97 * step), 32)[::-1]
-    return np.concatenate([below, inner, above])
+    outer = max(1, most // 8)
+    half = (most - 1 - 2 * outer) // 2
+    inner = np.arange(-half, half + 1) * step
+    start = (half + 1) * step
+    above = np.geomspace(start, max(high, start + step), outer)
+    below = -np.geomspace(start, max(-low, start + step), outer)[::-1]
+    return np.concatenate([below, inner, above]).astype(np.float64, copy=False)

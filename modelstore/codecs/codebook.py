@@ -18,7 +18,6 @@ from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DType
 
 LARGEST = 256  # levels
-_CODED = 0.985  # of a rate is left for the entropy of indices: Huffman codes and their tables take the rest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +53,7 @@ class Codebook:
 
 
 def fitted(counts: Counts, dtype: DType, most: int, rate: float) -> Codebook:
-    """The codebook of a tensor out of its histogram: of at most `most` levels, or of `rate` bits of entropy where that is set."""
+    """The codebook of a tensor out of its histogram: of at most `most` levels, or of `rate` bits an index where that is set."""
     values, often = histogram.numbers(counts, dtype)
     if not values.size:
         values, often = np.zeros(1), np.ones(1, np.int64)
@@ -62,7 +61,7 @@ def fitted(counts: Counts, dtype: DType, most: int, rate: float) -> Codebook:
         np.log2(np.abs(values).max() or 1.0)
     )  # squares of float32's largest and smallest stay numbers
     numbers = Numbers.of(values / scale, often)
-    points, bounds = clusters.entropy_constrained(numbers, _CODED * rate) if rate else clusters.kmeans(numbers, most)
+    points, bounds = clusters.entropy_constrained(numbers, rate) if rate else clusters.kmeans(numbers, most)
     return _made(points * scale, bounds * scale, dtype)
 
 
@@ -98,7 +97,7 @@ def check_levels(bits: int, count: int, rate: float) -> None:
         raise ValueError(f"bits is {bits!r}: 1 to 8 are possible")
     if isinstance(count, bool) or not isinstance(count, int) or not (count == 0 or 2 <= count <= LARGEST):
         raise ValueError(f"levels is {count!r}: 2 to {LARGEST} are possible, or 0 for as many as bits can number")
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not (rate == 0 or 0.1 <= rate <= 8):
-        raise ValueError(f"rate is {rate!r}: 0.1 to 8 bits a weight are possible, or 0 for k-means")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not (rate == 0 or 1 <= rate <= 8):
+        raise ValueError(f"rate is {rate!r}: 1 to 8 bits a weight are possible, or 0 for k-means")
     if count and rate:
         raise ValueError(f"levels is {count} and rate is {rate}: give one of them")

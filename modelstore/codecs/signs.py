@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -27,7 +26,6 @@ class _Signs(WeightCodec):
     """What both have in common. Scales have the tensor's own dtype: values are ± a scale, so nothing is lost by that."""
 
     __slots__ = ()
-    group_size: ClassVar[int]
 
     def __post_init__(self) -> None:
         columns = self._columns

@@ -42,11 +42,20 @@ class TestLevels(WeightContract):
 
 class TestRate(WeightContract):
     codec = KMeans(rate=3.0)
-    floor = 16
+    floor = 15.5
     exact_size = False
     idempotent = False
     robust = False
     zeros = True
+
+
+@pytest.mark.parametrize("rate", [1.0, 1.6, 2.0, 3.0, 4.0, 5.0, 6.5])
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_rate_is_kept(rate: float, tail: bool) -> None:
+    rng = np.random.default_rng(0)
+    w = (rng.standard_t(4, 1 << 19) if tail else rng.standard_normal(1 << 19)).astype(np.float16)
+    planes = KMeans(rate=rate).encode(w.view(np.uint8), w.shape, DTYPES["float16"])
+    assert 0.93 * rate < 8 * len(planes[0]) / w.size <= 1.01 * rate
 
 
 def test_a_rate_is_what_is_stored_and_better_than_plain_int4() -> None:

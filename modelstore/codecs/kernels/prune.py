@@ -73,7 +73,7 @@ def _pattern(numbers, n, m, mask):  # type: ignore[no-untyped-def]
 
 def _compact(words, mask, out):  # type: ignore[no-untyped-def]
     """The words whose mask is 1, in order; how many. out: as many as there are, and one more."""
-    at = 0
+    at = np.int64(0)
     for i in range(words.size):
         out[at] = words[i]
         at += np.int64(mask[i])
@@ -82,7 +82,7 @@ def _compact(words, mask, out):  # type: ignore[no-untyped-def]
 
 def _spread(kept, mask, out):  # type: ignore[no-untyped-def]
     """out[i] = the next of `kept` where mask[i] is 1, else 0; how many were used. kept: one more than there are."""
-    at = 0
+    at = np.int64(0)
     for i in range(out.size):  # multiplied, since a branch would be guessed wrong half of the time
         out[i] = kept[at] * out.dtype.type(mask[i])
         at += np.int64(mask[i])
