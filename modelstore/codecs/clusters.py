@@ -158,7 +158,7 @@ def _uniform(numbers: Numbers, step: float, most: int) -> Doubles:
     low, high = float(numbers.values[0]), float(numbers.values[-1])
     first, last = int(np.floor(low / step)), int(np.ceil(high / step))
     if last - first < most:
-        return np.arange(first, last + 1) * step
+        return np.arange(first, last + 1).astype(np.float64) * step
     outer = max(1, most // 8)
     half = (most - 1 - 2 * outer) // 2
     inner = np.arange(-half, half + 1) * step
