@@ -12,22 +12,25 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
-from modelstore.codecs.weight import Encode
+from modelstore.compress.job import encoder
 from modelstore.compress.plan import plan_compression, tensor_plan, weight_codec
 from modelstore.errors import UnsupportedError
+from modelstore.execute.encoding import Encoder
 from modelstore.execute.fetch import Fetcher
 from modelstore.execute.loading import Model
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.recipe import Recipe
-from modelstore.format.region import Region
+from modelstore.format.region import Region, extent, shift, size, slices
 from modelstore.plan.layout import axes
 from modelstore.plan.read import ChunkRead, ReadJob, Want
 
 T = TypeVar("T")
 _LADDER = "ladder"
+_SLAB = 32 << 20  # bytes of a tensor that are kept while a codec looks at it, at most
 
 
 def unstored(original: Model, recipe: Recipe) -> Model:
@@ -71,7 +74,8 @@ class FlyReader(Reader):
         source = original._fetcher
         super().__init__(Fetcher(source.model, manifest, source.storage, source.mirrors), original._base)
         self._original = original
-        self._fits: dict[str, _Fit] = {}
+        self._slab = _SLAB
+        self._encoders: dict[str, Encoder] = {}
         self._lock = threading.Lock()
 
     def flow(
@@ -85,10 +89,11 @@ class FlyReader(Reader):
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, T]]:
         """As `Reader.flow`. What codecs found in whole tensors is let go tensor by tensor, except where one is read alone."""
-        halved = replace(limits, memory=limits.memory // 2)  # a thread has the original's chunks to hold, too
-        for index, target in super().flow(wants, halved, begin, run, bounded=bounded, progress=progress):
+        less = replace(limits, memory=limits.memory // 3)  # a thread holds the original's chunks, and a slab of it, too
+        self._slab = min(_SLAB, less.memory)
+        for index, target in super().flow(wants, less, begin, run, bounded=bounded, progress=progress):
             if len(wants) > 1:
-                self._fits.pop(wants[index].tensor.name, None)
+                self._encoders.pop(wants[index].tensor.name, None)
             yield index, target
 
     def planes(self, job: ReadJob, wants: Sequence[Want]) -> Iterator[tuple[ChunkRead, list[Bytes]]]:
@@ -98,26 +103,42 @@ class FlyReader(Reader):
             yield chunk, planes if tensor.planes else self._encoded(tensor, chunk.region)
 
     def _encoded(self, tensor: Tensor, region: Region) -> list[Bytes]:
-        with self._lock:
-            fit = self._fits.setdefault(tensor.name, _Fit())
+        """The planes of a chunk: as the job encodes it, that makes variants which are stored."""
         source = self._original.manifest.by_name[tensor.name]
-        encode = fit.get(lambda: self._fitted(tensor, source))
-        return [as_bytes(plane) for plane in encode(self._original.region(source, region), region)]
-
-    def _fitted(self, tensor: Tensor, source: Tensor) -> Encode:
-        codec = weight_codec(self.manifest.codecs[tensor.codec])
-        return codec.fit(lambda region: self._original.region(source, region), tensor.shape, tensor.kind)
-
-
-class _Fit:
-    """What a codec found in one tensor; looked for by the first thread that asks, while the others wait."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._encode: Encode | None = None
-
-    def get(self, make: Callable[[], Encode]) -> Encode:
         with self._lock:
-            if self._encode is None:
-                self._encode = make()
-            return self._encode
+            encode = self._encoders.get(tensor.name)
+            if encode is None:
+                codec = weight_codec(self.manifest.codecs[tensor.codec])
+                slabs = _Slabs(self._original, source, self._slab)
+                encode = encoder(codec, slabs.read, tensor, -1)  # no chunk is the last: `flow` lets go
+                self._encoders[tensor.name] = encode
+        values = self._original.region(source, region)
+        return [as_bytes(plane) for plane in encode(region, values)(values, region)]
+
+
+class _Slabs:
+    """A tensor read region after region, by one thread, in the order of its rows: no chunk is read again for the next rows."""
+
+    def __init__(self, reader: Reader, tensor: Tensor, limit: int) -> None:
+        self._reader = reader
+        self._tensor = tensor
+        self._limit = limit
+        self._held: tuple[Region, Bytes] | None = None
+
+    def read(self, region: Region) -> Bytes:
+        """A region's raw bytes; of the chunks that it touches, if these are at most `limit` bytes, the others are kept."""
+        tensor = self._tensor
+        around = tuple(
+            (a // c * c, min(n, -(-b // c) * c))
+            for (a, b), c, n in zip(region, tensor.chunk, tensor.shape, strict=True)
+        )
+        if around == region or size(around) * tensor.kind.itemsize > self._limit:
+            return self._reader.region(tensor, region)
+        if self._held is None or self._held[0] != around:
+            self._held = None  # before the next one is read
+            self._held = (around, self._reader.region(tensor, around))
+        box = self._held[1].view(f"V{tensor.kind.itemsize}").reshape(extent(around))
+        found = np.ascontiguousarray(box[slices(shift(region, around))]).reshape(-1).view(np.uint8)
+        if all(b == n for (_, b), n in zip(region, tensor.shape, strict=True)):
+            self._held = None  # that was the end of the tensor
+        return found

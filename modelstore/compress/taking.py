@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,26 +27,34 @@ log = logging.getLogger("modelstore")
 _Target = Assembly | Bytes
 
 
-def engine_view(reader: Reader, tensor: Tensor) -> EngineView | None:
-    """How engines take a tensor; None where they take its values: it is stored exactly, or they have no layout for its shape.
+def engine_views(reader: Reader, tensors: Sequence[Tensor]) -> list[EngineView | None]:
+    """How engines take each tensor; None where they take its values: it is stored exactly, or they have no layout for its shape.
 
-    `UnsupportedError` where no engine takes what its codec stores, whatever the shape.
+    `UnsupportedError` where no engine takes what a codec stores, whatever the shape. Shapes without a layout are warned of.
     """
-    codec = reader.codec(tensor)
-    if not isinstance(codec, WeightCodec) or codec.exact:
-        return None
-    view = codec.view
-    if view is None:
-        raise UnsupportedError(
-            f"no engine takes what codec {codec.name!r} stores of tensor {tensor.name!r}: load it with dequantize=True",
-            tensor=tensor.name,
-        )
-    try:
-        view.cells(tensor.shape)
-    except UnsupportedError as error:
-        log.warning("tensor %r comes dequantized: %s", tensor.name, error)
-        return None
-    return view
+    views: list[EngineView | None] = []
+    dense: dict[str, str] = {}
+    for tensor in tensors:
+        codec = reader.codec(tensor)
+        if not isinstance(codec, WeightCodec) or codec.exact:
+            views.append(None)
+            continue
+        view = codec.view
+        if view is None:
+            raise UnsupportedError(
+                f"no engine takes what codec {codec.name!r} stores of tensor {tensor.name!r}: load it with dequantize=True",
+                tensor=tensor.name,
+            )
+        try:
+            view.cells(tensor.shape)
+        except UnsupportedError as error:
+            dense[tensor.name] = str(error)
+            view = None
+        views.append(view)
+    if dense:
+        name, why = next(iter(dense.items()))
+        log.warning("%d compressed tensors come dequantized, such as %r: %s", len(dense), name, why)
+    return views
 
 
 def stream_parts(
@@ -98,7 +106,7 @@ def _stream(
     for name, share in shares.items():
         groups.setdefault((model.tensor(name).name, share), []).append(name)
     wants = [Want(model.tensor(name), share) for name, share in groups]
-    views = [engine_view(model.reader, want.tensor) for want in wants]
+    views = engine_views(model.reader, [want.tensor for want in wants])
     for want, view in zip(wants, views, strict=True):
         if view is not None:
             check_slice(want, view.cells(want.tensor.shape))
