@@ -37,7 +37,7 @@ def count(values: Bytes, dtype: DType, counts: Counts) -> None:
         _kernel(width)(values.view(WORDS[width]), 0, counts)
         return
     for start in range(0, values.size, _TILE * width):
-        found = levels.numbers(values[start : start + _TILE * width], dtype)
+        found = levels.numbers(values[start : start + _TILE * width], dtype, infinite=True)
         _kernel(4)(found.view(np.uint32), SHIFT, counts)
 
 
@@ -55,22 +55,34 @@ def of_tensor(read: ReadValues, shape: Shape, dtype: DType) -> Counts:
 
 
 def numbers(counts: Counts, dtype: DType) -> tuple[NDArray[np.float64], Counts]:
-    """(the numbers that occur, ascending, float64; how often each does). NaN are 0, infinities the largest numbers."""
+    """(the finite numbers that occur, ascending, float64; how often each does). NaN are 0; infinities are left out."""
     places = np.flatnonzero(counts)
+    places = places[~_infinite(dtype)[places]]
     found = patterns(dtype)[places].astype(np.float64)
     order = np.argsort(found, kind="stable")
     return found[order], counts[places][order]
 
 
 @cache
+def _infinite(dtype: DType) -> NDArray[np.bool_]:
+    """Which bins are those of infinities."""
+    if dtype.itemsize <= 2:
+        every = np.arange(1 << 8 * dtype.itemsize, dtype=WORDS[dtype.itemsize]).view(np.uint8)
+        return np.isinf(levels.numbers(every, dtype, infinite=True))
+    return np.isinf((np.arange(1 << (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)).view(np.float32))
+
+
+@cache
 def patterns(dtype: DType) -> Floats:
-    """What each bin stands for, float32, by its place in the counts."""
+    """What each bin stands for, float32, by its place in the counts: infinities for the largest finite numbers."""
     if dtype.itemsize <= 2:
         found = levels.numbers(np.arange(1 << 8 * dtype.itemsize, dtype=WORDS[dtype.itemsize]).view(np.uint8), dtype)
     else:
         bits = np.arange(1 << (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)
         middle = np.where(bits & np.uint32(0x7FFFFFFF), bits | np.uint32(1 << (SHIFT - 1)), bits)
-        found = np.nan_to_num(middle.view(np.float32), nan=0.0)
+        middle = np.where(_infinite(dtype), bits, middle).view(np.float32)
+        most = float(levels.limit(dtype))
+        found = np.nan_to_num(middle, nan=0.0, posinf=most, neginf=-most)
     found.flags.writeable = False
     return found
 

@@ -33,12 +33,14 @@ def limit(dtype: DType) -> np.float32:
     return np.float32(min(float(info.max), _LARGEST))
 
 
-def numbers(values: Bytes, dtype: DType) -> Floats:
-    """Raw bytes as float32 (n,): NaN as 0, infinities as the largest finite numbers."""
+def numbers(values: Bytes, dtype: DType, infinite: bool = False) -> Floats:
+    """Raw bytes as float32 (n,): NaN as 0, infinities as the largest finite numbers, or as they are where that is asked for."""
     with np.errstate(over="ignore"):  # of float64
         found = to_float32(values, dtype)
-    if not np.abs(found).max(initial=0) <= limit(dtype):
-        np.nan_to_num(found, copy=False, nan=0.0, posinf=float(limit(dtype)), neginf=-float(limit(dtype)))
+    most = limit(dtype)
+    if not np.abs(found).max(initial=0) <= most:
+        end = np.inf if infinite else float(most)
+        np.nan_to_num(found, copy=False, nan=0.0, posinf=end, neginf=-end)
     return found
 
 

@@ -23,7 +23,10 @@ THRESHOLD = 0.7  # of the mean magnitude: Li's optimum for uniform and, nearly, 
 
 
 class _Signs(WeightCodec):
-    """What both have in common. Scales have the tensor's own dtype: values are ± a scale, so nothing is lost by that."""
+    """What both have in common. Scales have the tensor's own dtype: values are ± a scale, so nothing is lost by that.
+
+    Infinities have codes, but no part in a scale: they decode to it. Without anything finite in a group it is 0.
+    """
 
     __slots__ = ()
 
@@ -60,7 +63,7 @@ class _Signs(WeightCodec):
         width = columns * dtype.itemsize
         for r in range(0, rows, step):  # rows whose float32 numbers stay in the cache
             n = min(step, rows - r)
-            tile = levels.numbers(values[r * width : (r + n) * width], dtype).reshape(n, columns)
+            tile = levels.numbers(values[r * width : (r + n) * width], dtype, infinite=True).reshape(n, columns)
             self._kernel(tile, group, codes[r : r + n], scales[r : r + n])
         return codes.reshape(-1), levels.narrowed(scales, dtype)
 

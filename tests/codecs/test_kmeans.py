@@ -21,7 +21,6 @@ class TestKMeans(WeightContract):
     floor = 19.5
     idempotent = False  # in float32 a bin of the histogram stands for many numbers
     exact_size = False
-    robust = False
 
 
 class TestKMeans8(WeightContract):
@@ -29,7 +28,6 @@ class TestKMeans8(WeightContract):
     floor = 40
     idempotent = False
     exact_size = False
-    robust = False
 
 
 class TestLevels(WeightContract):
@@ -37,7 +35,6 @@ class TestLevels(WeightContract):
     floor = 7
     idempotent = False
     exact_size = False
-    robust = False
 
 
 class TestRate(WeightContract):
@@ -45,7 +42,6 @@ class TestRate(WeightContract):
     floor = 15.5
     exact_size = False
     idempotent = False
-    robust = False
     zeros = True
 
 

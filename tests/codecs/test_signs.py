@@ -16,7 +16,6 @@ F32 = DTYPES["float32"]
 class TestBinary(WeightContract):
     codec = Binary()
     floor = 3.5
-    robust = False
     shape = (9, 200)
 
     def test_each_row_is_its_sign_times_its_mean_magnitude(self) -> None:
@@ -29,13 +28,11 @@ class TestBinary(WeightContract):
 class TestBinaryInGroups(WeightContract):
     codec = Binary(group_size=64)
     floor = 3.5
-    robust = False
 
 
 class TestTernary(WeightContract):
     codec = Ternary()
     floor = 6.5
-    robust = False
 
     def test_each_row_has_three_values(self) -> None:
         w = np.random.default_rng(2).standard_normal((7, 301))
@@ -55,7 +52,6 @@ class TestTernary(WeightContract):
 class TestTernaryInGroups(WeightContract):
     codec = Ternary(group_size=128)
     floor = 6.5
-    robust = False
 
 
 @pytest.mark.parametrize("made", [Binary, Ternary])

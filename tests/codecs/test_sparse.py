@@ -50,7 +50,6 @@ class TestDeep(WeightContract):
     codec = Deep()
     exact_size = False
     idempotent = False
-    robust = False
     floor = 9
 
 
@@ -58,7 +57,6 @@ class TestDeepOverRows(WeightContract):
     codec = Deep(scope="row", sparsity=0.6, rate=3.0)
     exact_size = False
     idempotent = False
-    robust = False
     floor = 8
 
 

@@ -13,34 +13,14 @@ import numpy as np
 
 from modelstore.codecs.kernels import jit
 
+_FINITE = np.float32(3.4028235e38)  # the largest
+
 
 def _binary(numbers, group, codes, scales):  # type: ignore[no-untyped-def]
-    """codes 1 where a number is negative, else 0; scales: the mean magnitude of each group.
+    """codes 1 where a number is negative, else 0; scales: the mean magnitude of each group's finite numbers.
 
-    numbers: float32 (rows, columns), finite; codes: uint8 (rows, columns); scales: float32 (rows, groups of a row).
+    numbers: float32 (rows, columns), no NaN; codes: uint8 (rows, columns); scales: float32 (rows, groups of a row).
     """
-    rows, columns = numbers.shape
-    lanes = np.empty(16, np.float64)
-    for r in range(rows):
-        row = numbers[r]
-        for g in range(scales.shape[1]):
-            a, b = g * group, min(columns, (g + 1) * group)
-            lanes[:] = 0
-            for i in range(a, b - 15, 16):
-                for j in range(16):
-                    lanes[j] += np.float64(abs(row[i + j]))
-            for i in range(b - (b - a) % 16, b):
-                lanes[0] += np.float64(abs(row[i]))
-            total = 0.0
-            for j in range(16):
-                total += lanes[j]
-            scales[r, g] = np.float32(total / (b - a))
-        for i in range(columns):
-            codes[r, i] = np.uint8(row[i] < np.float32(0))
-
-
-def _ternary(numbers, group, factor, codes, scales):  # type: ignore[no-untyped-def]
-    """codes 0, 1, 2 for -, 0, +: 0 within `factor` times the mean magnitude; scales: the mean magnitude of the others."""
     rows, columns = numbers.shape
     lanes = np.empty(16, np.float64)
     counts = np.empty(16, np.int64)
@@ -49,24 +29,63 @@ def _ternary(numbers, group, factor, codes, scales):  # type: ignore[no-untyped-
         for g in range(scales.shape[1]):
             a, b = g * group, min(columns, (g + 1) * group)
             lanes[:] = 0
+            counts[:] = 0
             for i in range(a, b - 15, 16):
                 for j in range(16):
-                    lanes[j] += np.float64(abs(row[i + j]))
+                    known = abs(row[i + j]) <= _FINITE
+                    lanes[j] += np.float64(abs(row[i + j]) if known else np.float32(0))
+                    counts[j] += np.int64(known)
             for i in range(b - (b - a) % 16, b):
-                lanes[0] += np.float64(abs(row[i]))
+                if abs(row[i]) <= _FINITE:
+                    lanes[0] += np.float64(abs(row[i]))
+                    counts[0] += 1
             total = 0.0
+            count = 0
             for j in range(16):
                 total += lanes[j]
-            limit = np.float32(factor * total / (b - a))
+                count += counts[j]
+            scales[r, g] = np.float32(total / count) if count else np.float32(0)
+        for i in range(columns):
+            codes[r, i] = np.uint8(row[i] < np.float32(0))
+
+
+def _ternary(numbers, group, factor, codes, scales):  # type: ignore[no-untyped-def]
+    """codes 0, 1, 2 for -, 0, +: 0 within `factor` times the mean magnitude; scales: the mean magnitude of the others.
+
+    Infinities are left out of both means."""
+    rows, columns = numbers.shape
+    lanes = np.empty(16, np.float64)
+    counts = np.empty(16, np.int64)
+    for r in range(rows):
+        row = numbers[r]
+        for g in range(scales.shape[1]):
+            a, b = g * group, min(columns, (g + 1) * group)
             lanes[:] = 0
             counts[:] = 0
             for i in range(a, b - 15, 16):
                 for j in range(16):
-                    large = abs(row[i + j]) > limit
+                    known = abs(row[i + j]) <= _FINITE
+                    lanes[j] += np.float64(abs(row[i + j]) if known else np.float32(0))
+                    counts[j] += np.int64(known)
+            for i in range(b - (b - a) % 16, b):
+                if abs(row[i]) <= _FINITE:
+                    lanes[0] += np.float64(abs(row[i]))
+                    counts[0] += 1
+            total = 0.0
+            count = 0
+            for j in range(16):
+                total += lanes[j]
+                count += counts[j]
+            limit = np.float32(factor * total / count) if count else np.float32(0)
+            lanes[:] = 0
+            counts[:] = 0
+            for i in range(a, b - 15, 16):
+                for j in range(16):
+                    large = limit < abs(row[i + j]) <= _FINITE
                     lanes[j] += np.float64(abs(row[i + j]) if large else np.float32(0))
                     counts[j] += np.int64(large)
             for i in range(b - (b - a) % 16, b):
-                if abs(row[i]) > limit:
+                if limit < abs(row[i]) <= _FINITE:
                     lanes[0] += np.float64(abs(row[i]))
                     counts[0] += 1
             total = 0.0
