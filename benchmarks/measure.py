@@ -58,6 +58,12 @@ class Setting:
     lock: Path | None = None
     sweep: str | None = None  # a command that makes the S3 server free what was deleted
     quiet: float = 20  # seconds to wait at most for other processes to leave the processors alone, before each run
+    gb: float = 2  # what the sizes of checkpoints that rows make for themselves go by
+    real: Path | None = None  # a folder of real models: smollm2-rg, minilm
+    text: Path | None = None  # on which perplexity is measured
+    llmcompressor: Path | None = (
+        None  # the Python of an environment with it: it wants versions of its own of what we use
+    )
 
     @property
     def nbytes(self) -> int:
@@ -126,9 +132,11 @@ def status(field: str) -> int:
     return 0
 
 
-def fresh(case: str, environment: Mapping[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
-    """Run a case in a new process; what it returned."""
-    command = [sys.executable, "-m", "benchmarks.measure", case, json.dumps(arguments)]
+def fresh(
+    case: str, environment: Mapping[str, str] | None = None, python: Path | None = None, **arguments: Any
+) -> dict[str, Any]:
+    """Run a case in a new process, of another `python` where one is given; what it returned."""
+    command = [str(python or sys.executable), "-m", "benchmarks.measure", case, json.dumps(arguments)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, timeout=LIMIT
     )

@@ -35,8 +35,16 @@ ROWS = {  # in the order in which they run
     "slices": "slices:rows",
     "versions": "versions:rows",
     "manifests": "manifests:rows",
+    "ladder": "ladder:rows",
+    "quantize": "quantize:rows",
+    "quality4": "quality4:rows",
+    "kmeans": "kmeans:rows",
+    "scaling": "scaling:rows",
 }
-PEERS = ("torch", "safetensors", "runai-model-streamer", "zipnn", "zstandard", "s3fs", "obstore", "numpy", "numba")
+PEERS = (
+    *("torch", "safetensors", "runai-model-streamer", "zipnn", "zstandard", "s3fs", "obstore", "numpy", "numba"),
+    *("torchao", "hqq", "gguf", "transformers"),
+)
 
 
 def machine() -> dict[str, Any]:
@@ -79,6 +87,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--model", type=Path, help="a folder in Hugging Face layout with bf16 safetensors")
     parser.add_argument("--gb", type=float, default=2, help="size of the checkpoint that is made where none is given")
+    parser.add_argument(
+        "--real", type=Path, help="a folder with the real models smollm2-rg and minilm, for compression"
+    )
+    parser.add_argument("--text", type=Path, help="a text on which perplexity is measured")
+    parser.add_argument("--llmcompressor", type=Path, help="the Python of an environment that has llmcompressor")
     parser.add_argument("--repeat", type=int, default=5, help="runs of each contender; the medians are compared")
     parser.add_argument("--folder", type=Path, help="where stores are made, and kept (default: a temporary folder)")
     parser.add_argument(
@@ -99,7 +112,10 @@ def main() -> None:
         if model is None:
             model = folder / f"checkpoint-{args.gb:g}"
             checkpoint.make(model, args.gb)
-        setting = Setting(model.resolve(), folder, args.repeat, args.lock, args.sweep, args.quiet)
+        setting = Setting(
+            *(model.resolve(), folder, args.repeat, args.lock, args.sweep, args.quiet, args.gb),
+            *(args.real, args.text, args.llmcompressor),
+        )
         done: list[Row] = []
         failed = False
         for name in args.only:

@@ -201,6 +201,6 @@ def test_wrong_input() -> None:
         store.compress("m:int8", "int4")
     with pytest.raises(ValueError, match="cannot be called 'original'"):
         store.compress("m", "int8", variant="original")
+    rules = [{"targets": [t], "codec": {"name": c}} for t, c in (("linear", "ladder"), ("convolution", "int"))]
     with pytest.raises(ValueError, match="mixes ladder with other codecs"):
-        rules = [{"targets": [t], "codec": {"name": c}} for t, c in (("linear", "ladder"), ("convolution", "int"))]
         store.compress("m", {"name": "x", "rules": rules})

@@ -164,6 +164,6 @@ def test_a_recipe_that_fits_nothing(store: ms.Store) -> None:
         store.plan_compression("m", {"name": "x", "rules": [{"targets": ["linear"], "codec": {"name": "raw"}}]})
     with pytest.raises(ms.errors.UnsupportedError, match="codec 'gptq' is not known"):
         store.plan_compression("m", {"name": "x", "rules": [{"targets": ["linear"], "codec": {"name": "gptq"}}]})
+    rule = {"targets": ["linear"], "codec": {"name": "int", "params": {"bit": 4}}}
     with pytest.raises(ValueError, match="no parameter 'bit'"):
-        rule = {"targets": ["linear"], "codec": {"name": "int", "params": {"bit": 4}}}
         store.plan_compression("m", {"name": "x", "rules": [rule]})
