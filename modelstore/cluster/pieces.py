@@ -1,0 +1,73 @@
+"""What hosts hold and hand out: chunks' encoded bytes, each named by its digest, with where it lies in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from modelstore.format.manifest import DIGEST_BYTES, Manifest
+from modelstore.format.record import pack_key
+from modelstore.storage.base import Storage
+from modelstore.storage.open import open_storage
+
+SECTION = 8 << 20  # bytes of a pack that have one home, so that what it fetches are long ranges
+
+
+class Source(msgspec.Struct, frozen=True):
+    """A store as another process can open it: its URL, fsspec's options, and the S3 client."""
+
+    url: str
+    options: dict[str, Any] = {}
+    engine: str | None = None
+
+    def open(self) -> Storage:
+        """The storage itself."""
+        return open_storage(self.url, self.options, self.engine)
+
+
+class Piece(NamedTuple):
+    """One stored chunk of one plane: BLAKE3 of its bytes (32 bytes), and its place in the store."""
+
+    digest: bytes
+    pack: str
+    offset: int
+    length: int
+
+    @property
+    def key(self) -> str:
+        """The object that it lies in."""
+        return pack_key(self.pack)
+
+
+def pieces(manifest: Manifest, rows: Iterable[int]) -> list[Piece]:
+    """Rows of a manifest's chunk table as pieces."""
+    pack, offset, length = manifest.pack, manifest.offset, manifest.length
+    return [
+        Piece(manifest.digest(row), manifest.packs[int(pack[row])], int(offset[row]), int(length[row])) for row in rows
+    ]
+
+
+def section_keys(parts: Sequence[Piece]) -> NDArray[np.uint64]:
+    """By which each piece is placed: all that begin in one section of a pack have one key. Shape [len(parts)]."""
+    packs: dict[str, int] = {}
+    made = np.empty(len(parts), np.uint64)
+    for at, part in enumerate(parts):
+        base = packs.get(part.pack)
+        if base is None:
+            base = packs[part.pack] = int(part.pack[:16], 16)
+        made[at] = (base + (part.offset // SECTION) * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    return made
+
+
+def check_digest(digest: bytes) -> bytes:
+    """The digest; `ValueError` where it is not 32 bytes."""
+    if not isinstance(digest, bytes) or len(digest) != DIGEST_BYTES:
+        raise ValueError(f"a digest is {DIGEST_BYTES} bytes, not {digest!r:.80}")
+    return digest
+
+
+Held = Mapping[bytes, Any]  # digest → bytes
