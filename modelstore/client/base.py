@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from modelstore.errors import NotFoundError
+from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.loading import Model
 from modelstore.execute.memory import budget
 from modelstore.execute.reading import Limits
@@ -29,6 +30,7 @@ class Base:
         *,
         memory: int | str | None = None,
         threads: int | None = None,
+        fetching: Fetching = Fetcher,
     ) -> None:
         budget(memory)
         self._storage = storage
@@ -37,6 +39,7 @@ class Base:
         self._manifests = Manifests(self._storage, self._mirrors)
         self._memory = memory
         self._threads = threads
+        self._fetching = fetching
 
     @property
     def url(self) -> str:
@@ -80,7 +83,7 @@ class Base:
 
     def _opened(self, name: str, entry: VariantEntry) -> Model:
         manifest = self._manifests.entry(name, entry)
-        return Model(self._storage, self._mirrors, self._manifests, name, manifest)
+        return Model(self._storage, self._mirrors, self._manifests, name, manifest, fetching=self._fetching)
 
     def _against(self, ref: Reference) -> Against:
         self._catalog.open()

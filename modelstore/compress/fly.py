@@ -18,7 +18,6 @@ from modelstore.compress.job import encoder
 from modelstore.compress.plan import plan_compression, tensor_plan, weight_codec
 from modelstore.errors import UnsupportedError
 from modelstore.execute.encoding import Encoder
-from modelstore.execute.fetch import Fetcher
 from modelstore.execute.loading import Model
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format.buffers import Bytes, as_bytes
@@ -71,8 +70,7 @@ class FlyReader(Reader):
     """Reads a variant that is not stored, of a manifest that `planned` made. `original` reads what it is made of."""
 
     def __init__(self, manifest: Manifest, original: Reader) -> None:
-        source = original._fetcher
-        super().__init__(Fetcher(source.model, manifest, source.storage, source.mirrors), original._base)
+        super().__init__(original.fetcher.over(manifest), original._base)
         self._original = original
         self._slab = _SLAB
         self._encoders: dict[str, Encoder] = {}

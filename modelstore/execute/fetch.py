@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,15 @@ class Fetcher:
     _healed: set[int] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _scratch: threading.local = field(default_factory=threading.local)
+
+    @property
+    def local(self) -> bool:
+        """Whether the packs are read as local files."""
+        return self.storage.path("x") is not None
+
+    def over(self, manifest: Manifest) -> Fetcher:
+        """The same for another manifest of the model."""
+        return Fetcher(self.model, manifest, self.storage, self.mirrors)
 
     def ranges(self, job: ReadJob, wants: Sequence[Want]) -> dict[int, Bytes]:
         """The encoded bytes of each of the job's rows, checked. They lie in this thread's scratch buffer."""
@@ -121,3 +130,6 @@ class Fetcher:
             log.warning("pack %s of %s was damaged and has been replaced from %s", digest, self.storage.url, mirror.url)
         except (NotFoundError, CorruptionError, StorageError) as error:
             log.warning("pack %s of %s is damaged and could not be replaced: %s", digest, self.storage.url, error)
+
+
+Fetching = Callable[[str, Manifest, Storage, Sequence[Storage]], Fetcher]  # (model, manifest, storage, mirrors) → fetcher

@@ -8,7 +8,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import FormatError, NotFoundError
-from modelstore.execute.fetch import Fetcher
+from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.memory import Arena
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import LONGEST_CHAIN
@@ -37,6 +37,7 @@ class Model:
         model: str,
         manifest: Manifest,
         *,
+        fetching: Fetching = Fetcher,
         depth: int = 0,
     ) -> None:
         if depth > LONGEST_CHAIN + 1:
@@ -47,13 +48,14 @@ class Model:
         base: Reader | None = None
         if manifest.base is not None:
             under = manifests.read(manifest.base.model, manifest.base.manifest)
-            base = Model(storage, mirrors, manifests, manifest.base.model, under, depth=depth + 1).reader
+            name = manifest.base.model
+            base = Model(storage, mirrors, manifests, name, under, fetching=fetching, depth=depth + 1).reader
             self.chain = 1 + _chain(manifests, under)
         else:
             self.chain = 0
         self.name = model
         self.manifest = manifest
-        self.reader: Reader = Reader(Fetcher(model, manifest, storage, mirrors), base)
+        self.reader: Reader = Reader(fetching(model, manifest, storage, mirrors), base)
         self._storage = storage
 
     def variant(self, reader: Reader) -> Model:

@@ -55,11 +55,16 @@ class Reader:
                 f"the manifest of model {fetcher.model!r} is not valid ({str(error)[:200]}): restore it",
                 model=fetcher.model,
             ) from None
-        self._local = fetcher.storage.path("x") is not None
+        self._local = fetcher.local
 
     @property
     def manifest(self) -> Manifest:
         return self._fetcher.manifest
+
+    @property
+    def fetcher(self) -> Fetcher:
+        """Where the chunks come from."""
+        return self._fetcher
 
     @property
     def local(self) -> bool:
