@@ -7,7 +7,7 @@ missing is counted in representable numbers, and its streams go by the size of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from modelstore.codecs import byteplanes, check
 from modelstore.codecs.kernels import ladder as kernels
 from modelstore.codecs.kernels.ladder import ZERO
+from modelstore.codecs.ladder_codes import GIVEN_PLANES, PLANES, CodeReader, GivenCodes, eighth
 from modelstore.codecs.ladder_planes import (
     BLOCK,
     HEADER,
     KINDS,
     Kind,
-    NibbleReader,
     NibbleWriter,
     ResidualReader,
     ResidualWriter,
@@ -30,23 +30,19 @@ from modelstore.codecs.ladder_planes import (
     scratch,
 )
 from modelstore.codecs.ladder_view import LadderView
-from modelstore.codecs.numbers import Floats, from_float32, numpy_dtype, to_float32
+from modelstore.codecs.numbers import from_float32, numpy_dtype, to_float32
 from modelstore.codecs.weight import WeightCodec, group_of, matrix
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Shape
 
-PLANES = {
-    "original": ("scale", "high", "low", "residual"),
-    "int8": ("scale", "high", "low"),
-    "int4": ("scale", "high"),
-}
 _BITS = {  # of high, low and residual, a weight, as measured on real weights
     "bfloat16": (3.4, 4.0, 3.6),
     "float16": (3.4, 4.0, 6.9),
     "float32": (3.4, 4.0, 19.6),
 }
+_CORRECTION = 0.8  # bits a weight, of codes such as GPTQ's
 _SHORTEST = 32  # columns; for shorter rows the scales outweigh what is gained
 _MOST = 1 << 16  # columns of a group
 
@@ -59,16 +55,22 @@ class Ladder(WeightCodec):
     what decode reads: `int4` gives high * s4, `int8` (16 * high + low) * s8, with high in -8..7 and low in -8..7, each
     rounded once to the dtype, as compressed-tensors does for a symmetric pack-quantized weight; `original` is exact,
     whatever the bits. Encode makes all planes for any variant. `kernels/ladder` has the numbers, `ladder_planes` the layout.
+
+    With `codes_group_size`, int4's codes come from elsewhere (`encode_with`), each so many columns with a scale of theirs;
+    see `ladder_codes`. int8 and the original stay what they are without.
     """
 
     variant: str = "original"
     group_size: int = 128
+    codes_group_size: int = 0
 
     def __post_init__(self) -> None:
         if self.variant not in PLANES:
             raise ValueError(f"variant {self.variant!r} is not one of {', '.join(PLANES)}")
         if not 2 <= self.group_size <= _MOST or self.group_size % 2:
             raise ValueError(f"group_size {self.group_size} is not an even number from 2 to {_MOST}")
+        if not 0 <= self.codes_group_size <= _MOST or self.codes_group_size % 2:
+            raise ValueError(f"codes_group_size {self.codes_group_size} is not an even number from 0 to {_MOST}")
 
     @property
     def name(self) -> str:
@@ -79,13 +81,17 @@ class Ladder(WeightCodec):
         return self.variant == "original"
 
     def planes(self, dtype: DType) -> tuple[str, ...]:  # noqa: ARG002
-        return PLANES[self.variant]
+        return self._planes[self.variant]
+
+    @property
+    def _planes(self) -> Mapping[str, tuple[str, ...]]:
+        return GIVEN_PLANES if self.codes_group_size else PLANES
 
     @property
     def view(self) -> LadderView | None:
         if self.variant == "original":
             return None
-        return LadderView(4 if self.variant == "int4" else 8, self.group_size)
+        return LadderView(4 if self.variant == "int4" else 8, self.group_size, self.codes_group_size)
 
     def refuses(self, shape: Shape, dtype: DType) -> str | None:
         if dtype.name not in KINDS:
@@ -98,32 +104,44 @@ class Ladder(WeightCodec):
         return f"has rows of {columns} numbers only" if columns < _SHORTEST else None
 
     def group(self, shape: Shape) -> Shape:
-        return group_of(shape, self.group_size)
+        return group_of(shape, math.lcm(self.group_size, self.codes_group_size or 1))
 
     def size(self, shape: Shape, dtype: DType) -> int:
         rows, columns = matrix(shape)
-        bits = sum(_BITS[dtype.name][: len(PLANES[self.variant]) - 1])
-        return int(rows * columns * bits / 8) + rows * self._groups(columns) * dtype.itemsize + 64
+        high, low, residual = _BITS[dtype.name]
+        costs = {"high": high, "low": low, "residual": residual, "correction": _CORRECTION}
+        groups = {"scale": self.codes_group_size or self.group_size, "own_scale": self.group_size}
+        names = self.planes(dtype)
+        scales = sum(self._groups(columns, groups[name]) for name in names if name in groups)
+        bits = sum(costs[name] for name in names if name in costs)
+        return int(rows * columns * bits / 8) + rows * scales * dtype.itemsize + 64
 
     def encode(self, values: Bytes, shape: Shape, dtype: DType, base: Bytes | None = None) -> tuple[Buffer, ...]:  # noqa: ARG002
         check.values(values, shape, dtype)
         kind, words = _words(values, dtype)
         rows, columns = matrix(shape)
-        most = np.empty(rows * self._groups(columns), kind.dtype)
-        kernels.kernels(kind.width).largest(words, kind.magnitude, kind.infinity, columns, self.group_size, most)
-        return self._encode(words, columns, dtype, _scales(most, dtype), np.empty(0, np.int8))
+        if not self.codes_group_size:
+            return self._encode(words, columns, dtype, self._own(words, rows, columns, kind, dtype), None)
+        near = Ladder("int4", self.codes_group_size)  # no codes are given: those next to the values
+        assert near.view is not None, "int4 has one"
+        arrays = near.view.arrays(near.encode(values, shape, dtype)[:2], shape, dtype)
+        scale = np.ascontiguousarray(arrays["scales"]).reshape(-1).view(np.uint8)
+        return self.encode_with(values, shape, dtype, arrays["codes"], scale)
 
     def encode_with(
         self, values: Bytes, shape: Shape, dtype: DType, codes: NDArray[np.int8], scale: Bytes
     ) -> tuple[Buffer, ...]:
-        """The planes of `values` above int4 codes that are no function of them, such as GPTQ's: `int4` is codes * scale.
+        """The planes of `values` with int4 codes that are no function of them, such as GPTQ's: `int4` is codes * scale.
 
-        codes: int8 (rows, columns) of the matrix, -8..7; scale: raw bytes of the dtype (rows, groups), finite. `low` is the
-        best that eight bits with these high ones do; codes cost about 0.9 bit more a weight in the residual.
+        codes: int8 (rows, columns) of the matrix, -8..7; scale: raw bytes of the dtype (rows, groups), finite.
+        `ValueError` where they are not, or where the codec has no `codes_group_size`.
         """
         check.values(values, shape, dtype)
-        _, words = _words(values, dtype)
+        kind, words = _words(values, dtype)
         rows, columns = matrix(shape)
+        size = self.codes_group_size
+        if not size:
+            raise ValueError("codes are given to a ladder that has no codes_group_size")
         if (
             codes.dtype != np.int8
             or codes.shape != (rows, columns)
@@ -131,10 +149,12 @@ class Ladder(WeightCodec):
             or codes.max(initial=0) > 7
         ):
             raise ValueError(f"codes: int8 ({rows}, {columns}) from -8 to 7 are wanted, not {codes.dtype}{codes.shape}")
-        check.values(scale, (rows, self._groups(columns)), dtype, "scale")
-        if not np.isfinite(to_float32(np.ascontiguousarray(scale), dtype)).all():
+        check.values(scale, (rows, self._groups(columns, size)), dtype, "scale")
+        raw = np.ascontiguousarray(scale)
+        if not np.isfinite(to_float32(raw, dtype)).all():
             raise ValueError("scale: a number is not finite")
-        return self._encode(words, columns, dtype, np.ascontiguousarray(scale), np.ascontiguousarray(codes).reshape(-1))
+        own = self._own(words, rows, columns, kind, dtype)
+        return self._encode(words, columns, dtype, own, GivenCodes(codes, raw, size, own, self.group_size, dtype))
 
     def decode(
         self,
@@ -146,37 +166,32 @@ class Ladder(WeightCodec):
     ) -> None:
         check.out(out, shape, dtype)
         kind = _kind(dtype)
-        names = PLANES[self.variant]
+        names = self.planes(dtype)
         if len(planes) != len(names):
             raise FormatError(f"{len(planes)} planes are stored where there are {len(names)}: {', '.join(names)}")
-        data = [as_bytes(plane) for plane in planes]
-        for plane in data:
+        data = {name: as_bytes(plane) for name, plane in zip(names, planes, strict=True)}
+        for plane in data.values():
             plane.flags.writeable = False  # of this view; the kernels are compiled for it
         rows, columns = matrix(shape)
         count = rows * columns
-        s4 = np.ascontiguousarray(data[0])
-        if s4.size != rows * self._groups(columns) * dtype.itemsize:
-            raise FormatError(
-                f"the plane 'scale' has {s4.size} bytes where {rows} x {self._groups(columns)} numbers are due"
-            )
-        high = NibbleReader(data[1], count, "high")
-        low = NibbleReader(data[2], count, "low") if len(data) > 2 else None
-        if len(data) > 3 and is_values(data[3]):
-            byteplanes.decode(data[3][HEADER.size :], dtype, out)
+        reader = CodeReader(data, rows, columns, self.group_size, self.codes_group_size, dtype)
+        left = data.get("residual")
+        if left is not None and is_values(left):
+            byteplanes.decode(left[HEADER.size :], dtype, out)
             return
-        residual = ResidualReader(data[3], kind, dtype, count) if len(data) > 3 else None
-        scale = to_float32(s4, dtype) if low is None else _eighth(s4, dtype)
+        residual = ResidualReader(left, kind, dtype, count) if left is not None else None
+        zero = ZERO if "low" in data else 8
         work = kernels.kernels(kind.width)
         direct = out.reshape(-1).view(kind.dtype) if out.flags.c_contiguous else None
         none = np.empty(0, np.uint8)
         for b in range(-(-count // BLOCK)):
             first, n = b * BLOCK, min(BLOCK, count - b * BLOCK)
             codes = scratch.codes[:n]
-            work.unpack(high.piece(b), none if low is None else low.piece(b), codes)
+            reader.block(b, first, codes)
             words = scratch.of(kind, n) if direct is None else direct[first : first + n]
-            grid = (kind.number, first, columns, self.group_size, scale)
+            grid = (kind.number, first, columns, reader.group, reader.scale)
             if residual is None:
-                work.join(codes, none, words[:0], *grid, 0, 8 if low is None else ZERO, words)
+                work.join(codes, none, words[:0], *grid, 0, zero, words)
             else:
                 residual.block(b, codes, words, grid)
             if direct is None:
@@ -184,15 +199,22 @@ class Ladder(WeightCodec):
         if residual is not None:
             residual.end()
 
-    def _groups(self, columns: int) -> int:
-        return -(-columns // self.group_size)
+    @staticmethod
+    def _groups(columns: int, size: int) -> int:
+        return -(-columns // size)
+
+    def _own(self, words: Words, rows: int, columns: int, kind: Kind, dtype: DType) -> Bytes:
+        """The ladder's own s4, raw."""
+        most = np.empty(rows * self._groups(columns, self.group_size), kind.dtype)
+        kernels.kernels(kind.width).largest(words, kind.magnitude, kind.infinity, columns, self.group_size, most)
+        return _scales(most, dtype)
 
     def _encode(
-        self, words: Words, columns: int, dtype: DType, s4: Bytes, given: NDArray[np.int8]
+        self, words: Words, columns: int, dtype: DType, s4: Bytes, given: GivenCodes | None
     ) -> tuple[Buffer, ...]:
         kind = KINDS[dtype.name]
         work = kernels.kernels(kind.width)
-        scale = _eighth(s4, dtype)
+        scale = eighth(s4, dtype)
         high, low, residual = NibbleWriter(), NibbleWriter(), ResidualWriter(kind, words.size)
         for first in range(0, words.size, BLOCK):
             block = words[first : first + BLOCK]
@@ -200,17 +222,19 @@ class Ladder(WeightCodec):
             codes, symbols, rests = scratch.codes[:n], scratch.symbols[:n], scratch.of(kind, n)
             places, patches = scratch.places[: n // 8], np.empty(n // 8, kind.dtype)
             grid = (kind.number, first, columns, self.group_size, scale)
-            kept = work.split(
-                block, *grid, given[first : first + n], kind.shift, kind.bias, codes, symbols, rests, places, patches
-            )
+            kept = work.split(block, *grid, kind.shift, kind.bias, codes, symbols, rests, places, patches)
             residual.patches(places, patches, first, kept)
             nibbles = np.empty((2, -(-n // 2)), np.uint8)
             work.pack(codes, nibbles[0], nibbles[1])
-            high.add(nibbles[0])
+            if given is None:
+                high.add(nibbles[0])
+            else:
+                given.block(first, codes)
             low.add(nibbles[1])
             if not residual.hopeless:
                 residual.block(codes, symbols, rests, block)
-        return s4, high.plane(), low.plane(), residual.plane(words.view(np.uint8), dtype)
+        base = (s4, high.plane()) if given is None else given.planes()
+        return *base, low.plane(), residual.plane(words.view(np.uint8), dtype)
 
 
 def _kind(dtype: DType) -> Kind:
@@ -248,14 +272,6 @@ def _limit(dtype: DType) -> float:
     import ml_dtypes
 
     return float(ml_dtypes.finfo(numpy_dtype(dtype)).max) / 128  # type: ignore[no-untyped-call]
-
-
-def _eighth(s4: Bytes, dtype: DType) -> Floats:
-    """s8 of raw s4: a sixteenth, rounded to the dtype."""
-    s8 = np.empty(s4.size, np.uint8)
-    with np.errstate(invalid="ignore"):  # a NaN that damage made
-        from_float32(to_float32(s4, dtype) / np.float32(16), dtype, s8.reshape(1, -1))
-    return to_float32(s8, dtype)
 
 
 def _place(data: Bytes, at: int, out: Bytes) -> None:

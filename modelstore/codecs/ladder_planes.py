@@ -197,7 +197,7 @@ class ResidualWriter:
         parts, packed = [], 0
         for k, part in enumerate(np.split(streams, np.cumsum(sizes[:-1]))[1:], start=1):
             if part.size and part.min() >= _LEAST and part.max() < _LEAST + 16:
-                parts.append(_nibbles(part - np.uint8(_LEAST)))
+                parts.append(packed_nibbles(part - np.uint8(_LEAST)))
                 packed |= 1 << k
             elif part.size:
                 parts.append(part)
@@ -205,7 +205,7 @@ class ResidualWriter:
         self._symbols.append(frame if frame.size < sum(part.size for part in parts) else _join(*parts))
         self._packed.append(packed)
         if self._kind.number == 1:
-            self._rests.append(_nibbles(rests.astype(np.uint8)))
+            self._rests.append(packed_nibbles(rests.astype(np.uint8)))
         elif self._kind.number == 2:
             self._rests.append(rests.astype("<u2").view(np.uint8))
 
@@ -244,7 +244,7 @@ def starts(counts: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.in
     return np.ascontiguousarray(first + np.cumsum(counts, axis=0) - counts, np.uint64), sizes
 
 
-def _nibbles(values: Bytes) -> Bytes:
+def packed_nibbles(values: Bytes) -> Bytes:
     """Bytes below 16, packed."""
     low = np.empty(-(-values.size // 2), np.uint8)
     kernels.kernels(2).pack(values, np.empty_like(low), low)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.codecs.kernels import ladder as kernels
 from modelstore.codecs.kernels.ladder import ZERO
-from modelstore.codecs.ladder_planes import BLOCK, KINDS, NibbleReader
-from modelstore.codecs.numbers import from_float32, numpy_dtype, to_float32
+from modelstore.codecs.ladder_codes import GIVEN_PLANES, PLANES, CodeReader
+from modelstore.codecs.ladder_planes import BLOCK
+from modelstore.codecs.numbers import from_float32, numpy_dtype
 from modelstore.codecs.weight import Part, matrix
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Buffer, as_bytes
@@ -22,10 +22,19 @@ from modelstore.format.region import Shape
 
 @dataclass(frozen=True, slots=True)
 class LadderView:
-    """Codes of `bits` (4 or 8) with a scale for each `group` columns, of which the last one may be shorter."""
+    """Codes of `bits` (4 or 8) with a scale for each group of columns, of which the last one may be shorter.
+
+    `given`: columns of a group of int4 codes that came from elsewhere, 0 where they are the ladder's own.
+    """
 
     bits: int
-    group: int
+    own: int
+    given: int = 0
+
+    @property
+    def group(self) -> int:
+        """Columns of a group."""
+        return self.given or self.own if self.bits == 4 else self.own
 
     @property
     def format(self) -> str:
@@ -48,28 +57,23 @@ class LadderView:
         return {"codes": (1, 1), "scales": (1, self.group)}
 
     def arrays(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> dict[str, NDArray[Any]]:
-        """codes: int8 (rows, columns); scales: the dtype (rows, groups). `planes`: scale, high, and low for 8 bits."""
-        wanted = 3 if self.bits == 8 else 2
-        if len(planes) != wanted:
-            raise FormatError(f"{len(planes)} planes are stored where there are {wanted}")
+        """codes: int8 (rows, columns); scales: the dtype (rows, groups). `planes` are those of int4, or of int8."""
+        names = (GIVEN_PLANES if self.given else PLANES)[f"int{self.bits}"]
+        if len(planes) != len(names):
+            raise FormatError(f"{len(planes)} planes are stored where there are {len(names)}: {', '.join(names)}")
         rows, columns = matrix(shape)
         groups = -(-columns // self.group)
-        scale, *nibbles = [as_bytes(plane) for plane in planes]
-        for plane in nibbles:
+        data = {name: as_bytes(plane) for name, plane in zip(names, planes, strict=True)}
+        for plane in data.values():
             plane.flags.writeable = False
-        if scale.size != rows * groups * dtype.itemsize:
-            raise FormatError(f"the plane 'scale' has {scale.size} bytes where {rows} x {groups} numbers are due")
-        count = rows * columns
-        readers = [NibbleReader(plane, count, name) for plane, name in zip(nibbles, ("high", "low"), strict=False)]
-        codes = np.empty(count, np.uint8)
-        work = kernels.kernels(KINDS[dtype.name].width)
-        for b in range(-(-count // BLOCK)):
-            pieces = [reader.piece(b) for reader in readers]
-            work.unpack(pieces[0], pieces[1] if len(pieces) > 1 else pieces[0][:0], codes[b * BLOCK : (b + 1) * BLOCK])
+        reader = CodeReader(data, rows, columns, self.own, self.given, dtype)
+        codes = np.empty(rows * columns, np.uint8)
+        for b, first in enumerate(range(0, codes.size, BLOCK)):
+            reader.block(b, first, codes[first : first + BLOCK])
         codes -= np.uint8(ZERO if self.bits == 8 else 8)
-        scales = np.ascontiguousarray(scale).copy()
+        scales = reader.raw.copy()
         if self.bits == 8:
-            from_float32(to_float32(scales, dtype) / np.float32(16), dtype, scales.reshape(1, -1))
+            from_float32(reader.scale, dtype, scales.reshape(1, -1))
         how = numpy_dtype(dtype)
         return {"codes": codes.view(np.int8).reshape(rows, columns), "scales": scales.view(how).reshape(rows, groups)}
 

@@ -53,12 +53,11 @@ def _largest(words, magnitude, infinity, columns, group, out):  # type: ignore[n
         out[g] = most
 
 
-def _split(words, kind, first, columns, group, scale, given, shift, bias, out, symbols, rests, at, patches):  # type: ignore[no-untyped-def]
+def _split(words, kind, first, columns, group, scale, shift, bias, out, symbols, rests, at, patches):  # type: ignore[no-untyped-def]
     """Codes, symbols and rests of a block of words, the first of which is element `first` of (rows, columns).
 
-    scale: float32 (groups of all rows,); given: int8, q4 of each word, or empty; out, symbols: uint8; rests: words; at:
-    uint32, in which the places of words to keep apart are noted, as many as there is room for. How many there are is
-    returned. patches: their words.
+    scale: float32 (groups of all rows,); out, symbols: uint8; rests: words; at: uint32, in which the places of words to keep
+    apart are noted, as many as there is room for. How many there are is returned. patches: their words.
     """
     word = words.dtype.type
     sign = np.uint8(8 * words.itemsize - 1)
@@ -99,21 +98,11 @@ def _split(words, kind, first, columns, group, scale, given, shift, bias, out, s
         else:
             for i in range(n):
                 bits[i] = np.uint32(w[i])
-        if given.size:
-            q = given[start : start + n]
-            for i in range(n):
-                x = np.rint(numbers[i] / s)
-                middle = np.float32(16) * np.float32(q[i])
-                least, most = middle - np.float32(8), middle + np.float32(7)
-                x = x if x == x else np.float32(0)
-                x = x if x > least else least
-                code[i] = x if x < most else most
-        else:
-            for i in range(n):
-                x = np.rint(numbers[i] / s)
-                x = x if x == x else np.float32(0)
-                x = x if x > np.float32(-128) else np.float32(-128)
-                code[i] = x if x < np.float32(119) else np.float32(119)
+        for i in range(n):
+            x = np.rint(numbers[i] / s)
+            x = x if x == x else np.float32(0)
+            x = x if x > np.float32(-128) else np.float32(-128)
+            code[i] = x if x < np.float32(119) else np.float32(119)
         u = out[start : start + n]
         for i in range(n):
             u[i] = np.uint8(np.int32(code[i] + np.float32(ZERO)))
@@ -383,7 +372,7 @@ def kernels(width: int) -> Kernels:
     scale, cursors = array(types.float32, True), array(types.uint64, dims=2)
     grid = (size, size, size, size, scale)  # kind, first, columns, group
     largest = types.void(words, whole, whole, size, size, out)
-    split = size(words, *grid, array(types.int8, True), size, whole, made, made, out, places, out)
+    split = size(words, *grid, size, whole, made, made, out, places, out)
     join = types.void(codes, codes, words, *grid, size, whole, out)
     count = types.void(codes, array(types.int64, dims=2))
     walk = types.void(codes, codes, codes, cursors, made)
