@@ -41,6 +41,15 @@ Skip = Annotated[
         help="Keep these as they are: a kind, or a pattern of names such as 'model.layers.0.*'. Several times.",
     ),
 ]
+Codes = Annotated[
+    str | None,
+    typer.Option(
+        "--codes",
+        metavar="DIR",
+        show_default=False,
+        help="For ladder: int4 codes of GPTQ or the like, a directory in compressed-tensors' layout, or a stored variant.",
+    ),
+]
 
 plan = typer.Typer(name="plan", help="Print what a command would do, and do nothing.", no_args_is_help=True)
 
@@ -54,6 +63,7 @@ def compress(
             "--variant", metavar="NAME", show_default=False, help="The variant's name: the recipe's if not given."
         ),
     ] = None,
+    codes: Codes = None,
     include: Include = None,
     skip: Skip = None,
     store: StoreUrl = None,
@@ -69,7 +79,13 @@ def compress(
     opened = open_store(store, memory=memory)
     with output.progress(quiet=quiet) as report:
         done = opened.compress(
-            ref, _recipe(recipe), variant=variant, include=include or (), skip=skip or (), progress=report
+            ref,
+            _recipe(recipe),
+            variant=variant,
+            codes=codes,
+            include=include or (),
+            skip=skip or (),
+            progress=report,
         )
 
     def lines() -> Iterator[str]:
@@ -96,6 +112,7 @@ def compress(
 def plan_compress(
     ref: Reference,
     recipe: Recipe,
+    codes: Codes = None,
     include: Include = None,
     skip: Skip = None,
     store: StoreUrl = None,
@@ -106,7 +123,9 @@ def plan_compress(
 
     Only the model's manifest is read.
     """
-    found = open_store(store).plan_compression(ref, _recipe(recipe), include=include or (), skip=skip or ())
+    found = open_store(store).plan_compression(
+        ref, _recipe(recipe), codes=codes, include=include or (), skip=skip or ()
+    )
     output.result(found, _plan_lines(found), as_json=json)
 
 

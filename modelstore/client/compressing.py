@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelstore.client.base import Base
+from modelstore.errors import NotFoundError
 from modelstore.execute.progress import Progress, meter
 from modelstore.format import results
 from modelstore.format.manifest import Manifest
@@ -15,6 +19,7 @@ from modelstore.format.recipe import Recipe
 from modelstore.format.record import VersionRecord
 
 if TYPE_CHECKING:
+    from modelstore.compress.codes import Codes
     from modelstore.compress.job import Parent
 
 
@@ -27,6 +32,7 @@ class Compressing(Base):
         recipe: str | Recipe | Mapping[str, Any],
         *,
         variant: str | None = None,
+        codes: str | PathLike[str] | None = None,
         include: Iterable[str] = (),
         skip: Iterable[str] = (),
         progress: Progress | None = None,
@@ -36,48 +42,83 @@ class Compressing(Base):
         `recipe`: a preset's name (`modelstore.presets()`), a `Recipe`, or one as plain data. `variant` names what is made
         (default: the recipe's name). `include` and `skip` are further targets to compress by the recipe's first rule, and
         to keep: kinds ("embedding", "head", …) or patterns of names. "ladder" stores the original itself anew, with int8
-        and int4 as parts of the same bytes, after proving that every bit comes back. Everything is read and written
-        chunk by chunk within the memory budget; what was interrupted goes on where it stopped when it is called again.
+        and int4 as parts of the same bytes, after proving that every bit comes back. `codes` are its int4 ones, found by
+        GPTQ or the like: a directory of compressed-tensors (pack-quantized, symmetric, in groups), or a reference to a
+        stored variant with such; weights without any are rounded to nearest. Everything is read and written chunk by chunk
+        within the memory budget; what was interrupted goes on where it stopped when it is called again.
 
-        `ValueError` for a recipe that does not fit, `ConflictError` where there is another variant of that name.
+        `ValueError` for a recipe or codes that do not fit, `FormatError` for codes of another layout, `ConflictError` where
+        there is another variant of that name.
         """
         from modelstore.compress.job import compress, variants_of
 
         started = time.monotonic()
-        parent, plan, wanted = self._compression(ref, recipe, include, skip)
-        name = check_word(variant, "variant") if variant is not None else plan.recipe
-        variants = variants_of(plan, name)
-        total = sum(choice.bytes for choice in plan.compressed)
-        outcome = compress(
-            self._storage,
-            self._catalog,
-            self._manifests,
-            parent,
-            variants,
-            plan,
-            wanted,
-            earlier=self._earlier(parent.record, variants),
-            limits=self._limits(),
-            progress=meter(progress, total, f"compressing {ref} to {', '.join(variants)}"),
-        )
-        return outcome.result(plan, time.monotonic() - started)
+        with self._codes(codes) as given:
+            parent, plan, wanted = self._compression(ref, recipe, given, include, skip)
+            name = check_word(variant, "variant") if variant is not None else plan.recipe
+            variants = variants_of(plan, name)
+            total = sum(choice.bytes for choice in plan.compressed)
+            outcome = compress(
+                self._storage,
+                self._catalog,
+                self._manifests,
+                parent,
+                variants,
+                plan,
+                wanted,
+                codes=given,
+                earlier=self._earlier(parent.record, variants),
+                limits=self._limits(),
+                progress=meter(progress, total, f"compressing {ref} to {', '.join(variants)}"),
+            )
+            return outcome.result(plan, time.monotonic() - started)
 
     def plan_compression(
         self,
         ref: str,
         recipe: str | Recipe | Mapping[str, Any],
         *,
+        codes: str | PathLike[str] | None = None,
         include: Iterable[str] = (),
         skip: Iterable[str] = (),
     ) -> results.CompressionPlan:
-        """What `compress` would do, tensor by tensor, with sizes in bytes; nothing but the manifest is read."""
-        return self._compression(ref, recipe, include, skip)[1]
+        """What `compress` would do, tensor by tensor, with sizes in bytes; nothing but manifests and headers is read."""
+        with self._codes(codes) as given:
+            return self._compression(ref, recipe, given, include, skip)[1]
+
+    @contextmanager
+    def _codes(self, where: str | PathLike[str] | None) -> Iterator[Codes | None]:
+        """Codes to go under a ladder, of a local directory if there is one of that name, else of a stored variant."""
+        from modelstore.compress.codes_open import DirectoryCodes, of_model
+
+        if where is None:
+            yield None
+            return
+        path = Path(where).expanduser()
+        if path.is_dir():
+            codes: Codes = DirectoryCodes(path)
+        else:
+            try:
+                ref = parse_reference(str(where))
+            except ValueError:
+                raise NotFoundError(
+                    f"{path} is no directory: give one of packed codes, or a reference to a stored variant",
+                    object=str(path),
+                ) from None
+            codes = of_model(str(ref), self._model(ref))
+        with closing(codes):
+            yield codes
 
     def _compression(
-        self, ref: str, value: str | Recipe | Mapping[str, Any], include: Iterable[str], skip: Iterable[str]
+        self,
+        ref: str,
+        value: str | Recipe | Mapping[str, Any],
+        codes: Codes | None,
+        include: Iterable[str],
+        skip: Iterable[str],
     ) -> tuple[Parent, results.CompressionPlan, Recipe]:
         from modelstore.compress.job import Parent
-        from modelstore.compress.plan import plan_compression, resolve
+        from modelstore.compress.plan import give_codes, plan_compression, resolve
 
         recipe = resolve(value, include, skip)
         parsed = parse_reference(ref)
@@ -89,6 +130,8 @@ class Compressing(Base):
         record, entry = self._catalog.entry(parsed)
         model = self._opened(parsed.name, entry)
         plan = plan_compression(model.manifest, model.config(), recipe)
+        if codes is not None:
+            plan = give_codes(plan, model.manifest, recipe, codes.given, codes.origin)
         return Parent(record, entry.manifest, model.manifest, model.reader, model.config()), plan, recipe
 
     def _earlier(self, record: VersionRecord, variants: tuple[str, ...]) -> list[Manifest]:

@@ -16,8 +16,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from modelstore.codecs.ladder import Ladder
 from modelstore.codecs.loss import Loss
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
+from modelstore.compress.codes import Codes, encoder_of
 from modelstore.compress.plan import tensor_plan, weight_codec
 from modelstore.errors import ConflictError, CorruptionError
 from modelstore.execute.encoding import Encoder, EncodeRegion, Input, ReadRegion
@@ -103,20 +105,21 @@ def compress(
     plan: CompressionPlan,
     recipe: Recipe,
     *,
+    codes: Codes | None = None,
     earlier: Iterable[Manifest] = (),
     limits: Limits,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Make a plan's variants of one version and publish them together.
 
-    `earlier`: manifests whose chunks need not be stored again.
+    `codes`: those that the plan's choices were given. `earlier`: manifests whose chunks need not be stored again.
     `ConflictError` where a variant of that name is there and is another, before anything is read; `CorruptionError` where
     a tensor read is not what was saved, or does not decode to what it should: nothing is published then.
     """
     model = parent.record.model
-    recorded = _recorded(recipe, plan)
+    recorded = _recorded(recipe, plan, codes.check(parent.manifest) if codes else None)
     axis = axes(parent.config) if parent.config else None
-    inputs = [_input(choice, parent, variants, axis) for choice in plan.compressed]
+    inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed]
     tally = Tally()
     refresh_before = time.time() - REFRESH
     identity = (
@@ -188,16 +191,22 @@ def encoder(codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor,
     return choose
 
 
-def _recorded(recipe: Recipe, plan: CompressionPlan) -> dict[str, Any]:
-    """What a manifest says of how it was made: the recipe, and each tensor's codec where rules alone do not tell it."""
+def _recorded(recipe: Recipe, plan: CompressionPlan, codes: str | None) -> dict[str, Any]:
+    """What a manifest says of how it was made: the recipe, each tensor's codec where rules alone do not tell it, given codes."""
     resolved = {choice.name: choice.codec for choice in plan.compressed if choice.reason}
-    whole = msgspec.to_builtins(recipe) | ({"resolved": resolved} if resolved else {})
+    whole = (
+        msgspec.to_builtins(recipe) | ({"resolved": resolved} if resolved else {}) | ({"codes": codes} if codes else {})
+    )
     plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(whole))  # as a manifest will give it back
     return plain
 
 
 def _input(
-    choice: Choice, parent: Parent, variants: tuple[str, ...], axis: Callable[[str], int | None] | None
+    choice: Choice,
+    parent: Parent,
+    variants: tuple[str, ...],
+    axis: Callable[[str], int | None] | None,
+    codes: Codes | None,
 ) -> Input:
     assert choice.codec is not None
     tensor = parent.manifest.by_name[choice.name]
@@ -207,6 +216,8 @@ def _input(
     views = tuple(weight_codec(view_spec(choice.codec, variant)) for variant in variants)
     chunks = grid.count(plan.shape, plan.chunk)
     chosen = encoder(codec, _regions(parent.reader, tensor), tensor, chunks)
+    if codes and isinstance(codec, Ladder) and codec.codes_group_size:
+        chosen = encoder_of(codec, codes, tensor)
     return Input(plan, codec, _reading(parent.reader, tensor), chosen, views)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.codecs.weight import WeightCodec
+from modelstore.compress.codes import Given
 from modelstore.compress.kinds import fused, kind_of
 from modelstore.compress.presets import preset
 from modelstore.errors import UnsupportedError
@@ -58,11 +61,52 @@ def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, chose
     return CompressionPlan(
         chosen.name,
         choices,
-        sum(c.bytes for c in choices),
-        sum(c.stored for c in choices),
-        sum(c.expected for c in choices),
-        chosen.prune is not None,
+        **_sums(choices),
+        needs_threshold=chosen.prune is not None,
     )
+
+
+def give_codes(
+    plan: CompressionPlan, manifest: Manifest, chosen: Recipe, given: Mapping[str, Given], origin: str
+) -> CompressionPlan:
+    """A ladder's plan with the int4 codes that weights have been given, whatever their kind; those kept by a rule aside.
+
+    `ValueError` where a weight is not in the model so, or the recipe is no ladder.
+    """
+    ladders = [rule.codec for rule in chosen.rules if rule.codec]
+    if any(spec.name != "ladder" for spec in ladders):
+        raise ValueError(f"codes are what a ladder is put on, and recipe {chosen.name!r} is none: give recipe 'ladder'")
+    choices = {choice.name: choice for choice in plan.choices}
+    for name, found in given.items():
+        tensor = manifest.by_name.get(name)
+        if tensor is None or tensor.name != name:
+            why = "is not in the model" if tensor is None else f"is tied to {tensor.name!r} in the model"
+            raise ValueError(f"weight {name!r}, of which {origin} has codes, {why}: give the codes of this very model")
+        if (tensor.shape, tensor.dtype) != (found.shape, found.dtype):
+            raise ValueError(
+                f"weight {name!r} is {tensor.dtype} {list(tensor.shape)} in the model, and {origin} has codes of "
+                f"{list(found.shape)} with scales of {found.dtype}: give the codes of this very model"
+            )
+        rule = chosen.rule(name, choices[name].kind)
+        if rule and rule.codec is None:
+            continue
+        spec = (rule and rule.codec) or ladders[0]
+        spec = CodecSpec(spec.name, {**spec.params, "codes_group_size": found.group_size})
+        refusal = weight_codec(spec).refuses(tensor.shape, tensor.kind)
+        if refusal:
+            raise ValueError(f"weight {name!r}, of which {origin} has codes, {refusal}, and has no ladder: skip it")
+        choices[name] = _choice(manifest, tensor, choices[name].kind, spec, "its int4 codes are given")  # type: ignore[arg-type]
+    made = tuple(choices.values())
+    return msgspec.structs.replace(plan, choices=made, **_sums(made))
+
+
+def _sums(choices: Sequence[Choice]) -> dict[str, int]:
+    """Bytes of all choices together: raw, as stored now, and then."""
+    return {
+        "bytes": sum(choice.bytes for choice in choices),
+        "stored": sum(choice.stored for choice in choices),
+        "expected": sum(choice.expected for choice in choices),
+    }
 
 
 def _share_one_scheme(group: Sequence[str], specs: dict[str, CodecSpec | None], reasons: dict[str, str]) -> None:

@@ -169,7 +169,7 @@ def plan_inputs(
             spec.name,
             spec.dtype.name,
             spec.shape,
-            CodecSpec("delta") if under else before[1] if before and laddered else storage_spec,
+            CodecSpec("delta") if under else _own_codes(before[1]) if before and laddered else storage_spec,
             whole=grid == "whole",
             axis=axis,
             like=before[0] if before else None,
@@ -183,6 +183,11 @@ def plan_inputs(
         plan = plan_tensor(_FILE + path, "uint8", (size,), FILE_CODEC)
         inputs.append(Input(plan, make_codec(FILE_CODEC.name, FILE_CODEC.params), _file_reading(path, content)))
     return inputs
+
+
+def _own_codes(ladder: CodecSpec) -> CodecSpec:
+    """A ladder without the codes that an earlier version was given: they are not those of other weights."""
+    return CodecSpec(ladder.name, {key: value for key, value in ladder.params.items() if key != "codes_group_size"})
 
 
 def _stored_before(

@@ -1,0 +1,222 @@
+"""int4 codes from elsewhere, such as GPTQ's: a compressed-tensors directory, the same saved as a model, or a stored variant.
+
+Directories are of format pack-quantized, 4 bits, symmetric, in groups: for each weight `x.weight` there are `x.weight_packed`,
+int32 (rows, columns / 8), least significant code first, 8 above what it stands for; `x.weight_scale` (rows, groups); and
+`x.weight_shape`. What the codes are put under must be the model that they were made of: every tensor that was left as it was
+must be the model's own, since methods that scale weights and the norms before them (AWQ, SmoothQuant) change these too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from modelstore.codecs.ladder import Ladder
+from modelstore.codecs.numbers import to_float32
+from modelstore.errors import FormatError
+from modelstore.execute.encoding import Encoder
+from modelstore.format.buffers import Buffer, Bytes, view
+from modelstore.format.dtypes import DTYPES
+from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.region import Region, Shape, extent, size
+from modelstore.sources.base import TensorSpec
+
+_PACKED, _SCALE, _SHAPE = "_packed", "_scale", "_shape"
+_WORD = 8  # codes of an int32
+_GROUPS = (128, 64, 32)  # where rows are no whole groups
+_BAND = 8 << 20  # bytes that are read at once to be digested
+
+ReadInto = Callable[[str, Region, Bytes], None]  # a tensor's name, a region of it, where its raw bytes go
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """That a weight has codes: its shape (rows, columns), the dtype of its scales, the columns that share one."""
+
+    shape: Shape
+    dtype: str
+    group_size: int
+
+
+class Codes(Protocol):
+    """int4 codes with their scales, by the names of the weights they stand for. Threads may read at once."""
+
+    @property
+    def origin(self) -> str:
+        """Where they are, as errors say it."""
+
+    @property
+    def given(self) -> Mapping[str, Given]:
+        """The weights that have codes."""
+
+    def check(self, manifest: Manifest) -> str:
+        """A digest of all codes and scales, after what comes with them was compared with the model they are to go under.
+
+        `FormatError` where a scale is not finite, `ValueError` where a tensor is not the model's.
+        """
+
+    def read(self, name: str, region: Region) -> tuple[NDArray[np.int8], Bytes]:
+        """Codes, int8 (rows, columns) from -8 to 7, of a region of a weight, and the raw bytes of their scales (rows, groups)."""
+
+    def close(self) -> None:
+        """Let go of files."""
+
+
+class PackedCodes:
+    """Codes as a directory of compressed-tensors has them. `FormatError` where it has other ones, or none."""
+
+    def __init__(self, origin: str, tensors: Mapping[str, TensorSpec], read: ReadInto) -> None:
+        """`tensors` by name; `read` reads regions of them. Of the values, only the shapes are read here."""
+        self._origin, self._tensors, self._read = origin, tensors, read
+        weights = [name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)]
+        if not weights:
+            raise FormatError(
+                f"{origin} has no packed codes, *.weight_packed: give a directory that llm-compressor wrote in format "
+                f"pack-quantized (GPTQ's own layout, with qweight, is not read)",
+                object=origin,
+            )
+        self._given = {name: self._parse(name) for name in weights}
+
+    @property
+    def origin(self) -> str:
+        return self._origin
+
+    @property
+    def given(self) -> Mapping[str, Given]:
+        return self._given
+
+    def check(self, manifest: Manifest) -> str:
+        parts = {name + part for name in self._given for part in (_PACKED, _SCALE, _SHAPE)}
+        for name in sorted(self._tensors.keys() - parts):
+            there = manifest.by_name.get(name)
+            spec = self._tensors[name]
+            same = there is not None and (there.dtype, there.shape) == (spec.dtype.name, spec.shape)
+            if there is None or not same or there.digest != blake3_of(self._bands(name)):
+                why = "is not in the model" if there is None else "is not what the model has under that name"
+                raise ValueError(
+                    f"tensor {name!r} of {self._origin} {why}: the codes were made of another model (AWQ and SmoothQuant "
+                    f"change norms and weights; save what they were made of, and compress that)"
+                )
+        whole = blake3()
+        for name, given in sorted(self._given.items()):
+            whole.update(f"{name}\0{given}\0".encode())
+            for band in self._bands(name + _PACKED):
+                whole.update(view(band))
+            for band in self._bands(name + _SCALE):
+                if not np.isfinite(to_float32(band, DTYPES[given.dtype])).all():
+                    raise self._bad(name, "has a scale that is not finite")
+                whole.update(view(band))
+        return whole.hexdigest()
+
+    def read(self, name: str, region: Region) -> tuple[NDArray[np.int8], Bytes]:
+        given = self._given[name]
+        rows, (a, b) = region
+        words = (a // _WORD, -(-b // _WORD))
+        packed = self._region(name + _PACKED, (rows, words)).reshape(rows[1] - rows[0], -1)
+        codes = unpacked(packed)[:, a - words[0] * _WORD : b - words[0] * _WORD]
+        groups = (a // given.group_size, -(-b // given.group_size))
+        return np.ascontiguousarray(codes), self._region(name + _SCALE, (rows, groups))
+
+    def close(self) -> None:
+        """Nothing is held here."""
+
+    def _parse(self, name: str) -> Given:
+        """What a weight's tensors say of themselves."""
+        for part, what in (
+            ("_zero_point", "is asymmetric, and zero points"),
+            ("_g_idx", "is in groups by activation, which"),
+        ):
+            if name + part in self._tensors:
+                raise self._bad(name, f"{what} cannot be put under a ladder")
+        packed, scale, shape = (self._tensors.get(name + part) for part in (_PACKED, _SCALE, _SHAPE))
+        if packed is None or scale is None or shape is None:
+            raise self._bad(
+                name, f"lacks its {_SCALE.removeprefix('_') if scale is None else _SHAPE.removeprefix('_')}"
+            )
+        if shape.dtype.name not in ("int64", "int32") or shape.shape != (2,):
+            raise self._bad(name, f"has a shape of {shape.dtype.name} {list(shape.shape)} where two int64 are due")
+        stored = self._region(name + _SHAPE, ((0, 2),)).view(f"<i{shape.dtype.itemsize}")
+        rows, columns = int(stored[0]), int(stored[1])
+        if rows < 1 or columns < 1 or packed.dtype.name != "int32" or packed.shape != (rows, -(-columns // _WORD)):
+            eight = packed.shape == (rows, -(-columns // 4))
+            what = "8 bits" if eight else f"{packed.dtype.name} {list(packed.shape)}"
+            raise self._bad(name, f"has codes of {what} where 4 bits of {rows} x {columns} are due")
+        if (
+            scale.dtype.name not in ("bfloat16", "float16", "float32")
+            or len(scale.shape) != 2
+            or scale.shape[0] != rows
+        ):
+            raise self._bad(
+                name, f"has scales of {scale.dtype.name} {list(scale.shape)}, which are none of {rows} rows"
+            )
+        group = group_size(columns, scale.shape[1])
+        if not group:
+            raise self._bad(
+                name, f"has {scale.shape[1]} scales for {columns} columns, which are no groups of an even number"
+            )
+        return Given((rows, columns), scale.dtype.name, group)
+
+    def _bad(self, name: str, what: str) -> FormatError:
+        return FormatError(
+            f"weight {name!r} of {self._origin} {what}: quantize it with a symmetric int4 scheme in groups of 32, 64 or 128",
+            tensor=name,
+            object=self._origin,
+        )
+
+    def _region(self, name: str, region: Region) -> Bytes:
+        out = np.empty(size(region) * self._tensors[name].dtype.itemsize, np.uint8)
+        self._read(name, region, out)
+        return out
+
+    def _bands(self, name: str) -> Iterator[Bytes]:
+        """A tensor's raw bytes in their order, a few rows at a time."""
+        spec = self._tensors[name]
+        shape = spec.shape
+        if not shape:
+            yield self._region(name, ())
+            return
+        rest: Region = tuple((0, n) for n in shape[1:])
+        step = max(1, _BAND // max(1, size(rest) * spec.dtype.itemsize))
+        for a in range(0, shape[0], step):
+            yield self._region(name, ((a, min(a + step, shape[0])), *rest))
+
+
+def encoder_of(codec: Ladder, codes: Codes, tensor: Tensor) -> Encoder:
+    """How regions of a weight are encoded under its given codes."""
+
+    def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
+        found, scale = codes.read(tensor.name, region)
+        return codec.encode_with(values, extent(region), tensor.kind, found, scale)
+
+    return lambda part, raw: encode  # noqa: ARG005  the part adds nothing
+
+
+def group_size(columns: int, groups: int) -> int:
+    """The columns of a group, an even number, 0 where there is none that gives so many groups."""
+    if groups < 1:
+        return 0
+    if columns % groups == 0:
+        return columns // groups if columns // groups % 2 == 0 and columns // groups <= 1 << 16 else 0
+    return next((n for n in _GROUPS if -(-columns // n) == groups), 0)
+
+
+def unpacked(packed: Bytes) -> NDArray[np.int8]:
+    """int8 (rows, 8 * words) of raw words (rows, 4 * words): the codes, the first in the least significant bits."""
+    codes = np.empty((packed.shape[0], 2 * packed.shape[1]), np.uint8)
+    codes[:, ::2] = packed & 15
+    codes[:, 1::2] = packed >> 4
+    codes -= 8
+    return codes.view(np.int8)
+
+
+def blake3_of(bands: Iterator[Bytes]) -> str:
+    """The BLAKE3 of bytes that come in pieces."""
+    whole = blake3()
+    for band in bands:
+        whole.update(view(band))
+    return whole.hexdigest()
