@@ -10,6 +10,7 @@ from modelstore.cli import (
     about,
     bench,
     checking,
+    clusters,
     compressing,
     demo,
     evaluating,
@@ -61,6 +62,7 @@ for command in (
 
 app.command("eval")(evaluating.evaluate)
 app.add_typer(compressing.plan)
+app.add_typer(clusters.cluster)
 
 
 def _print_version(wanted: bool) -> None:

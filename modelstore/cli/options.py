@@ -103,10 +103,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 OutputPath = Path
 
 
-def open_store(url: str | None, *, memory: int | None = None, mirrors: Sequence[str] | None = None) -> Store:
+def open_store(
+    url: str | None, *, memory: int | None = None, mirrors: Sequence[str] | None = None, cluster: str | None = None
+) -> Store:
     """The store a command works on; wrong usage where none was named."""
     if not url:
         raise usage("no store given: add --store URL, or set MODELSTORE_URL (a folder will do: --store ./store)")
     import modelstore as ms
 
-    return ms.open(url, memory=memory, mirrors=tuple(mirrors or ()))
+    return ms.open(url, memory=memory, mirrors=tuple(mirrors or ()), cluster=cluster)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from modelstore.errors import NotFoundError
 from modelstore.execute.fetch import Fetcher, Fetching
@@ -17,6 +18,10 @@ from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 
+if TYPE_CHECKING:
+    from modelstore.cluster.pieces import Source
+    from modelstore.cluster.session import Session
+
 log = logging.getLogger("modelstore")
 
 
@@ -30,7 +35,8 @@ class Base:
         *,
         memory: int | str | None = None,
         threads: int | None = None,
-        fetching: Fetching = Fetcher,
+        session: Session | None = None,
+        source: Source | None = None,
     ) -> None:
         budget(memory)
         self._storage = storage
@@ -39,7 +45,9 @@ class Base:
         self._manifests = Manifests(self._storage, self._mirrors)
         self._memory = memory
         self._threads = threads
-        self._fetching = fetching
+        self._session = session
+        self._source = source
+        self._fetching = _fetching(session, source)
 
     @property
     def url(self) -> str:
@@ -96,3 +104,12 @@ class Base:
             return self._against(Reference(name))
         except NotFoundError:
             return None
+
+
+def _fetching(session: Session | None, source: Source | None) -> Fetching:
+    """Where chunks come from: the storage, or a cluster's hosts."""
+    if session is None or source is None:
+        return Fetcher
+    from modelstore.cluster.reading import ClusterFetching
+
+    return ClusterFetching(session, source)

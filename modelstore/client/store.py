@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from modelstore.client.clustered import Clustered
 from modelstore.client.compressing import Compressing
 from modelstore.client.evaluating import Evaluating
 from modelstore.client.keeping import Keeping
@@ -43,6 +44,7 @@ def open(
     storage_options: Mapping[str, Any] | None = None,
     engine: str | None = None,
     read_only: bool = False,
+    cluster: str | None = None,
 ) -> Store:
     """The store at `url`: a folder, `file://`, `s3://bucket/prefix`, `gs://`, `az://`, `memory://name`, or another of fsspec's.
 
@@ -51,18 +53,25 @@ def open(
     `mirrors` are copies of the store, read where this one's bytes are wrong or gone, which they then replace.
     `storage_options` are fsspec's for the protocol; `engine` is the S3 client, "obstore" or "s3fs". The first save makes it.
     With `read_only` nothing can be written, and protocols that cannot hold a store safely, such as http, are read.
+    `cluster`: read through the hosts of a Ray cluster: "auto" (the one that this machine belongs to), HOST:PORT, or "local"
+    (one of this process's own, which ends with it).
     """
     if isinstance(mirrors, str):
         raise TypeError(f"mirrors is a list of URLs: write [{mirrors!r}]")
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads} is not positive")
     copies = tuple(open_storage(mirror, storage_options, read_only=True) for mirror in mirrors)
-    return Store(
-        open_storage(url, storage_options, engine, read_only=read_only), copies, memory=memory, threads=threads
-    )
+    storage = open_storage(url, storage_options, engine, read_only=read_only)
+    session = source = None
+    if cluster is not None:
+        from modelstore.cluster.joining import join, source_of
+
+        source = source_of(url, storage_options, engine)
+        session = join(cluster)
+    return Store(storage, copies, memory=memory, threads=threads, session=session, source=source)
 
 
-class Store(Compressing, Evaluating, Keeping):
+class Store(Clustered, Compressing, Evaluating, Keeping):
     """A store of models over a storage. Made by `modelstore.open`; may be used from many threads."""
 
     # ------------------------------------------------------------------ saving
@@ -136,12 +145,14 @@ class Store(Compressing, Evaluating, Keeping):
         progress: Progress | None = None,
     ) -> dict[str, torch.Tensor]:
         """The tensors of a variant by name, each chunk checked, in memory of their own; tied ones are one tensor.
+
         `shard`: a rank's layout (`TensorParallel`, `PipelineStage`, …), or {name: region}. `names`: these tensors only.
-        `mmap=True`, for local models saved with `codec="raw", grid="whole"`, maps them instead: nothing is read, or
-        checked, until it is touched. `dequantize=False` gives a compressed variant's weights as engines take them: instead
-        of `a.weight` its `a.weight_packed`, `a.weight_scale`, … in the packing of compressed-tensors; a rank's slices then
-        begin and end with groups. A variant that is not stored but has a preset's name, such as "m:int8", is made of the
-        original while it is read, with the bits that `compress` would store; a warning says so.
+        `mmap=True`, for local models saved with `codec="raw", grid="whole"`, maps them instead: nothing is read, or checked,
+        until it is touched. In a cluster it maps any model, as the node's host decoded and checked it once for all readers.
+        `dequantize=False` gives a compressed variant's weights as engines take them: instead of `a.weight` its
+        `a.weight_packed`, `a.weight_scale`, … in the packing of compressed-tensors; a rank's slices then begin and end with
+        groups. A variant that is not stored but has a preset's name, such as "m:int8", is made of the original while it is
+        read, with the bits that `compress` would store; a warning says so.
         """
         if mmap and not dequantize:
             raise ValueError(
@@ -150,7 +161,7 @@ class Store(Compressing, Evaluating, Keeping):
         model = self._readable(parse_reference(ref))
         shares = model.shares(_layout(shard), names)
         if mmap:
-            mapped = model.map(shares)
+            mapped = model.map(shares) if self._session is None else self._mapped(parse_reference(ref), model, shares)
             return mapped if str(device) == "cpu" else {name: tensor.to(device) for name, tensor in mapped.items()}
         total = sum(nbytes(share.shape, model.tensor(name).kind.itemsize) for name, share in shares.items())
         metered = meter(progress, total, f"loading {ref}")

@@ -132,4 +132,6 @@ class Fetcher:
             log.warning("pack %s of %s is damaged and could not be replaced: %s", digest, self.storage.url, error)
 
 
-Fetching = Callable[[str, Manifest, Storage, Sequence[Storage]], Fetcher]  # (model, manifest, storage, mirrors) → fetcher
+Fetching = Callable[
+    [str, Manifest, Storage, Sequence[Storage]], Fetcher
+]  # (model, manifest, storage, mirrors) → fetcher

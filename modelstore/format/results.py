@@ -249,3 +249,30 @@ class Quality(msgspec.Struct, frozen=True):
     bits: float
     sqnr: float | None
     measured: Measured | None
+
+
+class Prefetched(msgspec.Struct, frozen=True):
+    """Chunks that were brought into a cluster: `bytes` of them as stored, `held` of them in all copies, `replicas` of each."""
+
+    ref: str
+    bytes: int
+    held: int
+    replicas: int
+    seconds: float
+
+
+class HostStatus(msgspec.Struct, frozen=True):
+    """One host of a cluster: its name, its node and zone, and what it holds and did; None where it does not answer."""
+
+    member: str
+    node: str
+    zone: str
+    stats: dict[str, Any] | None
+
+
+class ClusterStatus(msgspec.Struct, frozen=True):
+    """A cluster: how often its members changed, copies of each chunk, and its hosts."""
+
+    epoch: int
+    replicas: int
+    hosts: tuple[HostStatus, ...]

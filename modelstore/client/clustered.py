@@ -1,0 +1,89 @@
+"""What a store can do beside a cluster: get models into its memory ahead of time, keep them there, let them go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from modelstore.client.base import Base
+from modelstore.execute.loading import Model
+from modelstore.execute.progress import Progress, meter
+from modelstore.format import results
+from modelstore.format.names import Reference, parse_reference
+from modelstore.plan.layout import Share
+
+if TYPE_CHECKING:
+    import torch
+
+    from modelstore.cluster.session import Session
+
+
+class Clustered(Base):
+    """The part of a store that speaks with a cluster."""
+
+    def _in_cluster(self) -> Session:
+        if self._session is None:
+            raise ValueError(
+                'this store was opened without a cluster: open it with cluster="auto", "local" or an address'
+            )
+        return self._session
+
+    def prefetch(
+        self,
+        ref: str,
+        *,
+        tier: Literal["memory", "disk", "gpu"] = "memory",
+        replicas: int | None = None,
+        progress: Progress | None = None,
+    ) -> results.Prefetched:
+        """Get a variant's chunks into the hosts' `tier`, each to its home and, with `replicas`, to as many holders.
+
+        Each chunk is read from the storage once; copies go from host to host. Returns when all is there, or as much as the
+        tiers take. `StorageError` where hosts cannot read the storage.
+        """
+        return self._prefetch(ref, tier, replicas, None, progress)
+
+    def pin(self, ref: str, *, tier: Literal["memory", "disk", "gpu"] = "memory") -> results.Prefetched:
+        """As `prefetch`; the chunks are not evicted until `unpin`."""
+        return self._prefetch(ref, tier, None, _pin_of(ref), None)
+
+    def unpin(self, ref: str) -> None:
+        """Let the chunks of a pinned variant be evicted when their place is wanted."""
+        self._in_cluster().unpin(_pin_of(ref))
+
+    def evict(self, ref: str | None = None) -> int:
+        """Take a variant's chunks (without `ref`, everything) out of all hosts, except what is pinned; bytes freed."""
+        session = self._in_cluster()
+        if ref is None:
+            return session.evict(None)
+        manifest = self._model(parse_reference(ref)).manifest
+        return session.evict([manifest.digest(row) for row in range(len(manifest.pack))])
+
+    def cluster_status(self) -> results.ClusterStatus:
+        """Nodes, their hosts, what these hold by tier, hits, and work in flight."""
+        from modelstore.cluster.status import status
+
+        return status(self._in_cluster())
+
+    def _mapped(self, ref: Reference, model: Model, shares: Mapping[str, Share]) -> dict[str, torch.Tensor]:
+        """Tensors that share the node's memory with every other reader there."""
+        from modelstore.cluster.mapping import mapped
+
+        session = self._in_cluster()
+        assert self._source is not None
+        return mapped(session, self._source, model, self._catalog.entry(ref)[1].manifest, shares)
+
+    def _prefetch(
+        self, ref: str, tier: str, replicas: int | None, pin: str | None, progress: Progress | None
+    ) -> results.Prefetched:
+        from modelstore.cluster.prefetch import prefetch
+
+        session = self._in_cluster()
+        assert self._source is not None
+        manifest = self._model(parse_reference(ref)).manifest
+        metered = meter(progress, manifest.stored, f"fetching {ref}")
+        return prefetch(session, self._source, manifest, ref, tier=tier, replicas=replicas, pin=pin, progress=metered)
+
+
+def _pin_of(ref: str) -> str:
+    return str(parse_reference(ref))

@@ -1,0 +1,268 @@
+"""Ray actors: thin shells over `ShardHost` and `Directory`, which do the work and are tested without Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from modelstore.cluster.directory import ClusterSettings, Directory
+from modelstore.cluster.host import HostSettings, HostStats, ShardHost
+from modelstore.cluster.images import Images
+from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.replicas import copies_to_send, others
+from modelstore.errors import ModelStoreError
+from modelstore.execute.reading import Limits
+from modelstore.format.buffers import Bytes
+from modelstore.plan.placement import Member, View
+
+if TYPE_CHECKING:
+    from modelstore.cluster.session import Session
+
+log = logging.getLogger("modelstore")
+
+NAMESPACE = "modelstore"
+DIRECTORY = "directory"
+GROUPS = {"read": 8, "write": 4, "repair": 4, "control": 4}  # in one pool, hosts that ask each other would block
+_PEER_SECONDS = 2.0
+_DECODING = 1 << 30  # bytes of working memory for an image
+_BATCH = 32 << 20  # bytes of pieces that one request moves between hosts
+
+
+def actor(name: str) -> Any:
+    """The handle of an actor of the cluster, by its name. `ValueError` where there is none."""
+    return ray.get_actor(name, namespace=NAMESPACE)
+
+
+def host_name(member: str) -> str:
+    """The name under which a member's actor is known."""
+    return f"host/{member}"
+
+
+class StorageActor:
+    """A node's host in a process of its own."""
+
+    def __init__(self, member: Member, settings: ClusterSettings, view: View, device: str | None = None) -> None:
+        self._member = member
+        self._settings = settings
+        self._view: View = view
+        self._before: View | None = None
+        self._known: dict[bytes, tuple[Source, Piece]] = {}
+        self._handles: dict[str, Any] = {}
+        self._images = Images(settings.folder(member.id), settings.images)
+        self._session: Session | None = None
+        self._lock = threading.Lock()
+        self._copies: queue.Queue[tuple[str, Source, list[Piece]]] = queue.Queue()
+        self._host = ShardHost(
+            HostSettings(
+                id=member.id,
+                node=member.node,
+                folder=settings.folder(member.id),
+                memory=settings.memory,
+                disk=f"{settings.disk}/{member.node[:16]}" if settings.disk else None,
+                disk_bytes=settings.disk_bytes,
+                device=device,
+                device_bytes=settings.device_bytes,
+            ),
+            self._peers,
+        )
+        threading.Thread(target=self._send_copies, daemon=True, name="modelstore-copies").start()
+
+    # ------------------------------------------------------------------ reading
+
+    @ray.method(concurrency_group="read")
+    def read(self, source: Source, parts: Sequence[Piece], fetch: bool = True) -> list[Bytes | None]:
+        """The pieces' bytes, fetched where they are not held (with `fetch`); None for what is not there."""
+        new = self._unheld(parts) if fetch else []
+        found = self._host.read(source, parts, fetch=fetch)
+        self._note(source, new)
+        return found
+
+    @ray.method(concurrency_group="read")
+    def hold(self, source: Source, parts: Sequence[Piece], tier: str = "memory", pin: str | None = None) -> int:
+        """Get the pieces into a tier; bytes of them that are held now."""
+        new = self._unheld(parts)
+        held = self._host.hold(source, parts, tier=tier, pin=pin)
+        self._note(source, new)
+        return held
+
+    @ray.method(concurrency_group="repair")
+    def take(self, source: Source, parts: Sequence[Piece]) -> list[Bytes | None]:
+        """What is held of these, for another host."""
+        return self._host.read(source, parts, fetch=False)
+
+    @ray.method(concurrency_group="repair")
+    def copy(self, source: Source, parts: Sequence[Piece]) -> int:
+        """Hold a copy of these, which others have."""
+        held = self._host.hold(source, self._unheld(parts))
+        self._known.update((part.digest, (source, part)) for part in parts)
+        return held
+
+    @ray.method(concurrency_group="write")
+    def image(self, source: Source, name: str, digest: str) -> str:
+        """The file with the decoded tensors of a model's manifest, made where it is not there. Its path on this node."""
+        from modelstore.cluster.models import opened
+        from modelstore.cluster.session import Session
+
+        with self._lock:
+            if self._session is None:
+                self._session = Session()
+        model = opened(self._session, source, name, digest)
+        return str(self._images.make(model, Limits(_DECODING)))
+
+    @ray.method(concurrency_group="write")
+    def put(self, data: Mapping[bytes, Bytes], pin: str | None = None) -> None:
+        """Hold new pieces, whose bytes come with the call."""
+        self._host.put(data, pin=pin)
+
+    # ------------------------------------------------------------------ control
+
+    @ray.method(concurrency_group="control")
+    def member(self) -> Member:
+        """Who this host is."""
+        return self._member
+
+    @ray.method(concurrency_group="control")
+    def ping(self) -> bool:
+        """True, as long as this process answers."""
+        return True
+
+    @ray.method(concurrency_group="control")
+    def see(self, view: View) -> None:
+        """Take a newer view of the cluster; copies that it makes missing elsewhere are sent."""
+        if view.epoch <= self._view.epoch:
+            return
+        before, self._view = self._view, view
+        self._before = before
+        for source, parts in self._held():
+            sent = copies_to_send(self._member.id, before, view, self._settings.replicas, parts)
+            for member, wanted in sent.items():
+                self._copies.put((member, source, wanted))
+
+    @ray.method(concurrency_group="control")
+    def drop(self, digest: bytes) -> None:
+        """A reader found these bytes wrong."""
+        self._host.drop(digest)
+
+    @ray.method(concurrency_group="control")
+    def evict(self, digests: Sequence[bytes] | None = None) -> int:
+        """Let pieces go (all that are not pinned, where none are named); bytes freed."""
+        return self._host.evict(digests) + (self._images.evict() if digests is None else 0)
+
+    @ray.method(concurrency_group="control")
+    def unpin(self, pin: str) -> None:
+        """Let what was held under this pin be evicted."""
+        self._host.unpin(pin)
+
+    @ray.method(concurrency_group="control")
+    def stats(self) -> HostStats:
+        """What is held, and what was done."""
+        return self._host.stats()
+
+    @ray.method(concurrency_group="control")
+    def close(self) -> None:
+        """Remove what lies in shared memory; the disk keeps its own."""
+        self._host.close()
+
+    # ------------------------------------------------------------------ other hosts
+
+    def _peers(self, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
+        """What other holders have of these, asked all at once."""
+        asked = []
+        for member, wanted in others(self._member.id, self._view, self._before, self._settings.replicas, parts).items():
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                asked.append((self._handle(member).take.remote(source, wanted), wanted))
+        found: dict[bytes, Bytes] = {}
+        for ref, wanted in asked:
+            with contextlib.suppress(ray.exceptions.RayError, ModelStoreError):
+                for part, data in zip(wanted, ray.get(ref, timeout=_PEER_SECONDS), strict=False):
+                    if data is not None:
+                        found.setdefault(part.digest, np.asarray(data))
+        return found
+
+    def _handle(self, member: str) -> Any:
+        if member not in self._handles:
+            self._handles[member] = actor(host_name(member))
+        return self._handles[member]
+
+    def _unheld(self, parts: Sequence[Piece]) -> list[Piece]:
+        held = self._host.has([part.digest for part in parts])
+        return [part for part, there in zip(parts, held, strict=True) if not there]
+
+    def _note(self, source: Source, new: Sequence[Piece]) -> None:
+        """Remember where pieces come from, and let their other holders have copies."""
+        if not new:
+            return
+        self._known.update((part.digest, (source, part)) for part in new)
+        if self._settings.replicas > 1:
+            nobody = View(0, ())
+            for member, wanted in copies_to_send(
+                self._member.id, nobody, self._view, self._settings.replicas, new
+            ).items():
+                self._copies.put((member, source, wanted))
+
+    def _held(self) -> list[tuple[Source, list[Piece]]]:
+        """What is held and known to come from a store, by store."""
+        digests = list(self._known)
+        found: dict[str, tuple[Source, list[Piece]]] = {}
+        for digest, there in zip(digests, self._host.has(digests), strict=True):
+            if there:
+                source, part = self._known[digest]
+                found.setdefault(source.url, (source, []))[1].append(part)
+            else:
+                self._known.pop(digest, None)
+        return list(found.values())
+
+    def _send_copies(self) -> None:
+        """Have others pull what they are to hold, in batches, one after another."""
+        while True:
+            member, source, parts = self._copies.get()
+            batch: list[Piece] = []
+            for at, part in enumerate(parts):
+                batch.append(part)
+                if sum(p.length for p in batch) >= _BATCH or at == len(parts) - 1:
+                    with contextlib.suppress(ValueError, ray.exceptions.RayError, ModelStoreError):
+                        ray.get(self._handle(member).copy.remote(source, batch), timeout=60)
+                    batch = []
+
+
+class DirectoryActor:
+    """The cluster's directory and its supervisor, in a process of their own."""
+
+    def __init__(self, settings: ClusterSettings) -> None:
+        from modelstore.cluster.supervisor import Supervisor
+
+        self._directory = Directory(settings)
+        self._supervisor = Supervisor(self._directory)
+        threading.Thread(target=self._supervisor.run, daemon=True, name="modelstore-supervisor").start()
+
+    @ray.method(concurrency_group="control")
+    def view(self) -> View:
+        """The members now."""
+        return self._directory.view()
+
+    @ray.method(concurrency_group="control")
+    def settings(self) -> ClusterSettings:
+        """What hosts are given."""
+        return self._directory.settings
+
+    @ray.method(concurrency_group="control")
+    def wait(self, hosts: int, seconds: float) -> View:
+        """The view, once it has that many members or the time is up."""
+        return self._supervisor.wait(hosts, seconds)
+
+    @ray.method(concurrency_group="control")
+    def drain(self, node: str) -> list[str]:
+        """Take a node's hosts out of the placement; their names."""
+        return self._supervisor.drain(node)
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> list[str]:
+        """Stop supervising; the hosts' names."""
+        return self._supervisor.stop()

@@ -1,0 +1,67 @@
+"""Who is in a cluster: plain state behind the directory actor. Out of the path of reads: readers keep the last view."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection
+
+import msgspec
+
+from modelstore.cluster.file_tier import ROOT
+from modelstore.plan.placement import Member, View
+
+
+class ClusterSettings(msgspec.Struct, frozen=True):
+    """What every host of a cluster is given. Sizes are bytes a node."""
+
+    cluster: str  # a name of its own, part of paths and of the namespace
+    memory: int  # of shared memory, for encoded chunks
+    images: int  # of shared memory, for decoded models
+    disk: str | None = None
+    disk_bytes: int = 0
+    replicas: int = 1
+    device_bytes: int = 0  # of each GPU, none where 0
+
+    @property
+    def root(self) -> str:
+        """The cluster's folder in shared memory; each host has its own in it."""
+        return f"/dev/shm/{ROOT}{self.cluster}"
+
+    def folder(self, member: str) -> str:
+        """A host's folder in shared memory."""
+        return f"{self.root}/{member}"
+
+
+class Directory:
+    """The view of a cluster, changed by one at a time. Epochs grow across restarts, for they begin with the time."""
+
+    def __init__(self, settings: ClusterSettings) -> None:
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._view = View(_now(), ())
+
+    def view(self) -> View:
+        """The members now."""
+        return self._view
+
+    def join(self, member: Member) -> View:
+        """Add a member, or put it in the place of the one of that name."""
+        with self._lock:
+            others = [m for m in self._view.members if m.id != member.id]
+            return self._change(*others, member)
+
+    def leave(self, ids: Collection[str]) -> View:
+        """Remove members."""
+        with self._lock:
+            if not any(m.id in ids for m in self._view.members):
+                return self._view
+            return self._change(*(m for m in self._view.members if m.id not in ids))
+
+    def _change(self, *members: Member) -> View:
+        self._view = View(max(self._view.epoch + 1, _now()), tuple(sorted(members, key=lambda m: m.id)))
+        return self._view
+
+
+def _now() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,41 @@
+"""From a user's `cluster=` to a session. Says what is missing where Ray is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelstore.cluster.pieces import Source
+from modelstore.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from modelstore.cluster.session import Session
+
+
+def join(cluster: str) -> Session:
+    """A session of the cluster "auto", "local" or HOST:PORT. `StorageError` where it does not answer or has no hosts."""
+    if importlib.util.find_spec("ray") is None:
+        raise UnsupportedError("cluster= needs Ray: pip install 'modelstore[cluster]'")
+    from modelstore.cluster import runtime
+
+    if cluster == "local":
+        runtime.start_local(runtime.default_settings())
+    else:
+        runtime.connect(cluster)
+    from modelstore.cluster.session import Session  # imports Ray, whose settings must be made before
+
+    return Session()
+
+
+def source_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None, engine: str | None) -> Source:
+    """A store's address as hosts can use it; `ValueError` for one that only this process sees."""
+    text = os.fspath(url)
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme == "memory":
+        raise ValueError(
+            f"{text} lies in this process's memory, where a cluster cannot read it: use a folder or a bucket"
+        )
+    return Source(text if separator else str(Path(text).expanduser().resolve()), dict(options or {}), engine)

@@ -1,0 +1,47 @@
+"""Models as maps of what a node's host decoded: opening one costs as much as its manifest, and no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from modelstore.cluster.images import open_image
+from modelstore.cluster.pieces import Source
+from modelstore.errors import UnsupportedError
+from modelstore.execute.loading import Model
+from modelstore.format.region import slices
+from modelstore.plan.layout import Share
+
+if TYPE_CHECKING:
+    import torch
+
+    from modelstore.cluster.session import Session
+
+
+def mapped(
+    session: Session, source: Source, model: Model, digest: str, shares: Mapping[str, Share]
+) -> dict[str, torch.Tensor]:
+    """Tensors, or ranks' shares of them, as views of the node's image; a write to one stays in this process.
+
+    `UnsupportedError` for a share of several runs, where this node has no host, or no room.
+    """
+    from modelstore.execute import tensors as ten
+
+    path = session.image(source, model.name, digest, model.manifest)
+    whole = {
+        tensor.name: ten.to_torch(data, tensor.dtype, tensor.shape) for tensor, data in open_image(path, model.manifest)
+    }
+    found = {}
+    for name, share in shares.items():
+        tensor = whole[model.tensor(name).name]
+        if share.shape == tuple(tensor.shape):
+            found[name] = tensor
+            continue
+        pieces = list(share.pieces())
+        if len(pieces) != 1:
+            raise UnsupportedError(
+                f"this share of tensor {name!r} is not one box, so it cannot be mapped: load it without mmap",
+                tensor=name,
+            )
+        found[name] = tensor[slices(pieces[0][0])]
+    return found

@@ -1,0 +1,26 @@
+"""Models opened for reading through a cluster, by what names them exactly: the store, the model, the manifest's digest."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import msgspec
+
+from modelstore.cluster.pieces import Source
+from modelstore.cluster.reading import ClusterFetching, Holding
+from modelstore.execute.loading import Model
+from modelstore.storage.base import Storage
+from modelstore.store.manifests import Manifests
+
+
+def opened(holding: Holding, source: Source, name: str, digest: str) -> Model:
+    """The model of a manifest, whose chunks come through `holding`. Storages and manifests are kept for the next time."""
+    storage, manifests = _store(msgspec.json.encode(source))
+    manifest = manifests.read(name, digest)
+    return Model(storage, (), manifests, name, manifest, fetching=ClusterFetching(holding, source))
+
+
+@lru_cache(maxsize=16)
+def _store(source: bytes) -> tuple[Storage, Manifests]:
+    storage = msgspec.json.decode(source, type=Source).open()
+    return storage, Manifests(storage)

@@ -1,0 +1,88 @@
+"""Gets a manifest's chunks into the tiers of a cluster, in order, in a bounded window."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import TYPE_CHECKING
+
+from modelstore.cluster.pieces import Piece, Source, pieces, section_keys
+from modelstore.errors import StorageError
+from modelstore.format import results
+from modelstore.format.manifest import Manifest
+from modelstore.plan.placement import View, holders
+
+if TYPE_CHECKING:
+    from modelstore.cluster.session import Session
+
+_BATCH = 64 << 20  # bytes that one host gets at once
+_WINDOW = 2  # such batches under way at each host
+
+
+def batches(
+    view: View, replicas: int, parts: Sequence[Piece], size: int = _BATCH
+) -> Iterator[tuple[int, str, list[Piece]]]:
+    """(holder's rank, member, pieces): first all homes', then all second holders', and so on. Pure."""
+    table = holders(view, section_keys(parts), replicas)
+    names = [member.id for member in view.members]
+    for rank in range(table.shape[1] if len(parts) else 0):
+        filling: dict[int, list[Piece]] = {}
+        nbytes: dict[int, int] = {}
+        for part, at in zip(parts, table[:, rank].tolist(), strict=True):
+            if at < 0:
+                continue
+            filling.setdefault(at, []).append(part)
+            nbytes[at] = nbytes.get(at, 0) + part.length
+            if nbytes[at] >= size:
+                yield rank, names[at], filling.pop(at)
+                nbytes[at] = 0
+        yield from ((rank, names[at], left) for at, left in filling.items() if left)
+
+
+def prefetch(
+    session: Session,
+    source: Source,
+    manifest: Manifest,
+    ref: str,
+    *,
+    tier: str,
+    replicas: int | None,
+    pin: str | None,
+    progress: Callable[[int], None] | None,
+) -> results.Prefetched:
+    """Have every holder hold its chunks. `StorageError` where none of the hosts answers."""
+    started = time.monotonic()
+    view = session.view(fresh=True)
+    if not view.members:
+        raise StorageError("the cluster has no hosts: look at 'modelstore cluster status'")
+    copies = replicas if replicas is not None else session.settings.replicas
+    if copies < 1:
+        raise ValueError(f"replicas={copies} is not positive")
+    unique = {part.digest: part for part in pieces(manifest, range(len(manifest.pack))) if part.length}
+    parts = sorted(unique.values(), key=lambda part: (part.pack, part.offset))
+    held = last_rank = 0
+    open_: dict[Future[int], tuple[int, int]] = {}
+
+    def settle(leave: int) -> int:
+        """Wait until at most so many batches are open; bytes that those which ended hold."""
+        got = 0
+        while len(open_) > leave:
+            done, _ = wait(open_, return_when=FIRST_COMPLETED)
+            for future in done:
+                rank, wanted = open_.pop(future)
+                got += future.result()
+                if progress and rank == 0:
+                    progress(wanted)
+        return got
+
+    for rank, member, batch in batches(view, copies, parts):
+        if rank != last_rank:  # copies come from homes, which must have them first
+            held, last_rank = held + settle(0), rank
+        future: Future[int] = session.ask_to_hold(member, source, batch, tier, pin)
+        open_[future] = (rank, sum(part.length for part in batch))
+        held += settle(_WINDOW * len(view.members))
+    held += settle(0)
+    wanted = sum(part.length for part in parts)
+    members = min(copies, len(view.members))
+    return results.Prefetched(ref, wanted, held, members, time.monotonic() - started)

@@ -1,0 +1,184 @@
+"""A client's connection to a cluster: who is in it, how its hosts are asked, what they answered."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from modelstore.cluster.actors import DIRECTORY, actor, host_name
+from modelstore.cluster.asking import Asker, Counts
+from modelstore.cluster.host import HostStats, local_path
+from modelstore.cluster.images import image_path
+from modelstore.cluster.pieces import Piece, Source
+from modelstore.errors import StorageError, UnsupportedError
+from modelstore.format.buffers import Bytes
+from modelstore.format.manifest import Manifest
+from modelstore.plan.placement import View
+
+_FRESH = 3.0  # seconds for which a view is used before it is asked for again
+_ANSWER = 10.0  # seconds that the directory may take
+
+
+class Session:
+    """Reads pieces through the hosts of the Ray cluster that this process is connected to."""
+
+    def __init__(self) -> None:
+        self._directory = _directory()
+        self.settings = ray.get(self._directory.settings.remote(), timeout=_ANSWER)
+        self._view: View = ray.get(self._directory.view.remote(), timeout=_ANSWER)
+        self._asked = time.monotonic()
+        self._node = ray.get_runtime_context().get_node_id()
+        self._handles: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._asker = Asker(self._ask, self._alive)
+
+    @property
+    def node(self) -> str:
+        """The node that this process runs on."""
+        return str(self._node)
+
+    @property
+    def counts(self) -> Counts:
+        """What answered so far: bytes by host, "node" for the node's own memory, "storage" for what no host gave."""
+        return self._asker.counts
+
+    def view(self, *, fresh: bool = False) -> View:
+        """The members, as known for a few seconds; the last known ones where the directory does not answer."""
+        if fresh or time.monotonic() - self._asked > _FRESH:
+            self._asked = time.monotonic()
+            with contextlib.suppress(ray.exceptions.RayError, StorageError):
+                self._view = ray.get(self._directory.view.remote(), timeout=1.0 if not fresh else _ANSWER)
+        return self._view
+
+    def read(self, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
+        """As `Holding.read`: from the node's own shared memory, else from holders."""
+        view = self.view()
+        folders = [self.settings.folder(m.id) for m in view.members if m.node == self._node]
+        found: dict[bytes, Bytes] = {}
+        for part in parts:
+            data = _from_node(folders, part)
+            if data is not None:
+                found[part.digest] = data
+        self.counts.add("node", sum(len(data) for data in found.values()))
+        rest = [part for part in parts if part.digest not in found]
+        if rest:
+            found |= self._asker.read(view, self.settings.replicas, source, rest)
+            if len(found) < len(parts):
+                self.view(fresh=True)
+        return found
+
+    def wrong(self, part: Piece) -> None:
+        """As `Holding.wrong`."""
+        self.counts.wrong += 1
+        for member in self._view.members:
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                self.handle(member.id).drop.remote(part.digest)
+
+    def passed(self, nbytes: int) -> None:
+        """As `Holding.passed`."""
+        self.counts.add("storage", nbytes)
+
+    def handle(self, member: str) -> Any:
+        """A member's actor. `ValueError` where there is none any more."""
+        with self._lock:
+            if member not in self._handles:
+                self._handles[member] = actor(host_name(member))
+            return self._handles[member]
+
+    def ask_to_hold(
+        self, member: str, source: Source, parts: Sequence[Piece], tier: str, pin: str | None
+    ) -> Future[int]:
+        """Have a member get pieces into a tier; bytes that it then holds."""
+        return self._future(member, "hold", source, list(parts), tier, pin)
+
+    def image(self, source: Source, name: str, digest: str, manifest: Manifest) -> Path:
+        """The file on this node with a manifest's decoded tensors, made by the node's host where it is not there.
+
+        `UnsupportedError` where this node has no host, or its memory no room.
+        """
+        view = self.view()
+        here = [member.id for member in view.members if member.node == self._node]
+        for member in here:
+            path = image_path(self.settings.folder(member), manifest)
+            if path.exists():
+                return path
+        for member in here:
+            return Path(ray.get(self.handle(member).image.remote(source, name, digest)))
+        raise UnsupportedError("this node has no store host, whose memory could be mapped: load it without mmap")
+
+    def evict(self, digests: Sequence[bytes] | None) -> int:
+        """Take pieces, or all, out of every host; bytes freed."""
+        return sum(self._all("evict", digests))
+
+    def unpin(self, pin: str) -> None:
+        """Let every host evict what was held under this pin."""
+        self._all("unpin", pin)
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        """What every host that answers says."""
+        asked = [self._future(member.id, method, *arguments) for member in self.view(fresh=True).members]
+        found = []
+        for future in asked:
+            with contextlib.suppress(ray.exceptions.RayError, ValueError, TimeoutError):
+                found.append(future.result(timeout=_ANSWER))
+        return found
+
+    def stats(self) -> dict[str, HostStats | None]:
+        """Of each member what it holds and did; None for one that does not answer."""
+        asked = {member.id: self._stats_of(member.id) for member in self.view(fresh=True).members}
+        found: dict[str, HostStats | None] = {}
+        for member, ref in asked.items():
+            found[member] = None
+            with contextlib.suppress(ray.exceptions.RayError):
+                found[member] = ray.get(ref, timeout=2.0) if ref is not None else None
+        return found
+
+    def _stats_of(self, member: str) -> Any:
+        with contextlib.suppress(ValueError):
+            return self.handle(member).stats.remote()
+        return None
+
+    def _ask(self, member: str, source: Source, parts: Sequence[Piece], fetch: bool) -> Future[Sequence[Bytes | None]]:
+        return self._future(member, "read", source, list(parts), fetch)
+
+    def _alive(self, member: str) -> Future[bool]:
+        return self._future(member, "ping")
+
+    def _future(self, member: str, method: str, *arguments: Any) -> Future[Any]:
+        try:
+            made: Future[Any] = getattr(self.handle(member), method).remote(*arguments).future()
+        except (ValueError, ray.exceptions.RayError) as error:
+            self._handles.pop(member, None)
+            made = Future()
+            made.set_exception(error)
+        return made
+
+
+def _from_node(folders: Sequence[str], part: Piece) -> Bytes | None:
+    """A piece's bytes from a host's files on this node; None where none has it."""
+    for folder in folders:
+        path: Path = local_path(folder, part.digest)
+        try:
+            data = np.fromfile(path, np.uint8)
+        except OSError:
+            continue
+        if len(data) == part.length:
+            return data
+    return None
+
+
+def _directory() -> Any:
+    try:
+        return actor(DIRECTORY)
+    except ValueError:
+        raise StorageError(
+            "this Ray cluster has no store hosts: run 'modelstore cluster start --address auto' on one of its nodes"
+        ) from None

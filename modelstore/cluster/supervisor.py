@@ -1,0 +1,166 @@
+"""Keeps one host on every node: finds the dead, puts new ones in their place, tells the others."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from modelstore.cluster.actors import GROUPS, NAMESPACE, StorageActor, actor, host_name
+from modelstore.cluster.directory import Directory
+from modelstore.plan.placement import Member, View
+
+log = logging.getLogger("modelstore")
+
+RESOURCE = "modelstore_storage"  # where some nodes have it, only these get hosts
+ZONE = "ray.io/availability-zone"
+_PERIOD = 0.5  # seconds between two looks
+_SILENT = 5.0  # seconds without an answer after which a host is given up
+
+
+class Supervisor:
+    """Runs in the directory's process."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._handles: dict[str, Any] = {}
+        self._heard: dict[str, float] = {}
+        self._pings: dict[str, Any] = {}
+        self._drained: set[str] = set()
+        self._changed = threading.Condition()
+        self._stopped = threading.Event()
+        self._seen = directory.view().epoch
+
+    def adopt(self) -> None:
+        """Take over the hosts that an earlier directory started, where there was one."""
+        for found in ray.util.list_named_actors(all_namespaces=True):
+            if found["namespace"] == NAMESPACE and found["name"].startswith(host_name("")):
+                with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                    handle = actor(found["name"])
+                    member = ray.get(handle.member.remote(), timeout=_SILENT)
+                    self._handles[member.id] = handle
+                    self._directory.join(member)
+
+    def run(self) -> None:
+        """Look again and again until stopped."""
+        self.adopt()
+        while not self._stopped.wait(_PERIOD if self._handles else 0.05):
+            try:
+                self.look()
+            except Exception:  # the control plane may be away for a while: hosts and readers go on without it
+                log.exception("the supervisor could not look at the cluster; it tries again")
+
+    def look(self) -> None:
+        """Find who is gone and who is new, once."""
+        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+        gone = self._gone(set(nodes))
+        if gone:
+            log.warning("hosts %s are gone", ", ".join(gone))
+            self._directory.leave(gone)
+            for member in gone:
+                handle = self._handles.pop(member, None)
+                self._heard.pop(member, None)
+                self._pings.pop(member, None)
+                if handle is not None:
+                    with contextlib.suppress(Exception):
+                        ray.kill(handle)
+        for node in self._without_host(nodes):
+            self._start(node, nodes[node])
+        self._tell()
+
+    def wait(self, hosts: int, seconds: float) -> View:
+        """The view, once it has that many members or the time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._directory.view().members) >= hosts, timeout=seconds)
+        return self._directory.view()
+
+    def drain(self, node: str) -> list[str]:
+        """Take the node's hosts out of the placement; they serve what they hold until the node goes. Their names."""
+        ids = [member.id for member in self._directory.view().members if member.node == node]
+        self._drained.add(node)
+        self._directory.leave(ids)
+        self._tell()
+        return ids
+
+    def stop(self) -> list[str]:
+        """Look no more; the names of all hosts."""
+        self._stopped.set()
+        return list(self._handles)
+
+    def _gone(self, nodes: set[str]) -> list[str]:
+        """Members whose node or process is dead, or that have been silent for too long."""
+        now, gone = time.monotonic(), []
+        for member in self._directory.view().members:
+            ref = self._pings.get(member.id)
+            if ref is None:
+                self._pings[member.id] = self._handles[member.id].ping.remote()
+            elif ray.wait([ref], timeout=0)[0]:
+                del self._pings[member.id]
+                try:
+                    ray.get(ref)
+                    self._heard[member.id] = now
+                except ray.exceptions.RayError:
+                    gone.append(member.id)
+                    continue
+            if member.node not in nodes or now - self._heard.get(member.id, now) > _SILENT:
+                gone.append(member.id)
+        return gone
+
+    def _without_host(self, nodes: dict[str, dict[str, Any]]) -> list[str]:
+        chosen = [name for name, node in nodes.items() if node["Resources"].get(RESOURCE)] or list(nodes)
+        served = {member.node for member in self._directory.view().members} | self._drained
+        return [name for name in chosen if name not in served]
+
+    def _start(self, node: str, info: dict[str, Any]) -> None:
+        settings, view = self._directory.settings, self._directory.view()
+        member = Member(f"{node[:12]}-{view.epoch}", node, info.get("Labels", {}).get(ZONE, ""))
+        made: Any = (
+            ray.remote(concurrency_groups=GROUPS)(  # type: ignore[call-overload]
+                StorageActor
+            )
+            .options(
+                name=host_name(member.id),
+                namespace=NAMESPACE,
+                lifetime="detached",
+                max_restarts=0,
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            )
+            .remote(member, settings, view)
+        )
+        try:
+            ray.get(made.ping.remote(), timeout=30)
+        except ray.exceptions.RayError as error:
+            log.warning("no host could be started on node %s: %s", node[:12], error)
+            with contextlib.suppress(Exception):
+                ray.kill(made)
+            return
+        self._handles[member.id] = made
+        self._heard[member.id] = time.monotonic()
+        self._directory.join(member)
+
+    def _tell(self) -> None:
+        """Give every host the newest view."""
+        view = self._directory.view()
+        if view.epoch == self._seen:
+            return
+        self._seen = view.epoch
+        for member in view.members:
+            with contextlib.suppress(Exception):
+                self._handles[member.id].see.remote(view)
+        with self._changed:
+            self._changed.notify_all()
+
+
+def hosts_of(view: View) -> list[Any]:
+    """The actors of all members that can be found."""
+    found = []
+    for member in view.members:
+        with contextlib.suppress(ValueError):
+            found.append(actor(host_name(member.id)))
+    return found
