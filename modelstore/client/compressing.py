@@ -57,7 +57,8 @@ class Compressing(Base):
             parent, plan, wanted = self._compression(ref, recipe, given, include, skip)
             name = check_word(variant, "variant") if variant is not None else plan.recipe
             variants = variants_of(plan, name)
-            total = sum(choice.bytes for choice in plan.compressed)
+            passes = 2 if wanted.prune is not None else 1
+            total = passes * sum(choice.bytes for choice in plan.compressed)
             outcome = compress(
                 self._storage,
                 self._catalog,

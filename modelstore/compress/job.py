@@ -21,6 +21,7 @@ from modelstore.codecs.loss import Loss
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
 from modelstore.compress.codes import Codes, encoder_of
 from modelstore.compress.plan import tensor_plan, weight_codec
+from modelstore.compress.threshold import with_threshold
 from modelstore.errors import ConflictError, CorruptionError
 from modelstore.execute.encoding import Encoder, EncodeRegion, Input, ReadRegion
 from modelstore.execute.journal import resume
@@ -118,6 +119,11 @@ def compress(
     """
     model = parent.record.model
     recorded = _recorded(recipe, plan, codes.check(parent.manifest) if codes else None)
+    before = _made_before(manifests, parent, variants, recorded)
+    if before is None:
+        _check_free(parent.record, variants)
+        if recipe.prune is not None:
+            plan = with_threshold(plan, recipe.prune, parent.manifest, parent.reader, limits, progress)
     axis = axes(parent.config) if parent.config else None
     inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed]
     tally = Tally()
@@ -130,11 +136,9 @@ def compress(
         msgspec.json.encode(recorded, order="sorted").decode(),
     )
     work = resume(storage, identity, inputs, refresh_before, tally, progress)
-    before = _made_before(manifests, parent, variants, recorded)
     if before is not None:  # and the journal of the run that made it could not be removed
         work.journal.clear()
         return before
-    _check_free(parent.record, variants)
     known = known_chunks((parent.manifest, *earlier)) | work.known
     left = [item for item in inputs if item.plan.name not in work.written]
     threads = limits.threads or (None if parent.reader.local else _REMOTE_THREADS)

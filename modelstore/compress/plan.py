@@ -51,7 +51,8 @@ def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, chose
     for group in fused(specs):
         _share_one_scheme(group, specs, reasons)
     choices = tuple(
-        _choice(manifest, t, kinds[t.name], specs[t.name], reasons.get(t.name, "")) for t in manifest.tensors
+        _choice(manifest, t, kinds[t.name], specs[t.name], reasons.get(t.name, ""), chosen.prune)
+        for t in manifest.tensors
     )
     if not any(choice.codec for choice in choices):
         raise ValueError(
@@ -121,9 +122,18 @@ def _share_one_scheme(group: Sequence[str], specs: dict[str, CodecSpec | None], 
             specs[name], reasons[name] = first, f"engines fuse it with {group[0]}, whose scheme it takes"
 
 
-def _choice(manifest: Manifest, tensor: Tensor, kind: Kind, spec: CodecSpec | None, reason: str) -> Choice:
+def _choice(
+    manifest: Manifest,
+    tensor: Tensor,
+    kind: Kind,
+    spec: CodecSpec | None,
+    reason: str,
+    pruned: float | None = None,
+) -> Choice:
     stored = int(manifest.length[manifest.rows(tensor)].sum())
-    expected = weight_codec(spec).size(tensor.shape, tensor.kind) if spec else stored
+    # Where a share of all weights goes, each tensor is expected to lose that share: what it will lose is not known yet.
+    sized = CodecSpec("sparse", {"sparsity": pruned}) if spec and pruned is not None else spec
+    expected = weight_codec(sized).size(tensor.shape, tensor.kind) if sized else stored
     return Choice(tensor.name, kind, tensor.dtype, tensor.shape, spec, reason, tensor.nbytes, stored, expected)
 
 

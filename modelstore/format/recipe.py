@@ -73,6 +73,10 @@ def check(value: Recipe) -> None:
     if value.prune is not None and not 0 < value.prune < 1:
         raise ValueError(f"recipe {value.name!r}: prune={value.prune} is no share between 0 and 1")
     for rule in value.rules:
+        if value.prune is not None and rule.codec and (rule.codec.name != "sparse" or rule.codec.params):
+            raise ValueError(
+                f"recipe {value.name!r}: prune= is for rules whose codec is sparse, without parameters of its own"
+            )
         if not rule.targets:
             raise ValueError(
                 f"recipe {value.name!r}: a rule has no targets; name kinds ({', '.join(KINDS)}) or patterns"

@@ -62,7 +62,8 @@ def do(store, folder, work):
     elif work == "export-zarr":
         store.export(folder, root / "out" / folder / "zarr", format="zarr")
     elif work.startswith("compress-"):
-        store.compress(folder, work.removeprefix("compress-"))
+        preset = work.removeprefix("compress-")
+        store.compress(folder + "-raw" * (preset == "ladder"), preset)  # a ladder's int8 is not the other one
     elif work == "repair":
         assert store.repair(folder).ok
     else:
@@ -83,6 +84,7 @@ print(json.dumps(grown))
 WORKS = [
     "save", "save-zarr", "save-raw", "save-whole", "save-many", "save-delta", "stream", "slice", "verify", "verify-deep",
     "export", "export-zarr", "repair", "compress-int8", "compress-int4", "compress-kmeans4", "compress-ladder",
+    "compress-sparse50-global",
 ]  # fmt: skip
 
 

@@ -1,0 +1,59 @@
+"""Pruning over a whole model: the magnitude below which weights go, found in one pass before anything is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import numpy as np
+
+from modelstore.codecs import histogram
+from modelstore.codecs.pruning import global_threshold, magnitudes
+from modelstore.execute.reading import Limits, Reader
+from modelstore.format import grid
+from modelstore.format.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.results import Choice, CompressionPlan
+
+_PER_THREAD = 24 << 20  # bytes: a chunk, and what it is decoded of
+
+Counts = histogram.Counts
+
+
+def with_threshold(
+    plan: CompressionPlan,
+    share: float,
+    manifest: Manifest,
+    reader: Reader,
+    limits: Limits,
+    progress: Callable[[int], None] | None,
+) -> CompressionPlan:
+    """The plan with the threshold that prunes `share` of all weights it compresses, the smallest of all tensors together.
+
+    Every chunk is read once; counts are integers, so the threshold is the same in whatever order they are read.
+    """
+
+    def counted(choice: Choice) -> Counts:
+        tensor = manifest.by_name[choice.name]
+        return magnitudes(_counts(reader, tensor, progress), tensor.kind)
+
+    total: Counts | None = None
+    threads = max(1, min(limits.reading_threads(reader.local), limits.memory // _PER_THREAD))
+    with ThreadPoolExecutor(threads, thread_name_prefix="modelstore-count") as pool:
+        for counts in pool.map(counted, plan.compressed):
+            total = counts if total is None else total + counts
+    threshold = global_threshold([] if total is None else [total], share)
+    spec = CodecSpec("sparse", {"threshold": threshold})
+    choices = tuple(msgspec.structs.replace(choice, codec=spec) if choice.codec else choice for choice in plan.choices)
+    return msgspec.structs.replace(plan, choices=choices, needs_threshold=False)
+
+
+def _counts(reader: Reader, tensor: Tensor, progress: Callable[[int], None] | None) -> Counts:
+    """How often each number occurs in a tensor, chunk by chunk, as it lies in the store."""
+    counts = histogram.empty(tensor.kind)
+    for chunk in range(tensor.chunks):
+        values = reader.region(tensor, grid.chunk_region(tensor.shape, tensor.chunk, chunk))
+        histogram.count(np.ascontiguousarray(values), tensor.kind, counts)
+        if progress:
+            progress(values.nbytes)
+    return counts
