@@ -191,7 +191,7 @@ class Ladder(WeightCodec):
             words = scratch.of(kind, n) if direct is None else direct[first : first + n]
             grid = (kind.number, first, columns, reader.group, reader.scale)
             if residual is None:
-                work.join(codes, none, words[:0], *grid, 0, zero, words)
+                work.join(codes, none, words[:0], *grid, 0, zero, 0, words)
             else:
                 residual.block(b, codes, words, grid)
             if direct is None:
@@ -215,14 +215,16 @@ class Ladder(WeightCodec):
         kind = KINDS[dtype.name]
         work = kernels.kernels(kind.width)
         scale = eighth(s4, dtype)
-        high, low, residual = NibbleWriter(), NibbleWriter(), ResidualWriter(kind, words.size)
+        high, low, residual = NibbleWriter(), NibbleWriter(), ResidualWriter(kind, words)
         for first in range(0, words.size, BLOCK):
             block = words[first : first + BLOCK]
             n = block.size
             codes, symbols, rests = scratch.codes[:n], scratch.symbols[:n], scratch.of(kind, n)
             places, patches = scratch.places[: n // 8], np.empty(n // 8, kind.dtype)
             grid = (kind.number, first, columns, self.group_size, scale)
-            kept = work.split(block, *grid, kind.shift, kind.bias, codes, symbols, rests, places, patches)
+            kept = work.split(
+                block, *grid, kind.shift, kind.bias, residual.drop, codes, symbols, rests, places, patches
+            )
             residual.patches(places, patches, first, kept)
             nibbles = np.empty((2, -(-n // 2)), np.uint8)
             work.pack(codes, nibbles[0], nibbles[1])

@@ -4,7 +4,8 @@ Numbers are little-endian. A plane of nibbles: version (1 byte), two zeros, log2
 each piece as stored; the pieces, each as it is where it is stored in all its bytes, else a zstd frame. In a piece, nibble
 2i lies in the low bits of byte i.
 
-The residual: version, form, zero, log2 of a block's elements (18). Form 0: the values, as `lossless` stores them. Form 1:
+The residual: version, form, `drop` (see `kernels/ladder`), log2 of a block's elements (18). Form 0: the values, as
+`lossless` stores them. Form 1:
 
     zeros, patches                     counts, u32
     three lengths, u32                 of the encodings of the words of code 0, the patches' places, the patches' words
@@ -15,7 +16,8 @@ The residual: version, form, zero, log2 of a block's elements (18). Form 0: the 
 
 A block's symbols are seven streams, one after the other: of the codes whose abs has 1 bit, then 2, … 7 or more, each in the
 order of elements. A stream of symbols from 120 to 135 only is packed: nibbles, as above, of symbol - 120. Rests are nibbles
-for float16, u16 for float32; there are none for bfloat16.
+for float16, u16 for float32; there are none for bfloat16. Where bits are dropped, since the numbers were rounded to bfloat16
+or float16 before, the rests say little: they follow the symbols in their frame, the low bytes of u16 before the high ones.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class Kind:
     infinity: int
     shift: int
     bias: int
+    drops: tuple[int, ...] = ()  # bits that numbers of narrower formats do not use
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
@@ -67,9 +70,16 @@ class Kind:
 
 KINDS = {
     "bfloat16": Kind(0, 2, 0x7FFF, 0x7F80, 0, 128),
-    "float16": Kind(1, 2, 0x7FFF, 0x7C00, 4, 128 * 16 + 8),
-    "float32": Kind(2, 4, 0x7FFFFFFF, 0x7F800000, 16, (128 << 16) + (1 << 15)),
+    "float16": Kind(1, 2, 0x7FFF, 0x7C00, 4, 128 * 16 + 8, (3,)),
+    "float32": Kind(2, 4, 0x7FFFFFFF, 0x7F800000, 16, (128 << 16) + (1 << 15), (16, 13)),
 }
+
+
+def unused(words: Words, kind: Kind) -> int:
+    """How many of the lowest bits are zero in nearly all words, as far as a sample of them tells."""
+    sample = words[:: max(1, words.size >> 12)]
+    enough = sample.size - sample.size // 16
+    return next((n for n in kind.drops if np.count_nonzero(sample & ((1 << n) - 1) == 0) >= enough), 0)
 
 
 class Scratch(threading.local):
@@ -164,8 +174,9 @@ def _bits(piece: Bytes) -> float:
 class ResidualWriter:
     """The residual in the making, block after block."""
 
-    def __init__(self, kind: Kind, count: int) -> None:
-        self._kind, self._count = kind, count
+    def __init__(self, kind: Kind, words: Words) -> None:
+        self._kind, self._count = kind, words.size
+        self.drop = unused(words, kind)
         self._symbols: list[Bytes] = []
         self._packed: list[int] = []
         self._rests: list[Bytes] = []
@@ -201,13 +212,17 @@ class ResidualWriter:
                 packed |= 1 << k
             elif part.size:
                 parts.append(part)
+        if self._kind.number == 1:
+            rest = [packed_nibbles(rests.astype(np.uint8))]
+        else:
+            rest = [rests.astype("<u2").view(np.uint8)] if self._kind.number else []
+        if self.drop:
+            parts += halves(rest[0]) if self._kind.number == 2 else rest
+        else:
+            self._rests += rest
         frame = np.frombuffer(frames.compress_parts(parts, "entropy") if parts else b"", np.uint8)
         self._symbols.append(frame if frame.size < sum(part.size for part in parts) else _join(*parts))
         self._packed.append(packed)
-        if self._kind.number == 1:
-            self._rests.append(packed_nibbles(rests.astype(np.uint8)))
-        elif self._kind.number == 2:
-            self._rests.append(rests.astype("<u2").view(np.uint8))
 
     def plane(self, values: Bytes, dtype: DType) -> Bytes:
         """All of it; or the values, where that is smaller."""
@@ -221,7 +236,7 @@ class ResidualWriter:
             byteplanes.encode(array.view(np.uint8), how)
             for array, how in ((zeros, dtype), (places, DTYPES["uint32"]), (patches, dtype))
         ]
-        head = HEADER.pack(VERSION, DIFFERENCES, 0, LOG_BLOCK)
+        head = HEADER.pack(VERSION, DIFFERENCES, self.drop, LOG_BLOCK)
         head += COUNTS.pack(zeros.size, patches.size, *(side.size for side in sides))
         lengths = np.array([symbols.size for symbols in self._symbols], "<u4").view(np.uint8)
         body: list[Bytes] = []
@@ -242,6 +257,11 @@ def starts(counts: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.in
     sizes = counts.sum(axis=0)
     first = np.cumsum(sizes) - sizes
     return np.ascontiguousarray(first + np.cumsum(counts, axis=0) - counts, np.uint64), sizes
+
+
+def halves(pairs: Bytes) -> list[Bytes]:
+    """The first, then the second bytes of all pairs."""
+    return [np.ascontiguousarray(pairs[::2]), np.ascontiguousarray(pairs[1::2])]
 
 
 def packed_nibbles(values: Bytes) -> Bytes:
@@ -266,6 +286,9 @@ class ResidualReader:
 
     def __init__(self, data: Bytes, kind: Kind, dtype: DType, count: int) -> None:
         self._data, self._kind, self._count = data, kind, count
+        self._drop = int(data[2])
+        if self._drop not in (0, *kind.drops):
+            raise FormatError(f"the plane 'residual' drops {self._drop} bits, which is not known")
         blocks = -(-count // BLOCK)
         at = HEADER.size + COUNTS.size + 5 * blocks
         if data.size < at:
@@ -275,7 +298,7 @@ class ResidualReader:
             raise FormatError(f"the plane 'residual' has {zeros} zeros and {patches} patches of {count} elements")
         lengths = data[at - 5 * blocks : at - blocks].view("<u4").astype(np.int64)
         self._packed = data[at - blocks : at].tolist()
-        rests = sum(_rest_bytes(kind, min(BLOCK, count - first)) for first in range(0, count, BLOCK))
+        rests = 0 if self._drop else sum(_rest_bytes(kind, min(BLOCK, count - b)) for b in range(0, count, BLOCK))
         expected = at + sum(sides) + int(lengths.sum()) + rests
         if data.size != expected:
             raise FormatError(f"the plane 'residual' has {data.size} bytes where its lengths add up to {expected}")
@@ -298,12 +321,13 @@ class ResidualReader:
         work.count(codes, scratch.counts)
         cursors, sizes = starts(scratch.counts)
         end = self._at + self._lengths[index]
-        streams = self._streams(self._data[self._at : end], sizes.tolist(), self._packed[index])
-        self._at = end + _rest_bytes(self._kind, n)
+        apart = _rest_bytes(self._kind, n)
+        streams, rest = self._streams(self._data[self._at : end], sizes.tolist(), self._packed[index], apart)
+        self._at = end + (0 if self._drop else apart)
         symbols, places = scratch.symbols[:n], np.flatnonzero(codes == ZERO)
         work.gather(codes, streams, LENGTHS, cursors, symbols)
-        rests = self._rests(self._data[end : self._at], n)
-        work.join(codes, symbols, rests, *grid, self._kind.shift, self._kind.bias, out)
+        rests = self._rests(rest if self._drop else self._data[end : self._at], n)
+        work.join(codes, symbols, rests, *grid, self._kind.shift, self._kind.bias, self._drop, out)
         zeros = self._zeros[self._zero : self._zero + places.size]
         if zeros.size != places.size:
             raise FormatError(f"the plane 'residual' has {self._zeros.size} zeros; its codes have more")
@@ -319,23 +343,26 @@ class ResidualReader:
         if self._zero != self._zeros.size:
             raise FormatError(f"the plane 'residual' has {self._zeros.size} zeros; its codes have {self._zero}")
 
-    def _streams(self, stored: Bytes, sizes: list[int], packed: int) -> Bytes:
-        """All streams, one after the other: of stream 0, which is none, as many bytes of any content as it has codes."""
-        halves = [0, *(-(-n // 2) if packed >> k & 1 else n for k, n in enumerate(sizes[1:], start=1))]
-        data = expanded(stored, sum(halves), "residual")
+    def _streams(self, stored: Bytes, sizes: list[int], packed: int, rest: int) -> tuple[Bytes, Bytes]:
+        """All streams, one after the other, of stream 0, which is none, any bytes; and what follows, `rest` bytes at most."""
+        packs = [0, *(-(-n // 2) if packed >> k & 1 else n for k, n in enumerate(sizes[1:], start=1))]
+        data = expanded(stored, sum(packs) + (rest if self._drop else 0), "residual")
         streams = scratch.streams[: sum(sizes)]
         to, at = sizes[0], 0
         for k in range(1, STREAMS):
-            part, piece = streams[to : to + sizes[k]], data[at : at + halves[k]]
+            part, piece = streams[to : to + sizes[k]], data[at : at + packs[k]]
             if packed >> k & 1:
                 kernels.kernels(2).unpack(piece, piece[:0], part)
                 part += np.uint8(_LEAST)
             else:
                 part[:] = piece
-            to, at = to + sizes[k], at + halves[k]
-        return streams
+            to, at = to + sizes[k], at + packs[k]
+        return streams, data[at:]
 
     def _rests(self, data: Bytes, n: int) -> Words:
+        if self._kind.number == 2 and self._drop:
+            both: Words = data[:n].astype("<u4") | (data[n:].astype("<u4") << np.uint32(8))
+            return both
         if self._kind.number == 2:
             return data.view("<u2").astype("<u4")
         if self._kind.number == 1:
@@ -353,6 +380,10 @@ def _rest_bytes(kind: Kind, n: int) -> int:
 def is_values(data: Bytes) -> bool:
     """Whether a residual holds the values themselves. `FormatError` where it is of no form that is known."""
     head = data[: HEADER.size].tobytes()
-    if head not in (HEADER.pack(VERSION, form, 0, LOG_BLOCK) for form in (VALUES, DIFFERENCES)):
+    known = [
+        HEADER.pack(VERSION, VALUES, 0, LOG_BLOCK),
+        *(HEADER.pack(VERSION, DIFFERENCES, n, LOG_BLOCK) for n in range(32)),
+    ]
+    if head not in known:
         raise FormatError(f"the plane 'residual' begins with {head.hex()}, which is not known")
     return head[1] == VALUES

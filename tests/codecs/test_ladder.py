@@ -265,6 +265,52 @@ def test_sizes_on_ordinary_weights() -> None:
             assert stored <= 0.5 * (alone + numbers.size * (8.125 + 4.125) / 8)
 
 
+NARROWER = [("float16", "bfloat16"), ("float32", "bfloat16"), ("float32", "float16")]
+
+
+def rounded(shape: Shape, name: str, narrow: str, seed: int = 0) -> Bytes:
+    """Weights that were in a narrower dtype before."""
+    rng = np.random.default_rng(seed)
+    numbers = rng.standard_normal(shape) * rng.lognormal(-4, 0.3, (shape[0], 1))
+    made = numbers.astype(numpy_dtype(DTYPES[narrow])).astype(np.float32).astype(numpy_dtype(DTYPES[name]))
+    return np.ascontiguousarray(made).reshape(-1).view(np.uint8)
+
+
+@pytest.mark.parametrize(("name", "narrow"), NARROWER)
+def test_numbers_that_were_rounded_before_cost_no_more_than_then(name: str, narrow: str) -> None:
+    """The bits that a narrower format does not have are not stored, nor guessed at."""
+    d, shape = DTYPES[name], (512, 2048)
+    planes = assert_exact(rounded(shape, name, narrow), shape, d)
+    before = ORIGINAL.encode(rounded(shape, narrow, narrow), shape, DTYPES[narrow])
+    sizes = [8 * sum(as_bytes(p).size for p in made[1:]) / math.prod(shape) for made in (planes, before)]
+    assert sizes[0] < sizes[1] + 0.35
+    assert as_bytes(planes[3])[2] > 0
+    int8 = decode(INT8, planes[:3], shape, d)
+    assert np.array_equal(int8, expected(planes, shape, d, 8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_bits_among_rounded_numbers_are_exact(data: st.DataObject) -> None:
+    name, narrow = data.draw(st.sampled_from(NARROWER))
+    d, shape = DTYPES[name], data.draw(st.tuples(st.integers(1, 70), st.integers(1, 70)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    values = rounded(shape, name, narrow).reshape(-1, d.itemsize).copy()
+    wild = rng.random(len(values)) < data.draw(st.sampled_from([0.0, 0.03, 0.1]))
+    values[wild] = rng.integers(0, 256, (int(wild.sum()), d.itemsize), np.uint8)
+    assert_exact(values.reshape(-1), shape, d, data.draw(st.integers(0, 9)), data.draw(st.integers(0, 9)))
+
+
+@pytest.mark.parametrize(("name", "narrow"), NARROWER)
+def test_hostile_residuals_of_rounded_numbers(name: str, narrow: str) -> None:
+    d, shape = DTYPES[name], (4, 90)
+    planes = [as_bytes(p).tobytes() for p in assert_exact(rounded(shape, name, narrow), shape, d)]
+    assert planes[3][2] > 0
+    for bad in hostile(planes[3]):
+        with suppress(FormatError):
+            decode(ORIGINAL, [*planes[:3], bad], shape, d, 2 * d.itemsize, 3)
+
+
 def test_what_gains_nothing_is_kept_as_values() -> None:
     d = DTYPES["bfloat16"]
     noise = np.random.default_rng(0).integers(0, 256, 1 << 18, np.uint8)

@@ -6,9 +6,9 @@ stream 0 holds whole words, where the code is 0, the others symbols of a byte. N
 1 float16, 2 float32) are words; the ordinal of a word, its place in numeric order, has the bits below the sign flipped
 where the sign is set.
 
-The difference between a word's ordinal and that of the word nearest to q8 * s8, negated where q8 is negative, plus
-`bias`, modulo the word, is `symbol << shift | rest`. Where the symbol would need more than a byte the word itself is kept
-apart, as a patch.
+The difference between a word's ordinal and that of the word nearest to q8 * s8, its lowest `drop` bits rounded away,
+negated where q8 is negative, plus `bias`, modulo the word, is `symbol << shift | rest`. Where the symbol would need more than
+a byte the word itself is kept apart, as a patch.
 
 Loops over elements vectorise, except for the walk along the streams, whose cursors wait for the cache: it takes four
 quarters of a block in turn. Callers answer for every length; nothing is checked here but what says otherwise.
@@ -53,7 +53,7 @@ def _largest(words, magnitude, infinity, columns, group, out):  # type: ignore[n
         out[g] = most
 
 
-def _split(words, kind, first, columns, group, scale, shift, bias, out, symbols, rests, at, patches):  # type: ignore[no-untyped-def]
+def _split(words, kind, first, columns, group, scale, shift, bias, drop, out, symbols, rests, at, patches):  # type: ignore[no-untyped-def]
     """Codes, symbols and rests of a block of words, the first of which is element `first` of (rows, columns).
 
     scale: float32 (groups of all rows,); out, symbols: uint8; rests: words; at: uint32, in which the places of words to keep
@@ -65,6 +65,7 @@ def _split(words, kind, first, columns, group, scale, shift, bias, out, symbols,
     below = word((word(1) << sign) - word(1))
     mask = word((word(1) << np.uint8(shift)) - word(1))
     cut, offset = np.uint8(shift), word(bias)
+    half, whole = word((1 << drop) >> 1), word(-(1 << drop))
     bits = np.empty(_RUN, np.uint32)
     numbers = bits.view(np.float32)
     code = np.empty(_RUN, np.float32)
@@ -128,6 +129,9 @@ def _split(words, kind, first, columns, group, scale, shift, bias, out, symbols,
         else:
             for i in range(n):
                 base[i] = word(product[i])
+        if drop:
+            for i in range(n):
+                base[i] = word(base[i] + half) & whole
         wide = zero
         t = rests[start : start + n]
         for i in range(n):
@@ -156,7 +160,7 @@ def _split(words, kind, first, columns, group, scale, shift, bias, out, symbols,
     return kept
 
 
-def _join(u, symbols, rests, kind, first, columns, group, scale, shift, bias, out):  # type: ignore[no-untyped-def]
+def _join(u, symbols, rests, kind, first, columns, group, scale, shift, bias, drop, out):  # type: ignore[no-untyped-def]
     """Words of codes, symbols and rests, the reverse of `_split`, but for code 0 and patches. rests: words, or empty.
 
     Without symbols, the words nearest to code * scale, where the code is u - `bias`.
@@ -166,6 +170,7 @@ def _join(u, symbols, rests, kind, first, columns, group, scale, shift, bias, ou
     zero = word(0)
     below = word((word(1) << sign) - word(1))
     cut, offset = np.uint8(shift), word(bias)
+    half, whole = word((1 << drop) >> 1), word(-(1 << drop))
     middle = np.float32(ZERO) if symbols.size else np.float32(bias)
     bits = np.empty(_RUN, np.uint32)
     base = np.empty(_RUN, out.dtype)
@@ -205,6 +210,9 @@ def _join(u, symbols, rests, kind, first, columns, group, scale, shift, bias, ou
             for i in range(n):
                 base[i] = word(product[i])
         if symbols.size:
+            if drop:
+                for i in range(n):
+                    base[i] = word(base[i] + half) & whole
             sym = symbols[start : start + n]
             if rests.size:
                 rest = rests[start : start + n]
@@ -372,8 +380,8 @@ def kernels(width: int) -> Kernels:
     scale, cursors = array(types.float32, True), array(types.uint64, dims=2)
     grid = (size, size, size, size, scale)  # kind, first, columns, group
     largest = types.void(words, whole, whole, size, size, out)
-    split = size(words, *grid, size, whole, made, made, out, places, out)
-    join = types.void(codes, codes, words, *grid, size, whole, out)
+    split = size(words, *grid, size, whole, size, made, made, out, places, out)
+    join = types.void(codes, codes, words, *grid, size, whole, size, out)
     count = types.void(codes, array(types.int64, dims=2))
     walk = types.void(codes, codes, codes, cursors, made)
     return Kernels(
