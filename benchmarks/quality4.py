@@ -77,7 +77,7 @@ def theirs(model: str, text: str, folder: str, tool: str) -> dict[str, float]:
 
 def _perplexity(store: Any, ref: str, text: str) -> float:
     found = store.eval(ref, text=Path(text), limit=LIMIT, context=CONTEXT, baseline=False, keep=False)
-    return float(found.perplexity)
+    return float(found.measured.perplexity)
 
 
 def rows(setting: Setting) -> list[Row]:

@@ -96,6 +96,10 @@ class Int(WeightCodec):
             return IntView(self.layout)
         return PackedView(self.layout)
 
+    @property
+    def by_rows(self) -> bool:
+        return self.granularity == "channel"
+
     def planes(self, dtype: DType) -> tuple[str, ...]:  # noqa: ARG002
         return self.layout.names
 

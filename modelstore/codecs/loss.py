@@ -38,38 +38,51 @@ class Loss(msgspec.Struct, frozen=True, array_like=True):
 
 def loss_of(values: Bytes, decoded: Bytes, dtype: DType) -> Loss:
     """The loss between a region's raw bytes, of a float dtype, and the same after encoding and decoding."""
+    if dtype.name == "bfloat16":
+        signal, noise, nonfinite = _kernel(2)(values.view(np.uint16), decoded.view(np.uint16))
+        return Loss(float(signal), float(noise), int(nonfinite))
     total = Loss()
     step = _TILE * dtype.itemsize
     for start in range(0, values.size, step):  # tiles whose float32 numbers stay in the cache
         one, other = (to_float32(side[start : start + step], dtype) for side in (values, decoded))
-        signal, noise, nonfinite = _kernel()(one, other)
+        signal, noise, nonfinite = _kernel(4)(one.view(np.uint32), other.view(np.uint32))
         total += Loss(float(signal), float(noise), int(nonfinite))
     return total
 
 
-def _loss(values, decoded):  # type: ignore[no-untyped-def]
+def _loss(values, decoded, shift):  # type: ignore[no-untyped-def]
+    """values, decoded: the bits of float32 numbers, or their upper halves, which `shift` moves up."""
+    ones, others = np.empty(1024, np.uint32), np.empty(1024, np.uint32)
+    a, b = ones.view(np.float32), others.view(np.float32)
     signal = noise = np.float64(0)
     finite = 0
     for start in range(0, values.size, 1024):  # short sums in float32, which vectorise, long ones in float64
+        n = min(1024, values.size - start)
+        for i in range(n):
+            ones[i] = np.uint32(values[start + i]) << shift
+            others[i] = np.uint32(decoded[start + i]) << shift
         s = e = np.float32(0)
-        n = np.int32(0)
-        for i in range(start, min(start + 1024, values.size)):
-            known = abs(values[i]) <= np.float32(3.4028235e38)
-            v = values[i] if known else np.float32(0)
-            d = v - decoded[i] if known else np.float32(0)
+        known = np.int32(0)
+        for i in range(n):
+            is_finite = abs(a[i]) <= np.float32(3.4028235e38)
+            v = a[i] if is_finite else np.float32(0)
+            d = v - b[i] if is_finite else np.float32(0)
             s += v * v
             e += d * d
-            n += np.int32(known)
+            known += np.int32(is_finite)
         signal += np.float64(s)
         noise += np.float64(e)
-        finite += int(n)
+        finite += int(known)
     return signal, noise, values.size - finite
 
 
 @cache
-def _kernel() -> Callable[..., Any]:
+def _kernel(width: int) -> Callable[..., Any]:
     from numba import types
 
-    numbers = types.Array(types.float32, 1, "C", readonly=True, aligned=False)
+    word: Any = {2: types.uint16, 4: types.uint32}[width]
+    words = types.Array(word, 1, "C", readonly=True, aligned=False)
     result = types.Tuple((types.float64, types.float64, types.int64))  # type: ignore[no-untyped-call]
-    return jit.compiled(_loss, result(numbers, numbers), reorder=True)
+    made = jit.compiled(_loss, result(words, words, types.uint32), reorder=True)
+    shift = np.uint32(32 - 8 * width)
+    return lambda values, decoded: made(values, decoded, shift)

@@ -45,7 +45,7 @@ _ALL = (
     _preset("round", "rounded to multiples of 0.001", "round", step=0.001),
     _preset("binary", "one bit: sign × mean of a channel (XNOR-Net)", "binary"),
     _preset("ternary", "-1, 0, 1 × a scale of a channel", "ternary"),
-    _preset("kmeans4", "16 shared values, their indices entropy-coded", "kmeans", bits=4),
+    _preset("kmeans4", "values that a tensor shares, their indices entropy-coded to 4.1 bits", "kmeans", rate=4.1),
     _preset("sparse50", "the smaller half of each row pruned", "sparse", sparsity=0.5, scope="row"),
     _preset("sparse24", "two of every four pruned", "sparse", n=2, m=4),
     Recipe(
