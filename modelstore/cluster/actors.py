@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
 from modelstore.cluster.directory import ClusterSettings, Directory
-from modelstore.cluster.host import HostSettings, HostStats, ShardHost
+from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
 from modelstore.cluster.images import Images
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.replicas import copies_to_send, others
 from modelstore.errors import ModelStoreError
 from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes
-from modelstore.plan.placement import Member, View
+from modelstore.plan.placement import Member, View, holders
 
 if TYPE_CHECKING:
     from modelstore.cluster.session import Session
@@ -72,6 +74,8 @@ class StorageActor:
             ),
             self._peers,
         )
+        # Loads the compiled kernel now: the first reader would otherwise wait for it, and take this host for dead.
+        holders(View(0, (member,)), np.zeros(1, np.uint64), 1)
         threading.Thread(target=self._send_copies, daemon=True, name="modelstore-copies").start()
 
     # ------------------------------------------------------------------ reading
@@ -124,6 +128,11 @@ class StorageActor:
     # ------------------------------------------------------------------ control
 
     @ray.method(concurrency_group="control")
+    def pid(self) -> int:
+        """This process."""
+        return os.getpid()
+
+    @ray.method(concurrency_group="control")
     def member(self) -> Member:
         """Who this host is."""
         return self._member
@@ -169,6 +178,7 @@ class StorageActor:
     def close(self) -> None:
         """Remove what lies in shared memory; the disk keeps its own."""
         self._host.close()
+        sweep(str(Path(self._settings.root).parent))
 
     # ------------------------------------------------------------------ other hosts
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from typing import Any
 
 import ray
@@ -20,7 +19,8 @@ log = logging.getLogger("modelstore")
 RESOURCE = "modelstore_storage"  # where some nodes have it, only these get hosts
 ZONE = "ray.io/availability-zone"
 _PERIOD = 0.5  # seconds between two looks
-_SILENT = 5.0  # seconds without an answer after which a host is given up
+_LOOKS = 20  # looks without an answer after which a host is given up: ten seconds
+_ANSWER = 10.0  # seconds that a host of an earlier directory has to say who it is
 
 
 class Supervisor:
@@ -29,7 +29,8 @@ class Supervisor:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self._handles: dict[str, Any] = {}
-        self._heard: dict[str, float] = {}
+        self._starting: dict[str, tuple[Member, Any, Any]] = {}
+        self._silent: dict[str, int] = {}  # looks since its ping was sent
         self._pings: dict[str, Any] = {}
         self._drained: set[str] = set()
         self._changed = threading.Condition()
@@ -42,7 +43,7 @@ class Supervisor:
             if found["namespace"] == NAMESPACE and found["name"].startswith(host_name("")):
                 with contextlib.suppress(ValueError, ray.exceptions.RayError):
                     handle = actor(found["name"])
-                    member = ray.get(handle.member.remote(), timeout=_SILENT)
+                    member = ray.get(handle.member.remote(), timeout=_ANSWER)
                     self._handles[member.id] = handle
                     self._directory.join(member)
 
@@ -64,11 +65,12 @@ class Supervisor:
             self._directory.leave(gone)
             for member in gone:
                 handle = self._handles.pop(member, None)
-                self._heard.pop(member, None)
+                self._silent.pop(member, None)
                 self._pings.pop(member, None)
                 if handle is not None:
                     with contextlib.suppress(Exception):
                         ray.kill(handle)
+        self._welcome(set(nodes))
         for node in self._without_host(nodes):
             self._start(node, nodes[node])
         self._tell()
@@ -90,39 +92,39 @@ class Supervisor:
     def stop(self) -> list[str]:
         """Look no more; the names of all hosts."""
         self._stopped.set()
-        return list(self._handles)
+        return [*self._handles, *(member.id for member, _, _ in self._starting.values())]
 
     def _gone(self, nodes: set[str]) -> list[str]:
-        """Members whose node or process is dead, or that have been silent for too long."""
-        now, gone = time.monotonic(), []
+        """Members whose node or process is dead, or that were silent for many looks: its own delays count for nothing."""
+        gone = []
         for member in self._directory.view().members:
             ref = self._pings.get(member.id)
             if ref is None:
-                self._pings[member.id] = self._handles[member.id].ping.remote()
+                self._pings[member.id], self._silent[member.id] = self._handles[member.id].ping.remote(), 0
             elif ray.wait([ref], timeout=0)[0]:
                 del self._pings[member.id]
                 try:
                     ray.get(ref)
-                    self._heard[member.id] = now
                 except ray.exceptions.RayError:
                     gone.append(member.id)
                     continue
-            if member.node not in nodes or now - self._heard.get(member.id, now) > _SILENT:
+            else:
+                self._silent[member.id] += 1
+            if member.node not in nodes or self._silent[member.id] > _LOOKS:
                 gone.append(member.id)
         return gone
 
     def _without_host(self, nodes: dict[str, dict[str, Any]]) -> list[str]:
         chosen = [name for name, node in nodes.items() if node["Resources"].get(RESOURCE)] or list(nodes)
-        served = {member.node for member in self._directory.view().members} | self._drained
+        served = {member.node for member in self._directory.view().members} | self._drained | set(self._starting)
         return [name for name in chosen if name not in served]
 
     def _start(self, node: str, info: dict[str, Any]) -> None:
+        """Begin a host on a node; it becomes a member when it answers."""
         settings, view = self._directory.settings, self._directory.view()
         member = Member(f"{node[:12]}-{view.epoch}", node, info.get("Labels", {}).get(ZONE, ""))
         made: Any = (
-            ray.remote(concurrency_groups=GROUPS)(  # type: ignore[call-overload]
-                StorageActor
-            )
+            ray.remote(concurrency_groups=GROUPS)(StorageActor)  # type: ignore[call-overload]
             .options(
                 name=host_name(member.id),
                 namespace=NAMESPACE,
@@ -133,16 +135,23 @@ class Supervisor:
             )
             .remote(member, settings, view)
         )
-        try:
-            ray.get(made.ping.remote(), timeout=30)
-        except ray.exceptions.RayError as error:
-            log.warning("no host could be started on node %s: %s", node[:12], error)
-            with contextlib.suppress(Exception):
-                ray.kill(made)
-            return
-        self._handles[member.id] = made
-        self._heard[member.id] = time.monotonic()
-        self._directory.join(member)
+        self._starting[node] = (member, made, made.ping.remote())
+
+    def _welcome(self, nodes: set[str]) -> None:
+        """Let started hosts that answer become members; those that failed are started again at the next look."""
+        for node, (member, made, ref) in list(self._starting.items()):
+            if node in nodes and not ray.wait([ref], timeout=0)[0]:
+                continue
+            del self._starting[node]
+            try:
+                ray.get(ref, timeout=0 if node in nodes else 0.01)
+            except ray.exceptions.RayError as error:
+                log.warning("no host could be started on node %s: %s", node[:12], error)
+                with contextlib.suppress(Exception):
+                    ray.kill(made)
+                continue
+            self._handles[member.id] = made
+            self._directory.join(member)
 
     def _tell(self) -> None:
         """Give every host the newest view."""

@@ -1,0 +1,184 @@
+"""A store through a cluster of real Ray nodes: the same bits, each byte from the storage once, nobody waits for the dead."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import modelstore as ms
+from modelstore.cluster.actors import host_name
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+def tensors(seed: int = 0, layers: int = 8) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    made = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(1024, 1024, generator=g) * 0.02 for i in range(layers)}
+    return {name: tensor.to(torch.bfloat16) for name, tensor in made.items()} | {"model.norm.weight": torch.ones(1024)}
+
+
+def until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """What `what` returns once that is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = what()
+        if found:
+            return found
+        threading.Event().wait(0.1)
+    raise AssertionError("it did not come true in time")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def held(store: ms.Store) -> int:
+    return sum(h.stats["tiers"]["memory"]["bytes"] for h in store.cluster_status().hosts if h.stats)
+
+
+def fetched(store: ms.Store) -> int:
+    return sum(h.stats["from_storage"] for h in store.cluster_status().hosts if h.stats)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    ms.open(tmp_path / "store").save("m", tensors())
+    return str(tmp_path / "store")
+
+
+@pytest.fixture
+def store(nodes: Any, url: str) -> ms.Store:
+    store = ms.open(url, cluster="auto")
+    until(lambda: len(store.cluster_status().hosts) == 3)
+    store.evict()
+    return store
+
+
+def test_every_way_of_reading(store: ms.Store, url: str) -> None:
+    wanted = tensors()
+    assert equal(store.load("m"), wanted)
+    assert equal(dict(store.stream("m")), wanted)
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert torch.equal(store.tensor("m", name)[100:300, 5:77], wanted[name][100:300, 5:77])
+    shared = store.load("m", shard={name: ((0, 512), (512, 1024))}, names=[name])
+    assert torch.equal(shared[name], wanted[name][:512, 512:])
+    assert equal(store.load("m:int8"), ms.open(url).load("m:int8"))
+
+
+def test_each_byte_leaves_the_storage_once(store: ms.Store, url: str) -> None:
+    stored = store.describe("m").stored
+    before = fetched(store)
+    stores = [ms.open(url, cluster="auto") for _ in range(4)]
+    found: list[dict[str, torch.Tensor]] = []
+    readers = [threading.Thread(target=lambda s=s: found.append(s.load("m"))) for s in stores]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert len(found) == 4
+    assert all(equal(one, tensors()) for one in found)
+    assert fetched(store) - before <= 1.02 * stored
+    assert all(s._session is not None and s._session.counts.bytes.get("storage", 0) == 0 for s in stores)
+    until(lambda: held(store) >= 1.9 * stored)  # the second copy of each chunk follows, from host to host
+    assert fetched(store) - before <= 1.02 * stored
+
+
+def test_prefetch_pin_and_evict(store: ms.Store) -> None:
+    stored = store.describe("m").stored
+    done = store.prefetch("m", replicas=1)
+    assert done.held == done.bytes
+    assert abs(done.bytes - stored) < 0.1 * stored
+    before = fetched(store)
+    assert equal(store.load("m"), tensors())
+    assert fetched(store) == before
+    store.pin("m")
+    assert store.evict() == 0 or held(store) >= done.bytes, "what is pinned stays"
+    assert held(store) >= done.bytes
+    store.unpin("m")
+    assert store.evict("m") > 0
+    assert held(store) == 0
+
+
+def test_mapped_models_share_the_memory_of_the_node(store: ms.Store) -> None:
+    first, second = store.load("m", mmap=True), store.load("m", mmap=True)
+    assert equal(first, tensors())
+    name = "model.norm.weight"
+    first[name][0] = 7.0
+    assert second[name][0] == 1.0, "a write stays with who made it"
+    assert equal(store.load("m:int4", mmap=False), store.load("m:int4"))
+    maps = Path("/proc/self/maps").read_text()
+    assert "/images/" in maps
+
+
+def test_a_killed_host_is_replaced_and_its_copies_come_back(store: ms.Store) -> None:
+    import ray
+
+    stored = store.describe("m").stored
+    store.load("m")
+    until(lambda: held(store) >= 1.9 * stored)
+    before = {h.member for h in store.cluster_status().hosts}
+    here = ray.get_runtime_context().get_node_id()
+    victim = next(h.member for h in store.cluster_status().hosts if h.node != here)
+    count = fetched(store)
+    ray.kill(ray.get_actor(host_name(victim), namespace="modelstore"))
+    assert equal(store.load("m"), tensors())
+    until(lambda: victim not in (now := {h.member for h in store.cluster_status().hosts}) and len(now) == 3)
+    until(lambda: held(store) >= 1.9 * stored)
+    assert {h.member for h in store.cluster_status().hosts} != before
+    assert fetched(store) <= count, "copies came from hosts, not from the storage"
+
+
+def test_a_stopped_host_does_not_stop_readers(store: ms.Store) -> None:
+    import os
+
+    import ray
+
+    store.load("m")
+    until(lambda: held(store) >= 1.9 * store.describe("m").stored)
+    here = ray.get_runtime_context().get_node_id()
+    victim = next(h.member for h in store.cluster_status().hosts if h.node != here)
+    pid = ray.get(ray.get_actor(host_name(victim), namespace="modelstore").pid.remote())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert equal(store.load("m"), tensors())
+        assert equal(store.load("m"), tensors())
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_wrong_bytes_are_never_handed_out(store: ms.Store) -> None:
+    store.load("m")
+    until(lambda: held(store) >= 1.9 * store.describe("m").stored)
+    assert store._session is not None
+    root = Path(store._session.settings.root)
+    for path in root.glob("*/??/*"):
+        data = bytearray(path.read_bytes())
+        if data:
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+    assert equal(store.load("m"), tensors())
+    until(lambda: sum(h.stats["wrong"] for h in store.cluster_status().hosts if h.stats) > 0)
+    assert store._session.counts.wrong > 0
+
+
+def test_what_a_cluster_cannot_do_is_said(nodes: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="in this process's memory"):
+        ms.open("memory://x", cluster="auto")
+    plain = ms.open(tmp_path / "plain")
+    with pytest.raises(ValueError, match="opened without a cluster"):
+        plain.prefetch("m")
+    store = ms.open(tmp_path / "plain", cluster="auto")
+    with pytest.raises(ms.errors.NotFoundError):
+        store.prefetch("m")
+    store.save("m", tensors(layers=1))
+    with pytest.raises(ValueError, match="no tier 'gpu'"):
+        store.prefetch("m", tier="gpu")
+    with pytest.raises(ValueError, match="replicas=0"):
+        store.prefetch("m", replicas=0)
