@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from modelstore.client.base import Base
+from modelstore.errors import NotFoundError
 from modelstore.execute.loading import Model
 from modelstore.execute.progress import Progress, meter
 from modelstore.format import results
@@ -58,6 +59,21 @@ class Clustered(Base):
             return session.evict(None)
         manifest = self._model(parse_reference(ref)).manifest
         return session.evict([manifest.digest(row) for row in range(len(manifest.pack))])
+
+    def jobs(self) -> list[results.JobStatus]:
+        """The compressions that run on the cluster now, whoever started them."""
+        from modelstore.cluster.jobs import jobs
+
+        self._in_cluster()
+        return jobs()
+
+    def cancel(self, job: str) -> None:
+        """Stop a job; what it finished stays, and the same compression goes on from there. `NotFoundError` if none runs so."""
+        from modelstore.cluster.jobs import cancel
+
+        self._in_cluster()
+        if not cancel(job):
+            raise NotFoundError(f"no job {job!r} runs on the cluster: list them with 'modelstore jobs'")
 
     def cluster_status(self) -> results.ClusterStatus:
         """Nodes, their hosts, what these hold by tier, hits, and work in flight."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -16,11 +16,11 @@ from modelstore.format import results
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, check_word, parse_reference
 from modelstore.format.recipe import Recipe
-from modelstore.format.record import VersionRecord
+from modelstore.format.record import VariantEntry, VersionRecord
 
 if TYPE_CHECKING:
     from modelstore.compress.codes import Codes
-    from modelstore.compress.job import Parent
+    from modelstore.compress.job import Parent, Spread
 
 
 class Compressing(Base):
@@ -59,6 +59,7 @@ class Compressing(Base):
             variants = variants_of(plan, name)
             passes = 2 if wanted.prune is not None else 1
             total = passes * sum(choice.bytes for choice in plan.compressed)
+            metered = meter(progress, total, f"compressing {ref} to {', '.join(variants)}")
             outcome = compress(
                 self._storage,
                 self._catalog,
@@ -70,9 +71,23 @@ class Compressing(Base):
                 codes=given,
                 earlier=self._earlier(parent.record, variants),
                 limits=self._limits(),
-                progress=meter(progress, total, f"compressing {ref} to {', '.join(variants)}"),
+                progress=metered,
+                spread=self._spread(parent, variants, metered) if given is None else None,
             )
             return outcome.result(plan, time.monotonic() - started)
+
+    def _spread(
+        self, parent: Parent, variants: tuple[str, ...], progress: Callable[[int], None] | None
+    ) -> Spread | None:
+        """How a cluster's workers take a job's tensors; None without a cluster."""
+        if self._session is None or self._source is None:
+            return None
+        from modelstore.cluster.jobs import Job
+
+        model = parent.record.model
+        earlier = tuple((model, entry.manifest) for entry in self._earlier_entries(parent.record, variants))
+        job = Job(self._source, model, parent.record.version, parent.digest, parent.config, earlier)
+        return lambda portion: job.run(portion, parent.manifest, progress)
 
     def plan_compression(
         self,
@@ -136,10 +151,14 @@ class Compressing(Base):
         return Parent(record, entry.manifest, model.manifest, model.reader, model.config()), plan, recipe
 
     def _earlier(self, record: VersionRecord, variants: tuple[str, ...]) -> list[Manifest]:
-        """Manifests whose chunks a compression may find again: of all variants, and of these in the version before."""
+        """Manifests whose chunks a compression may find again."""
+        return [self._manifests.entry(record.model, entry) for entry in self._earlier_entries(record, variants)]
+
+    def _earlier_entries(self, record: VersionRecord, variants: tuple[str, ...]) -> list[VariantEntry]:
+        """All variants of this version, and these of the version before."""
         entries = list(record.variants.values())
         for before in reversed(self._catalog.live(record.model)):
             if before.version < record.version:
                 entries += [before.variants[name] for name in variants if name in before.variants]
                 break
-        return [self._manifests.entry(record.model, entry) for entry in entries]
+        return entries

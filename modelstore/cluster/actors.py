@@ -22,6 +22,7 @@ from modelstore.cluster.replicas import copies_to_send, others
 from modelstore.errors import ModelStoreError
 from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes
+from modelstore.format.results import JobStatus
 from modelstore.plan.placement import Member, View, holders
 
 if TYPE_CHECKING:
@@ -266,6 +267,21 @@ class DirectoryActor:
     def wait(self, hosts: int, seconds: float) -> View:
         """The view, once it has that many members or the time is up."""
         return self._supervisor.wait(hosts, seconds)
+
+    @ray.method(concurrency_group="control")
+    def report(self, status: JobStatus | None, job: str) -> bool:
+        """Note how far a job is (None: it ended); whether it is to be cancelled."""
+        return self._directory.report(status, job)
+
+    @ray.method(concurrency_group="control")
+    def jobs(self) -> list[JobStatus]:
+        """The jobs that run."""
+        return self._directory.jobs()
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, job: str) -> bool:
+        """Have a job's driver stop it; whether there is such a job."""
+        return self._directory.cancel(job)
 
     @ray.method(concurrency_group="control")
     def drain(self, node: str) -> list[str]:

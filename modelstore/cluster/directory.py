@@ -9,6 +9,7 @@ from collections.abc import Collection
 import msgspec
 
 from modelstore.cluster.file_tier import ROOT
+from modelstore.format.results import JobStatus
 from modelstore.plan.placement import Member, View
 
 
@@ -40,6 +41,8 @@ class Directory:
         self.settings = settings
         self._lock = threading.Lock()
         self._view = View(_now(), ())
+        self._jobs: dict[str, JobStatus] = {}
+        self._cancelled: set[str] = set()
 
     def view(self) -> View:
         """The members now."""
@@ -57,6 +60,27 @@ class Directory:
             if not any(m.id in ids for m in self._view.members):
                 return self._view
             return self._change(*(m for m in self._view.members if m.id not in ids))
+
+    def report(self, status: JobStatus | None, job: str) -> bool:
+        """Note how far a job is (None: it ended); whether it is to be cancelled."""
+        with self._lock:
+            if status is None:
+                self._jobs.pop(job, None)
+                self._cancelled.discard(job)
+                return False
+            self._jobs[status.job] = status
+            return status.job in self._cancelled
+
+    def jobs(self) -> list[JobStatus]:
+        """The jobs that run."""
+        return list(self._jobs.values())
+
+    def cancel(self, job: str) -> bool:
+        """Have a job's driver stop it; whether there is such a job."""
+        with self._lock:
+            if job in self._jobs:
+                self._cancelled.add(job)
+            return job in self._jobs
 
     def _change(self, *members: Member) -> View:
         self._view = View(max(self._view.epoch + 1, _now()), tuple(sorted(members, key=lambda m: m.id)))

@@ -15,9 +15,14 @@ from modelstore.store.manifests import Manifests
 
 def opened(holding: Holding, source: Source, name: str, digest: str) -> Model:
     """The model of a manifest, whose chunks come through `holding`. Storages and manifests are kept for the next time."""
-    storage, manifests = _store(msgspec.json.encode(source))
+    storage, manifests = storage_of(source)
     manifest = manifests.read(name, digest)
     return Model(storage, (), manifests, name, manifest, fetching=ClusterFetching(holding, source))
+
+
+def storage_of(source: Source) -> tuple[Storage, Manifests]:
+    """A store's storage and manifests, opened once in this process."""
+    return _store(msgspec.json.encode(source))
 
 
 @lru_cache(maxsize=16)

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -24,7 +24,7 @@ from modelstore.compress.plan import tensor_plan, weight_codec
 from modelstore.compress.threshold import with_threshold
 from modelstore.errors import ConflictError, CorruptionError
 from modelstore.execute.encoding import Encoder, EncodeRegion, Input, ReadRegion
-from modelstore.execute.journal import resume
+from modelstore.execute.journal import Journal, job_id, resume
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import REFRESH, store_manifest
 from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks
@@ -57,6 +57,17 @@ class Parent:
     manifest: Manifest
     reader: Reader
     config: Mapping[str, Any] | None = None
+
+
+class Portion(msgspec.Struct, frozen=True):
+    """Tensors of a job that are encoded together, and the codec of each; `job` names the journal."""
+
+    job: str
+    variants: tuple[str, ...]
+    specs: dict[str, CodecSpec]
+
+
+Spread = Callable[[Portion], int]  # bytes that were newly stored
 
 
 @dataclass(frozen=True)
@@ -110,10 +121,12 @@ def compress(
     earlier: Iterable[Manifest] = (),
     limits: Limits,
     progress: Callable[[int], None] | None = None,
+    spread: Spread | None = None,
 ) -> Outcome:
     """Make a plan's variants of one version and publish them together.
 
-    `codes`: those that the plan's choices were given. `earlier`: manifests whose chunks need not be stored again.
+    `codes`: those that the plan's choices were given. `earlier`: manifests whose chunks need not be stored again. `spread`
+    has others encode what is left, who note it in the journal; what they leave is encoded here.
     `ConflictError` where a variant of that name is there and is another, before anything is read; `CorruptionError` where
     a tensor read is not what was saved, or does not decode to what it should: nothing is published then.
     """
@@ -136,6 +149,11 @@ def compress(
         msgspec.json.encode(recorded, order="sorted").decode(),
     )
     work = resume(storage, identity, inputs, refresh_before, tally, progress)
+    if spread is not None and before is None:
+        rest = {c.name: c.codec for c in plan.compressed if c.codec and c.name not in work.written}
+        if rest:
+            tally.stored += spread(Portion(job_id(identity), variants, rest))
+            work = resume(storage, identity, inputs, refresh_before, Tally(), None)
     if before is not None:  # and the journal of the run that made it could not be removed
         work.journal.clear()
         return before
@@ -155,6 +173,35 @@ def compress(
     record = _publish(catalog, parent, entries)
     work.journal.clear()
     return Outcome(record, measured, tally)
+
+
+def encode(
+    storage: Storage,
+    portion: Portion,
+    parent_manifest: Manifest,
+    reader: Reader,
+    config: Mapping[str, Any] | None,
+    *,
+    earlier: Iterable[Manifest] = (),
+    limits: Limits,
+    progress: Callable[[int], None] | None = None,
+) -> Tally:
+    """Encode a portion of a job's tensors into packs of their own, and note them in the job's journal; nothing is published.
+
+    The packs depend on the portion alone, not on who encodes it. Errors as for `compress`.
+    """
+    axis = axes(config) if config else None
+    inputs = [
+        _input_of(parent_manifest.by_name[name], spec, reader, portion.variants, axis)
+        for name, spec in portion.specs.items()
+    ]
+    tally, refresh_before = Tally(), time.time() - REFRESH
+    journal = Journal(storage, portion.job)
+    known = known_chunks((parent_manifest, *earlier))
+    threads = limits.threads or (None if reader.local else _REMOTE_THREADS)
+    writer = PackWriter(storage, Limits(limits.memory, threads), known, refresh_before, progress, journal.note, tally)
+    writer.write(inputs)
+    return tally
 
 
 def view_spec(spec: CodecSpec, variant: str) -> CodecSpec:
@@ -214,15 +261,25 @@ def _input(
 ) -> Input:
     assert choice.codec is not None
     tensor = parent.manifest.by_name[choice.name]
-    spec = view_spec(choice.codec, ORIGINAL)
+    made = _input_of(tensor, choice.codec, parent.reader, variants, axis)
+    if codes and isinstance(made.codec, Ladder) and made.codec.codes_group_size:
+        return replace(made, encoder=encoder_of(made.codec, codes, tensor))
+    return made
+
+
+def _input_of(
+    tensor: Tensor,
+    chosen: CodecSpec,
+    reader: Reader,
+    variants: tuple[str, ...],
+    axis: Callable[[str], int | None] | None,
+) -> Input:
+    spec = view_spec(chosen, ORIGINAL)
     codec = weight_codec(spec)
     plan = tensor_plan(tensor, spec, axis)
-    views = tuple(weight_codec(view_spec(choice.codec, variant)) for variant in variants)
-    chunks = grid.count(plan.shape, plan.chunk)
-    chosen = encoder(codec, _regions(parent.reader, tensor), tensor, chunks)
-    if codes and isinstance(codec, Ladder) and codec.codes_group_size:
-        chosen = encoder_of(codec, codes, tensor)
-    return Input(plan, codec, _reading(parent.reader, tensor), chosen, views)
+    views = tuple(weight_codec(view_spec(chosen, variant)) for variant in variants)
+    encoding = encoder(codec, _regions(reader, tensor), tensor, grid.count(plan.shape, plan.chunk))
+    return Input(plan, codec, _reading(reader, tensor), encoding, views)
 
 
 def _regions(reader: Reader, tensor: Tensor) -> Callable[[Region], Bytes]:

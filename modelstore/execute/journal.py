@@ -127,7 +127,7 @@ def resume(
 
     `identity` is all that the work's result depends on: its like names the same journal.
     """
-    journal = Journal(storage, blake3("\0".join((str(FORMAT), *identity)).encode()).hexdigest()[:32])
+    journal = Journal(storage, job_id(identity))
     finished, known = journal.finished(written_since)
     if finished or known:
         journal.note({}, ())  # a fresh page: garbage collection keeps what a journal names while it is being written
@@ -143,6 +143,11 @@ def resume(
         if progress:
             progress(raw)
     return Resumed(journal, written, known)
+
+
+def job_id(identity: Sequence[str]) -> str:
+    """The name of the journal of a work."""
+    return blake3("\0".join((str(FORMAT), *identity)).encode()).hexdigest()[:32]
 
 
 def _fits(item: Input, done: Written) -> bool:

@@ -276,3 +276,22 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     epoch: int
     replicas: int
     hosts: tuple[HostStatus, ...]
+
+
+class JobStatus(msgspec.Struct, frozen=True):
+    """A job that runs on a cluster: what it makes, `done` of `bytes` raw bytes, `finished` of `portions`, for how long."""
+
+    job: str
+    model: str
+    version: int
+    variants: tuple[str, ...]
+    bytes: int
+    done: int
+    portions: int
+    finished: int
+    seconds: float
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that it will take still, if it goes on like this; None where nothing is done yet."""
+        return self.seconds * (self.bytes - self.done) / self.done if self.done else None

@@ -1,0 +1,183 @@
+"""Jobs: a model's tensors encoded by workers all over a cluster, in portions, in a bounded window.
+
+A worker writes packs, and what it finished into the job's journal in the store; the driver only learns that it is done. So
+whoever starts the same job again, after the death of a worker, a node or the driver, goes on from what is finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from modelstore.cluster.actors import DIRECTORY, actor
+from modelstore.cluster.models import opened, storage_of
+from modelstore.cluster.pieces import Source, pieces, section_keys
+from modelstore.cluster.session import Session
+from modelstore.compress.job import Portion, encode
+from modelstore.errors import CancelledError, ModelStoreError, StorageError
+from modelstore.execute.reading import Limits
+from modelstore.format.manifest import CodecSpec, Manifest
+from modelstore.format.results import JobStatus
+from modelstore.plan.placement import View, holders
+
+PORTION = 256 << 20  # raw bytes that a worker takes at a time, about
+WORKER_MEMORY = 1 << 30  # bytes of a worker's budget: always the same, since the size of packs goes by it
+_AHEAD = 2  # portions submitted for each core of the cluster
+_RETRIES = 3
+_LOOK = 1.0  # seconds between two looks at whether the job was cancelled
+
+
+def portions(portion: Portion, manifest: Manifest, size: int = PORTION) -> Iterator[Portion]:
+    """A job's tensors in portions of neighbours in model order: the same ones, however many workers there are. Pure."""
+    specs: dict[str, CodecSpec] = {}
+    nbytes = 0
+    for name, spec in portion.specs.items():
+        more = manifest.by_name[name].nbytes
+        if specs and nbytes + more > size:
+            yield msgspec.structs.replace(portion, specs=specs)
+            specs, nbytes = {}, 0
+        specs[name] = spec
+        nbytes += more
+    if specs:
+        yield msgspec.structs.replace(portion, specs=specs)
+
+
+def nearest(portion: Portion, manifest: Manifest, view: View) -> str | None:
+    """The node whose hosts are home to most bytes of a portion; None without hosts. Pure."""
+    if not view.members:
+        return None
+    rows = [int(row) for name in portion.specs for row in manifest.rows(manifest.by_name[name])]
+    parts = pieces(manifest, rows)
+    nbytes: dict[str, int] = {}
+    for part, at in zip(parts, holders(view, section_keys(parts), 1)[:, 0].tolist(), strict=True):
+        node = view.members[at].node
+        nbytes[node] = nbytes.get(node, 0) + part.length
+    return max(sorted(nbytes), key=lambda node: nbytes[node], default=None)
+
+
+class Job:
+    """One compression, as its driver runs it. `digest` is the original's manifest; `earlier` are (model, manifest)."""
+
+    def __init__(
+        self,
+        source: Source,
+        model: str,
+        version: int,
+        digest: str,
+        config: Mapping[str, Any] | None,
+        earlier: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        self._source = source
+        self._model = model
+        self._version = version
+        self._digest = digest
+        self._config = dict(config) if config else None
+        self._earlier = tuple(earlier)
+
+    def run(self, portion: Portion, manifest: Manifest, progress: Callable[[int], None] | None = None) -> int:
+        """Have workers encode a portion's tensors; bytes that they stored anew.
+
+        `CancelledError` where somebody cancelled the job; a worker's error, where it failed again and again. What is finished
+        by then stays noted.
+        """
+        session = Session()
+        view = session.view(fresh=True)
+        work = list(portions(portion, manifest))
+        sizes = [sum(manifest.by_name[name].nbytes for name in part.specs) for part in work]
+        window = max(2, _AHEAD * int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+        status = JobStatus(portion.job, self._model, self._version, portion.variants, sum(sizes), 0, len(work), 0, 0.0)
+        open_: dict[Any, int] = {}
+        stored = done = finished = 0
+        started = time.monotonic()
+        left = iter(range(len(work)))
+        try:
+            while True:
+                for at in left:
+                    open_[self._submit(work[at], nearest(work[at], manifest, view))] = at
+                    if len(open_) >= window:
+                        break
+                if not open_:
+                    return stored
+                ready, _ = ray.wait(list(open_), num_returns=1, timeout=_LOOK)
+                for ref in ready:
+                    at = open_.pop(ref)
+                    stored += _result(ref, work[at])
+                    done, finished = done + sizes[at], finished + 1
+                    if progress:
+                        progress(sizes[at])
+                seconds = time.monotonic() - started
+                status = msgspec.structs.replace(status, done=done, finished=finished, seconds=seconds)
+                if _report(status):
+                    raise CancelledError(
+                        f"job {portion.job} was cancelled; the same call goes on from what is finished",
+                        model=self._model,
+                    )
+        finally:
+            for ref in open_:
+                ray.cancel(ref, force=True)
+            _report(None, portion.job)
+
+    def _submit(self, portion: Portion, node: str | None) -> Any:
+        near = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True) if node else "SPREAD"
+        task = ray.remote(_encode).options(
+            num_cpus=1,
+            max_retries=_RETRIES,
+            retry_exceptions=[StorageError],
+            scheduling_strategy=near,
+            name=f"compress {self._model}",
+        )
+        arguments = (self._source, self._model, self._digest, self._config, portion, self._earlier)
+        return task.remote(*arguments)
+
+
+def _encode(
+    source: Source,
+    model: str,
+    digest: str,
+    config: dict[str, Any] | None,
+    portion: Portion,
+    earlier: tuple[tuple[str, str], ...],
+) -> int:
+    """A worker's part: read through the cluster, encode, write packs, note them. Bytes stored anew."""
+    original = opened(Session(), source, model, digest)
+    storage, manifests = storage_of(source)
+    known = [manifests.read(name, manifest) for name, manifest in earlier]
+    limits = Limits(WORKER_MEMORY, threads=1)
+    return encode(storage, portion, original.manifest, original.reader, config, earlier=known, limits=limits).stored
+
+
+def _result(ref: Any, portion: Portion) -> int:
+    try:
+        return int(ray.get(ref))
+    except ModelStoreError:
+        raise
+    except ray.exceptions.RayError as error:
+        raise StorageError(
+            f"workers failed {_RETRIES + 1} times at tensors {next(iter(portion.specs))!r} and those after it "
+            f"({str(error).strip().splitlines()[-1][:200]}): the same call goes on from what is finished",
+            tensor=next(iter(portion.specs)),
+        ) from None
+
+
+def _report(status: JobStatus | None, job: str = "") -> bool:
+    """Tell the directory how far a job is, or that it ended; whether it is to be cancelled."""
+    try:
+        return bool(ray.get(actor(DIRECTORY).report.remote(status, job), timeout=5))
+    except (ValueError, ray.exceptions.RayError):  # the directory is away: nobody can see or cancel the job meanwhile
+        return False
+
+
+def jobs() -> list[JobStatus]:
+    """The jobs that run on the connected cluster."""
+    found: list[JobStatus] = ray.get(actor(DIRECTORY).jobs.remote(), timeout=10)
+    return found
+
+
+def cancel(job: str) -> bool:
+    """Ask the driver of a job to stop; whether there is such a job."""
+    return bool(ray.get(actor(DIRECTORY).cancel.remote(job), timeout=10))
