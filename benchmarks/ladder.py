@@ -80,7 +80,7 @@ def chunks(model: str) -> Iterator[tuple[Any, tuple[int, int]]]:
     left = SAMPLE
     for name, tensor in weights(model).items():
         shape = tuple(tensor.shape)
-        if kind_of(name, "bfloat16", shape) != "linear" or left <= 0:
+        if kind_of(name, str(tensor.dtype).removeprefix("torch."), shape) != "linear" or left <= 0:
             continue
         rows = max(1, CHUNK // (2 * shape[1]))
         for start in range(0, shape[0], rows):
