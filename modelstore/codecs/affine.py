@@ -38,11 +38,12 @@ class Int(WeightCodec):
     symmetric       whether there is no zero point, and 0 lies in the middle of the codes
     granularity     numbers that share a scale: "tensor", "channel" (a row of the matrix), "group" (of a row's columns) or
                     "block" (a square); those at the end are smaller
-    group           columns of a group, or the side of a block
+    group_size      columns of a group, or the side of a block
     method          how the scale is found:
         "minmax"    from the range of the numbers: max|w| / ((2^bits - 1) / 2), or (max - min) / (2^bits - 1)
         "mse"       the range is shrunk by 0 to 20 % in steps of 1 %, to what loses least in the norm 2.4; the search ends
-                    after five steps that are no better
+                    after five steps that are no better. Without zero points the longer side of the range is turned below
+                    zero, where there is one more code, by a scale that is negative where it was above
         "hqq"       half-quadratic quantization (Badri and Shaji, 2023: 20 steps, p = 0.7, beta = 10, kappa = 1.01), for
                     groups and blocks. It solves for the scale and keeps the zero point an integer, where the original
                     solves for a zero point that is none: so engines take it, and the error is less (2 bits, groups of 128

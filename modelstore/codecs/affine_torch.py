@@ -74,7 +74,11 @@ def _groups(
     low, high = known.amin(2).clamp(max=0), known.amax(2).clamp(min=0)
     s, z = _scale(low, high, 1.0, bits, symmetric, kind)
     if method == "mse":
+        turned = (high > -low) & symmetric  # there is one more code below zero than above
+        known = torch.where(turned[..., None], -known, known)
+        low, high = torch.where(turned, -high, low), torch.where(turned, -low, high)
         s, z = _clip(known, low, high, s, z, bits, symmetric, kind, largest)
+        s = torch.where(turned, -s, s)
     first, last = _ends(s, z, bits, largest)
     codes = (w / s[..., None] + z[..., None]).clamp(first[..., None], last[..., None]).round()
     return codes.to(torch.int8).flatten(1), s.to(kind), z.to(torch.int8)
@@ -110,7 +114,7 @@ def _stored(s: Tensor, kind: dtype) -> Tensor:
 def _ends(s: Tensor, z: Tensor, bits: int, largest: float) -> tuple[Tensor, Tensor]:
     """The least and the greatest code that decode to finite numbers."""
     half = float(1 << (bits - 1))
-    reach = (s.new_tensor(largest) / s).clamp(max=1024).floor()
+    reach = (s.new_tensor(largest) / s.abs()).clamp(max=1024).floor()
     return (z - reach).clamp(min=-half), (z + reach).clamp(max=half - 1)
 
 

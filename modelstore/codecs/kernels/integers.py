@@ -118,7 +118,7 @@ def _scale(low, high, part, bits, symmetric, kind):  # type: ignore[no-untyped-d
 def _ends(s, z, bits, largest):  # type: ignore[no-untyped-def]
     """The codes that decode to finite numbers, none beyond `largest`."""
     half = np.float32(1 << (bits - 1))
-    reach = np.float32(np.floor(min(largest / s, np.float32(1024))))
+    reach = np.float32(np.floor(min(largest / abs(s), np.float32(1024))))
     return max(-half, z - reach), min(half - np.float32(1), z + reach)
 
 
@@ -168,14 +168,15 @@ def _total(values):  # type: ignore[no-untyped-def]
 @register_jitable
 def _inverse(s):  # type: ignore[no-untyped-def]
     """Of a scale; finite."""
-    return np.float32(1) / max(s, np.float32(2.0**-126))
+    size = np.float32(1) / max(abs(s), np.float32(2.0**-126))
+    return -size if s < np.float32(0) else size
 
 
 @register_jitable
 def _loss(w, s, z, unit, bits, largest, room):  # type: ignore[no-untyped-def]
     """Sum of |error / unit| ** 2.4. Multiplies where `_round` divides: a code that lies on the border may be its neighbour."""
     least, most = _ends(s, z, bits, largest)
-    inverse, per = _inverse(s), _inverse(unit)
+    inverse, per = _inverse(s), _inverse(abs(unit))
     for i in range(w.size):
         t = np.float32(w[i] * inverse + z)
         t = least if t < least else t
@@ -268,7 +269,13 @@ def _encode(words, kind, bits, symmetric, method, height, width, largest, scales
                     s, z = _scale(low, high, np.float32(1), bits, symmetric, kind)
                 else:
                     _finite(cell)
-                    if method == 1:
+                    if method == 1 and symmetric and high > -low:
+                        # There is one more code below zero than above: the scale's sign turns the longer side there.
+                        for i in range(cell.size):
+                            cell[i] = -cell[i]
+                        s, z = _clip(cell, -high, -low, bits, symmetric, kind, largest, room)
+                        s = -s
+                    elif method == 1:
                         s, z = _clip(cell, low, high, bits, symmetric, kind, largest, room)
                     else:
                         s, z = _half_quadratic(cell, low, high, bits, symmetric, kind, largest, room, tops, bottoms)
@@ -296,11 +303,13 @@ def _extremes(words, kind, low, high):  # type: ignore[no-untyped-def]
 
 
 def _candidates(low, high, bits, symmetric, kind, scales, zeros):  # type: ignore[no-untyped-def]
-    """What `_clip` tries, for each row: scales, zeros: float32 (rows, up to STEPS)."""
+    """What `_clip` tries, for each row, the longer side turned below zero: scales, zeros: float32 (rows, up to STEPS)."""
     for r in range(low.size):
+        turned = symmetric and scales.shape[1] > 1 and high[r] > -low[r]
         for i in range(scales.shape[1]):
             part = np.float32(1) - np.float32(i) / np.float32(100)
-            scales[r, i], zeros[r, i] = _scale(low[r], high[r], part, bits, symmetric, kind)
+            s, z = _scale(low[r], high[r], part, bits, symmetric, kind)
+            scales[r, i], zeros[r, i] = -s if turned else s, z
 
 
 def _losses(words, kind, bits, largest, scales, zeros, losses):  # type: ignore[no-untyped-def]
