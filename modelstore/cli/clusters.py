@@ -203,6 +203,51 @@ def evict(
     output.result({"freed": freed}, iter([f"freed {units.size(freed)}"]), as_json=json)
 
 
+def jobs(
+    cancel: Annotated[
+        str | None, typer.Option("--cancel", metavar="JOB", show_default=False, help="Stop this one instead.")
+    ] = None,
+    address: Address = "auto",
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the compressions that run on a cluster.
+
+    One that is stopped goes on from what it finished when it is started again.
+    """
+    from modelstore.cluster.joining import join
+
+    join(address)
+    from modelstore.cluster import jobs as running
+
+    if cancel is not None:
+        from modelstore.errors import NotFoundError
+
+        if not running.cancel(cancel):
+            raise NotFoundError(f"no job {cancel!r} runs on the cluster: list them with 'modelstore jobs'")
+        output.result({"cancelled": cancel}, [f"asked job {cancel} to stop"], as_json=json)
+        return
+    found = running.jobs()
+
+    def lines() -> Iterator[str]:
+        if not found:
+            yield "no job runs"
+            return
+        rows = [
+            [
+                job.job,
+                f"{job.model}@{job.version}:{','.join(job.variants)}",
+                units.share(job.done, job.bytes),
+                units.seconds(job.seconds),
+                "—" if job.left is None else units.seconds(job.left),
+            ]
+            for job in found
+        ]
+        yield from output.table(rows, ("job", "makes", "done", "for", "left"), right=range(2, 5))
+
+    output.result(found, lines(), as_json=json)
+
+
 def _status(address: str) -> ClusterStatus:
     from modelstore.cluster.joining import join
     from modelstore.cluster.status import status as look

@@ -10,7 +10,7 @@ import typer
 
 from modelstore.cli import output, units
 from modelstore.cli.failures import usage
-from modelstore.cli.options import AsJson, Debug, Memory, Quiet, Reference, StoreUrl, open_store
+from modelstore.cli.options import AsJson, Cluster, Debug, Memory, Quiet, Reference, StoreUrl, open_store
 
 if TYPE_CHECKING:
     from modelstore.format.results import CompressionPlan
@@ -68,6 +68,7 @@ def compress(
     skip: Skip = None,
     store: StoreUrl = None,
     memory: Memory = None,
+    cluster: Cluster = None,
     json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -76,7 +77,7 @@ def compress(
 
     The original stays exact. A compression that was interrupted goes on when it is started again.
     """
-    opened = open_store(store, memory=memory)
+    opened = open_store(store, memory=memory, cluster=cluster)
     with output.progress(quiet=quiet) as report:
         done = opened.compress(
             ref,

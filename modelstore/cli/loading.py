@@ -11,6 +11,7 @@ import typer
 from modelstore.cli import output, units
 from modelstore.cli.options import (
     AsJson,
+    Cluster,
     Debug,
     Memory,
     Mirrors,
@@ -53,12 +54,13 @@ def load(
     store: StoreUrl = None,
     mirror: Mirrors = None,
     memory: Memory = None,
+    cluster: Cluster = None,
     json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Read a model's tensors into one .safetensors file."""
-    _export(ref, out, Format.safetensors, overwrite, None, store, mirror, memory, json, quiet)
+    _export(ref, out, Format.safetensors, overwrite, None, store, mirror, memory, json, quiet, cluster=cluster)
 
 
 def export(
@@ -102,13 +104,14 @@ def export(
     store: StoreUrl = None,
     mirror: Mirrors = None,
     memory: Memory = None,
+    cluster: Cluster = None,
     json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write a model as files that other programs load."""
     kind = None if gguf_type is None else gguf_type.value
-    _export(ref, path, format, overwrite, max_shard, store, mirror, memory, json, quiet, kind, dequantize)
+    _export(ref, path, format, overwrite, max_shard, store, mirror, memory, json, quiet, kind, dequantize, cluster)
 
 
 def _export(
@@ -124,8 +127,9 @@ def _export(
     quiet: bool,
     gguf_type: str | None = None,
     dequantize: bool = False,
+    cluster: str | None = None,
 ) -> None:
-    opened = open_store(store, memory=memory, mirrors=mirrors)
+    opened = open_store(store, memory=memory, mirrors=mirrors, cluster=cluster)
     limits = {} if max_shard is None else {"max_shard_bytes": max_shard}
     with output.progress(quiet=quiet) as report:
         done = opened.export(

@@ -44,6 +44,7 @@ for command in (
     loading.export,
     compressing.compress,
     compressing.presets,
+    clusters.jobs,
     listing.ls,
     listing.show,
     listing.diff,

@@ -56,6 +56,15 @@ Memory = Annotated[
         help="Working memory to stay within, such as 1GiB or 512MB.",
     ),
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="ADDRESS",
+        show_default=False,
+        help="Work through the hosts of a Ray cluster: auto (the one that this machine belongs to), or HOST:PORT.",
+    ),
+]
 Mirrors = Annotated[
     list[str] | None,
     typer.Option(

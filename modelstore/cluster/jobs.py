@@ -104,15 +104,17 @@ class Job:
                 if not open_:
                     return stored
                 ready, _ = ray.wait(list(open_), num_returns=1, timeout=_LOOK)
+                fresh = 0
                 for ref in ready:
                     at = open_.pop(ref)
                     stored += _result(ref, work[at])
-                    done, finished = done + sizes[at], finished + 1
-                    if progress:
-                        progress(sizes[at])
-                seconds = time.monotonic() - started
+                    fresh, finished = fresh + sizes[at], finished + 1
+                done, seconds = done + fresh, time.monotonic() - started
                 status = msgspec.structs.replace(status, done=done, finished=finished, seconds=seconds)
-                if _report(status):
+                cancelled = _report(status)
+                if progress and fresh:
+                    progress(fresh)
+                if cancelled:
                     raise CancelledError(
                         f"job {portion.job} was cancelled; the same call goes on from what is finished",
                         model=self._model,
