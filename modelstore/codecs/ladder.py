@@ -51,7 +51,7 @@ _MOST = 1 << 16  # columns of a group
 class Ladder(WeightCodec):
     """Weights as a scale, the high and the low nibble of an eight-bit code, and a residual. bfloat16, float16 and float32.
 
-    Each `group` of consecutive columns has a scale s4 in the tensor's dtype; s8 is s4 / 16 in that dtype. `variant` says
+    Each `group_size` consecutive columns have a scale s4 in the tensor's dtype; s8 is s4 / 16 in that dtype. `variant` says
     what decode reads: `int4` gives high * s4, `int8` (16 * high + low) * s8, with high in -8..7 and low in -8..7, each
     rounded once to the dtype, as compressed-tensors does for a symmetric pack-quantized weight; `original` is exact,
     whatever the bits. Encode makes all planes for any variant. `kernels/ladder` has the numbers, `ladder_planes` the layout.

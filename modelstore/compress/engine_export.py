@@ -95,11 +95,12 @@ def engine_layout(reader: Reader, config: Mapping[str, Any] | None) -> EngineLay
         kept.append(tensor.name.removesuffix(".weight"))
         if view is not None:
             reasons.append(f"tensor {tensor.name!r} is exported dense: {reason}")
-            log.warning("%s", reasons[-1])
     if not packed:
         raise UnsupportedError(
             f"no weight can be packed for engines ({reasons[0] if reasons else 'none is linear'}): {_DENSE}"
         )
+    if reasons:
+        log.warning("%s%s", reasons[0], f" (and {len(reasons) - 1} more like it)" if len(reasons) > 1 else "")
     kept += [name.removesuffix(".weight") for name in reader.manifest.aliases if name.endswith(".weight")]
     if "lm_head.weight" not in packed and "lm_head" not in kept:
         kept.append("lm_head")  # tied, and then made by the engine
