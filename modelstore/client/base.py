@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from modelstore.errors import NotFoundError
 from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.loading import Model
 from modelstore.execute.memory import budget
-from modelstore.execute.reading import Limits
+from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import Against
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, Reference
@@ -21,6 +23,7 @@ from modelstore.store.manifests import Manifests
 if TYPE_CHECKING:
     from modelstore.cluster.pieces import Source
     from modelstore.cluster.session import Session
+    from modelstore.compress.fly import FlyReader
 
 log = logging.getLogger("modelstore")
 
@@ -79,7 +82,8 @@ class Base:
         from modelstore.compress.fly import unstored
 
         at = f"{ref.name}@{record.version}"
-        made = unstored(self._opened(ref.name, record.variants[ORIGINAL]), PRESETS[ref.variant])
+        original = record.variants[ORIGINAL]
+        made = unstored(self._opened(ref.name, original), PRESETS[ref.variant], self._maker(ref, original))
         log.warning(
             "variant %r of %s is not stored and is made of the original while it is read: compress(%r, %r) stores it",
             ref.variant,
@@ -88,6 +92,16 @@ class Base:
             ref.variant,
         )
         return made
+
+    def _maker(self, ref: Reference, original: VariantEntry) -> Callable[[Manifest, Reader], FlyReader] | None:
+        """How a cluster's hosts make chunks of a variant that is not stored; None without a cluster."""
+        if self._session is None or self._source is None:
+            return None
+        from modelstore.cluster.making import MakingReader, variant_of
+        from modelstore.compress.presets import PRESETS
+
+        variant = variant_of(self._source, ref.name, original.manifest, PRESETS[ref.variant])
+        return partial(MakingReader, makers=self._session, variant=variant)
 
     def _opened(self, name: str, entry: VariantEntry) -> Model:
         manifest = self._manifests.entry(name, entry)

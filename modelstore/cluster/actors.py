@@ -17,11 +17,13 @@ import ray
 from modelstore.cluster.directory import ClusterSettings, Directory
 from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
 from modelstore.cluster.images import Images
+from modelstore.cluster.making import Made, Making, Variant
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.replicas import copies_to_send, others
 from modelstore.errors import ModelStoreError
 from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes
+from modelstore.format.region import Region
 from modelstore.format.results import JobStatus
 from modelstore.plan.placement import Member, View, holders
 
@@ -32,7 +34,13 @@ log = logging.getLogger("modelstore")
 
 NAMESPACE = "modelstore"
 DIRECTORY = "directory"
-GROUPS = {"read": 8, "write": 4, "repair": 4, "control": 4}  # in one pool, hosts that ask each other would block
+GROUPS = {
+    "read": 8,
+    "write": 4,
+    "make": 4,
+    "repair": 4,
+    "control": 4,
+}  # in one pool, hosts that ask each other would block
 _PEER_SECONDS = 2.0
 _DECODING = 1 << 30  # bytes of working memory for an image
 _BATCH = 32 << 20  # bytes of pieces that one request moves between hosts
@@ -61,6 +69,7 @@ class StorageActor:
         self._images = Images(settings.folder(member.id), settings.images)
         self._session: Session | None = None
         self._lock = threading.Lock()
+        self._making = Making(self._reading)
         self._copies: queue.Queue[tuple[str, Source, list[Piece]]] = queue.Queue()
         self._host = ShardHost(
             HostSettings(
@@ -113,13 +122,14 @@ class StorageActor:
     def image(self, source: Source, name: str, digest: str) -> str:
         """The file with the decoded tensors of a model's manifest, made where it is not there. Its path on this node."""
         from modelstore.cluster.models import opened
-        from modelstore.cluster.session import Session
 
-        with self._lock:
-            if self._session is None:
-                self._session = Session()
-        model = opened(self._session, source, name, digest)
+        model = opened(self._reading(), source, name, digest)
         return str(self._images.make(model, Limits(_DECODING)))
+
+    @ray.method(concurrency_group="make")
+    def make(self, variant: Variant, tensor: str, region: Region) -> Made:
+        """The planes, with their digests, of a chunk of a variant that is not stored."""
+        return self._making.make(variant, tensor, region)
 
     @ray.method(concurrency_group="write")
     def put(self, data: Mapping[bytes, Bytes], pin: str | None = None) -> None:
@@ -182,6 +192,15 @@ class StorageActor:
         sweep(str(Path(self._settings.root).parent))
 
     # ------------------------------------------------------------------ other hosts
+
+    def _reading(self) -> Session:
+        """How this host reads what others are home to."""
+        from modelstore.cluster.session import Session
+
+        with self._lock:
+            if self._session is None:
+                self._session = Session()
+            return self._session
 
     def _peers(self, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
         """What other holders have of these, asked all at once."""

@@ -17,10 +17,12 @@ from modelstore.cluster.actors import DIRECTORY, actor, host_name
 from modelstore.cluster.asking import Asker, Counts
 from modelstore.cluster.host import HostStats, local_path
 from modelstore.cluster.images import image_path
+from modelstore.cluster.making import Made, Variant
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.errors import StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest
+from modelstore.format.region import Region
 from modelstore.plan.placement import View
 
 _FRESH = 3.0  # seconds for which a view is used before it is asked for again
@@ -98,6 +100,14 @@ class Session:
     ) -> Future[int]:
         """Have a member get pieces into a tier; bytes that it then holds."""
         return self._future(member, "hold", source, list(parts), tier, pin)
+
+    def ask_to_make(self, member: str, variant: Variant, tensor: str, region: Region) -> Future[Made]:
+        """As `Makers.ask_to_make`."""
+        return self._future(member, "make", variant, tensor, region)
+
+    def made(self, member: str, nbytes: int) -> None:
+        """As `Makers.made`."""
+        self.counts.add(member, nbytes)
 
     def image(self, source: Source, name: str, digest: str, manifest: Manifest) -> Path:
         """The file on this node with a manifest's decoded tensors, made by the node's host where it is not there.

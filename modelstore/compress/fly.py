@@ -32,8 +32,8 @@ _LADDER = "ladder"
 _SLAB = 32 << 20  # bytes of a tensor that are kept while a codec looks at it, at most
 
 
-def unstored(original: Model, recipe: Recipe) -> Model:
-    """A variant of a model, opened for reading though it is not stored.
+def unstored(original: Model, recipe: Recipe, reader: Callable[[Manifest, Reader], FlyReader] | None = None) -> Model:
+    """A variant of a model, opened for reading though it is not stored. `reader` makes its reader, if not here.
 
     `UnsupportedError` for a recipe that needs the whole model before its first chunk, or that stores the original anew;
     `ValueError` where it compresses nothing.
@@ -46,7 +46,9 @@ def unstored(original: Model, recipe: Recipe) -> Model:
             f"it {why}: make it with compress({original.name!r}, {recipe.name!r})",
             model=original.name,
         )
-    return original.variant(FlyReader(planned(original.manifest, original.config(), recipe), original.reader))
+    return original.variant(
+        (reader or FlyReader)(planned(original.manifest, original.config(), recipe), original.reader)
+    )
 
 
 def planned(original: Manifest, config: Mapping[str, Any] | None, recipe: Recipe) -> Manifest:
@@ -98,9 +100,9 @@ class FlyReader(Reader):
         """As `Reader.planes`; made here where they are not stored."""
         for chunk, planes in super().planes(job, wants):
             tensor = wants[chunk.want].tensor
-            yield chunk, planes if tensor.planes else self._encoded(tensor, chunk.region)
+            yield chunk, planes if tensor.planes else self.encoded(tensor, chunk.region)
 
-    def _encoded(self, tensor: Tensor, region: Region) -> list[Bytes]:
+    def encoded(self, tensor: Tensor, region: Region) -> list[Bytes]:
         """The planes of a chunk: as the job encodes it, that makes variants which are stored."""
         source = self._original.manifest.by_name[tensor.name]
         with self._lock:

@@ -72,6 +72,18 @@ def test_every_way_of_reading(store: ms.Store, url: str) -> None:
     assert equal(store.load("m:int8"), ms.open(url).load("m:int8"))
 
 
+@pytest.mark.parametrize("preset", ["int4", "int8", "nf4", "kmeans4"])
+def test_a_precision_that_is_not_stored_comes_over_the_wire_made(store: ms.Store, url: str, preset: str) -> None:
+    plain = ms.open(url)
+    plain.compress("m", preset, variant="stored")
+    wanted = plain.load("m:stored")
+    assert equal(store.load(f"m:{preset}"), wanted), "the bits that compress stores"
+    assert store._session is not None
+    received = {who: n for who, n in store._session.counts.bytes.items() if n}
+    stored = plain.describe("m:stored").stored
+    assert 0.9 * stored <= sum(received.values()) <= 1.1 * stored, "and no more bytes than it would store"
+
+
 def test_each_byte_leaves_the_storage_once(store: ms.Store, url: str) -> None:
     stored = store.describe("m").stored
     before = fetched(store)

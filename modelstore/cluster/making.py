@@ -1,0 +1,137 @@
+"""Precisions made where the chunks are: of a variant that is not stored, hosts send its few bytes, not the original's many."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from blake3 import blake3
+
+from modelstore.cluster.models import opened
+from modelstore.cluster.pieces import Source, pieces, section_keys
+from modelstore.cluster.reading import Holding
+from modelstore.codecs.affine import Int
+from modelstore.codecs.registry import codec as make_codec
+from modelstore.codecs.weight import WeightCodec
+from modelstore.compress.fly import FlyReader, unstored
+from modelstore.errors import NotFoundError
+from modelstore.execute.reading import Reader
+from modelstore.format import grid
+from modelstore.format.buffers import Bytes, view
+from modelstore.format.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.recipe import Recipe, recipe
+from modelstore.format.region import Region
+from modelstore.plan.placement import View, holders
+
+_KEPT = 8  # variants that a host keeps open
+_SECONDS = 30.0  # that a host may take for a chunk, before the reader makes it itself
+
+Made = Sequence[tuple[bytes, Bytes]]  # each plane's digest and bytes
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """A variant that is not stored: its original's manifest, and the recipe as JSON."""
+
+    source: Source
+    model: str
+    digest: str
+    recipe: bytes
+
+
+class Makers(Protocol):
+    """Who can be asked to make chunks."""
+
+    def view(self, *, fresh: bool = False) -> View:
+        """The members."""
+
+    def ask_to_make(self, member: str, variant: Variant, tensor: str, region: Region) -> Future[Made]:
+        """Begin to have a member make a chunk's planes."""
+
+    def made(self, member: str, nbytes: int) -> None:
+        """So many bytes came from a member."""
+
+
+class MakingReader(FlyReader):
+    """As `FlyReader`, with the chunks made by the hosts at home with the original's; what they do not give is made here."""
+
+    def __init__(self, manifest: Manifest, original: Reader, makers: Makers, variant: Variant) -> None:
+        super().__init__(manifest, original)
+        self._makers = makers
+        self._variant = variant
+
+    def encoded(self, tensor: Tensor, region: Region) -> list[Bytes]:
+        """The planes of a chunk, checked."""
+        member = self._maker(tensor, region)
+        if member is not None:
+            # A host that is slow, or died, or sent other bytes: what it would have sent is made here.
+            with contextlib.suppress(Exception):
+                planes = self._makers.ask_to_make(member, self._variant, tensor.name, region).result(timeout=_SECONDS)
+                found = [np.frombuffer(data, np.uint8) for _, data in planes]
+                wanted = len(self.codec(tensor).planes(tensor.kind))
+                digests = [digest for digest, _ in planes]
+                if len(found) == wanted and [blake3(view(data)).digest() for data in found] == digests:
+                    self._makers.made(member, sum(map(len, found)))
+                    return found
+        return super().encoded(tensor, region)
+
+    def _maker(self, tensor: Tensor, region: Region) -> str | None:
+        """The home of the original's chunk, or for codecs that look at more than a chunk, of the tensor's first one."""
+        members = self._makers.view().members
+        source = self._original.manifest.by_name[tensor.name]
+        if not members or not source.planes:
+            return None
+        chunk = 0
+        if not looks_ahead(self.manifest.codecs[tensor.codec]):
+            chunk = int(grid.touching(source.shape, source.chunk, region)[0])
+        parts = pieces(self._original.manifest, [source.planes[0].first + chunk])
+        at = int(holders(View(0, members), section_keys(parts), 1)[0, 0])
+        return members[at].id
+
+
+def looks_ahead(spec: CodecSpec) -> bool:
+    """Whether a codec looks at more of a tensor than the chunk that it encodes."""
+    made = make_codec(spec.name, spec.params)
+    if isinstance(made, Int):
+        return made.granularity in ("tensor", "channel")
+    return isinstance(made, WeightCodec) and type(made).fit is not WeightCodec.fit
+
+
+class Making:
+    """A host's part: the variants that it makes chunks of. Safe to use from many threads."""
+
+    def __init__(self, holding: Callable[[], Holding]) -> None:
+        self._holding = holding
+        self._open: OrderedDict[bytes, FlyReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def make(self, variant: Variant, tensor: str, region: Region) -> Made:
+        """The planes of a chunk with their digests. `NotFoundError` where the model has no such tensor."""
+        reader = self._reader(variant)
+        found = reader.manifest.by_name.get(tensor)
+        if found is None:
+            raise NotFoundError(f"model {variant.model!r} has no tensor {tensor!r}", model=variant.model, tensor=tensor)
+        return [(blake3(view(plane)).digest(), plane) for plane in reader.encoded(found, region)]
+
+    def _reader(self, variant: Variant) -> FlyReader:
+        key = msgspec.json.encode(variant)
+        with self._lock:
+            if key not in self._open:
+                model = opened(self._holding(), variant.source, variant.model, variant.digest)
+                reader = unstored(model, recipe(msgspec.json.decode(variant.recipe))).reader
+                assert isinstance(reader, FlyReader)
+                self._open[key] = reader
+                while len(self._open) > _KEPT:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(key)
+            return self._open[key]
+
+
+def variant_of(source: Source, model: str, digest: str, chosen: Recipe) -> Variant:
+    """What hosts need to know of a variant."""
+    return Variant(source, model, digest, msgspec.json.encode(chosen))
