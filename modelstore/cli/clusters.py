@@ -79,12 +79,12 @@ def start(
     debug: Debug = False,
 ) -> None:
     """Start a cluster on this machine, join one, or put hosts on a Ray cluster that runs."""
-    from modelstore.cluster import runtime
+    from modelstore.cluster import nodes, runtime
 
     token = token_file.read_text().strip() if token_file else None
-    joined = address is None or (address != "auto" and not runtime.is_member(address))
+    joined = address is None or (address != "auto" and not nodes.is_member(address))
     if joined:
-        made = runtime.start_node(join=address, host=host, port=port, token=token)
+        made = nodes.start_node(join=address, host=host, port=port, token=token)
         output.remark(f"Ray runs at {made.address}; its token is in {made.token}", quiet=quiet or json)
     try:
         runtime.connect("auto" if joined else str(address))
@@ -94,15 +94,15 @@ def start(
         found = _status("auto" if joined else str(address))
     except BaseException:
         if joined:
-            runtime.stop_node()
+            nodes.stop_node()
         raise
     output.result(found, _status_lines(found), as_json=json)
     if block:
         try:
-            runtime.wait_for_signal()
+            nodes.wait_for_signal()
         finally:
             if joined:
-                runtime.stop_node()
+                nodes.stop_node()
 
 
 @cluster.command()
@@ -137,13 +137,13 @@ def top(
 @cluster.command()
 def stop(address: Address = "auto", json: AsJson = False, debug: Debug = False) -> None:
     """Stop the cluster's hosts, and the Ray node that was started on this machine."""
-    from modelstore.cluster import runtime
+    from modelstore.cluster import nodes, runtime
 
     hosts = 0
-    if runtime.running() is None or runtime.is_head():
+    if nodes.running() is None or nodes.is_head():
         runtime.connect(address)
         hosts = runtime.undeploy()
-    node = runtime.stop_node()
+    node = nodes.stop_node()
 
     def lines() -> Iterator[str]:
         yield f"stopped {units.count(hosts, 'host')}" + (f" and the Ray node of {node.address}" if node else "")

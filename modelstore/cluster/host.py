@@ -96,7 +96,8 @@ class ShardHost:
         """
         target = self._tier(tier)
         if pin is not None:
-            target.pin([part.digest for part in parts], pin)
+            for each in self._tiers().values():  # the copies in other tiers, too
+                each.pin([part.digest for part in parts], pin)
         for batch in _batches(parts, _BATCH):
             missing = [part for part in batch if not target.has(part.digest)]
             for part in missing if tier != "memory" else ():

@@ -1,4 +1,4 @@
-"""Starts, finds and stops clusters: Ray processes of one's own, or hosts on a Ray cluster that runs already."""
+"""Connects to Ray clusters, and puts a store's hosts on them."""
 
 from __future__ import annotations
 
@@ -8,193 +8,18 @@ import logging
 import os
 import secrets
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from modelstore.cluster.directory import ClusterSettings
+from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, QUIET, auth, probe, read_file, running
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.execute.memory import free_memory
 
 log = logging.getLogger("modelstore")
-
-PORT = 6379
-_PROBE = 3.0  # seconds for which an address may stay silent
-_START = 60.0  # seconds that Ray may take to start
-FAST_HEALTH = {  # a dead node is noticed in a second and a half instead of fifteen
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_health_check_initial_delay_ms": "0",
-}
-KEEP_STORES = {"RAY_max_kill_memory_buffer_bytes": "0", "RAY_worker_killing_policy_by_group": "1"}
-QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-class Running(msgspec.Struct, frozen=True):
-    """A Ray node that this package started on this machine: its process, the cluster's address, and where its token is."""
-
-    pid: int
-    address: str
-    token: str | None
-    folder: str
-    head: bool
-
-
-# ---------------------------------------------------------------------- what runs here
-
-
-def state_file() -> Path:
-    """Where it is noted what was started by this user on this machine."""
-    root = os.environ.get("MODELSTORE_RUN_DIR") or f"{tempfile.gettempdir()}/modelstore-{os.getuid()}"
-    return Path(root) / "node.json"
-
-
-def running() -> Running | None:
-    """What `start_node` started here, where it still runs."""
-    try:
-        found = msgspec.json.decode(state_file().read_bytes(), type=Running)
-        os.kill(found.pid, 0)
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return found
-
-
-def is_head() -> bool:
-    """Whether this machine's node began its cluster."""
-    here = running()
-    return here is not None and here.head
-
-
-def is_member(address: str) -> bool:
-    """Whether this machine has a node of the cluster at that address."""
-    here = running()
-    if here is not None:
-        return here.address == address
-    return _read("/tmp/ray/ray_current_cluster") == address
-
-
-def wait_for_signal() -> None:
-    """Return when this process is asked to end."""
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
-
-
-def start_node(
-    *,
-    join: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = PORT,
-    token: str | None = None,
-    cpus: int | None = None,
-    object_store: int = 128 << 20,
-    labels: Mapping[str, str] | None = None,
-) -> Running:
-    """Start a Ray node on this machine: a head, or with `join` a member of the cluster at that address.
-
-    Ray listens on all interfaces, so a token is always wanted: `token`, else RAY_AUTH_TOKEN, else a new one for a head; it
-    is kept in a file of this user's. `StorageError` where Ray does not come up.
-    """
-    if (here := running()) is not None:
-        raise ValueError(
-            f"a node of {here.address} runs on this machine already: stop it with 'modelstore cluster stop'"
-        )
-    file = state_file()
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    token = token or os.environ.get("RAY_AUTH_TOKEN") or (None if join else secrets.token_hex(32))
-    if token is None:
-        raise ValueError(f"the cluster at {join} wants its token: give it by --token-file or RAY_AUTH_TOKEN")
-    address = join or f"{host}:{port}"
-    if join:
-        probe(join, token)
-    elif _listens(host, port):
-        raise ValueError(f"port {port} of {host} is taken: give another one by --port")
-    token_file = file.parent / "token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(token)
-    folder = Path(tempfile.mkdtemp(prefix="ms-", dir="/tmp"))  # sockets' paths must be short
-    command = [_ray(), "start", "--block", "--disable-usage-stats", f"--object-store-memory={object_store}"]
-    command += (
-        ["--head", f"--port={port}", f"--node-ip-address={host}", "--include-dashboard=false"] if not join else []
-    )
-    command += [f"--temp-dir={folder}"] if not join else [f"--address={join}"]
-    command += [f"--num-cpus={cpus}"] if cpus is not None else []
-    command += ["--labels=" + ",".join(f"{k}={v}" for k, v in labels.items())] if labels else []
-    environment = {**os.environ, **FAST_HEALTH, **KEEP_STORES, **QUIET, **auth(token)}
-    with (file.parent / "ray.log").open("wb") as out:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
-        )
-    made = Running(process.pid, address, str(token_file), str(folder), join is None)
-    try:
-        _wait_for_node(process, made, token)
-    except BaseException:
-        _terminate(process.pid)
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    file.write_bytes(msgspec.json.encode(made))
-    return made
-
-
-def stop_node() -> Running | None:
-    """Stop the node that was started here, with all its processes; what it was, None where there was none."""
-    found = running()
-    if found is None:
-        state_file().unlink(missing_ok=True)
-        return None
-    _terminate(found.pid)
-    shutil.rmtree(found.folder, ignore_errors=True)
-    for path in (state_file(), state_file().parent / "token"):
-        path.unlink(missing_ok=True)
-    return found
-
-
-# ---------------------------------------------------------------------- connecting
-
-
-def auth(token: str | None) -> dict[str, str]:
-    """The environment that sets Ray's authentication explicitly; by default it would write tokens to the home directory."""
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
-
-
-def probe(address: str, token: str | None) -> None:
-    """Whether a Ray cluster answers there and takes the token, in seconds. `StorageError` says what is wrong."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"address {address!r} is not HOST:PORT")
-    if not _listens(host, int(port)):
-        raise StorageError(
-            f"no Ray cluster answers at {address}: start one with 'modelstore cluster start', or check it"
-        )
-    code = (
-        "import sys\nfrom ray._raylet import GcsClient\n"
-        "GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None, timeout=3)\n"
-    )
-    environment = {**os.environ, **QUIET, **auth(token)}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code, address], env=environment, capture_output=True, text=True, timeout=20
-        )
-    except subprocess.TimeoutExpired:
-        raise StorageError(
-            f"what answers at {address} is no Ray cluster, or is overloaded: check the address"
-        ) from None
-    if done.returncode:
-        if "AuthenticationError" in done.stderr or "Unauthenticated" in done.stderr:
-            raise StorageError(
-                f"the cluster at {address} does not take this token: set RAY_AUTH_TOKEN to the cluster's own"
-            )
-        raise StorageError(
-            f"what answers at {address} is no Ray cluster of this version: check the address, and Ray's version"
-        )
 
 
 def connect(cluster: str) -> None:
@@ -260,20 +85,17 @@ def _set_environment(token: str | None) -> None:
 def _found(cluster: str) -> tuple[str, str | None]:
     """Address and token of a cluster: what was started here, else what Ray's own variables and files say."""
     here = running()
-    token = os.environ.get("RAY_AUTH_TOKEN") or _read(os.environ.get("RAY_AUTH_TOKEN_PATH"))
+    token = os.environ.get("RAY_AUTH_TOKEN") or read_file(os.environ.get("RAY_AUTH_TOKEN_PATH"))
     if here is not None and cluster in ("auto", here.address):
-        return here.address, token or _read(here.token)
+        return here.address, token or read_file(here.token)
     if cluster != "auto":
         return cluster, token
-    address = os.environ.get("RAY_ADDRESS") or _read("/tmp/ray/ray_current_cluster")
+    address = os.environ.get("RAY_ADDRESS") or read_file("/tmp/ray/ray_current_cluster")
     if not address:
         raise NotFoundError(
             "no Ray cluster runs on this machine: start one with 'modelstore cluster start', or name its address"
         )
     return address, token
-
-
-# ---------------------------------------------------------------------- hosts
 
 
 def default_settings(
@@ -349,70 +171,7 @@ def undeploy() -> int:
     return len(names)
 
 
-# ---------------------------------------------------------------------- helpers
-
-
-def _listens(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=_PROBE).close()
-    except OSError:
-        return False
-    return True
-
-
-def _ray() -> str:
-    beside = Path(sys.executable).parent / "ray"
-    found = str(beside) if beside.exists() else shutil.which("ray")
-    if not found:
-        raise ValueError("Ray is not installed: pip install 'modelstore[cluster]'")
-    return found
-
-
-def _wait_for_node(process: subprocess.Popen[bytes], made: Running, token: str) -> None:
-    log_file = state_file().parent / "ray.log"
-    for _ in _until(_START):
-        if process.poll() is not None:
-            raise StorageError(f"Ray did not start: {_last_line(log_file)} (all of it in {log_file})")
-        if b"Ray runtime started" in log_file.read_bytes():
-            probe(made.address, token)
-            return
-    raise StorageError(f"Ray did not come up in {_START:.0f} s: see {log_file}")
-
-
-def _until(seconds: float) -> Iterator[None]:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        yield
-        time.sleep(0.1)
-
-
-def _terminate(pid: int, seconds: float = 40.0) -> None:
-    """End a node's own process, which ends the others it started; what is left in its session is killed."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-    for _ in _until(seconds):
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            break
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _read(path: str | None) -> str | None:
-    with contextlib.suppress(OSError, TypeError):
-        return Path(path or "").read_text().strip() or None
-    return None
-
-
 def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _last_line(path: Path) -> str:
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][-300:] if lines else "it said nothing"

@@ -46,7 +46,7 @@ def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, chose
             reasons[tensor.name] = f"it {refusal}"
         elif spec is None:
             reasons[tensor.name] = (
-                "the recipe keeps it" if rule else f"a recipe leaves a {kinds[tensor.name]} tensor as it is"
+                "the recipe keeps it" if rule else f"recipes leave {kinds[tensor.name]} tensors as they are"
             )
     for group in fused(specs):
         _share_one_scheme(group, specs, reasons)

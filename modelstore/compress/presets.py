@@ -41,7 +41,7 @@ _ALL = (
     _preset("nf4", "4-bit normal floats, groups of 64 (QLoRA)", "nf4"),
     _preset("mxfp4", "4-bit floats, blocks of 32 with a power of two (OCP MX)", "mxfp4"),
     _preset("nvfp4", "4-bit floats, blocks of 16 with a float8 scale", "nvfp4"),
-    _preset("half", "float16 for what is wider", "half", ("linear", "convolution", "embedding", "head")),
+    _preset("half", "float16", "half", ("linear", "convolution", "embedding", "head")),
     _preset("round", "rounded to multiples of 0.001", "round", step=0.001),
     _preset("binary", "one bit: sign × mean of a channel (XNOR-Net)", "binary"),
     _preset("ternary", "-1, 0, 1 × a scale of a channel", "ternary"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from modelstore.cluster import runtime
+from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, QUIET
 
 
 def shared_memory() -> set[str]:
@@ -21,7 +22,7 @@ def shared_memory() -> set[str]:
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Three Ray nodes with a host each, two copies of each chunk; this process is connected to the first."""
     pytest.importorskip("ray")
-    os.environ.update({"RAY_AUTH_MODE": "disabled", **runtime.FAST_HEALTH, **runtime.KEEP_STORES, **runtime.QUIET})
+    os.environ.update({"RAY_AUTH_MODE": "disabled", **FAST_HEALTH, **KEEP_STORES, **QUIET})
     import ray
     from ray.cluster_utils import Cluster
 
