@@ -18,6 +18,7 @@ from modelstore.cluster.directory import ClusterSettings, Directory
 from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
 from modelstore.cluster.images import Images
 from modelstore.cluster.making import Made, Making, Variant
+from modelstore.cluster.metrics import HostMetrics
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.replicas import copies_to_send, others
 from modelstore.errors import ModelStoreError
@@ -42,6 +43,8 @@ GROUPS = {
     "control": 4,
 }  # in one pool, hosts that ask each other would block
 _PEER_SECONDS = 2.0
+_SHOWN = 2.0  # seconds between two givings out of metrics
+_SCRUBBED, _SCRUB = 10.0, 64 << 20  # seconds between two checks of so many bytes: under a hundredth of a core
 _DECODING = 1 << 30  # bytes of working memory for an image
 _BATCH = 32 << 20  # bytes of pieces that one request moves between hosts
 
@@ -69,6 +72,7 @@ class StorageActor:
         self._images = Images(settings.folder(member.id), settings.images)
         self._session: Session | None = None
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._making = Making(self._reading)
         self._copies: queue.Queue[tuple[str, Source, list[Piece]]] = queue.Queue()
         self._host = ShardHost(
@@ -86,7 +90,9 @@ class StorageActor:
         )
         # Loads the compiled kernel now: the first reader would otherwise wait for it, and take this host for dead.
         holders(View(0, (member,)), np.zeros(1, np.uint64), 1)
-        threading.Thread(target=self._send_copies, daemon=True, name="modelstore-copies").start()
+        self._metrics = HostMetrics(member.id, member.node)
+        for work in (self._send_copies, self._show, self._scrub):
+            threading.Thread(target=work, daemon=True, name=f"modelstore{work.__name__}").start()
 
     # ------------------------------------------------------------------ reading
 
@@ -188,6 +194,7 @@ class StorageActor:
     @ray.method(concurrency_group="control")
     def close(self) -> None:
         """Remove what lies in shared memory; the disk keeps its own."""
+        self._closed.set()
         self._host.close()
         sweep(str(Path(self._settings.root).parent))
 
@@ -248,6 +255,17 @@ class StorageActor:
             else:
                 self._known.pop(digest, None)
         return list(found.values())
+
+    def _show(self) -> None:
+        """Give out metrics, again and again."""
+        while not self._closed.wait(_SHOWN):
+            self._metrics.show(self._host.stats())
+
+    def _scrub(self) -> None:
+        """Check a little of what is held, again and again: what nobody reads goes bad, too."""
+        while not self._closed.wait(_SCRUBBED):
+            for digest in self._host.scrub(_SCRUB):
+                log.warning("piece %s held by host %s was wrong, and is dropped", digest.hex(), self._member.id)
 
     def _send_copies(self) -> None:
         """Have others pull what they are to hold, in batches, one after another."""

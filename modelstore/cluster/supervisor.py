@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modelstore.cluster.actors import GROUPS, NAMESPACE, StorageActor, actor, host_name
 from modelstore.cluster.directory import Directory
+from modelstore.cluster.metrics import JobMetrics
 from modelstore.plan.placement import Member, View
 
 log = logging.getLogger("modelstore")
@@ -34,6 +35,7 @@ class Supervisor:
         self._pings: dict[str, Any] = {}
         self._drained: set[str] = set()
         self._changed = threading.Condition()
+        self._metrics = JobMetrics()
         self._stopped = threading.Event()
         self._seen = directory.view().epoch
 
@@ -74,6 +76,8 @@ class Supervisor:
         for node in self._without_host(nodes):
             self._start(node, nodes[node])
         self._tell()
+        view = self._directory.view()
+        self._metrics.show(self._directory.jobs(), len(view.members), view.epoch)
 
     def wait(self, hosts: int, seconds: float) -> View:
         """The view, once it has that many members or the time is up."""
