@@ -18,7 +18,7 @@ HEDGE = 0.25  # seconds until the next holder is asked
 SUSPECT = 5.0  # seconds for which a silent or failed holder is asked last
 PATIENCE = 20.0  # seconds until the reader goes to the storage itself, where a holder is still at work
 SILENCE = 0.6  # seconds after which a holder that says nothing is asked whether it lives
-_LIVES = 1.5  # seconds that it has to say so
+_LIVES = 2.0  # seconds that it has to say so
 
 Ask = Callable[[str, Source, Sequence[Piece], bool], "Future[Sequence[Bytes | None]]"]
 Alive = Callable[[str], "Future[bool]"]
@@ -47,6 +47,8 @@ class _Question:
     asked: float
     fetches: bool
     hedged: bool = False
+    ping: Future[bool] | None = None  # whether it lives, once it was asked that
+    pinged: float = 0.0
 
 
 class Asker:
@@ -86,7 +88,7 @@ class Asker:
             if now - began > PATIENCE:
                 break
             timeout = min((q.asked + self._hedge - now for q in open_.values() if not q.hedged), default=self._hedge)
-            done, _ = wait(open_, timeout=max(0.0, timeout), return_when=FIRST_COMPLETED)
+            done, _ = wait(open_, timeout=min(max(0.0, timeout), self._hedge), return_when=FIRST_COMPLETED)
             again: list[bytes] = []
             for future in done:
                 again += self._take(future, open_.pop(future), left, found)
@@ -170,17 +172,22 @@ class Asker:
                 self.counts.hedged += 1
                 wanted = [part.digest for part in question.parts if part.digest in left]
                 self._send(source, left, wanted, open_, fetch=False)
-            elif question.hedged and question.fetches and late >= SILENCE and not self._answers(question.member):
+            elif question.hedged and question.fetches and late >= SILENCE and self._is_silent(question, now):
                 # Not slow but silent: what is missing is fetched by another, or by the reader.
                 del open_[future]
                 self.suspect(question.member)
                 self._send(source, left, [p.digest for p in question.parts if p.digest in left], open_, fetch=True)
 
-    def _answers(self, member: str) -> bool:
-        try:
-            return self._alive(member).result(timeout=_LIVES)
-        except Exception:  # a time-out, or a dead actor
-            return False
+    def _is_silent(self, question: _Question, now: float) -> bool:
+        """Whether a holder that is late does not even say that it lives. Waits for nothing: it is asked again and again."""
+        if question.ping is None:
+            question.ping, question.pinged = self._alive(question.member), now
+        if not question.ping.done():
+            return now - question.pinged > _LIVES
+        lives = question.ping.exception() is None and question.ping.result()
+        if lives:
+            question.ping, question.asked = None, now - self._hedge
+        return not lives
 
     def suspect(self, member: str) -> None:
         """Ask this holder last for a while."""

@@ -236,6 +236,7 @@ def _terminate(pid: int, seconds: float = 40.0) -> None:
 
 
 def read_file(path: str | None) -> str | None:
+    """What a file says, without white space around it; None where there is none, or it is empty."""
     with contextlib.suppress(OSError, TypeError):
         return Path(path or "").read_text().strip() or None
     return None

@@ -263,10 +263,11 @@ def test_stopped_by_ctrl_c_goes_on_by_the_same_command(run: Command, answer: Ans
     if saving.poll() is None:
         saving.send_signal(signal.SIGINT)
         _, stderr = saving.communicate(timeout=60)
-        assert saving.returncode == 130, stderr
-        assert stderr.count("\n") == 1
-        assert "same command" in stderr
-        assert answer("ls") == []
+        if saving.returncode:  # else it had ended before it heard
+            assert saving.returncode == 130, stderr
+            assert stderr.count("\n") == 1
+            assert "same command" in stderr
+            assert answer("ls") == []
     done = answer("save", folder, "big")
     assert done["bytes"] == sum(t.nbytes for t in big.values())
     run("load", "big", "-o", tmp_path / "big.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 import modelstore as ms
+from modelstore.cluster import jobs
 from modelstore.cluster.actors import host_name
+from modelstore.format.names import parse_reference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -194,3 +197,84 @@ def test_what_a_cluster_cannot_do_is_said(nodes: Any, tmp_path: Path) -> None:
         store.prefetch("m", tier="gpu")
     with pytest.raises(ValueError, match="replicas=0"):
         store.prefetch("m", replicas=0)
+
+
+def layers(count: int = 12) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(3)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(count)]
+    return {name: (torch.randn(512, 512, generator=g) * 0.02).to(torch.bfloat16) for name in names}
+
+
+def manifest_of(store: ms.Store, ref: str) -> Any:
+    return store._manifest(parse_reference(ref))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    ms.open(tmp_path / "store").save("m", layers())
+    return str(tmp_path / "store")
+
+
+def test_the_same_bytes_with_and_without_workers(nodes: Any, small: str) -> None:
+    plain, store = ms.open(small), ms.open(small, cluster="auto")
+    for preset in ("int4-rtn", "sparse50-global", "ladder"):
+        done = store.compress("m", preset)
+        assert done.stored > 0
+        assert done.compressed == 12
+        other = ms.open(Path(small).parent / f"other-{preset}")
+        other.save("m", layers())
+        other.compress("m", preset)
+        for variant in (v.variant for v in other.variants("m")):
+            ours, theirs = manifest_of(store, f"m:{variant}"), manifest_of(other, f"m:{variant}")
+            assert [t.digest for t in ours.tensors] == [t.digest for t in theirs.tensors]
+            assert ours.chunks.digest == theirs.chunks.digest, "chunk by chunk"
+            assert ours.metrics == theirs.metrics
+    assert plain.verify(deep=True).ok
+    assert store.jobs() == []
+
+
+def test_whoever_starts_it_again_goes_on(nodes: Any, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "PORTION", 1)
+    monkeypatch.setattr(jobs.portions, "__defaults__", (1,))
+    store = ms.open(small, cluster="auto")
+    seen: list[int] = []
+    stopped = threading.Event()
+
+    def stop(done: int, total: int, what: str) -> None:  # as Ctrl-C would, in the middle of it
+        seen.append(done)
+        if done >= total // 3:
+            stopped.set()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.compress("m", "int8", progress=stop)
+    assert stopped.is_set()
+    assert "int8" not in [v.variant for v in store.variants("m")]
+    assert store.jobs() == []
+    done = ms.open(small).compress("m", "int8")
+    (info,) = (v for v in store.variants("m") if v.variant == "int8")
+    assert 0 < done.stored < info.stored, "what workers had finished is not stored again"
+    assert done.compressed == 12
+    assert ms.open(small).verify("m:int8", deep=True).ok
+
+
+def test_a_job_is_seen_and_cancelled(nodes: Any, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.portions, "__defaults__", (1,))
+    store = ms.open(small, cluster="auto")
+    found: list[Any] = []
+
+    def look(done: int, total: int, what: str) -> None:
+        for job in store.jobs():
+            found.append(job)
+            store.cancel(job.job)
+
+    with pytest.raises(ms.errors.CancelledError, match="goes on from what is finished"):
+        store.compress("m", "int8", variant="cancelled", progress=look)
+    assert found[0].model == "m"
+    assert found[0].variants == ("cancelled",)
+    assert 0 < found[0].done < found[0].bytes
+    assert found[0].left > 0
+    assert store.jobs() == []
+    with pytest.raises(ms.errors.NotFoundError, match="no job"):
+        store.cancel(uuid.uuid4().hex)
+    assert store.compress("m", "int8", variant="cancelled").compressed == 12
