@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from modelstore.cluster.file_tier import ROOT
+from modelstore.cluster.folders import ROOT
 from modelstore.format.results import JobStatus
 from modelstore.plan.placement import Member, View
 

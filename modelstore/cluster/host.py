@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError as FuturesCancelledError
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import msgspec
-import numpy as np
 from blake3 import blake3
 
 from modelstore.cluster.device_tier import DeviceTier
-from modelstore.cluster.file_tier import FileTier, TierStats, claim, local_path, sweep
-from modelstore.cluster.pieces import Piece, Source
-from modelstore.errors import CorruptionError
-from modelstore.format.buffers import Bytes, view
-from modelstore.plan.read import GAP
-from modelstore.storage.base import Storage
+from modelstore.cluster.file_tier import FileTier, TierStats, local_path
+from modelstore.cluster.flights import Flight, Flights
+from modelstore.cluster.folders import claim, sweep
+from modelstore.cluster.origin import Origin, runs
+from modelstore.cluster.pieces import Piece, Source, check_digest
+from modelstore.errors import ConflictError, CorruptionError, StorageError
+from modelstore.format.buffers import Bytes, as_bytes, view
 
 __all__ = ["HostSettings", "HostStats", "Peers", "ShardHost", "TierStats", "local_path", "sweep"]
+
+log = logging.getLogger("modelstore")
 
 Peers = Callable[[Source, Sequence[Piece]], Mapping[bytes, Bytes]]  # what other holders have of these
 Tier = str  # "memory", "disk" or "gpu"
 
-_RUN = 32 << 20  # bytes that one request asks the storage for, at most
-_BATCH = 64 << 20  # bytes that `hold` has in heap at once
-_WAIT = 60.0  # seconds that a thread waits for another that fetches the same piece, before it fetches it itself
+_BATCH = 64 << 20  # bytes that `hold` asks peers for at once
+_WAIT = 60.0  # seconds that a thread waits for others that fetch the same pieces, before it fetches them itself
 
 
 class HostSettings(msgspec.Struct, frozen=True):
@@ -46,7 +50,7 @@ class HostSettings(msgspec.Struct, frozen=True):
 
 
 class HostStats(msgspec.Struct):
-    """What a host holds, by tier, and did: bytes fetched from the storage and from peers, wrong pieces, work in flight."""
+    """What a host holds, by tier, and did: bytes fetched from the storage and from peers, wrong copies, pieces under way."""
 
     tiers: dict[str, TierStats]
     from_storage: int = 0
@@ -57,65 +61,71 @@ class HostStats(msgspec.Struct):
 
 
 class ShardHost:
-    """Holds pieces and hands them out, checked when they came in. Safe to use from many threads."""
+    """Holds pieces and hands them out, checked when they came in. Safe to use from many threads.
+
+    Working memory is bounded by the settings' threads, each with one request of `origin.RUN` bytes, beside what is handed out.
+    """
 
     def __init__(self, settings: HostSettings, peers: Peers | None = None) -> None:
+        """`ConflictError` where another process has the folder, `StorageError` where one cannot be used.
+
+        A folder on disk that another host uses is left to it: this one then keeps nothing on disk.
+        """
         self._settings = settings
         self._peers = peers
         sweep(str(Path(settings.folder).parent.parent))
-        self._claim_fd = claim(settings.folder)
+        self._claims = [claim(settings.folder)]
         self._memory = FileTier(settings.folder, settings.memory, trusted=True)
-        self._disk = FileTier(settings.disk, settings.disk_bytes, trusted=False) if settings.disk else None
+        self._disk = self._open_disk(settings)
         self._device = DeviceTier(settings.device, settings.device_bytes) if settings.device else None
-        self._fetching: dict[bytes, Future[Bytes]] = {}
-        self._storages: dict[bytes, Storage] = {}
+        self._flights = Flights()
+        self._origin = Origin()
         self._lock = threading.Lock()
         self._stats = HostStats({})
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="modelstore-host")
-        self._scrubbed = 0
 
     # ------------------------------------------------------------------ reading
 
     def read(self, source: Source, parts: Sequence[Piece], *, fetch: bool = True) -> list[Bytes | None]:
-        """The pieces' bytes, in order: maps of what lies in memory or on disk. None where a piece is not held and `fetch`
-        is off; else it is fetched, and held from then on where there is room.
+        """The pieces' bytes, in order: maps of what lies in memory. None where a piece is not held and `fetch` is off; else it
+        is fetched, and held from then on where there is room. Whoever reads checks what came from memory, and calls `drop`.
 
-        `StorageError`, `NotFoundError` or `CorruptionError` where the storage cannot give one.
+        `StorageError`, `NotFoundError` or `CorruptionError` where the storage cannot give one. Pieces that together are
+        longer than the memory tier pass through without being held there.
         """
         found = [self._held(part) for part in parts]
         missing = [part for part, data in zip(parts, found, strict=True) if data is None]
         if not missing or not fetch:
             return found
-        fetched = self._fetch(source, missing, "memory")
+        fits = sum(self._memory.cost(part.length) for part in missing) <= self._settings.memory
+        fetched = self._fetch(source, missing, "memory" if fits else None)
         return [fetched[part.digest] if data is None else data for part, data in zip(parts, found, strict=True)]
 
     def hold(self, source: Source, parts: Sequence[Piece], *, tier: Tier = "memory", pin: str | None = None) -> int:
-        """Get pieces into a tier; bytes of them that it holds then. Errors as for `read`.
+        """Get pieces into a tier; bytes of them that it holds then. What exceeds the tier, from the front, is not fetched.
 
-        `ValueError` where the host has no such tier. With `pin` they stay until `unpin`.
+        Errors as for `read`; `ValueError` where the host has no such tier. With `pin` they stay until `unpin`.
         """
         target = self._tier(tier)
+        wanted = list({part.digest: part for part in parts}.values())
         if pin is not None:
             for each in self._tiers().values():  # the copies in other tiers, too
-                each.pin([part.digest for part in parts], pin)
-        for batch in _batches(parts, _BATCH):
+                each.pin([part.digest for part in wanted], pin)
+        for batch in _batches(_first(wanted, target), _BATCH):
             missing = [part for part in batch if not target.has(part.digest)]
-            for part in missing if tier != "memory" else ():
-                data = self._held(part)
-                if data is not None:
-                    target.put(part.digest, data)
-            missing = [part for part in missing if not target.has(part.digest)]
             if missing:
                 self._fetch(source, missing, tier)
-        return sum(part.length for part in parts if target.has(part.digest))
+        return sum(part.length for part in wanted if target.has(part.digest))
 
     def put(self, data: Mapping[bytes, Bytes], *, pin: str | None = None) -> None:
-        """Hold pieces that are given. `CorruptionError` where bytes are not what their digest says: none of them is held."""
+        """Hold pieces that are given, where there is room (`has` tells). `CorruptionError` where bytes are not what their
+        digest says: none of them is held."""
         for digest, content in data.items():
-            if blake3(view(content)).digest() != digest:
+            if blake3(view(content)).digest() != check_digest(digest):
                 raise CorruptionError(f"piece {digest.hex()} was sent with other bytes: send it again")
         if pin is not None:
-            self._memory.pin(data, pin)
+            for each in self._tiers().values():
+                each.pin(list(data), pin)
         for digest, content in data.items():
             if not self._memory.put(digest, content) and self._disk is not None:
                 self._disk.put(digest, content)
@@ -131,54 +141,51 @@ class ShardHost:
         for tier in self._tiers().values():
             tier.unpin(pin)
 
-    def evict(self, digests: Sequence[bytes] | None = None) -> int:
+    def evict(self, digests: Collection[bytes] | None = None) -> int:
         """Let pieces go, or everything, except what is pinned; bytes freed."""
-        freed = 0
-        for tier in self._tiers().values():
-            free = tier.unpinned()
-            freed += tier.remove(free if digests is None else set(free).intersection(digests))
-        return freed
+        return sum(tier.evict(digests) for tier in self._tiers().values())
 
     def drop(self, digest: bytes) -> None:
-        """Check a piece that a reader found wrong, in every tier that checks can reach; what is wrong is removed."""
-        tiers = [tier for tier in (self._memory, self._disk) if tier is not None]
-        good = [tier.check(digest) for tier in tiers]  # every tier, whatever the first one has
-        if not all(good):
-            self._stats.wrong += 1
-        if self._device is not None:
-            self._device.remove([digest])
+        """Check a piece that a reader found wrong, in every tier; what is wrong is removed."""
+        for tier in self._tiers().values():
+            tier.check(digest)
 
     def scrub(self, limit_bytes: int) -> list[bytes]:
-        """Check some of what is held, going on where the last call ended; wrong pieces are removed, and returned."""
-        wrong, checked = [], 0
-        for tier in (self._memory, self._disk):
-            digests = tier.digests() if tier is not None else []
-            for at in range(len(digests)):
-                if checked >= limit_bytes or tier is None:
-                    break
-                digest = digests[(self._scrubbed + at) % len(digests)]
-                data = tier.get(digest)
-                checked += 0 if data is None else len(data)
-                if not tier.check(digest):
-                    wrong.append(digest)
-        self._scrubbed += 1 + checked // (4 << 20)
-        self._stats.wrong += len(wrong)
-        return wrong
+        """Check some of what is held in memory and on disk, going on where the last call ended; wrong pieces are removed, and
+        returned. Counts as no use of them."""
+        share = limit_bytes // 2 if self._disk is not None else limit_bytes
+        wrong, checked = self._memory.scrub(share)
+        if self._disk is not None:
+            wrong += self._disk.scrub(max(share, limit_bytes - checked))[0]
+        return list(dict.fromkeys(wrong))
 
     def stats(self) -> HostStats:
         """What is held now, and what was done so far."""
         tiers = {name: tier.stats() for name, tier in self._tiers().items()}
-        return msgspec.structs.replace(self._stats, tiers=tiers, in_flight=len(self._fetching))
+        with self._lock:
+            wrong = self._stats.wrong + sum(tier.wrong for tier in tiers.values())
+            return msgspec.structs.replace(self._stats, tiers=tiers, wrong=wrong, in_flight=len(self._flights))
 
     def close(self, *, keep_disk: bool = True) -> None:
         """Stop, and remove what lies in shared memory; the disk keeps its own, unless told otherwise."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._memory.close(keep=False)
-        os.close(self._claim_fd)
         if self._disk is not None:
             self._disk.close(keep=keep_disk)
+        while self._claims:
+            os.close(self._claims.pop())
 
     # ------------------------------------------------------------------ within
+
+    def _open_disk(self, settings: HostSettings) -> FileTier | None:
+        if not settings.disk:
+            return None
+        try:
+            self._claims.append(claim(settings.disk))
+        except ConflictError as error:
+            log.warning("host %s keeps nothing on disk: %s", settings.id, error)
+            return None
+        return FileTier(settings.disk, settings.disk_bytes, trusted=False)
 
     def _tiers(self) -> dict[Tier, FileTier | DeviceTier]:
         found: dict[Tier, FileTier | DeviceTier | None] = {
@@ -196,134 +203,152 @@ class ShardHost:
 
     def _held(self, part: Piece) -> Bytes | None:
         """A piece from the nearest tier; one found on disk moves up into memory."""
-        data = self._memory.get(part.digest)
-        if data is None and self._device is not None:
-            data = self._device.get(part.digest)
-        if data is None and self._disk is not None:
-            data = self._disk.get(part.digest)
-            if data is not None:
+        for tier in (self._memory, self._device, self._disk):
+            data = tier.get(part.digest) if tier is not None else None
+            if data is None or tier is None:
+                continue
+            if len(data) != part.length:  # cut short behind our back, or the caller is wrong
+                tier.check(part.digest)
+                continue
+            if tier is self._disk:
                 self._memory.put(part.digest, data)
-        return data if data is not None and len(data) == part.length else None
+            return data
+        return None
 
-    def _fetch(self, source: Source, parts: Sequence[Piece], tier: Tier) -> dict[bytes, Bytes]:
-        """Bytes of pieces that are not held, checked; each is fetched once, however many threads ask for it now."""
+    def _fetch(self, source: Source, parts: Sequence[Piece], tier: Tier | None) -> dict[bytes, Bytes]:
+        """Bytes of pieces, checked; each is fetched once, however many threads ask for it now, and held in the tier."""
         found: dict[bytes, Bytes] = {}
         left = {part.digest: part for part in parts}
         while left:
-            mine, waiting = self._claim(left.values())
+            mine, theirs = self._flights.claim(left)
             if mine:
-                found.update(self._lead(source, mine, tier))
-            for part, future in waiting:
-                with contextlib.suppress(Exception):  # the other failed, or took too long: this thread tries itself
-                    found[part.digest] = future.result(timeout=_WAIT)
-                if part.digest not in found:
-                    with self._lock:
-                        if self._fetching.get(part.digest) is future:
-                            del self._fetching[part.digest]
+                found.update(self._lead(source, [left[digest] for digest in mine], mine, tier))
+            end = time.monotonic() + _WAIT
+            for digest, flight in theirs.items():
+                data = None
+                with contextlib.suppress(TimeoutError):
+                    data = flight.result(timeout=max(0.0, end - time.monotonic()))
+                if data is None:  # it failed, or took too long: this thread tries itself
+                    self._flights.abandon(digest, flight)
+                elif len(data) == left[digest].length:
+                    found[digest] = data
+                    self._keep(digest, data, tier)
             left = {digest: part for digest, part in left.items() if digest not in found}
         return found
 
-    def _claim(self, parts: Iterable[Piece]) -> tuple[list[Piece], list[tuple[Piece, Future[Bytes]]]]:
-        """Those that this thread is to fetch, and those that others fetch already."""
-        mine, waiting = [], []
-        with self._lock:
-            for part in parts:
-                future = self._fetching.get(part.digest)
-                if future is None:
-                    self._fetching[part.digest] = Future()
-                    mine.append(part)
-                else:
-                    waiting.append((part, future))
-        return mine, waiting
-
-    def _lead(self, source: Source, parts: Sequence[Piece], tier: Tier) -> dict[bytes, Bytes]:
-        """Fetch for this thread and for those that wait for it."""
+    def _lead(
+        self, source: Source, parts: Sequence[Piece], mine: Mapping[bytes, Flight], tier: Tier | None
+    ) -> dict[bytes, Bytes]:
+        """Fetch for this thread and for those that wait for it. What could be fetched is held, also where the rest fails."""
         found: dict[bytes, Bytes] = {}
-        problem: BaseException | None = None
         try:
-            given = self._from_peers(source, parts)
-            runs = list(_runs([part for part in parts if part.digest not in given]))
-            read = self._pool.map(lambda run: self._from_storage(source, run), runs)
-            for digest, data in (*given.items(), *(pair for pairs in read for pair in pairs.items())):
-                found[digest] = data
-                self._keep(digest, data, tier)
-        except BaseException as error:
-            problem = error
-            raise
+            found |= self._from_tiers(parts, tier)
+            found |= self._from_peers(source, [part for part in parts if part.digest not in found], tier)
+            for digest, data in found.items():
+                self._flights.land(digest, mine[digest], data)
+            rest = [part for part in parts if part.digest not in found]
+            work = [self._begin(source, run, mine, tier) for run in runs(rest, self._settings.threads)]
+            wait(work)  # what one of them brings is held, also where another one fails
+            for future in work:
+                found |= future.result()
+        except FuturesCancelledError:
+            raise self._is_closed() from None
         finally:
-            with self._lock:
-                futures = {part.digest: self._fetching.pop(part.digest, None) for part in parts}
-            for digest, future in futures.items():
-                if future is None or future.done():
-                    continue
-                if digest in found:
-                    future.set_result(found[digest])
-                else:
-                    future.set_exception(problem or RuntimeError("not fetched"))
+            for digest, flight in mine.items():
+                self._flights.land(digest, flight, None)
         return found
 
-    def _keep(self, digest: bytes, data: Bytes, tier: Tier) -> None:
-        """Hold a piece in the tier that was asked for; what is fetched for memory goes to disk, too."""
-        self._tier(tier).put(digest, data)
+    def _begin(
+        self, source: Source, run: Sequence[Piece], mine: Mapping[bytes, Flight], tier: Tier | None
+    ) -> Future[dict[bytes, Bytes]]:
+        try:
+            return self._pool.submit(self._from_storage, source, run, mine, tier)
+        except RuntimeError:
+            raise self._is_closed() from None
+
+    def _is_closed(self) -> StorageError:
+        return StorageError(f"host {self._settings.id} is closed: ask another one")
+
+    def _keep(self, digest: bytes, data: Bytes, tier: Tier | None) -> Bytes:
+        """Hold checked bytes in the tier that was asked for, and on disk; a map of them where there is one."""
+        if tier is not None:
+            self._tier(tier).put(digest, data)
         if tier != "disk" and self._disk is not None:
             self._disk.put(digest, data)
+        kept = self._memory.kept(digest)
+        return data if kept is None else kept
 
-    def _from_peers(self, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
-        if self._peers is None:
-            return {}
-        wanted = {part.digest: part.length for part in parts}
-        good = {}
-        for digest, data in self._peers(source, parts).items():
-            if len(data) == wanted.get(digest) and blake3(view(data)).digest() == digest:
-                good[digest] = data
-                self._stats.from_peers += len(data)
-            else:
-                self._stats.wrong += 1
-        return good
-
-    def _from_storage(self, source: Source, run: Sequence[Piece]) -> dict[bytes, Bytes]:
-        """Neighbouring pieces of one pack in one request, checked."""
-        start, stop = run[0].offset, max(part.offset + part.length for part in run)
-        buffer = np.empty(stop - start, np.uint8)
-        self._storage(source).read(run[0].key, start, view(buffer))
-        self._stats.from_storage += stop - start
-        self._stats.requests += 1
+    def _from_tiers(self, parts: Sequence[Piece], tier: Tier | None) -> dict[bytes, Bytes]:
+        """What came in since it was looked for, or is held in another tier than the one it is to go to."""
         found = {}
-        for part in run:
-            data = buffer[part.offset - start : part.offset - start + part.length]
-            if blake3(view(data)).digest() != part.digest:
-                self._stats.wrong += 1
-                raise CorruptionError(
-                    f"bytes {part.offset} to {part.offset + part.length} of {part.key} in {source.url} do not match their "
-                    f"digest: run 'modelstore verify', and 'repair' with another copy of the store",
-                    object=part.key,
-                )
+        for part in parts:
+            data = self._held(part)
+            if data is None:
+                continue
+            if tier not in (None, "memory") and not self._tier(str(tier)).has(part.digest):
+                if blake3(view(data)).digest() != part.digest:  # nothing wrong enters another tier
+                    self.drop(part.digest)
+                    continue
+                self._tier(str(tier)).put(part.digest, data)
             found[part.digest] = data
         return found
 
-    def _storage(self, source: Source) -> Storage:
-        key = msgspec.json.encode(source)
+    def _from_peers(self, source: Source, parts: Sequence[Piece], tier: Tier | None) -> dict[bytes, Bytes]:
+        """What other holders have; a peer that fails, or sends something wrong, is as one that has nothing."""
+        if self._peers is None or not parts:
+            return {}
+        try:
+            given = self._peers(source, parts)
+        except Exception:  # whatever the shell's transport raises: the storage has everything
+            log.warning("host %s could not ask its peers; it reads the storage", self._settings.id, exc_info=True)
+            return {}
+        wanted = {part.digest: part.length for part in parts}
+        good = {}
+        for digest, sent in given.items():
+            data = as_bytes(sent)
+            right = len(data) == wanted.get(digest) and blake3(view(data)).digest() == digest
+            with self._lock:
+                self._stats.from_peers += len(data) if right else 0
+                self._stats.wrong += not right
+            if right:
+                good[digest] = self._keep(digest, data, tier)
+        return good
+
+    def _from_storage(
+        self, source: Source, run: Sequence[Piece], mine: Mapping[bytes, Flight], tier: Tier | None
+    ) -> dict[bytes, Bytes]:
+        """One request, in a thread of the pool: its right pieces are held and handed on, then a wrong one is an error."""
+        fetched = self._origin.read(source, run)
         with self._lock:
-            if key not in self._storages:
-                self._storages[key] = source.open()
-            return self._storages[key]
+            self._stats.from_storage += fetched.nbytes
+            self._stats.requests += 1
+            self._stats.wrong += len(fetched.wrong)
+        found = {}
+        for digest, data in fetched.found.items():
+            found[digest] = self._keep(digest, data, tier)
+            self._flights.land(digest, mine[digest], found[digest])
+        for part in fetched.wrong:
+            raise CorruptionError(
+                f"bytes {part.offset} to {part.offset + part.length} of {part.key} in {source.url} do not match their "
+                f"digest: run 'modelstore verify', and 'repair' with another copy of the store",
+                object=part.key,
+            )
+        return found
 
 
-def _runs(parts: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Pieces that lie near each other in one pack, to be fetched together."""
-    run: list[Piece] = []
-    for part in sorted(parts, key=lambda p: (p.pack, p.offset)):
-        near = run and part.pack == run[0].pack and part.offset - (run[-1].offset + run[-1].length) <= GAP
-        if run and not (near and part.offset + part.length - run[0].offset <= _RUN):
-            yield run
-            run = []
-        run.append(part)
-    if run:
-        yield run
+def _first(parts: Sequence[Piece], tier: FileTier | DeviceTier) -> list[Piece]:
+    """As many of the pieces, from the front, as the tier can have at once. Pure."""
+    chosen, room = [], tier.stats().limit
+    for part in parts:
+        room -= tier.cost(part.length)
+        if room < 0:
+            break
+        chosen.append(part)
+    return chosen
 
 
 def _batches(parts: Sequence[Piece], size: int) -> Iterator[list[Piece]]:
-    """Pieces in batches of about `size` bytes."""
+    """Pieces in batches of about `size` bytes. Pure."""
     batch: list[Piece] = []
     nbytes = 0
     for part in parts:

@@ -19,6 +19,7 @@ class SegmentedLRU:
         self.limit = limit
         self.nbytes = 0
         self.pinned = 0  # bytes
+        self.reserved = 0  # bytes that are being written
         self._probation: OrderedDict[bytes, int] = OrderedDict()
         self._protected: OrderedDict[bytes, int] = OrderedDict()
         self._protected_bytes = 0
@@ -49,15 +50,29 @@ class SegmentedLRU:
 
     def room(self, size: int) -> list[bytes] | None:
         """What has to go so that `size` bytes more fit; None where they cannot. Nothing is removed yet."""
-        if size > self.limit - self.pinned:
+        if size > self.limit - self.pinned - self.reserved:
             return None
-        going, free = [], self.limit - self.nbytes
+        going, free = [], self.limit - self.nbytes - self.reserved
         for digest, held in self._candidates():
             if free >= size:
                 break
             going.append(digest)
             free += held
         return going if free >= size else None
+
+    def reserve(self, size: int) -> list[bytes] | None:
+        """Set `size` bytes aside for a piece that is about to be written, until `release`. What has to go for it is forgotten
+        here, and returned to be removed; None where there is no room."""
+        going = self.room(size)
+        if going is not None:
+            for old in going:
+                self.remove(old)
+            self.reserved += size
+        return going
+
+    def release(self, size: int) -> None:
+        """What was set aside is written and added, or was given up."""
+        self.reserved -= size
 
     def add(self, digest: bytes, size: int) -> None:
         """Note that it is held now."""
@@ -83,7 +98,7 @@ class SegmentedLRU:
         for digest in digests:
             pins = self._pins.setdefault(digest, set())
             if not pins:
-                self.pinned += self._size(digest)
+                self.pinned += self.size(digest)
             pins.add(pin)
 
     def unpin(self, pin: str) -> None:
@@ -92,13 +107,14 @@ class SegmentedLRU:
             pins.discard(pin)
             if not pins:
                 del self._pins[digest]
-                self.pinned -= self._size(digest)
+                self.pinned -= self.size(digest)
 
     def is_pinned(self, digest: bytes) -> bool:
         """Whether it is kept."""
         return digest in self._pins
 
-    def _size(self, digest: bytes) -> int:
+    def size(self, digest: bytes) -> int:
+        """Bytes of what is held, 0 of anything else."""
         return self._probation.get(digest) or self._protected.get(digest) or 0
 
     def _candidates(self) -> Iterable[tuple[bytes, int]]:
