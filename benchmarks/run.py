@@ -40,6 +40,7 @@ ROWS = {  # in the order in which they run
     "quality4": "quality4:rows",
     "kmeans": "kmeans:rows",
     "scaling": "scaling:rows",
+    "cluster": "cluster:rows",
 }
 PEERS = (
     *("torch", "safetensors", "runai-model-streamer", "zipnn", "zstandard", "s3fs", "obstore", "numpy", "numba"),
