@@ -136,10 +136,8 @@ class FileTier:
             self.evict([digest], pinned=True)
             return True
         except OSError as error:
-            if error.errno in _BUSY:
-                return True
-            data = None
-        return data is not None and self._right(digest, data)
+            return error.errno in _BUSY or self._reject(digest)
+        return self._right(digest, data)
 
     def scrub(self, limit: int) -> tuple[list[bytes], int]:
         """Check about `limit` bytes of what is held, on from where the last call ended: the wrong ones, and bytes checked."""
@@ -204,8 +202,10 @@ class FileTier:
         return data if self._trusted or self._right(digest, data) else None
 
     def _right(self, digest: bytes, data: Bytes) -> bool:
-        if blake3(view(data)).digest() == digest:
-            return True
+        return blake3(view(data)).digest() == digest or self._reject(digest)
+
+    def _reject(self, digest: bytes) -> bool:
+        """Remove a wrong piece; False."""
         with self._lock:
             self._stats.wrong += 1
         self.evict([digest], pinned=True)

@@ -13,7 +13,7 @@ from modelstore.errors import ConflictError, StorageError
 
 ROOT = "modelstore-"  # clusters' folders in shared memory begin with it
 _LOCK = "lock"
-_TRIES = 20  # to claim: a sweep holds the lock of what it removes for an instant
+_TRIES = 50  # to claim: a sweep holds the lock of what it removes for an instant
 _PAUSE = 0.01  # seconds between them
 
 
@@ -27,12 +27,14 @@ def claim(folder: str) -> int:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.mkdir(mode=0o700, exist_ok=True)
-            if not _own(path):
+            if not _owned(path.lstat()):
                 raise StorageError(f"folder {path} is a link, or another user's: remove it, or name another one")
             fd = _locked(path)
         except FileNotFoundError:  # swept between two steps
             continue
         except OSError as error:
+            if isinstance(error, FileExistsError) and not (path.parent.is_file() or path.is_file()):
+                continue  # swept between two steps of mkdir
             raise StorageError(f"folder {path} cannot be used ({error.strerror}): name another one") from error
         if fd is not None:
             return fd
@@ -111,7 +113,10 @@ def _locked(folder: Path, *, create: bool = True) -> int | None:
 def _own(path: Path) -> bool:
     """Whether it is a folder of this user, and no link to one."""
     try:
-        info = path.lstat()
+        return _owned(path.lstat())
     except OSError:
         return False
+
+
+def _owned(info: os.stat_result) -> bool:
     return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
