@@ -44,10 +44,9 @@ def _place(keys, seeds, shares, zones, nodes, equal, out, scratch):  # type: ign
             for m in range(members):
                 hashes[m] = bounds[m]
                 bounds[m] = 1.000000001 * shares[m] / (1.0 - bounds[m])  # the excess is for rounding
-        zones_taken, nodes_taken = 0, 0
         for r in range(min(replicas, members)):
             # 2: in a zone of its own, 1: on a node of its own, 0: any other member. One of that kind is left.
-            kind = 2 if zones_taken < zones_in_all else (1 if nodes_taken < nodes_in_all else 0)
+            kind = 2 if r < zones_in_all else (1 if r < nodes_in_all else 0)
             best, top = -1, 0.0
             for m in range(members):
                 if bounds[m] <= top:
@@ -86,15 +85,6 @@ def _place(keys, seeds, shares, zones, nodes, equal, out, scratch):  # type: ign
                 if score > top:
                     best, top = m, score
             out[k, r] = best
-            fresh_zone, fresh_node = 1, 1
-            for before in range(r):
-                other = out[k, before]
-                if zones[other] == zones[best]:
-                    fresh_zone = 0
-                if nodes[other] == nodes[best]:
-                    fresh_node = 0
-            zones_taken += fresh_zone
-            nodes_taken += fresh_node
 
 
 @cache
