@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError as FuturesCancelledError
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -248,11 +248,12 @@ class ShardHost:
                 self._flights.land(digest, mine[digest], data)
             rest = [part for part in parts if part.digest not in found]
             work = [self._begin(source, run, mine, tier) for run in runs(rest, self._settings.threads)]
-            wait(work)  # what one of them brings is held, also where another one fails
+            # What one of them brings is held, also where another one fails. (`wait` would not see those that `close` cancels.)
+            problems = [error for error in (_problem(future) for future in work) if error is not None]
+            if problems:
+                raise self._is_closed() if isinstance(problems[0], FuturesCancelledError) else problems[0]
             for future in work:
                 found |= future.result()
-        except FuturesCancelledError:
-            raise self._is_closed() from None
         finally:
             for digest, flight in mine.items():
                 self._flights.land(digest, flight, None)
@@ -334,6 +335,14 @@ class ShardHost:
                 object=part.key,
             )
         return found
+
+
+def _problem(future: Future[dict[bytes, Bytes]]) -> BaseException | None:
+    """How a future failed, once it has ended."""
+    try:
+        return future.exception()
+    except FuturesCancelledError as error:
+        return error
 
 
 def _first(parts: Sequence[Piece], tier: FileTier | DeviceTier) -> list[Piece]:
