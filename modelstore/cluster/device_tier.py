@@ -102,7 +102,7 @@ class DeviceTier:
     def evict(self, digests: Collection[bytes] | None = None, *, pinned: bool = False) -> int:
         """Let pieces go (all, where none are named), pinned ones only if that is said; bytes freed."""
         with self._lock:
-            chosen = self._lru.digests() if digests is None else [d for d in digests if d in self._lru]
+            chosen = self._lru.digests() if digests is None else [d for d in dict.fromkeys(digests) if d in self._lru]
             going = [digest for digest in chosen if pinned or not self._lru.is_pinned(digest)]
             for digest in going:
                 del self._tensors[digest]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import modelstore as ms
-from modelstore.cluster import folders, host
+from modelstore.cluster import file_tier, folders, host
 from modelstore.cluster.file_tier import FileTier, local_path
 from modelstore.cluster.folders import claim, sweep
 from modelstore.cluster.host import HostSettings, ShardHost
@@ -33,6 +34,11 @@ T = TypeVar("T")
 
 def digest(i: int) -> bytes:
     return blake3(str(i).encode()).digest()
+
+
+PIECES = st.integers(0, 27)
+TIERS = st.sampled_from(["memory", "disk", "gpu"])
+PINS = st.sampled_from([None, None, "p", "q"])
 
 
 class World:
@@ -323,68 +329,115 @@ def test_a_long_scan_does_not_flush_what_is_read_again(tmp_path: Path) -> None:
 class HostAgainstDict(RuleBasedStateMachine):
     """Whatever is done to a host and behind its back, it hands out the right bytes or says that it has none."""
 
-    @initialize(root=st.builds(lambda: Path(os.path.realpath(f"/tmp/ms-host-{os.urandom(4).hex()}"))))
-    def begin(self, root: Path) -> None:
-        self.world = World(root, [400 + 37 * i for i in range(24)], memory=24_000, disk_bytes=40_000)
+    LIMITS: ClassVar = {"memory": 24 * 4096, "disk_bytes": 30 * 4096, "device_bytes": 9000}
 
-    @rule(which=st.lists(st.integers(0, 23), max_size=8, unique=True), fetch=st.booleans())
+    @initialize()
+    def begin(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="ms-host-")
+        sizes = [400 + 37 * i for i in range(24)] + [30_000 + i for i in range(4)]
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(file_tier, "_MAPPED", 800)  # so that about half of them are mapped
+        self.world = World(Path(self.folder.name), sizes, device="cpu", **self.LIMITS)
+        self.pinned: dict[str, set[int]] = {}
+
+    def parts(self, which: Iterable[int]) -> list[Piece]:
+        return [self.world.parts[i] for i in which]
+
+    @rule(which=st.lists(PIECES, max_size=8), fetch=st.booleans())
     def read(self, which: list[int], fetch: bool) -> None:
-        found = self.world.host.read(self.world.source, [self.world.parts[i] for i in which], fetch=fetch)
+        found = self.world.host.read(self.world.source, self.parts(which), fetch=fetch)
         for i, data in zip(which, found, strict=True):
             assert data is not None or not fetch
             if data is not None and bytes(data) != self.world.data[i]:  # memory is checked by who reads
                 self.world.host.drop(self.world.parts[i].digest)
-                again = self.world.host.read(self.world.source, [self.world.parts[i]])[0]
+                again = self.world.host.read(self.world.source, self.parts([i]))[0]
                 assert again is not None
                 assert bytes(again) == self.world.data[i]
 
-    @rule(which=st.lists(st.integers(0, 23), max_size=6), tier=st.sampled_from(["memory", "disk"]), pin=st.booleans())
-    def hold(self, which: list[int], tier: str, pin: bool) -> None:
-        self.world.host.hold(
-            self.world.source, [self.world.parts[i] for i in which], tier=tier, pin="p" if pin else None
-        )
+    @rule(which=st.lists(PIECES, max_size=6), tier=TIERS, pin=PINS)
+    def hold(self, which: list[int], tier: str, pin: str | None) -> None:
+        self.world.host.hold(self.world.source, self.parts(which), tier=tier, pin=pin)
+        if pin:
+            self.pinned.setdefault(pin, set()).update(which)
 
-    @rule(which=st.lists(st.integers(0, 23), max_size=6) | st.none())
+    @rule(which=st.lists(PIECES, max_size=4, unique=True), pin=PINS, wrong=st.booleans())
+    def put(self, which: list[int], pin: str | None, wrong: bool) -> None:
+        data = {self.world.parts[i].digest: np.frombuffer(self.world.data[i], np.uint8) for i in which}
+        before = self.world.host.has(list(data))
+        if wrong and which:
+            data[self.world.parts[which[-1]].digest] = np.zeros(400, np.uint8)
+            with pytest.raises(ms.errors.CorruptionError):
+                self.world.host.put(data, pin=pin)
+            assert self.world.host.has(list(data)) == before
+            return
+        self.world.host.put(data, pin=pin)
+        if pin:
+            self.pinned.setdefault(pin, set()).update(which)
+
+    @rule(which=st.lists(PIECES, max_size=6) | st.none())
     def evict(self, which: list[int] | None) -> None:
-        self.world.host.evict(None if which is None else [self.world.parts[i].digest for i in which])
+        kept = set().union(*self.pinned.values())
+        held = {i for i in kept if self.world.host.has([self.world.parts[i].digest])[0]}
+        self.world.host.evict(None if which is None else [part.digest for part in self.parts(which)])
+        left = range(len(self.world.parts)) if which is None else which
+        has = self.world.host.has([part.digest for part in self.parts(left)])
+        assert [i for i, there in zip(left, has, strict=True) if there] == [i for i in left if i in held]
 
-    @rule()
-    def unpin(self) -> None:
-        self.world.host.unpin("p")
+    @rule(pin=PINS.filter(bool))
+    def unpin(self, pin: str) -> None:
+        self.world.host.unpin(pin)
+        self.pinned.pop(pin, None)
 
-    @rule(which=st.integers(0, 23), flip=st.booleans(), disk=st.booleans())
-    def harm(self, which: int, flip: bool, disk: bool) -> None:
-        folder = str(self.world.root / "disk") if disk else self.world.host._settings.folder
-        path = local_path(folder, self.world.parts[which].digest)
-        if path.exists() and flip:
+    @rule(which=PIECES, harm=st.sampled_from(["flip", "cut", "lose"]), tier=TIERS)
+    def harm(self, which: int, harm: str, tier: str) -> None:
+        digest = self.world.parts[which].digest
+        if tier == "gpu":
+            device = self.world.host._device
+            tensor = device.tensor(digest) if device else None
+            if tensor is not None:
+                tensor[3] ^= 9
+            return
+        folder = str(self.world.root / "disk") if tier == "disk" else self.world.host._settings.folder
+        path = local_path(folder, digest)
+        if path.exists():
             data = bytearray(path.read_bytes())
-            data[3] ^= 9
             path.unlink()  # maps that are out keep the old bytes
-            path.write_bytes(data)
-        else:
-            path.unlink(missing_ok=True)
+            if harm != "lose":
+                data[3] ^= 9
+                path.write_bytes(data[: len(data) // (2 if harm == "cut" else 1)])
 
     @rule()
     def restart(self) -> None:
         self.world.host.close()
         self.world.host = self.world.open()
+        self.pinned.clear()
 
-    @rule()
-    def scrub(self) -> None:
-        self.world.host.scrub(4000)
+    @rule(limit=st.sampled_from([4000, 1 << 20]))
+    def scrub(self, limit: int) -> None:
+        self.world.host.scrub(limit)
+        if limit == 1 << 20:
+            assert self.world.host.scrub(limit) == []
 
     @invariant()
     def bounded(self) -> None:
-        if hasattr(self, "world"):
-            for name, limit in (("memory", 24_000), ("disk", 40_000)):
-                tier = self.world.host.stats().tiers[name]
-                assert tier.bytes <= limit
+        if not hasattr(self, "world"):
+            return
+        stats = self.world.host.stats()
+        for name, limit in zip(("memory", "disk", "gpu"), self.LIMITS.values(), strict=True):
+            assert stats.tiers[name].pinned <= stats.tiers[name].bytes <= limit
+        folders = {"memory": self.world.host._settings.folder, "disk": str(self.world.root / "disk")}
+        for name, folder in folders.items():
+            files = [path.stat().st_size for path in Path(folder).glob("??/*")]
+            assert sum(map(file_tier.cost, files)) <= stats.tiers[name].bytes, "no file that is not counted"
+        assert stats.in_flight == 0
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
             self.world.host.close(keep_disk=False)
-            folders.remove_folder(self.world.root)
+            assert not list((self.world.root / "disk").glob("??/*"))
+            self.folder.cleanup()
+            self.patch.undo()
 
 
 TestHostAgainstDict = HostAgainstDict.TestCase
-TestHostAgainstDict.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestHostAgainstDict.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
