@@ -52,11 +52,13 @@ def _median(act: Callable[[], Any], repeat: int) -> float:
 
 
 def _touch(tensors: dict[str, Any]) -> None:
-    """Read every byte, as copying them anywhere would."""
+    """Read every byte, at the speed of memory."""
+    import numpy as np
     import torch
 
     for tensor in tensors.values():
-        tensor.view(torch.uint8).sum(dtype=torch.int64)
+        data = tensor.reshape(-1).view(torch.uint8).numpy()
+        np.bitwise_xor.reduce(data[: data.size // 8 * 8].view(np.uint64))
 
 
 def mapped(model: str, url: str, repeat: int) -> dict[str, float]:

@@ -152,6 +152,23 @@ def stop(address: Address = "auto", json: AsJson = False, debug: Debug = False) 
 
 
 @cluster.command()
+def drain(
+    node: Annotated[str, typer.Argument(metavar="NODE", show_default=False, help="The node's id, or its beginning.")],
+    address: Address = "auto",
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Prepare for a node to leave: others are sent what its host holds.
+
+    It serves what it holds until it goes.
+    """
+    from modelstore.cluster.joining import join
+
+    found = join(address).drain(node)
+    output.result({"draining": found}, [f"draining {name}" for name in found], as_json=json)
+
+
+@cluster.command()
 def prefetch(
     ref: Reference,
     tier: Annotated[str, typer.Option(metavar="TIER", help="memory, disk or gpu.")] = "memory",

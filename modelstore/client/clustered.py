@@ -75,6 +75,13 @@ class Clustered(Base):
         if not cancel(job):
             raise NotFoundError(f"no job {job!r} runs on the cluster: list them with 'modelstore jobs'")
 
+    def drain(self, node: str) -> list[str]:
+        """Prepare for a node to leave: its hosts become home to nothing, and others are sent what they hold. Their names.
+
+        `node`: its id, or the beginning of it. `NotFoundError` where no host runs on such a node.
+        """
+        return self._in_cluster().drain(node)
+
     def cluster_status(self) -> results.ClusterStatus:
         """Nodes, their hosts, what these hold by tier, hits, and work in flight."""
         from modelstore.cluster.status import status

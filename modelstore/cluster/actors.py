@@ -322,7 +322,7 @@ class DirectoryActor:
 
     @ray.method(concurrency_group="control")
     def drain(self, node: str) -> list[str]:
-        """Take a node's hosts out of the placement; their names."""
+        """Let the hosts of a node, named by the beginning of its id, be home to nothing any more; their names."""
         return self._supervisor.drain(node)
 
     @ray.method(concurrency_group="control")

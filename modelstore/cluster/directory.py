@@ -61,6 +61,13 @@ class Directory:
                 return self._view
             return self._change(*(m for m in self._view.members if m.id not in ids))
 
+    def drain(self, ids: Collection[str]) -> View:
+        """Let members be home to nothing any more; they serve, and send on, what they hold."""
+        with self._lock:
+            return self._change(
+                *(msgspec.structs.replace(m, draining=m.draining or m.id in ids) for m in self._view.members)
+            )
+
     def report(self, status: JobStatus | None, job: str) -> bool:
         """Note how far a job is (None: it ended); whether it is to be cancelled."""
         with self._lock:

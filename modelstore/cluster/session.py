@@ -19,7 +19,7 @@ from modelstore.cluster.host import HostStats, local_path
 from modelstore.cluster.images import image_path
 from modelstore.cluster.making import Made, Variant
 from modelstore.cluster.pieces import Piece, Source
-from modelstore.errors import StorageError, UnsupportedError
+from modelstore.errors import NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest
 from modelstore.format.region import Region
@@ -127,6 +127,14 @@ class Session:
     def evict(self, digests: Sequence[bytes] | None) -> int:
         """Take pieces, or all, out of every host; bytes freed."""
         return sum(self._all("evict", digests))
+
+    def drain(self, node: str) -> list[str]:
+        """Let the hosts of a node be home to nothing; their names. `NotFoundError` where there are none."""
+        found: list[str] = ray.get(self._directory.drain.remote(node), timeout=_ANSWER) if node else []
+        if not found:
+            raise NotFoundError(f"no host runs on a node {node!r}: list them with 'modelstore cluster status'")
+        self.view(fresh=True)
+        return found
 
     def unpin(self, pin: str) -> None:
         """Let every host evict what was held under this pin."""

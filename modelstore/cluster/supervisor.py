@@ -33,7 +33,6 @@ class Supervisor:
         self._starting: dict[str, tuple[Member, Any, Any]] = {}
         self._silent: dict[str, int] = {}  # looks since its ping was sent
         self._pings: dict[str, Any] = {}
-        self._drained: set[str] = set()
         self._changed = threading.Condition()
         self._metrics = JobMetrics()
         self._stopped = threading.Event()
@@ -86,11 +85,11 @@ class Supervisor:
         return self._directory.view()
 
     def drain(self, node: str) -> list[str]:
-        """Take the node's hosts out of the placement; they serve what they hold until the node goes. Their names."""
-        ids = [member.id for member in self._directory.view().members if member.node == node]
-        self._drained.add(node)
-        self._directory.leave(ids)
-        self._tell()
+        """Let a node's hosts be home to nothing: others are sent what they hold, and they serve it until they go. Their names."""
+        ids = [member.id for member in self._directory.view().members if member.node.startswith(node)]
+        if ids:
+            self._directory.drain(ids)
+            self._tell()
         return ids
 
     def stop(self) -> list[str]:
@@ -120,7 +119,7 @@ class Supervisor:
 
     def _without_host(self, nodes: dict[str, dict[str, Any]]) -> list[str]:
         chosen = [name for name, node in nodes.items() if node["Resources"].get(RESOURCE)] or list(nodes)
-        served = {member.node for member in self._directory.view().members} | self._drained | set(self._starting)
+        served = {member.node for member in self._directory.view().members} | set(self._starting)
         return [name for name in chosen if name not in served]
 
     def _start(self, node: str, info: dict[str, Any]) -> None:

@@ -278,3 +278,25 @@ def test_a_job_is_seen_and_cancelled(nodes: Any, small: str, monkeypatch: pytest
     with pytest.raises(ms.errors.NotFoundError, match="no job"):
         store.cancel(uuid.uuid4().hex)
     assert store.compress("m", "int8", variant="cancelled").compressed == 12
+
+
+def test_a_node_that_is_drained_hands_on_what_it_holds(store: ms.Store) -> None:
+    import ray
+
+    stored = store.describe("m").stored
+    store.load("m")
+    until(lambda: held(store) >= 1.9 * stored)
+    here = ray.get_runtime_context().get_node_id()
+    victim = next(h for h in store.cluster_status().hosts if h.node != here)
+    count = fetched(store)
+    assert store.drain(victim.node[:12]) == [victim.member]
+
+    def elsewhere() -> int:
+        hosts = [h for h in store.cluster_status().hosts if h.member != victim.member]
+        return sum(h.stats["tiers"]["memory"]["bytes"] for h in hosts if h.stats)
+
+    until(lambda: elsewhere() >= 1.9 * stored)
+    assert fetched(store) == count, "from host to host"
+    assert equal(store.load("m"), tensors())
+    with pytest.raises(ms.errors.NotFoundError, match="no host runs on a node 'xyz'"):
+        store.drain("xyz")
