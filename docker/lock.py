@@ -24,7 +24,16 @@ HEADER = "# Written by docker/lock.py: do not edit.\n"
 
 def compiled(wanted: Sequence[str], constraints: Sequence[Path], sources: Sequence[str] = ()) -> str:
     """What uv resolves these requirements to, with hashes. Only wheels: nothing is built while an image is made."""
-    command = ["uv", "pip", "compile", "--quiet", "--generate-hashes", "--no-annotate", "--no-header", "--only-binary=:all:"]
+    command = [
+        "uv",
+        "pip",
+        "compile",
+        "--quiet",
+        "--generate-hashes",
+        "--no-annotate",
+        "--no-header",
+        "--only-binary=:all:",
+    ]
     command += ["--python-version=3.11", "--python-platform=x86_64-manylinux_2_28", *sources, "-"]
     for path in constraints:
         command.append(f"--constraints={path}")
