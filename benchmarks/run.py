@@ -41,6 +41,7 @@ ROWS = {  # in the order in which they run
     "kmeans": "kmeans:rows",
     "scaling": "scaling:rows",
     "cluster": "cluster:rows",
+    "placement": "placement:rows",
 }
 PEERS = (
     *("torch", "safetensors", "runai-model-streamer", "zipnn", "zstandard", "s3fs", "obstore", "numpy", "numba"),
