@@ -59,7 +59,10 @@ def sweep(shared: str = "/dev/shm") -> int:
 
 
 def remove_folder(folder: Path) -> int:
-    """Remove a folder and all in it, its lock last; bytes freed. Links are removed, not followed."""
+    """Remove a folder and all in it, its lock last; bytes freed. Links are removed, not followed.
+
+    The lock stays where something else does, made meanwhile: so the next sweep finds it.
+    """
     freed = 0
     for path in sorted(folder.rglob("*"), reverse=True):
         with contextlib.suppress(OSError):
@@ -70,8 +73,9 @@ def remove_folder(folder: Path) -> int:
                 path.unlink()
                 freed += size
     with contextlib.suppress(OSError):
-        (folder / _LOCK).unlink(missing_ok=True)
-        folder.rmdir()
+        if all(path.name == _LOCK for path in folder.iterdir()):
+            (folder / _LOCK).unlink(missing_ok=True)
+            folder.rmdir()
     return freed
 
 

@@ -214,6 +214,37 @@ def test_peers_are_asked_once_and_believed_only_where_right(world: World) -> Non
     assert sum(size for _, _, size in world.storage.reads[before:]) == sum(map(len, world.data[30:]))
 
 
+def test_who_waits_is_given_what_no_tier_has_room_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = world.host(memory=0)
+    claim, claims, all_wait = Flights.claim, threading.Semaphore(0), threading.Event()
+
+    def counted(self: Flights, digests: Any) -> Any:
+        found = claim(self, digests)
+        claims.release()
+        return found
+
+    def hold_up(_: int) -> None:
+        assert all_wait.wait(20)
+
+    monkeypatch.setattr(Flights, "claim", counted)
+    world.storage.before = hold_up
+    with ThreadPoolExecutor(4) as pool:
+        readers = [pool.submit(host.read, world.source, world.parts) for _ in range(4)]
+        assert all(claims.acquire(timeout=20) for _ in readers)
+        all_wait.set()
+        assert all(world.right(reader.result(30)) for reader in readers)
+    assert host.stats().from_storage == world.nbytes
+    assert host.stats().tiers["memory"].pieces == 0
+
+
+def test_what_a_tier_cannot_have_is_not_fetched_for_it(world: World) -> None:
+    host = world.host(memory=10 * 4096)
+    host.hold(world.source, world.parts[:5])
+    assert host.hold(world.source, world.parts) == sum(map(len, world.data[:10]))
+    assert host.stats().from_storage == sum(map(len, world.data[:10]))
+    assert host.stats().tiers["memory"].evicted == 0
+
+
 # ---------------------------------------------------------------------- failures
 
 
@@ -280,7 +311,7 @@ def test_nobody_waits_for_ever_for_a_leader_that_hangs(world: World, monkeypatch
     def hang_first(reads: int) -> None:
         if reads == 1:
             began.set()
-            release.wait(30)
+            assert release.wait(20), "the other reader waited for this one"
 
     world.storage.before = hang_first
     with ThreadPoolExecutor(1) as pool:

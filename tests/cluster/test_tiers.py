@@ -280,11 +280,33 @@ def test_scrubbing_goes_round_and_is_no_use(tmp_path: Path) -> None:
     assert tier.scrub(1 << 30) == ([], 18 * PAGE)
 
 
-def test_a_closed_tier_takes_nothing(tmp_path: Path) -> None:
-    tier = FileTier(str(tmp_path / "t"), 1 << 20, trusted=True)
-    tier.close(keep=False)
-    assert not tier.put(*piece(1))
-    assert not (tmp_path / "t").exists()
+def test_a_tier_in_memory_begins_empty(tmp_path: Path) -> None:
+    digests = fill(FileTier(str(tmp_path), 1 << 20, trusted=True), 9)
+    tier = FileTier(str(tmp_path), 1 << 20, trusted=True)  # whoever wrote these files, nobody checked them
+    assert not any(map(tier.has, digests))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_closed_tier_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
+    tier = FileTier(str(tmp_path / "t"), 1 << 20, trusted=trusted)
+    begun, go = threading.Event(), threading.Event()
+    rename = Path.rename
+
+    def slow(self: Path, target: Path) -> Path:
+        begun.set()
+        go.wait(20)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", slow)
+    with ThreadPoolExecutor(1) as pool:
+        putting = pool.submit(tier.put, *piece(1))
+        assert begun.wait(20)
+        tier.close(keep=True)
+        go.set()
+        assert not putting.result()
+    assert not tier.put(*piece(2))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 # ---------------------------------------------------------------------- folders
@@ -320,6 +342,26 @@ def test_who_is_killed_is_swept(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert sweep(str(tmp_path)) == 777
+    assert not folder.parent.exists()
+
+
+def test_what_is_made_while_a_folder_is_removed_is_swept_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / f"{ROOT}c" / "h"
+    os.close(claim(str(folder)))
+    (folder / "ab").mkdir()
+    rglob = Path.rglob
+
+    def meanwhile(self: Path, pattern: str) -> list[Path]:
+        found = list(rglob(self, pattern))
+        (self / "ab" / "late").write_text("late")
+        return found
+
+    monkeypatch.setattr(Path, "rglob", meanwhile)
+    assert sweep(str(tmp_path)) == 0
+    monkeypatch.undo()
+    assert sweep(str(tmp_path)) == 4
     assert not folder.parent.exists()
 
 
