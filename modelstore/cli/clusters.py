@@ -80,6 +80,7 @@ def start(
 ) -> None:
     """Start a cluster on this machine, join one, or put hosts on a Ray cluster that runs."""
     from modelstore.cluster import nodes, runtime
+    from modelstore.errors import StorageError
 
     token = token_file.read_text().strip() if token_file else None
     joined = address is None or (address != "auto" and not nodes.is_member(address))
@@ -99,7 +100,10 @@ def start(
     output.result(found, _status_lines(found), as_json=json)
     if block:
         try:
-            nodes.wait_for_signal()
+            if not nodes.wait_for_end():
+                raise StorageError(
+                    "the Ray node of this machine ended by itself: look at Ray's logs, and start it again"
+                )
         finally:
             if joined:
                 nodes.stop_node()
@@ -273,7 +277,8 @@ def _status(address: str) -> ClusterStatus:
 
 
 def _status_lines(found: ClusterStatus) -> Iterator[str]:
-    yield f"epoch {found.epoch}, {units.count(len(found.hosts), 'host')}, {units.count(found.replicas, 'copy')} of each chunk"
+    copies = f"{found.replicas} {'copy' if found.replicas == 1 else 'copies'} of each chunk"
+    yield f"epoch {found.epoch}, {units.count(len(found.hosts), 'host')}, {copies}"
     rows = [[host.member, host.zone or "—", *_figures(host.stats)] for host in found.hosts]
     if rows:
         heads = ("host", "zone", "memory", "disk", "gpu", "from storage", "from peers", "in flight")

@@ -15,13 +15,14 @@ import numpy as np
 import ray
 
 from modelstore.cluster.directory import ClusterSettings, Directory
+from modelstore.cluster.folders import claim
 from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
 from modelstore.cluster.images import Images
 from modelstore.cluster.making import Made, Making, Variant
 from modelstore.cluster.metrics import HostMetrics
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.replicas import copies_to_send, others
-from modelstore.errors import ModelStoreError
+from modelstore.errors import ConflictError, ModelStoreError
 from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import Region
@@ -45,6 +46,7 @@ GROUPS = {
 _PEER_SECONDS = 2.0
 _SHOWN = 2.0  # seconds between two givings out of metrics
 _SCRUBBED, _SCRUB = 10.0, 64 << 20  # seconds between two checks of so many bytes: under a hundredth of a core
+_DISKS = 64  # hosts that one folder serves: several only where nodes share a machine
 _DECODING = 1 << 30  # bytes of working memory for an image
 _BATCH = 32 << 20  # bytes of pieces that one request moves between hosts
 
@@ -81,7 +83,7 @@ class StorageActor:
                 node=member.node,
                 folder=settings.folder(member.id),
                 memory=settings.memory,
-                disk=f"{settings.disk}/{member.node[:16]}" if settings.disk else None,
+                disk=_own_disk(settings.disk) if settings.disk else None,
                 disk_bytes=settings.disk_bytes,
                 device=device,
                 device_bytes=settings.device_bytes,
@@ -329,3 +331,14 @@ class DirectoryActor:
     def stop(self) -> list[str]:
         """Stop supervising; the hosts' names."""
         return self._supervisor.stop()
+
+
+def _own_disk(root: str) -> str:
+    """The first numbered folder there that no other host uses: after a restart the same one again, with what it holds."""
+    folder = root
+    for number in range(_DISKS):
+        folder = f"{root}/{number}"
+        with contextlib.suppress(ConflictError):
+            os.close(claim(folder))
+            break
+    return folder

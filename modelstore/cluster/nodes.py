@@ -24,6 +24,7 @@ log = logging.getLogger("modelstore")
 
 PORT = 6379
 _PROBE = 3.0  # seconds for which an address may stay silent
+_LOOK = 1.0  # seconds between two looks at whether a node still runs
 _START = 60.0  # seconds that Ray may take to start
 FAST_HEALTH = {  # a dead node is noticed in a second and a half instead of fifteen
     "RAY_health_check_period_ms": "500",
@@ -75,9 +76,22 @@ def is_member(address: str) -> bool:
     return read_file("/tmp/ray/ray_current_cluster") == address
 
 
-def wait_for_signal() -> None:
-    """Return when this process is asked to end."""
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+def wait_for_end() -> bool:
+    """Wait until this process is asked to end, or the node that was started here ends by itself; whether it was asked.
+
+    Without a node of one's own, only for the former.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    here = running()
+    while signal.sigtimedwait(signals, _LOOK) is None:
+        if here is None:
+            continue
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(here.pid, os.WNOHANG)  # it may be this process's child, and would else stay as a zombie
+        if running() is None:
+            return False
+    return True
 
 
 def start_node(
