@@ -42,6 +42,7 @@ ROWS = {  # in the order in which they run
     "scaling": "scaling:rows",
     "cluster": "cluster:rows",
     "placement": "placement:rows",
+    "host": "host:rows",
 }
 PEERS = (
     *("torch", "safetensors", "runai-model-streamer", "zipnn", "zstandard", "s3fs", "obstore", "numpy", "numba"),
