@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from modelstore.format.manifest import CodecSpec
     from modelstore.format.recipe import Recipe, Rule
     from modelstore.plan.layout import ExpertParallel, Layers, PipelineStage, Regions, TensorParallel
+    from modelstore.sources.slices import Slice
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Recipe",
     "Regions",
     "Rule",
+    "Slice",
     "Store",
     "TensorParallel",
     "__version__",
@@ -44,6 +46,7 @@ _HOMES = {
     "Recipe": "modelstore.format.recipe",
     "Rule": "modelstore.format.recipe",
     "presets": "modelstore.compress.presets",
+    "Slice": "modelstore.sources.slices",
     "Store": "modelstore.client",
     "open": "modelstore.client",
     **dict.fromkeys(

@@ -14,6 +14,7 @@ from modelstore.client.clustered import Clustered
 from modelstore.client.compressing import Compressing
 from modelstore.client.evaluating import Evaluating
 from modelstore.client.keeping import Keeping
+from modelstore.client.parts import Parts
 from modelstore.execute.loading import LazyTensor
 from modelstore.execute.progress import Progress, meter
 from modelstore.execute.saving import check_options, save
@@ -71,7 +72,7 @@ def open(
     return Store(storage, copies, memory=memory, threads=threads, session=session, source=source)
 
 
-class Store(Clustered, Compressing, Evaluating, Keeping):
+class Store(Clustered, Compressing, Evaluating, Keeping, Parts):
     """A store of models over a storage. Made by `modelstore.open`; may be used from many threads."""
 
     # ------------------------------------------------------------------ saving

@@ -45,7 +45,7 @@ CODECS = ("lossless", "raw", "delta")
 GRIDS = ("auto", "whole")
 LONGEST_CHAIN = 8  # deltas of deltas: each link is another read
 _LADDER = "ladder"
-_FILE = "file:"  # before a file's path, among the names in packs
+FILE = "file:"  # before a file's path, among the names in packs
 REFRESH = 12 * 3600  # seconds; a pack older than that is written again rather than relied upon, see `packs.store`
 
 
@@ -119,7 +119,7 @@ def save(
         written |= WholeWriter(storage, known, refresh_before, metadata, progress, note, tally).write(whole)
     cut = [item for item in left if not item.plan.whole]
     written |= PackWriter(storage, limits, known, refresh_before, progress, note, tally).write(cut)
-    manifest = _manifest(source, inputs, written, base)
+    manifest = manifest_of(source, inputs, written, base)
     entry = store_manifest(manifests, model, manifest, codec, refresh_before)
     record = catalog.publish_version(model, uuid.uuid4().hex, entry)
     if journal:
@@ -152,9 +152,9 @@ def plan_inputs(
     inputs = []
     for spec in source.tensors:
         check_tensor(spec.name)
-        if spec.name.startswith(_FILE):
+        if spec.name.startswith(FILE):
             raise FormatError(
-                f"tensor name {spec.name!r} begins with {_FILE!r}, which is kept for files: rename it", tensor=spec.name
+                f"tensor name {spec.name!r} begins with {FILE!r}, which is kept for files: rename it", tensor=spec.name
             )
         if len(spec.shape) > MAX_DIMENSIONS:
             raise UnsupportedError(
@@ -180,7 +180,7 @@ def plan_inputs(
     for path, content in source.files.items():
         check_file(path)
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        plan = plan_tensor(_FILE + path, "uint8", (size,), FILE_CODEC)
+        plan = plan_tensor(FILE + path, "uint8", (size,), FILE_CODEC)
         inputs.append(Input(plan, make_codec(FILE_CODEC.name, FILE_CODEC.params), _file_reading(path, content)))
     return inputs
 
@@ -249,15 +249,18 @@ def _file_reading(path: str, content: Path | bytes) -> ReadRegion:
     return read
 
 
-def _manifest(source: Source, inputs: list[Input], written: Mapping[str, Written], base: Against | None) -> Manifest:
+def manifest_of(
+    source: Source, inputs: Sequence[Input], written: Mapping[str, Written], base: Against | None = None
+) -> Manifest:
+    """The manifest of a source whose tensors and files are stored."""
     builder = ManifestBuilder()
     tensors: list[Tensor] = []
     files: list[Tensor] = []
     for item in inputs:
         plan, done = item.plan, written[item.plan.name]
-        is_file = plan.name.startswith(_FILE)
+        is_file = plan.name.startswith(FILE)
         entry = builder.tensor(
-            plan.name.removeprefix(_FILE), plan.dtype, plan.shape, plan.chunk, plan.codec, done.digest, done.planes
+            plan.name.removeprefix(FILE), plan.dtype, plan.shape, plan.chunk, plan.codec, done.digest, done.planes
         )
         (files if is_file else tensors).append(entry)
     return builder.build(

@@ -24,7 +24,6 @@ from modelstore.format.buffers import view
 from modelstore.format.manifest import DIGEST_BYTES, Manifest, Tensor, decode
 from modelstore.format.names import Reference
 from modelstore.format.record import VariantEntry, manifest_key, pack_key
-from modelstore.format.region import Region, size
 from modelstore.format.results import Problem, Report
 from modelstore.plan.read import GAP, JOB_BYTES
 from modelstore.storage.base import Storage
@@ -230,20 +229,12 @@ class _Verification:
         hasher = blake3()
         limit = self.limits.memory // (4 * _WINDOW)
         threads = min(_WINDOW, self._threads())
-        for part in _mapped(lambda region: reader.region(tensor, region), _parts(tensor, limit), threads, 1):
+        regions = grid.runs(tensor.shape, tensor.chunk, tensor.kind.itemsize, limit)
+        for part in _mapped(lambda region: reader.region(tensor, region), regions, threads, 1):
             hasher.update(view(part))
             if self.progress:
                 self.progress(len(part))
         return hasher.hexdigest()
-
-
-def _parts(tensor: Tensor, limit: int) -> Iterator[Region]:
-    """A tensor in the order of its bytes, in parts of at most `limit` bytes."""
-    for slab in grid.slabs(tensor.shape, tensor.chunk):
-        if size(slab) * tensor.kind.itemsize <= limit:
-            yield slab
-        else:
-            yield from grid.bands(slab, tensor.kind.itemsize, limit)
 
 
 def _places(manifest: Manifest) -> NDArray[np.uint8]:

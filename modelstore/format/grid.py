@@ -122,3 +122,12 @@ def bands(region: Region, itemsize: int, limit: int) -> Iterator[Region]:
     for start in range(a, b, step):
         part = (*region[:rows], (start, min(b, start + step)), *region[rows + 1 :])
         yield from bands(part, itemsize, limit) if step == 1 else (part,)
+
+
+def runs(shape: Sequence[int], chunk: Sequence[int], itemsize: int, limit: int) -> Iterator[Region]:
+    """A tensor in the order of its bytes, in parts of at most `limit` bytes (or of one element), of whole chunks if they can."""
+    for slab in slabs(shape, chunk):
+        if math.prod(b - a for a, b in slab) * itemsize <= limit:
+            yield slab
+        else:
+            yield from bands(slab, itemsize, limit)

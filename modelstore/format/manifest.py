@@ -160,7 +160,11 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     @cached_property
     def stored(self) -> int:
         """Bytes of all encoded chunks, each distinct one counted once."""
-        at = np.stack([self.pack.astype(np.uint64), self.offset, self.length])
+        return self.stored_in(range(len(self.packs)))
+
+    def stored_in(self, packs: Sequence[int]) -> int:
+        """The same of the chunks in some packs, given by their indices."""
+        at = np.stack([self.pack.astype(np.uint64), self.offset, self.length])[:, np.isin(self.pack, list(packs))]
         return int(np.unique(at, axis=1)[2].sum()) if at.size else 0
 
 

@@ -23,6 +23,31 @@ class Saved(msgspec.Struct, frozen=True):
     digest: str
 
 
+class Part(msgspec.Struct, frozen=True):
+    """One rank's part of a version to come: raw bytes of its tensors, bytes newly stored, and of chunks found already stored."""
+
+    model: str
+    session: str
+    rank: int
+    ranks: int
+    tensors: int
+    bytes: int
+    stored: int
+    reused: int
+    seconds: float
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A version got ready beside the current one: tensors shared with it, read in part, read whole; stored bytes read."""
+
+    version: int
+    same: int
+    patched: int
+    read: int
+    bytes: int
+    seconds: float
+
+
 class ModelInfo(msgspec.Struct, frozen=True):
     """A model: how many live versions, the newest, its tags, and the newest's sizes."""
 

@@ -38,7 +38,7 @@ def open_source(what: Openable, *, files: Mapping[str, str | Path | bytes] | Non
     `NotFoundError` where the path does not exist, `FormatError` where what is there is not valid, `UnsupportedError`
     where nothing here can read it, `TypeError` for other kinds of object.
     """
-    extra = _checked(files or {})
+    extra = checked_files(files or {})
     source = _dispatch(what)
     return _WithFiles(source, extra) if extra else source
 
@@ -131,7 +131,8 @@ def _has_arrays(root: Path, depth: int = 4) -> bool:
     return False
 
 
-def _checked(files: Mapping[str, str | Path | bytes]) -> dict[str, Path | bytes]:
+def checked_files(files: Mapping[str, str | Path | bytes]) -> dict[str, Path | bytes]:
+    """Further files of a model, by path; errors as for `open_source`."""
     checked: dict[str, Path | bytes] = {}
     for name, file in files.items():
         try:

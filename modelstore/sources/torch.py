@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,10 +32,17 @@ class StateDictSource:
     """Named tensors in memory, of any device, dtype and strides. They must not change until the save is done.
 
     Tensors with the same memory, shape, strides and dtype are tied: the first name is the tensor, the others aliases.
+    Names for which `apart` has unlike things are never tied.
     `UnsupportedError` names a tensor without dense values here: meta, sparse, quantized, sharded, or a wrapper.
     """
 
-    def __init__(self, state: Mapping[str, Value], *, files: Mapping[str, Path | bytes] | None = None) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Value],
+        *,
+        files: Mapping[str, Path | bytes] | None = None,
+        apart: Mapping[str, Hashable] = MappingProxyType({}),
+    ) -> None:
         self._values: dict[str, Value] = {}
         self._aliases: dict[str, str] = {}
         self._tensors: list[TensorSpec] = []
@@ -55,6 +62,7 @@ class StateDictSource:
                 plain, identity = array, ("numpy", where, array.shape, array.strides, array.dtype.str, array.dtype.name)
             else:
                 raise TypeError(_refusal(name, value))
+            identity = (*identity, apart.get(name))
             known = first.setdefault(identity, name) if regions.size(regions.full(spec.shape)) else name
             if known != name:
                 self._aliases[name] = known
@@ -108,8 +116,14 @@ def open_module(module: torch.nn.Module, *, files: Mapping[str, Path | bytes] | 
 
     Wrappers of data parallelism and `torch.compile` are looked through, so that names are the model's own.
     """
+    state, configs = module_state(module)
+    return StateDictSource(state, files={**configs, **(files or {})})
+
+
+def module_state(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, bytes]]:
+    """A module's parameters and persistent buffers by the model's own names, and its configuration as files."""
     module = _unwrapped(module)
-    return StateDictSource(module.state_dict(keep_vars=True), files={**_configs(module), **(files or {})})
+    return module.state_dict(keep_vars=True), _configs(module)
 
 
 def _examine(name: str, tensor: torch.Tensor) -> tuple[TensorSpec, torch.Tensor, tuple[Any, ...]]:

@@ -141,15 +141,39 @@ class Catalog:
 
     # ------------------------------------------------------------------ publishing
 
-    def publish_version(self, model: str, writer: str, entry: VariantEntry) -> VersionRecord:
-        """Make a new version of a model visible, with its `original`."""
+    def publish_version(
+        self, model: str, writer: str, entry: VariantEntry, *, since: float | None = None
+    ) -> VersionRecord:
+        """Make a new version of a model visible, with its `original`.
+
+        `since` (Unix seconds): a version that this writer made after then, of the same manifest, is given back instead, so
+        that several processes may publish one thing, or one process twice, and one version comes of it.
+        """
         version = next((v for v, _ in self._heads(model, 1)), 0)
+        before = self._published(model, writer, entry, version, since) if since is not None else None
+        if before is not None:
+            return before
         for _ in range(_RACES):
             version += 1
             record = VersionRecord(FORMAT, model, version, 1, writer, time.time(), {ORIGINAL: entry})
             if self._create_version(record):
                 return record
+            there = self._version_at(rec.version_key(model, version, 1)) if since is not None else record
+            if there.writer == writer and there.variants[ORIGINAL].manifest == entry.manifest and since is not None:
+                return there
         raise self._busy(model)
+
+    def _published(
+        self, model: str, writer: str, entry: VariantEntry, newest: int, since: float
+    ) -> VersionRecord | None:
+        """The version that a writer made of a manifest, among those made after `since`; each is known by its first record."""
+        for version in range(newest, 0, -1):
+            record = self._version_at(rec.version_key(model, version, 1))
+            if record.created < since:
+                return None
+            if record.writer == writer and record.variants[ORIGINAL].manifest == entry.manifest:
+                return record
+        return None
 
     def publish_variants(
         self,

@@ -1,0 +1,313 @@
+"""Merges the parts that ranks saved into one version, and publishes it by the one write that makes it visible.
+
+Nothing is stored again, except tensors whose slices were cut by borders that fit no common grid: these are read back and cut
+anew. The digest of a tensor that came in slices is computed by reading it back, in the order of its bytes, within the budget.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from modelstore.codecs.registry import codec as make_codec
+from modelstore.errors import ConflictError, NotFoundError
+from modelstore.execute.encoding import Input
+from modelstore.execute.fetch import Fetching
+from modelstore.execute.parts import Published, Stored, encode, published_key, session_id, session_prefix
+from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.saving import FILE, REFRESH, Against, plan_inputs, store_manifest
+from modelstore.execute.writing import PackWriter, Written, known_chunks
+from modelstore.format import grid
+from modelstore.format.buffers import Bytes, view
+from modelstore.format.dtypes import DTYPES
+from modelstore.format.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.manifest_builder import Location, ManifestBuilder
+from modelstore.format.record import VersionRecord, pack_key
+from modelstore.format.region import Region, Shape, extent, full, intersect, shift, slices
+from modelstore.plan.parts import Piece, cells, common_chunk, piece_problem
+from modelstore.plan.write import TensorPlan, plan_tensor
+from modelstore.sources.base import Source
+from modelstore.storage.base import Storage
+from modelstore.store.catalog import Catalog
+from modelstore.store.heal import replace_pack
+from modelstore.store.manifests import Manifests
+
+SKEW = 3600  # seconds by which the clocks of publishers and of the storage may differ
+_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A piece of a tensor, with the entry that its rank's manifest has of it, and its codec."""
+
+    piece: Piece
+    tensor: Tensor
+    codec: CodecSpec
+
+    @property
+    def encoding(self) -> tuple[CodecSpec, tuple[str, ...]]:
+        """The codec, and the planes that it makes."""
+        return self.codec, tuple(plane.name for plane in self.tensor.planes)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What the parts make together: each tensor's pieces, in model order; ties; files by path and the rank that gives them."""
+
+    tensors: Mapping[str, tuple[Held, ...]]
+    aliases: Mapping[str, str]
+    files: Mapping[str, tuple[int, Tensor]]
+    metadata: Mapping[str, str]
+    codec: str
+
+
+def plan_merge(parts: Sequence[Stored], replaced: Collection[str] = ()) -> Merge:
+    """What the parts of all ranks, in their order, make together; files that are `replaced` need not agree.
+
+    `ConflictError` names the tensor or file that does not go together, and the ranks.
+    """
+    pages = [part.page for part in parts]
+    model = pages[0].model
+
+    def wrong(what: str, **where: str) -> ConflictError:
+        return ConflictError(
+            f"the parts of model {model!r} do not go together: {what}; nothing was published, save those ranks again",
+            model=model,
+            **where,  # type: ignore[arg-type]
+        )
+
+    for page in pages:
+        if page.codec != pages[0].codec:
+            raise wrong(f"rank {pages[0].rank} has codec {pages[0].codec!r}, rank {page.rank} has {page.codec!r}")
+    held: dict[str, list[Held]] = {}
+    ties: dict[str, set[str | None]] = {}
+    files: dict[str, tuple[int, Tensor]] = {}
+    metadata: dict[str, str] = {}
+    for page in pages:
+        names = page.manifest.by_name
+        for name, tensor in names.items():
+            place = page.slices.get(name)
+            whole, region = (place.shape, place.region) if place else (tensor.shape, full(tensor.shape))
+            chunk = place.chunk if place else tensor.chunk
+            piece = Piece(page.rank, tensor.dtype, whole, region, chunk)
+            held.setdefault(name, []).append(Held(piece, tensor, page.manifest.codecs[tensor.codec]))
+            ties.setdefault(name, set()).add(page.manifest.aliases.get(name))
+        for file in page.manifest.files:
+            rank, before = files.setdefault(file.name, (page.rank, file))
+            if before.digest != file.digest and file.name not in replaced:
+                raise wrong(f"file {file.name!r} of ranks {rank} and {page.rank} differs", object=file.name)
+        metadata = {**page.manifest.metadata, **metadata}  # such as {"format": "pt"}: the lowest rank's counts
+    for name, pieces in held.items():
+        problem = piece_problem([one.piece for one in pieces])
+        if problem:
+            raise wrong(f"tensor {name!r}: {problem}", tensor=name)
+        other = next((one for one in pieces if one.encoding != pieces[0].encoding), None)
+        if other is not None:
+            ranks = f"ranks {pieces[0].piece.rank} and {other.piece.rank}"
+            raise wrong(f"tensor {name!r}: {ranks} encoded their slices differently", tensor=name)
+    # A tie holds where every rank that has the tensor ties it so; else it is a tensor of its own, out of the same chunks.
+    aliases = {name: found for name, (found, *more) in ((n, tuple(t)) for n, t in ties.items()) if found and not more}
+    aliases = {name: to for name, to in aliases.items() if to not in aliases and len(held[to]) == len(held[name])}
+    tensors = {name: tuple(pieces) for name, pieces in held.items() if name not in aliases}
+    return Merge(tensors, aliases, files, metadata, pages[0].codec)
+
+
+def publish(
+    storage: Storage,
+    mirrors: tuple[Storage, ...],
+    catalog: Catalog,
+    manifests: Manifests,
+    parts: Sequence[Stored],
+    *,
+    files: Source,
+    previous: Against | None,
+    fetching: Fetching,
+    limits: Limits,
+    progress: Callable[[int], None] | None,
+) -> tuple[VersionRecord, Manifest]:
+    """Publish the parts of all ranks as the next version; a session that was published already is not published again.
+
+    `files` has further files. `ConflictError` where the parts do not go together, `NotFoundError` where a pack of one
+    is gone; nothing is visible then.
+    """
+    page = parts[0].page
+    model, session = page.model, page.session
+    merge = plan_merge(parts, files.files)
+    refresh_before = time.time() - REFRESH
+    # The session goes on: garbage collection keeps what its pages name.
+    storage.create(f"{session_prefix(model, session)}publishing-{uuid.uuid4().hex}.json", b"{}")
+    _refresh(storage, parts, set(previous.manifest.packs) if previous else set(), refresh_before)
+    readers = {p.page.rank: Reader(fetching(model, p.page.manifest, storage, mirrors), None) for p in parts}
+    by_rank = {p.page.rank: p.page.manifest for p in parts}
+    cut = {name: common_chunk([h.piece for h in pieces]) for name, pieces in merge.tensors.items()}
+    anew = [_input(name, merge.tensors[name], readers, previous) for name, chunk in cut.items() if chunk is None]
+    inputs = [*anew, *plan_inputs(files, merge.codec, "auto", None)]
+    plans = {item.plan.name: item.plan for item in inputs}
+    known = known_chunks([*by_rank.values(), *([previous.manifest] if previous else [])])
+    written = PackWriter(storage, limits, known, refresh_before, progress).write(inputs)
+    joined = {name: chunk for name, chunk in cut.items() if chunk is not None and len(merge.tensors[name]) > 1}
+    digests = _digests(
+        {name: (merge.tensors[name], chunk) for name, chunk in joined.items()}, readers, limits, progress
+    )
+    builder = ManifestBuilder()
+    tensors = []
+    for name, pieces in merge.tensors.items():
+        first = pieces[0]
+        chunk = joined.get(name)
+        if cut[name] is None:
+            tensors.append(_entry(builder, plans, name, written))
+        elif chunk is None:
+            tensors.append(_renamed(builder.carry(by_rank[first.piece.rank], first.tensor), name))
+        else:
+            planes = _planes(pieces, chunk, by_rank)
+            piece = first.piece
+            tensors.append(builder.tensor(name, piece.dtype, piece.shape, chunk, first.codec, digests[name], planes))
+    own = [_entry(builder, plans, FILE + path, written) for path in files.files]
+    others = [
+        builder.carry(by_rank[rank], file) for path, (rank, file) in merge.files.items() if path not in files.files
+    ]
+    manifest = builder.build(
+        tensors, [*others, *own], aliases=dict(merge.aliases), metadata={**merge.metadata, **files.metadata}
+    )
+    entry = store_manifest(manifests, model, manifest, merge.codec, refresh_before)
+    since = min(part.modified for part in parts) - SKEW
+    record = catalog.publish_version(model, session_id(model, session), entry, since=since)
+    storage.create(published_key(model, session), encode(Published(record.version)))
+    forget(storage, model, session)
+    return record, manifest
+
+
+def forget(storage: Storage, model: str, session: str) -> None:
+    """Remove a session's pages, but for what says which version it became; `gc` removes that one later."""
+    for info in list(storage.list(session_prefix(model, session))):
+        if info.key != published_key(model, session):
+            storage.delete(info.key)
+
+
+def _renamed(tensor: Tensor, name: str) -> Tensor:
+    """The entry of a tensor under another name: a tie that only some ranks have."""
+    return Tensor(name, tensor.dtype, tensor.shape, tensor.chunk, tensor.codec, tensor.digest, tensor.planes)
+
+
+def _entry(
+    builder: ManifestBuilder, plans: Mapping[str, TensorPlan], name: str, written: Mapping[str, Written]
+) -> Tensor:
+    plan, done = plans[name], written[name]
+    return builder.tensor(
+        name.removeprefix(FILE), plan.dtype, plan.shape, plan.chunk, plan.codec, done.digest, done.planes
+    )
+
+
+def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], refresh_before: float) -> None:
+    """Make sure that every pack that pages name is there, and young enough to outlive a collection that runs now.
+
+    Those of the newest version (`live`) are kept for its sake.
+    """
+    ranks: dict[str, int] = {}
+    for part in parts:
+        for pack in part.page.manifest.packs:
+            ranks.setdefault(pack, part.page.rank)
+
+    def refresh(item: tuple[str, int]) -> None:
+        pack, rank = item
+        info = storage.info(pack_key(pack))
+        if info is None:
+            raise NotFoundError(
+                f"pack {pack_key(pack)} of the part of rank {rank} is gone: nothing was published; save that rank again",
+                model=parts[0].page.model,
+                object=pack_key(pack),
+            )
+        if info.modified < refresh_before:
+            replace_pack(storage, storage, pack)
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-parts") as pool:
+        list(pool.map(refresh, [item for item in ranks.items() if item[0] not in live]))
+
+
+class _Pieces:
+    """Reads regions of a tensor out of the slices that ranks stored."""
+
+    def __init__(self, pieces: Sequence[Held], readers: Mapping[int, Reader]) -> None:
+        self._pieces = pieces
+        self._readers = readers
+        self._kind = DTYPES[pieces[0].piece.dtype]
+        self._regions = np.array([one.piece.region for one in pieces], np.int64).reshape(len(pieces), -1, 2)
+
+    def read(self, region: Region, out: Bytes) -> None:
+        """The region's raw bytes into `out`."""
+        wanted = np.array(region, np.int64).reshape(-1, 2)
+        touched = (self._regions[:, :, 0] < wanted[:, 1]) & (wanted[:, 0] < self._regions[:, :, 1])
+        box: Any = out.view(f"V{self._kind.itemsize}").reshape(extent(region))
+        for at in np.flatnonzero(touched.all(axis=1)).tolist():
+            piece, tensor = self._pieces[at].piece, self._pieces[at].tensor
+            both = intersect(piece.region, region)
+            assert both is not None, "regions that overlap in every dimension share elements"
+            reader = self._readers[piece.rank]
+            if both == region:
+                reader.read_into(tensor, shift(both, piece.region), out)
+                return
+            values = reader.region(tensor, shift(both, piece.region))
+            box[slices(shift(both, region))] = values.view(box.dtype).reshape(extent(both))
+
+
+def _input(name: str, pieces: Sequence[Held], readers: Mapping[int, Reader], previous: Against | None) -> Input:
+    """A tensor that is to be cut anew, read from its slices."""
+    first = pieces[0]
+    piece = first.piece
+    before = previous.manifest.by_name.get(name) if previous else None
+    like = before.chunk if before and (before.shape, before.dtype) == (piece.shape, piece.dtype) else None
+    plan = plan_tensor(name, piece.dtype, piece.shape, first.codec, like=like)
+    return Input(plan, make_codec(first.codec.name, first.codec.params), _Pieces(pieces, readers).read)
+
+
+def _planes(
+    pieces: Sequence[Held], chunk: Shape, manifests: Mapping[int, Manifest]
+) -> dict[str, list[tuple[bytes, Location]]]:
+    """The planes of a tensor whose slices kept to one cut: every rank's chunks at their places in the whole grid."""
+    shape = pieces[0].piece.shape
+    empty: tuple[bytes, Location] = (b"", ("", 0, 0))
+    planes = {plane.name: [empty] * grid.count(shape, chunk) for plane in pieces[0].tensor.planes}
+    for held in pieces:
+        manifest = manifests[held.piece.rank]
+        for plane in held.tensor.planes:
+            rows = range(plane.first, plane.first + held.tensor.chunks)
+            for at, row in zip(cells(held.piece, chunk).tolist(), rows, strict=True):
+                pack = manifest.packs[int(manifest.pack[row])]
+                where = pack, int(manifest.offset[row]), int(manifest.length[row])
+                planes[plane.name][at] = manifest.digest(row), where
+    return planes
+
+
+def _digests(
+    tensors: Mapping[str, tuple[Sequence[Held], Shape]],
+    readers: Mapping[int, Reader],
+    limits: Limits,
+    progress: Callable[[int], None] | None,
+) -> dict[str, str]:
+    """BLAKE3 of the raw bytes of tensors that came in slices, several tensors side by side."""
+    threads = max(1, min(limits.threads or os.cpu_count() or 1, len(tensors) or 1))
+    limit = limits.memory // (4 * threads)
+
+    def digest(item: tuple[Sequence[Held], Shape]) -> str:
+        pieces, chunk = item
+        piece, hasher = pieces[0].piece, blake3()
+        read = _Pieces(pieces, readers).read
+        itemsize = DTYPES[piece.dtype].itemsize
+        for region in grid.runs(piece.shape, chunk, itemsize, limit):
+            values = np.empty(int(np.prod(extent(region), dtype=np.int64)) * itemsize, np.uint8)
+            read(region, values)
+            hasher.update(view(values))
+            if progress:
+                progress(len(values))
+        return hasher.hexdigest()
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="modelstore-parts") as pool:
+        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))

@@ -1,0 +1,280 @@
+"""Parts of a version that several processes save, each its own: packs, and a page that says what lies where.
+
+A session's pages lie at `jobs/<id of model and session>/<rank>/<number>.json`, create-only, the newest of a rank first in a
+listing: a rank that is run again after a crash adds a page, which counts from then on, and nothing is changed in place. As
+they are in a job's folder, what they name is kept by garbage collection as long as the session goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import msgspec
+
+from modelstore.codecs.registry import codec as make_codec
+from modelstore.errors import ConflictError, FormatError, NotFoundError
+from modelstore.execute.encoding import Input
+from modelstore.execute.journal import Journal, job_id
+from modelstore.execute.reading import Limits
+from modelstore.execute.saving import REFRESH, Against, manifest_of, plan_inputs
+from modelstore.execute.writing import PackWriter, Tally, known_chunks
+from modelstore.format.manifest import FORMAT, MAX_MANIFEST, CodecSpec, Count, Manifest, first_problem
+from modelstore.format.manifest_builder import Location
+from modelstore.format.record import JOBS, ascending, descending, pack_key
+from modelstore.format.region import Shape, check, extent
+from modelstore.plan.parts import shared_chunk
+from modelstore.plan.write import TensorPlan, plan_tensor
+from modelstore.sources.slices import PartSource, Place
+from modelstore.storage.base import Storage
+
+CODECS = ("lossless", "raw")
+MAX_RANKS = 100_000
+T = TypeVar("T")
+encode = msgspec.json.Encoder(order="deterministic").encode
+
+
+class SlicePlace(msgspec.Struct, frozen=True, array_like=True):
+    """Where a rank's tensor lies in the whole one, and the cut that it kept to; None where it was cut by itself."""
+
+    shape: tuple[Count, ...]
+    region: tuple[tuple[Count, Count], ...]
+    chunk: tuple[Count, ...] | None
+
+
+class PartPage(msgspec.Struct, frozen=True):
+    """What one rank stored: a manifest of its own tensors, of which those in `slices` are boxes of larger ones."""
+
+    format: int
+    model: str
+    session: str
+    rank: Count
+    ranks: Count
+    codec: str
+    slices: dict[str, SlicePlace]
+    manifest: Manifest
+
+
+class Published(msgspec.Struct, frozen=True):
+    """What is left of a session when it is done: the version that it became."""
+
+    version: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A page in the store: its key, when it was written (Unix seconds by the storage's clock), what it says."""
+
+    key: str
+    modified: float
+    page: PartPage
+
+
+def session_id(model: str, session: str) -> str:
+    """The name of a session's folder under `jobs/`."""
+    return job_id(("parts", model, session))
+
+
+def session_prefix(model: str, session: str) -> str:
+    """Where all of a session lies."""
+    return f"{JOBS}{session_id(model, session)}/"
+
+
+def published_key(model: str, session: str) -> str:
+    """Where it is said which version a session became."""
+    return f"{session_prefix(model, session)}published.json"
+
+
+def save_part(
+    storage: Storage,
+    model: str,
+    part: PartSource,
+    *,
+    session: str,
+    rank: int,
+    ranks: int,
+    codec: str,
+    earlier: Sequence[Against],
+    limits: Limits,
+    progress: Callable[[int], None] | None,
+) -> tuple[PartPage, Tally]:
+    """Store one rank's tensors and its page; what was written. Nothing is visible before the session is published.
+
+    Chunks of the `earlier` versions are referred to, and so are those that an earlier run of the same rank stored.
+    `ConflictError` where the session was published already.
+    """
+    done = published(storage, model, session)
+    if done is not None:
+        raise ConflictError(
+            f"session {session!r} of model {model!r} was published as version {done}: give a new one another name",
+            model=model,
+        )
+    manifests = [against.manifest for against in earlier]
+    refresh_before = time.time() - REFRESH
+    before = _newest(storage, model, session, rank)
+    tally = Tally()
+    slices: dict[str, SlicePlace] = {}
+    inputs = []
+    for item in plan_inputs(part.source, codec, "auto", None, manifests):
+        place = part.places.get(item.plan.name)
+        if place is not None:
+            item, slices[item.plan.name] = _slice_input(item, place, codec, ranks, manifests)
+        inputs.append(item)
+    journal = Journal(storage, job_id(("part", model, session, str(rank))))
+    _, stored = journal.finished(refresh_before)
+    known = known_chunks(manifests) | (_still_there(storage, before.page, refresh_before) if before else {}) | stored
+    if stored:
+        journal.note({}, ())  # a fresh page: what the journal names is kept while this goes on
+    written = PackWriter(storage, limits, known, refresh_before, progress, journal.note, tally).write(inputs)
+    manifest = manifest_of(part.source, inputs, written)
+    for alias, name in part.source.aliases.items():
+        if name in slices:
+            slices[alias] = slices[name]
+    page = PartPage(FORMAT, model, session, rank, ranks, codec, slices, manifest)
+    problem = page_problem(page)
+    if problem:
+        raise FormatError(
+            f"the part of rank {rank} of model {model!r} cannot be stored ({problem}): change or leave out what is named",
+            model=model,
+        )
+    _write(storage, page, before, refresh_before)
+    journal.clear()
+    return page, tally
+
+
+def _slice_input(
+    item: Input, place: Place, codec: str, ranks: int, earlier: Sequence[Manifest]
+) -> tuple[Input, SlicePlace]:
+    """The input of a slice, cut so that it fits the other ranks' slices where that can be."""
+    plan, spec = item.plan, CodecSpec(codec)
+    like = None
+    for manifest in reversed(earlier):
+        tensor = manifest.by_name.get(plan.name)
+        if tensor is not None and (tensor.shape, tensor.dtype) == (place.shape, plan.dtype):
+            like = tensor.chunk
+    chunk = shared_chunk(place.shape, place.region, plan.itemsize, ranks, like)
+    if chunk is None:
+        own = plan_tensor(plan.name, plan.dtype, plan.shape, spec)
+    else:
+        own = TensorPlan(plan.name, plan.dtype, plan.shape, _within(chunk, plan.shape), spec)
+    return replace(item, plan=own, codec=make_codec(codec)), SlicePlace(place.shape, place.region, chunk)
+
+
+def _within(chunk: Shape, shape: Shape) -> Shape:
+    """A cut of the whole tensor as it cuts a slice."""
+    return tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
+
+
+def _still_there(storage: Storage, page: PartPage, written_since: float) -> dict[bytes, Location]:
+    """Where the chunks of an earlier page lie, but for those of packs that are gone, or may be about to be collected."""
+    there = {}
+    for pack in page.manifest.packs:
+        info = storage.info(pack_key(pack))
+        there[pack] = info is not None and info.modified >= written_since
+    return {digest: at for digest, at in known_chunks([page.manifest]).items() if there[at[0]]}
+
+
+def _write(storage: Storage, page: PartPage, before: Stored | None, refresh_before: float) -> None:
+    """Make a page the newest of its rank, unless that is a fresh one that says the same."""
+    if before is not None and before.page == page and before.modified >= refresh_before:
+        return
+    prefix = f"{session_prefix(page.model, page.session)}{page.rank:08d}/"
+    number = _number(before.key) if before is not None else 0
+    data = encode(page)
+    while True:
+        number += 1
+        if storage.create(f"{prefix}{descending(number)}.json", data):
+            return
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def published(storage: Storage, model: str, session: str) -> int | None:
+    """The version that a session became, None where it was not published (or that was forgotten since)."""
+    key = published_key(model, session)
+    try:
+        return _decode(storage.get(key), Published, key).version
+    except NotFoundError:
+        return None
+
+
+def read_parts(storage: Storage, model: str, session: str, ranks: int) -> list[Stored]:
+    """The newest page of every rank, in their order; `NotFoundError` names those that have none."""
+    with ThreadPoolExecutor(16, thread_name_prefix="modelstore-parts") as pool:
+        found = list(pool.map(lambda rank: _newest(storage, model, session, rank), range(ranks)))
+    missing = [str(rank) for rank, one in enumerate(found) if one is None]
+    if missing:
+        names = f"{', '.join(missing[:8])}{' …' if len(missing) > 8 else ''}"
+        raise NotFoundError(
+            f"session {session!r} of model {model!r} has no part of rank {names} of {ranks}: nothing was published; "
+            f"publish when save_part has returned on every rank",
+            model=model,
+        )
+    stored = [one for one in found if one is not None]
+    for one in stored:
+        if one.page.ranks != ranks:
+            raise ConflictError(
+                f"rank {one.page.rank} of session {session!r} of model {model!r} was saved as one of {one.page.ranks} ranks, "
+                f"not of {ranks}: give all the same number, or use another session",
+                model=model,
+            )
+    return stored
+
+
+def _newest(storage: Storage, model: str, session: str, rank: int) -> Stored | None:
+    prefix = f"{session_prefix(model, session)}{rank:08d}/"
+    for info in storage.list(prefix, limit=1):
+        if info.size > MAX_MANIFEST:
+            raise _invalid(info.key, f"it has {info.size} bytes")
+        page = _decode(storage.get(info.key), PartPage, info.key)
+        if (page.format, page.model, page.session, page.rank) != (FORMAT, model, session, rank):
+            raise _invalid(info.key, "it speaks of another part, or is of another format")
+        problem = page_problem(page)
+        if problem:
+            raise _invalid(info.key, problem)
+        return Stored(info.key, info.modified, page)
+    return None
+
+
+def page_problem(page: PartPage) -> str | None:
+    """What is wrong with a page's content, None where nothing is."""
+    problem = first_problem(page.manifest)
+    if problem:
+        return problem
+    known = page.manifest.by_name
+    for name, place in page.slices.items():
+        tensor = known.get(name)
+        if tensor is None:
+            return f"slice {name[:80]!r} is of no tensor"
+        try:
+            check(place.region, place.shape)
+        except ValueError as error:
+            return f"slice {name[:80]!r}: {error}"
+        fits = place.chunk is None or (
+            len(place.chunk) == len(place.shape) and _within(place.chunk, tensor.shape) == tensor.chunk
+        )
+        if extent(place.region) != tensor.shape or not fits or 0 in tensor.shape:
+            return f"slice {name[:80]!r} does not fit its tensor"
+    return None
+
+
+def _number(key: str) -> int:
+    number = ascending(key.rpartition("/")[2].removesuffix(".json"))
+    if number is None:
+        raise _invalid(key, "its name is no number")
+    return number
+
+
+def _decode(data: bytes, kind: type[T], key: str) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _invalid(key, str(error)) from None
+
+
+def _invalid(key: str, what: str) -> FormatError:
+    return FormatError(f"object {key} is not a valid part ({what}): remove it, and save that rank again", object=key)
