@@ -150,7 +150,8 @@ def balanced(
     """The view with corrections by which every member's bytes are at most `within` above its share, as far as possible.
 
     Chance gives some of n members, with s sections each, more than others: about sqrt(2 ln(n) / s) more. Here shares are
-    multiplied by what is missing, again and again (at most 8 times), until these very keys are even. So readers need no
+    multiplied by the root of what is missing, again and again (at most 8 times), until these very keys are even; the whole
+    of it overshoots where a member has few. Later keys fall as corrections say, so these want renewing. Readers need no
     table of where things are, as they would for placement with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2016): the
     view alone still says it. The best view found is returned; the same one, with its epoch, where nothing is better.
     """
@@ -167,7 +168,7 @@ def balanced(
         if best <= 1 + within:
             break
         corrections = np.array([m.correction for m in view.members])
-        corrections[active] = np.array([m.correction for m in now.members])[active] / np.maximum(ratio, 1e-3)
+        corrections[active] = np.array([m.correction for m in now.members])[active] / np.sqrt(np.maximum(ratio, 1e-3))
         corrections[active] /= np.average(corrections[active], weights=wanted[active])  # newcomers have 1
         corrections = np.clip(corrections, 1 / _CORRECTION, _CORRECTION)
         pairs = zip(view.members, corrections.tolist(), strict=True)
