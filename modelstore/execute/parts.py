@@ -8,7 +8,7 @@ they are in a job's folder, what they name is kept by garbage collection as long
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -21,7 +21,7 @@ from modelstore.execute.encoding import Input
 from modelstore.execute.journal import Journal, job_id
 from modelstore.execute.reading import Limits
 from modelstore.execute.saving import REFRESH, Against, manifest_of, plan_inputs
-from modelstore.execute.writing import PackWriter, Tally, known_chunks
+from modelstore.execute.writing import PackWriter, Placed, Tally, Written, known_chunks
 from modelstore.format.manifest import FORMAT, MAX_MANIFEST, CodecSpec, Count, Manifest, first_problem
 from modelstore.format.manifest_builder import Location
 from modelstore.format.record import JOBS, ascending, descending, pack_key
@@ -128,7 +128,12 @@ def save_part(
     known = known_chunks(manifests) | (_still_there(storage, before.page, refresh_before) if before else {}) | stored
     if stored:
         journal.note({}, ())  # a fresh page: what the journal names is kept while this goes on
-    written = PackWriter(storage, limits, known, refresh_before, progress, journal.note, tally).write(inputs)
+
+    def note(done: Mapping[str, Written], chunks: Sequence[Placed]) -> None:
+        if tally.stored:  # else there is nothing yet that another run could do without storing it
+            journal.note(done, chunks)
+
+    written = PackWriter(storage, limits, known, refresh_before, progress, note, tally).write(inputs)
     manifest = manifest_of(part.source, inputs, written)
     for alias, name in part.source.aliases.items():
         if name in slices:

@@ -54,11 +54,12 @@ def _cell(n: int, start: int, stop: int, ranks: int) -> int | None:
     """The length of the parts that a dimension was split into, of which (start, stop) is one."""
     if (start, stop) == (0, n):
         return n
-    for ways in range(2, ranks + 1):
-        part = -(-n // ways)
-        if start % part == 0 and stop == min(n, start + part):
-            return part
-    return None
+    ways = (
+        ranks,
+        *range(2, ranks),
+    )  # first into as many parts as there are ranks: else the last part may fit two splits
+    parts = [part for part in (-(-n // w) for w in ways) if start % part == 0 and stop == min(n, start + part)]
+    return parts[0] if parts else None
 
 
 def _cut(cell: Shape, split: Sequence[int], itemsize: int) -> Shape:
