@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.measure import Row, Setting, Timer, fresh, seconds, turns
+from benchmarks.measure import Row, Setting, Timer, fresh, seconds, turns, wait_for_quiet
 
 MEMBERS, CHUNKS, REPLICAS, ZONES = 1_000, 1_000_000, 2, 3
 MIB = 1 << 20
@@ -159,6 +159,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for members in (10, 100, 1_000, 10_000):
+        wait_for_quiet(60)
         it = fresh("benchmarks.placement:planned", members=members, chunks=CHUNKS)
         print(
             f"| {members:,} | {it['seconds']:.2f} | {it['holders']:.2f} | {it['distinct']:.2f} | {it['moved']:.2f}"
