@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from modelstore.client.clustered import Clustered
 from modelstore.client.compressing import Compressing
 from modelstore.client.evaluating import Evaluating
+from modelstore.client.following import Following
 from modelstore.client.keeping import Keeping
 from modelstore.client.parts import Parts
 from modelstore.execute.loading import LazyTensor
@@ -21,7 +22,7 @@ from modelstore.execute.saving import check_options, save
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.region import nbytes
-from modelstore.plan.layout import Layout, Regions
+from modelstore.plan.layout import Shard, as_layout
 from modelstore.sources.open import open_source
 from modelstore.storage.open import open_storage
 from modelstore.store.compare import diff
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
     from modelstore.integrations.zarr import ModelArrays
     from modelstore.sources.open import Openable
-
-Shard = Layout | Mapping[str, Any]
 
 
 def open(
@@ -72,7 +71,7 @@ def open(
     return Store(storage, copies, memory=memory, threads=threads, session=session, source=source)
 
 
-class Store(Clustered, Compressing, Evaluating, Keeping, Parts):
+class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
     """A store of models over a storage. Made by `modelstore.open`; may be used from many threads."""
 
     # ------------------------------------------------------------------ saving
@@ -160,7 +159,7 @@ class Store(Clustered, Compressing, Evaluating, Keeping, Parts):
                 "mmap=True maps tensors as they are stored, in their own dtypes: leave dequantize=False out"
             )
         model = self._readable(parse_reference(ref))
-        shares = model.shares(_layout(shard), names)
+        shares = model.shares(as_layout(shard), names)
         if mmap:
             mapped = model.map(shares) if self._session is None else self._mapped(parse_reference(ref), model, shares)
             return mapped if str(device) == "cpu" else {name: tensor.to(device) for name, tensor in mapped.items()}
@@ -186,7 +185,7 @@ class Store(Clustered, Compressing, Evaluating, Keeping, Parts):
         `dequantize`, and variants that are not stored, as for `load`.
         """
         model = self._readable(parse_reference(ref))
-        shares = model.shares(_layout(shard), names)
+        shares = model.shares(as_layout(shard), names)
         if not dequantize:
             from modelstore.compress.taking import stream_parts
 
@@ -208,7 +207,7 @@ class Store(Clustered, Compressing, Evaluating, Keeping, Parts):
         """
         model = self._readable(parse_reference(ref))
         metered = meter(progress, model.manifest.nbytes, f"loading {ref}")
-        model.load_into(module, self._limits(), shard=_layout(shard), strict=strict, progress=metered)
+        model.load_into(module, self._limits(), shard=as_layout(shard), strict=strict, progress=metered)
 
     def tensor(self, ref: str, name: str) -> LazyTensor:
         """A tensor to be sliced: `store.tensor(ref, name)[a:b, c:d]` reads only the chunks that it touches."""
@@ -321,7 +320,3 @@ class Store(Clustered, Compressing, Evaluating, Keeping, Parts):
     def diff(self, a: str, b: str) -> results.Diff:
         """What differs between two variants: tensors by name, chunks, and bytes that only the second one has."""
         return diff(self._manifest(parse_reference(a)), self._manifest(parse_reference(b)))
-
-
-def _layout(shard: Shard | None) -> Layout | None:
-    return Regions(shard) if isinstance(shard, Mapping) else shard

@@ -8,7 +8,17 @@
 """
 
 from modelstore.plan.layout_pipeline import Layers, PipelineStage
-from modelstore.plan.layout_share import Both, Config, Layout, Regions, Share, Tensors, whole
+from modelstore.plan.layout_share import (
+    Both,
+    Config,
+    Layout,
+    Regions,
+    Shard,
+    Share,
+    Tensors,
+    as_layout,
+    whole,
+)
 from modelstore.plan.layout_tensor import ExpertParallel, TensorParallel, axes, tensor_parallel_axis
 
 __all__ = [
@@ -19,9 +29,11 @@ __all__ = [
     "Layout",
     "PipelineStage",
     "Regions",
+    "Shard",
     "Share",
     "TensorParallel",
     "Tensors",
+    "as_layout",
     "axes",
     "tensor_parallel_axis",
     "whole",

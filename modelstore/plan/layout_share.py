@@ -164,3 +164,11 @@ def _region(name: str, index: Any, shape: Shape) -> Region:
     if dropped:
         raise ValueError(f"{name}: {index!r} drops a dimension; give a range of length 1 (i:i+1) instead")
     return region
+
+
+Shard = Layout | Mapping[str, Any]
+
+
+def as_layout(shard: Shard | None) -> Layout | None:
+    """A layout; a mapping of names to regions is one, too."""
+    return Regions(shard) if isinstance(shard, Mapping) else shard

@@ -139,6 +139,14 @@ class Catalog:
         heads = [self._tag_head(model, tag) for tag in self._storage.folders(rec.tags_prefix(model))]
         return {head.tag: head.version for head in heads if head and head.version}
 
+    def head(self, model: str, tag: str | None = None) -> str | None:
+        """The key of the newest record of a model, or of one of its tags; None where there is none.
+
+        One request. As long as it is the same key, the newest version, or what the tag names, is the same.
+        """
+        prefix = rec.versions_prefix(model) if tag is None else rec.tag_key(model, tag, 1).rpartition("/")[0] + "/"
+        return next((info.key for info in self._storage.list(prefix, limit=1)), None)
+
     # ------------------------------------------------------------------ publishing
 
     def publish_version(

@@ -1,0 +1,87 @@
+"""What a store can do for models that change: say when a version comes, and move memory from version to version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from modelstore.client.base import Base
+from modelstore.execute.progress import Progress
+from modelstore.execute.together import Together
+from modelstore.format.names import check_model, check_word, parse_reference
+from modelstore.plan.layout import Shard, as_layout
+from modelstore.store.watch import Watch
+
+if TYPE_CHECKING:
+    import torch
+
+    from modelstore.client.live import Live
+    from modelstore.execute.loading import Model
+
+
+class Following(Base):
+    """The part of a store that follows models over time."""
+
+    def watch(self, name: str, *, tag: str | None = None, poll: float = 1.0, since: int | None = None) -> Watch:
+        """An iterator that gives each version of a model as it becomes the newest, or the one that `tag` names.
+
+        It begins with what is there, unless that is version `since`, and blocks until there is another; `close()`, also from
+        another thread, ends it. A look every `poll` seconds, one request each. A model that is not there is waited for.
+        """
+        check_model(name)
+        if tag is not None:
+            check_word(tag, "tag")
+        return Watch(self._catalog, name, tag, poll, since)
+
+    def follow(
+        self,
+        ref: str,
+        *,
+        shard: Shard | None = None,
+        names: Iterable[str] | None = None,
+        device: str | torch.device = "cpu",
+        into: torch.nn.Module | None = None,
+        progress: Progress | None = None,
+    ) -> Live:
+        """A variant's tensors in memory, that can be swapped for those of another version: `swap_to`, `rollback`.
+
+        `shard`, `names` and `device` as for `load`, for every version. `into`: a module whose parameters and buffers become
+        these tensors, and are exchanged with each swap; run it within `with live.reading():`. Its parameters become new
+        objects, so optimizers and captured graphs are not for it. Only stored variants can be followed.
+        """
+        import torch
+
+        from modelstore.client.live import Live
+
+        parsed = parse_reference(ref)
+
+        def resolve(version: int | None) -> int:
+            self._catalog.open()
+            return self._catalog.resolve(
+                parsed if version is None else replace(parsed, version=version, tag=None)
+            ).version
+
+        def opened(version: int) -> Model:
+            return self._model(replace(parsed, version=version, tag=None))
+
+        return Live(
+            parsed.name,
+            resolve,
+            opened,
+            self._limits,
+            shard=as_layout(shard),
+            names=names,
+            device=torch.device(device),
+            module=into,
+            progress=progress,
+        )
+
+    def together(self, session: str, *, rank: int, ranks: int, timeout: float = 60.0) -> Together:
+        """A vote for `Live.swap_to(…, together=…)`: `ranks` processes swap all, or none does.
+
+        `session` names this swap among all ranks, such as f"swap-{version}", and is used for no other, nor for a second
+        attempt. A rank that dies, or is not ready within `timeout` seconds, keeps all from it.
+        """
+        self._catalog.open()
+        return Together(self._storage, session, rank=rank, ranks=ranks, timeout=timeout)

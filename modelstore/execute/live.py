@@ -1,0 +1,206 @@
+"""Versions of a model in memory, each made of the one before: what is the same is shared, what changed is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from modelstore.execute.loading import Model
+from modelstore.execute.pages import Image, Overlay
+from modelstore.execute.reading import Limits
+from modelstore.format.buffers import Bytes
+from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.region import Region, extent, slices
+from modelstore.plan.layout import Share
+from modelstore.plan.read import Want
+from modelstore.plan.update import Slot, Update, boxes, plan_update, stored_bytes, touching
+
+if TYPE_CHECKING:
+    import torch
+
+_IMAGE = 64 << 20  # bytes of tensors that share an image: what an image holds for one of them, it holds for all
+_IMAGES = 128  # images of a model, tensors above their size aside: each is an open file
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The values of a slot; on the host also the image that they are seen through, and which chunks are not as there."""
+
+    tensor: torch.Tensor
+    buffer: Bytes | None = None
+    image: Image | None = None
+    start: int = 0
+    apart: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Held:
+    """One version in memory."""
+
+    manifest: Manifest
+    cells: Mapping[Slot, Cell] = field(default_factory=dict)
+
+
+def plan(old: Held | None, model: Model, wanted: Iterable[Slot]) -> Update:
+    """What is to be read of `model`, where `old` is held."""
+    slots = tuple(dict.fromkeys(wanted))
+    return plan_update(old.manifest, old.cells, model.manifest, slots) if old is not None else Update(read=slots)
+
+
+def fetched(manifest: Manifest, update: Update) -> int:
+    """Stored bytes that an update reads."""
+    whole = {(name, share): touching(manifest.by_name[name], share).tolist() for name, share in update.read}
+    parts = {slot: chunks for slot, (_, chunks) in update.patched.items()}
+    return sum(stored_bytes(manifest, manifest.by_name[slot[0]], chunks) for slot, chunks in (whole | parts).items())
+
+
+def advance(
+    old: Held | None,
+    model: Model,
+    update: Update,
+    limits: Limits,
+    *,
+    device: torch.device,
+    progress: Callable[[int], None] | None = None,
+) -> Held:
+    """The version that `update` makes of `old`, whose own values stay as they are."""
+    before = old.cells if old is not None else {}
+    begin = _begin_on_host if device.type == "cpu" else _begin_on_device
+    cells = {slot: before[source] for slot, source in update.same.items()}
+    cells |= begin(before, model, update, limits, device, progress)
+    _patch(cells, model, update, limits, progress)
+    return Held(model.manifest, cells)
+
+
+# ---------------------------------------------------------------------- new tensors, changed chunks not yet read
+
+
+def _begin_on_host(
+    before: Mapping[Slot, Cell],
+    model: Model,
+    update: Update,
+    limits: Limits,
+    device: torch.device,  # noqa: ARG001
+    progress: Callable[[int], None] | None,
+) -> dict[Slot, Cell]:
+    by_name = model.manifest.by_name
+    overlays: dict[int, Overlay] = {}
+    cells: dict[Slot, Cell] = {}
+    copied: dict[Slot, Bytes] = {}  # into an image of their own: more than half is not as in the old one
+    for slot, (source, chunks) in update.patched.items():
+        cell, tensor = before[source], by_name[slot[0]]
+        assert cell.image is not None
+        assert cell.buffer is not None
+        apart = cell.apart | set(chunks)
+        if 2 * len(apart) > len(touching(tensor, slot[1])):
+            copied[slot] = cell.buffer
+            continue
+        overlay = overlays.setdefault(id(cell.image), cell.image.overlay())
+        buffer = overlay.buffer(cell.start, len(cell.buffer))
+        for chunk in cell.apart - set(chunks):
+            for _, inner in boxes(tensor, slot[1], chunk):
+                _elements(buffer, slot, tensor)[slices(inner)] = _elements(cell.buffer, slot, tensor)[slices(inner)]
+        cells[slot] = Cell(_tensor(buffer, slot, tensor), buffer, cell.image, cell.start, apart)
+    fresh = _imaged((*copied, *update.read), by_name)
+    for slot, buffer in copied.items():
+        filled = fresh[slot].buffer
+        assert filled is not None
+        filled[:] = buffer
+    wants = [Want(by_name[name], share) for name, share in update.read]
+
+    def allocate(index: int, nbytes: int) -> Bytes:  # noqa: ARG001
+        filled = fresh[update.read[index]].buffer
+        assert filled is not None
+        return filled
+
+    for _ in model.reader.stream(wants, limits, allocate=allocate, bounded=False, progress=progress):
+        pass
+    return cells | fresh
+
+
+def _imaged(slots: Iterable[Slot], by_name: Mapping[str, Tensor]) -> dict[Slot, Cell]:
+    """Memory for tensors, in images of not too many bytes, and not too many of them."""
+    sizes = {slot: Want(by_name[slot[0]], slot[1]).nbytes for slot in slots}
+    limit = max(_IMAGE, sum(sizes.values()) // _IMAGES)
+    groups: list[list[Slot]] = []
+    room = 0
+    for slot, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(slot)
+        room -= size
+    cells: dict[Slot, Cell] = {}
+    for group in groups:
+        image = Image([sizes[slot] for slot in group])
+        for slot, buffer, start in zip(group, image.buffers, image.starts, strict=True):
+            cells[slot] = Cell(_tensor(buffer, slot, by_name[slot[0]]), buffer, image, start)
+    return cells
+
+
+def _begin_on_device(
+    before: Mapping[Slot, Cell],
+    model: Model,
+    update: Update,
+    limits: Limits,
+    device: torch.device,
+    progress: Callable[[int], None] | None,
+) -> dict[Slot, Cell]:
+    cells = {slot: Cell(before[source].tensor.clone()) for slot, (source, _) in update.patched.items()}
+    names: dict[str, list[Slot]] = {slot[0]: [] for slot in update.read}
+    for slot in update.read:
+        names[slot[0]].append(slot)
+    for turn in range(max(map(len, names.values()), default=0)):  # names are those of slots; one slot of each at a time
+        slots = {name: held[turn] for name, held in names.items() if turn < len(held)}
+        shares = {name: slot[1] for name, slot in slots.items()}
+        for name, tensor in model.stream(shares, limits, device=device, progress=progress):
+            cells[slots[name]] = Cell(tensor)
+    return cells
+
+
+# ---------------------------------------------------------------------- changed chunks
+
+
+def _patch(
+    cells: Mapping[Slot, Cell],
+    model: Model,
+    update: Update,
+    limits: Limits,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Read what changed of tensors that changed in part, into their place."""
+    wants: list[Want] = []
+    places: list[tuple[Slot, Region]] = []
+    for slot, (_, chunks) in update.patched.items():
+        tensor = model.manifest.by_name[slot[0]]
+        for chunk in chunks:
+            for region, inner in boxes(tensor, slot[1], chunk):
+                wants.append(Want(tensor, Share(tuple((pair,) for pair in region))))
+                places.append((slot, inner))
+    for index, data in model.reader.stream(wants, limits, progress=progress):
+        slot, inner = places[index]
+        cell, tensor = cells[slot], wants[index].tensor
+        if cell.buffer is not None:
+            box = data.view(f"V{tensor.kind.itemsize}").reshape(extent(inner))
+            _elements(cell.buffer, slot, tensor)[slices(inner)] = box
+        else:
+            cell.tensor[slices(inner)] = _boxed(data, tensor, inner).to(cell.tensor.device)
+
+
+def _boxed(data: Bytes, tensor: Tensor, region: Region) -> torch.Tensor:
+    from modelstore.execute import tensors as ten
+
+    return ten.to_torch(data, tensor.dtype, extent(region))
+
+
+def _tensor(buffer: Bytes, slot: Slot, tensor: Tensor) -> torch.Tensor:
+    from modelstore.execute import tensors as ten
+
+    return ten.to_torch(buffer, tensor.dtype, slot[1].shape)
+
+
+def _elements(buffer: Bytes, slot: Slot, tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.void]]:
+    return buffer.view(f"V{tensor.kind.itemsize}").reshape(slot[1].shape)
