@@ -57,6 +57,8 @@ class Following(Base):
         parsed = parse_reference(ref)
 
         def resolve(version: int | None) -> int:
+            if version is not None and not isinstance(version, int):
+                raise TypeError(f"a version is a number, not {version!r}")
             self._catalog.open()
             return self._catalog.resolve(
                 parsed if version is None else replace(parsed, version=version, tag=None)

@@ -22,6 +22,7 @@ from modelstore.compress.job import Portion, encode
 from modelstore.errors import CancelledError, ModelStoreError, StorageError
 from modelstore.execute.reading import Limits
 from modelstore.format.manifest import CodecSpec, Manifest
+from modelstore.format.record import manifest_key
 from modelstore.format.results import JobStatus
 from modelstore.plan.placement import View, holders
 
@@ -145,9 +146,11 @@ def _encode(
     portion: Portion,
     earlier: tuple[tuple[str, str], ...],
 ) -> int:
-    """A worker's part: read through the cluster, encode, write packs, note them. Bytes stored anew."""
-    original = opened(Session(), source, model, digest)
+    """A worker's part: read, encode, write packs, note them. Bytes stored anew."""
     storage, manifests = storage_of(source)
+    # Each chunk is read once: hosts would only copy what a file system gives.
+    local = storage.path(manifest_key(model, digest)) is not None
+    original = opened(None if local else Session(), source, model, digest)
     known = [manifests.read(name, manifest) for name, manifest in earlier]
     limits = Limits(WORKER_MEMORY, threads=1)
     return encode(storage, portion, original.manifest, original.reader, config, earlier=known, limits=limits).stored

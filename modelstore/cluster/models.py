@@ -8,16 +8,21 @@ import msgspec
 
 from modelstore.cluster.pieces import Source
 from modelstore.cluster.reading import ClusterFetching, Holding
+from modelstore.execute.fetch import Fetcher
 from modelstore.execute.loading import Model
 from modelstore.storage.base import Storage
 from modelstore.store.manifests import Manifests
 
 
-def opened(holding: Holding, source: Source, name: str, digest: str) -> Model:
-    """The model of a manifest, whose chunks come through `holding`. Storages and manifests are kept for the next time."""
+def opened(holding: Holding | None, source: Source, name: str, digest: str) -> Model:
+    """The model of a manifest, whose chunks come through `holding`, or from the storage itself without one.
+
+    Storages and manifests are kept for the next time.
+    """
     storage, manifests = storage_of(source)
     manifest = manifests.read(name, digest)
-    return Model(storage, (), manifests, name, manifest, fetching=ClusterFetching(holding, source))
+    fetching = Fetcher if holding is None else ClusterFetching(holding, source)
+    return Model(storage, (), manifests, name, manifest, fetching=fetching)
 
 
 def storage_of(source: Source) -> tuple[Storage, Manifests]:
