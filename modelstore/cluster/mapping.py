@@ -9,6 +9,8 @@ from modelstore.cluster.images import open_image
 from modelstore.cluster.pieces import Source
 from modelstore.errors import UnsupportedError
 from modelstore.execute.loading import Model
+from modelstore.execute.memory import fault_ahead
+from modelstore.format.buffers import Bytes
 from modelstore.format.region import slices
 from modelstore.plan.layout import Share
 
@@ -28,14 +30,16 @@ def mapped(
     from modelstore.execute import tensors as ten
 
     path = session.image(source, model.name, digest, model.manifest)
-    whole = {
-        tensor.name: ten.to_torch(data, tensor.dtype, tensor.shape) for tensor, data in open_image(path, model.manifest)
-    }
+    images = {tensor.name: (tensor, data) for tensor, data in open_image(path, model.manifest)}
+    whole = {name: ten.to_torch(data, tensor.dtype, tensor.shape) for name, (tensor, data) in images.items()}
     found = {}
+    entire: dict[str, Bytes] = {}
     for name, share in shares.items():
-        tensor = whole[model.tensor(name).name]
+        own = model.tensor(name).name
+        tensor = whole[own]
         if share.shape == tuple(tensor.shape):
             found[name] = tensor
+            entire[own] = images[own][1]
             continue
         pieces = list(share.pieces())
         if len(pieces) != 1:
@@ -44,4 +48,5 @@ def mapped(
                 tensor=name,
             )
         found[name] = tensor[slices(pieces[0][0])]
+    fault_ahead(list(entire.values()))
     return found

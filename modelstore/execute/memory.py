@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import re
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +18,11 @@ import numpy as np
 from modelstore.format.buffers import Bytes
 
 MAX_DEFAULT = 4 << 30
+FAULT_AHEAD = "modelstore-fault-ahead"  # the name of threads
 _ALIGN = 64
 _HUGE = 2 << 20
 _ARENA = 32 << 20
+_POPULATE_READ = 22  # MADV_POPULATE_READ
 _UNITS = {
     "": 1,
     "b": 1,
@@ -106,3 +113,30 @@ def huge(nbytes: int) -> Bytes:
     buffer = np.frombuffer(area, np.uint8)
     start = -buffer.ctypes.data % _HUGE
     return buffer[start : start + nbytes]
+
+
+def fault_ahead(buffers: Sequence[Bytes]) -> threading.Thread:
+    """Map the pages of buffers in a thread of its own, ahead of whoever reads them. For maps of what lies in memory.
+
+    Each page of a map costs a fault when it is first read; shared memory has the smallest pages, so that a reader waits
+    for them as long as for the bytes. Where the kernel cannot do it (before Linux 5.14) nothing is changed.
+    """
+
+    # The second half first: whoever reads in order maps the first one meanwhile. Small steps: maps and unmaps wait for one.
+    steps = [(weakref.ref(buffer), at) for buffer in buffers for at in range(0, len(buffer), _HUGE)]
+
+    def run() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        for held, at in steps[len(steps) // 2 :] + steps[: len(steps) // 2]:
+            buffer = held()
+            if buffer is None:
+                continue
+            start = (buffer.ctypes.data + at) // mmap.PAGESIZE * mmap.PAGESIZE
+            end = buffer.ctypes.data + min(at + _HUGE, len(buffer))
+            if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _POPULATE_READ):
+                return
+
+    thread = threading.Thread(target=run, daemon=True, name=FAULT_AHEAD)
+    if sys.platform == "linux":
+        thread.start()
+    return thread
