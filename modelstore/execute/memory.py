@@ -119,7 +119,8 @@ def fault_ahead(buffers: Sequence[Bytes]) -> threading.Thread:
     """Map the pages of buffers in a thread of its own, ahead of whoever reads them. For maps of what lies in memory.
 
     Each page of a map costs a fault when it is first read; shared memory has the smallest pages, so that a reader waits
-    for them as long as for the bytes. Where the kernel cannot do it (before Linux 5.14) nothing is changed.
+    for them as long as for the bytes. A buffer that nobody refers to any more is left alone. Where the kernel cannot do it
+    (before Linux 5.14) nothing is changed.
     """
 
     # The second half first: whoever reads in order maps the first one meanwhile. Small steps: maps and unmaps wait for one.

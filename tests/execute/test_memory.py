@@ -42,7 +42,8 @@ def file(tmp_path: Path) -> Path:
 def test_all_pages_are_mapped(file: Path) -> None:
     data = mapped(file)
     assert resident(data) < SIZE // 2
-    fault_ahead([data[: 5 << 20], data[5 << 20 :]]).join()
+    parts = [data[: 5 << 20], data[5 << 20 :]]
+    fault_ahead(parts).join()
     assert resident(data) == SIZE
     assert data.tobytes() == file.read_bytes()
 
