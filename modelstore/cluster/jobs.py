@@ -90,7 +90,6 @@ class Job:
         view = session.view(fresh=True)
         work = list(portions(portion, manifest))
         sizes = [sum(manifest.by_name[name].nbytes for name in part.specs) for part in work]
-        window = max(2, _AHEAD * int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
         status = JobStatus(portion.job, self._model, self._version, portion.variants, sum(sizes), 0, len(work), 0, 0.0)
         open_: dict[Any, int] = {}
         stored = done = finished = 0
@@ -98,10 +97,8 @@ class Job:
         left = iter(range(len(work)))
         try:
             while True:
-                for at in left:
+                while len(open_) < _window() and (at := next(left, None)) is not None:
                     open_[self._submit(work[at], nearest(work[at], manifest, view))] = at
-                    if len(open_) >= window:
-                        break
                 if not open_:
                     return stored
                 ready, _ = ray.wait(list(open_), num_returns=1, timeout=_LOOK)
@@ -136,6 +133,11 @@ class Job:
         )
         arguments = (self._source, self._model, self._digest, self._config, portion, self._earlier)
         return task.remote(*arguments)
+
+
+def _window() -> int:
+    """Portions that are to be under way now: nodes may have come since the last time."""
+    return max(2, _AHEAD * int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
 
 
 def _encode(
