@@ -34,6 +34,7 @@ ROWS = {  # in the order in which they run
     "save-s3": "save_s3:rows",
     "slices": "slices:rows",
     "versions": "versions:rows",
+    "live": "live:rows",
     "manifests": "manifests:rows",
     "ladder": "ladder:rows",
     "quantize": "quantize:rows",
@@ -41,6 +42,7 @@ ROWS = {  # in the order in which they run
     "kmeans": "kmeans:rows",
     "scaling": "scaling:rows",
     "cluster": "cluster:rows",
+    "ranks": "ranks:rows",
     "placement": "placement:rows",
     "host": "host:rows",
 }
