@@ -6,6 +6,7 @@ Every rank is a process, ready and waiting when the clock starts; it stops when 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import select
@@ -79,7 +80,7 @@ def clustered(rank: int, url: str, address: str) -> Callable[[], dict[str, torch
     import modelstore as ms
     from benchmarks.load import prepare
 
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="modelstore")
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="modelstore")
     prepare()
     store = ms.open(url, cluster="auto")
     return lambda: store.load("bench", shard=ms.TensorParallel(rank=rank, size=RANKS))
@@ -108,7 +109,7 @@ def ranges(rank: int, bucket: str, sizes: dict[str, int]) -> Callable[[], dict[s
     out = bytearray(max(sizes.values()))
 
     def load() -> dict[str, torch.Tensor]:
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for file, size in sizes.items():
 
             def read(start: int, key: str = f"raw/{file}", size: int = size) -> None:
