@@ -39,8 +39,9 @@ def part(rank: int) -> dict[str, Any]:
 
 def save(url: str, rank: int) -> None:
     """What a rank's process runs."""
-    shrink(pytest.MonkeyPatch())
-    ms.open(url, memory="64MiB", threads=2).save_part("m", part(rank), session="s", rank=rank, ranks=RANKS)
+    with pytest.MonkeyPatch.context() as patch:  # tests call it in their own process, too
+        shrink(patch)
+        ms.open(url, memory="64MiB", threads=2).save_part("m", part(rank), session="s", rank=rank, ranks=RANKS)
 
 
 def run_all(target: Callable[..., None], *arguments: object, ranks: int = RANKS) -> None:
