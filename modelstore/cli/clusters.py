@@ -281,13 +281,14 @@ def _status_lines(found: ClusterStatus) -> Iterator[str]:
     yield f"epoch {found.epoch}, {units.count(len(found.hosts), 'host')}, {copies}"
     rows = [[host.member, host.zone or "—", *_figures(host.stats)] for host in found.hosts]
     if rows:
-        heads = ("host", "zone", "memory", "disk", "gpu", "from storage", "from peers", "in flight")
-        yield from output.table(rows, heads, right=range(2, 8))
+        heads = ("host", "zone", "memory", "disk", "gpu", "hits", "from storage", "from peers", "in flight")
+        yield from output.table(rows, heads, right=range(2, 9))
 
 
 def _figures(stats: dict[str, Any] | None) -> list[str]:
     if stats is None:
-        return ["silent", *[""] * 5]
+        return ["silent", *[""] * 6]
     tiers = stats["tiers"]
     held = [units.size(tiers[name]["bytes"]) if name in tiers else "—" for name in ("memory", "disk", "gpu")]
-    return [*held, units.size(stats["from_storage"]), units.size(stats["from_peers"]), str(stats["in_flight"])]
+    hits = f"{100 * stats['hits'] / stats['asked']:.0f} %" if stats["asked"] else "—"
+    return [*held, hits, units.size(stats["from_storage"]), units.size(stats["from_peers"]), str(stats["in_flight"])]

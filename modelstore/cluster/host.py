@@ -50,7 +50,10 @@ class HostSettings(msgspec.Struct, frozen=True):
 
 
 class HostStats(msgspec.Struct):
-    """What a host holds, by tier, and did: bytes fetched from the storage and from peers, wrong copies, pieces under way."""
+    """What a host holds, by tier, and did: bytes fetched from the storage and from peers, wrong copies, pieces under way.
+
+    Of the pieces that readers `asked` for, `hits` were held.
+    """
 
     tiers: dict[str, TierStats]
     from_storage: int = 0
@@ -58,6 +61,8 @@ class HostStats(msgspec.Struct):
     requests: int = 0
     wrong: int = 0
     in_flight: int = 0
+    asked: int = 0
+    hits: int = 0
 
 
 class ShardHost:
@@ -95,6 +100,10 @@ class ShardHost:
         """
         found = [self._held(part) for part in parts]
         missing = [part for part, data in zip(parts, found, strict=True) if data is None]
+        if fetch:  # whoever only looks asks for nothing
+            with self._lock:
+                self._stats.asked += len(parts)
+                self._stats.hits += len(parts) - len(missing)
         if not missing or not fetch:
             return found
         fits = sum(self._memory.cost(part.length) for part in missing) <= self._settings.memory

@@ -28,6 +28,8 @@ _OF_HOST = {
     "requests": "Requests made to the storage.",
     "wrong": "Chunks whose bytes did not match their digest.",
     "in_flight": "Chunks that are being fetched.",
+    "asked": "Chunks that readers asked for.",
+    "hits": "Chunks of these that were held.",
 }
 _OF_JOB = {"done": "Raw bytes that are compressed.", "bytes": "Raw bytes that are to be compressed."}
 

@@ -27,6 +27,7 @@ from modelstore.plan.placement import View
 
 _FRESH = 3.0  # seconds for which a view is used before it is asked for again
 _ANSWER = 10.0  # seconds that the directory may take
+_STATS = 2.0  # seconds that all hosts together have to say what they hold
 
 
 class Session:
@@ -151,12 +152,15 @@ class Session:
 
     def stats(self) -> dict[str, HostStats | None]:
         """Of each member what it holds and did; None for one that does not answer."""
-        asked = {member.id: self._stats_of(member.id) for member in self.view(fresh=True).members}
-        found: dict[str, HostStats | None] = {}
+        members = [member.id for member in self.view(fresh=True).members]
+        asked = {member: ref for member in members if (ref := self._stats_of(member)) is not None}
+        refs = list(asked.values())
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=_STATS) if refs else ([], [])
+        found: dict[str, HostStats | None] = dict.fromkeys(members)
         for member, ref in asked.items():
-            found[member] = None
-            with contextlib.suppress(ray.exceptions.RayError):
-                found[member] = ray.get(ref, timeout=2.0) if ref is not None else None
+            if ref in ready:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    found[member] = ray.get(ref)
         return found
 
     def _stats_of(self, member: str) -> Any:

@@ -159,6 +159,16 @@ def test_threads_with_overlapping_wishes_fetch_each_byte_once(tmp_path: Path, mo
     host.close()
 
 
+def test_hits_are_counted_of_what_readers_ask_for(world: World) -> None:
+    host = world.host()
+    host.read(world.source, world.parts[:4], fetch=False)
+    assert (host.stats().asked, host.stats().hits) == (0, 0), "whoever only looks asks for nothing"
+    host.read(world.source, world.parts[:4])
+    assert (host.stats().asked, host.stats().hits) == (4, 0)
+    host.read(world.source, world.parts[2:6])
+    assert (host.stats().asked, host.stats().hits) == (8, 2)
+
+
 def test_a_piece_that_came_in_meanwhile_is_not_fetched(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between looking and claiming another thread may have fetched it: the claim looks again."""
     host = world.host()
