@@ -71,6 +71,24 @@ def start(
         int | None,
         typer.Option(metavar="SIZE", parser=size_of, show_default=False, help="Of that folder: half of what is free."),
     ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SIZE",
+            parser=size_of,
+            show_default=False,
+            help="Shared memory for decoded models: a quarter of it.",
+        ),
+    ] = None,
+    pending: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SIZE",
+            parser=size_of,
+            show_default=False,
+            help="Shared memory for acknowledged saves that are not stored yet: an eighth of it.",
+        ),
+    ] = None,
     replicas: Annotated[int, typer.Option(metavar="N", min=1, help="On how many hosts each chunk is held.")] = 1,
     hosts: Annotated[int, typer.Option(metavar="N", min=1, help="Wait until so many nodes have their host.")] = 1,
     block: Annotated[bool, typer.Option("--block", help="Stay, and stop the cluster's part here at the end.")] = False,
@@ -90,7 +108,10 @@ def start(
     try:
         runtime.connect("auto" if joined else str(address))
         runtime.deploy(
-            runtime.default_settings(memory=memory, disk=disk, disk_bytes=disk_size, replicas=replicas), hosts=hosts
+            runtime.default_settings(
+                memory=memory, images=images, disk=disk, disk_bytes=disk_size, replicas=replicas, pending=pending
+            ),
+            hosts=hosts,
         )
         found = _status("auto" if joined else str(address))
     except BaseException:
@@ -139,14 +160,25 @@ def top(
 
 
 @cluster.command()
-def stop(address: Address = "auto", json: AsJson = False, debug: Debug = False) -> None:
-    """Stop the cluster's hosts, and the Ray node that was started on this machine."""
+def stop(
+    address: Address = "auto",
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="For saves that are not in the storage yet.")
+    ] = 60.0,
+    force: Annotated[bool, typer.Option("--force", help="Stop all the same, and lose them.")] = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Stop the cluster's hosts, and the Ray node that was started on this machine.
+
+    Saves that were acknowledged from memory are stored before.
+    """
     from modelstore.cluster import nodes, runtime
 
     hosts = 0
     if nodes.running() is None or nodes.is_head():
         runtime.connect(address)
-        hosts = runtime.undeploy()
+        hosts = runtime.undeploy(seconds=wait, force=force)
     node = nodes.stop_node()
 
     def lines() -> Iterator[str]:
@@ -283,6 +315,11 @@ def _status_lines(found: ClusterStatus) -> Iterator[str]:
     if rows:
         heads = ("host", "zone", "memory", "disk", "gpu", "hits", "from storage", "from peers", "in flight")
         yield from output.table(rows, heads, right=range(2, 9))
+    for host in found.hosts:
+        pending = (host.stats or {}).get("pending")
+        if pending and pending["saves"]:
+            why = f": {pending['problem']}" if pending["problem"] else ""
+            yield f"{host.member} has {units.count(pending['saves'], 'save')} to store ({units.size(pending['bytes'])}){why}"
 
 
 def _figures(stats: dict[str, Any] | None) -> list[str]:

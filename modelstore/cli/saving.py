@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from modelstore.cli import complete, output, units
-from modelstore.cli.options import AsJson, Debug, Memory, ModelName, Quiet, StoreUrl, open_store
+from modelstore.cli.options import AsJson, Cluster, Debug, Memory, ModelName, Quiet, StoreUrl, open_store
 
 
 class StorageCodec(StrEnum):
@@ -18,6 +18,13 @@ class StorageCodec(StrEnum):
     lossless = "lossless"
     raw = "raw"
     delta = "delta"
+
+
+class Ack(StrEnum):
+    """When a save is done."""
+
+    storage = "storage"
+    memory = "memory"
 
 
 class Grid(StrEnum):
@@ -66,6 +73,14 @@ def save(
             help="auto: cut tensors so that slices read little. whole: each tensor in one piece, with --codec raw.",
         ),
     ] = Grid.auto,
+    ack: Annotated[
+        Ack,
+        typer.Option(
+            "--ack",
+            help="storage: done when it is there. memory, with --cluster: when two nodes have it, which store it then.",
+        ),
+    ] = Ack.storage,
+    cluster: Cluster = None,
     store: StoreUrl = None,
     memory: Memory = None,
     json: AsJson = False,
@@ -76,12 +91,21 @@ def save(
 
     Only what the store does not hold yet is written. A save that was interrupted goes on when it is started again.
     """
-    opened = open_store(store, memory=memory)
+    opened = open_store(store, memory=memory, cluster=cluster)
     with output.progress(quiet=quiet) as report:
-        saved = opened.save(name, source, codec=codec.value, grid=grid.value, tag=tag, parent=parent, progress=report)
+        saved = opened.save(
+            name,
+            source,
+            codec=codec.value,
+            grid=grid.value,
+            tag=tag,
+            parent=parent,
+            ack=ack.value,
+            progress=report,
+        )
+    what = f"saved {saved.model}@{saved.version}" if saved.durable else f"two nodes have {saved.model}, and store it"
     lines = [
-        f"saved {saved.model}@{saved.version}: {units.count(saved.tensors, 'tensor')}, {units.size(saved.bytes)} "
-        f"in {units.seconds(saved.seconds)}",
+        f"{what}: {units.count(saved.tensors, 'tensor')}, {units.size(saved.bytes)} in {units.seconds(saved.seconds)}",
         f"written {units.size(saved.stored)} ({units.share(saved.stored, saved.bytes)} of the model), "
         f"already there {units.size(saved.reused)}",
     ]

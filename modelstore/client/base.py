@@ -16,11 +16,13 @@ from modelstore.execute.saving import Against
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, Reference
 from modelstore.format.record import VariantEntry
+from modelstore.format.results import Saved
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 
 if TYPE_CHECKING:
+    from modelstore.cluster.orders import Order
     from modelstore.cluster.pieces import Source
     from modelstore.cluster.session import Session
     from modelstore.compress.fly import FlyReader
@@ -51,6 +53,7 @@ class Base:
         self._session = session
         self._source = source
         self._fetching = _fetching(session, source)
+        self._pending: dict[str, tuple[Order, Saved]] = {}  # saves that hosts took over, by id
 
     @property
     def url(self) -> str:

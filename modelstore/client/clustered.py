@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from modelstore.client.base import Base
 from modelstore.errors import NotFoundError
 from modelstore.execute.loading import Model
 from modelstore.execute.progress import Progress, meter
+from modelstore.execute.saving import Outcome
 from modelstore.format import results
-from modelstore.format.names import Reference, parse_reference
+from modelstore.format.names import ORIGINAL, Reference, parse_reference
 from modelstore.plan.layout import Share
+from modelstore.store.manifests import Manifests
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +93,43 @@ class Clustered(Base):
 
         return status(self._in_cluster())
 
+    def flush(self, timeout: float | None = None) -> list[results.Saved]:
+        """Wait until every save of this object with `ack="memory"` is in the storage: those saves, with their versions.
+
+        `StorageError` where that takes longer than `timeout` seconds; hosts go on trying, and it can be waited for again.
+        Also where both hosts of one are gone.
+        """
+        from modelstore.cluster.acknowledge import wait_durable
+
+        pending = dict(self._pending)
+        orders = [order for order, _ in pending.values()]
+        found = wait_durable(self._in_cluster(), self._storage, orders, timeout)
+        for save in pending:
+            self._pending.pop(save, None)
+        return [msgspec.structs.replace(done, version=found[save], durable=True) for save, (_, done) in pending.items()]
+
+    def _acknowledged(
+        self, name: str, tag: str | None, store_to: Callable[..., Outcome], started: float
+    ) -> results.Saved:
+        """Save to the memory of two nodes."""
+        from modelstore.cluster import acknowledge
+
+        session = self._in_cluster()
+        assert self._source is not None
+        result = acknowledge.save(
+            session,
+            session.here(),
+            self._storage,
+            self._source,
+            name,
+            tag,
+            lambda storage: store_to(storage, Manifests(storage), resumable=False),
+        )
+        done = saved(name, result.version, result.outcome, time.monotonic() - started)
+        if result.order is not None:
+            self._pending[result.order.save] = result.order, done
+        return done
+
     def _mapped(self, ref: Reference, model: Model, shares: Mapping[str, Share]) -> dict[str, torch.Tensor]:
         """Tensors that share the node's memory with every other reader there."""
         from modelstore.cluster.mapping import mapped
@@ -106,6 +148,23 @@ class Clustered(Base):
         manifest = self._model(parse_reference(ref)).manifest
         metered = meter(progress, manifest.stored, f"fetching {ref}")
         return prefetch(session, self._source, manifest, ref, tier=tier, replicas=replicas, pin=pin, progress=metered)
+
+
+def saved(name: str, version: int, outcome: Outcome, seconds: float) -> results.Saved:
+    """What a save answers; without a version it is not durable yet."""
+    entry, tally = outcome.entry, outcome.tally
+    return results.Saved(
+        name,
+        version,
+        ORIGINAL,
+        entry.tensors,
+        entry.nbytes,
+        tally.stored,
+        tally.reused,
+        seconds,
+        entry.manifest,
+        durable=version > 0,
+    )
 
 
 def _pin_of(ref: str) -> str:

@@ -7,10 +7,11 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelstore.client.clustered import Clustered
+from modelstore.client.clustered import Clustered, saved
 from modelstore.client.compressing import Compressing
 from modelstore.client.evaluating import Evaluating
 from modelstore.client.following import Following
@@ -18,7 +19,7 @@ from modelstore.client.keeping import Keeping
 from modelstore.client.parts import Parts
 from modelstore.execute.loading import LazyTensor
 from modelstore.execute.progress import Progress, meter
-from modelstore.execute.saving import check_options, save
+from modelstore.execute.saving import check_options, publish, store
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.region import nbytes
@@ -86,6 +87,7 @@ class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
         tag: str | None = None,
         parent: str | None = None,
         files: Mapping[str, str | Path | bytes] | None = None,
+        ack: Literal["storage", "memory"] = "storage",
         progress: Progress | None = None,
     ) -> results.Saved:
         """Save a source as the next version of a model; it is visible when this returns, and not before.
@@ -96,10 +98,13 @@ class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
         read from the packs by any safetensors loader. `parent` names a version whose chunks are not stored again; the
         model's newest always counts. `tag` will name the new version. `files` are added to the source's own: path → local
         path or bytes. An interrupted save of files goes on where it stopped when it is called again.
+
+        `ack="memory"`, in a cluster of two nodes or more: returns when hosts on two nodes have all of it, which then store
+        it; it is visible, and has its version, when it is in the storage, which `flush` waits for.
         """
         started = time.monotonic()
         check_model(name)
-        check_options(codec, grid, parent)
+        check_options(codec, grid, parent, ack)
         if tag is not None:
             check_word(tag, "tag")
         against = self._against(parse_reference(parent)) if parent is not None else None
@@ -107,12 +112,10 @@ class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
         try:
             self._catalog.open(create=True)
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in opened.tensors)
-            outcome = save(
-                self._storage,
-                self._catalog,
-                self._manifests,
-                name,
-                opened,
+            store_to = partial(
+                store,
+                model=name,
+                source=opened,
                 codec=codec,
                 grid=grid,
                 parent=against,
@@ -120,16 +123,15 @@ class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
                 limits=self._limits(),
                 progress=meter(progress, total, f"saving {name}"),
             )
+            if ack == "memory":
+                return self._acknowledged(name, tag, store_to, started)
+            outcome = store_to(self._storage, self._manifests)
+            version = publish(self._catalog, name, outcome).version
         finally:
             opened.close()
-        version = outcome.record.version
         if tag is not None:
             self._catalog.set_tag(name, tag, version, uuid.uuid4().hex)
-        entry, tally = outcome.entry, outcome.tally
-        seconds = time.monotonic() - started
-        return results.Saved(
-            name, version, "original", entry.tensors, entry.nbytes, tally.stored, tally.reused, seconds, entry.manifest
-        )
+        return saved(name, version, outcome, time.monotonic() - started)
 
     # ------------------------------------------------------------------ loading
 

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import ray
 
+from modelstore.cluster.behind import Behind
 from modelstore.cluster.directory import ClusterSettings, Directory
 from modelstore.cluster.folders import claim
 from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
@@ -39,11 +41,13 @@ DIRECTORY = "directory"
 GROUPS = {
     "read": 8,
     "write": 4,
+    "keep": 16,
     "make": 4,
     "repair": 4,
     "control": 4,
 }  # in one pool, hosts that ask each other would block
 _PEER_SECONDS = 2.0
+_KEEP_SECONDS = 30.0
 _SHOWN = 2.0  # seconds between two givings out of metrics
 _SCRUBBED, _SCRUB = 10.0, 64 << 20  # seconds between two checks of so many bytes: under a hundredth of a core
 _DISKS = 64  # hosts that one folder serves: several only where nodes share a machine
@@ -90,6 +94,7 @@ class StorageActor:
             ),
             self._peers,
         )
+        self._behind = Behind(member.id, settings.folder(member.id), settings.pending, self._tell)
         # Loads the compiled kernel now: the first reader would otherwise wait for it, and take this host for dead.
         holders(View(0, (member,)), np.zeros(1, np.uint64), 1)
         self._metrics = HostMetrics(member.id, member.node)
@@ -144,6 +149,11 @@ class StorageActor:
         """Hold new pieces, whose bytes come with the call."""
         self._host.put(data, pin=pin)
 
+    @ray.method(concurrency_group="keep")
+    def keep(self, method: str, *arguments: Any) -> Any:
+        """A method of this host's `Behind`: saves that were acknowledged, or are about to be."""
+        return getattr(self._behind, method)(*arguments)
+
     # ------------------------------------------------------------------ control
 
     @ray.method(concurrency_group="control")
@@ -168,6 +178,7 @@ class StorageActor:
             return
         before, self._view = self._view, view
         self._before = before
+        self._behind.see(view)
         for source, parts in self._held():
             sent = copies_to_send(self._member.id, before, view, self._settings.replicas, parts)
             for member, wanted in sent.items():
@@ -191,12 +202,13 @@ class StorageActor:
     @ray.method(concurrency_group="control")
     def stats(self) -> HostStats:
         """What is held, and what was done."""
-        return self._host.stats()
+        return msgspec.structs.replace(self._host.stats(), pending=self._behind.stats())
 
     @ray.method(concurrency_group="control")
     def close(self) -> None:
         """Remove what lies in shared memory; the disk keeps its own."""
         self._closed.set()
+        self._behind.close()
         self._host.close()
         sweep(str(Path(self._settings.root).parent))
 
@@ -224,6 +236,10 @@ class StorageActor:
                     if data is not None:
                         found.setdefault(part.digest, np.asarray(data))
         return found
+
+    def _tell(self, member: str, method: str, *arguments: Any) -> Any:
+        """What another host's `Behind` answers."""
+        return ray.get(self._handle(member).keep.remote(method, *arguments), timeout=_KEEP_SECONDS)
 
     def _handle(self, member: str) -> Any:
         if member not in self._handles:

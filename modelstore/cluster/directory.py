@@ -22,6 +22,7 @@ class ClusterSettings(msgspec.Struct, frozen=True):
     disk: str | None = None
     disk_bytes: int = 0
     replicas: int = 1
+    pending: int = 0  # of shared memory, for saves that the storage has not got yet
     device_bytes: int = 0  # of each GPU, none where 0
 
     @property

@@ -19,6 +19,7 @@ from modelstore.cluster.device_tier import DeviceTier
 from modelstore.cluster.file_tier import FileTier, TierStats, local_path
 from modelstore.cluster.flights import Flight, Flights
 from modelstore.cluster.folders import claim, sweep
+from modelstore.cluster.orders import PendingStats
 from modelstore.cluster.origin import Origin, runs
 from modelstore.cluster.pieces import Piece, Source, check_digest
 from modelstore.errors import ConflictError, CorruptionError, StorageError
@@ -52,7 +53,7 @@ class HostSettings(msgspec.Struct, frozen=True):
 class HostStats(msgspec.Struct):
     """What a host holds, by tier, and did: bytes fetched from the storage and from peers, wrong copies, pieces under way.
 
-    Of the pieces that readers `asked` for, `hits` were held.
+    Of the pieces that readers `asked` for, `hits` were held. `pending`: saves that the storage has not got yet.
     """
 
     tiers: dict[str, TierStats]
@@ -63,6 +64,7 @@ class HostStats(msgspec.Struct):
     in_flight: int = 0
     asked: int = 0
     hits: int = 0
+    pending: PendingStats | None = None
 
 
 class ShardHost:

@@ -105,9 +105,13 @@ def default_settings(
     disk: str | None = None,
     disk_bytes: int | None = None,
     replicas: int = 1,
+    pending: int | None = None,
     device_bytes: int = 0,
 ) -> ClusterSettings:
-    """Settings with sizes that suit a node like this one: a quarter of its free shared memory each for chunks and images."""
+    """Settings with sizes that suit a node like this one.
+
+    Of its free shared memory a quarter each for chunks and images, and an eighth for saves that the storage has not got yet.
+    """
     shared = min(shutil.disk_usage("/dev/shm").free, free_memory())
     if replicas < 1:
         raise ValueError(f"replicas={replicas} is not positive")
@@ -122,6 +126,7 @@ def default_settings(
         disk,
         disk_bytes or 0,
         replicas,
+        shared // 8 if pending is None else pending,
         device_bytes,
     )
 
@@ -151,8 +156,12 @@ def deploy(settings: ClusterSettings, *, hosts: int = 1, seconds: float = 60.0) 
         raise StorageError(f"{len(view.members)} of {hosts} hosts came up in {seconds:.0f} s: look at Ray's logs")
 
 
-def undeploy() -> int:
-    """Stop the hosts and the directory of the connected cluster, and remove what they hold in memory; how many hosts."""
+def undeploy(*, seconds: float = 60.0, force: bool = False) -> int:
+    """Stop the hosts and the directory of the connected cluster, and remove what they hold in memory; how many hosts.
+
+    Saves that were acknowledged are waited for. `StorageError` where one is not in the storage after so many seconds:
+    nothing is stopped then, unless by `force`, which loses it.
+    """
     import ray
 
     from modelstore.cluster.actors import DIRECTORY, actor, host_name
@@ -161,6 +170,12 @@ def undeploy() -> int:
         directory = actor(DIRECTORY)
     except ValueError:
         return 0
+    late = [] if force else _late(directory, seconds)
+    if late:
+        raise StorageError(
+            f"hosts {', '.join(late)} keep saves that the storage has not got: see 'modelstore cluster status'; "
+            f"wait longer, or lose them by --force"
+        )
     names = ray.get(directory.stop.remote(), timeout=30)
     for name in names:
         with contextlib.suppress(Exception):
@@ -169,6 +184,25 @@ def undeploy() -> int:
             ray.kill(handle)
     ray.kill(directory)
     return len(names)
+
+
+def _late(directory: Any, seconds: float) -> list[str]:
+    """Hosts that still have something to store after so many seconds; one that is gone has not."""
+    import ray
+
+    from modelstore.cluster.actors import actor, host_name
+
+    asked = {}
+    for member in ray.get(directory.view.remote(), timeout=30).members:
+        with contextlib.suppress(ValueError):
+            asked[member.id] = actor(host_name(member.id)).keep.remote("flush", seconds)
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds + 5) if asked else None
+    late = []
+    for member, ref in asked.items():
+        with contextlib.suppress(ray.exceptions.RayError):  # gone, or too silent to wait for: the others have its saves
+            if not ray.get(ref, timeout=0):
+                late.append(member)
+    return late
 
 
 def _existing(path: Path) -> Path:

@@ -64,7 +64,7 @@ class Session:
     def read(self, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
         """As `Holding.read`: from the node's own shared memory, else from holders."""
         view = self.view()
-        folders = [self.settings.folder(m.id) for m in view.members if m.node == self._node]
+        folders = [self.settings.folder(member) for member in self.here()]
         found: dict[bytes, Bytes] = {}
         for part in parts:
             data = _from_node(folders, part)
@@ -115,8 +115,7 @@ class Session:
 
         `UnsupportedError` where this node has no host, or its memory no room.
         """
-        view = self.view()
-        here = [member.id for member in view.members if member.node == self._node]
+        here = self.here()
         for member in here:
             path = image_path(self.settings.folder(member), manifest)
             if path.exists():
@@ -124,6 +123,18 @@ class Session:
         for member in here:
             return Path(ray.get(self.handle(member).image.remote(source, name, digest)))
         raise UnsupportedError("this node has no store host, whose memory could be mapped: load it without mmap")
+
+    def here(self) -> list[str]:
+        """The members on this node."""
+        return [member.id for member in self.view().members if member.node == self._node]
+
+    def share(self, data: Bytes) -> Any:
+        """As `acknowledge.Hosts.share`: in Ray's own memory, which a host of this node maps, and another one fetches."""
+        return ray.put(data)
+
+    def keep(self, member: str, method: str, *arguments: Any) -> Future[Any]:
+        """As `acknowledge.Hosts.keep`."""
+        return self._future(member, "keep", method, *arguments)
 
     def evict(self, digests: Sequence[bytes] | None) -> int:
         """Take pieces, or all, out of every host; bytes freed."""

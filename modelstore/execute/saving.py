@@ -16,7 +16,7 @@ from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.execute.encoding import Encoder, Input, ReadRegion
-from modelstore.execute.journal import resume
+from modelstore.execute.journal import Journal, resume
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.whole import WholeWriter
 from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks
@@ -41,6 +41,7 @@ from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 
+ACKS = ("storage", "memory")
 CODECS = ("lossless", "raw", "delta")
 GRIDS = ("auto", "whole")
 LONGEST_CHAIN = 8  # deltas of deltas: each link is another read
@@ -62,15 +63,17 @@ class Against:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a save made."""
+    """What a save stored, to be published; and the journal that is to be cleared then."""
 
-    record: VersionRecord
     entry: VariantEntry
     tally: Tally
+    journal: Journal | None
 
 
-def check_options(codec: str, grid: str, parent: object | None) -> None:
+def check_options(codec: str, grid: str, parent: object | None, ack: str = "storage") -> None:
     """`ValueError` where a save's options do not go together."""
+    if ack not in ACKS:
+        raise ValueError(f"ack {ack!r} is not one of {', '.join(ACKS)}")
     if codec not in CODECS:
         raise ValueError(f"codec {codec!r} is not one of {', '.join(CODECS)}")
     if grid not in GRIDS:
@@ -81,9 +84,8 @@ def check_options(codec: str, grid: str, parent: object | None) -> None:
         raise ValueError('codec="delta" stores the difference to a parent: say which by parent="name@version"')
 
 
-def save(
+def store(
     storage: Storage,
-    catalog: Catalog,
     manifests: Manifests,
     model: str,
     source: Source,
@@ -94,10 +96,12 @@ def save(
     previous: Against | None,
     limits: Limits,
     progress: Callable[[int], None] | None,
+    resumable: bool = True,
 ) -> Outcome:
-    """Store a source's tensors and files and publish them as a new version of `model`.
+    """Store a source's tensors and files, and a manifest of them; nothing is visible before that is published.
 
-    Chunks that `parent` or `previous` (the newest version) have are referred to. Nothing is visible before the last step.
+    Chunks that `parent` or `previous` (the newest version) have are referred to. `resumable`: with a journal, so that an
+    interrupted save of the same source goes on where it stopped.
     """
     base = parent if codec == "delta" and parent is not None and parent.chain < LONGEST_CHAIN else None
     earlier_manifests = [a.manifest for a in (previous, parent) if a is not None]
@@ -105,7 +109,7 @@ def save(
     tally = Tally()
     refresh_before = time.time() - REFRESH
     work = None
-    if source.fingerprint is not None:  # else it could not be recognised again
+    if resumable and source.fingerprint is not None:  # else it could not be recognised again
         identity = (model, source.fingerprint, codec, grid, base.digest if base else "")
         work = resume(storage, identity, inputs, refresh_before, tally, progress)
     journal = work.journal if work else None
@@ -120,11 +124,15 @@ def save(
     cut = [item for item in left if not item.plan.whole]
     written |= PackWriter(storage, limits, known, refresh_before, progress, note, tally).write(cut)
     manifest = manifest_of(source, inputs, written, base)
-    entry = store_manifest(manifests, model, manifest, codec, refresh_before)
-    record = catalog.publish_version(model, uuid.uuid4().hex, entry)
-    if journal:
-        journal.clear()
-    return Outcome(record, entry, tally)
+    return Outcome(store_manifest(manifests, model, manifest, codec, refresh_before), tally, journal)
+
+
+def publish(catalog: Catalog, model: str, outcome: Outcome) -> VersionRecord:
+    """Make what was stored visible as the model's next version."""
+    record = catalog.publish_version(model, uuid.uuid4().hex, outcome.entry)
+    if outcome.journal:
+        outcome.journal.clear()
+    return record
 
 
 def store_manifest(

@@ -10,7 +10,10 @@ from modelstore.format.manifest import CodecSpec
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """A version that was made: raw bytes of its tensors, bytes newly stored, and of chunks found already stored."""
+    """A version that was made: raw bytes of its tensors, bytes newly stored, and of chunks found already stored.
+
+    One that is not `durable` lies in the memory of two nodes, and has no version yet: 0.
+    """
 
     model: str
     version: int
@@ -21,6 +24,7 @@ class Saved(msgspec.Struct, frozen=True):
     reused: int
     seconds: float
     digest: str
+    durable: bool = True
 
 
 class Part(msgspec.Struct, frozen=True):

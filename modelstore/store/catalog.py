@@ -157,10 +157,10 @@ class Catalog:
         `since` (Unix seconds): a version that this writer made after then, of the same manifest, is given back instead, so
         that several processes may publish one thing, or one process twice, and one version comes of it.
         """
-        version = next((v for v, _ in self._heads(model, 1)), 0)
-        before = self._published(model, writer, entry, version, since) if since is not None else None
+        before = self.published(model, writer, entry, since=since) if since is not None else None
         if before is not None:
             return before
+        version = next((v for v, _ in self._heads(model, 1)), 0)
         for _ in range(_RACES):
             version += 1
             record = VersionRecord(FORMAT, model, version, 1, writer, time.time(), {ORIGINAL: entry})
@@ -171,10 +171,12 @@ class Catalog:
                 return there
         raise self._busy(model)
 
-    def _published(
-        self, model: str, writer: str, entry: VariantEntry, newest: int, since: float
-    ) -> VersionRecord | None:
-        """The version that a writer made of a manifest, among those made after `since`; each is known by its first record."""
+    def published(self, model: str, writer: str, entry: VariantEntry, *, since: float) -> VersionRecord | None:
+        """The version that a writer made of a manifest after `since` (Unix seconds); None where there is none.
+
+        Each version is known by its first record.
+        """
+        newest = next((v for v, _ in self._heads(model, 1)), 0)
         for version in range(newest, 0, -1):
             record = self._version_at(rec.version_key(model, version, 1))
             if record.created < since:

@@ -300,3 +300,34 @@ def test_a_node_that_is_drained_hands_on_what_it_holds(store: ms.Store) -> None:
     assert equal(store.load("m"), tensors())
     with pytest.raises(ms.errors.NotFoundError, match="no host runs on a node 'xyz'"):
         store.drain("xyz")
+
+
+@pytest.mark.parametrize("victim", ["nobody", "first", "second"])
+def test_a_save_acknowledged_from_memory_outlives_a_host(nodes: Any, url: str, victim: str) -> None:
+    import ray
+
+    store = ms.open(url, cluster="auto")
+    until(lambda: len(store.cluster_status().hosts) == 3)
+    taken = Path(url) / "models" / "n"
+
+    def block(done: int, total: int, what: str) -> None:  # from now on the storage takes no manifest, and so no version
+        taken.touch()
+
+    saved = store.save("n", tensors(5), tag="best", ack="memory", progress=block)
+    assert (saved.durable, saved.version) == (False, 0)
+    ((order, _),) = store._pending.values()
+    if victim != "nobody":
+        name = order.keepers[victim == "second"]
+        ray.kill(ray.get_actor(host_name(name), namespace="modelstore"))
+    pending = until(
+        lambda: [h.stats["pending"] for h in store.cluster_status().hosts if h.stats and h.stats["pending"]["saves"]]
+    )
+    assert "models/n" in until(lambda: pending[0]["problem"] or str(taken))
+    with pytest.raises(ms.errors.StorageError, match="hosts go on trying"):
+        store.flush(timeout=0.2)
+    taken.unlink()
+    (durable,) = store.flush(timeout=60)
+    assert (durable.durable, durable.version) == (True, 1)
+    assert equal(ms.open(url).load("n@best"), tensors(5))
+    assert store.flush() == []
+    until(lambda: len(store.cluster_status().hosts) == 3)

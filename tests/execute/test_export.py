@@ -25,7 +25,7 @@ from modelstore.execute.export_layout import STAGING, blocks, directory
 from modelstore.execute.fetch import Fetcher
 from modelstore.execute.loading import Model
 from modelstore.execute.reading import Limits, Reader
-from modelstore.execute.saving import save
+from modelstore.execute.saving import store
 from modelstore.format import grid
 from modelstore.format.manifest import Manifest, Plane, Tensor
 from modelstore.format.region import is_contiguous, slices
@@ -44,9 +44,8 @@ def stored(source: Any, *, codec: str = "lossless", grid: str = "auto", files: A
     catalog, manifests = Catalog(storage), Manifests(storage)
     catalog.open(create=True)
     opened = open_source(source, files=files)
-    done = save(
+    done = store(
         storage,
-        catalog,
         manifests,
         "toy",
         opened,

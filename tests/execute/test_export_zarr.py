@@ -16,7 +16,7 @@ import torch
 from modelstore.errors import ConflictError, StorageError
 from modelstore.execute.loading import Model
 from modelstore.execute.reading import Limits
-from modelstore.execute.saving import save
+from modelstore.execute.saving import store
 from modelstore.sources.open import open_source
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.catalog import Catalog
@@ -38,7 +38,7 @@ def stored(source: dict[str, torch.Tensor]) -> Model:
     catalog, manifests = Catalog(storage), Manifests(storage)
     catalog.open(create=True)
     options: dict[str, Any] = {"codec": "lossless", "grid": "auto", "parent": None, "previous": None, "progress": None}
-    done = save(storage, catalog, manifests, "toy", open_source(source), limits=LIMITS, **options)
+    done = store(storage, manifests, "toy", open_source(source), limits=LIMITS, **options)
     return Model(storage, (), manifests, "toy", manifests.entry("toy", done.entry))
 
 

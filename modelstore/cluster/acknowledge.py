@@ -1,0 +1,251 @@
+"""Saves that return when two hosts on different nodes have all of it; the storage follows behind. Knows no Ray.
+
+Where that cannot be done (a host dies meanwhile, the hosts' room is full) the save goes to the storage instead, as without.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from blake3 import blake3
+
+from modelstore.cluster.behind import PART
+from modelstore.cluster.orders import SKEW, Order, keepers
+from modelstore.cluster.pieces import Source
+from modelstore.errors import ModelStoreError, StorageError, UnsupportedError
+from modelstore.execute.saving import Outcome
+from modelstore.format.buffers import Buffer, Bytes, as_bytes, view
+from modelstore.plan.placement import View
+from modelstore.storage.base import Storage
+from modelstore.storage.wrapping import T, Verb, WrappingStorage
+from modelstore.store.catalog import Catalog
+
+log = logging.getLogger("modelstore")
+
+_ROOM = 5.0  # seconds to wait for room in hosts, before an object goes to the storage itself
+_ANSWER = 30.0  # seconds that a host may take for one request
+_UNDER_WAY = 2  # parts that are sent at once
+_LOOKS = 0.01, 0.25  # seconds between two looks at whether a save is durable: at first, at most
+_UNKNOWN = 20.0  # seconds for which nobody may know of a save before it is given up: a new keeper may be on its way
+
+
+class Hosts(Protocol):
+    """How hosts are reached."""
+
+    def view(self) -> View:
+        """Who they are."""
+
+    def share(self, data: Bytes) -> Any:
+        """Bytes, made so that several hosts can be sent them."""
+
+    def keep(self, member: str, method: str, *arguments: Any) -> Future[Any]:
+        """Call a method of a host's `Behind`."""
+
+
+class Result(NamedTuple):
+    """What became of a save: `version` 0 where hosts will publish it, and `order` then says what they publish."""
+
+    outcome: Outcome
+    version: int
+    order: Order | None
+
+
+class UnkeptError(StorageError):
+    """Hosts could not keep a save. It is made again without them."""
+
+
+class KeptStorage(WrappingStorage):
+    """A storage whose new content-named objects go to two hosts, which store them; all else passes."""
+
+    def __init__(self, inner: Storage, hosts: Hosts, save: str, source: Source, pair: Sequence[str]) -> None:
+        super().__init__(inner)
+        self._hosts = hosts
+        self._save = save
+        self._source = source
+        self._pair = tuple(pair)
+        self.keys: dict[str, None] = {}
+
+    def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:  # noqa: ARG002  all the same
+        return act()
+
+    def put(self, key: str, pieces: Iterable[Buffer], size: int) -> None:
+        arguments = (self._save, self._source, self._pair, key, size, _ROOM)
+        if not all(self._ask("reserve", *arguments)):
+            self._ask("drop", self._save, key)
+            self.inner.put(key, pieces, size)
+            return
+        hasher = blake3()
+        sending: deque[list[Future[Any]]] = deque()
+        at = 0
+        for part in _joined(pieces, PART):
+            hasher.update(view(part))
+            last = at + len(part) == size
+            data = self._hosts.share(part)
+            sending.append(self._send("write", self._save, key, at, data, hasher.digest() if last else None))
+            at += len(part)
+            if len(sending) >= _UNDER_WAY:
+                _answers(sending.popleft())
+        while sending:
+            _answers(sending.popleft())
+        if at != size:
+            raise StorageError(f"The pieces of {key!r} are {at:,} bytes, not {size:,}.", object=key)
+        self.keys[key] = None
+
+    def _send(self, method: str, *arguments: Any) -> list[Future[Any]]:
+        return [self._hosts.keep(member, method, *arguments) for member in self._pair]
+
+    def _ask(self, method: str, *arguments: Any) -> list[Any]:
+        return _answers(self._send(method, *arguments))
+
+
+def save(
+    hosts: Hosts,
+    here: Sequence[str],
+    storage: Storage,
+    source: Source,
+    model: str,
+    tag: str | None,
+    store: Callable[[Storage], Outcome],
+) -> Result:
+    """Store a model with `store`, on hosts of two nodes first: `here` are those of this node.
+
+    `UnsupportedError` where the cluster has no two nodes with hosts; `StorageError` where the storage has to be written to
+    after all, and cannot.
+    """
+    began = time.time()
+    members = hosts.view()
+    first = next((member.id for member in members.members if member.id in here and not member.draining), None)
+    pair = keepers(members, model, first)[:2]
+    if len(pair) < 2:
+        raise UnsupportedError(
+            'ack="memory" wants hosts on two nodes, and this cluster has one: add a node, or save with ack="storage"',
+            model=model,
+        )
+    id_ = uuid.uuid4().hex
+    kept = KeptStorage(storage, hosts, id_, source, pair)
+    try:
+        outcome = store(kept)
+        order = Order(id_, source, model, outcome.entry, tag, began, tuple(pair), tuple(kept.keys))
+        committed = [hosts.keep(member, "commit", order) for member in pair]
+        taken = [future for future in committed if _problem(future) is None]
+        if len(taken) == 2:
+            return Result(outcome, 0, order)
+        if taken:  # one copy only: the storage has to have it before this may return
+            version = wait_durable(hosts, storage, [order], _ANSWER)[id_]
+            return Result(outcome, version, None)
+        raise UnkeptError(f"hosts {' and '.join(pair)} did not take over the save")
+    except UnkeptError as problem:
+        log.warning("model %r is saved to the storage instead of hosts' memory: %s", model, problem)
+        _forget(hosts, pair, id_)
+        outcome = store(storage)
+        catalog = Catalog(storage)
+        # The same writer: what a host may publish of this save all the same is this version.
+        record = catalog.publish_version(model, id_, outcome.entry, since=began - SKEW)
+        if tag is not None:
+            catalog.set_tag(model, tag, record.version, id_)
+        return Result(outcome, record.version, None)
+    except BaseException:
+        _forget(hosts, pair, id_)
+        raise
+
+
+def wait_durable(hosts: Hosts, storage: Storage, orders: Sequence[Order], seconds: float | None) -> dict[str, int]:
+    """Wait until acknowledged saves are in the storage; the version of each, by the save's id.
+
+    `StorageError` where that takes longer than so many seconds, or where no host knows of one any more.
+    """
+    left = {order.save: order for order in orders}
+    found: dict[str, int] = {}
+    pause, longest = _LOOKS
+    began = heard = time.monotonic()
+    while left:
+        known = _versions(hosts, list(left))
+        durable = {save: version for save, version in known.items() if version}
+        unknown = [order for save, order in left.items() if save not in known]
+        durable |= {order.save: version for order in unknown if (version := _published(storage, order))}
+        found |= durable
+        left = {save: order for save, order in left.items() if save not in durable}
+        now = time.monotonic()
+        if not any(order.save in left for order in unknown):
+            heard = now
+        models = ", ".join(sorted({order.model for order in left.values()}))
+        if left and now - heard > _UNKNOWN:
+            raise StorageError(
+                f"no host knows of a save of {models} any more, and the storage has not got it: both of its hosts are gone; "
+                f"save it again"
+            )
+        if left and seconds is not None and now - began > seconds:
+            raise StorageError(
+                f"saves of {models} are not in {storage.url} after {seconds:g} s: hosts go on trying, and 'modelstore cluster "
+                f"status' says what keeps them"
+            )
+        if left:
+            threading.Event().wait(pause)
+            pause = min(2 * pause, longest)
+    return found
+
+
+def _versions(hosts: Hosts, saves: Sequence[str]) -> dict[str, int]:
+    """What hosts know of saves: the version of each, 0 while it is not durable."""
+    asked = [hosts.keep(member.id, "versions", saves) for member in hosts.view().members]
+    wait(asked, timeout=2.0)
+    found: dict[str, int] = {}
+    for future in asked:
+        if future.done() and future.exception() is None:
+            for save, version in future.result().items():
+                found[save] = max(version, found.get(save, 0))
+    return found
+
+
+def _published(storage: Storage, order: Order) -> int:
+    """The version that a save became, as the storage knows; 0 where it does not."""
+    try:
+        record = Catalog(storage).published(order.model, order.save, order.entry, since=order.began - SKEW)
+    except ModelStoreError:
+        return 0
+    return record.version if record is not None else 0
+
+
+def _forget(hosts: Hosts, pair: Sequence[str], save: str) -> None:
+    for member in pair:
+        hosts.keep(member, "abandon", save)
+
+
+def _answers(asked: Sequence[Future[Any]]) -> list[Any]:
+    """What hosts answered; `UnkeptError` where one did not."""
+    for future in asked:
+        problem = _problem(future)
+        if problem is not None:
+            raise UnkeptError(f"a host failed while it was sent the model ({problem})")
+    return [future.result() for future in asked]
+
+
+def _problem(future: Future[Any]) -> BaseException | None:
+    try:
+        return future.exception(timeout=_ANSWER)
+    except TimeoutError as error:
+        return error
+
+
+def _joined(pieces: Iterable[Buffer], size: int) -> Iterator[Bytes]:
+    """The same bytes in parts of `size`."""
+    part, filled = np.empty(size, np.uint8), 0
+    for piece in pieces:
+        rest = as_bytes(piece)
+        while len(rest):
+            n = min(len(rest), size - filled)
+            part[filled : filled + n] = rest[:n]
+            filled, rest = filled + n, rest[n:]
+            if filled == size:
+                yield part
+                part, filled = np.empty(size, np.uint8), 0
+    if filled:
+        yield part[:filled]

@@ -1,0 +1,46 @@
+"""What a save asks of the two hosts that keep it, and who they are. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+from blake3 import blake3
+
+from modelstore.cluster.pieces import Source
+from modelstore.format.record import VariantEntry
+from modelstore.plan.placement import View
+
+SKEW = 3600.0  # seconds by which clocks of nodes may differ
+
+
+class Order(msgspec.Struct, frozen=True):
+    """A save to be published when all its objects are in the storage. `save` is its id, and its record's writer."""
+
+    save: str
+    source: Source
+    model: str
+    entry: VariantEntry
+    tag: str | None
+    began: float
+    keepers: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+class PendingStats(msgspec.Struct):
+    """What is not in the storage yet: bytes held (of `limit`), acknowledged saves, and what keeps them from it, if known."""
+
+    bytes: int = 0
+    limit: int = 0
+    saves: int = 0
+    problem: str | None = None
+
+
+def keepers(view: View, save: str, first: str | None) -> list[str]:
+    """Members in the order in which they are asked to keep a save, one a node: `first`, or the one that its name falls to."""
+    names = sorted(
+        (member for member in view.members if not member.draining),
+        key=lambda member: (member.id != first, blake3(f"{save}/{member.id}".encode()).digest()),
+    )
+    nodes: dict[str, str] = {}
+    for member in names:
+        nodes.setdefault(member.node, member.id)
+    return list(nodes.values())
