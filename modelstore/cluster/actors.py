@@ -98,7 +98,7 @@ class StorageActor:
         # Loads the compiled kernel now: the first reader would otherwise wait for it, and take this host for dead.
         holders(View(0, (member,)), np.zeros(1, np.uint64), 1)
         self._metrics = HostMetrics(member.id, member.node)
-        for work in (self._send_copies, self._show, self._scrub):
+        for work in (self._send_copies, self._show, self._scrub, self._reading):
             threading.Thread(target=work, daemon=True, name=f"modelstore{work.__name__}").start()
 
     # ------------------------------------------------------------------ reading

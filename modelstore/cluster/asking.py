@@ -17,8 +17,8 @@ from modelstore.plan.placement import View, holders
 HEDGE = 0.25  # seconds until the next holder is asked
 SUSPECT = 5.0  # seconds for which a silent or failed holder is asked last
 PATIENCE = 20.0  # seconds until the reader goes to the storage itself, where a holder is still at work
-SILENCE = 0.6  # seconds after which a holder that says nothing is asked whether it lives
-_LIVES = 2.0  # seconds that it has to say so
+SILENCE = 0.4  # seconds after which a holder that says nothing is asked whether it lives
+_LIVES = 0.6  # seconds that it has to say so
 
 Ask = Callable[[str, Source, Sequence[Piece], bool], "Future[Sequence[Bytes | None]]"]
 Alive = Callable[[str], "Future[bool]"]

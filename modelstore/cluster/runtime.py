@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstore.cluster.directory import ClusterSettings
-from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, QUIET, auth, probe, read_file, running
+from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET, auth, probe, read_file, running
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.execute.memory import free_memory
 
@@ -79,7 +79,7 @@ def _set_environment(token: str | None) -> None:
     if "ray" in sys.modules:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         return
-    os.environ.update({**auth(token), **QUIET})
+    os.environ.update({**auth(token), **PROMPT, **QUIET})
 
 
 def _found(cluster: str) -> tuple[str, str | None]:

@@ -38,10 +38,14 @@ class Session:
         self.settings = ray.get(self._directory.settings.remote(), timeout=_ANSWER)
         self._view: View = ray.get(self._directory.view.remote(), timeout=_ANSWER)
         self._asked = time.monotonic()
+        self._coming: Future[View] | None = None
         self._node = ray.get_runtime_context().get_node_id()
         self._handles: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._asker = Asker(self._ask, self._alive)
+        for member in self._view.members:  # now: where the control plane stops, nobody can be looked up any more
+            with contextlib.suppress(ValueError):
+                self.handle(member.id)
 
     @property
     def node(self) -> str:
@@ -54,11 +58,21 @@ class Session:
         return self._asker.counts
 
     def view(self, *, fresh: bool = False) -> View:
-        """The members, as known for a few seconds; the last known ones where the directory does not answer."""
-        if fresh or time.monotonic() - self._asked > _FRESH:
-            self._asked = time.monotonic()
-            with contextlib.suppress(ray.exceptions.RayError, StorageError):
-                self._view = ray.get(self._directory.view.remote(), timeout=1.0 if not fresh else _ANSWER)
+        """The members, as known for a few seconds; the last known ones where the directory does not answer.
+
+        Nobody who reads waits for the directory: it is asked, and its answer used when it is there. `fresh` waits for it.
+        """
+        with contextlib.suppress(ray.exceptions.RayError, StorageError):
+            coming = self._coming
+            if fresh:
+                self._view, self._coming = ray.get(self._directory.view.remote(), timeout=_ANSWER), None
+                self._asked = time.monotonic()
+            elif coming is not None and coming.done():
+                self._coming = None
+                self._view = coming.result()
+            elif time.monotonic() - self._asked > _FRESH:
+                self._asked = time.monotonic()
+                self._coming = self._directory.view.remote().future()
         return self._view
 
     def read(self, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
@@ -74,8 +88,8 @@ class Session:
         rest = [part for part in parts if part.digest not in found]
         if rest:
             found |= self._asker.read(view, self.settings.replicas, source, rest)
-            if len(found) < len(parts):
-                self.view(fresh=True)
+            if len(found) < len(parts):  # who is there may have changed
+                self._asked = 0.0
         return found
 
     def wrong(self, part: Piece) -> None:

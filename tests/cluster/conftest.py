@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from modelstore.cluster import runtime
-from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, QUIET
+from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
 
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Three Ray nodes with a host each, two copies of each chunk; this process is connected to the first."""
     pytest.importorskip("ray")
-    os.environ.update({"RAY_AUTH_MODE": "disabled", **FAST_HEALTH, **KEEP_STORES, **QUIET})
+    os.environ.update({"RAY_AUTH_MODE": "disabled", **FAST_HEALTH, **KEEP_STORES, **PROMPT, **QUIET})
     import ray
     from ray.cluster_utils import Cluster
 

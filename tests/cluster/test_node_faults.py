@@ -1,0 +1,211 @@
+"""Whole nodes that die, stop, or run full, and storages that fail, while models are read: never a wrong byte, no failed read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import modelstore as ms
+from modelstore.cluster import runtime
+from tests.cluster.test_cluster import equal, held, tensors, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    ms.open(tmp_path / "store").save("m", tensors())
+    return str(tmp_path / "store")
+
+
+@pytest.fixture
+def store(nodes: Any, url: str) -> ms.Store:
+    """Two copies of a model's chunks on three hosts."""
+    store = ms.open(url, cluster="auto")
+    until(lambda: len(store.cluster_status().hosts) == 3)
+    store.evict()
+    store.prefetch("m")
+    until(lambda: held(store) >= 1.9 * store.describe("m").stored)
+    return store
+
+
+def while_four_read(url: str, act: Callable[[], Any]) -> Any:
+    """What `act` returns, done while four readers stream again and again; each reads all of it once more afterwards."""
+    wanted = tensors()
+    began, over = threading.Barrier(5), threading.Event()
+    problems: list[Any] = []
+
+    def read() -> None:
+        store = ms.open(url, cluster="auto")
+        waits, last = True, False
+        while not last:
+            last = over.is_set()
+            try:
+                found = dict(store.stream("m"))
+            except Exception as error:
+                problems.append(error)
+                found = wanted
+            if not equal(found, wanted):
+                problems.append("wrong bytes")
+            if waits:
+                began.wait(60)
+                waits = False
+
+    readers = [threading.Thread(target=read) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    try:
+        began.wait(60)
+        return act()
+    finally:
+        over.set()
+        for reader in readers:
+            reader.join(120)
+        assert not any(reader.is_alive() for reader in readers), "a reader hangs"
+        assert not problems, problems[:3]
+
+
+def processes(node: Any) -> list[int]:
+    """A node's raylet and the workers that it started."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(raylet)], capture_output=True, text=True, check=True)
+    return [raylet, *map(int, children.stdout.split())]
+
+
+def replace(nodes: Any, node: Any, store: ms.Store) -> None:
+    """Another node in the place of one that is gone; what it held comes back from its other holders."""
+    nodes.others.remove(node)
+    nodes.remove_node(node, allow_graceful=False)
+    nodes.others.append(nodes.add_node(num_cpus=2, object_store_memory=100 << 20))
+    until(lambda: len(now := store.cluster_status().hosts) == 3 and all(h.stats for h in now))
+    until(lambda: held(store) >= 1.9 * store.describe("m").stored)
+
+
+def other_than_mine(nodes: Any) -> Any:
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    return next(node for node in nodes.others if node.node_id != mine)
+
+
+def test_a_killed_node(nodes: Any, store: ms.Store, url: str) -> None:
+    victim = other_than_mine(nodes)
+
+    def kill() -> None:
+        os.kill(victim.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        until(lambda: len(store.cluster_status().hosts) == 2)
+
+    while_four_read(url, kill)
+    replace(nodes, victim, store)
+    assert equal(store.load("m"), tensors())
+
+
+def test_a_node_that_stops(nodes: Any, store: ms.Store, url: str) -> None:
+    """It is given up; when it goes on again, it finds that it is no member any more."""
+    victim = other_than_mine(nodes)
+    stopped = processes(victim)
+
+    def stop() -> None:
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        until(lambda: len(store.cluster_status().hosts) == 2)
+
+    try:
+        while_four_read(url, stop)
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    assert equal(store.load("m"), tensors())
+    replace(nodes, victim, store)
+
+
+def test_an_acknowledged_save_outlives_a_node(nodes: Any, store: ms.Store, url: str) -> None:
+    victim = other_than_mine(nodes)
+    taken = Path(url) / "models" / "n"
+    saved = store.save("n", tensors(7), ack="memory", progress=lambda *_: taken.touch())
+    assert not saved.durable
+    os.kill(victim.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    until(lambda: len(store.cluster_status().hosts) == 2)
+    taken.unlink()
+    (durable,) = store.flush(timeout=60)
+    assert durable.version == 1
+    assert equal(ms.open(url).load("n"), tensors(7))
+    replace(nodes, victim, store)
+
+
+def test_the_control_plane_stops_for_a_while(nodes: Any, store: ms.Store, url: str) -> None:
+    gcs = nodes.head_node.all_processes["gcs_server"][0].process.pid
+    reader = ms.open(url, cluster="auto")
+    os.kill(gcs, signal.SIGSTOP)
+    try:
+        for _ in range(3):
+            assert equal(reader.load("m"), tensors())
+    finally:
+        os.kill(gcs, signal.SIGCONT)
+    until(lambda: len(now := store.cluster_status().hosts) == 3 and all(h.stats for h in now))
+    assert equal(store.load("m"), tensors())
+
+
+def test_a_storage_that_is_gone_does_not_matter_to_what_is_held(store: ms.Store, url: str) -> None:
+    packs, away = Path(url) / "packs", Path(url) / "away"
+    packs.rename(away)
+    try:
+        assert equal(store.load("m"), tensors())
+    finally:
+        away.rename(packs)
+
+
+def test_a_storage_that_gives_wrong_bytes_is_found_out_while_it_is_read(store: ms.Store, url: str) -> None:
+    packs = {path: path.read_bytes() for path in (Path(url) / "packs").rglob("*.safetensors")}
+    for path, data in packs.items():
+        path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    try:
+        assert equal(store.load("m"), tensors())
+        store.evict()
+        with pytest.raises(ms.errors.CorruptionError, match="pack"):
+            store.load("m")
+    finally:
+        for path, data in packs.items():
+            path.write_bytes(data)
+    assert equal(store.load("m"), tensors())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small shared memory")
+def test_full_shared_memory(nodes: Any, store: ms.Store, url: str) -> None:
+    """Hosts hold what they can; the rest passes through."""
+    runtime.undeploy()
+    settings = runtime.default_settings(memory=256 << 20, images=256 << 20, pending=256 << 20, replicas=2)
+    root = Path(settings.root)
+    root.mkdir(mode=0o700)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "modelstore", str(root)], capture_output=True)
+    if mounted.returncode:
+        root.rmdir()
+        runtime.deploy(runtime.default_settings(memory=256 << 20, images=256 << 20, replicas=2), hosts=3)
+        pytest.skip("mounts are not allowed here")
+    try:
+        runtime.deploy(settings, hosts=3)
+        small = ms.open(url, cluster="auto")
+        for _ in range(2):
+            assert equal(small.load("m"), tensors())
+        assert shutil.disk_usage(root).free < 2 << 20, "it is full"
+        with pytest.raises(ms.errors.UnsupportedError, match="no room for the image"):
+            small.load("m", mmap=True)
+        assert small.save("n", tensors(3), ack="memory").durable in (False, True)
+        small.flush(timeout=60)
+        assert equal(ms.open(url).load("n"), tensors(3))
+        assert equal(small.load("m"), tensors())
+        runtime.undeploy()
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
+        shutil.rmtree(root, ignore_errors=True)
+    runtime.deploy(runtime.default_settings(memory=256 << 20, images=256 << 20, replicas=2), hosts=3)
+    assert torch.equal(ms.open(url, cluster="auto").load("m")["model.norm.weight"], torch.ones(1024))
