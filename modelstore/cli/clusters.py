@@ -89,6 +89,15 @@ def start(
             help="Shared memory for acknowledged saves that are not stored yet: an eighth of it.",
         ),
     ] = None,
+    gpu_memory: Annotated[
+        int,
+        typer.Option(
+            metavar="SIZE",
+            parser=size_of,
+            show_default=False,
+            help="Of one GPU of each node that has one, for chunks: none.",
+        ),
+    ] = 0,
     replicas: Annotated[int, typer.Option(metavar="N", min=1, help="On how many hosts each chunk is held.")] = 1,
     hosts: Annotated[int, typer.Option(metavar="N", min=1, help="Wait until so many nodes have their host.")] = 1,
     block: Annotated[bool, typer.Option("--block", help="Stay, and stop the cluster's part here at the end.")] = False,
@@ -109,7 +118,13 @@ def start(
         runtime.connect("auto" if joined else str(address))
         runtime.deploy(
             runtime.default_settings(
-                memory=memory, images=images, disk=disk, disk_bytes=disk_size, replicas=replicas, pending=pending
+                memory=memory,
+                images=images,
+                disk=disk,
+                disk_bytes=disk_size,
+                replicas=replicas,
+                pending=pending,
+                device_bytes=gpu_memory,
             ),
             hosts=hosts,
         )

@@ -79,7 +79,7 @@ class KeptStorage(WrappingStorage):
     def put(self, key: str, pieces: Iterable[Buffer], size: int) -> None:
         arguments = (self._save, self._source, self._pair, key, size, _ROOM)
         if not all(self._ask("reserve", *arguments)):
-            self._ask("drop", self._save, key)
+            self._ask("drop", self._save, key, False)
             self.inner.put(key, pieces, size)
             return
         hasher = blake3()

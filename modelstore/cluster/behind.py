@@ -100,26 +100,26 @@ class Behind:
         with self._changed:
             found = self._saves.get(save)
             there = found.objects.get(key) if found is not None else None
+            if found is not None and key in found.stored:
+                return  # the other keeper, which had it first, has stored it meanwhile
         if found is None or there is None:
             raise NotFoundError(
                 f"host {self._member} knows nothing of object {key} of save {save}: save again", object=key
             )
         found.heard = time.monotonic()
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(there.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            at, rest = start, view(data)
-            while rest:
-                done = os.pwrite(fd, rest, at)
-                at, rest = at + done, rest[done:]
-        finally:
-            os.close(fd)
-        if digest is None:
-            return
-        if _digest(there) != digest:
-            self.drop(save, key)
+        right = True
+        with contextlib.suppress(FileNotFoundError):  # dropped between two steps
+            _write(there, start, data)
+            right = digest is None or _digest(there) == digest
+        with self._changed:
+            if found.objects.get(key) is not there:
+                there.path.unlink(missing_ok=True)
+                return
+            there.whole = digest is not None and right
+        if not right:
+            self.drop(save, key, stored=False)
             raise CorruptionError(f"object {key} came to host {self._member} with other bytes: save again", object=key)
-        there.whole = True
         self._store_some(save)
 
     def commit(self, order: Order) -> None:
@@ -159,14 +159,15 @@ class Behind:
 
     # ------------------------------------------------------------------ what keepers tell each other
 
-    def drop(self, save: str, key: str) -> None:
-        """Let go of an object: it is in the storage, or will not be kept."""
+    def drop(self, save: str, key: str, stored: bool = True) -> None:
+        """Let go of an object: the storage has it, or (not `stored`) it will not be kept."""
         with self._changed:
             found = self._saves.get(save)
             there = found.objects.pop(key, None) if found is not None else None
             if found is not None and there is not None:
-                found.stored.add(key)
                 self._free(there)
+                if stored:
+                    found.stored.add(key)
 
     def finish(self, save: str, version: int) -> None:
         """A save is durable, as this version."""
@@ -364,6 +365,17 @@ class _Parts(Sequence[bytes]):
         with self._there.path.open("rb") as file:
             file.seek(index * PART)
             return file.read(PART)
+
+
+def _write(there: _Object, start: int, data: Bytes) -> None:
+    fd = os.open(there.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        at, rest = start, view(data)
+        while rest:
+            done = os.pwrite(fd, rest, at)
+            at, rest = at + done, rest[done:]
+    finally:
+        os.close(fd)
 
 
 def _digest(there: _Object) -> bytes:

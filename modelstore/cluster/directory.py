@@ -23,7 +23,8 @@ class ClusterSettings(msgspec.Struct, frozen=True):
     disk_bytes: int = 0
     replicas: int = 1
     pending: int = 0  # of shared memory, for saves that the storage has not got yet
-    device_bytes: int = 0  # of each GPU, none where 0
+    device_bytes: int = 0  # of one GPU of each node that has one, none where 0
+    device: str = "cuda"  # torch's name of what device_bytes lie on
 
     @property
     def root(self) -> str:

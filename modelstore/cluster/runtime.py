@@ -107,6 +107,7 @@ def default_settings(
     replicas: int = 1,
     pending: int | None = None,
     device_bytes: int = 0,
+    device: str = "cuda",
 ) -> ClusterSettings:
     """Settings with sizes that suit a node like this one.
 
@@ -128,6 +129,7 @@ def default_settings(
         replicas,
         shared // 8 if pending is None else pending,
         device_bytes,
+        device,
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modelstore.cluster.actors import GROUPS, NAMESPACE, StorageActor, actor, host_name
-from modelstore.cluster.directory import Directory
+from modelstore.cluster.directory import ClusterSettings, Directory
 from modelstore.cluster.metrics import JobMetrics
 from modelstore.plan.placement import Member, View
 
@@ -19,6 +20,7 @@ log = logging.getLogger("modelstore")
 
 RESOURCE = "modelstore_storage"  # where some nodes have it, only these get hosts
 ZONE = "ray.io/availability-zone"
+_GPU_SHARE = 0.01  # of a GPU: hosts take memory of it, and next to no time
 _PERIOD = 0.5  # seconds between two looks
 _LOOKS = 20  # looks without an answer after which a host is given up: ten seconds
 _ANSWER = 10.0  # seconds that a host of an earlier directory has to say who it is
@@ -125,6 +127,7 @@ class Supervisor:
     def _start(self, node: str, info: dict[str, Any]) -> None:
         """Begin a host on a node; it becomes a member when it answers."""
         settings, view = self._directory.settings, self._directory.view()
+        device = device_of(settings, info["Resources"])
         member = Member(f"{node[:12]}-{view.epoch}", node, info.get("Labels", {}).get(ZONE, ""))
         made: Any = (
             ray.remote(concurrency_groups=GROUPS)(StorageActor)  # type: ignore[call-overload]
@@ -134,9 +137,10 @@ class Supervisor:
                 lifetime="detached",
                 max_restarts=0,
                 num_cpus=0,
+                num_gpus=_GPU_SHARE if device and device.startswith("cuda") else 0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
-            .remote(member, settings, view)
+            .remote(member, settings, view, device)
         )
         self._starting[node] = (member, made, made.ping.remote())
 
@@ -167,6 +171,18 @@ class Supervisor:
                 self._handles[member.id].see.remote(view)
         with self._changed:
             self._changed.notify_all()
+
+
+def device_of(settings: ClusterSettings, resources: Mapping[str, float]) -> str | None:
+    """The device that a host on a node with these resources keeps chunks on, None where it has none. Pure.
+
+    Ray shows a process only the GPU that it was given a share of, so that is its first one.
+    """
+    if not settings.device_bytes:
+        return None
+    if settings.device != "cuda":
+        return settings.device
+    return "cuda:0" if resources.get("GPU", 0) >= _GPU_SHARE else None
 
 
 def hosts_of(view: View) -> list[Any]:

@@ -278,6 +278,18 @@ def test_a_save_that_fails_leaves_nothing(nodes: Nodes, gate: Gate) -> None:
     assert not any(host.stats().bytes for host in nodes.hosts.values())
 
 
+def test_what_is_stored_before_the_other_keeper_has_it_is_no_failure(nodes: Nodes, gate: Gate) -> None:
+    """The first keeper is quick: it has stored an object when the second one is still being sent it."""
+    second = nodes.hosts["b"]
+    source, data = Source(gate.url), np.arange(100, dtype=np.uint8)
+    assert second.reserve("s", source, ("a", "b"), "packs/x", 100, 1.0)
+    second.write("s", "packs/x", 0, data[:50])
+    second.drop("s", "packs/x")
+    second.write("s", "packs/x", 50, data[50:], blake3(data.tobytes()).digest())
+    assert second.stats().bytes == 0
+    assert not list((nodes.root / "b" / "pending").glob("*"))
+
+
 def test_lost_with_both_hosts_is_said(nodes: Nodes, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acknowledge, "_UNKNOWN", 0.2)
     gate.open.clear()

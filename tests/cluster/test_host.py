@@ -441,3 +441,17 @@ class HostAgainstDict(RuleBasedStateMachine):
 
 TestHostAgainstDict = HostAgainstDict.TestCase
 TestHostAgainstDict.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_a_host_takes_a_device_where_there_is_one() -> None:
+    pytest.importorskip("ray")
+    from modelstore.cluster.directory import ClusterSettings
+    from modelstore.cluster.supervisor import device_of
+
+    def of(device_bytes: int, device: str, **resources: float) -> str | None:
+        return device_of(ClusterSettings("c", 1, 1, device_bytes=device_bytes, device=device), resources)
+
+    assert of(0, "cuda", GPU=8) is None
+    assert of(1, "cuda", CPU=8) is None
+    assert of(1, "cuda", GPU=1) == "cuda:0"
+    assert of(1, "cpu", CPU=8) == "cpu"

@@ -209,3 +209,22 @@ def test_full_shared_memory(nodes: Any, store: ms.Store, url: str) -> None:
         shutil.rmtree(root, ignore_errors=True)
     runtime.deploy(runtime.default_settings(memory=256 << 20, images=256 << 20, replicas=2), hosts=3)
     assert torch.equal(ms.open(url, cluster="auto").load("m")["model.norm.weight"], torch.ones(1024))
+
+
+def test_a_device_in_a_running_cluster(nodes: Any, url: str) -> None:
+    """The tier of a device, here the host's own memory as torch sees it: where there is no GPU, none is asked for."""
+    runtime.undeploy()
+    size = 64 << 20
+    runtime.deploy(runtime.default_settings(memory=size, images=size, device_bytes=size, device="cpu"), hosts=3)
+    try:
+        store = ms.open(url, cluster="auto")
+        done = store.prefetch("m", tier="gpu")
+        assert done.held == done.bytes
+        hosts = [h.stats["tiers"] for h in store.cluster_status().hosts if h.stats]
+        assert sum(tiers["gpu"]["bytes"] for tiers in hosts) >= done.bytes
+        assert sum(tiers["memory"]["bytes"] for tiers in hosts) < done.bytes
+        shutil.rmtree(Path(url) / "packs")
+        assert equal(store.load("m"), tensors()), "from the device alone"
+    finally:
+        runtime.undeploy()
+        runtime.deploy(runtime.default_settings(memory=256 << 20, images=256 << 20, replicas=2), hosts=3)
