@@ -90,14 +90,14 @@ def start(
         ),
     ] = None,
     gpu_memory: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="SIZE",
             parser=size_of,
             show_default=False,
             help="Of one GPU of each node that has one, for chunks: none.",
         ),
-    ] = 0,
+    ] = None,
     replicas: Annotated[int, typer.Option(metavar="N", min=1, help="On how many hosts each chunk is held.")] = 1,
     hosts: Annotated[int, typer.Option(metavar="N", min=1, help="Wait until so many nodes have their host.")] = 1,
     block: Annotated[bool, typer.Option("--block", help="Stay, and stop the cluster's part here at the end.")] = False,
@@ -124,7 +124,7 @@ def start(
                 disk_bytes=disk_size,
                 replicas=replicas,
                 pending=pending,
-                device_bytes=gpu_memory,
+                device_bytes=gpu_memory or 0,
             ),
             hosts=hosts,
         )
