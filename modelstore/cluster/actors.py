@@ -20,6 +20,7 @@ from modelstore.cluster.directory import ClusterSettings, Directory
 from modelstore.cluster.folders import claim
 from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
 from modelstore.cluster.images import Images
+from modelstore.cluster.logs import log_as_json
 from modelstore.cluster.making import Made, Making, Variant
 from modelstore.cluster.metrics import HostMetrics
 from modelstore.cluster.pieces import Piece, Source
@@ -69,6 +70,7 @@ class StorageActor:
     """A node's host in a process of its own."""
 
     def __init__(self, member: Member, settings: ClusterSettings, view: View, device: str | None = None) -> None:
+        log_as_json(host=member.id, node=member.node)
         self._member = member
         self._settings = settings
         self._view: View = view
@@ -283,7 +285,7 @@ class StorageActor:
         """Check a little of what is held, again and again: what nobody reads goes bad, too."""
         while not self._closed.wait(_SCRUBBED):
             for digest in self._host.scrub(_SCRUB):
-                log.warning("piece %s held by host %s was wrong, and is dropped", digest.hex(), self._member.id)
+                log.warning("a chunk that was held was wrong, and is dropped", extra={"chunk": digest.hex()})
 
     def _send_copies(self) -> None:
         """Have others pull what they are to hold, in batches, one after another."""
@@ -304,6 +306,7 @@ class DirectoryActor:
     def __init__(self, settings: ClusterSettings) -> None:
         from modelstore.cluster.supervisor import Supervisor
 
+        log_as_json(host="directory", node=ray.get_runtime_context().get_node_id())
         self._directory = Directory(settings)
         self._supervisor = Supervisor(self._directory)
         threading.Thread(target=self._supervisor.run, daemon=True, name="modelstore-supervisor").start()

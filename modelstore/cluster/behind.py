@@ -255,7 +255,7 @@ class Behind:
         def put(storage: Storage) -> None:
             storage.put(key, _Parts(there), there.size)
 
-        if self._try(found.source, put, f"object {key}"):
+        if self._try(found.source, put, key):
             self.drop(save, key)
             self._say(found.other, "drop", save, key)
             self._store_some(save)
@@ -269,18 +269,20 @@ class Behind:
             versions.append(record.version)
 
         versions: list[int] = []
-        if self._try(found.source, publish, f"a new version of {order.model!r}"):
+        if self._try(found.source, publish, "the record of a new version", order.model):
             self.finish(save, versions[0])
             self._say(found.other, "finish", save, versions[0])
 
-    def _try(self, source: Source, act: Callable[[Storage], None], what: str) -> bool:
+    def _try(self, source: Source, act: Callable[[Storage], None], what: str, model: str | None = None) -> bool:
         """Do it until it is done, or this host is closed: whether it was done. A storage that fails is only late."""
         pause, longest = _AGAIN
         while not self._closed.is_set():
             try:
                 act(_storage(source))
             except (ModelStoreError, OSError) as error:
-                log.warning("host %s could not store %s yet, and tries again: %s", self._member, what, error)
+                log.warning(
+                    "could not store %s yet, and try again: %s", what, error, extra={"object": what, "model": model}
+                )
                 with self._changed:
                     self._stats.problem = str(error)
             else:
@@ -316,7 +318,9 @@ class Behind:
                     self._tell(member, "drop", save, key)
             self._tell(member, "commit", msgspec.structs.replace(order, keepers=pair))
         except Exception:  # the host that was asked is gone, too: the next view says so
-            log.warning("host %s could not copy save %s to host %s", self._member, save, member, exc_info=True)
+            log.warning(
+                "could not copy a save to another host", exc_info=True, extra={"model": order.model, "peer": member}
+            )
         with self._changed:
             version = self._done.get(save)
         if version is not None:

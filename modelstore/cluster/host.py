@@ -324,6 +324,8 @@ class ShardHost:
                 self._stats.wrong += not right
             if right:
                 good[digest] = self._keep(digest, data, tier)
+            else:
+                log.warning("a peer sent a chunk with other bytes; it is not used", extra={"chunk": digest.hex()})
         return good
 
     def _from_storage(

@@ -53,7 +53,7 @@ def test_commands_exist_and_agree(name: str, token: Path) -> None:
         assert options["replicas"] <= len(NODES)
         # Chunks, as much as a quarter of the whole for decoded models, and Ray's 128 MiB.
         shared = size(NODES[name]["shm_size"].replace("gb", "GiB"))
-        assert options["memory"] + shared // 4 + (128 << 20) <= shared
+        assert options["memory"] + options["images"] + options["pending"] + (128 << 20) <= shared
     else:
         assert options["address"] == f"{address}:{parse_command(SERVICES['head']['command'], token)['port']}"
         assert NODES[name]["depends_on"] == {"head": {"condition": "service_healthy"}}

@@ -193,8 +193,9 @@ def test_what_hosts_hold_fits_the_pod() -> None:
     volumes = {volume["name"]: volume for volume in pod(storage)["volumes"]}
     shared = size(volumes["shm"]["emptyDir"]["sizeLimit"])
     claim = volumes["cache"]["ephemeral"]["volumeClaimTemplate"]["spec"]["resources"]["requests"]["storage"]
-    # Chunks, as much as a quarter of the whole for decoded models, and Ray's own objects.
-    assert options["memory"] + shared // 4 + int(storage["rayStartParams"]["object-store-memory"]) <= shared
+    # Chunks, decoded models, saves that are not stored yet, and Ray's own objects.
+    held = options["memory"] + options["images"] + options["pending"]
+    assert held + int(storage["rayStartParams"]["object-store-memory"]) <= shared
     assert options["disk_size"] <= size(claim)
     assert options["hosts"] <= storage["minReplicas"] == storage["maxReplicas"]
     assert options["replicas"] <= storage["minReplicas"]
