@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +27,13 @@ from modelstore.cluster.making import Made, Making, Variant
 from modelstore.cluster.metrics import HostMetrics
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.replicas import copies_to_send, others
+from modelstore.cluster.wire import PieceClients, PieceServer
 from modelstore.errors import ConflictError, ModelStoreError
 from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import Region
 from modelstore.format.results import JobStatus
-from modelstore.plan.placement import Member, View, holders
+from modelstore.plan.placement import Member, View, addresses, holders
 
 if TYPE_CHECKING:
     from modelstore.cluster.session import Session
@@ -97,6 +100,8 @@ class StorageActor:
             self._peers,
         )
         self._behind = Behind(member.id, settings.folder(member.id), settings.pending, self._tell)
+        self._clients = PieceClients(settings.secret)
+        self._server = self._serve()
         # Loads the compiled kernel now: the first reader would otherwise wait for it, and take this host for dead.
         holders(View(0, (member,)), np.zeros(1, np.uint64), 1)
         self._metrics = HostMetrics(member.id, member.node)
@@ -108,10 +113,7 @@ class StorageActor:
     @ray.method(concurrency_group="read")
     def read(self, source: Source, parts: Sequence[Piece], fetch: bool = True) -> list[Bytes | None]:
         """The pieces' bytes, fetched where they are not held (with `fetch`); None for what is not there."""
-        new = self._unheld(parts) if fetch else []
-        found = self._host.read(source, parts, fetch=fetch)
-        self._note(source, new)
-        return found
+        return self._read(source, parts, fetch)
 
     @ray.method(concurrency_group="read")
     def hold(self, source: Source, parts: Sequence[Piece], tier: str = "memory", pin: str | None = None) -> int:
@@ -210,11 +212,26 @@ class StorageActor:
     def close(self) -> None:
         """Remove what lies in shared memory; the disk keeps its own."""
         self._closed.set()
+        if self._server is not None:
+            self._server.close()
         self._behind.close()
         self._host.close()
         sweep(str(Path(self._settings.root).parent))
 
     # ------------------------------------------------------------------ other hosts
+
+    def _serve(self) -> PieceServer | None:
+        """Give out pieces over TCP, at the address by which Ray knows this node."""
+        if not self._settings.secret:
+            return None
+        try:
+            here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            server = PieceServer(here, self._settings.secret.encode(), self._read)
+        except OSError:
+            log.warning("no address of this node can be listened at: its pieces go through Ray", exc_info=True)
+            return None
+        self._member = msgspec.structs.replace(self._member, address=server.address)
+        return server
 
     def _reading(self) -> Session:
         """How this host reads what others are home to."""
@@ -225,19 +242,31 @@ class StorageActor:
                 self._session = Session()
             return self._session
 
+    def _read(self, source: Source, parts: Sequence[Piece], fetch: bool) -> list[Bytes | None]:
+        new = self._unheld(parts) if fetch else []
+        found = self._host.read(source, parts, fetch=fetch)
+        self._note(source, new)
+        return found
+
     def _peers(self, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
         """What other holders have of these, asked all at once."""
         asked = []
+        where = addresses(self._view)
         for member, wanted in others(self._member.id, self._view, self._before, self._settings.replicas, parts).items():
             with contextlib.suppress(ValueError, ray.exceptions.RayError):
-                asked.append((self._handle(member).take.remote(source, wanted), wanted))
+                through_ray = functools.partial(self._take, member, source, wanted)
+                asked.append((self._clients.ask(where.get(member, ""), source, wanted, False, through_ray), wanted))
         found: dict[bytes, Bytes] = {}
-        for ref, wanted in asked:
-            with contextlib.suppress(ray.exceptions.RayError, ModelStoreError):
-                for part, data in zip(wanted, ray.get(ref, timeout=_PEER_SECONDS), strict=False):
+        for answer, wanted in asked:
+            with contextlib.suppress(ray.exceptions.RayError, ModelStoreError, OSError, EOFError, TimeoutError):
+                for part, data in zip(wanted, answer.result(timeout=_PEER_SECONDS), strict=False):
                     if data is not None:
                         found.setdefault(part.digest, np.asarray(data))
         return found
+
+    def _take(self, member: str, source: Source, parts: Sequence[Piece]) -> Future[Any]:
+        taken: Future[Any] = self._handle(member).take.remote(source, parts).future()
+        return taken
 
     def _tell(self, member: str, method: str, *arguments: Any) -> Any:
         """What another host's `Behind` answers."""

@@ -25,6 +25,7 @@ class ClusterSettings(msgspec.Struct, frozen=True):
     pending: int = 0  # of shared memory, for saves that the storage has not got yet
     device_bytes: int = 0  # of one GPU of each node that has one, none where 0
     device: str = "cuda"  # torch's name of what device_bytes lie on
+    secret: str = ""  # by which hosts know who may ask them over TCP, which they do not offer without one
 
     @property
     def root(self) -> str:

@@ -130,6 +130,7 @@ def default_settings(
         shared // 8 if pending is None else pending,
         device_bytes,
         device,
+        "" if os.environ.get("RAY_USE_TLS") == "1" else secrets.token_hex(32),  # Ray's own way is encrypted then
     )
 
 

@@ -19,11 +19,12 @@ from modelstore.cluster.host import HostStats, local_path
 from modelstore.cluster.images import image_path
 from modelstore.cluster.making import Made, Variant
 from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.wire import PieceClients
 from modelstore.errors import NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest
 from modelstore.format.region import Region
-from modelstore.plan.placement import View
+from modelstore.plan.placement import View, addresses
 
 _FRESH = 3.0  # seconds for which a view is used before it is asked for again
 _ANSWER = 10.0  # seconds that the directory may take
@@ -43,6 +44,7 @@ class Session:
         self._handles: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._asker = Asker(self._ask, self._alive)
+        self._clients = PieceClients(self.settings.secret)
         for member in self._view.members:  # now: where the control plane stops, nobody can be looked up any more
             with contextlib.suppress(ValueError):
                 self.handle(member.id)
@@ -194,7 +196,9 @@ class Session:
         return None
 
     def _ask(self, member: str, source: Source, parts: Sequence[Piece], fetch: bool) -> Future[Sequence[Bytes | None]]:
-        return self._future(member, "read", source, list(parts), fetch)
+        address = addresses(self._view).get(member, "")
+        through_ray = lambda: self._future(member, "read", source, list(parts), fetch)  # noqa: E731
+        return self._clients.ask(address, source, parts, fetch, through_ray)
 
     def _alive(self, member: str) -> Future[bool]:
         return self._future(member, "ping")

@@ -142,7 +142,7 @@ class Supervisor:
             )
             .remote(member, settings, view, device)
         )
-        self._starting[node] = (member, made, made.ping.remote())
+        self._starting[node] = (member, made, made.member.remote())
 
     def _welcome(self, nodes: set[str]) -> None:
         """Let started hosts that answer become members; those that failed are started again at the next look."""
@@ -151,7 +151,7 @@ class Supervisor:
                 continue
             del self._starting[node]
             try:
-                ray.get(ref, timeout=0 if node in nodes else 0.01)
+                member = ray.get(ref, timeout=0 if node in nodes else 0.01)  # which knows its address now
             except ray.exceptions.RayError as error:
                 log.warning("no host could be started on node %s: %s", node[:12], error)
                 with contextlib.suppress(Exception):

@@ -25,6 +25,8 @@ _ROUNDS = 8
 class Member(msgspec.Struct, frozen=True):
     """A host of a cluster: its name, the node it runs on, that node's zone, and its share of what is held.
 
+    `address` is where it gives out pieces over TCP, "" where it does not.
+
     `weight` is relative to the others', between 1e-9 and 1e9; `correction` is what `balanced` multiplies it with. A
     draining member is home to nothing, but serves what it has. `ValueError` for a weight or correction out of range.
     """
@@ -35,6 +37,7 @@ class Member(msgspec.Struct, frozen=True):
     weight: float = 1.0
     draining: bool = False
     correction: float = 1.0
+    address: str = ""
 
     def __post_init__(self) -> None:
         if not _LIGHTEST <= self.weight <= _HEAVIEST:
@@ -63,6 +66,12 @@ class Moves(NamedTuple):
     key: NDArray[np.int64]
     target: NDArray[np.int32]
     source: NDArray[np.int32]
+
+
+@lru_cache(maxsize=16)
+def addresses(view: View) -> dict[str, str]:
+    """Every member's address, by its name."""
+    return {member.id: member.address for member in view.members}
 
 
 def joined(view: View, member: Member) -> View:
