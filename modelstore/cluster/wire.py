@@ -38,6 +38,7 @@ _MESSAGE = 64 << 20  # bytes of a request, or of what stands before an answer, a
 _CONNECT = 1.0  # seconds: who is no further away than a cluster's nodes answers sooner
 _LIMIT = struct.pack("ll", 60, 0)  # seconds, and microseconds, without a byte after which a connection is given up
 _FETCHES = 8  # requests that get something from elsewhere, at once: each may hold as much memory as it asks for
+_CLOSING = 0.1  # seconds within which a server that is closed notices it
 _IDLE = 8  # connections to one host that are kept
 _AVOIDED = 30.0  # seconds for which a host that could not be reached is asked in another way
 _VECTORS = 512  # buffers that one system call takes
@@ -87,7 +88,9 @@ class PieceServer:
 
         self._server = Server((host, 0), Handler)
         self.address = f"{host}:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True, name="modelstore-wire").start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(_CLOSING,), daemon=True, name="modelstore-wire"
+        ).start()
 
     def close(self) -> None:
         """Take no more connections."""

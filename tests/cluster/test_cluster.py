@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 import modelstore as ms
 from modelstore.cluster import jobs
 from modelstore.cluster.actors import host_name
+from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.wire import PieceClient, PieceClients
+from modelstore.format.buffers import Bytes
 from modelstore.format.names import parse_reference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -181,6 +184,41 @@ def test_wrong_bytes_are_never_handed_out(store: ms.Store) -> None:
     assert equal(store.load("m"), tensors())
     until(lambda: sum(h.stats["wrong"] for h in store.cluster_status().hosts if h.stats) > 0)
     assert store._session.counts.wrong > 0
+
+
+def test_bytes_that_change_on_the_wire_are_found_out(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.load("m")
+    rightly, changed = PieceClient.read, []
+
+    def read(self: PieceClient, source: Source, parts: Sequence[Piece], fetch: bool) -> list[Bytes | None]:
+        found = rightly(self, source, parts, fetch)
+        for data in found:
+            if data is not None and len(data):
+                data[len(data) // 2] ^= 1
+                changed.append(data)
+        return found
+
+    assert store._session is not None
+    monkeypatch.setattr(store._session, "here", list)  # nothing from the node's own files
+    monkeypatch.setattr(PieceClient, "read", read)
+    assert equal(store.load("m"), tensors())
+    assert changed
+    assert store._session.counts.wrong > 0
+
+
+def test_hosts_that_cannot_be_reached_over_tcp_are_read_through_ray(
+    store: ms.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.load("m")
+    session = store._session
+    assert session is not None
+    monkeypatch.setattr(session, "here", list)
+    assert all(member.address for member in session.view().members)
+    before = sum(n for name, n in session.counts.bytes.items() if name not in ("node", "storage"))
+    session._clients = PieceClients("")
+    assert equal(store.load("m"), tensors())
+    assert sum(n for name, n in session.counts.bytes.items() if name not in ("node", "storage")) > before
+    assert session.counts.bytes.get("storage", 0) == 0
 
 
 def test_what_a_cluster_cannot_do_is_said(nodes: Any, tmp_path: Path) -> None:
