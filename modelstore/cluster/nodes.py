@@ -34,7 +34,11 @@ FAST_HEALTH = {  # a dead node is noticed in a second and a half instead of fift
 }
 PROMPT = {"RAY_timeout_ms_task_wait_for_death_info": "200"}  # who asks a dead host hears so at once, not after a second
 KEEP_STORES = {"RAY_max_kill_memory_buffer_bytes": "0", "RAY_worker_killing_policy_by_group": "1"}
-QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "has been marked dead",  # which Ray says on standard output, amid what a program says there
+}
 
 
 class Running(msgspec.Struct, frozen=True):

@@ -28,6 +28,8 @@ def connect(cluster: str) -> None:
         return
     address, token = _found(cluster)
     probe(address, token)
+    if token and "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
+        _check_without_token(address)
     _set_environment(token)
     import ray
 
@@ -80,6 +82,17 @@ def _set_environment(token: str | None) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         return
     os.environ.update({**auth(token), **PROMPT, **QUIET})
+
+
+def _check_without_token(address: str) -> None:
+    """Ray reads once, when it is imported, that there is a token: `StorageError` where it came too early for this cluster."""
+    try:
+        probe(address, None)
+    except StorageError:
+        raise StorageError(
+            f"the cluster at {address} wants a token, and ray was imported here without one: set RAY_AUTH_MODE=token in "
+            f"the environment of this process, or open the store before anything imports ray"
+        ) from None
 
 
 def _found(cluster: str) -> tuple[str, str | None]:
