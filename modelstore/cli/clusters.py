@@ -11,6 +11,7 @@ import typer
 from modelstore.cli import output, units
 from modelstore.cli.failures import usage
 from modelstore.cli.options import AsJson, Debug, Quiet, Reference, StoreUrl, open_store, size_of
+from modelstore.errors import StorageError
 
 if TYPE_CHECKING:
     from modelstore.format.results import ClusterStatus
@@ -184,7 +185,7 @@ def stop(
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Stop the cluster's hosts, and the Ray node that was started on this machine.
+    """Stop the Ray node that was started on this machine, with its host; where it began the cluster, all of its hosts.
 
     Saves that were acknowledged from memory are stored before.
     """
@@ -194,6 +195,8 @@ def stop(
     if nodes.running() is None or nodes.is_head():
         runtime.connect(address)
         hosts = runtime.undeploy(seconds=wait, force=force)
+    elif _reached(address):
+        hosts = runtime.leave(nodes.node_id(), seconds=wait, force=force)
     node = nodes.stop_node()
 
     def lines() -> Iterator[str]:
@@ -314,6 +317,17 @@ def jobs(
         yield from output.table(rows, ("job", "makes", "done", "for", "left"), right=range(2, 5))
 
     output.result(found, lines(), as_json=json)
+
+
+def _reached(address: str) -> bool:
+    """Whether the cluster of this machine's node can be connected to, and is. Where it is gone, so are its hosts."""
+    from modelstore.cluster import runtime
+
+    try:
+        runtime.connect(address)
+    except StorageError:
+        return False
+    return True
 
 
 def _status(address: str) -> ClusterStatus:

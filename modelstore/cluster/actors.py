@@ -376,6 +376,11 @@ class DirectoryActor:
         return self._supervisor.drain(node)
 
     @ray.method(concurrency_group="control")
+    def retire(self, node: str) -> None:
+        """Start no host on a node any more, since it is about to go."""
+        self._supervisor.retire(node)
+
+    @ray.method(concurrency_group="control")
     def stop(self) -> list[str]:
         """Stop supervising; the hosts' names."""
         return self._supervisor.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -71,6 +72,18 @@ def is_head() -> bool:
     """Whether this machine's node began its cluster."""
     here = running()
     return here is not None and here.head
+
+
+def node_id() -> str:
+    """Ray's name of the node that was started here, as its processes were told it; "" where none runs."""
+    here = running()
+    for path in Path("/proc").glob("[0-9]*") if here else ():
+        with contextlib.suppress(OSError):
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            said = re.search(rb"--node_id=([0-9a-f]+)", (path / "cmdline").read_bytes())
+            if here and parent == here.pid and said:
+                return said[1].decode()
+    return ""
 
 
 def is_member(address: str) -> bool:

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,45 +181,75 @@ def undeploy(*, seconds: float = 60.0, force: bool = False) -> int:
     """
     import ray
 
-    from modelstore.cluster.actors import DIRECTORY, actor, host_name
+    from modelstore.cluster.actors import DIRECTORY, actor
 
     try:
         directory = actor(DIRECTORY)
     except ValueError:
         return 0
-    late = [] if force else _late(directory, seconds)
-    if late:
-        raise StorageError(
-            f"hosts {', '.join(late)} keep saves that the storage has not got: see 'modelstore cluster status'; "
-            f"wait longer, or lose them by --force"
-        )
+    if not force:
+        _wait_for_saves([member.id for member in ray.get(directory.view.remote(), timeout=30).members], seconds)
     names = ray.get(directory.stop.remote(), timeout=30)
+    _close(names)
+    ray.kill(directory)
+    return len(names)
+
+
+def leave(node: str, *, seconds: float = 60.0, force: bool = False) -> int:
+    """Stop the host of a node that is about to leave the connected cluster; how many it had.
+
+    The others go on. Errors as for `undeploy`.
+    """
+    import ray
+
+    from modelstore.cluster.actors import DIRECTORY, actor
+
+    try:
+        directory = actor(DIRECTORY)
+    except ValueError:
+        return 0
+    names = [member.id for member in ray.get(directory.view.remote(), timeout=30).members if member.node == node]
+    if not force:
+        _wait_for_saves(names, seconds)
+    ray.get(directory.retire.remote(node), timeout=30)
+    _close(names)
+    return len(names)
+
+
+def _close(names: Sequence[str]) -> None:
+    """End hosts, and what they hold in memory."""
+    import ray
+
+    from modelstore.cluster.actors import actor, host_name
+
     for name in names:
         with contextlib.suppress(Exception):
             handle = actor(host_name(name))
             ray.get(handle.close.remote(), timeout=10)
             ray.kill(handle)
-    ray.kill(directory)
-    return len(names)
 
 
-def _late(directory: Any, seconds: float) -> list[str]:
-    """Hosts that still have something to store after so many seconds; one that is gone has not."""
+def _wait_for_saves(names: Sequence[str], seconds: float) -> None:
+    """`StorageError` where hosts still have something to store after so many seconds; one that is gone has not."""
     import ray
 
     from modelstore.cluster.actors import actor, host_name
 
     asked = {}
-    for member in ray.get(directory.view.remote(), timeout=30).members:
+    for name in names:
         with contextlib.suppress(ValueError):
-            asked[member.id] = actor(host_name(member.id)).keep.remote("flush", seconds)
+            asked[name] = actor(host_name(name)).keep.remote("flush", seconds)
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds + 5) if asked else None
     late = []
     for member, ref in asked.items():
         with contextlib.suppress(ray.exceptions.RayError):  # gone, or too silent to wait for: the others have its saves
             if not ray.get(ref, timeout=0):
                 late.append(member)
-    return late
+    if late:
+        raise StorageError(
+            f"hosts {', '.join(late)} keep saves that the storage has not got: see 'modelstore cluster status'; "
+            f"wait longer, or lose them by --force"
+        )
 
 
 def _existing(path: Path) -> Path:

@@ -38,6 +38,7 @@ class Supervisor:
         self._changed = threading.Condition()
         self._metrics = JobMetrics()
         self._stopped = threading.Event()
+        self._retired: set[str] = set()
         self._seen = directory.view().epoch
 
     def adopt(self) -> None:
@@ -94,6 +95,10 @@ class Supervisor:
             self._tell()
         return ids
 
+    def retire(self, node: str) -> None:
+        """Start no host on a node any more, since it is about to go."""
+        self._retired.add(node)
+
     def stop(self) -> list[str]:
         """Look no more; the names of all hosts."""
         self._stopped.set()
@@ -121,7 +126,7 @@ class Supervisor:
 
     def _without_host(self, nodes: dict[str, dict[str, Any]]) -> list[str]:
         chosen = [name for name, node in nodes.items() if node["Resources"].get(RESOURCE)] or list(nodes)
-        served = {member.node for member in self._directory.view().members} | set(self._starting)
+        served = {member.node for member in self._directory.view().members} | set(self._starting) | self._retired
         return [name for name in chosen if name not in served]
 
     def _start(self, node: str, info: dict[str, Any]) -> None:
@@ -183,12 +188,3 @@ def device_of(settings: ClusterSettings, resources: Mapping[str, float]) -> str 
     if settings.device != "cuda":
         return settings.device
     return "cuda:0" if resources.get("GPU", 0) >= _GPU_SHARE else None
-
-
-def hosts_of(view: View) -> list[Any]:
-    """The actors of all members that can be found."""
-    found = []
-    for member in view.members:
-        with contextlib.suppress(ValueError):
-            found.append(actor(host_name(member.id)))
-    return found
