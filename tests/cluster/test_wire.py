@@ -184,7 +184,7 @@ def test_a_proof_is_good_once(shelf: Shelf) -> None:
         other.recv(32, socket.MSG_WAITALL)
         other.sendall(proof)
         other.sendall(framed(wire._Request(SOURCE, shelf.parts, True)))
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(OSError):
             assert other.recv(1) == b""
     assert not shelf.asked
 
@@ -199,8 +199,8 @@ def test_garbage_ends_only_its_own_connection(shelf: Shelf, garbage: bytes) -> N
     host, _, port = shelf.server.address.rpartition(":")
     with socket.create_connection((host, int(port)), 10) as connection:
         connection.sendall(wire._proof(connection.recv(32, socket.MSG_WAITALL), SECRET) + garbage)
-        connection.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(OSError):  # the server may have ended it already
+            connection.shutdown(socket.SHUT_WR)
             assert connection.recv(1) == b""
     assert shelf.right(shelf.client.read(SOURCE, shelf.parts, True))
 
@@ -209,7 +209,7 @@ def test_a_size_that_cannot_be_takes_no_memory(shelf: Shelf) -> None:
     host, _, port = shelf.server.address.rpartition(":")
     with socket.create_connection((host, int(port)), 10) as connection:
         connection.sendall(wire._proof(connection.recv(32, socket.MSG_WAITALL), SECRET) + struct.pack("<Q", 1 << 60))
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(OSError):
             assert connection.recv(1) == b""
     huge = struct.pack("<Q", 1 << 60)
     with (
