@@ -50,20 +50,24 @@ class Clustered(Base):
         return self._prefetch(ref, tier, replicas, None, progress)
 
     def pin(self, ref: str, *, tier: Literal["memory", "disk", "gpu"] = "memory") -> results.Prefetched:
-        """As `prefetch`; the chunks are not evicted until `unpin`."""
+        """As `prefetch`; neither the chunks nor the decoded model, where it is mapped, are evicted until `unpin`."""
+        self._in_cluster().pin_image(self._model(parse_reference(ref)).manifest.content, _pin_of(ref))
         return self._prefetch(ref, tier, None, _pin_of(ref), None)
 
     def unpin(self, ref: str) -> None:
-        """Let the chunks of a pinned variant be evicted when their place is wanted."""
+        """Let the chunks of a pinned variant, and its decoded tensors, be evicted when their place is wanted."""
         self._in_cluster().unpin(_pin_of(ref))
 
     def evict(self, ref: str | None = None) -> int:
-        """Take a variant's chunks (without `ref`, everything) out of all hosts, except what is pinned; bytes freed."""
+        """Take a variant's chunks and decoded tensors (without `ref`, everything) out of all hosts, except what is pinned.
+
+        Bytes freed.
+        """
         session = self._in_cluster()
         if ref is None:
             return session.evict(None)
         manifest = self._model(parse_reference(ref)).manifest
-        return session.evict([manifest.digest(row) for row in range(len(manifest.pack))])
+        return session.evict([manifest.digest(row) for row in range(len(manifest.pack))], manifest.content)
 
     def jobs(self) -> list[results.JobStatus]:
         """The compressions that run on the cluster now, whoever started them."""

@@ -194,14 +194,20 @@ class StorageActor:
         self._host.drop(digest)
 
     @ray.method(concurrency_group="control")
-    def evict(self, digests: Sequence[bytes] | None = None) -> int:
-        """Let pieces go (all that are not pinned, where none are named); bytes freed."""
-        return self._host.evict(digests) + (self._images.evict() if digests is None else 0)
+    def evict(self, digests: Sequence[bytes] | None = None, content: str | None = None) -> int:
+        """Let pieces and the image of a content go (all, where none are named), except what is pinned; bytes freed."""
+        return self._host.evict(digests) + self._images.evict([content] if content else None)
+
+    @ray.method(concurrency_group="control")
+    def pin_image(self, content: str, pin: str) -> None:
+        """Keep the image of a content, made now or later."""
+        self._images.pin(content, pin)
 
     @ray.method(concurrency_group="control")
     def unpin(self, pin: str) -> None:
         """Let what was held under this pin be evicted."""
         self._host.unpin(pin)
+        self._images.unpin(pin)
 
     @ray.method(concurrency_group="control")
     def stats(self) -> HostStats:

@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +41,16 @@ def image_path(folder: str, manifest: Manifest) -> Path:
 
 
 class Images:
-    """A host's images, of at most `limit` bytes; those not asked for the longest go first. Safe to use from threads."""
+    """A host's images, of at most `limit` bytes; those not asked for the longest go first, pinned ones stay.
+
+    Safe to use from threads.
+    """
 
     def __init__(self, folder: str, limit: int) -> None:
         self._folder = folder
         self._limit = limit
         self._held: OrderedDict[str, int] = OrderedDict()
+        self._pins: dict[str, set[str]] = {}  # by pin, the contents that it keeps
         self._making: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
@@ -58,7 +62,7 @@ class Images:
     def make(self, model: Model, limits: Limits) -> Path:
         """The image of a model, made where it is not there; one at a time, however many ask for it.
 
-        `UnsupportedError` where there is no room for it even with all others gone.
+        `UnsupportedError` where there is no room for it even with all others gone that are not pinned.
         """
         manifest = model.manifest
         name, path = manifest.content, image_path(self._folder, manifest)
@@ -86,22 +90,41 @@ class Images:
                 raise
             return path
 
-    def evict(self, contents: list[str] | None = None) -> int:
-        """Remove images (all, where none are named); bytes freed."""
-        freed = 0
+    def evict(self, contents: Collection[str] | None = None) -> int:
+        """Remove images (all, where none are named) that are not pinned; bytes freed."""
         with self._lock:
-            for name in list(self._held) if contents is None else [c for c in contents if c in self._held]:
-                freed += self._held.pop(name)
-                (Path(self._folder) / _FOLDER / name).unlink(missing_ok=True)
-        return freed
+            return sum(self._remove(name) for name in self._free() if contents is None or name in contents)
+
+    def pin(self, content: str, pin: str) -> None:
+        """Keep an image, made now or later, until `unpin`."""
+        with self._lock:
+            self._pins.setdefault(pin, set()).add(content)
+
+    def unpin(self, pin: str) -> None:
+        """Let go what only this pin keeps."""
+        with self._lock:
+            self._pins.pop(pin, None)
+
+    def _free(self) -> list[str]:
+        """Those that no pin keeps, the one not asked for the longest first."""
+        pinned = set().union(*self._pins.values())
+        return [name for name in self._held if name not in pinned]
+
+    def _remove(self, name: str) -> int:
+        (Path(self._folder) / _FOLDER / name).unlink(missing_ok=True)
+        return self._held.pop(name)
 
     def _make_room(self, name: str, size: int) -> None:
         """Count a new image in, and remove old ones for it."""
         with self._lock:
             self._held.pop(name, None)
-            while self._held and sum(self._held.values()) + size > self._limit:
-                oldest, _ = self._held.popitem(last=False)
-                (Path(self._folder) / _FOLDER / oldest).unlink(missing_ok=True)
+            for oldest in self._free():
+                if sum(self._held.values()) + size > self._limit:
+                    self._remove(oldest)
+            if sum(self._held.values()) + size > self._limit:
+                raise UnsupportedError(
+                    "what is pinned leaves no room for the image: unpin some, or load it without mmap"
+                )
             self._held[name] = size
 
 

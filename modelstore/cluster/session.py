@@ -152,9 +152,13 @@ class Session:
         """As `acknowledge.Hosts.keep`."""
         return self._future(member, "keep", method, *arguments)
 
-    def evict(self, digests: Sequence[bytes] | None) -> int:
-        """Take pieces, or all, out of every host; bytes freed."""
-        return sum(self._all("evict", digests))
+    def evict(self, digests: Sequence[bytes] | None, content: str | None = None) -> int:
+        """Take pieces and the image of a content, or all, out of every host; bytes freed."""
+        return sum(self._all("evict", digests, content))
+
+    def pin_image(self, content: str, pin: str) -> None:
+        """Let every host keep the image of a content."""
+        self._all("pin_image", content, pin)
 
     def drain(self, node: str) -> list[str]:
         """Let the hosts of a node be home to nothing; their names. `NotFoundError` where there are none."""

@@ -135,6 +135,22 @@ def test_mapped_models_share_the_memory_of_the_node(store: ms.Store) -> None:
     assert "/images/" in maps
 
 
+def test_a_pinned_model_stays_decoded(store: ms.Store) -> None:
+    def images() -> list[Path]:
+        assert store._session is not None
+        return list(Path(store._session.settings.root).glob("*/images/*"))
+
+    store.pin("m")
+    store.load("m", mmap=True)
+    assert len(images()) == 1
+    store.evict()
+    store.evict("m")
+    assert len(images()) == 1
+    store.unpin("m")
+    store.evict("m")
+    assert images() == []
+
+
 def test_a_killed_host_is_replaced_and_its_copies_come_back(store: ms.Store) -> None:
     import ray
 
