@@ -64,6 +64,7 @@ class Asker:
         self._hedge = hedge
         self._suspect = suspect
         self._suspects: dict[str, float] = {}
+        self._doubted: dict[str, tuple[Future[bool], float]] = {}  # whether it lives, and when it was asked that
         self._lock = threading.Lock()
         self.counts = Counts()
 
@@ -95,10 +96,12 @@ class Asker:
             if again:
                 self._send(source, left, again, open_, fetch=True)
             self._hedge_late(source, left, open_)
+        self._doubt([question for question in open_.values() if question.hedged])
         return found
 
     def _orders(self, view: View, replicas: int, parts: Sequence[Piece]) -> list[list[str]]:
         """Whom to ask for each piece, in order: its holders, suspects last."""
+        self._judge()
         table = holders(view, section_keys(parts), max(1, replicas))
         suspects = set(self.suspects())
         names = [member.id for member in view.members]
@@ -144,6 +147,7 @@ class Asker:
             return [part.digest for part in question.parts if part.digest in left]
         with self._lock:
             self._suspects.pop(question.member, None)
+            self._doubted.pop(question.member, None)
         missing = []
         for part, data in zip(question.parts, answer, strict=False):
             if part.digest not in left:
@@ -182,15 +186,43 @@ class Asker:
         """Whether a holder that is late does not even say that it lives. Waits for nothing: it is asked again and again."""
         if question.ping is None:
             question.ping, question.pinged = self._alive(question.member), now
-        if not question.ping.done():
-            return now - question.pinged > _LIVES
-        lives = question.ping.exception() is None and question.ping.result()
+        lives = _lives(question.ping, question.pinged, now)
         if lives:
             question.ping, question.asked = None, now - self._hedge
-        return not lives
+        return lives is False
+
+    def _doubt(self, overtaken: Sequence[_Question]) -> None:
+        """Others gave what these holders were asked for: ask them whether they live, for whoever reads next.
+
+        One that is stopped would else be asked first, and waited for, by every read.
+        """
+        now = time.monotonic()
+        for question in overtaken:
+            with self._lock:
+                known = question.member in self._doubted or self._suspects.get(question.member, 0.0) > now
+            if not known:
+                ping = question.ping or self._alive(question.member)
+                self._doubted[question.member] = ping, question.pinged or now
+
+    def _judge(self) -> None:
+        """Suspect the doubted ones that did not say in time that they live."""
+        now = time.monotonic()
+        for member, (ping, since) in list(self._doubted.items()):
+            lives = _lives(ping, since, now)
+            if lives is not None:
+                self._doubted.pop(member, None)
+            if lives is False:
+                self.suspect(member)
 
     def suspect(self, member: str) -> None:
         """Ask this holder last for a while."""
         with self._lock:
             self._suspects[member] = time.monotonic() + self._suspect
             self.counts.suspected += 1
+
+
+def _lives(ping: Future[bool], since: float, now: float) -> bool | None:
+    """What a holder says that was asked whether it lives; False also when it said nothing in time, None until then."""
+    if ping.done():
+        return ping.exception() is None and ping.result()
+    return False if now - since > _LIVES else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
+import functools
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -19,7 +19,7 @@ from modelstore.cluster.host import HostStats, local_path
 from modelstore.cluster.images import image_path
 from modelstore.cluster.making import Made, Variant
 from modelstore.cluster.pieces import Piece, Source
-from modelstore.cluster.wire import PieceClients
+from modelstore.cluster.wire import PieceClients, in_thread
 from modelstore.errors import NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest
@@ -42,12 +42,11 @@ class Session:
         self._coming: Future[View] | None = None
         self._node = ray.get_runtime_context().get_node_id()
         self._handles: dict[str, Any] = {}
-        self._lock = threading.Lock()
         self._asker = Asker(self._ask, self._alive)
         self._clients = PieceClients(self.settings.secret)
-        for member in self._view.members:  # now: where the control plane stops, nobody can be looked up any more
+        for looked_up in self._meet():
             with contextlib.suppress(ValueError):
-                self.handle(member.id)
+                looked_up.result()
 
     @property
     def node(self) -> str:
@@ -69,9 +68,11 @@ class Session:
             if fresh:
                 self._view, self._coming = ray.get(self._directory.view.remote(), timeout=_ANSWER), None
                 self._asked = time.monotonic()
+                self._meet()
             elif coming is not None and coming.done():
                 self._coming = None
                 self._view = coming.result()
+                self._meet()
             elif time.monotonic() - self._asked > _FRESH:
                 self._asked = time.monotonic()
                 self._coming = self._directory.view.remote().future()
@@ -107,10 +108,10 @@ class Session:
 
     def handle(self, member: str) -> Any:
         """A member's actor. `ValueError` where there is none any more."""
-        with self._lock:
-            if member not in self._handles:
-                self._handles[member] = actor(host_name(member))
-            return self._handles[member]
+        found = self._handles.get(member)
+        if found is None:  # no lock: where the control plane stops, this stops, and nobody else is to wait for it
+            found = self._handles[member] = actor(host_name(member))
+        return found
 
     def ask_to_hold(
         self, member: str, source: Source, parts: Sequence[Piece], tier: str, pin: str | None
@@ -171,6 +172,11 @@ class Session:
     def unpin(self, pin: str) -> None:
         """Let every host evict what was held under this pin."""
         self._all("unpin", pin)
+
+    def _meet(self) -> list[Future[Any]]:
+        """Look up members that are new, each in a thread: where the control plane stops later, nobody can be any more."""
+        new = [member.id for member in self._view.members if member.id not in self._handles]
+        return [in_thread(functools.partial(self.handle, member)) for member in new]
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         """What every host that answers says."""

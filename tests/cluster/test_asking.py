@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
+from modelstore.cluster import asking
 from modelstore.cluster.asking import Asker
 from modelstore.cluster.pieces import Piece, Source, section_keys
 from modelstore.format.buffers import Bytes
@@ -105,6 +106,36 @@ def test_a_silent_home_is_hedged_to_who_holds_a_copy() -> None:
     assert found == hosts.data
     assert asker.counts.hedged >= 1
     assert {fetch for member, fetch, _ in hosts.asked if member != "m1"} == {True, False}, "a hedge does not fetch"
+
+
+def test_a_silent_holder_that_another_one_overtook_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_LIVES", 0.0)
+    hosts, parts = world()
+    hosts.silent.add("m1")
+    hosts.holds = {m: set(hosts.data) for m in ("m0", "m2")}
+    _, asker = read(hosts, parts, hedge=0.02)
+    hosts.asked.clear()
+    hedged = asker.counts.hedged
+    assert {d: bytes(b) for d, b in asker.read(VIEW, 2, SOURCE, parts).items()} == hosts.data
+    assert asker.suspects() == ["m1"]
+    assert "m1" not in [member for member, _, _ in hosts.asked]
+    assert asker.counts.hedged == hedged, "nobody waited"
+
+
+def test_an_overtaken_holder_that_lives_is_no_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is only slow: whoever asked another one for what it is about to have would have it fetched twice."""
+    monkeypatch.setattr(asking, "_LIVES", 0.0)
+    hosts, parts = world()
+    hosts.slow["m1"] = threading.Event()
+    hosts.holds = {m: set(hosts.data) for m in ("m0", "m2")}
+    found, asker = read(hosts, parts, hedge=0.02)
+    assert found == hosts.data
+    assert asker.counts.hedged >= 1
+    hosts.slow.pop("m1").set()
+    hosts.asked.clear()
+    asker.read(VIEW, 2, SOURCE, parts)
+    assert asker.suspects() == []
+    assert "m1" in [member for member, _, _ in hosts.asked], "it is asked first as before"
 
 
 def test_a_slow_home_is_waited_for_rather_than_fetched_twice() -> None:

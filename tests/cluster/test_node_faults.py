@@ -16,6 +16,7 @@ import torch
 
 import modelstore as ms
 from modelstore.cluster import runtime
+from modelstore.cluster.actors import actor, host_name
 from tests.cluster.test_cluster import equal, held, tensors, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -38,14 +39,17 @@ def store(nodes: Any, url: str) -> ms.Store:
     return store
 
 
-def while_four_read(url: str, act: Callable[[], Any]) -> Any:
-    """What `act` returns, done while four readers stream again and again; each reads all of it once more afterwards."""
+def while_four_read(url: str, act: Callable[[], Any], **options: Any) -> Any:
+    """What `act` returns, done while four readers stream again and again; each reads all of it once more afterwards.
+
+    `options`: as for `ms.open`.
+    """
     wanted = tensors()
     began, over = threading.Barrier(5), threading.Event()
     problems: list[Any] = []
 
     def read() -> None:
-        store = ms.open(url, cluster="auto")
+        store = ms.open(url, cluster="auto", **options)
         waits, last = True, False
         while not last:
             last = over.is_set()
@@ -143,8 +147,23 @@ def test_an_acknowledged_save_outlives_a_node(nodes: Any, store: ms.Store, url: 
 
 
 def test_the_control_plane_stops_for_a_while(nodes: Any, store: ms.Store, url: str) -> None:
+    import ray
+
     gcs = nodes.head_node.all_processes["gcs_server"][0].process.pid
     reader = ms.open(url, cluster="auto")
+    session = reader._session
+    assert session is not None
+    victim = store.cluster_status().hosts[0].member
+    ray.kill(actor(host_name(victim)))
+
+    def met() -> bool:
+        """Whether this reader, which goes on reading, knows how to speak to the one that followed."""
+        assert equal(reader.load("m"), tensors())
+        members = {member.id for member in session.view().members}
+        return len(members) == 3 and victim not in members and members <= session._handles.keys()
+
+    until(met)
+    until(lambda: held(store) >= 1.9 * store.describe("m").stored)
     os.kill(gcs, signal.SIGSTOP)
     try:
         for _ in range(3):
