@@ -1,36 +1,41 @@
-"""A cluster of three nodes on this machine, for the tests of one file."""
+"""A cluster of three nodes on this machine, for the tests of one file; nothing of it may be left afterwards."""
 
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modelstore.cluster import runtime
 from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
+from tests.cluster.leftovers import Leftovers
 
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Three Ray nodes with a host each, two copies of each chunk; this process is connected to the first."""
     pytest.importorskip("ray")
-    os.environ.update({"RAY_AUTH_MODE": "disabled", **FAST_HEALTH, **KEEP_STORES, **PROMPT, **QUIET})
-    import ray
-    from ray.cluster_utils import Cluster
+    left = Leftovers(uuid.uuid4().hex, tmp_path_factory.mktemp("temporary"))
+    with pytest.MonkeyPatch.context() as patch:
+        left.watch(patch)
+        os.environ.update({"RAY_AUTH_MODE": "disabled", **FAST_HEALTH, **KEEP_STORES, **PROMPT, **QUIET})
+        import ray
+        from ray.cluster_utils import Cluster
 
-    arguments = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=arguments)
-    try:
-        cluster.others = [cluster.add_node(num_cpus=2, object_store_memory=100 << 20) for _ in range(2)]
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="modelstore")
-        settings = runtime.default_settings(memory=256 << 20, images=256 << 20, replicas=2)
-        runtime.deploy(settings, hosts=3)
-        yield cluster
-        runtime.undeploy()
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-    assert not Path(settings.root).exists(), "hosts leave nothing in shared memory"
+        arguments = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=arguments)
+        try:
+            cluster.others = [cluster.add_node(num_cpus=2, object_store_memory=100 << 20) for _ in range(2)]
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="modelstore")
+            settings = runtime.default_settings(memory=256 << 20, images=256 << 20, replicas=2)
+            runtime.deploy(settings, hosts=3)
+            yield cluster
+            runtime.undeploy()
+            assert not left.memory(), "hosts leave nothing in shared memory"
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+    left.check()
