@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -15,7 +15,7 @@ from modelstore.execute.progress import Progress, meter
 from modelstore.execute.saving import Outcome
 from modelstore.format import results
 from modelstore.format.names import ORIGINAL, Reference, parse_reference
-from modelstore.plan.layout import Share
+from modelstore.plan.layout import Shard, Share, as_layout
 from modelstore.store.manifests import Manifests
 
 if TYPE_CHECKING:
@@ -68,6 +68,56 @@ class Clustered(Base):
             return session.evict(None)
         manifest = self._model(parse_reference(ref)).manifest
         return session.evict([manifest.digest(row) for row in range(len(manifest.pack))], manifest.content)
+
+    def deliver(
+        self,
+        ref: str,
+        workers: Sequence[Any],
+        method: str,
+        *,
+        shards: Sequence[Shard | None] | None = None,
+        names: Iterable[str] | None = None,
+        transport: Literal["gloo", "nccl", "nixl", "cuda_ipc", "object_store"] | None = None,
+        device: str = "cpu",
+        gpus: float = 0.01,
+        progress: Progress | None = None,
+    ) -> results.Delivered:
+        """Give Ray actors a variant's tensors: calls `method` of each with {name: tensor}, some at a time, until it has all.
+
+        On every node with some of the workers, one sender reads and decodes the model once and hands it on: from host memory
+        through Ray's own objects ("object_store"), or, with `device="cuda"`, from a GPU by Ray Direct Transport: NIXL where it is
+        installed, else NCCL. `transport` chooses another one; all but "object_store" want workers made with
+        `@ray.remote(enable_tensor_transport=True)`. `shards`: a layout for each worker. Each tensor is checked where it arrives;
+        those of one call share their memory: copy them, or keep all. A sender on a GPU takes `gpus` of it.
+
+        `ConflictError` where a worker is in a group of processes already, and Gloo or NCCL would need one; `StorageError` where
+        one died: with Gloo and NCCL, Ray then ends others, too. What a worker's method raises is raised here.
+        """
+        from modelstore.cluster.delivery import deliver
+
+        self._in_cluster()
+        assert self._source is not None
+        started = time.monotonic()
+        parsed = parse_reference(ref)
+        entry = self._catalog.entry(parsed)[1]
+        model = self._opened(parsed.name, entry)
+        if shards is not None and len(shards) != len(workers):
+            raise ValueError(f"there are {len(shards)} shards for {len(workers)} workers: give each worker one")
+        layouts = [as_layout(shard) for shard in shards] if shards is not None else [None] * len(workers)
+        nbytes, senders, used = deliver(
+            model,
+            self._source,
+            entry.manifest,
+            workers,
+            method,
+            layouts=layouts,
+            names=names,
+            transport=transport,
+            device=device,
+            gpus=gpus,
+            progress=meter(progress, model.manifest.nbytes * len(workers), f"delivering {ref}"),
+        )
+        return results.Delivered(ref, len(workers), senders, nbytes, used, time.monotonic() - started)
 
     def jobs(self) -> list[results.JobStatus]:
         """The compressions that run on the cluster now, whoever started them."""

@@ -290,6 +290,17 @@ class Prefetched(msgspec.Struct, frozen=True):
     seconds: float
 
 
+class Delivered(msgspec.Struct, frozen=True):
+    """Tensors that were handed to `workers` by `senders`: `bytes` in all that arrived, and what moved them."""
+
+    ref: str
+    workers: int
+    senders: int
+    bytes: int
+    transport: str
+    seconds: float
+
+
 class HostStatus(msgspec.Struct, frozen=True):
     """One host of a cluster: its name, its node and zone, and what it holds and did; None where it does not answer."""
 

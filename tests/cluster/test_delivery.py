@@ -1,0 +1,199 @@
+"""Weights handed to Ray actors, from memory to memory: the same bits, whatever moves them; what cannot be is said at once."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from blake3 import blake3
+
+import modelstore as ms
+from modelstore.cluster import delivery
+from modelstore.cluster.delivery import Batch, Entry, tensors_of
+
+ray = pytest.importorskip("ray")
+
+TRANSPORTS = ["gloo", "object_store", *(["nixl"] if find_spec("nixl") else [])]
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_attention_heads": 8, "hidden_size": 256}
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """Of every size of dtype, 0-d, empty, tied, with odd lengths, and with NaNs that have a payload."""
+    g = torch.Generator().manual_seed(1)
+    made = {
+        f"model.layers.{i}.mlp.{name}.weight": torch.randn(shape, generator=g).to(torch.bfloat16)
+        for i in range(3)
+        for name, shape in {"up_proj": (512, 256), "down_proj": (256, 512)}.items()
+    }
+    odd = torch.arange(7, dtype=torch.int32) - 3
+    made |= {
+        "scalar": torch.tensor(-0.0),
+        "empty": torch.empty(0, 3, dtype=torch.float16),
+        "odd": (odd.float() / 3).to(torch.float8_e4m3fn),
+        "flags": odd > 0,
+        "counts": odd.to(torch.int64),
+        "double": torch.tensor([float("nan"), float("inf"), -0.0, 1e-310], dtype=torch.float64),
+        "nan": torch.tensor([0x7FC1, 0xFFA3], dtype=torch.uint16).view(torch.bfloat16),
+    }
+    return made | {"tied": made["model.layers.0.mlp.up_proj.weight"]}
+
+
+def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return tensor.dtype, tuple(tensor.shape), data.numpy().tobytes()
+
+
+class Worker:
+    """As a user would write one: keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+        self.calls = 0
+
+    def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.calls += 1
+        self.weights.update(tensors)
+
+    def refuse(self, tensors: dict[str, torch.Tensor]) -> None:
+        raise LookupError(f"no place for {len(tensors)} tensors")
+
+    def die(self, tensors: dict[str, torch.Tensor]) -> None:
+        import os
+
+        os._exit(1)
+
+    def given(self) -> tuple[dict[str, Any], int, bool]:
+        tied = self.weights.get("tied") is self.weights.get("model.layers.0.mlp.up_proj.weight")
+        return {name: bits(tensor) for name, tensor in self.weights.items()}, self.calls, tied
+
+
+@pytest.fixture
+def store(nodes: Any, tmp_path: Path) -> ms.Store:
+    import json
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    from safetensors.torch import save_file
+
+    made = tensors()
+    save_file({name: t for name, t in made.items() if name != "tied"}, tmp_path / "model" / "model.safetensors")
+    plain = ms.open(tmp_path / "store")
+    plain.save("folder", tmp_path / "model")
+    plain.save("m", made)
+    return ms.open(tmp_path / "store", cluster="auto")
+
+
+def workers(nodes: Any, count: int, **options: Any) -> list[Any]:
+    """Actors on all nodes in turn."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ids = [nodes.head_node.node_id, *(node.node_id for node in nodes.others)]
+    kind = ray.remote(**{"enable_tensor_transport": True, **options})(Worker)
+    return [
+        kind.options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(ids[i % len(ids)], soft=False)
+        ).remote()
+        for i in range(count)
+    ]
+
+
+def gone(handles: list[Any]) -> None:
+    for handle in handles:
+        ray.kill(handle)
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_same_bits_whatever_moves_them(
+    nodes: Any, store: ms.Store, transport: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery.batches, "__defaults__", (300_000,))
+    there = workers(nodes, 4, **({"enable_tensor_transport": False} if transport == "object_store" else {}))
+    done = store.deliver("m", there, "load_weights", transport=transport)
+    wanted = {name: bits(tensor) for name, tensor in store.load("m").items()}
+    for given, calls, tied in ray.get([worker.given.remote() for worker in there]):
+        assert given == wanted
+        assert calls > 3
+        assert tied
+    unique = {name: value for name, value in wanted.items() if name != "tied"}
+    assert done.bytes == 4 * sum(len(data) for _, _, data in unique.values())
+    assert (done.workers, done.senders, done.transport) == (4, 3, transport)
+
+    def overwrite(worker: Any) -> None:
+        worker.weights["odd"].view(torch.uint8).fill_(0)
+
+    ray.get(there[0].__ray_call__.remote(overwrite))
+    neighbour, _, _ = ray.get(there[3].given.remote())  # of the same node
+    assert neighbour == wanted, "each worker's memory is its own"
+    gone(there)
+
+
+def test_each_worker_its_part(nodes: Any, store: ms.Store) -> None:
+    """Two ranks, each of them twice: who holds the same is given the same, which is read once."""
+    there = workers(nodes, 4)
+    shards = [ms.TensorParallel(rank % 2, 2) for rank in range(4)]
+    store.deliver("folder", there, "load_weights", shards=shards, transport="gloo")
+    for shard, (given, _, _) in zip(shards, ray.get([worker.given.remote() for worker in there]), strict=True):
+        wanted = {name: bits(tensor) for name, tensor in store.load("folder", shard=shard).items()}
+        assert given == wanted
+        assert given["model.layers.0.mlp.up_proj.weight"][1] == (256, 256)
+    again = store.deliver("folder", there, "load_weights", names=["scalar", "empty"], transport="gloo")
+    assert again.bytes == 16, "a group is left when all is delivered, so that the next delivery can begin"
+    gone(there)
+
+
+def test_what_a_worker_raises_is_raised(nodes: Any, store: ms.Store) -> None:
+    there = workers(nodes, 2)
+    with pytest.raises(LookupError, match="no place for"):
+        store.deliver("m", there, "refuse", transport="gloo")
+    store.deliver("m", there, "load_weights", transport="gloo")
+    gone(there)
+
+
+def test_a_worker_that_dies_is_said(nodes: Any, store: ms.Store) -> None:
+    there = workers(nodes, 2)
+    with pytest.raises(ms.errors.StorageError, match="died while it was given weights"):
+        store.deliver("m", there, "die", transport="object_store")
+    gone(there[1:])
+
+
+def test_what_cannot_be_is_said_before_anything_is_moved(nodes: Any, store: ms.Store, tmp_path: Path) -> None:
+    there = workers(nodes, 1)
+    plain = workers(nodes, 1, enable_tensor_transport=False)
+    with pytest.raises(ValueError, match="no workers"):
+        store.deliver("m", [], "load_weights")
+    with pytest.raises(TypeError, match="handle of a Ray actor"):
+        store.deliver("m", [Worker()], "load_weights")
+    with pytest.raises(ValueError, match="no method 'load'"):
+        store.deliver("m", there, "load")
+    with pytest.raises(ValueError, match="enable_tensor_transport=True"):
+        store.deliver("m", plain, "load_weights", transport="gloo")
+    with pytest.raises(ValueError, match="transport='tcp' is none of gloo"):
+        store.deliver("m", there, "load_weights", transport="tcp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="2 shards for 1 workers"):
+        store.deliver("m", there, "load_weights", shards=[None, None])
+    with pytest.raises(ms.errors.NotFoundError):
+        store.deliver("nobody", there, "load_weights")
+    with pytest.raises(ValueError, match="without a cluster"):
+        ms.open(tmp_path / "store").deliver("m", there, "load_weights")
+    from ray.experimental.collective import create_collective_group, destroy_collective_group
+
+    group = create_collective_group(there, backend="gloo")
+    with pytest.raises(ms.errors.ConflictError, match="in a group of processes already"):
+        store.deliver("m", there, "load_weights", transport="gloo")
+    destroy_collective_group(group)
+    gone(there + plain)
+
+
+def test_bytes_that_change_on_the_way_are_found_out() -> None:
+    data = torch.arange(64, dtype=torch.uint8)
+    entry = Entry(("w",), "int16", (4, 8), 0, 64, blake3(data.numpy().tobytes()).digest())
+    assert torch.equal(tensors_of(Batch(data, (entry,)))["w"], data.view(torch.int16).reshape(4, 8))
+    data[17] ^= 1
+    with pytest.raises(ms.errors.CorruptionError, match="'w' arrived with other bytes"):
+        tensors_of(Batch(data, (entry,)))
