@@ -187,12 +187,15 @@ def stop(
 ) -> None:
     """Stop the Ray node that was started on this machine, with its host; where it began the cluster, all of its hosts.
 
-    Saves that were acknowledged from memory are stored before.
+    Saves that were acknowledged from memory are stored before. Of a node that ended by itself, what it left is removed.
     """
     from modelstore.cluster import nodes, runtime
+    from modelstore.cluster.folders import sweep
 
     hosts = 0
-    if nodes.running() is None or nodes.is_head():
+    if nodes.ended():  # whatever cluster is found on this machine now is another one
+        sweep()
+    elif nodes.running() is None or nodes.is_head():
         runtime.connect(address)
         hosts = runtime.undeploy(seconds=wait, force=force)
     elif _reached(address):

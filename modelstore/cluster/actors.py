@@ -42,14 +42,8 @@ log = logging.getLogger("modelstore")
 
 NAMESPACE = "modelstore"
 DIRECTORY = "directory"
-GROUPS = {
-    "read": 8,
-    "write": 4,
-    "keep": 16,
-    "make": 4,
-    "repair": 4,
-    "control": 4,
-}  # in one pool, hosts that ask each other would block
+# In one pool, hosts that ask each other would block.
+GROUPS = {"read": 8, "write": 4, "keep": 16, "make": 4, "repair": 4, "control": 4}
 _PEER_SECONDS = 2.0
 _KEEP_SECONDS = 30.0
 _SHOWN = 2.0  # seconds between two givings out of metrics

@@ -68,6 +68,11 @@ def running() -> Running | None:
     return found
 
 
+def ended() -> bool:
+    """Whether a node that `start_node` started here ended by itself, and what it left is still here."""
+    return running() is None and state_file().exists()
+
+
 def is_head() -> bool:
     """Whether this machine's node began its cluster."""
     here = running()
@@ -169,12 +174,17 @@ def start_node(
 
 
 def stop_node() -> Running | None:
-    """Stop the node that was started here, with all its processes; what it was, None where there was none."""
-    found = running()
-    if found is None:
+    """Stop the node that was started here, with all its processes; what it was, None where there was none.
+
+    Of one that ended by itself, what it left is removed.
+    """
+    try:
+        found = msgspec.json.decode(state_file().read_bytes(), type=Running)
+    except (OSError, msgspec.MsgspecError):
         state_file().unlink(missing_ok=True)
         return None
-    _terminate(found.pid)
+    if running() is not None:
+        _terminate(found.pid)
     shutil.rmtree(found.folder, ignore_errors=True)
     for path in (state_file(), state_file().parent / "token"):
         path.unlink(missing_ok=True)
