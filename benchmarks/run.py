@@ -43,6 +43,7 @@ ROWS = {  # in the order in which they run
     "scaling": "scaling:rows",
     "cluster": "cluster:rows",
     "ranks": "ranks:rows",
+    "faults": "faults:rows",
     "placement": "placement:rows",
     "host": "host:rows",
 }
