@@ -19,7 +19,7 @@ import ray
 
 from modelstore.cluster.behind import Behind
 from modelstore.cluster.directory import ClusterSettings, Directory
-from modelstore.cluster.folders import claim
+from modelstore.cluster.folders import own_folder
 from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
 from modelstore.cluster.images import Images
 from modelstore.cluster.logs import log_as_json
@@ -28,7 +28,7 @@ from modelstore.cluster.metrics import HostMetrics
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.replicas import copies_to_send, others
 from modelstore.cluster.wire import PieceClients, PieceServer
-from modelstore.errors import ConflictError, ModelStoreError
+from modelstore.errors import ModelStoreError
 from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import Region
@@ -48,7 +48,6 @@ _PEER_SECONDS = 2.0
 _KEEP_SECONDS = 30.0
 _SHOWN = 2.0  # seconds between two givings out of metrics
 _SCRUBBED, _SCRUB = 10.0, 64 << 20  # seconds between two checks of so many bytes: under a hundredth of a core
-_DISKS = 64  # hosts that one folder serves: several only where nodes share a machine
 _DECODING = 1 << 30  # bytes of working memory for an image
 _BATCH = 32 << 20  # bytes of pieces that one request moves between hosts
 
@@ -73,6 +72,7 @@ class StorageActor:
         self._view: View = view
         self._before: View | None = None
         self._known: dict[bytes, tuple[Source, Piece]] = {}
+        self._repaired = 0
         self._handles: dict[str, Any] = {}
         self._images = Images(settings.folder(member.id), settings.images)
         self._session: Session | None = None
@@ -86,7 +86,7 @@ class StorageActor:
                 node=member.node,
                 folder=settings.folder(member.id),
                 memory=settings.memory,
-                disk=_own_disk(settings.disk) if settings.disk else None,
+                disk=own_folder(settings.disk) if settings.disk else None,
                 disk_bytes=settings.disk_bytes,
                 device=device,
                 device_bytes=settings.device_bytes,
@@ -127,6 +127,7 @@ class StorageActor:
         """Hold a copy of these, which others have."""
         held = self._host.hold(source, self._unheld(parts))
         self._known.update((part.digest, (source, part)) for part in parts)
+        self._repaired += held
         return held
 
     @ray.method(concurrency_group="write")
@@ -206,7 +207,7 @@ class StorageActor:
     @ray.method(concurrency_group="control")
     def stats(self) -> HostStats:
         """What is held, and what was done."""
-        return msgspec.structs.replace(self._host.stats(), pending=self._behind.stats())
+        return self._stats()
 
     @ray.method(concurrency_group="control")
     def close(self) -> None:
@@ -293,6 +294,10 @@ class StorageActor:
             ).items():
                 self._copies.put((member, source, wanted))
 
+    def _stats(self) -> HostStats:
+        pending, queued = self._behind.stats(), self._copies.qsize()
+        return msgspec.structs.replace(self._host.stats(), pending=pending, repaired=self._repaired, queued=queued)
+
     def _held(self) -> list[tuple[Source, list[Piece]]]:
         """What is held and known to come from a store, by store."""
         digests = list(self._known)
@@ -308,7 +313,7 @@ class StorageActor:
     def _show(self) -> None:
         """Give out metrics, again and again."""
         while not self._closed.wait(_SHOWN):
-            self._metrics.show(self._host.stats())
+            self._metrics.show(self._stats())
 
     def _scrub(self) -> None:
         """Check a little of what is held, again and again: what nobody reads goes bad, too."""
@@ -384,14 +389,3 @@ class DirectoryActor:
     def stop(self) -> list[str]:
         """Stop supervising; the hosts' names."""
         return self._supervisor.stop()
-
-
-def _own_disk(root: str) -> str:
-    """The first numbered folder there that no other host uses: after a restart the same one again, with what it holds."""
-    folder = root
-    for number in range(_DISKS):
-        folder = f"{root}/{number}"
-        with contextlib.suppress(ConflictError):
-            os.close(claim(folder))
-            break
-    return folder

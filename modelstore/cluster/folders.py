@@ -14,6 +14,7 @@ from modelstore.errors import ConflictError, StorageError
 ROOT = "modelstore-"  # clusters' folders in shared memory begin with it
 _LOCK = "lock"
 _TRIES = 50  # to claim: a sweep holds the lock of what it removes for an instant
+_NUMBERED = 64  # processes that one folder serves: several hosts only where nodes share a machine
 _PAUSE = 0.01  # seconds between them
 
 
@@ -40,6 +41,17 @@ def claim(folder: str) -> int:
             return fd
         time.sleep(_PAUSE)
     raise ConflictError(f"folder {path} is in use by another process: end it, or name another folder")
+
+
+def own_folder(root: str) -> str:
+    """The first numbered folder there that no other process has: after a restart the same one again, with what it holds."""
+    folder = root
+    for number in range(_NUMBERED):
+        folder = f"{root}/{number}"
+        with contextlib.suppress(ConflictError):
+            os.close(claim(folder))
+            break
+    return folder
 
 
 def sweep(shared: str = "/dev/shm") -> int:

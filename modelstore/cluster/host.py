@@ -53,7 +53,8 @@ class HostSettings(msgspec.Struct, frozen=True):
 class HostStats(msgspec.Struct):
     """What a host holds, by tier, and did: bytes fetched from the storage and from peers, wrong copies, pieces under way.
 
-    Of the pieces that readers `asked` for, `hits` were held. `pending`: saves that the storage has not got yet.
+    Of the pieces that readers `asked` for, `hits` were held. `repaired`: bytes taken in as copies that others lacked; `queued`:
+    batches of copies to be sent to others. `pending`: saves that the storage has not got yet.
     """
 
     tiers: dict[str, TierStats]
@@ -64,6 +65,8 @@ class HostStats(msgspec.Struct):
     in_flight: int = 0
     asked: int = 0
     hits: int = 0
+    repaired: int = 0
+    queued: int = 0
     pending: PendingStats | None = None
 
 

@@ -6,10 +6,12 @@ totals since the host began, so that nothing is counted twice when a host is loo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 from ray.util.metrics import Gauge
 
+from modelstore.cluster.asking import Counts
 from modelstore.cluster.host import HostStats
 from modelstore.format.results import JobStatus
 
@@ -30,6 +32,13 @@ _OF_HOST = {
     "in_flight": "Chunks that are being fetched.",
     "asked": "Chunks that readers asked for.",
     "hits": "Chunks of these that were held.",
+    "repaired": "Bytes taken in as copies that were missing.",
+    "queued": "Batches of copies that wait to be sent to other hosts.",
+}
+_OF_READER = {
+    "hedged": "Requests that were late, so that another holder was asked beside.",
+    "suspected": "Times that a holder was found silent or failing.",
+    "wrong_read": "Chunks that a holder gave with other bytes than their digest's.",
 }
 _OF_JOB = {"done": "Raw bytes that are compressed.", "bytes": "Raw bytes that are to be compressed."}
 
@@ -54,6 +63,24 @@ class HostMetrics:
                 gauge.set(getattr(figures, name), tags={**self._tags, "tier": tier})
         for name, gauge in self._host.items():
             gauge.set(getattr(stats, name), tags=self._tags)
+
+
+class ReaderMetrics:
+    """What answered the readers of one process, and what went wrong."""
+
+    def __init__(self, node: str) -> None:
+        self._tags = {"node": node[:12], "pid": str(os.getpid())}
+        self._read = Gauge("modelstore_read", "Bytes that readers got, by source.", tag_keys=("node", "pid", "source"))
+        self._counts = {
+            name: Gauge(f"modelstore_{name}", what, tag_keys=("node", "pid")) for name, what in _OF_READER.items()
+        }
+
+    def show(self, counts: Counts) -> None:
+        """Give out the newest figures."""
+        for source, nbytes in list(counts.bytes.items()):
+            self._read.set(nbytes, tags={**self._tags, "source": source})
+        for name, value in (("hedged", counts.hedged), ("suspected", counts.suspected), ("wrong_read", counts.wrong)):
+            self._counts[name].set(value, tags=self._tags)
 
 
 class JobMetrics:

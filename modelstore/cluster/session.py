@@ -18,6 +18,7 @@ from modelstore.cluster.asking import Asker, Counts
 from modelstore.cluster.host import HostStats, local_path
 from modelstore.cluster.images import image_path
 from modelstore.cluster.making import Made, Variant
+from modelstore.cluster.metrics import ReaderMetrics
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.wire import PieceClients, in_thread
 from modelstore.errors import NotFoundError, StorageError, UnsupportedError
@@ -44,6 +45,7 @@ class Session:
         self._handles: dict[str, Any] = {}
         self._asker = Asker(self._ask, self._alive)
         self._clients = PieceClients(self.settings.secret)
+        self._metrics = ReaderMetrics(self._node)
         for looked_up in self._meet():
             with contextlib.suppress(ValueError):
                 looked_up.result()
@@ -93,6 +95,7 @@ class Session:
             found |= self._asker.read(view, self.settings.replicas, source, rest)
             if len(found) < len(parts):  # who is there may have changed
                 self._asked = 0.0
+        self._metrics.show(self.counts)
         return found
 
     def wrong(self, part: Piece) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -111,10 +112,11 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         made.start()
         yield made
     finally:
-        for node in reversed(NODES):
-            network.link(node, "up")
-            made.run(node, "stop", "--force")
-        network.close()
+        with contextlib.ExitStack() as ending:  # all of it, also where a part fails
+            ending.callback(network.close)
+            for node in NODES:
+                ending.callback(made.run, node, "stop", "--force")
+                ending.callback(network.link, node, "up")
 
 
 def test_a_link_that_is_cut(nodes: Nodes, tmp_path: Path) -> None:
