@@ -27,6 +27,8 @@ from modelstore.format.results import JobStatus
 from modelstore.plan.placement import View, holders
 
 PORTION = 256 << 20  # raw bytes that a worker takes at a time, about
+_SHARES = 4  # a portion is at most one of so many shares of what is left, but for
+_SMALLEST = 4  # one of so many shares of PORTION, which it may always be
 WORKER_MEMORY = 1 << 30  # bytes of a worker's budget: always the same, since the size of packs goes by it
 _AHEAD = 2  # portions submitted for each core of the cluster
 _RETRIES = 3
@@ -34,13 +36,19 @@ _LOOK = 1.0  # seconds between two looks at whether the job was cancelled
 
 
 def portions(portion: Portion, manifest: Manifest, size: int = PORTION) -> Iterator[Portion]:
-    """A job's tensors in portions of neighbours in model order: the same ones, however many workers there are. Pure."""
+    """A job's tensors in portions of neighbours in model order: the same ones, however many workers there are. Pure.
+
+    Of `size` bytes at most, where a tensor is no larger, and smaller ones towards the end, so that all workers end at about
+    the same time (guided self-scheduling: Polychronopoulos and Kuck, IEEE Transactions on Computers C-36, 1987).
+    """
+    left = sum(manifest.by_name[name].nbytes for name in portion.specs)
     specs: dict[str, CodecSpec] = {}
     nbytes = 0
     for name, spec in portion.specs.items():
         more = manifest.by_name[name].nbytes
-        if specs and nbytes + more > size:
+        if specs and nbytes + more > max(size // _SMALLEST, min(size, left // _SHARES)):
             yield msgspec.structs.replace(portion, specs=specs)
+            left -= nbytes
             specs, nbytes = {}, 0
         specs[name] = spec
         nbytes += more

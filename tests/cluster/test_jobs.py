@@ -46,6 +46,14 @@ def test_portions_are_all_tensors_in_order(url: str, size: int) -> None:
     assert all(sum(manifest.by_name[name].nbytes for name in part.specs) <= limit for part in made)
 
 
+def test_portions_become_smaller_towards_the_end(url: str) -> None:
+    """So that nobody begins a long one when the others have nothing left to do."""
+    manifest = manifest_of(ms.open(url), "m")
+    whole = Portion("j", ("int8",), dict.fromkeys(tensors(), INT))
+    counts = [len(part.specs) for part in jobs.portions(whole, manifest, 4 * 512 * 512 * 2)]
+    assert counts == [3, 2, 1, 1, 1, 1, 1, 1, 1]
+
+
 def test_work_goes_where_most_of_its_chunks_are_at_home(url: str) -> None:
     manifest = manifest_of(ms.open(url), "m")
     whole = Portion("j", ("int8",), dict.fromkeys(tensors(), INT))
