@@ -18,10 +18,13 @@ from modelstore.cluster.actors import DIRECTORY, actor
 from modelstore.cluster.models import opened, storage_of
 from modelstore.cluster.pieces import Source, pieces, section_keys
 from modelstore.cluster.session import Session
-from modelstore.compress.job import Portion, encode
+from modelstore.compress.devices import gains
+from modelstore.compress.job import Portion, encode, view_spec
+from modelstore.compress.plan import weight_codec
 from modelstore.errors import CancelledError, ModelStoreError, StorageError
 from modelstore.execute.reading import Limits
 from modelstore.format.manifest import CodecSpec, Manifest
+from modelstore.format.names import ORIGINAL
 from modelstore.format.record import manifest_key
 from modelstore.format.results import JobStatus
 from modelstore.plan.placement import View, holders
@@ -31,6 +34,7 @@ _SHARES = 4  # a portion is at most one of so many shares of what is left, but f
 _SMALLEST = 4  # one of so many shares of PORTION, which it may always be
 WORKER_MEMORY = 1 << 30  # bytes of a worker's budget: always the same, since the size of packs goes by it
 _AHEAD = 2  # portions submitted for each core of the cluster
+_GPU_SHARE = 0.1  # of a GPU, for a worker: most of its time goes by elsewhere
 _RETRIES = 3
 _LOOK = 1.0  # seconds between two looks at whether the job was cancelled
 
@@ -67,6 +71,14 @@ def nearest(portion: Portion, manifest: Manifest, view: View) -> str | None:
         node = view.members[at].node
         nbytes[node] = nbytes.get(node, 0) + part.length
     return max(sorted(nbytes), key=lambda node: nbytes[node], default=None)
+
+
+def gpu_share(portion: Portion, free: Mapping[str, float]) -> float:
+    """Of a GPU, what a worker takes for a portion: nothing where none is free, or would make nothing sooner. Pure."""
+    wanted = free.get("GPU", 0.0) >= _GPU_SHARE and any(
+        gains(weight_codec(view_spec(spec, ORIGINAL))) for spec in portion.specs.values()
+    )
+    return _GPU_SHARE if wanted else 0.0
 
 
 class Job:
@@ -134,6 +146,7 @@ class Job:
         near = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True) if node else "SPREAD"
         task = ray.remote(_encode).options(
             num_cpus=1,
+            num_gpus=gpu_share(portion, ray.available_resources()),  # type: ignore[no-untyped-call]
             max_retries=_RETRIES,
             retry_exceptions=[StorageError],
             scheduling_strategy=near,
@@ -163,7 +176,17 @@ def _encode(
     original = opened(None if local else Session(), source, model, digest)
     known = [manifests.read(name, manifest) for name, manifest in earlier]
     limits = Limits(WORKER_MEMORY, threads=1)
-    return encode(storage, portion, original.manifest, original.reader, config, earlier=known, limits=limits).stored
+    written = encode(
+        storage, portion, original.manifest, original.reader, config, earlier=known, limits=limits, device=_device()
+    )
+    return written.stored
+
+
+def _device() -> str | None:
+    """The GPU that this task was given a share of; None without one."""
+    import torch
+
+    return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else None
 
 
 def _result(ref: Any, portion: Portion) -> int:

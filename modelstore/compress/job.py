@@ -20,6 +20,7 @@ from modelstore.codecs.ladder import Ladder
 from modelstore.codecs.loss import Loss
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
 from modelstore.compress.codes import Codes, encoder_of
+from modelstore.compress.devices import fit_on
 from modelstore.compress.plan import tensor_plan, weight_codec
 from modelstore.compress.threshold import with_threshold
 from modelstore.errors import ConflictError, CorruptionError
@@ -184,22 +185,22 @@ def encode(
     *,
     earlier: Iterable[Manifest] = (),
     limits: Limits,
-    progress: Callable[[int], None] | None = None,
+    device: str | None = None,
 ) -> Tally:
     """Encode a portion of a job's tensors into packs of their own, and note them in the job's journal; nothing is published.
 
-    The packs depend on the portion alone, not on who encodes it. Errors as for `compress`.
+    The packs depend on the portion alone, not on who encodes it, nor on the device. Errors as for `compress`.
     """
     axis = axes(config) if config else None
     inputs = [
-        _input_of(parent_manifest.by_name[name], spec, reader, portion.variants, axis)
+        _input_of(parent_manifest.by_name[name], spec, reader, portion.variants, axis, device)
         for name, spec in portion.specs.items()
     ]
     tally, refresh_before = Tally(), time.time() - REFRESH
     journal = Journal(storage, portion.job)
     known = known_chunks((parent_manifest, *earlier))
     threads = limits.threads or (None if reader.local else _REMOTE_THREADS)
-    writer = PackWriter(storage, Limits(limits.memory, threads), known, refresh_before, progress, journal.note, tally)
+    writer = PackWriter(storage, Limits(limits.memory, threads), known, refresh_before, None, journal.note, tally)
     writer.write(inputs)
     return tally
 
@@ -209,12 +210,15 @@ def view_spec(spec: CodecSpec, variant: str) -> CodecSpec:
     return CodecSpec(spec.name, {**spec.params, "variant": variant}) if spec.name == _LADDER else spec
 
 
-def encoder(codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor, chunks: int) -> Encoder:
+def encoder(
+    codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor, chunks: int, device: str | None = None
+) -> Encoder:
     """How parts of a tensor are encoded: what the codec wants to look at first is taken from the part, where it has it.
 
     Where it has not, the tensor is read for it when its first chunk is encoded, and what was found is let go after the
-    last one.
+    last one. `device` of torch: for what gives the same bits there.
     """
+    fit = fit_on(codec, device)
     lock = threading.Lock()
     made: list[Encode] = []
     left = chunks
@@ -223,7 +227,7 @@ def encoder(codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor,
         nonlocal left
         with lock:
             if not made:
-                made.append(codec.fit(read, tensor.shape, tensor.kind))
+                made.append(fit(read, tensor.shape, tensor.kind))
             fitted = made[0]
             left -= 1
             if left == 0:
@@ -234,7 +238,7 @@ def encoder(codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor,
         if not codec.by_rows or not has_whole_rows(part, tensor.shape):
             return encode
         box = raw.view(f"V{tensor.kind.itemsize}").reshape(extent(part))
-        fitted = codec.fit(
+        fitted = fit(
             lambda region: np.ascontiguousarray(box[slices(region)]).reshape(-1).view(np.uint8), box.shape, tensor.kind
         )
         return lambda values, region: fitted(values, shift(region, part))
@@ -273,12 +277,13 @@ def _input_of(
     reader: Reader,
     variants: tuple[str, ...],
     axis: Callable[[str], int | None] | None,
+    device: str | None = None,
 ) -> Input:
     spec = view_spec(chosen, ORIGINAL)
     codec = weight_codec(spec)
     plan = tensor_plan(tensor, spec, axis)
     views = tuple(weight_codec(view_spec(chosen, variant)) for variant in variants)
-    encoding = encoder(codec, _regions(reader, tensor), tensor, grid.count(plan.shape, plan.chunk))
+    encoding = encoder(codec, _regions(reader, tensor), tensor, grid.count(plan.shape, plan.chunk), device)
     return Input(plan, codec, _reading(reader, tensor), encoding, views)
 
 

@@ -54,6 +54,17 @@ def test_portions_become_smaller_towards_the_end(url: str) -> None:
     assert counts == [3, 2, 1, 1, 1, 1, 1, 1, 1]
 
 
+def test_a_worker_takes_a_part_of_a_gpu_where_that_gains_something() -> None:
+    searched = CodecSpec("int", {"bits": 4, "granularity": "group", "method": "mse"})
+    portion = Portion("j", ("int4",), {"a": INT, "b": searched})
+    assert jobs.gpu_share(portion, {"CPU": 2.0}) == 0
+    assert jobs.gpu_share(portion, {"CPU": 2.0, "GPU": 1.0}) == 0.1
+    assert jobs.gpu_share(portion, {"CPU": 2.0, "GPU": 0.05}) == 0, "none is free"
+    assert jobs.gpu_share(Portion("j", ("int8",), {"a": INT}), {"GPU": 1.0}) == 0
+    ladder = Portion("j", ("original", "int8", "int4"), {"a": CodecSpec("ladder", {})})
+    assert jobs.gpu_share(ladder, {"GPU": 1.0}) == 0
+
+
 def test_work_goes_where_most_of_its_chunks_are_at_home(url: str) -> None:
     manifest = manifest_of(ms.open(url), "m")
     whole = Portion("j", ("int8",), dict.fromkeys(tensors(), INT))
