@@ -24,8 +24,9 @@ from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
 from modelstore.cluster.images import Images
 from modelstore.cluster.logs import log_as_json
 from modelstore.cluster.making import Made, Making, Variant
+from modelstore.cluster.mending import BATCH, PERIOD, Mending
 from modelstore.cluster.metrics import HostMetrics
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, Source, batches
 from modelstore.cluster.replicas import copies_to_send, others
 from modelstore.cluster.wire import PieceClients, PieceServer
 from modelstore.errors import ModelStoreError
@@ -47,9 +48,7 @@ GROUPS = {"read": 8, "write": 4, "keep": 16, "make": 4, "repair": 4, "control": 
 _PEER_SECONDS = 2.0
 _KEEP_SECONDS = 30.0
 _SHOWN = 2.0  # seconds between two givings out of metrics
-_SCRUBBED, _SCRUB = 10.0, 64 << 20  # seconds between two checks of so many bytes: under a hundredth of a core
 _DECODING = 1 << 30  # bytes of working memory for an image
-_BATCH = 32 << 20  # bytes of pieces that one request moves between hosts
 
 
 def actor(name: str) -> Any:
@@ -93,13 +92,15 @@ class StorageActor:
             ),
             self._peers,
         )
+        lacks, fill = (functools.partial(self._call, method) for method in ("lacks", "fill"))
+        self._mending = Mending(member.id, self._host, self._held, lambda: self._view, settings.replicas, lacks, fill)
         self._behind = Behind(member.id, settings.folder(member.id), settings.pending, self._tell)
         self._clients = PieceClients(settings.secret)
         self._server = self._serve()
         # Loads the compiled kernel now: the first reader would otherwise wait for it, and take this host for dead.
         holders(View(0, (member,)), np.zeros(1, np.uint64), 1)
         self._metrics = HostMetrics(member.id, member.node)
-        for work in (self._send_copies, self._show, self._scrub, self._reading):
+        for work in (self._send_copies, self._show, self._look, self._reading):
             threading.Thread(target=work, daemon=True, name=f"modelstore{work.__name__}").start()
 
     # ------------------------------------------------------------------ reading
@@ -127,6 +128,19 @@ class StorageActor:
         """Hold a copy of these, which others have."""
         held = self._host.hold(source, self._unheld(parts))
         self._known.update((part.digest, (source, part)) for part in parts)
+        self._repaired += held
+        return held
+
+    @ray.method(concurrency_group="repair")
+    def lacks(self, parts: Sequence[Piece]) -> list[bytes]:
+        """Which of these are not held here, as far as there is room for them."""
+        return self._host.lacks(parts)
+
+    @ray.method(concurrency_group="repair")
+    def fill(self, source: Source, parts: Sequence[Piece]) -> int:
+        """Hold copies of these, which another host found to be missing here."""
+        self._known.update((part.digest, (source, part)) for part in parts)
+        held = self._host.fill(source, parts)
         self._repaired += held
         return held
 
@@ -288,10 +302,8 @@ class StorageActor:
             return
         self._known.update((part.digest, (source, part)) for part in new)
         if self._settings.replicas > 1:
-            nobody = View(0, ())
-            for member, wanted in copies_to_send(
-                self._member.id, nobody, self._view, self._settings.replicas, new
-            ).items():
+            sent = copies_to_send(self._member.id, View(0, ()), self._view, self._settings.replicas, new)
+            for member, wanted in sent.items():
                 self._copies.put((member, source, wanted))
 
     def _stats(self) -> HostStats:
@@ -300,11 +312,10 @@ class StorageActor:
 
     def _held(self) -> list[tuple[Source, list[Piece]]]:
         """What is held and known to come from a store, by store."""
-        digests = list(self._known)
+        known = dict(self._known)
         found: dict[str, tuple[Source, list[Piece]]] = {}
-        for digest, there in zip(digests, self._host.has(digests), strict=True):
+        for (digest, (source, part)), there in zip(known.items(), self._host.has(list(known)), strict=True):
             if there:
-                source, part = self._known[digest]
                 found.setdefault(source.url, (source, []))[1].append(part)
             else:
                 self._known.pop(digest, None)
@@ -315,23 +326,21 @@ class StorageActor:
         while not self._closed.wait(_SHOWN):
             self._metrics.show(self._stats())
 
-    def _scrub(self) -> None:
-        """Check a little of what is held, again and again: what nobody reads goes bad, too."""
-        while not self._closed.wait(_SCRUBBED):
-            for digest in self._host.scrub(_SCRUB):
-                log.warning("a chunk that was held was wrong, and is dropped", extra={"chunk": digest.hex()})
+    def _look(self) -> None:
+        """Look after copies, here and elsewhere, again and again."""
+        while not self._closed.wait(PERIOD):
+            self._mending.look()
 
     def _send_copies(self) -> None:
         """Have others pull what they are to hold, in batches, one after another."""
         while True:
             member, source, parts = self._copies.get()
-            batch: list[Piece] = []
-            for at, part in enumerate(parts):
-                batch.append(part)
-                if sum(p.length for p in batch) >= _BATCH or at == len(parts) - 1:
-                    with contextlib.suppress(ValueError, ray.exceptions.RayError, ModelStoreError):
-                        ray.get(self._handle(member).copy.remote(source, batch), timeout=60)
-                    batch = []
+            for batch in batches(parts, BATCH):
+                with contextlib.suppress(ValueError, ray.exceptions.RayError, ModelStoreError):
+                    self._call("copy", member, source, batch)
+
+    def _call(self, method: str, member: str, *arguments: Any) -> Any:
+        return ray.get(getattr(self._handle(member), method).remote(*arguments), timeout=60)
 
 
 class DirectoryActor:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import CancelledError as FuturesCancelledError
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +21,7 @@ from modelstore.cluster.flights import Flight, Flights
 from modelstore.cluster.folders import claim, sweep
 from modelstore.cluster.orders import PendingStats
 from modelstore.cluster.origin import Origin, runs
-from modelstore.cluster.pieces import Piece, Source, check_digest
+from modelstore.cluster.pieces import Piece, Source, batches, check_digest
 from modelstore.errors import ConflictError, CorruptionError, StorageError
 from modelstore.format.buffers import Bytes, as_bytes, view
 
@@ -125,7 +125,7 @@ class ShardHost:
         if pin is not None:
             for each in self._tiers().values():  # the copies in other tiers, too
                 each.pin([part.digest for part in wanted], pin)
-        for batch in _batches(_first(wanted, target), _BATCH):
+        for batch in batches(_first(wanted, target), _BATCH):
             missing = [part for part in batch if not target.has(part.digest)]
             if missing:
                 self._fetch(source, missing, tier)
@@ -147,6 +147,25 @@ class ShardHost:
     def has(self, digests: Sequence[bytes]) -> list[bool]:
         """Whether each piece is held in any tier."""
         return [any(tier.has(digest) for tier in self._tiers().values()) for digest in digests]
+
+    def lacks(self, parts: Sequence[Piece]) -> list[bytes]:
+        """Which of these neither the device nor the tier that keeps things longest holds: as many as the latter has room for
+        beside what it holds."""
+        tier = self._disk or self._memory
+        now = tier.stats()
+        room, found = now.limit - now.bytes, []
+        for part in parts:
+            if tier.has(part.digest) or (self._device is not None and self._device.has(part.digest)):
+                continue
+            room -= tier.cost(part.length)
+            if room < 0:
+                break
+            found.append(part.digest)
+        return found
+
+    def fill(self, source: Source, parts: Sequence[Piece]) -> int:
+        """Get pieces into the tier that keeps things longest; bytes of them that are held then."""
+        return self.hold(source, parts, tier="memory" if self._disk is None else "disk")
 
     # ------------------------------------------------------------------ keeping
 
@@ -370,17 +389,3 @@ def _first(parts: Sequence[Piece], tier: FileTier | DeviceTier) -> list[Piece]:
             break
         chosen.append(part)
     return chosen
-
-
-def _batches(parts: Sequence[Piece], size: int) -> Iterator[list[Piece]]:
-    """Pieces in batches of about `size` bytes. Pure."""
-    batch: list[Piece] = []
-    nbytes = 0
-    for part in parts:
-        batch.append(part)
-        nbytes += part.length
-        if nbytes >= size:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -68,6 +68,20 @@ def check_digest(digest: bytes) -> bytes:
     if not isinstance(digest, bytes) or len(digest) != DIGEST_BYTES:
         raise ValueError(f"a digest is {DIGEST_BYTES} bytes, not {digest!r:.80}")
     return digest
+
+
+def batches(parts: Sequence[Piece], size: int) -> Iterator[list[Piece]]:
+    """Pieces in batches of about `size` bytes. Pure."""
+    batch: list[Piece] = []
+    nbytes = 0
+    for part in parts:
+        batch.append(part)
+        nbytes += part.length
+        if nbytes >= size:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
 
 
 Held = Mapping[bytes, Any]  # digest → bytes

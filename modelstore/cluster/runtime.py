@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstore.cluster.directory import ClusterSettings
+from modelstore.cluster.folders import sweep
 from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET, auth, probe, read_file, running
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.execute.memory import free_memory
@@ -192,6 +193,7 @@ def undeploy(*, seconds: float = 60.0, force: bool = False) -> int:
     names = ray.get(directory.stop.remote(), timeout=30)
     _close(names)
     ray.kill(directory)
+    sweep()  # what hosts of this machine left that were killed, and whom no other one followed
     return len(names)
 
 
