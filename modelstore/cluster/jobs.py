@@ -45,7 +45,7 @@ def portions(portion: Portion, manifest: Manifest, size: int = PORTION) -> Itera
     Of `size` bytes at most, where a tensor is no larger, and smaller ones towards the end, so that all workers end at about
     the same time (guided self-scheduling: Polychronopoulos and Kuck, IEEE Transactions on Computers C-36, 1987).
     """
-    left = sum(manifest.by_name[name].nbytes for name in portion.specs)
+    left = _nbytes(portion, manifest)
     specs: dict[str, CodecSpec] = {}
     nbytes = 0
     for name, spec in portion.specs.items():
@@ -108,8 +108,9 @@ class Job:
         """
         session = Session()
         view = session.view(fresh=True)
-        work = list(portions(portion, manifest))
-        sizes = [sum(manifest.by_name[name].nbytes for name in part.specs) for part in work]
+        # The largest first: a large tensor that is begun last would be waited for.
+        work = sorted(portions(portion, manifest), key=lambda part: _nbytes(part, manifest), reverse=True)
+        sizes = [_nbytes(part, manifest) for part in work]
         status = JobStatus(portion.job, self._model, self._version, portion.variants, sum(sizes), 0, len(work), 0, 0.0)
         open_: dict[Any, int] = {}
         stored = done = finished = 0
@@ -154,6 +155,10 @@ class Job:
         )
         arguments = (self._source, self._model, self._digest, self._config, portion, self._earlier)
         return task.remote(*arguments)
+
+
+def _nbytes(portion: Portion, manifest: Manifest) -> int:
+    return sum(manifest.by_name[name].nbytes for name in portion.specs)
 
 
 def _window() -> int:
