@@ -77,7 +77,7 @@ def table(rows: list[Row]) -> str:
     cells = [head]
     for row in rows:
         ratio = "—" if row.ratio is None else f"{row.ratio:.3g}"
-        met = {True: "yes", False: "no", None: "skipped"}[row.met]
+        met = {True: "yes", False: "no", None: "—" if row.ratio else "skipped"}[row.met]
         cells.append((row.work, row.against, row.ours, row.peer, ratio, row.goal, met))
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
 
