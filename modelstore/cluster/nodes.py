@@ -38,7 +38,8 @@ KEEP_STORES = {"RAY_max_kill_memory_buffer_bytes": "0", "RAY_worker_killing_poli
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "has been marked dead|Raylet is terminated",  # which Ray says on standard output, amid what a program says there
+    # What Ray says on standard output, amid what a program says there.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "has been marked dead|Raylet is terminated",
 }
 
 
