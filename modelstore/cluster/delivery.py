@@ -335,6 +335,10 @@ def _get(refs: Sequence[Any], seconds: float | None = _ANSWER) -> list[Any]:
             f"a worker, or a sender beside the workers, did not come up in {_ANSWER:.0f} s: see 'ray status' for what its node "
             f"has left (on a GPU, a sender takes a part of one)"
         ) from None
+    except ray.exceptions.ActorUnschedulableError:
+        raise StorageError(
+            'a node of the workers has no GPU that a sender could take a part of: deliver with device="cpu", or give gpus= less'
+        ) from None
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
     except ray.exceptions.RayActorError as error:

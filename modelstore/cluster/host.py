@@ -231,7 +231,9 @@ class ShardHost:
     def _tier(self, name: Tier) -> FileTier | DeviceTier:
         tiers = self._tiers()
         if name not in tiers:
-            raise ValueError(f"host {self._settings.id} has no tier {name!r}: it has {', '.join(tiers)}")
+            raise ValueError(
+                f"host {self._settings.id} has no tier {name!r}, only {', '.join(tiers)}: start the cluster with room for it"
+            )
         return tiers[name]
 
     def _held(self, part: Piece) -> Bytes | None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING
 
+import ray
+
 from modelstore.cluster.pieces import Piece, Source, pieces, section_keys
 from modelstore.errors import StorageError
 from modelstore.format import results
@@ -71,7 +73,7 @@ def prefetch(
             done, _ = wait(open_, return_when=FIRST_COMPLETED)
             for future in done:
                 rank, wanted = open_.pop(future)
-                got += future.result()
+                got += _result(future)
                 if progress and rank == 0:
                     progress(wanted)
         return got
@@ -86,3 +88,11 @@ def prefetch(
     wanted = sum(part.length for part in parts)
     members = min(copies, len(view.members))
     return results.Prefetched(ref, wanted, held, members, time.monotonic() - started)
+
+
+def _result(future: Future[int]) -> int:
+    """What a host answers; its error without the tale of how it came here."""
+    try:
+        return future.result()
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None

@@ -23,10 +23,16 @@ from modelstore.execute.memory import free_memory
 
 log = logging.getLogger("modelstore")
 
+_addresses: set[str] = set()  # by which this process's cluster was asked for
+
 
 def connect(cluster: str) -> None:
-    """Connect this process to the Ray cluster "auto" (of this machine) or at HOST:PORT. Quick to say what is wrong."""
+    """Connect this process to the Ray cluster "auto" (of this machine) or at HOST:PORT. Quick to say what is wrong.
+
+    `ValueError` where it is connected to another one: a process has one at a time.
+    """
     if _connected():
+        _check_same(cluster)
         return
     address, token = _found(cluster)
     probe(address, token)
@@ -35,10 +41,23 @@ def connect(cluster: str) -> None:
     _set_environment(token)
     import ray
 
+    _addresses.clear()
+    _addresses.update((cluster, address))
     try:
         ray.init(address=address, namespace="modelstore", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StorageError(f"cannot connect to the Ray cluster at {address}: {error}") from None
+
+
+def _check_same(cluster: str) -> None:
+    """`ValueError` where an address is not that of the cluster that this process is connected to, as far as names tell."""
+    import ray
+
+    now = ray.get_runtime_context().gcs_address
+    if cluster not in ("auto", now, *_addresses):
+        raise ValueError(
+            f"this process is connected to the Ray cluster at {now}, and can be to one only, not to {cluster}"
+        )
 
 
 def start_local(settings: ClusterSettings, *, cpus: int | None = None) -> None:

@@ -175,6 +175,8 @@ def test_what_cannot_be_is_said_before_anything_is_moved(nodes: Any, store: ms.S
         store.deliver("m", there, "load_weights", transport="tcp")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="2 shards for 1 workers"):
         store.deliver("m", there, "load_weights", shards=[None, None])
+    with pytest.raises(ms.errors.StorageError, match="has no GPU"):
+        store.deliver("m", there, "load_weights", device="cuda")
     with pytest.raises(ms.errors.NotFoundError):
         store.deliver("nobody", there, "load_weights")
     with pytest.raises(ValueError, match="without a cluster"):

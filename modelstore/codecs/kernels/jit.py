@@ -6,8 +6,11 @@ neither can be, kernels are compiled anew in each process (about half a second e
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
+
+_lock = threading.Lock()  # Numba does not say that threads may load from its cache at once
 
 
 def compiled(function: Callable[..., Any], *signatures: Any, reorder: bool = False) -> Callable[..., Any]:
@@ -21,7 +24,8 @@ def compiled(function: Callable[..., Any], *signatures: Any, reorder: bool = Fal
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
     if reorder:
         options["fastmath"] = {"reassoc"}
-    try:
-        return numba.njit(list(signatures), cache=True, **options)(function)
-    except (RuntimeError, OSError):  # no folder to cache in, or one that is full
-        return numba.njit(list(signatures), cache=False, **options)(function)
+    with _lock:
+        try:
+            return numba.njit(list(signatures), cache=True, **options)(function)
+        except (RuntimeError, OSError):  # no folder to cache in, or one that is full
+            return numba.njit(list(signatures), cache=False, **options)(function)
