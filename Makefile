@@ -21,10 +21,10 @@ demo: $(STAMP)  ## save, read, slice, export and mend a real model
 	$(BIN)/modelstore demo
 
 test: $(STAMP)  ## run all tests
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)  ## run the tests that take no time
-	$(PYTEST) -n 2 --dist loadfile -m 'not slow'
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .

@@ -1,3 +1,13 @@
-"""Fixtures that every test may use."""
+"""What every test may use, and the order in which they run."""
+
+from __future__ import annotations
+
+import pytest
 
 pytest_plugins = ["tests.s3"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: whoever runs the last one is then not waited for long."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,9 @@ class Worker:
 
         os._exit(1)
 
+    def forget(self) -> None:
+        self.weights, self.calls = {}, 0
+
     def given(self) -> tuple[dict[str, Any], int, bool]:
         tied = self.weights.get("tied") is self.weights.get("model.layers.0.mlp.up_proj.weight")
         return {name: bits(tensor) for name, tensor in self.weights.items()}, self.calls, tied
@@ -86,16 +90,31 @@ def store(nodes: Any, tmp_path: Path) -> ms.Store:
     return ms.open(tmp_path / "store", cluster="auto")
 
 
-def workers(nodes: Any, count: int, **options: Any) -> list[Any]:
+def made(nodes: Any, count: int, *, transport: bool = True) -> list[Any]:
     """Actors on two nodes in turn."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ids = [nodes.head_node.node_id, nodes.others[0].node_id]
-    kind = ray.remote(**{"enable_tensor_transport": True, **options})(Worker)
+    kind = ray.remote(enable_tensor_transport=transport)(Worker)
     return [
         kind.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(ids[i % 2], soft=False)).remote()
         for i in range(count)
     ]
+
+
+@pytest.fixture(scope="module")
+def three(nodes: Any) -> Iterator[list[Any]]:
+    """Workers: the first and the last on one node."""
+    handles = made(nodes, 3)
+    yield handles
+    gone(handles)
+
+
+@pytest.fixture
+def there(three: list[Any]) -> list[Any]:
+    """The same ones, with nothing in their memory."""
+    ray.get([worker.forget.remote() for worker in three])
+    return three
 
 
 def gone(handles: list[Any]) -> None:
@@ -108,10 +127,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_the_same_bits_whatever_moves_them(
-    nodes: Any, store: ms.Store, transport: Any, monkeypatch: pytest.MonkeyPatch
+    there: list[Any], store: ms.Store, transport: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery.batches, "__defaults__", (300_000,))
-    there = workers(nodes, 3, **({"enable_tensor_transport": False} if transport == "object_store" else {}))
     done = store.deliver("m", there, "load_weights", transport=transport)
     wanted = {name: bits(tensor) for name, tensor in store.load("m").items()}
     for given, calls, tied in ray.get([worker.given.remote() for worker in there]):
@@ -128,41 +146,36 @@ def test_the_same_bits_whatever_moves_them(
     ray.get(there[0].__ray_call__.remote(overwrite))
     neighbour, _, _ = ray.get(there[2].given.remote())  # of the same node
     assert neighbour == wanted, "each worker's memory is its own"
-    gone(there)
 
 
-def test_each_worker_its_part(nodes: Any, store: ms.Store) -> None:
+def test_each_worker_its_part(there: list[Any], store: ms.Store) -> None:
     """Two ranks of which one is there twice, on one node: who holds the same is given the same."""
-    there = workers(nodes, 3)
     shards = [ms.TensorParallel(rank % 2, 2) for rank in range(3)]
     store.deliver("folder", there, "load_weights", shards=shards, transport="gloo")
     for shard, (given, _, _) in zip(shards, ray.get([worker.given.remote() for worker in there]), strict=True):
         wanted = {name: bits(tensor) for name, tensor in store.load("folder", shard=shard).items()}
         assert given == wanted
         assert given["model.layers.0.mlp.up_proj.weight"][1] == (256, 256)
-    again = store.deliver("folder", there, "load_weights", names=["scalar", "empty"], transport="gloo")
-    assert again.bytes == 12, "a group is left when all is delivered, so that the next delivery can begin"
-    gone(there)
 
 
-def test_what_a_worker_raises_is_raised(nodes: Any, store: ms.Store) -> None:
-    there = workers(nodes, 2)
+def test_a_group_is_left_when_all_is_delivered_or_nothing_can_be(there: list[Any], store: ms.Store) -> None:
+    """So that the next delivery can begin; what a worker's method raises is raised."""
+    one = there[:1]
     with pytest.raises(LookupError, match="no place for"):
-        store.deliver("m", there, "refuse", transport="gloo")
-    store.deliver("m", there, "load_weights", transport="gloo")
-    gone(there)
+        store.deliver("m", one, "refuse", transport="gloo")
+    again = store.deliver("folder", one, "load_weights", names=["scalar", "empty"], transport="gloo")
+    assert again.bytes == 4
 
 
 def test_a_worker_that_dies_is_said(nodes: Any, store: ms.Store) -> None:
-    there = workers(nodes, 2)
     with pytest.raises(ms.errors.StorageError, match="died while it was given weights"):
-        store.deliver("m", there, "die", transport="object_store")
-    gone(there[1:])
+        store.deliver("m", made(nodes, 1, transport=False), "die")
 
 
-def test_what_cannot_be_is_said_before_anything_is_moved(nodes: Any, store: ms.Store, tmp_path: Path) -> None:
-    there = workers(nodes, 1)
-    plain = workers(nodes, 1, enable_tensor_transport=False)
+def test_what_cannot_be_is_said_before_anything_is_moved(
+    nodes: Any, three: list[Any], store: ms.Store, tmp_path: Path
+) -> None:
+    there, plain = three[:1], made(nodes, 1, transport=False)
     with pytest.raises(ValueError, match="no workers"):
         store.deliver("m", [], "load_weights")
     with pytest.raises(TypeError, match="handle of a Ray actor"):
@@ -187,7 +200,7 @@ def test_what_cannot_be_is_said_before_anything_is_moved(nodes: Any, store: ms.S
     with pytest.raises(ms.errors.ConflictError, match="in a group of processes already"):
         store.deliver("m", there, "load_weights", transport="gloo")
     destroy_collective_group(group)
-    gone(there + plain)
+    gone(plain)
 
 
 def test_bytes_that_change_on_the_way_are_found_out() -> None:
