@@ -190,7 +190,7 @@ def _take(worker: Any, batch: Batch, method: str) -> None:
 
 
 def _transport(asked: str | None, device: str) -> str:
-    """What moves the bytes. A sender is on the node of its workers: what lies in host memory they map, which no copy beats."""
+    """What moves the bytes: a sender is on the node of its workers, where host memory needs no network."""
     if asked is None:
         return "object_store" if device == "cpu" else "nixl" if find_spec("nixl") else "nccl"
     if asked not in TRANSPORTS:
