@@ -1,7 +1,8 @@
-"""Ray's control plane is killed and started again, with its state in Redis, as KubeRay's fault tolerance has it."""
+"""Ray's control plane is killed and started again, with its state on disk, or in Redis, as KubeRay's fault tolerance has it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -17,15 +18,13 @@ from modelstore.cluster import runtime
 from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
 from tests.cluster.test_cluster import equal, tensors, until
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(240),
-    pytest.mark.skipif(not shutil.which("redis-server"), reason="wants a Redis server"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+NO_REDIS = pytest.mark.skipif(not shutil.which("redis-server"), reason="wants a Redis server")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def redis() -> Iterator[str]:
+    """A server's address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -41,11 +40,22 @@ def redis() -> Iterator[str]:
         process.terminate()
 
 
+@pytest.fixture(params=["disk", pytest.param("redis", marks=NO_REDIS)])
+def state(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where the control plane keeps what it knows."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "redis":
+            monkeypatch.setenv("RAY_REDIS_ADDRESS", stack.enter_context(redis()))
+        else:
+            monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
+            monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
+        yield
+
+
 @pytest.fixture
-def cluster(redis: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cluster(state: None) -> Iterator[Any]:
     pytest.importorskip("ray")
     os.environ.update({"RAY_AUTH_MODE": "disabled", **FAST_HEALTH, **PROMPT, **KEEP_STORES, **QUIET})
-    monkeypatch.setenv("RAY_REDIS_ADDRESS", redis)
     import ray
     from ray.cluster_utils import Cluster
 
