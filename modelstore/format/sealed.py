@@ -1,0 +1,60 @@
+"""Small JSON objects that carry the digest of their own bytes: records, tags, journals, votes.
+
+The digest is the last member: `…,"blake3":"<64 hexadecimal digits>"}`, of all bytes before it. An object without one was
+written by an earlier release: it is read, if it has no other members than such a release wrote, so that damage to the digest's
+own name is noticed too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+import msgspec
+from blake3 import blake3
+
+from modelstore.errors import FormatError
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_encoder = msgspec.json.Encoder(order="deterministic")
+_SEAL = re.compile(rb',?"blake3":"([0-9a-f]{64})"\}')
+_LONGEST = len(b',"blake3":""}') + 64
+
+
+def seal(value: msgspec.Struct) -> bytes:
+    """The bytes to store of a struct that is encoded as a JSON object."""
+    text = _encoder.encode(value)
+    assert text.endswith(b"}"), "only objects are sealed"
+    head = text[:-1]
+    comma = b"" if head == b"{" else b","
+    return b'%b%b"blake3":"%b"}' % (head, comma, blake3(head).hexdigest().encode())
+
+
+def unseal(
+    data: bytes, kind: type[T], where: str, *, what: str = "record", advice: str = "run 'modelstore repair'"
+) -> T:
+    """A struct from its stored bytes, checked against the digest that they carry.
+
+    `FormatError` names the object called `where`: what it was to be (`what`), why it is not, and the `advice`.
+    """
+
+    def wrong(why: object) -> FormatError:
+        return FormatError(f"object {where} is not a valid {what} ({why}): {advice}", object=where)
+
+    found = _SEAL.search(data, max(0, len(data) - _LONGEST))
+    sealed = found is not None and found.end() == len(data)
+    if found is not None and sealed and blake3(data[: found.start()]).hexdigest().encode() != found[1]:
+        raise wrong("its bytes do not match its digest")
+    try:
+        value = msgspec.json.decode(data, type=kind)
+        strange = [] if sealed else msgspec.json.decode(data, type=dict[str, msgspec.Raw]).keys() - _members(kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise wrong(error if data else "it is empty") from None
+    if strange:
+        raise wrong(f"it has no digest, and a member {min(strange)[:40]!r}")
+    return value
+
+
+def _members(kind: type[msgspec.Struct]) -> set[str]:
+    return set(kind.__struct_encode_fields__)
