@@ -21,6 +21,7 @@ from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import FORMAT, Digest
 from modelstore.format.manifest_builder import Location
 from modelstore.format.record import JOBS, pack_key
+from modelstore.format.sealed import seal, unseal
 from modelstore.storage.base import Storage
 
 
@@ -37,7 +38,9 @@ class _Tensor(msgspec.Struct, frozen=True, array_like=True):
     views: tuple[Viewed, ...] = ()
 
 
-class _Page(msgspec.Struct, frozen=True):
+class Page(msgspec.Struct, frozen=True):
+    """One page: tensors that are stored, each with all its chunks, and stored chunks of others."""
+
     tensors: dict[str, _Tensor]
     chunks: tuple[_Chunk, ...]
 
@@ -67,13 +70,11 @@ class Journal:
 
         for info in list(self._storage.list(self._prefix)):
             try:
-                page = msgspec.json.decode(self._storage.get(info.key), type=_Page)
+                page = unseal(self._storage.get(info.key), Page, info.key, what="journal")
             except NotFoundError:  # another run of the same work was finished meanwhile
                 continue
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                raise FormatError(
-                    f"object {info.key} is not a valid journal ({error}): remove it", object=info.key
-                ) from None
+            except FormatError:  # what it says is not known, so it is stored again
+                continue
             known.update(_placed(chunk) for chunk in page.chunks if is_there(chunk.pack))
             for name, tensor in page.tensors.items():
                 planes = {plane: [_placed(chunk) for chunk in chunks] for plane, chunks in tensor.planes.items()}
@@ -89,8 +90,8 @@ class Journal:
             name: _Tensor(done.digest, {plane: _chunks(placed) for plane, placed in done.planes.items()}, done.views)
             for name, done in written.items()
         }
-        page = _Page(tensors, _chunks(chunks))
-        self._storage.create(f"{self._prefix}{uuid.uuid4().hex}.json", msgspec.json.encode(page))
+        page = Page(tensors, _chunks(chunks))
+        self._storage.create(f"{self._prefix}{uuid.uuid4().hex}.json", seal(page))
 
     def clear(self) -> None:
         """Remove the journal; what it speaks of is published, or given up."""

@@ -21,7 +21,7 @@ from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import ConflictError, NotFoundError
 from modelstore.execute.encoding import Input
 from modelstore.execute.fetch import Fetching
-from modelstore.execute.parts import Published, Stored, encode, published_key, session_id, session_prefix
+from modelstore.execute.parts import Published, Stored, published_key, session_id, session_prefix
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import FILE, REFRESH, Against, plan_inputs, store_manifest
 from modelstore.execute.writing import PackWriter, Written, known_chunks
@@ -32,6 +32,7 @@ from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.manifest_builder import Location, ManifestBuilder
 from modelstore.format.record import VersionRecord, pack_key
 from modelstore.format.region import Region, Shape, extent, full, intersect, shift, slices
+from modelstore.format.sealed import seal
 from modelstore.plan.parts import Piece, cells, common_chunk, piece_problem
 from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.base import Source
@@ -180,7 +181,7 @@ def publish(
     entry = store_manifest(manifests, model, manifest, merge.codec, refresh_before)
     since = min(part.modified for part in parts) - SKEW
     record = catalog.publish_version(model, session_id(model, session), entry, since=since)
-    storage.create(published_key(model, session), encode(Published(record.version)))
+    storage.create(published_key(model, session), seal(Published(record.version)))
     forget(storage, model, session)
     return record, manifest
 

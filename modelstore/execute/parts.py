@@ -26,6 +26,7 @@ from modelstore.format.manifest import FORMAT, MAX_MANIFEST, CodecSpec, Count, M
 from modelstore.format.manifest_builder import Location
 from modelstore.format.record import JOBS, ascending, descending, pack_key
 from modelstore.format.region import Shape, check, extent
+from modelstore.format.sealed import seal, unseal
 from modelstore.plan.parts import shared_chunk
 from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.slices import PartSource, Place
@@ -33,8 +34,8 @@ from modelstore.storage.base import Storage
 
 CODECS = ("lossless", "raw")
 MAX_RANKS = 100_000
-T = TypeVar("T")
-encode = msgspec.json.Encoder(order="deterministic").encode
+T = TypeVar("T", bound=msgspec.Struct)
+_ADVICE = "save that rank again"
 
 
 class SlicePlace(msgspec.Struct, frozen=True, array_like=True):
@@ -114,7 +115,10 @@ def save_part(
         )
     manifests = [against.manifest for against in earlier]
     refresh_before = time.time() - REFRESH
-    before = _newest(storage, model, session, rank)
+    try:
+        before = _newest(storage, model, session, rank)
+    except FormatError:  # what it says is not known: all of it is stored now, on a page above it
+        before = None
     tally = Tally()
     slices: dict[str, SlicePlace] = {}
     inputs = []
@@ -187,8 +191,8 @@ def _write(storage: Storage, page: PartPage, before: Stored | None, refresh_befo
     if before is not None and before.page == page and before.modified >= refresh_before:
         return
     prefix = f"{session_prefix(page.model, page.session)}{page.rank:08d}/"
-    number = _number(before.key) if before is not None else 0
-    data = encode(page)
+    number = (_number(before.key) or 0) if before is not None else 0
+    data = seal(page)
     while True:
         number += 1
         if storage.create(f"{prefix}{descending(number)}.json", data):
@@ -232,7 +236,9 @@ def read_parts(storage: Storage, model: str, session: str, ranks: int) -> list[S
 
 def _newest(storage: Storage, model: str, session: str, rank: int) -> Stored | None:
     prefix = f"{session_prefix(model, session)}{rank:08d}/"
-    for info in storage.list(prefix, limit=1):
+    for info in storage.list(prefix):
+        if _number(info.key) is None:
+            continue  # not ours
         if info.size > MAX_MANIFEST:
             raise _invalid(info.key, f"it has {info.size} bytes")
         page = _decode(storage.get(info.key), PartPage, info.key)
@@ -267,19 +273,13 @@ def page_problem(page: PartPage) -> str | None:
     return None
 
 
-def _number(key: str) -> int:
-    number = ascending(key.rpartition("/")[2].removesuffix(".json"))
-    if number is None:
-        raise _invalid(key, "its name is no number")
-    return number
+def _number(key: str) -> int | None:
+    return ascending(key.rpartition("/")[2].removesuffix(".json"))
 
 
 def _decode(data: bytes, kind: type[T], key: str) -> T:
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise _invalid(key, str(error)) from None
+    return unseal(data, kind, key, what="part", advice=_ADVICE)
 
 
 def _invalid(key: str, what: str) -> FormatError:
-    return FormatError(f"object {key} is not a valid part ({what}): remove it, and save that rank again", object=key)
+    return FormatError(f"object {key} is not a valid part ({what}): {_ADVICE}", object=key)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import time
 
-from modelstore.errors import StorageError
+import msgspec
+
 from modelstore.execute.journal import job_id
 from modelstore.format.record import JOBS
+from modelstore.format.sealed import seal, unseal
 from modelstore.storage.base import Storage
 
-_GO, _STOP = b"go", b"stop"
+_EARLIER = {b"go": True, b"stop": False}  # what earlier releases wrote
 MAX_RANKS = 100_000
+
+
+class _Decision(msgspec.Struct, frozen=True):
+    go: bool
 
 
 class Together:
@@ -38,7 +44,7 @@ class Together:
     def __call__(self, ready: bool) -> bool:
         """Vote; whether all do it. Returns when it is decided, at the latest after `timeout` seconds and a few requests."""
         if not ready:
-            return self._decide(_STOP)
+            return self._decide(False)
         self._storage.create(f"{self._folder}ready/{self._rank:06d}", b"ready")
         end = time.monotonic() + self._timeout
         wait = self._poll
@@ -47,21 +53,21 @@ class Together:
             if "decision" in found:
                 return self._read()
             if len(found) == self._ranks:
-                return self._decide(_GO)
+                return self._decide(True)
             left = end - time.monotonic()
             if left <= 0:
-                return self._decide(_STOP)
+                return self._decide(False)
             time.sleep(min(wait, left))
             wait = min(2 * wait, 1.0)
 
-    def _decide(self, answer: bytes) -> bool:
-        self._storage.create(f"{self._folder}decision", answer)
+    def _decide(self, go: bool) -> bool:
+        self._storage.create(f"{self._folder}decision", seal(_Decision(go)))
         return self._read()
 
     def _read(self) -> bool:
         """The decision that counts: another process may have made it first."""
         key = f"{self._folder}decision"
         answer = self._storage.get(key)
-        if answer not in (_GO, _STOP):
-            raise StorageError(f"object {key} is no decision: use another session", object=key)
-        return answer == _GO
+        if answer in _EARLIER:
+            return _EARLIER[answer]
+        return unseal(answer, _Decision, key, what="decision", advice="use another session").go

@@ -13,6 +13,7 @@ import msgspec
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.manifest import FORMAT, Count, Digest
 from modelstore.format.names import ORIGINAL, check_model, check_word, is_model
+from modelstore.format.sealed import unseal
 
 _LAST = 99_999_999
 STORE_KEY = "modelstore.json"
@@ -70,12 +71,7 @@ R = TypeVar("R", StoreInfo, VersionRecord, TagRecord)
 
 def parse(data: bytes, kind: type[R], where: str) -> R:
     """A record from its bytes; `FormatError` where it is not one, `UnsupportedError` for another format's version."""
-    try:
-        record = msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(
-            f"object {where} is not a valid record ({error}): restore or remove it", object=where
-        ) from None
+    record = unseal(data, kind, where)
     if record.format != FORMAT:
         raise UnsupportedError(
             f"object {where} has format {record.format}, this release reads {FORMAT}: use a newer modelstore",
@@ -90,7 +86,9 @@ def parse_version(data: bytes, where: str) -> VersionRecord:
     if not is_model(record.model) or version_key(record.model, record.version, record.number) != where:
         raise _moved(where, f"version {record.version} of {record.model[:200]!r}")
     if ORIGINAL not in record.variants:
-        raise FormatError(f"object {where} is not a valid record (it has no original): restore it", object=where)
+        raise FormatError(
+            f"object {where} is not a valid record (it has no original): run 'modelstore repair'", object=where
+        )
     return record
 
 
@@ -104,7 +102,9 @@ def parse_tag(data: bytes, where: str) -> TagRecord:
 
 
 def _moved(where: str, what: str) -> FormatError:
-    return FormatError(f"object {where} speaks of {what}: it was moved; put it back", object=where)
+    return FormatError(
+        f"object {where} speaks of {what}: it was moved; put it back, or run 'modelstore repair'", object=where
+    )
 
 
 def descending(number: int) -> str:

@@ -11,17 +11,15 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
-import msgspec
-
 from modelstore.errors import ConflictError, ModelStoreError, NotFoundError
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
 from modelstore.format.names import ORIGINAL, Reference, is_model
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
+from modelstore.format.sealed import seal
 from modelstore.storage.base import Storage
 from modelstore.storage.exclusive import prove_exclusive_create
 
-_encoder = msgspec.json.Encoder(order="deterministic")
 _RACES = 1000  # how often a lost race is tried again before giving up; each loss means that another writer won
 _NEWEST = 64  # keys listed to find the newest live version; more are listed only where those are all of deleted ones
 
@@ -51,7 +49,7 @@ class Catalog:
                     object=rec.STORE_KEY,
                 ) from None
         prove_exclusive_create(self._storage)
-        self._storage.create(rec.STORE_KEY, _encoder.encode(StoreInfo(FORMAT, uuid.uuid4().hex)))
+        self._storage.create(rec.STORE_KEY, seal(StoreInfo(FORMAT, uuid.uuid4().hex)))
         return rec.parse(self._storage.get(rec.STORE_KEY), StoreInfo, rec.STORE_KEY)
 
     # ------------------------------------------------------------------ reading
@@ -297,7 +295,7 @@ class Catalog:
             number = head.number + 1 if head else 1
             record = TagRecord(FORMAT, model, tag, number, writer, time.time(), version)
             key = rec.tag_key(model, tag, number)
-            if self._storage.create(key, _encoder.encode(record)) or self._own(key, TagRecord, record):
+            if self._storage.create(key, seal(record)) or self._own(key, TagRecord, record):
                 return record
         raise self._busy(model)
 
@@ -306,7 +304,7 @@ class Catalog:
     def _create_version(self, record: VersionRecord) -> bool:
         """The one write that makes a version or variant visible; True also where it was ours and its answer was lost."""
         key = rec.version_key(record.model, record.version, record.number)
-        return self._storage.create(key, _encoder.encode(record)) or self._own(key, VersionRecord, record)
+        return self._storage.create(key, seal(record)) or self._own(key, VersionRecord, record)
 
     def _own(self, key: str, kind: type[R], record: R) -> bool:
         return rec.parse(self._storage.get(key), kind, key) == record

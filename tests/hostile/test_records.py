@@ -37,7 +37,10 @@ def put(storage: MemoryStorage, key: str, data: bytes) -> None:
 
 
 def edited(storage: MemoryStorage, key: str, **fields: Any) -> bytes:
-    return msgspec.json.encode(msgspec.json.decode(storage.get(key)) | fields)
+    """A record as an earlier release would have written it, so that what it says is looked at, and not its digest."""
+    before = msgspec.json.decode(storage.get(key))
+    del before["blake3"]
+    return msgspec.json.encode(before | fields)
 
 
 GARBAGE: dict[str, bytes] = {
@@ -216,7 +219,7 @@ def test_objects_that_are_none_of_ours(key: str, storage: MemoryStorage) -> None
 
 
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE)
-def test_a_journal_of_garbage(data: bytes, storage: MemoryStorage, tmp_path: Path) -> None:
+def test_a_journal_of_garbage_is_no_notice_taken_of(data: bytes, storage: MemoryStorage, tmp_path: Path) -> None:
     save_file(weights(5), tmp_path / "model.safetensors")
     pages: list[str] = []
 
@@ -228,11 +231,10 @@ def test_a_journal_of_garbage(data: bytes, storage: MemoryStorage, tmp_path: Pat
 
     open_on(Watched(uuid.uuid4().hex)).save("acme/m", tmp_path / "model.safetensors")
     put(storage, pages[0], data)
-    with little_memory(), pytest.raises(FormatError) as caught:
+    with little_memory():
         open_on(storage).save("acme/m", tmp_path / "model.safetensors")
-    check_one_error(caught.value, pages[0])
-    storage.delete(pages[0])  # as the error says
-    open_on(storage).save("acme/m", tmp_path / "model.safetensors")
+    assert all_bits(open_on(storage).load("acme/m")) == all_bits(weights(5))
+    assert pages[0] not in keys(storage)
 
 
 PACKS: dict[str, bytes] = {
