@@ -14,6 +14,8 @@ Wrong arguments are `ValueError` or `TypeError`.
 
 from __future__ import annotations
 
+from modelstore.text import shown
+
 
 class ModelStoreError(Exception):
     """Base of all errors of a store; `kind` is stable and meant for programs.
@@ -33,7 +35,7 @@ class ModelStoreError(Exception):
         chunk: int | None = None,
         object: str | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(shown(message))
         self.model = model
         self.tensor = tensor
         self.chunk = chunk

@@ -16,6 +16,7 @@ LONGEST = 400
 
 # Lower may not import higher. `execute` lies between what it runs (plans, stores) and what uses it.
 LAYERS = {
+    "text": -1,  # errors are shown by it
     "errors": 0,
     "settings": 0,
     "format": 1,

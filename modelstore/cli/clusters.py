@@ -160,8 +160,10 @@ def top(
     debug: Debug = False,
 ) -> None:
     """Show the cluster's hosts live, until Ctrl-C."""
+    import sys
     import time
 
+    from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
@@ -169,9 +171,9 @@ def top(
     from modelstore.cluster.status import status as look
 
     session = join(address)
-    with Live(Text("…"), auto_refresh=False, screen=False) as live:
+    with Live(Text("…"), console=Console(file=output.drawn_on(sys.stdout)), auto_refresh=False) as live:
         while True:
-            live.update(Text("\n".join(_status_lines(look(session)))), refresh=True)
+            live.update(Text("\n".join(output.shown_lines(_status_lines(look(session))))), refresh=True)
             time.sleep(interval)
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from modelstore.text import is_plain
+
 if TYPE_CHECKING:
     from modelstore.client import Store
 
@@ -61,7 +63,7 @@ def _ask(ctx: typer.Context, question: Callable[[Store], Any], incomplete: str) 
         with suppress(Exception):
             import modelstore as ms
 
-            answers.extend(dict.fromkeys(a for a in question(ms.open(url)) if a.startswith(incomplete)))
+            answers.extend(dict.fromkeys(a for a in question(ms.open(url)) if a.startswith(incomplete) and is_plain(a)))
 
     if not url:
         return []

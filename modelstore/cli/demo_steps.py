@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from modelstore.cli import units
+from modelstore.cli import output, units
 from modelstore.cli.demo_checks import compare_in_transformers, flip_a_bit, same, tensors, tune
 from modelstore.errors import CorruptionError
 
@@ -218,4 +218,4 @@ class Demo:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    output.result(text, text.split("\n"), as_json=False)

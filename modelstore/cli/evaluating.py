@@ -11,6 +11,7 @@ import typer
 from modelstore.cli import complete, output, units
 from modelstore.cli.failures import usage
 from modelstore.cli.options import AsJson, Debug, Memory, Quiet, StoreUrl, open_store
+from modelstore.text import shown
 
 if TYPE_CHECKING:
     from modelstore.format.results import Measured, Quality
@@ -157,7 +158,14 @@ def plot(found: Sequence[Quality], title: str, path: Path) -> None:
     axes = figure.add_subplot()
     axes.scatter([one.stored / 1e6 for one, _ in points], [value for _, value in points])
     for one, value in points:
-        axes.annotate(one.variant, (one.stored / 1e6, value), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            shown(one.variant),
+            (one.stored / 1e6, value),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=8,
+            parse_math=False,
+        )
     axes.set_xlabel("stored, MB")
     axes.set_ylabel("perplexity, lower is better" if perplexities else "SQNR in dB, higher is better")
     values = [value for _, value in points]
@@ -166,7 +174,8 @@ def plot(found: Sequence[Quality], title: str, path: Path) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     measured = points[0][0].measured
-    axes.set_title(f"{title}: {of_text(measured)}" if perplexities and measured else title, fontsize=10)
+    heading = f"{title}: {of_text(measured)}" if perplexities and measured else title
+    axes.set_title(shown(heading), fontsize=10, parse_math=False)  # a "$" of a name is no formula
     figure.savefig(path, dpi=150)
 
 

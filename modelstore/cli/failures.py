@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from modelstore.cli import output
 from modelstore.errors import ModelStoreError
+from modelstore.text import json_line
 
 FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
@@ -36,9 +38,11 @@ class Commands(TyperGroup):
         """Run as the command line does; without `standalone_mode`, return the exit code instead of exiting."""
         given = list(sys.argv[1:] if args is None else args)
         try:
-            code = super().main(given, prog_name, complete_var, False, windows_expand_args, **extra)
+            with output.shown_streams():
+                code = super().main(given, prog_name, complete_var, False, windows_expand_args, **extra)
         except UsageError as error:
-            code = self._usage(error, as_json="--json" in given)
+            with output.shown_streams():
+                code = self._usage(error, as_json="--json" in given)
         except typer.Abort:  # a question was answered by the end of input
             code = FAILED
         code = code if isinstance(code, int) else 0
@@ -63,7 +67,7 @@ class Commands(TyperGroup):
             raise
         except Exception as error:
             if debug:
-                raise
+                output.failure(traceback.format_exc())
             raise typer.Exit(_explain(error, as_json=as_json)) from None
 
     @staticmethod
@@ -106,7 +110,6 @@ def _explain(error: Exception, *, as_json: bool) -> int:
 
 def _say(message: str, *, kind: str, as_json: bool, **places: Any) -> None:
     if as_json:
-        print(json.dumps({"error": places | {"kind": kind, "message": message}}), file=sys.stderr)
+        output.failure(json_line({"error": places | {"kind": kind, "message": message}}))
     else:
-        print(f"modelstore: {' '.join(message.split())}", file=sys.stderr)
-    sys.stderr.flush()
+        output.failure(f"modelstore: {' '.join(message.split())}")

@@ -128,8 +128,7 @@ def show(
             "files": ", ".join(file.path for file in about.files),
             "parent": about.parent or "",
         }
-        width = max(map(len, facts))
-        yield from (f"{key.ljust(width)}  {value}" for key, value in facts.items() if value)
+        yield from output.facts(facts)
         worth = opened.quality(at)
         if len(worth) > 1 or any(one.measured for one in worth):
             yield ""

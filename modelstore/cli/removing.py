@@ -66,7 +66,8 @@ def gc(
 
     def lines() -> Iterator[str]:
         if not quiet:
-            yield from (f"{thing.key}  {units.size(thing.size)}" for thing in swept.objects)
+            rows = [(thing.key, units.size(thing.size)) for thing in swept.objects]
+            yield from output.table(rows, ("OBJECT", "SIZE"), right=(1,)) if rows else ()
         what = f"{units.count(len(swept.objects), 'object')}, {units.size(swept.bytes)}"
         if delete:
             yield f"deleted {what}"

@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import TextIO
 
-import msgspec
+from modelstore.text import json_line
 
 FIELDS = ("model", "chunk", "object", "peer")  # what a record may say beside its text
 
@@ -22,7 +22,7 @@ class JsonLines(logging.Formatter):
         said = {name: str(getattr(record, name)) for name in FIELDS if getattr(record, name, None) is not None}
         trace = {"trace": self.formatException(record.exc_info)} if record.exc_info else {}
         line = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
-        return msgspec.json.encode({**line, **self._own, **said, **trace}).decode()
+        return json_line({**line, **self._own, **said, **trace})
 
 
 def log_as_json(stream: TextIO | None = None, **own: str) -> None:
