@@ -19,6 +19,7 @@ LAYERS = {
     "text": -1,  # errors are shown by it
     "errors": 0,
     "settings": 0,
+    "paths": 0,
     "format": 1,
     "codecs": 2,
     "storage": 2,

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modelstore.errors import CorruptionError, NotFoundError, UnsupportedError
+from modelstore import paths
+from modelstore.errors import CorruptionError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.record import pack_key
@@ -121,11 +122,13 @@ class Mapped:
 
 def _map(path: Path, key: str) -> Bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = paths.open_file(path.parents[key.count("/")], key)  # from the store's root on, following no link
     except FileNotFoundError:
         raise NotFoundError(
             f"there is no object {key}: run 'modelstore repair' with another copy of the store", object=key
         ) from None
+    except OSError as error:
+        raise StorageError(f"object {key} cannot be mapped: {error.strerror}", object=key) from error
     try:
         if not os.fstat(descriptor).st_size:  # which cannot be mapped
             return np.empty(0, np.uint8)

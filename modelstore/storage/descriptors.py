@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -22,17 +22,18 @@ class Descriptors:
     """A bounded cache of files open for reading, safe among threads.
 
     A descriptor is never closed while a read uses it. A file that was removed or replaced is noticed (it has no name
-    left), and what is at its path now is opened instead.
+    left), and what is there now is opened instead. `opener` gives a descriptor of a file by its name.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, opener: Callable[[str], int]) -> None:
         self._limit = limit
+        self._open = opener
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
 
     @contextmanager
     def borrow(self, path: str) -> Iterator[int]:
-        """A descriptor of the file at `path`, valid within the block; `OSError` where it cannot be opened."""
+        """A descriptor of a file, valid within the block; `OSError` where it cannot be opened."""
         file = self._take(path)
         try:
             yield file.descriptor
@@ -56,7 +57,7 @@ class Descriptors:
                     file.readers += 1
                     return file
                 self._retire(path)
-        opened = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC))  # outside the lock: a slow disk stops only this read
+        opened = _File(self._open(path))  # outside the lock: a slow disk stops only this read
         opened.readers = 1
         with self._lock:
             if path in self._files:  # another thread was faster: ours serves this one read

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from itertools import islice
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import groupby, islice
 from pathlib import Path
 
+from modelstore import paths
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Buffer, as_bytes
 from modelstore.storage.base import ObjectInfo, Storage
@@ -19,6 +21,7 @@ from modelstore.storage.keys import TEMPORARY, check_key, check_prefix, key_prob
 
 OPEN_FILES = 128
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_LOOKS = 256  # objects of a folder that a listing looks at in one go
 _FOLDER_TRIES = 100  # a folder can be pruned by a concurrent delete each time we have made it
 
 
@@ -28,11 +31,15 @@ class LocalStorage(Storage):
     A write is a temporary file beside its place, made durable, then linked (`create`) or renamed (`put`) into it:
     whole or absent at every instant, also after a power cut. Temporary files that a killed process left behind are
     never listed, and are removed by `remove_temporaries`.
+
+    The root may be a link; no link below it is followed. One in the place of an object is listed as an object that cannot
+    be read (`CorruptionError`), and deleting it removes the link. One in the place of a folder is named by `folders`, and
+    listing or reading what is below it is a `StorageError`, so nothing is taken for missing that may only have been moved.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(os.path.abspath(root))  # noqa: PTH100  Path.resolve would follow links, and look at the disk
-        self._files = Descriptors(OPEN_FILES)
+        self._files = Descriptors(OPEN_FILES, lambda key: paths.open_file(self.root, key))
 
     @property
     def url(self) -> str:
@@ -42,11 +49,11 @@ class LocalStorage(Storage):
         return self.root / check_key(key)
 
     def get(self, key: str) -> bytes:
-        with _named(key, "read"):
-            return self._place(key).read_bytes()
+        with _named(key, "read"), os.fdopen(paths.open_file(self.root, check_key(key)), "rb") as file:
+            return file.read()
 
     def read(self, key: str, start: int, out: memoryview) -> None:
-        with _named(key, "read"), self._files.borrow(str(self._place(key))) as descriptor:
+        with _named(key, "read"), self._files.borrow(check_key(key)) as descriptor:
             done = 0
             while done < out.nbytes:
                 got = os.preadv(descriptor, [out[done:]], start + done)
@@ -55,12 +62,11 @@ class LocalStorage(Storage):
                 done += got
 
     def create(self, key: str, data: Buffer) -> bool:
-        place = self._place(key)
-        with _named(key, "create"), self._temporary(place) as (temporary, descriptor):
+        with _named(key, "create"), self._temporary(key) as (at, temporary, name, descriptor):
             _write(descriptor, data)
             os.fsync(descriptor)
             try:
-                os.link(temporary, place)
+                os.link(temporary, name, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -71,131 +77,143 @@ class LocalStorage(Storage):
                         object=key,
                     ) from error
                 raise
-            _sync_folder(place.parent)
+            paths.sync(at)
             return True
 
     def put(self, key: str, pieces: Iterable[Buffer], size: int) -> None:
-        place = self._place(key)
-        with _named(key, "write"), self._temporary(place) as (temporary, descriptor):
+        with _named(key, "write"), self._temporary(key) as (at, temporary, name, descriptor):
             written = sum(_write(descriptor, piece) for piece in pieces)
             if written != size:
                 raise StorageError(f"The pieces of {key!r} are {written:,} bytes, not {size:,}.", object=key)
             os.fsync(descriptor)
-            os.replace(temporary, place)  # noqa: PTH105
-            _sync_folder(place.parent)
+            os.replace(temporary, name, src_dir_fd=at, dst_dir_fd=at)
+            paths.sync(at)
 
     def info(self, key: str) -> ObjectInfo | None:
+        parent, _, name = check_key(key).rpartition("/")
         with _named(key, "look at"):
-            place = self._place(key)
-            if not place.is_file():
-                return None
             try:
-                status = place.stat()
-            except FileNotFoundError:
+                with paths.folder(self.root, parent) as at:
+                    return _info(key, paths.status_in(at, name))
+            except (FileNotFoundError, NotADirectoryError):
                 return None
-            return ObjectInfo(key, status.st_size, status.st_mtime)
 
     def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
         return islice((item for item in self._descend(check_prefix(prefix)) if item.key > after), limit)
 
     def folders(self, prefix: str) -> tuple[str, ...]:
-        entries = self._entries(check_prefix(prefix))
-        return tuple(sorted(name for name, entry in entries if entry.is_dir() and _holds_object(entry.path)))
+        found = self._entries(check_prefix(prefix))
+        return tuple(sorted(e.name for e in found if e.kind == "link" or self._holds_object(prefix + e.name, e.kind)))
 
     def delete(self, key: str) -> None:
-        place = self._place(key)
+        parent, _, name = check_key(key).rpartition("/")
         with _named(key, "delete"):
             try:
-                place.unlink()
+                with paths.folder(self.root, parent) as at:
+                    os.unlink(name, dir_fd=at)
+                    paths.sync(at)
             except (FileNotFoundError, NotADirectoryError):
                 return
-            _sync_folder(place.parent)
-            for folder in place.parents:  # a folder that is not empty ends it; one that is needed again is made again
-                if folder == self.root:
-                    return
+            while parent:  # a folder that is not empty ends it; one that is needed again is made again
+                parent, _, name = parent.rpartition("/")
                 try:
-                    folder.rmdir()
+                    with paths.folder(self.root, parent) as at:
+                        os.rmdir(name, dir_fd=at)
                 except OSError:
                     return
 
     def remove_temporaries(self, older_than: float, *, dry_run: bool = False) -> tuple[Path, ...]:
         """Remove the files that writers left behind and did not touch for `older_than` seconds; returns what they were."""
-        before, found = time.time() - older_than, []
         with _named("", "sweep"):
-            for folder, _, names in os.walk(self.root):
-                for name in names:
-                    path = Path(folder, name)
-                    with suppress(FileNotFoundError):
-                        if name.startswith(TEMPORARY) and path.stat().st_mtime <= before:
-                            found.append(path)
-                            if not dry_run:
-                                path.unlink()
-        return tuple(found)
+            return tuple(self._sweep("", time.time() - older_than, dry_run))
 
-    def _place(self, key: str) -> Path:
-        return self.root / check_key(key)
+    def _sweep(self, folder: str, before: float, dry_run: bool) -> Iterator[Path]:
+        try:
+            found = paths.entries(self.root, folder)
+        except (FileNotFoundError, NotADirectoryError, paths.LinkError):  # pruned, or put in its place, meanwhile
+            return
+        for entry in found:
+            relative = f"{folder}/{entry.name}".lstrip("/")
+            if entry.kind == "folder":
+                yield from self._sweep(relative, before, dry_run)
+            elif entry.name.startswith(TEMPORARY):
+                with suppress(FileNotFoundError), paths.folder(self.root, folder) as at:
+                    if paths.status_in(at, entry.name).st_mtime <= before:
+                        if not dry_run:
+                            os.unlink(entry.name, dir_fd=at)
+                        yield self.root / relative
 
-    def _entries(self, prefix: str) -> Sequence[tuple[str, os.DirEntry[str]]]:
-        """What lies in a folder, by name, without what cannot be a key: temporary files, and names not ours."""
+    def _entries(self, prefix: str) -> Sequence[paths.Entry]:
+        """What lies in a folder, without what cannot be a key: temporary files, and names not ours."""
         with _named(prefix, "list"):
             try:
-                with os.scandir(self.root / prefix) as entries:
-                    return [(entry.name, entry) for entry in entries if key_problem(prefix + entry.name) is None]
+                found = paths.entries(self.root, prefix.rstrip("/"))
             except (FileNotFoundError, NotADirectoryError):
                 return []
+            return [entry for entry in found if key_problem(prefix + entry.name) is None]
 
     def _descend(self, prefix: str) -> Iterator[ObjectInfo]:
         # A folder sorts as its name with the slash that every key in it has there, so that keys come in their order.
-        named = [(name + "/" * entry.is_dir(), entry) for name, entry in self._entries(prefix)]
-        for name, entry in sorted(named, key=lambda item: item[0]):
-            if name.endswith("/"):
-                yield from self._descend(prefix + name)
+        named = sorted(entry.name + "/" * (entry.kind == "folder") for entry in self._entries(prefix))
+        for is_folder, names in groupby(named, key=lambda name: name.endswith("/")):
+            if is_folder:
+                for name in names:
+                    yield from self._descend(prefix + name)
                 continue
-            with suppress(FileNotFoundError), _named(prefix + name, "list", missing=False):
-                if entry.is_file():
-                    status = entry.stat()
-                    yield ObjectInfo(prefix + name, status.st_size, status.st_mtime)
+            while batch := list(islice(names, _LOOKS)):
+                yield from self._look(prefix, batch)
+
+    def _look(self, prefix: str, names: Sequence[str]) -> Sequence[ObjectInfo]:
+        """What objects of one folder are; those that are gone, or where a folder lies now, are left out."""
+        found = []
+        with _named(prefix, "list"):
+            try:
+                with paths.folder(self.root, prefix.rstrip("/")) as at:
+                    for name in names:
+                        with suppress(FileNotFoundError):
+                            found.append(_info(prefix + name, paths.status_in(at, name)))
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+        return [info for info in found if info is not None]
+
+    def _holds_object(self, folder: str, kind: paths.Kind) -> bool:
+        """Whether it is a folder with more than empty folders and temporary files: object stores have no empty folders."""
+        if kind != "folder":
+            return False
+        with suppress(FileNotFoundError, NotADirectoryError, paths.LinkError):
+            found = [entry for entry in paths.entries(self.root, folder) if not entry.name.startswith(TEMPORARY)]
+            return any(e.kind != "folder" for e in found) or any(
+                self._holds_object(f"{folder}/{e.name}", e.kind) for e in found
+            )
+        return False
 
     @contextmanager
-    def _temporary(self, place: Path) -> Iterator[tuple[Path, int]]:
-        """A new file beside `place`, open for writing; gone afterwards unless it was renamed."""
-        temporary = place.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
-        descriptor = _open_new(temporary)
-        try:
-            yield temporary, descriptor
-        finally:
-            os.close(descriptor)
+    def _temporary(self, key: str) -> Iterator[tuple[int, str, str, int]]:
+        """The folder of an object, and in it a new file, open for writing, and the object's name.
+
+        The new file is gone afterwards unless it was renamed.
+        """
+        parent, _, name = check_key(key).rpartition("/")
+        temporary = f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+        with ExitStack() as opened:
+            at, descriptor = self._open_new(opened, parent, temporary)
+            try:
+                yield at, temporary, name, descriptor
+            finally:
+                os.close(descriptor)
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=at)
+
+    def _open_new(self, opened: ExitStack, folder: str, name: str) -> tuple[int, int]:
+        for _ in range(_FOLDER_TRIES):
             with suppress(FileNotFoundError):
-                temporary.unlink()
+                at = opened.enter_context(paths.folder(self.root, folder, make=0o777))
+                return at, paths.open_in(at, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, f"{self.root}/{folder}/{name}")
+        raise OSError(errno.ENOENT, "its folder vanishes as often as it is made")
 
 
-def _open_new(path: Path) -> int:
-    for _ in range(_FOLDER_TRIES):
-        with suppress(FileNotFoundError):
-            _make_folders(path.parent)
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    raise OSError(errno.ENOENT, "its folder vanishes as often as it is made")
-
-
-def _make_folders(folder: Path) -> None:
-    """Make a folder and those above it, durably: a file is found after a power cut only if its folders are."""
-    if folder.is_dir():
-        return
-    _make_folders(folder.parent)
-    with suppress(FileExistsError):
-        folder.mkdir()
-    if not folder.is_dir() and folder.exists():
-        raise NotADirectoryError(errno.ENOTDIR, "a file lies where a folder is needed", str(folder))
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(FileNotFoundError):  # pruned by a concurrent delete: then there is nothing in it to keep
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _info(key: str, status: os.stat_result) -> ObjectInfo | None:
+    return None if stat.S_ISDIR(status.st_mode) else ObjectInfo(key, status.st_size, status.st_mtime)
 
 
 def _write(descriptor: int, data: Buffer) -> int:
@@ -206,27 +224,18 @@ def _write(descriptor: int, data: Buffer) -> int:
     return done
 
 
-def _holds_object(folder: str) -> bool:
-    """Whether a folder holds anything but empty folders and temporary files: object stores have no empty folders."""
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
-        return any(
-            _holds_object(entry.path) if entry.is_dir() else not entry.name.startswith(TEMPORARY) for entry in entries
-        )
-    return False
-
-
 @contextmanager
-def _named(key: str, doing: str, *, missing: bool = True) -> Iterator[None]:
+def _named(key: str, doing: str) -> Iterator[None]:
     """The operating system's errors as the store's, naming the object."""
     try:
         yield
     except ModelStoreError:
         raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        if not missing:
-            raise FileNotFoundError from error
         if doing in ("create", "write"):
             raise StorageError(f"Could not {doing} {key!r}: {error.strerror}.", object=key) from error
         raise NotFoundError(f"No object {key!r}.", object=key) from error
+    except paths.NoFileError as error:
+        raise CorruptionError(f"Could not {doing} {key!r}: {error.strerror}.", object=key) from error
     except OSError as error:
         raise StorageError(f"Could not {doing} {key!r}: {error.strerror or error}.", object=key) from error

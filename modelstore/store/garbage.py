@@ -213,7 +213,8 @@ def _spare(storage: Storage, stage: list[ObjectInfo], found: _Found) -> None:
     names = {info.key.rpartition("/")[2].partition(".")[0].encode() for info in stage}
     spared: set[bytes] = set()
     for key in found.journals:
-        with suppress(NotFoundError):  # the work was finished meanwhile: what it published is young, or marked
+        # Gone: the work was finished meanwhile, and what it published is young, or marked. A link: no writer makes one.
+        with suppress(NotFoundError, CorruptionError):
             spared.update(name for name in _DIGEST.findall(storage.get(key)) if name in names)
     left = [info for info in stage if info.key.rpartition("/")[2].partition(".")[0].encode() not in spared]
     found.kept += len(stage) - len(left)
@@ -264,6 +265,6 @@ def _temporaries(storage: Storage, grace: float, dry_run: bool) -> list[SweptObj
     sizes = {}
     for path in storage.remove_temporaries(grace, dry_run=True):
         with suppress(FileNotFoundError):  # its writer is done with it
-            sizes[path] = path.stat().st_size
+            sizes[path] = path.lstat().st_size
     paths = sizes if dry_run else storage.remove_temporaries(grace)
     return [SweptObject(path.relative_to(storage.root).as_posix(), sizes.get(path, 0)) for path in paths]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from modelstore.errors import NotFoundError, StorageError, UnsupportedError
+from modelstore.errors import CorruptionError, NotFoundError, StorageError, UnsupportedError
 from modelstore.storage.descriptors import Descriptors
 from modelstore.storage.local import LocalStorage
 
@@ -114,7 +114,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str) 
 
 
 def test_no_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", refuse)
@@ -163,7 +163,7 @@ def test_descriptors_are_bounded_and_never_closed_under_a_reader(tmp_path: Path)
     paths = [tmp_path / str(number) for number in range(20)]
     for number, path in enumerate(paths):
         path.write_bytes(b"%02d" % number)
-    files = Descriptors(3)
+    files = Descriptors(3, lambda name: os.open(name, os.O_RDONLY))
     before = open_files()
 
     def read(number: int) -> bool:
@@ -187,3 +187,97 @@ def test_listing_a_little_looks_at_little(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "scandir", lambda path: scans.append(path) or scandir(path))
     assert [item.key for item in storage.list("", limit=2)] == ["00/x", "01/x"]
     assert len(scans) == 3
+
+
+# ---------------------------------------------------------------------- links
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "x").write_bytes(b"precious")
+    (folder / ".tmp-1-old").write_bytes(b"precious")
+    os.utime(folder / ".tmp-1-old", (0, 0))
+    return folder
+
+
+@pytest.mark.parametrize("at", ["jobs", "jobs/a", "jobs/a/b"])
+def test_no_folder_is_reached_through_a_link(tmp_path: Path, outside: Path, at: str) -> None:
+    storage = LocalStorage(tmp_path / "store")
+    storage.create("kept/x", b"x")
+    (tmp_path / "store" / at).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "store" / at).symlink_to(outside)
+    key = f"{at}/x"
+    for act in (
+        lambda: storage.get(key),
+        lambda: storage.read(key, 0, memoryview(bytearray(1))),
+        lambda: storage.info(key),
+        lambda: storage.create(f"{at}/new", b"x"),
+        lambda: storage.put(key, [b"x"], 1),
+        lambda: storage.delete(key),
+        lambda: list(storage.list(f"{at}/")),
+        lambda: storage.folders(f"{at}/"),
+    ):
+        with pytest.raises(StorageError, match="is a link, which is not followed"):
+            act()
+    assert storage.remove_temporaries(0) == ()
+    assert [info.key for info in storage.list("")] == sorted(["kept/x", at])
+    storage.delete(at)
+    assert [info.key for info in storage.list("")] == ["kept/x"]
+    assert (outside / "x").read_bytes() == b"precious"
+    assert (outside / ".tmp-1-old").exists()
+
+
+@pytest.mark.parametrize("to", ["outside/x", "outside", "store/a/loop", "nowhere", "/dev/zero"])
+def test_a_link_in_the_place_of_an_object_is_itself(tmp_path: Path, outside: Path, to: str) -> None:
+    storage = LocalStorage(tmp_path / "store")
+    storage.create("a/1", b"x")
+    (tmp_path / "store/a/loop").symlink_to(tmp_path / to)
+    assert [info.key for info in storage.list("a/")] == ["a/1", "a/loop"]
+    assert storage.folders("a/") == ("loop",)  # may be one that was moved: what is below it is not taken for missing
+    with pytest.raises(CorruptionError, match="is a link"):
+        storage.get("a/loop")
+    with pytest.raises(StorageError, match="is a link"):
+        list(storage.list("a/loop/"))
+    assert not storage.create("a/loop", b"y")
+    storage.put("a/loop", [b"y"], 1)  # replaces the link
+    assert storage.get("a/loop") == b"y"
+    assert (outside / "x").read_bytes() == b"precious"
+
+
+def test_a_link_that_is_put_there_between_two_steps_is_met_as_one(
+    tmp_path: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path / "store")
+    storage.create("jobs/a/x", b"x")
+    folder, unlink = tmp_path / "store/jobs/a", os.unlink
+
+    def swap(name: str, *, dir_fd: int) -> None:
+        folder.rename(tmp_path / "store/jobs/moved")
+        folder.symlink_to(outside)
+        unlink(name, dir_fd=dir_fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", swap)
+        storage.delete("jobs/a/x")
+    assert (outside / "x").read_bytes() == b"precious"
+    assert not (tmp_path / "store/jobs/moved/x").exists()
+
+
+def test_the_root_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "store").symlink_to(tmp_path / "real")
+    storage = LocalStorage(tmp_path / "store")
+    assert storage.create("a/x", b"x")
+    assert [info.key for info in storage.list("")] == ["a/x"]
+    assert (tmp_path / "real/a/x").read_bytes() == b"x"
+
+
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.create("a/x", b"x")
+    os.mkfifo(tmp_path / "a/pipe")
+    for read in (lambda: storage.get("a/pipe"), lambda: storage.read("a/pipe", 0, memoryview(bytearray(1)))):
+        with pytest.raises(CorruptionError, match="where a file should be"):
+            read()

@@ -1,0 +1,171 @@
+"""Files and folders below one that a user named, reached without following a link.
+
+Each name is opened in the folder before it (`openat` with `O_NOFOLLOW`), so nothing below the named folder leads out of
+it, and a link that is put there between two steps is met as a link. The named folder itself may be one: that is the
+user's choice. What is not a regular file (a pipe, a device) is never waited for.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+Kind = Literal["file", "folder", "link", "other"]
+
+
+class LinkError(OSError):
+    """A folder below the one that was named is a link, which is not followed."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            errno.ELOOP, f"{path} is a link, which is not followed: put what it leads to in its place", path
+        )
+
+
+class NoFileError(OSError):
+    """What is there in the place of a file is a link, a pipe, a device or a socket."""
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(errno.EINVAL, f"{path} is {what}, where a file should be: remove it", path)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A name in a folder, and what it is, a link counting as itself."""
+
+    name: str
+    kind: Kind
+
+
+@contextmanager
+def folder(root: str | Path, relative: str = "", *, make: int | None = None) -> Iterator[int]:
+    """A descriptor of the folder `relative` ('/'-separated, '' for `root` itself), valid within the block.
+
+    With `make` folders that are missing are made with that mode, durably: a file is found after a power cut only if its
+    folders are. `LinkError` where one below `root` is a link, else `OSError` as `open` raises it.
+    """
+    if make is not None:
+        _make_root(Path(root), make)
+    at = os.open(root, _FOLDER)
+    try:
+        path = str(root)
+        for name in relative.split("/") if relative else ():
+            path = f"{path}/{name}"
+            below = _step(at, name, path, make)
+            os.close(at)
+            at = below
+        yield at
+    finally:
+        os.close(at)
+
+
+def open_file(root: str | Path, relative: str) -> int:
+    """A descriptor of a regular file, open for reading. `LinkError`, `NoFileError`, or as `open` raises it."""
+    parent, _, name = relative.rpartition("/")
+    with folder(root, parent) as at:
+        return open_in(at, name, os.O_RDONLY, f"{root}/{relative}")
+
+
+def open_in(at: int, name: str, flags: int, path: str, mode: int = 0o666) -> int:
+    """A regular file in an open folder; `path` is how it is spoken of. Errors as for `open_file`."""
+    try:
+        opened = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=at)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise NoFileError(path, "a link, which is not followed") from None
+        if error.errno == errno.ENXIO:
+            raise NoFileError(path, "a pipe or a socket") from None
+        raise
+    kind = os.fstat(opened).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(opened)
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
+        raise NoFileError(path, "a pipe or a device")
+    return opened
+
+
+def status_in(at: int, name: str) -> os.stat_result:
+    """The status of a name in an open folder, of a link that of the link itself."""
+    return os.stat(name, dir_fd=at, follow_symlinks=False)
+
+
+def kind_in(at: int, name: str) -> Kind | None:
+    """What a name in an open folder is; None where it is not there."""
+    try:
+        mode = status_in(at, name).st_mode
+    except FileNotFoundError:
+        return None
+    return (
+        "link" if stat.S_ISLNK(mode) else "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+    )
+
+
+def entries(root: str | Path, relative: str = "") -> list[Entry]:
+    """What lies in a folder, in no order. Errors as for `folder`."""
+    with folder(root, relative) as at, os.scandir(at) as found:
+        return [Entry(entry.name, _kind(entry)) for entry in found]
+
+
+def remove_in(at: int, name: str) -> None:
+    """Remove whatever a name in an open folder is: a folder with all in it; a link, and not what it leads to."""
+    with suppress(FileNotFoundError):
+        if kind_in(at, name) == "folder":
+            shutil.rmtree(name, dir_fd=at)
+        else:
+            os.unlink(name, dir_fd=at)
+
+
+def sync(at: int) -> None:
+    """Make the names in an open folder durable."""
+    os.fsync(at)
+
+
+def _kind(entry: os.DirEntry[str]) -> Kind:
+    if entry.is_symlink():
+        return "link"
+    if entry.is_dir(follow_symlinks=False):
+        return "folder"
+    return "file" if entry.is_file(follow_symlinks=False) else "other"
+
+
+def _step(at: int, name: str, path: str, make: int | None) -> int:
+    try:
+        return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=at)
+    except FileNotFoundError:
+        if make is None:
+            raise
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP) and kind_in(at, name) == "link":
+            raise LinkError(path) from None
+        if error.errno == errno.ENOTDIR and make is not None:
+            raise NotADirectoryError(errno.ENOTDIR, "a file lies where a folder is needed", path) from None
+        raise
+    with suppress(FileExistsError):
+        os.mkdir(name, make, dir_fd=at)
+    sync(at)
+    return _step(at, name, path, None)
+
+
+def _make_root(root: Path, mode: int) -> None:
+    if root.is_dir():
+        return
+    _make_root(root.parent, mode)
+    with suppress(FileExistsError):
+        root.mkdir(mode)
+    if not root.is_dir() and root.exists():
+        raise NotADirectoryError(errno.ENOTDIR, "a file lies where a folder is needed", str(root))
+    with (
+        suppress(FileNotFoundError),
+        folder(root.parent) as at,
+    ):  # pruned meanwhile: then there is nothing in it to keep
+        sync(at)

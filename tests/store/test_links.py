@@ -1,0 +1,105 @@
+"""Nothing outside of a store is read or removed through a link that lies in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import modelstore
+from modelstore.errors import CorruptionError, ModelStoreError, StorageError
+from tests.helpers.stores import weights
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    for name in ("a.json", ".tmp-1-a"):
+        (folder / name).write_text("precious")
+        os.utime(folder / name, (0, 0))
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> modelstore.Store:
+    made = modelstore.open(tmp_path / "store")
+    made.save("m", weights())
+    return made
+
+
+def untouched(outside: Path) -> bool:
+    return {path.name: path.read_text() for path in outside.iterdir()} == dict.fromkeys(
+        ("a.json", ".tmp-1-a"), "precious"
+    )
+
+
+@pytest.mark.parametrize("grace", [0, 1000])
+@pytest.mark.parametrize("at", ["jobs/x", "jobs/x/y", "packs/zz", "packs/x.safetensors", "models/m/manifests/x.json"])
+@pytest.mark.parametrize("to", ["outside", "outside/a.json", "store", "nowhere"])
+def test_garbage_collection_removes_links_and_not_what_they_lead_to(
+    store: modelstore.Store, tmp_path: Path, outside: Path, at: str, to: str, grace: int
+) -> None:
+    link = tmp_path / "store" / at
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(tmp_path / to)
+    store.gc(dry_run=False, grace=grace)
+    assert untouched(outside)
+    assert link.is_symlink() == (grace > 0), "as old as the collection asks, it is an object that nothing refers to"
+    assert store.load("m").keys() == weights().keys()
+    assert store.verify().ok
+
+
+@pytest.mark.parametrize("at", ["models", "models/m", "models/m/versions", "jobs", "packs"])
+def test_a_folder_that_was_moved_behind_a_link_is_not_taken_for_empty(
+    store: modelstore.Store, tmp_path: Path, at: str
+) -> None:
+    folder = tmp_path / "store" / at
+    folder.mkdir(exist_ok=True)
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "moved")
+    with pytest.raises(StorageError, match=f"{at} is a link, which is not followed: put what it leads to in its place"):
+        store.gc(dry_run=False, grace=0)
+    folder.unlink()
+    (tmp_path / "moved").rename(folder)
+    assert store.load("m").keys() == weights().keys()
+
+
+@pytest.mark.parametrize("at", ["models/loop", "models/m/tags/loop", "packs/loop", "loop"])
+def test_loops_of_links_raise_errors_of_the_store_alone(store: modelstore.Store, tmp_path: Path, at: str) -> None:
+    link = tmp_path / "store" / at
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(link)
+    for act in (store.models, lambda: store.versions("m"), lambda: store.load("m"), store.verify, store.gc):
+        try:
+            act()
+        except ModelStoreError as error:
+            assert "is a link" in str(error)
+
+
+def test_an_object_that_is_a_link_is_damaged_and_mended_from_a_copy(tmp_path: Path, outside: Path) -> None:
+    store = modelstore.open(tmp_path / "store")
+    copy = modelstore.open(tmp_path / "copy")
+    for one in (store, copy):
+        one.save("m", weights())
+    for pack in (tmp_path / "store/packs").rglob("*.safetensors"):
+        target = outside / pack.name
+        pack.rename(target)
+        pack.symlink_to(target)
+    with pytest.raises(CorruptionError, match="is a link"):
+        store.load("m")
+    assert store.repair(source=copy.url).ok
+    assert not any(path.is_symlink() for path in (tmp_path / "store/packs").rglob("*"))
+    assert store.load("m").keys() == weights().keys()
+
+
+def test_a_map_is_not_made_through_a_link(tmp_path: Path, outside: Path) -> None:
+    store = modelstore.open(tmp_path / "store")
+    store.save("m", weights(), codec="raw", grid="whole")
+    for pack in (tmp_path / "store/packs").rglob("*.safetensors"):
+        target = outside / pack.name
+        pack.rename(target)
+        pack.symlink_to(target)
+    with pytest.raises(StorageError, match="is a link"):
+        store.load("m", mmap=True)
