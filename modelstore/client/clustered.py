@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from modelstore.cluster.session import Session
+
+log = logging.getLogger("modelstore")
 
 
 class Clustered(Base):
@@ -51,8 +54,9 @@ class Clustered(Base):
 
     def pin(self, ref: str, *, tier: Literal["memory", "disk", "gpu"] = "memory") -> results.Prefetched:
         """As `prefetch`; neither the chunks nor the decoded model, where it is mapped, are evicted until `unpin`."""
+        done = self._prefetch(ref, tier, None, _pin_of(ref), None)
         self._in_cluster().pin_image(self._model(parse_reference(ref)).manifest.content, _pin_of(ref))
-        return self._prefetch(ref, tier, None, _pin_of(ref), None)
+        return done
 
     def unpin(self, ref: str) -> None:
         """Let the chunks of a pinned variant, and its decoded tensors, be evicted when their place is wanted."""
@@ -184,13 +188,18 @@ class Clustered(Base):
             self._pending[result.order.save] = result.order, done
         return done
 
-    def _mapped(self, ref: Reference, model: Model, shares: Mapping[str, Share]) -> dict[str, torch.Tensor]:
-        """Tensors that share the node's memory with every other reader there."""
+    def _mapped(self, ref: Reference, model: Model, shares: Mapping[str, Share]) -> dict[str, torch.Tensor] | None:
+        """Tensors that share the node's memory with every other reader there; None while its host is being replaced."""
+        from modelstore.cluster.calls import GoneError
         from modelstore.cluster.mapping import mapped
 
         session = self._in_cluster()
         assert self._source is not None
-        return mapped(session, self._source, model, self._catalog.entry(ref)[1].manifest, shares)
+        try:
+            return mapped(session, self._source, model, self._catalog.entry(ref)[1].manifest, shares)
+        except GoneError as problem:
+            log.warning("model %r is loaded without a map: %s", ref.name, problem)
+            return None
 
     def _prefetch(
         self, ref: str, tier: str, replicas: int | None, pin: str | None, progress: Progress | None

@@ -100,7 +100,8 @@ class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
         path or bytes. An interrupted save of files goes on where it stopped when it is called again.
 
         `ack="memory"`, in a cluster of two nodes or more: returns when hosts on two nodes have all of it, which then store
-        it; it is visible, and has its version, when it is in the storage, which `flush` waits for.
+        it; it is visible, and has its version, when it is in the storage, which `flush` waits for. Where two cannot have it,
+        as while a host is being replaced, it returns when it is durable, and a warning says so.
         """
         started = time.monotonic()
         check_model(name)
@@ -150,7 +151,8 @@ class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
 
         `shard`: a rank's layout (`TensorParallel`, `PipelineStage`, …), or {name: region}. `names`: these tensors only.
         `mmap=True`, for local models saved with `codec="raw", grid="whole"`, maps them instead: nothing is read, or checked,
-        until it is touched. In a cluster it maps any model, as the node's host decoded and checked it once for all readers.
+        until it is touched. In a cluster it maps any model, as the node's host decoded and checked it once for all readers;
+        while that host is being replaced, and a new one is not there in time, it loads it, and a warning says so.
         `dequantize=False` gives a compressed variant's weights as engines take them: instead of `a.weight` its
         `a.weight_packed`, `a.weight_scale`, … in the packing of compressed-tensors; a rank's slices then begin and end with
         groups. A variant that is not stored but has a preset's name, such as "m:int8", is made of the original while it is
@@ -164,7 +166,8 @@ class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
         shares = model.shares(as_layout(shard), names)
         if mmap:
             mapped = model.map(shares) if self._session is None else self._mapped(parse_reference(ref), model, shares)
-            return mapped if str(device) == "cpu" else {name: tensor.to(device) for name, tensor in mapped.items()}
+            if mapped is not None:
+                return mapped if str(device) == "cpu" else {name: tensor.to(device) for name, tensor in mapped.items()}
         total = sum(nbytes(share.shape, model.tensor(name).kind.itemsize) for name, share in shares.items())
         metered = meter(progress, total, f"loading {ref}")
         if not dequantize:

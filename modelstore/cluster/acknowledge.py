@@ -20,7 +20,7 @@ from blake3 import blake3
 from modelstore.cluster.behind import PART
 from modelstore.cluster.orders import SKEW, Order, keepers
 from modelstore.cluster.pieces import Source
-from modelstore.errors import ModelStoreError, StorageError, UnsupportedError
+from modelstore.errors import ModelStoreError, StorageError
 from modelstore.execute.saving import Outcome
 from modelstore.format.buffers import Buffer, Bytes, as_bytes, view
 from modelstore.plan.placement import View
@@ -30,6 +30,8 @@ from modelstore.store.catalog import Catalog
 
 log = logging.getLogger("modelstore")
 
+_REPLACED = 5.0  # seconds to wait for the host that takes the place of one that died
+_LOOK = 0.1  # seconds between two looks for it
 _ROOM = 5.0  # seconds to wait for room in hosts, before an object goes to the storage itself
 _ANSWER = 30.0  # seconds that a host may take for one request
 _UNDER_WAY = 2  # parts that are sent at once
@@ -40,8 +42,11 @@ _UNKNOWN = 20.0  # seconds for which nobody may know of a save before it is give
 class Hosts(Protocol):
     """How hosts are reached."""
 
-    def view(self) -> View:
-        """Who they are."""
+    def view(self, *, fresh: bool = False) -> View:
+        """Who they are; `fresh`: now, and not some seconds ago."""
+
+    def nodes(self) -> int:
+        """On how many nodes there are hosts, were some, or are to be some."""
 
     def share(self, data: Bytes) -> Any:
         """Bytes, made so that several hosts can be sent them."""
@@ -117,21 +122,16 @@ def save(
 ) -> Result:
     """Store a model with `store`, on hosts of two nodes first: `here` are those of this node.
 
-    `UnsupportedError` where the cluster has no two nodes with hosts; `StorageError` where the storage has to be written to
-    after all, and cannot.
+    Where there are no two nodes with hosts, one that is being replaced is waited for a moment; then, and where hosts die
+    meanwhile, the model goes to the storage instead, and a warning says so. `StorageError` where that cannot be written to.
     """
     began = time.time()
-    members = hosts.view()
-    first = next((member.id for member in members.members if member.id in here and not member.draining), None)
-    pair = keepers(members, model, first)[:2]
-    if len(pair) < 2:
-        raise UnsupportedError(
-            'ack="memory" wants hosts on two nodes, and this cluster has one: add a node, or save with ack="storage"',
-            model=model,
-        )
     id_ = uuid.uuid4().hex
-    kept = KeptStorage(storage, hosts, id_, source, pair)
+    pair = _pair(hosts, here, model)
     try:
+        if len(pair) < 2:
+            raise UnkeptError('ack="memory" wants hosts on two nodes, and this cluster has them on fewer now')
+        kept = KeptStorage(storage, hosts, id_, source, pair)
         outcome = store(kept)
         order = Order(id_, source, model, outcome.entry, tag, began, tuple(pair), tuple(kept.keys))
         committed = [hosts.keep(member, "commit", order) for member in pair]
@@ -155,6 +155,20 @@ def save(
     except BaseException:
         _forget(hosts, pair, id_)
         raise
+
+
+def _pair(hosts: Hosts, here: Sequence[str], model: str) -> list[str]:
+    """The two hosts that are to keep a save; fewer where there are none, also after a wait for what is being replaced."""
+    end, waits = time.monotonic() + _REPLACED, None
+    members = hosts.view()
+    while True:
+        first = next((member.id for member in members.members if member.id in here and not member.draining), None)
+        pair = keepers(members, model, first)[:2]
+        waits = hosts.nodes() > 1 if waits is None and len(pair) < 2 else waits
+        if len(pair) == 2 or not waits or time.monotonic() > end:
+            return pair
+        threading.Event().wait(_LOOK)
+        members = hosts.view(fresh=True)
 
 
 def wait_durable(hosts: Hosts, storage: Storage, orders: Sequence[Order], seconds: float | None) -> dict[str, int]:

@@ -18,6 +18,7 @@ import numpy as np
 import ray
 
 from modelstore.cluster.behind import Behind
+from modelstore.cluster.calls import actor, host_name
 from modelstore.cluster.directory import ClusterSettings, Directory
 from modelstore.cluster.folders import own_folder
 from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
@@ -41,24 +42,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("modelstore")
 
-NAMESPACE = "modelstore"
-DIRECTORY = "directory"
 # In one pool, hosts that ask each other would block.
 GROUPS = {"read": 8, "write": 4, "keep": 16, "make": 4, "repair": 4, "control": 4}
 _PEER_SECONDS = 2.0
 _KEEP_SECONDS = 30.0
 _SHOWN = 2.0  # seconds between two givings out of metrics
 _DECODING = 1 << 30  # bytes of working memory for an image
-
-
-def actor(name: str) -> Any:
-    """The handle of an actor of the cluster, by its name. `ValueError` where there is none."""
-    return ray.get_actor(name, namespace=NAMESPACE)
-
-
-def host_name(member: str) -> str:
-    """The name under which a member's actor is known."""
-    return f"host/{member}"
 
 
 class StorageActor:
@@ -388,6 +377,11 @@ class DirectoryActor:
     def drain(self, node: str) -> list[str]:
         """Let the hosts of a node, named by the beginning of its id, be home to nothing any more; their names."""
         return self._supervisor.drain(node)
+
+    @ray.method(concurrency_group="control")
+    def homes(self) -> frozenset[str]:
+        """The nodes that have hosts, or are to have them."""
+        return self._supervisor.homes
 
     @ray.method(concurrency_group="control")
     def retire(self, node: str) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from modelstore.cluster.actors import DIRECTORY, actor
+from modelstore.cluster.calls import DIRECTORY, actor, ask_directory
 from modelstore.cluster.models import opened, storage_of
 from modelstore.cluster.pieces import Source, pieces, section_keys
 from modelstore.cluster.session import Session
@@ -217,10 +217,10 @@ def _report(status: JobStatus | None, job: str = "") -> bool:
 
 def jobs() -> list[JobStatus]:
     """The jobs that run on the connected cluster."""
-    found: list[JobStatus] = ray.get(actor(DIRECTORY).jobs.remote(), timeout=10)
+    found: list[JobStatus] = ask_directory("jobs")
     return found
 
 
 def cancel(job: str) -> bool:
     """Ask the driver of a job to stop; whether there is such a job."""
-    return bool(ray.get(actor(DIRECTORY).cancel.remote(job), timeout=10))
+    return bool(ask_directory("cancel", job))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from modelstore.cluster.calls import GoneError
 from modelstore.cluster.images import open_image
 from modelstore.cluster.pieces import Source
 from modelstore.errors import UnsupportedError
@@ -25,12 +26,18 @@ def mapped(
 ) -> dict[str, torch.Tensor]:
     """Tensors, or ranks' shares of them, as views of the node's image; a write to one stays in this process.
 
-    `UnsupportedError` for a share of several runs, where this node has no host, or no room.
+    `UnsupportedError` for a share of several runs, where this node has no host, or no room; `GoneError` where its host is
+    being replaced.
     """
     from modelstore.execute import tensors as ten
 
     path = session.image(source, model.name, digest, model.manifest)
-    images = {tensor.name: (tensor, data) for tensor, data in open_image(path, model.manifest)}
+    try:
+        images = {tensor.name: (tensor, data) for tensor, data in open_image(path, model.manifest)}
+    except FileNotFoundError:
+        raise GoneError(
+            f"the store host of this node is gone, and its image {path} with it: load the model again"
+        ) from None
     whole = {name: ten.to_torch(data, tensor.dtype, tensor.shape) for name, (tensor, data) in images.items()}
     found = {}
     entire: dict[str, Bytes] = {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING
 
-import ray
-
+from modelstore.cluster.calls import GoneError
 from modelstore.cluster.pieces import Piece, Source, pieces, section_keys
 from modelstore.errors import StorageError
 from modelstore.format import results
@@ -18,6 +18,9 @@ from modelstore.plan.placement import View, holders
 if TYPE_CHECKING:
     from modelstore.cluster.session import Session
 
+Hold = Callable[..., "Future[int]"]  # (member, parts=…): bytes that it holds then
+
+_ROUNDS = 5  # times that hosts may die meanwhile
 _BATCH = 64 << 20  # bytes that one host gets at once
 _WINDOW = 2  # such batches under way at each host
 
@@ -53,18 +56,39 @@ def prefetch(
     pin: str | None,
     progress: Callable[[int], None] | None,
 ) -> results.Prefetched:
-    """Have every holder hold its chunks. `StorageError` where none of the hosts answers."""
+    """Have every holder hold its chunks; where hosts die meanwhile, those that take their place.
+
+    `StorageError` where none of the hosts answers, or they die again and again.
+    """
     started = time.monotonic()
-    view = session.view(fresh=True)
-    if not view.members:
-        raise StorageError("the cluster has no hosts: look at 'modelstore cluster status'")
     copies = replicas if replicas is not None else session.settings.replicas
     if copies < 1:
         raise ValueError(f"replicas={copies} is not positive")
     unique = {part.digest: part for part in pieces(manifest, range(len(manifest.pack))) if part.length}
     parts = sorted(unique.values(), key=lambda part: (part.pack, part.offset))
+    lost: set[str] = set()
+    for attempt in range(_ROUNDS):
+        view = session.without(lost)
+        if not view.members:
+            raise StorageError("the cluster has no hosts: look at 'modelstore cluster status'")
+        hold = functools.partial(session.ask_to_hold, source=source, tier=tier, pin=pin)
+        held, lost = _round(view, copies, parts, hold, progress if attempt == 0 else None)
+        if not lost:
+            wanted = sum(part.length for part in parts)
+            members = min(copies, len(view.members))
+            return results.Prefetched(ref, wanted, held, members, time.monotonic() - started)
+    raise GoneError(
+        f"hosts {', '.join(sorted(lost))} died while they were to hold {ref!r}: call it again, which goes on"
+    )
+
+
+def _round(
+    view: View, copies: int, parts: Sequence[Piece], hold: Hold, progress: Callable[[int], None] | None
+) -> tuple[int, set[str]]:
+    """Ask every holder once: bytes that they hold, and which of them are gone."""
+    open_: dict[Future[int], tuple[int, str, int]] = {}
+    lost: set[str] = set()
     held = last_rank = 0
-    open_: dict[Future[int], tuple[int, int]] = {}
 
     def settle(leave: int) -> int:
         """Wait until at most so many batches are open; bytes that those which ended hold."""
@@ -72,27 +96,20 @@ def prefetch(
         while len(open_) > leave:
             done, _ = wait(open_, return_when=FIRST_COMPLETED)
             for future in done:
-                rank, wanted = open_.pop(future)
-                got += _result(future)
+                rank, member, wanted = open_.pop(future)
+                try:
+                    got += future.result()
+                except GoneError:
+                    lost.add(member)
                 if progress and rank == 0:
                     progress(wanted)
         return got
 
     for rank, member, batch in batches(view, copies, parts):
+        if member in lost:
+            continue
         if rank != last_rank:  # copies come from homes, which must have them first
             held, last_rank = held + settle(0), rank
-        future: Future[int] = session.ask_to_hold(member, source, batch, tier, pin)
-        open_[future] = (rank, sum(part.length for part in batch))
+        open_[hold(member, parts=batch)] = (rank, member, sum(part.length for part in batch))
         held += settle(_WINDOW * len(view.members))
-    held += settle(0)
-    wanted = sum(part.length for part in parts)
-    members = min(copies, len(view.members))
-    return results.Prefetched(ref, wanted, held, members, time.monotonic() - started)
-
-
-def _result(future: Future[int]) -> int:
-    """What a host answers; its error without the tale of how it came here."""
-    try:
-        return future.result()
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+    return held + settle(0), lost

@@ -172,7 +172,8 @@ def deploy(settings: ClusterSettings, *, hosts: int = 1, seconds: float = 60.0) 
     """Put a directory and hosts on the Ray cluster that this process is connected to; those that are there stay."""
     import ray
 
-    from modelstore.cluster.actors import DIRECTORY, NAMESPACE, DirectoryActor
+    from modelstore.cluster.actors import DirectoryActor
+    from modelstore.cluster.calls import DIRECTORY, NAMESPACE
 
     directory: Any = (
         ray.remote(concurrency_groups={"control": 16})(  # type: ignore[call-overload]
@@ -201,7 +202,7 @@ def undeploy(*, seconds: float = 60.0, force: bool = False) -> int:
     """
     import ray
 
-    from modelstore.cluster.actors import DIRECTORY, actor
+    from modelstore.cluster.calls import DIRECTORY, actor
 
     try:
         directory = actor(DIRECTORY)
@@ -223,7 +224,7 @@ def leave(node: str, *, seconds: float = 60.0, force: bool = False) -> int:
     """
     import ray
 
-    from modelstore.cluster.actors import DIRECTORY, actor
+    from modelstore.cluster.calls import DIRECTORY, actor
 
     try:
         directory = actor(DIRECTORY)
@@ -241,7 +242,7 @@ def _close(names: Sequence[str]) -> None:
     """End hosts, and what they hold in memory."""
     import ray
 
-    from modelstore.cluster.actors import actor, host_name
+    from modelstore.cluster.calls import actor, host_name
 
     for name in names:
         with contextlib.suppress(Exception):
@@ -254,7 +255,7 @@ def _wait_for_saves(names: Sequence[str], seconds: float) -> None:
     """`StorageError` where hosts still have something to store after so many seconds; one that is gone has not."""
     import ray
 
-    from modelstore.cluster.actors import actor, host_name
+    from modelstore.cluster.calls import actor, host_name
 
     asked = {}
     for name in names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,17 @@ from typing import Any
 import numpy as np
 import ray
 
-from modelstore.cluster.actors import DIRECTORY, actor, host_name
 from modelstore.cluster.asking import Asker, Counts
+from modelstore.cluster.calls import (
+    ANSWER,
+    DIRECTORY,
+    GoneError,
+    actor,
+    answered,
+    ask_directory,
+    failed,
+    host_name,
+)
 from modelstore.cluster.host import HostStats, local_path
 from modelstore.cluster.images import image_path
 from modelstore.cluster.making import Made, Variant
@@ -28,7 +37,9 @@ from modelstore.format.region import Region
 from modelstore.plan.placement import View, addresses
 
 _FRESH = 3.0  # seconds for which a view is used before it is asked for again
-_ANSWER = 10.0  # seconds that the directory may take
+_REPLACED = 10.0  # seconds to wait for the host that takes the place of one that died
+_NOTICED = 20.0  # seconds within which a dead node is noticed
+_LOOK = 0.1  # seconds between two looks for it
 _STATS = 2.0  # seconds that all hosts together have to say what they hold
 
 
@@ -36,9 +47,10 @@ class Session:
     """Reads pieces through the hosts of the Ray cluster that this process is connected to."""
 
     def __init__(self) -> None:
-        self._directory = _directory()
-        self.settings = ray.get(self._directory.settings.remote(), timeout=_ANSWER)
-        self._view: View = ray.get(self._directory.view.remote(), timeout=_ANSWER)
+        self.settings = ask_directory("settings")
+        self._view: View = ask_directory("view")
+        self._directory = actor(DIRECTORY)
+        self._known_nodes = {member.node for member in self._view.members}  # that ever had a host
         self._asked = time.monotonic()
         self._coming: Future[View] | None = None
         self._node = ray.get_runtime_context().get_node_id()
@@ -68,7 +80,7 @@ class Session:
         with contextlib.suppress(ray.exceptions.RayError, StorageError):
             coming = self._coming
             if fresh:
-                self._view, self._coming = ray.get(self._directory.view.remote(), timeout=_ANSWER), None
+                self._view, self._coming = ray.get(self._directory.view.remote(), timeout=ANSWER), None
                 self._asked = time.monotonic()
                 self._meet()
             elif coming is not None and coming.done():
@@ -79,6 +91,17 @@ class Session:
                 self._asked = time.monotonic()
                 self._coming = self._directory.view.remote().future()
         return self._view
+
+    def without(self, lost: Collection[str]) -> View:
+        """The members now; where some were found to be gone, once nobody counts them as members any more."""
+        end = time.monotonic() + _REPLACED + _NOTICED
+        while True:
+            view = self.view(fresh=True)
+            if not lost or time.monotonic() > end:
+                return view
+            if view.members and not any(member.id in lost for member in view.members):
+                return view
+            time.sleep(_LOOK)
 
     def read(self, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
         """As `Holding.read`: from the node's own shared memory, else from holders."""
@@ -133,16 +156,42 @@ class Session:
     def image(self, source: Source, name: str, digest: str, manifest: Manifest) -> Path:
         """The file on this node with a manifest's decoded tensors, made by the node's host where it is not there.
 
-        `UnsupportedError` where this node has no host, or its memory no room.
+        `UnsupportedError` where this node has no host and is to have none, or its memory no room; `GoneError` where the host
+        that takes the place of one that died is not there in time.
         """
-        here = self.here()
-        for member in here:
+        for member in self.here():
             path = image_path(self.settings.folder(member), manifest)
             if path.exists():
                 return path
-        for member in here:
-            return Path(ray.get(self.handle(member).image.remote(source, name, digest)))
-        raise UnsupportedError("this node has no store host, whose memory could be mapped: load it without mmap")
+        end = time.monotonic() + _REPLACED
+        while True:
+            for member in self.here():
+                with contextlib.suppress(GoneError):
+                    made = self._future(member, "image", source, name, digest)
+                    return Path(made.result())
+            if not self._is_home():
+                raise UnsupportedError(
+                    "this node has no store host, whose memory could be mapped: load it without mmap"
+                )
+            if time.monotonic() > end:
+                raise GoneError("this node's store host is gone, and the one that takes its place is not there yet")
+            time.sleep(_LOOK)
+            self.view(fresh=True)
+
+    def _is_home(self) -> bool:
+        """Whether this node has a host, had one, or is to have one; True where nobody can say."""
+        if self._node in self._known_nodes:
+            return True
+        try:
+            return self._node in ask_directory("homes", seconds=_REPLACED)
+        except GoneError:
+            return True
+
+    def nodes(self) -> int:
+        """As `acknowledge.Hosts.nodes`."""
+        with contextlib.suppress(StorageError):
+            return max(len(self._known_nodes), len(ask_directory("homes", seconds=_REPLACED)))
+        return len(self._known_nodes)
 
     def here(self) -> list[str]:
         """The members on this node."""
@@ -166,7 +215,7 @@ class Session:
 
     def drain(self, node: str) -> list[str]:
         """Let the hosts of a node be home to nothing; their names. `NotFoundError` where there are none."""
-        found: list[str] = ray.get(self._directory.drain.remote(node), timeout=_ANSWER) if node else []
+        found: list[str] = ask_directory("drain", node) if node else []
         if not found:
             raise NotFoundError(f"no host runs on a node {node!r}: list them with 'modelstore cluster status'")
         self.view(fresh=True)
@@ -178,6 +227,7 @@ class Session:
 
     def _meet(self) -> list[Future[Any]]:
         """Look up members that are new, each in a thread: where the control plane stops later, nobody can be any more."""
+        self._known_nodes |= {member.node for member in self._view.members}
         new = [member.id for member in self._view.members if member.id not in self._handles]
         return [in_thread(functools.partial(self.handle, member)) for member in new]
 
@@ -186,8 +236,8 @@ class Session:
         asked = [self._future(member.id, method, *arguments) for member in self.view(fresh=True).members]
         found = []
         for future in asked:
-            with contextlib.suppress(ray.exceptions.RayError, ValueError, TimeoutError):
-                found.append(future.result(timeout=_ANSWER))
+            with contextlib.suppress(GoneError, TimeoutError):
+                found.append(future.result(timeout=ANSWER))
         return found
 
     def stats(self) -> dict[str, HostStats | None]:
@@ -217,13 +267,13 @@ class Session:
         return self._future(member, "ping")
 
     def _future(self, member: str, method: str, *arguments: Any) -> Future[Any]:
+        """A call to a member, which may be gone by then: `GoneError`. What it raises itself is raised as it is."""
+        whom = f"host {member}"
         try:
-            made: Future[Any] = getattr(self.handle(member), method).remote(*arguments).future()
+            return answered(getattr(self.handle(member), method).remote(*arguments), whom)
         except (ValueError, ray.exceptions.RayError) as error:
             self._handles.pop(member, None)
-            made = Future()
-            made.set_exception(error)
-        return made
+            return failed(error, whom)
 
 
 def _from_node(folders: Sequence[str], part: Piece) -> Bytes | None:
@@ -237,12 +287,3 @@ def _from_node(folders: Sequence[str], part: Piece) -> Bytes | None:
         if len(data) == part.length:
             return data
     return None
-
-
-def _directory() -> Any:
-    try:
-        return actor(DIRECTORY)
-    except ValueError:
-        raise StorageError(
-            "this Ray cluster has no store hosts: run 'modelstore cluster start --address auto' on one of its nodes"
-        ) from None

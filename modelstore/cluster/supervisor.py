@@ -11,7 +11,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from modelstore.cluster.actors import GROUPS, NAMESPACE, StorageActor, actor, host_name
+from modelstore.cluster.actors import GROUPS, StorageActor
+from modelstore.cluster.calls import NAMESPACE, actor, host_name
 from modelstore.cluster.directory import ClusterSettings, Directory
 from modelstore.cluster.metrics import JobMetrics
 from modelstore.plan.placement import Member, View
@@ -40,6 +41,7 @@ class Supervisor:
         self._stopped = threading.Event()
         self._retired: set[str] = set()
         self._seen = directory.view().epoch
+        self.homes: frozenset[str] = frozenset()  # nodes that have hosts, or are to have them
 
     def adopt(self) -> None:
         """Take over the hosts that an earlier directory started, where there was one."""
@@ -74,8 +76,9 @@ class Supervisor:
                 if handle is not None:
                     with contextlib.suppress(Exception):
                         ray.kill(handle)
+        self.homes = self._homes(nodes)
         self._welcome(set(nodes))
-        for node in self._without_host(nodes):
+        for node in self._without_host():
             self._start(node, nodes[node])
         self._tell()
         view = self._directory.view()
@@ -124,10 +127,13 @@ class Supervisor:
                 gone.append(member.id)
         return gone
 
-    def _without_host(self, nodes: dict[str, dict[str, Any]]) -> list[str]:
+    def _homes(self, nodes: dict[str, dict[str, Any]]) -> frozenset[str]:
         chosen = [name for name, node in nodes.items() if node["Resources"].get(RESOURCE)] or list(nodes)
-        served = {member.node for member in self._directory.view().members} | set(self._starting) | self._retired
-        return [name for name in chosen if name not in served]
+        return frozenset(chosen) - self._retired
+
+    def _without_host(self) -> list[str]:
+        served = {member.node for member in self._directory.view().members} | set(self._starting)
+        return sorted(self.homes - served)
 
     def _start(self, node: str, info: dict[str, Any]) -> None:
         """Begin a host on a node; it becomes a member when it answers."""

@@ -18,7 +18,7 @@ from modelstore.cluster import acknowledge, models
 from modelstore.cluster.behind import Behind
 from modelstore.cluster.orders import keepers
 from modelstore.cluster.pieces import Source
-from modelstore.errors import CorruptionError, NotFoundError, StorageError, UnsupportedError
+from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.execute import saving
 from modelstore.execute.reading import Limits
 from modelstore.plan.placement import Member, View
@@ -54,6 +54,8 @@ class Nodes:
         self.pool = ThreadPoolExecutor(32)
         self.refusing: set[str] = set()  # methods that find nobody
         self.members: tuple[Member, ...] = ()
+        self.had = len(names)
+        self.looks = self.comes_at = 0
         for name in names:
             self.join(name)
 
@@ -82,8 +84,15 @@ class Nodes:
             raise ConnectionError(f"{member} is gone")
         return getattr(self.hosts[member], method)(*arguments)
 
-    def view(self) -> View:
+    def view(self, *, fresh: bool = False) -> View:
+        if fresh:
+            self.looks += 1
+            if self.looks == self.comes_at:
+                self.join("new")
         return View(self.epoch, tuple(sorted(self.members, key=lambda m: m.id)))
+
+    def nodes(self) -> int:
+        return self.had
 
     def share(self, data: Any) -> Any:
         return np.array(data)
@@ -256,9 +265,28 @@ def test_where_hosts_have_no_room_the_storage_takes_it(tmp_path: Path, gate: Gat
     assert equal(gate, "m")
 
 
-def test_one_node_is_not_enough(tmp_path: Path, gate: Gate) -> None:
-    with pytest.raises(UnsupportedError, match="hosts on two nodes"):
-        save(Nodes(tmp_path / "hosts", "a"), gate)
+@pytest.mark.parametrize("had", [1, 2])
+def test_where_one_node_has_a_host_the_storage_is_saved_to(
+    tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, had: int
+) -> None:
+    """At once where there never were two, else after a bounded wait for the one that is gone."""
+    monkeypatch.setattr(acknowledge, "_REPLACED", 0.3)
+    nodes = Nodes(tmp_path / "hosts", "a")
+    nodes.had = had
+    result = save(nodes, gate, tag="best")
+    assert (result.version, result.order) == (1, None)
+    assert equal(gate, "m@best")
+    assert "hosts on two nodes" in caplog.text
+    assert (nodes.looks > 0) == (had == 2)
+
+
+def test_a_host_that_is_being_replaced_is_waited_for(tmp_path: Path, gate: Gate) -> None:
+    nodes = Nodes(tmp_path / "hosts", "ab")
+    nodes.kill("b")
+    nodes.comes_at = 3
+    result = save(nodes, gate)
+    assert set(result.order.keepers) == {"a", "new"}
+    assert durable(nodes, gate, result) == [1]
 
 
 def test_a_save_that_fails_leaves_nothing(nodes: Nodes, gate: Gate) -> None:

@@ -15,7 +15,7 @@ import torch
 
 import modelstore as ms
 from modelstore.cluster import jobs
-from modelstore.cluster.actors import host_name
+from modelstore.cluster.calls import host_name
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.wire import PieceClient, PieceClients
 from modelstore.format.buffers import Bytes

@@ -16,7 +16,7 @@ import torch
 
 import modelstore as ms
 from modelstore.cluster import runtime
-from modelstore.cluster.actors import actor, host_name
+from modelstore.cluster.calls import actor, host_name
 from tests.cluster.test_cluster import equal, held, tensors, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -247,3 +247,64 @@ def test_a_device_in_a_running_cluster(nodes: Any, url: str) -> None:
     finally:
         runtime.undeploy()
         runtime.deploy(runtime.default_settings(memory=256 << 20, images=256 << 20, replicas=2), hosts=3)
+
+
+def kill_hosts(store: ms.Store, count: int) -> None:
+    """At once, by signals, as a failing machine does: nobody is told."""
+    import ray
+
+    hosts = [actor(host_name(host.member)) for host in store.cluster_status().hosts][:count]
+    for pid in ray.get([host.pid.remote() for host in hosts]):
+        os.kill(pid, signal.SIGKILL)
+
+
+def whole(store: ms.Store) -> bool:
+    return len(now := store.cluster_status().hosts) == 3 and all(host.stats for host in now)
+
+
+def test_saves_and_maps_while_hosts_are_replaced(nodes: Any, store: ms.Store, url: str) -> None:
+    """Never an error, however few hosts there are just now; what was not acknowledged from memory is durable."""
+    session = store._session
+    assert session is not None
+    count = 0
+    for dead in (2, 3):
+        kill_hosts(store, dead)
+        mapped = store.load("m", mmap=True)
+        assert equal(mapped, tensors())
+        while count < 20:
+            saved = store.save("n", tensors(count, layers=1), ack="memory")
+            assert saved.durable == (saved.version > 0)
+            count += 1
+            if whole(store):
+                break
+        until(lambda: whole(store))
+    store.flush(timeout=60)
+    assert ms.open(url).verify("n").ok
+    assert len(ms.open(url).versions("n")) == count
+
+
+def test_every_call_while_a_host_dies(nodes: Any, store: ms.Store) -> None:
+    """The right result, or this package's own error."""
+    calls: dict[str, Callable[[], Any]] = {
+        "prefetch": lambda: store.prefetch("m"),
+        "pin": lambda: store.pin("m"),
+        "unpin": lambda: store.unpin("m"),
+        "evict": lambda: store.evict("m"),
+        "status": store.cluster_status,
+        "jobs": store.jobs,
+        "load": lambda: store.load("m"),
+    }
+    for dead in (1, 3):
+        store.evict()
+        kill_hosts(store, dead)
+        for name, call in calls.items():
+            done = call()
+            if name in ("prefetch", "pin"):
+                assert done.held >= done.bytes > 0, name
+            if name == "load":
+                assert equal(done, tensors())
+        store.pin("m")
+        until(lambda: whole(store))
+        store.evict()
+        assert held(store) >= store.describe("m").stored, "a pin holds on hosts that came meanwhile, too"
+        store.unpin("m")
