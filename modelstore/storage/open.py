@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from blake3 import blake3
+
 from modelstore.errors import UnsupportedError
 from modelstore.storage.base import Storage
+from modelstore.storage.exclusive import ProvedStorage
 from modelstore.storage.filesystem import FsspecStorage, require_exclusive_create
 from modelstore.storage.keys import check_prefix
 from modelstore.storage.local import LocalStorage
@@ -20,6 +23,7 @@ from modelstore.storage.wrapping import ReadOnlyStorage
 
 ENGINES = ("obstore", "s3fs")
 _SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+_LEADING = ("AWS_", "AZURE_", "GOOGLE_")  # what of the environment leads to a server
 _MAKERS = {"s3": "s3_storage", "gs": "gcs_storage", "az": "azure_storage"}
 
 
@@ -75,9 +79,9 @@ def _object_store(scheme: str, url: str, options: dict[str, Any], engine: str | 
         raise ValueError(f"Invalid URL {scheme}://: it names no bucket, as in {scheme}://bucket/prefix.")
     check_prefix(prefix and prefix + "/")
     if engine == "s3fs":
-        return RetryingStorage(_s3fs(scheme, container, prefix, options))
+        return _remote(_s3fs(scheme, container, prefix, dict(options)), options)
     objects = _needs("modelstore.storage.objects", "obstore", scheme)
-    return RetryingStorage(getattr(objects, _MAKERS[scheme])(container, prefix, options))
+    return _remote(getattr(objects, _MAKERS[scheme])(container, prefix, options), options)
 
 
 def _s3fs(scheme: str, bucket: str, prefix: str, options: dict[str, Any]) -> Storage:
@@ -110,7 +114,16 @@ def _filesystem(scheme: str, url: str, options: dict[str, Any], engine: str | No
         raise ValueError(f"Invalid URL {_shown(url)!r}: {error}") from error
     if not read_only:
         require_exclusive_create(filesystem, scheme)
-    return RetryingStorage(FsspecStorage(filesystem, root, _shown(url)))
+    return _remote(FsspecStorage(filesystem, root, _shown(url)), options)
+
+
+def _remote(storage: Storage, options: dict[str, Any]) -> Storage:
+    """What passes is retried, and nothing is written before it is proved that objects are created exclusively."""
+    named = {name: value for name, value in os.environ.items() if name.startswith(_LEADING) or name.endswith("_PROXY")}
+    way = repr((type(storage).__name__, storage.url, sorted(options.items()), sorted(named.items())))
+    return RetryingStorage(
+        ProvedStorage(storage, blake3(way.encode()).hexdigest())
+    )  # a digest, as there are keys in it
 
 
 def _no_more(options: dict[str, Any], engine: str | None, scheme: str) -> None:

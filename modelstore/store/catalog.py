@@ -18,7 +18,6 @@ from modelstore.format.names import ORIGINAL, Reference, is_model
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.format.sealed import seal
 from modelstore.storage.base import Storage
-from modelstore.storage.exclusive import prove_exclusive_create
 
 _RACES = 1000  # how often a lost race is tried again before giving up; each loss means that another writer won
 _NEWEST = 64  # keys listed to find the newest live version; more are listed only where those are all of deleted ones
@@ -48,7 +47,6 @@ class Catalog:
                     f"there is no store at {self._storage.url}: save a model to make one, or check the address",
                     object=rec.STORE_KEY,
                 ) from None
-        prove_exclusive_create(self._storage)
         self._storage.create(rec.STORE_KEY, seal(StoreInfo(FORMAT, uuid.uuid4().hex)))
         return rec.parse(self._storage.get(rec.STORE_KEY), StoreInfo, rec.STORE_KEY)
 

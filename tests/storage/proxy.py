@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -15,16 +16,24 @@ def pass_on(number: int, request: bytes) -> str:
     return "pass"
 
 
+def _without(data: bytes, header: bytes | None) -> bytes:
+    """What a client sent, without one header; its requests' heads arrive in one piece here."""
+    if header is None:
+        return data
+    return re.sub(rb"(?im)^" + re.escape(header) + rb":[^\r\n]*\r\n", b"", data)
+
+
 class Proxy:
     """Asks `rule` about the beginning of each request: 'pass', 'drop' (close), 'stall' (never answer), 'cut' (half an answer).
 
-    `requests` are the first lines of the requests seen.
+    `requests` are the first lines of the requests seen. `strip`: a header's name that is left out of every request.
     """
 
     def __init__(self, endpoint: str) -> None:
         parts = urlsplit(endpoint)
         self.target = parts.hostname or "127.0.0.1", parts.port or 80
         self.rule: Rule = pass_on
+        self.strip: bytes | None = None
         self.requests: list[str] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -62,7 +71,7 @@ class Proxy:
                 if verdict[0] == "stall":
                     self._closed.wait()
                     return
-                server.sendall(data)
+                server.sendall(_without(data, self.strip))
 
     def _answer(self, server: socket.socket, client: socket.socket, verdict: list[str]) -> None:
         with suppress(OSError):

@@ -78,6 +78,7 @@ def test_a_part_of_a_put_is_repeated(proxy: Proxy, s3_url: str, fault: str, monk
 
 def test_a_lost_answer_to_a_create_is_false_not_an_error(proxy: Proxy, s3_url: str) -> None:
     storage = behind(proxy, s3_url, "obstore")
+    storage.create("before", b"")  # by which it was proved that objects are created exclusively
     faults = iter(["cut"])  # the server has written when its answer is cut
     proxy.rule = lambda _, request: next(faults, "pass") if request.startswith(b"PUT ") else "pass"
     assert storage.create("a", b"mine") is False
@@ -110,4 +111,4 @@ def test_no_bucket_is_said(proxy: Proxy, s3_url: str, engine: str) -> None:
         storage.create("a", b"x")
     with pytest.raises(StorageError, match="bucket or container does not exist"):
         storage.get("a")
-    assert len([line for line in proxy.requests if "/x/a" in line]) == 2
+    assert len(proxy.requests) == len(set(proxy.requests))  # none is repeated
