@@ -37,6 +37,7 @@ from modelstore.format.region import Region, extent
 from modelstore.plan.layout import axes
 from modelstore.plan.write import FILE_CODEC, plan_tensor
 from modelstore.sources.base import Source
+from modelstore.sources.reading import read_whole
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
@@ -44,6 +45,7 @@ from modelstore.store.manifests import Manifests
 ACKS = ("storage", "memory")
 CODECS = ("lossless", "raw", "delta")
 GRIDS = ("auto", "whole")
+MAX_CONFIG = 16 << 20  # bytes of a config.json that is looked into
 LONGEST_CHAIN = 8  # deltas of deltas: each link is another read
 _LADDER = "ladder"
 FILE = "file:"  # before a file's path, among the names in packs
@@ -215,9 +217,9 @@ def tensor_axes(files: Mapping[str, Path | bytes]) -> Callable[[str], int | None
     if content is None:
         return None
     try:
-        config: Any = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+        config: Any = json.loads(content if isinstance(content, bytes) else read_whole(content, MAX_CONFIG))
         return axes(config) if isinstance(config, dict) else None
-    except (ValueError, UnsupportedError, RecursionError):
+    except (ValueError, UnsupportedError, FormatError, RecursionError):
         return None  # the grid is then cut without a hint; the file itself is kept as it is
 
 

@@ -127,11 +127,11 @@ def _decode(header: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in table if names.count(name) > 1)
-        raise FormatError(f"the name {repeated!r} appears twice in the header")
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise FormatError(f"the name {name[:200]!r} appears twice in the header")
+        table[name] = value
     return table
 
 

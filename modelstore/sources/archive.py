@@ -6,61 +6,17 @@ import io
 import math
 import struct
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
-from modelstore.format.dtypes import DTYPES, DType
-from modelstore.format.region import Shape
-from modelstore.format.safetensors import MAX_BYTES, MAX_DIMENSIONS
+from modelstore.sources.pickled_tensors import ALLOWED, Ref, storage_of
 from modelstore.sources.reading import Files, Placed
-from modelstore.sources.unpickle import Stand, ordered_dict, record, unpickle
+from modelstore.sources.unpickle import unpickle
 
-MAX_TABLE = 256 << 20  # the zip's directory, and the pickle in it: far beyond a million tensors
-
-_LEGACY = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """A run of bytes in the archive, by its key; `dtype` is None for an untyped one."""
-
-    key: str
-    dtype: DType | None
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """A tensor of the archive: a strided view of a storage, in elements."""
-
-    storage: str
-    dtype: DType
-    offset: int
-    shape: Shape
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NotDense:
-    """A tensor that has no dense strided form (sparse, quantized, a subclass): named where it is met."""
-
-    what: str
+MAX_DIRECTORY = 64 << 20  # the zip's directory: half a million records
+MAX_TABLE = 256 << 20  # a pickle: far beyond a million tensors
+MAX_ITEM = 64 << 10  # directory and pickle of an archive of one tensor
 
 
 class Archive:
@@ -75,8 +31,12 @@ class Archive:
         self._start = start
         self._length = path.stat().st_size - start if length is None else length
         self._where = str(path) if length is None else f"{path} at {start}"
+        self._most = MAX_TABLE if length is None else MAX_ITEM
         try:
-            with zipfile.ZipFile(_View(opened, path, start, self._length)) as zipped:
+            limit = (
+                MAX_DIRECTORY if length is None else 2 * MAX_ITEM
+            )  # with the 64 KiB in which the directory is looked for
+            with zipfile.ZipFile(View(opened, path, start, self._length, limit)) as zipped:
                 infos = zipped.infolist()
         except ModelStoreError:
             raise
@@ -85,6 +45,11 @@ class Archive:
         self._records = {info.filename: info for info in infos}
         if len(self._records) != len(infos):
             raise self._bad("the archive names a record twice")
+        if any(name.endswith("/constants.pkl") or "/code/" in name for name in self._records):
+            raise UnsupportedError(
+                f"{self._where} is a TorchScript archive, which holds code: load it with torch.jit.load, "
+                "and save its state_dict()"
+            )
         roots = [
             name[: -len("data.pkl")] for name in self._records if name.endswith("/data.pkl") and name.count("/") == 1
         ]
@@ -95,28 +60,20 @@ class Archive:
             raise UnsupportedError(f"{self._where} was saved on a big-endian machine: save it again on another")
 
     def structure(self) -> Any:
-        """The saved object: dicts, lists, numbers, text, and a `Ref` for each tensor (`NotDense` where it has none)."""
-        return unpickle(self._read("data.pkl"), _ALLOWED, self._storage, where=self._where)
+        """The saved object: plain values, a `Ref` for each tensor (`NotDense` where it has none), and `Record`s of the rest."""
+        return unpickle(self._read("data.pkl"), ALLOWED, storage_of, inert=self._most == MAX_TABLE, where=self._where)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the archive."""
+        return self._length
 
     def place(self, ref: Ref) -> Placed:
         """Where a tensor's elements lie in the file; checked against the record's bounds."""
         info = self._record(f"data/{ref.storage}")
         if info is None:
             raise self._bad(f"the archive has no storage {ref.storage[:40]!r}")
-        start = self._data(info)
-        size = ref.dtype.itemsize
-        last = ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.strides, strict=True))
-        if math.prod(ref.shape) and (last + 1) * size > info.file_size:
-            raise self._bad(f"a tensor of shape {ref.shape} reaches beyond its storage of {info.file_size} bytes")
-        return Placed(self._path, self._start + start + ref.offset * size, tuple(s * size for s in ref.strides))
-
-    def _storage(self, pid: Any) -> Storage:
-        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[2], str):
-            raise FormatError("the pickle refers to something that is no storage")
-        kind = pid[1]
-        if not isinstance(kind, _StorageType):
-            raise FormatError("the pickle has a storage of an unknown kind")
-        return Storage(pid[2], kind.dtype)
+        return placed_in(ref, self._path, self._start + self._data(info), info.file_size)
 
     def _record(self, name: str) -> zipfile.ZipInfo | None:
         return self._records.get(self._root + name)
@@ -124,8 +81,8 @@ class Archive:
     def _read(self, name: str) -> bytes:
         info = self._record(name)
         assert info is not None
-        if info.file_size > MAX_TABLE:
-            raise self._bad(f"its {name} has {info.file_size} bytes, where {MAX_TABLE} is the limit")
+        if info.file_size > self._most:
+            raise self._bad(f"its {name} has {info.file_size} bytes, where {self._most} is the limit")
         return self._opened.bytes(self._path, self._start + self._data(info), info.file_size)
 
     def _data(self, info: zipfile.ZipInfo) -> int:
@@ -150,11 +107,22 @@ class Archive:
         return FormatError(f"{self._where}: {what}", object=str(self._path))
 
 
-class _View(io.RawIOBase):
-    """A range of a file as a file, for `zipfile`; one read is bounded."""
+def placed_in(ref: Ref, path: Path, start: int, length: int) -> Placed:
+    """Where a tensor lies in a storage of `length` bytes at `start`; `FormatError` where it reaches beyond."""
+    size = ref.dtype.itemsize
+    last = ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.strides, strict=True))
+    if math.prod(ref.shape) and (last + 1) * size > length:
+        raise FormatError(
+            f"{path}: a tensor of shape {ref.shape} reaches beyond its storage of {length} bytes", object=str(path)
+        )
+    return Placed(path, start + ref.offset * size, tuple(s * size for s in ref.strides))
 
-    def __init__(self, opened: Files, path: Path, start: int, length: int) -> None:
-        self._opened, self._path, self._start, self._length = opened, path, start, length
+
+class View(io.RawIOBase):
+    """A range of a file as a file, for `zipfile` and pickles; one read is bounded."""
+
+    def __init__(self, opened: Files, path: Path, start: int, length: int, limit: int) -> None:
+        self._opened, self._path, self._start, self._length, self._limit = opened, path, start, length, limit
         self._at = 0
 
     def readable(self) -> bool:
@@ -173,90 +141,16 @@ class _View(io.RawIOBase):
         self._at = at
         return at
 
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(min(len(buffer), self._limit))
+        buffer[: len(data)] = data
+        return len(data)
+
     def read(self, size: int | None = -1) -> bytes:
         left = max(0, self._length - self._at)
         count = left if size is None or size < 0 else min(size, left)
-        if count > MAX_TABLE:
-            raise ValueError(f"a directory of {count} bytes, where {MAX_TABLE} is the limit")
+        if count > self._limit:
+            raise ValueError(f"a table of {count} bytes, where {self._limit} is the limit")
         data = self._opened.bytes(self._path, self._start + self._at, count)
         self._at += count
         return data
-
-
-@dataclass(frozen=True, slots=True)
-class _StorageType:
-    dtype: DType | None
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple) or len(values) > MAX_DIMENSIONS:
-        raise FormatError(f"a tensor's sizes are not at most {MAX_DIMENSIONS} numbers")
-    if not all(type(n) is int and 0 <= n <= MAX_BYTES for n in values):
-        raise FormatError("a tensor's sizes are not whole numbers from 0 to 2**63")
-    return values
-
-
-def _ref(storage: Any, of: DType | None, offset: Any, shape: Any, strides: Any) -> Ref:
-    shape, strides = _sizes(shape), _sizes(strides)
-    (offset,) = _sizes((offset,))
-    if not isinstance(storage, Storage) or of is None or len(shape) != len(strides):
-        raise FormatError("a tensor in the pickle is not a view of a storage")
-    if math.prod(n for n in shape if n) * of.itemsize > MAX_BYTES:
-        raise FormatError(f"a tensor of shape {shape} is beyond 2**63 bytes")
-    return Ref(storage.key, of, offset, shape, strides)
-
-
-def _tensor_v2(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Ref | NotDense:
-    if len(rest) > 2 and isinstance(rest[2], dict) and (rest[2].get("conj") or rest[2].get("neg")):
-        return NotDense("a conjugated or negated view")
-    return _ref(storage, getattr(storage, "dtype", None), offset, shape, strides)
-
-
-def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, of: Any, *_: Any) -> Ref:
-    return _ref(storage, of if isinstance(of, DType) else None, offset, shape, strides)
-
-
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-def _not_dense(what: str) -> Stand:
-    return lambda *_: NotDense(what)
-
-
-def _size(*args: Any) -> tuple[int, ...]:
-    return _sizes(tuple(args[0]) if args and isinstance(args[0], (tuple, list)) else ())
-
-
-def stand_ins() -> dict[str, Stand]:
-    """The names in torch's own pickles that stand for plain things: dtypes, sizes, layouts."""
-    allowed: dict[str, Any] = {f"torch.{name}": kind for name, kind in DTYPES.items()}
-    allowed |= {
-        "torch.Size": _size,
-        "torch.device": record("torch.device"),
-        "torch.serialization._get_layout": record("layout"),
-        "collections.OrderedDict": ordered_dict,
-    }
-    return allowed
-
-
-_ALLOWED: Mapping[str, Any] = MappingProxyType(
-    stand_ins()
-    | {f"torch.{name}": _StorageType(DTYPES[of]) for name, of in _LEGACY.items()}
-    | {
-        "torch.storage.UntypedStorage": _StorageType(None),
-        "torch._utils._rebuild_tensor_v2": _tensor_v2,
-        "torch._utils._rebuild_tensor_v3": _tensor_v3,
-        "torch._utils._rebuild_parameter": _parameter,
-        "torch._utils._rebuild_parameter_with_state": _parameter,
-        "torch._utils._rebuild_sparse_tensor": _not_dense("a sparse tensor"),
-        "torch._utils._rebuild_sparse_csr_tensor": _not_dense("a sparse tensor"),
-        "torch._utils._rebuild_qtensor": _not_dense("a quantized tensor"),
-        "torch._utils._rebuild_meta_tensor_no_storage": _not_dense("a meta tensor, which has no values"),
-        "torch.per_tensor_affine": None,
-        "torch.per_channel_affine": None,
-        "torch.QInt8Storage": _StorageType(DTYPES["int8"]),
-        "torch.QUInt8Storage": _StorageType(DTYPES["uint8"]),
-        "torch.QInt32Storage": _StorageType(DTYPES["int32"]),
-    }
-)

@@ -18,11 +18,12 @@ from modelstore.format.dtypes import DType
 from modelstore.format.names import check_file
 from modelstore.format.region import Region, Shape
 from modelstore.format.safetensors import MAX_BYTES, MAX_DIMENSIONS
-from modelstore.sources.archive import Archive, Ref, stand_ins
+from modelstore.sources.archive import Archive
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.filed import FiledSource, Found, Piece, check_tiling, fingerprint
+from modelstore.sources.filed import Budget, FiledSource, Found, Piece, check_expansion, check_tiling, fingerprint
 from modelstore.sources.folder import Folder, scan
-from modelstore.sources.reading import Files, Placed
+from modelstore.sources.pickled_tensors import Ref, stand_ins
+from modelstore.sources.reading import Files, Placed, read_whole
 from modelstore.sources.unpickle import Record, ordered_dict, record, unpickle
 
 METADATA = ".metadata"
@@ -76,26 +77,29 @@ def open_directory(root: Path) -> DcpSource:
     """
     folder = scan(root)
     path = folder.take(METADATA)
-    size = path.stat().st_size
-    if size > MAX_METADATA:
-        raise FormatError(f"{path} has {size} bytes, where {MAX_METADATA} is the limit", object=str(path))
-    data = path.read_bytes()
+    data = read_whole(path, MAX_METADATA)
     metadata = unpickle(data, _ALLOWED, where=str(path))
     entries = _field(metadata, "Metadata", "state_dict_metadata", dict, path)
     stored = _stored(_field(metadata, "Metadata", "storage_data", dict, path), folder)
     specs: list[TensorSpec] = []
     pieces: dict[str, tuple[Piece[Item], ...]] = {}
     skipped = dict(folder.skipped)
+    budget = Budget()
+    left = len(data)  # a chunk takes some bytes of the metadata: lists of them may not be shared without end
     for name, entry in entries.items():
         if not isinstance(name, str) or not isinstance(entry, Record):
             raise FormatError(f"{path}: an entry of the state dict is not valid", object=str(path))
         if entry.kind == "BytesStorageMetadata":
             skipped[name] = "it is no tensor"
             continue
-        spec, boxes = _tensor(name, entry, path)
+        left -= len(_field(entry, "TensorStorageMetadata", "chunks", list, path))
+        if left < 0:
+            raise FormatError(f"{path} names more chunks than it can hold", object=str(path))
+        spec, boxes = _tensor(name, entry, path, budget)
         specs.append(spec)
         pieces[name] = tuple(Piece(box, _item(stored, name, box, path)) for box in boxes)
     own = {file for file in folder.files if file == METADATA or file.endswith(".distcp")}
+    check_expansion(str(root), specs, sum(folder.files[file].stat().st_size for file in own))
     kept: dict[str, Path | bytes] = {name: file for name, file in folder.files.items() if name not in own}
     found = Found(
         specs,
@@ -114,7 +118,7 @@ def _field(of: Any, kind: str, name: str, type_: type, path: Path) -> Any:
     return value
 
 
-def _tensor(name: str, entry: Record, path: Path) -> tuple[TensorSpec, list[Region]]:
+def _tensor(name: str, entry: Record, path: Path, budget: Budget) -> tuple[TensorSpec, list[Region]]:
     properties = _field(entry, "TensorStorageMetadata", "properties", Record, path)
     state = properties.state
     kind = next(iter(state.values() if isinstance(state, dict) else state or ()), None)  # the dtype comes first
@@ -132,7 +136,7 @@ def _tensor(name: str, entry: Record, path: Path) -> tuple[TensorSpec, list[Regi
         boxes.append(tuple((a, a + n) for a, n in zip(offsets, sizes, strict=True)))
     if regions.size(regions.full(shape)) * kind.itemsize > MAX_BYTES:
         raise FormatError(f"{path}: tensor {name!r} is beyond 2**63 bytes", tensor=name)
-    check_tiling(name, shape, boxes)
+    check_tiling(name, shape, boxes, budget)
     return TensorSpec(name, kind, shape), [box for box in boxes if regions.size(box)]
 
 
@@ -143,10 +147,10 @@ def _shape(value: Any, name: str, path: Path) -> Shape:
     return value  # type: ignore[no-any-return]
 
 
-def _stored(table: dict[Any, Any], folder: Folder) -> dict[tuple[str, Shape], Item]:
-    """Chunk (name and offsets) → range of a file, for all tensors' chunks; checked against the files' sizes."""
+def _stored(table: dict[Any, Any], folder: Folder) -> dict[str, Item]:
+    """Chunk (name and offsets, as one text) → range of a file, for all tensors' chunks; checked against the files' sizes."""
     sizes: dict[str, int] = {}
-    stored: dict[tuple[str, Shape], Item] = {}
+    stored: dict[str, Item] = {}
     path = folder.root / METADATA
     for name, offsets, info in _indexed(table, path):
         file, start, length = info.get("relative_path"), info.get("offset"), info.get("length")
@@ -160,7 +164,7 @@ def _stored(table: dict[Any, Any], folder: Folder) -> dict[tuple[str, Shape], It
             sizes[check_file(file)] = folder.take(file).stat().st_size
         if not (start >= 0 and length > 0 and start + length <= sizes[file]):
             raise FormatError(f"{path}: {name!r} lies outside {file}, which has {sizes[file]} bytes", tensor=name)
-        stored[name, offsets] = Item(folder.files[file], start, length)
+        stored[_key(name, offsets)] = Item(folder.files[file], start, length)
     return stored
 
 
@@ -173,9 +177,14 @@ def _indexed(table: dict[Any, Any], path: Path) -> Iterator[tuple[str, Shape, Re
             yield name, _shape(index.get("offset"), name, path), info
 
 
-def _item(stored: Mapping[tuple[str, Shape], Item], name: str, box: Region, path: Path) -> Item:
+def _key(name: str, offsets: Shape) -> str:
+    """A chunk as a text: tuples of numbers can be chosen to have one hash, texts cannot."""
+    return f"{offsets} {name}"
+
+
+def _item(stored: Mapping[str, Item], name: str, box: Region, path: Path) -> Item:
     try:
-        return stored[name, tuple(a for a, _ in box)]
+        return stored[_key(name, tuple(a for a, _ in box))]
     except KeyError:
         raise FormatError(f"{path}: nothing says where chunk {box} of tensor {name!r} lies", tensor=name) from None
 

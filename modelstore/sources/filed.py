@@ -16,13 +16,15 @@ from modelstore.format import region as regions
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import dtype
 from modelstore.format.names import check_tensor
-from modelstore.format.region import Region, Shape
+from modelstore.format.region import Region, Shape, nbytes
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.reading import Files, Placed, boxed
 
 W = TypeVar("W")  # what says where a piece lies: a `Placed`, or what leads to one
 
 MAX_COMPARISONS = 5_000_000
+SMALL = 64 << 20  # bytes that tensors may have however small their file is
+EXPANSION = 16  # and beyond, for each byte of their files: views that share or repeat bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Piece(Generic[W]):
 class Found(Generic[W]):
     """What reading a checkpoint's tables gave: all that a `FiledSource` needs, as plain data.
 
-    `skipped` says what was left out and why: relative path or entry → reason.
+    `skipped` says what was left out and why: relative path or entry → reason; `skipped_bytes` how large it is.
     """
 
     tensors: Sequence[TensorSpec]
@@ -47,6 +49,7 @@ class Found(Generic[W]):
     metadata: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
+    skipped_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 class FiledSource(Generic[W]):
@@ -86,6 +89,11 @@ class FiledSource(Generic[W]):
         """What is not saved: relative path, or entry, → why."""
         return MappingProxyType(dict(self._found.skipped))
 
+    @property
+    def skipped_bytes(self) -> Mapping[str, int]:
+        """The bytes of what is not saved, by the names in `skipped`, where they are known."""
+        return MappingProxyType(dict(self._found.skipped_bytes))
+
     def read(self, name: str, region: Region, out: Bytes) -> None:
         """See `Source.read`. `KeyError` for a name not in `tensors`, `ValueError` for a region outside the tensor."""
         spec = self._specs[name]
@@ -115,12 +123,38 @@ class FiledSource(Generic[W]):
         self._files.close()
 
 
+def check_expansion(
+    where: str, tensors: Iterable[TensorSpec], stored: int, *, most: int = EXPANSION, small: int = SMALL
+) -> None:
+    """`FormatError` where tensors take so much more than what stores them that their file asks for work without end.
+
+    A view of one byte can have any shape: the work of saving it follows its shape, not its file.
+    """
+    total = 0
+    for spec in tensors:
+        total += nbytes(spec.shape, spec.dtype.itemsize)
+        if total > max(small, most * stored):
+            raise FormatError(
+                f"{where}: its tensors, up to {spec.name[:200]!r}, take {total} bytes, and {stored} bytes store them: too "
+                f"many views repeat the same bytes; make them contiguous, or leave them out",
+                tensor=spec.name,
+                object=where,
+            )
+
+
 def spec_of(name: str, dtype_name: str, shape: Shape) -> TensorSpec:
     """A spec with its dtype looked up; `UnsupportedError` naming the tensor where there is none."""
     return TensorSpec(name, dtype(dtype_name), shape)
 
 
-def check_tiling(name: str, shape: Shape, boxes: Sequence[Region]) -> None:
+class Budget:
+    """Comparisons that may still be made, for all tensors of a checkpoint together."""
+
+    def __init__(self, left: int = MAX_COMPARISONS) -> None:
+        self.left = left
+
+
+def check_tiling(name: str, shape: Shape, boxes: Sequence[Region], budget: Budget | None = None) -> None:
     """`FormatError` unless the boxes lie in a tensor of that shape and cover it exactly once."""
 
     def bad(what: str) -> FormatError:
@@ -132,19 +166,19 @@ def check_tiling(name: str, shape: Shape, boxes: Sequence[Region]) -> None:
     whole = math.prod(shape)
     if sum(regions.size(box) for box in boxes) != whole:
         raise bad(f"do not hold its {whole} elements once each")
+    budget = budget or Budget()
     solid = [box for box in boxes if regions.size(box)]
     if len(solid) < 2:
         return
     # Sweep along the dimension that is cut most: each box meets only those that begin before it ends.
     axis = max(range(len(shape)), key=lambda i: len({box[i][0] for box in solid}))
     solid.sort(key=lambda box: box[axis])
-    compared = 0
     for i, box in enumerate(solid):
         for j in range(i + 1, len(solid)):
             if solid[j][axis][0] >= box[axis][1]:
                 break
-            compared += 1
-            if compared > MAX_COMPARISONS:
+            budget.left -= 1
+            if budget.left < 0:
                 raise bad("are cut in more ways than can be checked")
             if regions.intersect(box, solid[j]) is not None:
                 raise bad("overlap")

@@ -12,6 +12,7 @@ from typing import Any
 
 from modelstore.errors import FormatError, NotFoundError
 from modelstore.format.names import check_file
+from modelstore.sources.reading import read_whole
 
 # Folders of tools, not of the model.
 _PASSED_OVER = frozenset({".git", ".cache", ".huggingface", ".ipynb_checkpoints", "__pycache__", ".locks", ".no_exist"})
@@ -32,7 +33,7 @@ _TWICE = re.compile(
 _ORIGINAL = re.compile(r"consolidated([.-][\w-]+)*\.(pth|pt|safetensors)|consolidated\.safetensors\.index\.json")
 
 MAX_FILES = 200_000
-MAX_INDEX = 256 << 20
+MAX_INDEX = 64 << 20  # a million tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +143,9 @@ def read_index(path: Path) -> dict[str, str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size; `FormatError` where it is anything else, or repeats a key."""
-    size = path.stat().st_size
-    if size > MAX_INDEX:
-        raise FormatError(f"{path} has {size} bytes, where {MAX_INDEX} is the limit", object=str(path))
+    data = read_whole(path, MAX_INDEX)
     try:
-        table = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+        table = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError:
         raise FormatError(f"{path} is JSON nested too deeply", object=str(path)) from None
     except ValueError as error:

@@ -1,29 +1,31 @@
 """`.pt`, `.pth` and `.bin` files of `torch.save` as a source. Nothing in them is executed.
 
-The archive's structure is read with a reader that knows tensors and plain values only, and the tensors' bytes
-straight from where they lie. Files from before torch 1.6 have no such layout: those are loaded whole by torch, with
-`weights_only=True`.
+The structure is read with a reader that knows tensors and plain values, and makes inert records of the rest; the tensors'
+bytes straight from where they lie.
 """
 
 from __future__ import annotations
 
-import pickle
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.format import region as regions
-from modelstore.sources.archive import Archive, NotDense, Ref
+from modelstore.format.region import nbytes
+from modelstore.sources.archive import Archive
 from modelstore.sources.base import Source, TensorSpec
-from modelstore.sources.filed import FiledSource, Found, Piece, fingerprint
+from modelstore.sources.checkpoint import Tensors, choose
+from modelstore.sources.filed import FiledSource, Found, Piece, check_expansion, fingerprint
 from modelstore.sources.folder import Folder, leave_duplicates, read_index, scan
-from modelstore.sources.reading import Files, Placed
+from modelstore.sources.legacy import LegacyArchive, is_legacy
+from modelstore.sources.pickled_tensors import NotDense, Ref
+from modelstore.sources.reading import Files, Placed, open_regular
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")
+_ZIP = b"PK\x03\x04"  # as torch.load tells the two formats apart
 # What trainers leave beside the weights.
 _BESIDE = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
 _BESIDE_STEMS = ("rng_state", "random_states")
@@ -33,28 +35,24 @@ class PickledSource(FiledSource[Placed]):
     """The tensors of one or more `torch.save` archives."""
 
 
-def open_file(path: Path, *, files: Mapping[str, Path | bytes] | None = None) -> Source:
-    """One file of `torch.save`. `FormatError` names whatever in it is neither a tensor nor plain data."""
+def open_file(path: Path, *, key: str | None = None, files: Mapping[str, Path | bytes] | None = None) -> Source:
+    """One file of `torch.save`. `key` names the state dict, where several could be it.
+
+    `FormatError` where it is not clear which dict is the model, and where something in that is no tensor.
+    """
     if not path.is_file():
         raise NotFoundError(f"{path} is not a file", object=str(path))
-    if not _is_archive(path):
-        return _open_legacy(path, files or {})
-    return _open({path.name: path}, kept=files or {}, skipped={})
+    return _open({path.name: path}, kept=files or {}, skipped={}, key=key)
 
 
-def open_directory(root: Path) -> Source:
+def open_directory(root: Path, *, key: str | None = None) -> Source:
     """A directory with `pytorch_model.bin`, its shards and index, or one other file of `torch.save`, and other files."""
     folder = scan(root)
     used, weights = _choose(folder)
     kept, skipped = leave_duplicates(folder, used)
     kept.pop(INDEX, None)
     shards = {name: folder.take(name) for name in sorted(used)}
-    old = [name for name, path in shards.items() if not _is_archive(path)]
-    if old:
-        if len(shards) == 1:
-            return _open_legacy(shards[old[0]], kept)
-        raise UnsupportedError(f"{root}: {old[0]} is from before torch 1.6; load and save it again with a newer torch")
-    source = _open(shards, kept=kept, skipped=skipped)
+    source = _open(shards, kept=kept, skipped=skipped, key=key)
     present = {spec.name for spec in source.tensors} | source.aliases.keys()
     missing = [name for name in weights if name not in present]
     if missing:
@@ -63,9 +61,22 @@ def open_directory(root: Path) -> Source:
     return source
 
 
-def _is_archive(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"  # as torch.load tells the two formats apart
+def recognised(path: Path) -> bool:
+    """Whether a file's content is that of `torch.save`, of whatever name."""
+    head = _head(path)
+    return is_legacy(head) or (head[:4] == _ZIP and b"data.pkl" in head)
+
+
+def _head(path: Path) -> bytes:
+    descriptor = open_regular(path)
+    try:
+        return os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)
+
+
+def _archive(opened: Files, path: Path) -> Archive | LegacyArchive:
+    return Archive(opened, path) if _head(path)[:4] == _ZIP else LegacyArchive(opened, path)
 
 
 def _choose(folder: Folder) -> tuple[set[str], Mapping[str, str]]:
@@ -88,7 +99,13 @@ def _choose(folder: Folder) -> tuple[set[str], Mapping[str, str]]:
     return set(found), {}
 
 
-def _open(shards: Mapping[str, Path], *, kept: Mapping[str, Path | bytes], skipped: Mapping[str, str]) -> PickledSource:
+def _open(
+    shards: Mapping[str, Path],
+    *,
+    kept: Mapping[str, Path | bytes],
+    skipped: Mapping[str, str],
+    key: str | None,
+) -> PickledSource:
     opened = Files()
     try:
         specs: list[TensorSpec] = []
@@ -96,87 +113,41 @@ def _open(shards: Mapping[str, Path], *, kept: Mapping[str, Path | bytes], skipp
         aliases: dict[str, str] = {}
         metadata: dict[str, str] = {}
         left = dict(skipped)
+        sizes: dict[str, int] = {}
         for shard, path in shards.items():
-            archive = Archive(opened, path)
-            state, inner, beside = state_dict_in(archive.structure(), str(path))
-            if inner:
-                metadata["torch.state_dict"] = inner
-            left |= {f"{shard}:{key}": "it is beside the state dict" for key in beside}
-            first: dict[Ref, str] = {}
-            for name, ref in state.items():
+            archive = _archive(opened, path)
+            chosen = choose(archive.structure(), TENSORS, str(path), key)
+            if chosen.path:
+                metadata["torch.state_dict"] = ".".join(chosen.path)
+            for name, beside in chosen.left.items():
+                left[f"{shard}:{name}"] = "it is beside the state dict"
+                sizes[f"{shard}:{name}"] = beside.bytes
+            taken = len(specs)
+            first: dict[str, str] = {}
+            for name, ref in chosen.state.items():
                 if name in pieces or name in aliases:
                     raise FormatError(
                         f"tensor {name!r} is in {path} and in another file", tensor=name, object=str(path)
                     )
+                if isinstance(ref, NotDense):
+                    raise UnsupportedError(f"{path}: tensor {name!r} is {ref.what}: make it dense first", tensor=name)
                 whole = regions.full(ref.shape)
-                known = first.setdefault(ref, name) if regions.size(whole) else name
+                known = first.setdefault(ref.key, name) if regions.size(whole) else name
                 if known != name:
                     aliases[name] = known
                     continue
                 specs.append(TensorSpec(name, ref.dtype, ref.shape))
                 pieces[name] = (Piece(whole, archive.place(ref)),)
+            check_expansion(str(path), specs[taken:], archive.size)
         state_of = fingerprint([*shards.items(), *kept.items()])
-        return PickledSource(Found(specs, pieces, aliases, kept, metadata, state_of, left), opened)
+        return PickledSource(Found(specs, pieces, aliases, kept, metadata, state_of, left, sizes), opened)
     except BaseException:
         opened.close()
         raise
 
 
-def state_dict_in(saved: Any, where: str) -> tuple[dict[str, Ref], str, list[str]]:
-    """The state dict in a saved object, the path of keys that leads to it ("" at the top), and what lies beside it.
-
-    The object is the state dict if it maps names to tensors; else the one entry of a usual name that does, or has
-    such an entry in turn. `FormatError` where there is none or several, or where something in it is no tensor.
-    """
-    path: list[str] = []
-    beside: list[str] = []
-    while not (isinstance(saved, dict) and any(isinstance(v, (Ref, NotDense)) for v in saved.values())):
-        here = f"{where}{''.join(f'[{key!r}]' for key in path)}"
-        if not isinstance(saved, dict):
-            raise FormatError(f"{here} holds a {type(saved).__name__}, not a state dict", object=where)
-        if not saved and path:
-            break
-        inside = [key for key in WRAPPERS if isinstance(saved.get(key), dict)]
-        if len(inside) != 1 or len(path) > 3:
-            names = ", ".join(repr(key)[:60] for key in list(saved)[:8])
-            what = f"several state dicts ({', '.join(inside)})" if len(inside) > 1 else f"no state dict among {names}"
-            raise FormatError(f"{here} holds {what}: load it, and give the mapping from names to tensors", object=where)
-        beside += [".".join([*path, str(key)[:80]]) for key in saved if key != inside[0]]
-        path.append(inside[0])
-        saved = saved[inside[0]]
-    for name, value in saved.items():
-        if not isinstance(name, str):
-            raise FormatError(f"{where}: the state dict has a name of type {type(name).__name__}", object=where)
-        if isinstance(value, NotDense):
-            raise UnsupportedError(f"{where}: tensor {name!r} is {value.what}: make it dense first", tensor=name)
-        if not isinstance(value, Ref):
-            raise FormatError(
-                f"{where}: {name!r} is a {type(value).__name__}, not a tensor: save the state dict alone", object=where
-            )
-    return saved, ".".join(path), beside
+def _bytes(tensor: Ref | NotDense) -> int:
+    return nbytes(tensor.shape, tensor.dtype.itemsize) if isinstance(tensor, Ref) else 0
 
 
-def _open_legacy(path: Path, files: Mapping[str, Path | bytes]) -> Source:
-    import torch
-
-    from modelstore.sources.torch import StateDictSource
-
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        first = str(error).split("\n")
-        named = next((line.strip() for line in first if "GLOBAL" in line or "global" in line), first[0])
-        raise FormatError(f"{path}: not only tensors, and nothing was run: {named[:300]}", object=str(path)) from None
-    except Exception as error:  # torch's reader fails in any way on bytes that are no checkpoint
-        raise FormatError(f"{path} is not a file of torch.save: {str(error)[:200]}", object=str(path)) from None
-    for _ in range(3):
-        inside = [key for key in WRAPPERS if isinstance(saved, dict) and isinstance(saved.get(key), dict)]
-        if len(inside) != 1 or any(isinstance(value, torch.Tensor) for value in saved.values()):
-            break
-        saved = saved[inside[0]]
-    if not isinstance(saved, dict):
-        raise FormatError(f"{path} holds a {type(saved).__name__}, not a state dict", object=str(path))
-    try:
-        return StateDictSource(saved, files=files)
-    except TypeError as error:
-        raise FormatError(f"{path}: {error}", object=str(path)) from None
+TENSORS = Tensors((Ref, NotDense), _bytes)

@@ -6,6 +6,7 @@ Files are read, not mapped: mapped pages would count as the process's memory.
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,35 @@ def row_major(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
         strides.append(step)
         step *= max(n, 1)
     return tuple(reversed(strides))
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, for reading; `FormatError` where it is a pipe, a device or a directory.
+
+    A pipe is opened without waiting for who writes to it, so that none holds the reader.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise StorageError(f"cannot open {path}: {error}", object=str(path)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FormatError(f"{path} is not a regular file: leave it out, or give a file in its place", object=str(path))
+    return descriptor
+
+
+def read_whole(path: Path, limit: int) -> bytes:
+    """A regular file's bytes; `FormatError` where it has more than `limit`."""
+    descriptor = open_regular(path)
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            data = file.read(min(os.fstat(descriptor).st_size, limit) + 1)  # memory for what there is
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error}", object=str(path)) from error
+    if len(data) > limit:
+        size = path.stat().st_size
+        raise FormatError(f"{path} has {size} bytes, where {limit} is the limit", object=str(path))
+    return data
 
 
 class Files:
@@ -101,10 +131,7 @@ class Files:
             found = self._descriptors.get(path)
             if found is not None:
                 return found, True
-            try:
-                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            except OSError as error:
-                raise StorageError(f"cannot open {path}: {error}", object=str(path)) from error
+            descriptor = open_regular(path)
             kept = len(self._descriptors) < OPEN_FILES
             if kept:
                 self._descriptors[path] = descriptor

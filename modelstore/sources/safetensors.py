@@ -14,7 +14,7 @@ from modelstore.format.dtypes import dtype
 from modelstore.format.region import Region
 from modelstore.format.safetensors import PREFIX, Entry, header_length, parse_header
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.filed import FiledSource, Found, Piece, check_tiling, fingerprint
+from modelstore.sources.filed import Budget, FiledSource, Found, Piece, check_tiling, fingerprint
 from modelstore.sources.folder import Folder, leave_duplicates, read_index, scan
 from modelstore.sources.reading import Files, Placed, row_major
 
@@ -187,12 +187,13 @@ def _assemble(
             piece = Piece(box, _place(shards[name], headers[name], entry))
             parts.setdefault(entry.name, []).append((entry, piece))
     specs = []
+    budget = Budget()
     for name, found in parts.items():
         if len({(entry.dtype, len(entry.shape)) for entry, _ in found}) != 1:
             raise FormatError(f"the pieces of tensor {name!r} differ in dtype or dimensions", tensor=name)
         boxes = [piece.region for _, piece in found]
         shape = tuple(max(box[axis][1] for box in boxes) for axis in range(len(boxes[0])))
-        check_tiling(name, shape, boxes)
+        check_tiling(name, shape, boxes, budget)
         specs.append(TensorSpec(name, dtype(found[0][0].dtype), shape))
     return specs, {name: tuple(piece for _, piece in found) for name, found in parts.items()}
 

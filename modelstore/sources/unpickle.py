@@ -1,23 +1,24 @@
 """Reading the structure of a pickle without running anything in it.
 
-Only names on a list given by the caller are accepted, and each stands for a harmless function of ours; any other is
-refused by name. The reader is Python's own in Python (the one in C reserves memory for whatever index a pickle
-names), less the operations that a checkpoint has no use for.
+Names on a list given by the caller stand for harmless functions of ours. Any other is refused by name, or, where the
+caller says so, stands for an inert `Record` of what the pickle would have made. The reader is Python's own in Python
+(the one in C reserves memory for whatever index a pickle names), less the operations that a checkpoint has no use for.
+Work and memory follow the pickle's length: no operation repeats what an earlier one made.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import struct
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from modelstore.errors import FormatError
 
 Stand = Callable[..., Any]
 
 _REFUSED = (
-    pickle.BYTEARRAY8,  # reserves memory before there is data
     pickle.NEXT_BUFFER,
     pickle.READONLY_BUFFER,
     pickle.EXT1,
@@ -25,25 +26,28 @@ _REFUSED = (
     pickle.EXT4,
     pickle.INST,
     pickle.OBJ,
-    pickle.EMPTY_SET,
-    pickle.ADDITEMS,
-    pickle.FROZENSET,
     pickle.PERSID,
-    pickle.NEWOBJ_EX,
 )
-_KEYS = (str, int, bool, float, bytes, type(None))
-_UNIT = 1 << 20
+_KEYS = (str, float, bytes, type(None))  # hashed by a secret, or at most some hundred of them alike
+_DISTINCT = 1 << 60  # whole numbers below this have hashes of their own
+MAX_ARGUMENTS = 64
+_MAX_MEMO = 1 << 32
 
 
 class Record:
-    """Stands for an instance of a class: `kind` names it, `args` are what it was made with, `state` what was set."""
+    """Stands for an instance of a class: `kind` names it, `args` are what it was made with, `state` what was set.
 
-    __slots__ = ("args", "kind", "state")
+    `items` and `elements` are what was put into it, where it is a kind of dict, of list or of set.
+    """
+
+    __slots__ = ("args", "elements", "items", "kind", "state")
 
     def __init__(self, kind: str, args: tuple[Any, ...] = ()) -> None:
         self.kind = kind
         self.args = args
         self.state: Any = None
+        self.items: list[tuple[Any, Any]] = []
+        self.elements: list[Any] = []
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -53,8 +57,19 @@ class Record:
         return self.state.get(name, default) if isinstance(self.state, dict) else default
 
 
-class _Class:
-    """What `find_class` gives for a class on the list: calling it, or `cls.__new__(cls, …)`, makes a `Record`."""
+class Key:
+    """A dict's key whose hash an author can choose, or that is hashed by walking it: told apart by identity."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Named:
+    """What `find_class` gives for a class: calling it, or `cls.__new__(cls, …)`, makes a `Record`."""
+
+    __slots__ = ("kind",)
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -63,23 +78,32 @@ class _Class:
         return Record(self.kind, args)
 
 
-class _Dict(dict[Any, Any]):
-    """Stands for an OrderedDict; what is set on it (`_metadata` of a state dict) is dropped."""
+class Ordered(dict[Any, Any]):
+    """Stands for an OrderedDict; `state` is what was set on it (`_metadata` of a state dict)."""
+
+    state: Any = None
 
     def __setstate__(self, state: Any) -> None:
-        del state
+        self.state = state
 
 
 def record(kind: str) -> Stand:
     """A stand-in for a class of that name."""
-    return _Class(kind)
+    return Named(kind)
 
 
 def ordered_dict(*args: Any) -> dict[Any, Any]:
     """A stand-in for `collections.OrderedDict`, which pickles fill after making it."""
     if args:
         raise FormatError("an OrderedDict in the pickle is made in an unusual way")
-    return _Dict()
+    return Ordered()
+
+
+def reconstructed(cls: Any, *_: Any) -> Record:
+    """A stand-in for `copyreg._reconstructor`, by which old pickles make an instance."""
+    if not isinstance(cls, Named):
+        raise FormatError("the pickle makes an instance of something that is no class")
+    return Record(cls.kind)
 
 
 # Its tables are not typed.
@@ -89,47 +113,81 @@ _Base: Any = pickle._Unpickler
 class _Reader(_Base):  # type: ignore[misc]
     dispatch = {code: f for code, f in _Base.dispatch.items() if code not in {op[0] for op in _REFUSED}}  # noqa: RUF012
 
-    def __init__(self, data: bytes, allowed: Mapping[str, Stand], persistent: Callable[[Any], Any] | None) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
+    def __init__(
+        self,
+        file: BinaryIO,
+        allowed: Mapping[str, Stand],
+        persistent: Callable[[Any], Any] | None,
+        inert: bool,
+    ) -> None:
+        super().__init__(file, encoding="utf-8", errors="surrogateescape")
         self._allowed = allowed
         self._persistent = persistent
+        self._inert = inert
 
     def find_class(self, module: Any, name: Any) -> Stand:
         full = f"{module}.{name}"
-        if full not in self._allowed:
-            raise FormatError(
-                f"the pickle names {full[:200]!r}, which a checkpoint of tensors does not need: it was not run; "
-                "save the tensors alone, as safetensors or a plain state dict"
-            )
-        return self._allowed[full]
+        if full in self._allowed:
+            return self._allowed[full]
+        if self._inert and full.strip("."):
+            return Named(full)
+        raise FormatError(
+            f"the pickle names {full[:200]!r}, which a checkpoint of tensors does not need: it was not run; "
+            "save the tensors alone, as safetensors or a plain state dict"
+        )
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent is None:
             raise FormatError("the pickle refers to data outside itself")
         return self._persistent(pid)
 
+    def load_put(self) -> None:
+        index = int(self.readline()[:-1])
+        if not 0 <= index < _MAX_MEMO:
+            raise FormatError("the pickle numbers what it remembers beyond 2**32")
+        self.memo[index] = self.stack[-1]
+
+    dispatch[pickle.PUT[0]] = load_put
+
+    def load_bytearray8(self) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        data = self.read(min(length, 1 << 62))
+        if len(data) != length:
+            raise FormatError("the pickle is cut short")
+        self.append(data)
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
     def load_newobj(self) -> None:
         args = self.stack.pop()
         made = self.stack.pop()
-        if not isinstance(made, _Class) or not isinstance(args, tuple):
+        if not isinstance(made, Named) or not isinstance(args, tuple):
             raise FormatError("the pickle makes an instance of something that is no class")
-        self.append(made(*args))
+        self.append(made(*_few(args)))
 
     dispatch[pickle.NEWOBJ[0]] = load_newobj
+
+    def load_newobj_ex(self) -> None:
+        keywords = self.stack.pop()
+        self.load_newobj()
+        self.stack[-1].state = keywords
+
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
         func = self.stack[-1]
-        if not callable(func) or not isinstance(args, tuple):
+        if not isinstance(args, tuple) or not (callable(func) or isinstance(func, Record)):
             raise FormatError("the pickle calls something that is no function")
-        self.stack[-1] = func(*args)
+        # A record stands for what a call gave, and what calling that gives is one more.
+        self.stack[-1] = Record(func.kind, (args,)) if isinstance(func, Record) else func(*_few(args))
 
     dispatch[pickle.REDUCE[0]] = load_reduce
 
     def load_build(self) -> None:
         state = self.stack.pop()
         made = self.stack[-1]
-        if not isinstance(made, (Record, _Dict)):
+        if not isinstance(made, (Record, Ordered)):
             raise FormatError("the pickle sets the state of something that has none")
         made.__setstate__(state)
 
@@ -155,15 +213,18 @@ class _Reader(_Base):  # type: ignore[misc]
 
     def _set(self, items: list[Any]) -> None:
         table = self.stack[-1]
+        pairs = zip(items[::2], items[1::2], strict=True)
+        if isinstance(table, Record):
+            table.items.extend(pairs)
+            return
         if not isinstance(table, dict):
             raise FormatError("the pickle puts items into something that is no dict")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            # Other keys are hashed by walking them, however deep they are; records are told apart by identity.
-            if not isinstance(key, (*_KEYS, Record)):
-                raise FormatError(f"the pickle has a dict with a {type(key).__name__} as key")
-            if key in table:
+        for key, value in pairs:
+            plain = isinstance(key, _KEYS) or (isinstance(key, int) and abs(key) < _DISTINCT)
+            told = key if plain or isinstance(key, Record) else Key(key)
+            if told in table:
                 raise FormatError(f"the pickle has the key {str(key)[:200]!r} twice")
-            table[key] = value
+            table[told] = value
 
     def load_appends(self) -> None:
         items = self.pop_mark()
@@ -178,17 +239,55 @@ class _Reader(_Base):  # type: ignore[misc]
     dispatch[pickle.APPEND[0]] = load_append
 
     def _list(self) -> list[Any]:
-        if not isinstance(self.stack[-1], list):
+        made = self.stack[-1]
+        if isinstance(made, Record):
+            return made.elements
+        if not isinstance(made, list):
             raise FormatError("the pickle appends to something that is no list")
-        return self.stack[-1]
+        return made
+
+    # Sets are records too: nothing in them is hashed.
+    def load_empty_set(self) -> None:
+        self.append(Record("builtins.set"))
+
+    dispatch[pickle.EMPTY_SET[0]] = load_empty_set
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        if not isinstance(self.stack[-1], Record):
+            raise FormatError("the pickle adds to something that is no set")
+        self.stack[-1].elements.extend(items)
+
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+
+    def load_frozenset(self) -> None:
+        self.append(Record("builtins.frozenset", (self.pop_mark(),)))
+
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
+
+
+def _few(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments, which are copied at each call: a long tuple that is remembered could be given again and again."""
+    if len(args) > MAX_ARGUMENTS:
+        raise FormatError(f"the pickle calls a function with {len(args)} arguments, where {MAX_ARGUMENTS} is the limit")
+    return args
 
 
 def unpickle(
-    data: bytes, allowed: Mapping[str, Stand], persistent: Callable[[Any], Any] | None = None, *, where: str
+    data: bytes | BinaryIO,
+    allowed: Mapping[str, Stand],
+    persistent: Callable[[Any], Any] | None = None,
+    *,
+    inert: bool = False,
+    where: str,
 ) -> Any:
-    """The pickled object with stand-ins for everything on the list; `FormatError` naming `where` otherwise."""
+    """The pickled object with stand-ins for everything on the list; `FormatError` naming `where` otherwise.
+
+    `inert`: names that are not on the list become `Record`s, of which nothing is run. A file is read up to the pickle's end.
+    """
+    file: Any = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        return _Reader(data, allowed, persistent).load()
+        return _Reader(file, allowed, persistent, inert).load()
     except FormatError as error:
         raise FormatError(f"{where}: {error}", object=where) from None
     except MemoryError:

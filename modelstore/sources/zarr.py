@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -24,15 +25,18 @@ from modelstore.format.region import Region
 from modelstore.format.safetensors import MAX_BYTES
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.filed import fingerprint
+from modelstore.sources.filed import check_expansion, fingerprint
 from modelstore.sources.folder import read_json
 from modelstore.sources.reading import boxed
+from modelstore.sources.zarr_bounds import bound, check_array
 from modelstore.sources.zarr_chunks import Chunks, chunk_bytes, overlapping
 from modelstore.sources.zarr_dtypes import Renamed
 
 ATTRIBUTES = "zarr_attributes.json"
 MAX_CHUNK = 16 << 30  # a chunk is decoded whole
 MAX_FILES = 5_000_000
+SMALL = 256 << 20  # bytes that arrays may have however little stores them
+EXPANSION = 1000  # and beyond, for each stored byte: zeros compress a thousand times
 _MARKS = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"})
 
 
@@ -112,7 +116,7 @@ def open_directory(root: Path) -> ZarrSource:
     """A directory with Zarr arrays in it, under groups or plain folders. Files that are not Zarr's are kept."""
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory", object=str(root))
-    paths, groups, others, everything = _walk(root)
+    paths, groups, others, everything, usage = _walk(root)
     store = Renamed(LocalStore(root, read_only=True))
     arrays, attributes = {}, {}
     for group in groups:
@@ -120,9 +124,13 @@ def open_directory(root: Path) -> ZarrSource:
     for path, version in paths.items():
         name = path or root.name.removesuffix(".zarr")
         arrays[name] = _open_array(store, path, name, version)
+        check_array(name, arrays[name], usage[path].files, usage[path].largest)
         attributes[path] = dict(arrays[name].attrs)
     stored = {path or root.name.removesuffix(".zarr"): kind for path, kind in store.renamed.items()}
-    return ZarrSource(arrays, stored, others | _written(attributes), fingerprint(everything))
+    source = ZarrSource(arrays, stored, others | _written(attributes), fingerprint(everything))
+    total = sum(used.bytes for used in usage.values())
+    check_expansion(str(root), source.tensors, total, most=EXPANSION, small=SMALL)
+    return source
 
 
 def open_group(group: zarr.Group) -> ZarrSource:
@@ -138,6 +146,8 @@ def open_group(group: zarr.Group) -> ZarrSource:
         raise FormatError(f"zarr cannot read the group {group.path!r}: {str(error)[:300]}") from error
     prefix = f"{group.path}/" if group.path else ""
     arrays = {name: member for name, member in members if isinstance(member, zarr.Array)}
+    for array in arrays.values():
+        bound(array)
     stored = {path.removeprefix(prefix): kind for path, kind in store.renamed.items()}
     attributes = {name: dict(member.attrs) for name, member in members} | {"": dict(group.attrs)}
     return ZarrSource(arrays, stored, _written(attributes), None)
@@ -145,7 +155,9 @@ def open_group(group: zarr.Group) -> ZarrSource:
 
 def _open_array(store: Renamed, path: str, name: str, version: Literal[2, 3]) -> Any:
     try:
-        return zarr.open_array(store, path=path, mode="r", zarr_format=version)
+        array = zarr.open_array(store, path=path, mode="r", zarr_format=version)
+        bound(array)
+        return array
     except ModelStoreError:
         raise
     except Exception as error:  # zarr's own refusals have many types
@@ -167,17 +179,37 @@ def _spec(name: str, array: Any, stored: DType | None) -> TensorSpec:
     return TensorSpec(name, kind, shape)
 
 
-_Walked = tuple[dict[str, Literal[2, 3]], list[str], dict[str, Path | bytes], list[tuple[str, Path | bytes]]]
+@dataclass
+class _Usage:
+    """An array's files: how many, their bytes, the largest one's."""
+
+    files: int = 0
+    bytes: int = 0
+    largest: int = 0
+
+    def add(self, size: int) -> None:
+        self.files += 1
+        self.bytes += size
+        self.largest = max(self.largest, size)
+
+
+_Walked = tuple[
+    dict[str, Literal[2, 3]], list[str], dict[str, Path | bytes], list[tuple[str, Path | bytes]], dict[str, _Usage]
+]
 
 
 def _walk(root: Path) -> _Walked:
-    """Arrays (path → format), groups, other files, and every file, of a directory; links that lead out are refused."""
+    """Arrays (path → format), groups, other files, every file, and the arrays' use of them, of a directory.
+
+    Links that lead out are refused, as is what is no file where an array or its metadata should be.
+    """
     real = root.resolve()
     arrays: dict[str, Literal[2, 3]] = {}
     groups: list[str] = []
     others: dict[str, Path | bytes] = {}
     everything: list[tuple[str, Path | bytes]] = []
-    inside: set[str] = set()  # folders of arrays: what lies in them is chunks
+    inside: dict[str, str] = {}  # folder → the array it lies in: what is there is chunks
+    usage: dict[str, _Usage] = {}
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in (".git", "__pycache__", ".cache"))
         here = Path(folder)
@@ -195,25 +227,38 @@ def _walk(root: Path) -> _Walked:
                 below = True
             elif _MARKS & set(names):
                 groups.append(path)
-        inside.update(f"{path}/{name}".lstrip("/") for name in folders if below)
-        for file in _plain(here, folders, sorted(names), real):
+        owner = inside.get(path, path)
+        inside.update((f"{path}/{name}".lstrip("/"), owner) for name in folders if below)
+        used = usage.setdefault(owner, _Usage()) if below else None
+        for file in _plain(here, folders, sorted(names), real, strict=below):
             relative = file.relative_to(root).as_posix()
             everything.append((relative, file))
-            if not below and file.name not in _MARKS:
+            if file.name in _MARKS:
+                continue
+            if used is not None:
+                used.add(file.stat().st_size)
+            else:
                 others[check_file(relative)] = file
         if len(everything) > MAX_FILES:
             raise FormatError(f"{root} has more than {MAX_FILES} files: write larger chunks", object=str(root))
     if not arrays:
         raise FormatError(f"{root} has no Zarr array: no folder holds a .zarray or zarr.json", object=str(root))
-    return arrays, groups, others, everything
+    return arrays, groups, others, everything, usage
 
 
-def _plain(here: Path, folders: list[str], names: list[str], real: Path) -> Iterator[Path]:
+def _plain(here: Path, folders: list[str], names: list[str], real: Path, *, strict: bool) -> Iterator[Path]:
     for name in [*folders, *names]:
         path = here / name
         if path.is_symlink() and not path.resolve().is_relative_to(real):
             raise FormatError(f"{path} is a link out of the directory: copy what it leads to", object=str(path))
-    yield from (here / name for name in names if (here / name).is_file())
+    for name in names:
+        path = here / name
+        if path.is_file():
+            yield path
+        elif strict or name in _MARKS:
+            raise FormatError(
+                f"{path} is not a regular file: remove it, or put the file in its place", object=str(path)
+            )
 
 
 def _node(here: Path, names: list[str]) -> Literal[2, 3] | None:

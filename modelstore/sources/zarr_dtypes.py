@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from zarr.abc.store import RangeByteRequest
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import WrapperStore
 
@@ -23,6 +24,9 @@ _CODECS = frozenset(
         *("astype", "bitround", "delta", "fixedscaleoffset", "packbits", "quantize", "shuffle"),
     }
 )
+MAX_METADATA = 64 << 20
+LONG = 1 << 20  # a longer range is checked against the file before memory is made for it
+_METADATA = (".zarray", ".zattrs", ".zgroup", ".zmetadata", "zarr.json")
 # Texts and objects: let through, so that the array's dtype is refused by its own name.
 _OF_TEXT = frozenset({"vlen-utf8", "vlen-bytes"})
 
@@ -36,6 +40,8 @@ class Renamed(WrapperStore[Any]):
 
     async def get(self, key: str, prototype: Any = None, byte_range: Any = None) -> Any:
         prototype = prototype or default_buffer_prototype()
+        if byte_range is None or isinstance(byte_range, RangeByteRequest):
+            await self._check(key, byte_range)
         found = await self._store.get(key, prototype, byte_range)
         folder, _, last = key.rpartition("/")
         if found is None or byte_range is not None or last not in (".zarray", "zarr.json"):
@@ -44,6 +50,21 @@ class Renamed(WrapperStore[Any]):
         if kind is not None:
             self.renamed[folder] = kind
         return prototype.buffer.from_bytes(text)
+
+    async def _check(self, key: str, byte_range: RangeByteRequest | None) -> None:
+        """`FormatError` where more is asked for than is there (a shard's index may say anything), or metadata is too long."""
+        metadata = key.rpartition("/")[2] in _METADATA
+        long = byte_range is not None and byte_range.end - byte_range.start > LONG
+        if not metadata and not long:
+            return
+        try:
+            size = await self._store.getsize(key)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return  # the store says what it makes of that
+        if metadata and size > MAX_METADATA:
+            raise FormatError(f"{key} has {size} bytes, where {MAX_METADATA} is the limit", object=key)
+        if byte_range is not None and byte_range.end > size:
+            raise FormatError(f"{key} ends at byte {size}, where its index says {byte_range.end}", object=key)
 
 
 def rename(text: bytes, key: str) -> tuple[bytes, DType | None]:

@@ -19,7 +19,6 @@ from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.dtypes import DTYPES
 from modelstore.sources.open import open_source
 from modelstore.sources.pickled import PickledSource
-from modelstore.sources.torch import StateDictSource
 from tests.sources.contract import Opened, SourceContract, bits, raw, read
 
 
@@ -51,16 +50,17 @@ class TestFile(SourceContract):
 
 
 class TestOldFile(SourceContract):
-    """The format of torch before 1.6, which torch itself loads."""
+    """The format of torch before 1.6, read in place as well."""
 
     @pytest.fixture(scope="class")
     @classmethod
     def opened(cls, tmp_path_factory: pytest.TempPathFactory) -> Opened:
         path = tmp_path_factory.mktemp("old") / "weights.pth"
-        weights = {"a": bits("float32", 3, 4), "b": bits("bfloat16", 5)}
+        base = bits("float32", 60, 4)
+        weights = {"a": base, "b": bits("bfloat16", 5), "part": base[3:50:2, 1:], "tied": base, "c": bits("bool", 7)}
         torch.save({"state_dict": weights, "epoch": 3}, path, _use_new_zipfile_serialization=False)
         source = open_source(path)
-        assert isinstance(source, StateDictSource)
+        assert isinstance(source, PickledSource)
         return Opened(source, weights)
 
 
@@ -97,8 +97,9 @@ class TestWrappers:
         ("saved", "says"),
         [
             ({"model": {"w": torch.ones(1)}, "state_dict": {"w": torch.ones(1)}}, r"several.*state_dict, model"),
-            ({"something": {"w": torch.ones(1)}}, "no state dict among 'something'"),
-            ({"w": torch.ones(1), "step": 3}, "'step' is a int"),
+            ({"optimizer": {"w": torch.ones(1)}}, "no state dict among 'optimizer'"),
+            ({"g": {"w": torch.ones(1)}, "d": {"w": torch.ones(1)}}, r"several state dicts \(g, d\).*--key g"),
+            ({"g": {"w": torch.ones(1)}, "w": torch.ones(1)}, r"several state dicts \(\., g\)"),
             ([torch.ones(1)], "holds a list"),
             (torch.ones(1), "holds a Ref"),
             ({1: torch.ones(1)}, "a name of type int"),
@@ -175,6 +176,14 @@ class TestHostile:
             open_source(tmp_path / "x.pt")
         assert not (tmp_path / "ran").exists()
 
+    @pytest.mark.parametrize("new", [True, False])
+    def test_nothing_beside_the_weights_is_run(self, tmp_path: Path, new: bool) -> None:
+        saved = {"state_dict": {"w": torch.ones(1)}, "x": Runs(tmp_path / "ran"), "y": {1: [Runs(tmp_path / "ran")]}}
+        torch.save(saved, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
+        source = open_source(tmp_path / "x.pt")
+        assert [spec.name for spec in source.tensors] == ["w"]
+        assert not (tmp_path / "ran").exists()
+
     @pytest.mark.parametrize(
         "name",
         [
@@ -184,7 +193,7 @@ class TestHostile:
     )  # fmt: skip
     def test_other_names_are_refused(self, tmp_path: Path, name: bytes) -> None:
         archive(tmp_path / "x.pt", b"\x80\x02c" + name + b"\n)R.")
-        with pytest.raises(FormatError, match=r"was not run|not a valid pickle"):
+        with pytest.raises(FormatError, match=r"was not run|not a valid pickle|nothing was run|holds a"):
             open_source(tmp_path / "x.pt")
 
     def test_a_valid_archive_made_by_hand(self, tmp_path: Path) -> None:

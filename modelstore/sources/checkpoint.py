@@ -1,0 +1,201 @@
+"""Which part of what a trainer saved is the model, and what lies beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelstore.errors import FormatError
+from modelstore.sources.unpickle import Key, Ordered, Record
+
+# What trainers call the model's own state dict.
+USUAL = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")
+# What holds tensors and is no model.
+_OTHER = re.compile(r"optim|sched|scaler|rng|random|\bamp\b|sampler|loss|criterion|metric|callback|hyper|loops", re.I)
+_DEEPEST = 4
+TOP = "."
+_MOST = 5_000_000  # values that are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Something that is not part of the model: the bytes of its tensors, and how many these are."""
+
+    bytes: int
+    tensors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The model's state dict, the keys that lead to it, and what lies beside and in it that is no weight of it."""
+
+    path: tuple[str, ...]
+    state: dict[str, Any]
+    left: dict[str, Left] = field(default_factory=dict)
+
+
+class Tensors:
+    """What counts as a tensor in a saved structure, and how many bytes it has."""
+
+    def __init__(self, kinds: tuple[type, ...], size: Callable[[Any], int]) -> None:
+        self.kinds = kinds
+        self.size = size
+
+    def in_(self, value: Any) -> bool:
+        """Whether it is a dict that holds tensors itself."""
+        return isinstance(value, dict) and any(isinstance(item, self.kinds) for item in value.values())
+
+
+def choose(saved: Any, tensors: Tensors, where: str, key: str | None = None) -> Chosen:
+    """The model's state dict in a saved object.
+
+    `key` names it, as keys joined by dots ("." is the object itself). Else it is the one entry of a usual name (`USUAL`)
+    that maps names to tensors, or has such an entry in turn; else the object itself, if it maps names to tensors and no
+    entry of it does; else its one entry that does, and is not an optimizer's or the like. `FormatError` where there are
+    several, or none; it names them.
+    """
+    path = _named(saved, key, where) if key is not None else _found(saved, tensors, where, ())
+    left: dict[str, Left] = {}
+    state = saved
+    for i, step in enumerate(path):
+        for other in state:
+            if other != step:
+                left[".".join([*path[:i], shown(other)])] = weigh(state[other], tensors)
+        state = state[step]
+    if not isinstance(state, dict) or (state and not tensors.in_(state)):
+        raise FormatError(
+            f"{_at(where, path)} holds {_what(state)}, not a state dict: name the one to be saved by key=", object=where
+        )
+    weights: dict[str, Any] = {}
+    for name, value in state.items():
+        if not isinstance(name, str):
+            kind = type(name.value if isinstance(name, Key) else name).__name__
+            raise FormatError(f"{_at(where, path)}: the state dict has a name of type {kind}", object=where)
+        if isinstance(value, tensors.kinds):
+            weights[name] = value
+        elif isinstance(value, Record) and not name.endswith("_extra_state"):
+            raise FormatError(
+                f"{where}: {name!r} in the state dict is a {value.kind[:200]}, which is no tensor and was not run: convert "
+                "it to a plain tensor, or leave it out",
+                object=where,
+            )
+        else:
+            left[".".join([*path, shown(name)])] = weigh(value, tensors)
+    return Chosen(path, weights, left)
+
+
+def _named(saved: Any, key: str, where: str) -> tuple[str, ...]:
+    path: tuple[str, ...] = ()
+    rest = "" if key == TOP else key
+    value = saved
+    while rest:
+        names = [k for k in value if isinstance(k, str)] if isinstance(value, dict) else []
+        # A key may have dots in it: the longest that fits is meant.
+        step = max((k for k in names if rest == k or rest.startswith(f"{k}.")), key=len, default=None)
+        if step is None:
+            known = ", ".join(repr(shown(k)) for k in names[:8]) or "nothing"
+            raise FormatError(
+                f"{_at(where, path)} has no entry {rest[:80]!r} (key={key[:80]!r}): it has {known}", object=where
+            )
+        path, value, rest = (*path, step), value[step], rest[len(step) + 1 :]
+    return path
+
+
+def _found(saved: Any, tensors: Tensors, where: str, path: tuple[str, ...]) -> tuple[str, ...]:
+    if not isinstance(saved, dict):
+        raise FormatError(f"{_at(where, path)} holds {_what(saved)}, not a state dict", object=where)
+    usual = [key for key in USUAL if _holds(saved.get(key), tensors, _DEEPEST)]
+    others = [
+        key
+        for key, value in saved.items()
+        if isinstance(key, str) and key not in usual and not _OTHER.search(key) and tensors.in_(value)
+    ]
+    if len(usual) > 1:
+        raise _several(where, path, usual, others)
+    if usual:
+        return _found(saved[usual[0]], tensors, where, (*path, usual[0]))
+    if tensors.in_(saved) or (path and not saved):
+        if others:
+            raise _several(where, path, [TOP], others)
+        return path
+    if len(others) == 1:
+        return (*path, others[0])
+    if others:
+        raise _several(where, path, others, [])
+    names = ", ".join(repr(shown(key)) for key in list(saved)[:8])
+    raise FormatError(
+        f"{_at(where, path)} holds no state dict among {names or 'nothing'}: name it by key=", object=where
+    )
+
+
+def _holds(value: Any, tensors: Tensors, depth: int) -> bool:
+    """Whether a dict is a state dict, or has one under a usual name; an empty one is."""
+    if not isinstance(value, dict):
+        return False
+    if not value or tensors.in_(value):
+        return True
+    if not depth:
+        return False
+    return any(
+        _holds(inner, tensors, depth - 1) for key, inner in value.items() if isinstance(inner, dict) and key in USUAL
+    ) or any(tensors.in_(inner) for key, inner in value.items() if isinstance(key, str) and not _OTHER.search(key))
+
+
+def _several(where: str, path: tuple[str, ...], first: list[str], others: list[str]) -> FormatError:
+    full = [".".join([*path, key]) if key != TOP else ".".join(path) or TOP for key in [*first, *others]]
+    return FormatError(
+        f"{_at(where, path)} holds several state dicts ({', '.join(full[:8])}): say which is the model, such as "
+        f"key={full[0]!r} (--key {full[0]})",
+        object=where,
+    )
+
+
+def weigh(value: Any, tensors: Tensors) -> Left:
+    """The tensors anywhere in a value: their bytes, and how many; each object is looked at once, and at most 5 million."""
+    size = count = 0
+    for item in everything(value):
+        if isinstance(item, tensors.kinds):
+            size += tensors.size(item)
+            count += 1
+    return Left(size, count)
+
+
+def everything(value: Any) -> Iterator[Any]:
+    """Every value in a structure, each object once; not more than 5 million of them."""
+    waiting, seen = [value], {id(value)}
+    while waiting and len(seen) < _MOST:
+        item = waiting.pop()
+        yield item
+        for inner in _inside(item):
+            if id(inner) not in seen:
+                seen.add(id(inner))
+                waiting.append(inner)
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [*value.values(), *([value.state] if isinstance(value, Ordered) else [])]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, Record):
+        return [*value.args, value.state, *(pair[1] for pair in value.items), *value.elements]
+    return []
+
+
+def shown(key: Any) -> str:
+    """A key as it is spoken of."""
+    key = key.value if isinstance(key, Key) else key
+    text = key.kind if isinstance(key, Record) else str(key) if isinstance(key, (str, int, float)) else repr(type(key))
+    return "".join(c if c.isprintable() else "?" for c in text[:80])
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, Record):
+        return f"a whole pickled {value.kind[:200]}, of which nothing was run (load it and save its state_dict())"
+    return f"a {type(value).__name__}"
+
+
+def _at(where: str, path: tuple[str, ...]) -> str:
+    return f"{where}{''.join(f'[{shown(key)!r}]' for key in path)}"
