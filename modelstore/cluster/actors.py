@@ -28,6 +28,7 @@ from modelstore.cluster.making import Made, Making, Variant
 from modelstore.cluster.mending import BATCH, PERIOD, Mending
 from modelstore.cluster.metrics import HostMetrics
 from modelstore.cluster.pieces import Piece, Source, batches
+from modelstore.cluster.private import private_folder
 from modelstore.cluster.replicas import copies_to_send, others
 from modelstore.cluster.wire import PieceClients, PieceServer
 from modelstore.errors import ModelStoreError
@@ -55,6 +56,7 @@ class StorageActor:
 
     def __init__(self, member: Member, settings: ClusterSettings, view: View, device: str | None = None) -> None:
         log_as_json(host=member.id, node=member.node)
+        private_folder(Path(settings.root))
         self._member = member
         self._settings = settings
         self._view: View = view

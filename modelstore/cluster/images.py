@@ -159,12 +159,15 @@ def _decode(model: Model, limits: Limits, path: Path, size: int) -> None:
 def open_image(path: Path, manifest: Manifest) -> Iterator[tuple[Tensor, Bytes]]:
     """Each distinct tensor of an image with its raw bytes, mapped privately; nothing is read until it is touched.
 
-    `CorruptionError` where the file is not as long as it should be.
+    `CorruptionError` where the file is not as long as it should be, or somebody else's.
     """
     offsets, size = places(manifest)
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        if os.fstat(fd).st_size != size:
+        info = os.fstat(fd)
+        if info.st_uid != os.geteuid():
+            raise CorruptionError(f"image {path} is another user's, and was not made by this cluster: remove it")
+        if info.st_size != size:
             raise CorruptionError(f"image {path} has not the size of its model: remove it")
         area = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     finally:

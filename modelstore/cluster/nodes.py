@@ -12,18 +12,20 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
+from modelstore.cluster.private import find_file, read_private, run_folder, temporary_folder, write_private
 from modelstore.errors import StorageError
 
 log = logging.getLogger("modelstore")
 
 PORT = 6379
+_RAY_ADDRESS = Path("/tmp/ray/ray_current_cluster")
+_RAYS_OWN = "r"  # Ray lets everybody into its folder, so it lies in one that only this user enters
 _PROBE = 3.0  # seconds for which an address may stay silent
 _LOOK = 1.0  # seconds between two looks at whether a node still runs
 _START = 60.0  # seconds that Ray may take to start
@@ -51,27 +53,35 @@ class Running(msgspec.Struct, frozen=True):
     token: str | None
     folder: str
     head: bool
+    born: int = 0  # when the process began, in the kernel's ticks: its number may be another one's later
 
 
-def state_file() -> Path:
-    """Where it is noted what was started by this user on this machine."""
-    root = os.environ.get("MODELSTORE_RUN_DIR") or f"{tempfile.gettempdir()}/modelstore-{os.getuid()}"
-    return Path(root) / "node.json"
+def state_file() -> Path | None:
+    """Where it is noted what was started by this user on this machine, if anything was."""
+    return find_file("node.json")
+
+
+def noted() -> Running | None:
+    """What `start_node` noted here, as far as it was this user who did; it may have ended since."""
+    file = state_file()
+    with contextlib.suppress(msgspec.MsgspecError):
+        return msgspec.json.decode(read_private(file) or b"", type=Running) if file else None
+    return None
 
 
 def running() -> Running | None:
     """What `start_node` started here, where it still runs."""
+    found = noted()
     try:
-        found = msgspec.json.decode(state_file().read_bytes(), type=Running)
-        os.kill(found.pid, 0)
-    except (OSError, msgspec.MsgspecError):
+        os.kill(found.pid, 0) if found else None
+    except OSError:
         return None
-    return found
+    return found if found and found.born in (0, _born(found.pid)) else None
 
 
 def ended() -> bool:
     """Whether a node that `start_node` started here ended by itself, and what it left is still here."""
-    return running() is None and state_file().exists()
+    return running() is None and noted() is not None
 
 
 def is_head() -> bool:
@@ -97,7 +107,12 @@ def is_member(address: str) -> bool:
     here = running()
     if here is not None:
         return here.address == address
-    return read_file("/tmp/ray/ray_current_cluster") == address
+    return ray_address() == address
+
+
+def ray_address() -> str | None:
+    """The cluster that `ray start` began on this machine, as its own file says; only this user's and root's is believed."""
+    return (read_private(_RAY_ADDRESS, owners=(0,)) or b"").decode(errors="replace").strip() or None
 
 
 def wait_for_end() -> bool:
@@ -137,8 +152,7 @@ def start_node(
         raise ValueError(
             f"a node of {here.address} runs on this machine already: stop it with 'modelstore cluster stop'"
         )
-    file = state_file()
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    run = run_folder()
     token = token or os.environ.get("RAY_AUTH_TOKEN") or (None if join else secrets.token_hex(32))
     if token is None:
         raise ValueError(f"the cluster at {join} wants its token: give it by --token-file or RAY_AUTH_TOKEN")
@@ -147,30 +161,31 @@ def start_node(
         probe(join, token)
     elif _listens(host, port):
         raise ValueError(f"port {port} of {host} is taken: give another one by --port")
-    token_file = file.parent / "token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(token)
-    folder = Path(tempfile.mkdtemp(prefix="ms-", dir="/tmp"))  # sockets' paths must be short
+    token_file = run / "token"
+    write_private(token_file, token.encode())
+    folder = temporary_folder()
     command = [_ray(), "start", "--block", "--disable-usage-stats", f"--object-store-memory={object_store}"]
     command += (
         ["--head", f"--port={port}", f"--node-ip-address={host}", "--include-dashboard=false"] if not join else []
     )
-    command += [f"--temp-dir={folder}"] if not join else [f"--address={join}"]
+    command += [f"--temp-dir={folder}/{_RAYS_OWN}", *([f"--address={join}"] if join else [])]
     command += [f"--num-cpus={cpus}"] if cpus is not None else []
     command += ["--labels=" + ",".join(f"{k}={v}" for k, v in labels.items())] if labels else []
     environment = {**os.environ, **FAST_HEALTH, **PROMPT, **KEEP_STORES, **QUIET, **auth(token)}
-    with (file.parent / "ray.log").open("wb") as out:
+    log_file = run / "ray.log"
+    write_private(log_file, b"")
+    with log_file.open("wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
         )
-    made = Running(process.pid, address, str(token_file), str(folder), join is None)
+    made = Running(process.pid, address, str(token_file), str(folder), join is None, _born(process.pid))
     try:
-        _wait_for_node(process, made, token)
+        _wait_for_node(process, made, token, log_file)
     except BaseException:
         _terminate(process.pid)
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    file.write_bytes(msgspec.json.encode(made))
+    write_private(run / "node.json", msgspec.json.encode(made))
     return made
 
 
@@ -179,15 +194,13 @@ def stop_node() -> Running | None:
 
     Of one that ended by itself, what it left is removed.
     """
-    try:
-        found = msgspec.json.decode(state_file().read_bytes(), type=Running)
-    except (OSError, msgspec.MsgspecError):
-        state_file().unlink(missing_ok=True)
+    found, file = noted(), state_file()
+    if found is None or file is None:
         return None
     if running() is not None:
         _terminate(found.pid)
     shutil.rmtree(found.folder, ignore_errors=True)
-    for path in (state_file(), state_file().parent / "token"):
+    for path in (file, file.parent / "token"):
         path.unlink(missing_ok=True)
     return found
 
@@ -245,8 +258,7 @@ def _ray() -> str:
     return found
 
 
-def _wait_for_node(process: subprocess.Popen[bytes], made: Running, token: str) -> None:
-    log_file = state_file().parent / "ray.log"
+def _wait_for_node(process: subprocess.Popen[bytes], made: Running, token: str, log_file: Path) -> None:
     for _ in _until(_START):
         if process.poll() is not None:
             raise StorageError(f"Ray did not start: {_last_line(log_file)} (all of it in {log_file})")
@@ -261,6 +273,13 @@ def _until(seconds: float) -> Iterator[None]:
     while time.monotonic() < end:
         yield
         time.sleep(0.1)
+
+
+def _born(pid: int) -> int:
+    """When a process began; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return 0
 
 
 def _terminate(pid: int, seconds: float = 40.0) -> None:

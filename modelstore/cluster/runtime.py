@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,18 @@ from typing import Any
 
 from modelstore.cluster.directory import ClusterSettings
 from modelstore.cluster.folders import sweep
-from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET, auth, probe, read_file, running
+from modelstore.cluster.nodes import (
+    FAST_HEALTH,
+    KEEP_STORES,
+    PROMPT,
+    QUIET,
+    auth,
+    probe,
+    ray_address,
+    read_file,
+    running,
+)
+from modelstore.cluster.private import temporary_folder
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.execute.memory import free_memory
 
@@ -67,7 +77,7 @@ def start_local(settings: ClusterSettings, *, cpus: int | None = None) -> None:
         os.environ.update({**KEEP_STORES, **FAST_HEALTH})
         import ray
 
-        folder = tempfile.mkdtemp(prefix="ms-", dir="/tmp")
+        folder = str(temporary_folder())
         atexit.register(_stop_local, folder)
         ray.init(
             num_cpus=cpus,
@@ -76,7 +86,7 @@ def start_local(settings: ClusterSettings, *, cpus: int | None = None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             namespace="modelstore",
-            _temp_dir=folder,
+            _temp_dir=f"{folder}/r",
         )
     deploy(settings)
 
@@ -124,7 +134,7 @@ def _found(cluster: str) -> tuple[str, str | None]:
         return here.address, token or read_file(here.token)
     if cluster != "auto":
         return cluster, token
-    address = os.environ.get("RAY_ADDRESS") or read_file("/tmp/ray/ray_current_cluster")
+    address = os.environ.get("RAY_ADDRESS") or ray_address()
     if not address:
         raise NotFoundError(
             "no Ray cluster runs on this machine: start one with 'modelstore cluster start', or name its address"
