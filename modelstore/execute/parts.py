@@ -30,7 +30,7 @@ from modelstore.format.sealed import seal, unseal
 from modelstore.plan.parts import shared_chunk
 from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.slices import PartSource, Place
-from modelstore.storage.base import Storage
+from modelstore.storage.base import SMALL, Storage
 
 CODECS = ("lossless", "raw")
 MAX_RANKS = 100_000
@@ -206,7 +206,7 @@ def published(storage: Storage, model: str, session: str) -> int | None:
     """The version that a session became, None where it was not published (or that was forgotten since)."""
     key = published_key(model, session)
     try:
-        return _decode(storage.get(key), Published, key).version
+        return _decode(storage.get(key, SMALL), Published, key).version
     except NotFoundError:
         return None
 

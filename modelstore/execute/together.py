@@ -9,7 +9,7 @@ import msgspec
 from modelstore.execute.journal import job_id
 from modelstore.format.record import JOBS
 from modelstore.format.sealed import seal, unseal
-from modelstore.storage.base import Storage
+from modelstore.storage.base import SMALL, Storage
 
 _EARLIER = {b"go": True, b"stop": False}  # what earlier releases wrote
 MAX_RANKS = 100_000
@@ -67,7 +67,7 @@ class Together:
     def _read(self) -> bool:
         """The decision that counts: another process may have made it first."""
         key = f"{self._folder}decision"
-        answer = self._storage.get(key)
+        answer = self._storage.get(key, SMALL)
         if answer in _EARLIER:
             return _EARLIER[answer]
         return unseal(answer, _Decision, key, what="decision", advice="use another session").go

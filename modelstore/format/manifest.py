@@ -7,6 +7,7 @@ chunks are read without making a million objects.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Annotated, Any
@@ -27,8 +28,12 @@ FORMAT = 1
 DIGEST_BYTES = 32
 MAX_CHUNK = 64 << 20  # raw bytes of a chunk; what this package writes has at most 4 MiB
 MAX_MANIFEST = 2 << 30  # bytes of a manifest's JSON
-UNSUSPECTED = 256 << 20  # bytes of JSON that may hide in any frame; more must not be over `MAX_RATIO` times the frame
+UNSUSPECTED = 32 << 20  # bytes of JSON that may hide in any frame; more must not be over `MAX_RATIO` times the frame
 MAX_RATIO = 100
+FEW = (
+    1 << 16
+)  # members and elements that may hide in any frame; more must not be over `MAX_DENSITY` times the frame's bytes
+MAX_DENSITY = 16  # what is written of 50,000 tensors that are all the same has 9
 SLACK = 64 << 10  # bytes that an encoded chunk may have beyond twice the raw ones
 MAX_ELEMENTS = 1 << 60
 MAX_DIMENSIONS = 63  # NumPy's 64, less one for the bytes of an element
@@ -168,14 +173,33 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
         return int(np.unique(at, axis=1)[2].sum()) if at.size else 0
 
 
+_SKIPPED = 0x184D2A50  # begins a frame of zstd that decoders pass over
 _encoder = msgspec.json.Encoder(order="deterministic")
 _decoder = msgspec.json.Decoder(Manifest)
 
 
 def encode(manifest: Manifest) -> tuple[str, bytes]:
-    """The manifest's digest, and the bytes to store."""
+    """The manifest's digest, and the bytes to store.
+
+    Where they are fewer than readers believe that much to come from, a frame that is skipped makes them more.
+    """
     text = _encoder.encode(manifest)
-    return blake3(text).hexdigest(), zstandard.ZstdCompressor(level=3).compress(text)
+    data = zstandard.ZstdCompressor(level=3).compress(text)
+    least = max(
+        -(-len(text) // MAX_RATIO) if len(text) > UNSUSPECTED else 0, -(-_parts(text, len(data)) // MAX_DENSITY)
+    )
+    if len(data) < least:
+        padding = least - len(data)
+        data += struct.pack("<II", _SKIPPED, padding) + bytes(padding)
+    return blake3(text).hexdigest(), data
+
+
+def _parts(text: bytes, size: int) -> int:
+    """How many members and elements a JSON text has, at most; 0 where they are not too many for `size` bytes in any case."""
+    if len(text) <= max(FEW, MAX_DENSITY * size):
+        return 0
+    parts = sum(text.count(mark) for mark in (b"{", b"[", b",", b":"))
+    return parts if parts > FEW else 0
 
 
 def decode(data: bytes, digest: str, where: str) -> Manifest:
@@ -193,6 +217,8 @@ def decode(data: bytes, digest: str, where: str) -> Manifest:
         if not 0 <= size <= limit:
             raise wrong(f"declares {size} bytes of JSON, at most {limit} are read")
         text = zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+        if _parts(text, len(data)) > MAX_DENSITY * len(data):
+            raise wrong(f"has {_parts(text, len(data))} members and elements in a frame of {len(data)} bytes")
     except zstandard.ZstdError as error:
         raise wrong(f"is not a zstd frame ({error})") from None
     if blake3(text).hexdigest() != digest:

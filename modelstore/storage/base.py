@@ -6,7 +6,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from modelstore.errors import FormatError
 from modelstore.format.buffers import Buffer
+
+LARGEST = 2 << 30  # bytes of an object that is read whole
+SMALL = 4 << 20  # bytes of a record, and of the other small objects of a store
+
+
+def too_large(key: str, size: int, limit: int) -> FormatError:
+    """The error of an object that is larger than what it is to be can be."""
+    return FormatError(f"object {key} has {size} bytes, at most {limit} are read: run 'modelstore repair'", object=key)
 
 
 class ObjectInfo(NamedTuple):
@@ -28,8 +37,11 @@ class Storage(Protocol):
     def url(self) -> str:
         """Where this storage lies, without credentials."""
 
-    def get(self, key: str) -> bytes:
-        """The whole object; for small ones (records, manifests)."""
+    def get(self, key: str, limit: int = LARGEST) -> bytes:
+        """The whole object, for small ones (records, manifests); `FormatError` where it has more than `limit` bytes.
+
+        That is found out before they are read.
+        """
 
     def read(self, key: str, start: int, out: memoryview) -> None:
         """Fill `out` (bytes, writable, contiguous) with the object's bytes from `start`.

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from modelstore.errors import CorruptionError
 from modelstore.format.buffers import Buffer, as_bytes
-from modelstore.storage.base import ObjectInfo, Storage
+from modelstore.storage.base import LARGEST, ObjectInfo, Storage
 from modelstore.storage.failures import TransientStorageError
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 
@@ -38,8 +38,8 @@ class CountingStorage(WrappingStorage):
             self.requests[verb] += 1
         return act()
 
-    def get(self, key: str) -> bytes:
-        data = super().get(key)
+    def get(self, key: str, limit: int = LARGEST) -> bytes:
+        data = super().get(key, limit)
         self._carried("get", len(data))
         return data
 
@@ -138,8 +138,8 @@ class FaultyStorage(WrappingStorage):
             raise TransientStorageError(f"Injected: the answer to {verb} {key!r} was lost", object=key)
         return result
 
-    def get(self, key: str) -> bytes:
-        data = super().get(key)
+    def get(self, key: str, limit: int = LARGEST) -> bytes:
+        data = super().get(key, limit)
         if key in self.truncated:
             data = data[: len(data) // 2]
         if key in self.flipped and data:

@@ -10,7 +10,7 @@ from typing import Any
 
 from modelstore.errors import CorruptionError, StorageError, UnsupportedError
 from modelstore.format.buffers import Buffer, as_bytes
-from modelstore.storage.base import ObjectInfo, Storage
+from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.failures import TransientStorageError, failure, mentions
 from modelstore.storage.keys import check_key, check_prefix, key_problem
 from modelstore.storage.pieces import fitted, joined
@@ -49,12 +49,18 @@ class FsspecStorage(Storage):
     def url(self) -> str:
         return self._url
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, limit: int = LARGEST) -> bytes:
         path = self._at(key)
         try:
-            return bytes(self._fs.cat_file(path))
+            data = bytes(self._fs.cat_file(path, start=0, end=limit + 1))
         except Exception as error:
+            if mentions(error, "InvalidRange"):  # it is empty
+                return b""
             raise failure(error, key, "read") from error
+        if len(data) > limit:
+            info = self.info(key)
+            raise too_large(key, info.size if info else len(data), limit)
+        return data
 
     def read(self, key: str, start: int, out: memoryview) -> None:
         path = self._at(key)

@@ -15,7 +15,7 @@ from pathlib import Path
 from modelstore import paths
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Buffer, as_bytes
-from modelstore.storage.base import ObjectInfo, Storage
+from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.descriptors import Descriptors
 from modelstore.storage.keys import TEMPORARY, check_key, check_prefix, key_problem
 
@@ -48,9 +48,12 @@ class LocalStorage(Storage):
     def path(self, key: str) -> Path | None:
         return self.root / check_key(key)
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, limit: int = LARGEST) -> bytes:
         with _named(key, "read"), os.fdopen(paths.open_file(self.root, check_key(key)), "rb") as file:
-            return file.read()
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise too_large(key, size, limit)
+            return file.read(size)
 
     def read(self, key: str, start: int, out: memoryview) -> None:
         with _named(key, "read"), self._files.borrow(check_key(key)) as descriptor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.format.buffers import Buffer, as_bytes
-from modelstore.storage.base import ObjectInfo, Storage
+from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.keys import check_key, check_prefix
 
 
@@ -38,11 +38,14 @@ class MemoryStorage(Storage):
     def url(self) -> str:
         return f"memory://{self._name}"
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, limit: int = LARGEST) -> bytes:
         try:
-            return self._shelf.objects[check_key(key)][0]
+            data = self._shelf.objects[check_key(key)][0]
         except KeyError:
             raise NotFoundError(f"No object {key!r} in {self.url}.", object=key) from None
+        if len(data) > limit:
+            raise too_large(key, len(data), limit)
+        return data
 
     def read(self, key: str, start: int, out: memoryview) -> None:
         piece = memoryview(self.get(key))[start : start + out.nbytes]

@@ -14,7 +14,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.format.buffers import Buffer, as_bytes
-from modelstore.storage.base import ObjectInfo, Storage
+from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.failures import TransientStorageError, failure
 from modelstore.storage.keys import check_key, check_prefix, key_problem
 from modelstore.storage.options import (
@@ -75,10 +75,13 @@ class ObjectStorage(Storage):
     def url(self) -> str:
         return self._url
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, limit: int = LARGEST) -> bytes:
         check_key(key)
         try:
-            return obstore.get(self._store, key).bytes().to_bytes()
+            found = obstore.get(self._store, key)
+            if found.meta["size"] > limit:
+                raise too_large(key, found.meta["size"], limit)
+            return found.bytes().to_bytes()
         except Exception as error:
             raise failure(error, key, "read") from error
 

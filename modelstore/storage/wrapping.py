@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 from modelstore.errors import UnsupportedError
 from modelstore.format.buffers import Buffer
-from modelstore.storage.base import ObjectInfo, Storage
+from modelstore.storage.base import LARGEST, ObjectInfo, Storage
 
 Verb = Literal["get", "read", "create", "put", "info", "list", "folders", "delete"]
 WRITES: frozenset[Verb] = frozenset({"create", "put", "delete"})
@@ -29,8 +29,8 @@ class WrappingStorage(Storage):
     def url(self) -> str:
         return self.inner.url
 
-    def get(self, key: str) -> bytes:
-        return self.around("get", key, lambda: self.inner.get(key))
+    def get(self, key: str, limit: int = LARGEST) -> bytes:
+        return self.around("get", key, lambda: self.inner.get(key, limit))
 
     def read(self, key: str, start: int, out: memoryview) -> None:
         self.around("read", key, lambda: self.inner.read(key, start, out))

@@ -17,7 +17,7 @@ from modelstore.format.manifest import FORMAT
 from modelstore.format.names import ORIGINAL, Reference, is_model
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.format.sealed import seal
-from modelstore.storage.base import Storage
+from modelstore.storage.base import SMALL, Storage
 
 _RACES = 1000  # how often a lost race is tried again before giving up; each loss means that another writer won
 _NEWEST = 64  # keys listed to find the newest live version; more are listed only where those are all of deleted ones
@@ -40,7 +40,7 @@ class Catalog:
 
     def _open(self, create: bool) -> StoreInfo:
         try:
-            return rec.parse(self._storage.get(rec.STORE_KEY), StoreInfo, rec.STORE_KEY)
+            return rec.parse(self._storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
         except NotFoundError:
             if not create:
                 raise NotFoundError(
@@ -48,7 +48,7 @@ class Catalog:
                     object=rec.STORE_KEY,
                 ) from None
         self._storage.create(rec.STORE_KEY, seal(StoreInfo(FORMAT, uuid.uuid4().hex)))
-        return rec.parse(self._storage.get(rec.STORE_KEY), StoreInfo, rec.STORE_KEY)
+        return rec.parse(self._storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
 
     # ------------------------------------------------------------------ reading
 
@@ -302,10 +302,17 @@ class Catalog:
     def _create_version(self, record: VersionRecord) -> bool:
         """The one write that makes a version or variant visible; True also where it was ours and its answer was lost."""
         key = rec.version_key(record.model, record.version, record.number)
-        return self._storage.create(key, seal(record)) or self._own(key, VersionRecord, record)
+        data = seal(record)
+        if len(data) > SMALL:
+            raise ConflictError(
+                f"version {record.version} of model {record.model!r} has {len(record.variants)} variants, more than a record "
+                f"of {SMALL} bytes can name: delete some first",
+                model=record.model,
+            )
+        return self._storage.create(key, data) or self._own(key, VersionRecord, record)
 
     def _own(self, key: str, kind: type[R], record: R) -> bool:
-        return rec.parse(self._storage.get(key), kind, key) == record
+        return rec.parse(self._storage.get(key, SMALL), kind, key) == record
 
     @staticmethod
     def _next(
@@ -325,12 +332,12 @@ class Catalog:
                 yield version, next(group)
 
     def _version_at(self, key: str) -> VersionRecord:
-        return rec.parse_version(self._storage.get(key), key)
+        return rec.parse_version(self._storage.get(key, SMALL), key)
 
     def _tag_head(self, model: str, tag: str) -> TagRecord | None:
         prefix = rec.tag_key(model, tag, 1).rpartition("/")[0] + "/"
         for info in self._storage.list(prefix, limit=1):
-            return rec.parse_tag(self._storage.get(info.key), info.key)
+            return rec.parse_tag(self._storage.get(info.key, SMALL), info.key)
         return None
 
     def _no_model(self, model: str) -> ModelStoreError:

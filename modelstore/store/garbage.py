@@ -23,7 +23,7 @@ from modelstore.format import record as rec
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import check_model
 from modelstore.format.results import Swept, SweptObject
-from modelstore.storage.base import ObjectInfo, Storage
+from modelstore.storage.base import SMALL, ObjectInfo, Storage
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.wrapping import WrappingStorage
 from modelstore.store.catalog import Catalog
@@ -142,7 +142,7 @@ def _needed(storage: Storage, model: str, limit: float) -> tuple[Needed, Needed]
         for info in infos:
             if superseded <= limit:
                 break
-            record = rec.parse_version(storage.get(info.key), info.key)
+            record = rec.parse_version(storage.get(info.key, SMALL), info.key)
             if record.deleted and info.modified <= limit:
                 break
             found = live if superseded == math.inf and not record.deleted else recent

@@ -234,6 +234,37 @@ def test_bombs(storage: MemoryStorage) -> None:
         assert isinstance(errors["load"].__cause__, FormatError), name
 
 
+@pytest.mark.parametrize("part", [b"[]", b"{}", b"0", b'"a":0'], ids=["lists", "objects", "numbers", "members"])
+@pytest.mark.parametrize("nbytes", [14 << 20, 172 << 20], ids=["14 MB", "172 MB"])
+def test_much_structure_in_few_bytes_is_refused_before_it_is_made(
+    part: bytes, nbytes: int, storage: MemoryStorage
+) -> None:
+    """Each of these is millions of Python objects, from a frame of a few KB."""
+    begin, end = (b'{"metrics":{', b"}}") if b":" in part else (b'{"metrics":{"a":[', b"]}}")
+    text = begin + b",".join([part] * (nbytes // (len(part) + 1))) + end
+    stored = zstandard.ZstdCompressor(level=19).compress(text)
+    assert len(stored) < 60_000
+    with little_memory(room=512 << 20), pytest.raises(FormatError, match=r"members and elements|bytes of JSON"):
+        man.decode(stored, blake3(text).hexdigest(), "k")
+
+
+def test_what_is_all_the_same_is_written_so_that_it_can_be_read(storage: MemoryStorage) -> None:
+    """Equal tensors and equal chunks make manifests of few bytes: a skippable frame makes up for it."""
+    digest = blake3(b"x")
+    tensors = tuple(
+        man.Tensor(f"t{i}", "uint8", (1,), (1,), 0, digest.hexdigest(), (man.Plane("data", i),)) for i in range(5000)
+    )
+    rows = [(0, 0, 1, digest.digest())] * 600_000
+    packs = (digest.hexdigest(),)
+    whole = man.Manifest(man.FORMAT, packs, (man.CodecSpec("raw"),), tensors, (), man.chunk_table(rows))
+    assert len(man._encoder.encode(whole)) > man.UNSUSPECTED
+    name, data = man.encode(whole)
+    assert man.decode(data, name, "k") == whole
+    cut = len(data) // 2
+    with pytest.raises(FormatError):
+        man.decode(data[:cut], name, "k")
+
+
 def test_bases_upon_bases(storage: MemoryStorage) -> None:
     """A chain of deltas beyond what is ever written, each link sound by itself."""
     manifest = manifest_of(open_on(storage), "delta")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelstore.errors import CorruptionError, NotFoundError, StorageError
+from modelstore.errors import CorruptionError, FormatError, NotFoundError, StorageError
 from modelstore.storage.base import Storage
 from modelstore.storage.exclusive import prove_exclusive_create
 
@@ -64,6 +64,14 @@ class StorageContract:
         info = storage.info("also-empty")
         assert info is not None
         assert info.size == 0
+
+    def test_what_is_too_large_is_not_read(self, storage: Storage) -> None:
+        storage.put("a", [b"0123456789"], 10)
+        assert storage.get("a", 10) == b"0123456789"
+        with pytest.raises(FormatError, match="object a has 10 bytes, at most 9 are read"):
+            storage.get("a", 9)
+        storage.put("empty", [], 0)
+        assert storage.get("empty", 0) == b""
 
     def test_create_is_once(self, storage: Storage) -> None:
         assert storage.create("a/1.json", b"first") is True
