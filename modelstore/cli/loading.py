@@ -1,14 +1,16 @@
-"""`load` and `export`: a model out of the store, into files."""
+"""`load`, `cat` and `export`: a model out of the store, into files."""
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from modelstore.cli import output, units
+from modelstore.cli.layouts import layout_of
 from modelstore.cli.options import (
     AsJson,
     Cluster,
@@ -50,6 +52,25 @@ def load(
         Path,
         typer.Option("--output", "-o", metavar="FILE", help="The .safetensors file to write.", show_default=False),
     ],
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--names",
+            metavar="NAME",
+            show_default=False,
+            help="This tensor only, or those that a pattern fits, such as 'model.layers.0.*'. May be given several times.",
+        ),
+    ] = None,
+    shard: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shard",
+            metavar="SHARE",
+            show_default=False,
+            help="One rank's part: tp=RANK/SIZE (tensor parallel), pp=STAGE/STAGES (pipeline), ep=RANK/SIZE (experts), "
+            "layers=START:STOP, or 'NAME[SLICES]', the region of a tensor. Given several times, what all of them hold.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     store: StoreUrl = None,
     mirror: Mirrors = None,
@@ -59,8 +80,29 @@ def load(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Read a model's tensors into one .safetensors file."""
-    _export(ref, out, Format.safetensors, overwrite, None, store, mirror, memory, json, quiet, cluster=cluster)
+    """Read a model's tensors, or a part of them, into one .safetensors file."""
+    part = {"names": names or None, "shard": layout_of(shard) if shard else None}
+    _export(
+        ref, out, Format.safetensors, overwrite, None, store, mirror, memory, json, quiet, cluster=cluster, part=part
+    )
+
+
+def cat(
+    ref: Reference,
+    path: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="One of the model's files, such as config.json.", show_default=False),
+    ],
+    store: StoreUrl = None,
+    mirror: Mirrors = None,
+    memory: Memory = None,
+    debug: Debug = False,
+) -> None:
+    """Write one of the model's files to stdout, as it is."""
+    pieces = open_store(store, memory=memory, mirrors=mirror).cat(ref, path)
+    for piece in pieces:
+        sys.stdout.buffer.write(piece)
+    sys.stdout.buffer.flush()
 
 
 def export(
@@ -128,9 +170,10 @@ def _export(
     gguf_type: str | None = None,
     dequantize: bool = False,
     cluster: str | None = None,
+    part: dict[str, Any] | None = None,
 ) -> None:
     opened = open_store(store, memory=memory, mirrors=mirrors, cluster=cluster)
-    limits = {} if max_shard is None else {"max_shard_bytes": max_shard}
+    limits: dict[str, Any] = {} if max_shard is None else {"max_shard_bytes": max_shard}
     with output.progress(quiet=quiet) as report:
         done = opened.export(
             ref,
@@ -141,6 +184,7 @@ def _export(
             overwrite=overwrite,
             progress=report,
             **limits,
+            **(part or {}),
         )
     line = f"wrote {units.size(done.bytes)} to {done.path} in {units.seconds(done.seconds)}"
     output.result(done, [line], as_json=json)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.client.clustered import Clustered, saved
 from modelstore.client.compressing import Compressing
+from modelstore.client.copying import Copying
 from modelstore.client.evaluating import Evaluating
 from modelstore.client.following import Following
 from modelstore.client.keeping import Keeping
@@ -72,7 +73,7 @@ def open(
     return Store(storage, copies, memory=memory, threads=threads, session=session, source=source)
 
 
-class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
+class Store(Clustered, Compressing, Copying, Evaluating, Following, Keeping, Parts):
     """A store of models over a storage. Made by `modelstore.open`; may be used from many threads."""
 
     # ------------------------------------------------------------------ saving
@@ -230,7 +231,11 @@ class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
 
     def file(self, ref: str, path: str) -> bytes:
         """The bytes of one of the model's files, such as `config.json`."""
-        return self._model(parse_reference(ref)).file(path)
+        return b"".join(self.cat(ref, path))
+
+    def cat(self, ref: str, path: str) -> Iterator[bytes]:
+        """The bytes of one of the model's files in pieces, each checked, however large the file is."""
+        return self._model(parse_reference(ref)).pieces(path)
 
     def export(
         self,
@@ -242,6 +247,8 @@ class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
         dequantize: bool = False,
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
+        names: Iterable[str] | None = None,
+        shard: Shard | None = None,
         progress: Progress | None = None,
     ) -> results.Exported:
         """Write a variant to local files; a target that is there is refused unless `overwrite`. Goes on if interrupted.
@@ -249,11 +256,15 @@ class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
         "hf": a compressed variant that engines have a layout for is written packed, as compressed-tensors has it; any other,
         and with `dequantize` every one, dense in its own dtype, as are all in the other formats. "gguf": one file, whose
         matrices are of `gguf_type`: "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1" (default: BF16 or F16, by the model).
+        "safetensors": one file, of these `names` only, and of a rank's `shard`, as for `load`.
         """
         from modelstore.execute.export import export
 
+        if format != "safetensors" and (names is not None or shard is not None):
+            raise ValueError(f'names and shard are for format="safetensors": {format!r} is of whole models')
         model = self._model(parse_reference(ref))
-        metered = meter(progress, model.manifest.nbytes, f"exporting {ref}")
+        shares = None if names is None and shard is None else model.shares(as_layout(shard), names)
+        metered = meter(progress, model.nbytes(shares), f"exporting {ref}")
         if format == "zarr":
             from modelstore.integrations.zarr_export import export_zarr
 
@@ -286,6 +297,7 @@ class Store(Clustered, Compressing, Evaluating, Following, Keeping, Parts):
             max_shard_bytes=max_shard_bytes,
             packed=layout.packed if layout else None,
             instead={"config.json": layout.config} if layout else None,
+            shares=shares,
             progress=metered,
         )
 

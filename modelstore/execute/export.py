@@ -2,6 +2,7 @@
 
 export_layout   which files there are, and where each tensor lies in them
 export_target   the folder they go to: hidden until whole, resumable, one export at a time
+export_share    ranks' shares of tensors
 export_write    the work itself
 """
 
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelstore.execute.export_layout import CONFIG, OutFile, Packing, directory, one_file
+from modelstore.execute.export_share import cuts
 from modelstore.execute.export_target import Target
 from modelstore.execute.export_write import write
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format import results
 from modelstore.format.manifest import Manifest
+from modelstore.plan.layout import Share
 
 MAX_SHARD = 5_000_000_000
 _MAX_CONFIG = 16 << 20
@@ -35,6 +38,7 @@ def export(
     max_shard_bytes: int = MAX_SHARD,
     packed: Mapping[str, Packing] | None = None,
     instead: Mapping[str, bytes] | None = None,
+    shares: Mapping[str, Share] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> results.Exported:
     """Write all tensors to local files; `progress` hears of raw bytes as they are written.
@@ -46,7 +50,8 @@ def export(
     written with bytes of its own, which any loader takes. "safetensors": one file, which has every name.
 
     The bytes of every tensor are those of the store, but of those `packed`, for "hf", which are written in parts; `instead` are
-    files by name that are written with other bytes. Nothing is visible under its name before all files are whole and
+    files by name that are written with other bytes; `shares`, for "safetensors", are the only tensors to write, each as far
+    as its share goes. Nothing is visible under its name before all files are whole and
     durable; what an interrupted export finished is found again by the next one to the same place. A target that is
     there and not empty is a `ConflictError`, unless `overwrite`: files of the same names, and other weights, are
     replaced then, and anything else stays. `StorageError` where the disk is too small, `UnsupportedError` for tensors
@@ -59,7 +64,7 @@ def export(
     if format == "safetensors":
         if path.suffix != ".safetensors":
             raise ValueError(f"{path} is not the name of a safetensors file: let it end in .safetensors")
-        outputs = [one_file(manifest, path.name)]
+        outputs = [one_file(manifest, path.name, None if shares is None else cuts(manifest, shares))]
     elif format == "hf":
         if max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")

@@ -120,9 +120,17 @@ class OutFile:
         return hasher.hexdigest()
 
 
-def one_file(manifest: Manifest, path: str) -> OutFile:
-    """All tensors in one safetensors file, each tied name with bytes of its own: any loader finds every name."""
-    named = [_Item(name, t, name == t.name) for t, names in _names(manifest) for name in names]
+def one_file(manifest: Manifest, path: str, chosen: Mapping[str, Packing | None] | None = None) -> OutFile:
+    """All tensors in one safetensors file, each tied name with bytes of its own: any loader finds every name.
+
+    `chosen`: these names only, in parts where a packing says so.
+    """
+    named = [
+        _Item(name, t, name == t.name or chosen is not None, (chosen or {}).get(name))
+        for t, names in _names(manifest)
+        for name in names
+        if chosen is None or name in chosen
+    ]
     return _weights(path, named, manifest.metadata)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import FormatError, NotFoundError
@@ -12,9 +13,10 @@ from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.memory import Arena
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import LONGEST_CHAIN
+from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.region import from_index
+from modelstore.format.region import from_index, nbytes
 from modelstore.plan.layout import Layout, Share, whole
 from modelstore.plan.read import Want
 from modelstore.storage.base import Storage
@@ -66,9 +68,14 @@ class Model:
 
     def file(self, path: str) -> bytes:
         """A file of the model; `NotFoundError` where it has none of that path."""
+        return b"".join(self.pieces(path))
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """A file of the model, chunk by chunk; `NotFoundError`, at once, where it has none of that path."""
         for file in self.manifest.files:
             if file.name == path:
-                return self.reader.region(file, ((0, file.shape[0]),)).tobytes()
+                regions = (grid.chunk_region(file.shape, file.chunk, i) for i in range(file.chunks))
+                return (self.reader.region(file, region).tobytes() for region in regions)
         known = ", ".join(f.name for f in self.manifest.files[:10]) or "none"
         raise NotFoundError(f"model {self.name!r} has no file {path!r}: it has {known}", model=self.name)
 
@@ -93,9 +100,28 @@ class Model:
                 tensor=name,
             ) from None
 
+    def _named(self, name: str) -> list[str]:
+        """The tensors that a name, or a pattern of names, stands for; `NotFoundError` where there is none."""
+        every = self.manifest.by_name
+        if name not in every and isinstance(name, str) and any(sign in name for sign in "*?["):
+            found = [one for one in every if fnmatchcase(one, name)]
+            if found:
+                return found
+        return [name] if self.tensor(name) else []
+
+    def nbytes(self, shares: Mapping[str, Share] | None) -> int:
+        """Raw bytes of what is to be read: of these, or of all tensors."""
+        if shares is None:
+            return self.manifest.nbytes
+        return sum(nbytes(share.shape, self.tensor(name).kind.itemsize) for name, share in shares.items())
+
     def shares(self, shard: Layout | None, names: Iterable[str] | None) -> dict[str, Share]:
-        """What is to be read: tensors by name, in model order, with the part of each; tied names included."""
-        chosen = list(self.manifest.by_name) if names is None else [n for n in names if self.tensor(n)]
+        """What is to be read: tensors by name, in model order, with the part of each; tied names included.
+
+        `names`: these only, in their order; one that is no tensor's, and has `*`, `?` or `[`, is a pattern.
+        """
+        every = self.manifest.by_name
+        chosen = list(every) if names is None else list(dict.fromkeys(n for name in names for n in self._named(name)))
         shapes = {name: self.manifest.by_name[name].shape for name in chosen}
         if shard is None:
             return {name: whole(shape) for name, shape in shapes.items()}

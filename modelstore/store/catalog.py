@@ -81,6 +81,14 @@ class Catalog:
                     return record
         raise self._no_model(model)
 
+    def highest(self, model: str) -> int:
+        """The highest number that a version of a model ever had, 0 where it never had one."""
+        return next((version for version, _ in self._heads(model, 1)), 0)
+
+    def first(self, model: str, version: int) -> VersionRecord:
+        """The record by which a version became visible."""
+        return self._version_at(rec.version_key(model, version, 1))
+
     def version(self, model: str, version: int) -> VersionRecord:
         """The newest record of one version, deleted or not."""
         for info in self._storage.list(rec.version_prefix(model, version), limit=1):
@@ -167,6 +175,13 @@ class Catalog:
                 return there
         raise self._busy(model)
 
+    def publish_made(self, record: VersionRecord) -> bool:
+        """Make a version visible that has its number already: it was made in another store, or under another name.
+
+        False where that number is taken by another record.
+        """
+        return self._create_version(record)
+
     def published(self, model: str, writer: str, entry: VariantEntry, *, since: float) -> VersionRecord | None:
         """The version that a writer made of a manifest after `since` (Unix seconds); None where there is none.
 
@@ -247,12 +262,19 @@ class Catalog:
                 return record
         raise self._busy(model)
 
-    def delete(self, model: str, version: int, variant: str | None, writer: str) -> VersionRecord:
-        """Delete a version (for good), or one variant of it; `ConflictError` while a tag names the version."""
+    def delete(
+        self, model: str, version: int, variant: str | None, writer: str, *, only: int | None = None
+    ) -> VersionRecord:
+        """Delete a version (for good), or one variant of it; `ConflictError` while a tag names the version.
+
+        `only`: the number of the record that it must have still; `ConflictError` where it was changed since.
+        """
         for _ in range(_RACES):
             head = self.version(model, version)
             if head.deleted:
                 raise NotFoundError(f"version {version} of model {model!r} was deleted already", model=model)
+            if only not in (None, head.number):
+                raise ConflictError(f"version {version} of model {model!r} was changed meanwhile", model=model)
             if variant is None:
                 tags = sorted(tag for tag, at in self.tags(model).items() if at == version)
                 if tags:
@@ -284,12 +306,19 @@ class Catalog:
         for record in live:
             self.delete(model, record.version, None, writer)
 
-    def set_tag(self, model: str, tag: str, version: int, writer: str) -> TagRecord:
-        """Let a tag name a live version; version 0 removes the tag."""
+    def set_tag(
+        self, model: str, tag: str, version: int, writer: str, *, instead_of: int | None = None
+    ) -> TagRecord | None:
+        """Let a tag name a live version; version 0 removes the tag.
+
+        `instead_of`: the version that it must name still; None, and nothing is changed, where it names another.
+        """
         if version and self.version(model, version).deleted:
             raise NotFoundError(f"version {version} of model {model!r} was deleted: tag another", model=model)
         for _ in range(_RACES):
             head = self._tag_head(model, tag)
+            if instead_of is not None and (head is None or head.version != instead_of):
+                return None
             number = head.number + 1 if head else 1
             record = TagRecord(FORMAT, model, tag, number, writer, time.time(), version)
             key = rec.tag_key(model, tag, number)

@@ -1,4 +1,4 @@
-"""Replaces a damaged pack by a good copy from another store."""
+"""Packs whose bytes are checked while they are read; a damaged one replaced by a good copy from another store."""
 
 from __future__ import annotations
 
@@ -21,6 +21,22 @@ def pieces(storage: Storage, key: str, size: int) -> Iterator[bytes]:
         piece = np.empty(min(_PIECE, size - start), np.uint8)
         storage.read(key, start, view(piece))
         yield piece.tobytes()
+
+
+def checked_pieces(storage: Storage, digest: str, size: int) -> Iterator[bytes]:
+    """A pack's bytes in pieces; `CorruptionError` before the last one is given out, where they are not what its name says.
+
+    So whoever writes them never has a whole object of wrong bytes.
+    """
+    key = pack_key(digest)
+    hasher = blake3()
+    left = size
+    for piece in pieces(storage, key, size):
+        hasher.update(piece)
+        left -= len(piece)
+        if not left and hasher.hexdigest() != digest:
+            raise CorruptionError(f"{key} in {storage.url} has other bytes than its name stands for", object=key)
+        yield piece
 
 
 def pack_is_good(storage: Storage, digest: str) -> bool:

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 from blake3 import blake3
 
+from modelstore.errors import CorruptionError, FormatError, NotFoundError
 from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.manifest import FORMAT, CodecSpec
 from modelstore.format.record import pack_key
 from modelstore.format.region import Shape
-from modelstore.format.safetensors import Entry, build_header
+from modelstore.format.safetensors import PREFIX, Entry, build_header, header_length
 from modelstore.storage.base import Storage
 
 METADATA_KEY = "modelstore"
@@ -81,6 +83,17 @@ def finish(builder: PackBuilder, metadata: Mapping[str, str]) -> Pack:
     for piece in builder.pieces:
         hasher.update(view(as_bytes(piece)))
     return Pack(hasher.hexdigest(), (header, *builder.pieces), len(header) + builder.size, len(header))
+
+
+def data_start(storage: Storage, key: str) -> int:
+    """Where the data of a pack begins, as its first bytes say; 0 where they cannot be right, or it is gone."""
+    prefix = np.empty(PREFIX, np.uint8)
+    info = storage.info(key)
+    try:
+        storage.read(key, 0, view(prefix))
+        return PREFIX + header_length(prefix.tobytes(), info.size) if info else 0
+    except (NotFoundError, CorruptionError, FormatError):
+        return 0
 
 
 def store(storage: Storage, pack: Pack, refresh_before: float) -> bool:

@@ -1,0 +1,167 @@
+"""Copying models to other stores, giving them other names, and what they take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from modelstore.client.base import Base
+from modelstore.errors import NotFoundError
+from modelstore.execute.copying import Place, Wanted, copy
+from modelstore.execute.progress import Progress, meter
+from modelstore.format import inventory
+from modelstore.format.names import ORIGINAL, Reference, check_model, check_word, parse_reference
+from modelstore.format.record import VersionRecord
+from modelstore.storage.open import open_storage
+from modelstore.store.catalog import Catalog
+from modelstore.store.manifests import Manifests
+
+
+class Copying(Base):
+    """The part of a store that brings models elsewhere."""
+
+    def copy(
+        self,
+        ref: str | None,
+        destination: str | os.PathLike[str] | Base,
+        *,
+        name: str | None = None,
+        variants: bool | Iterable[str] = False,
+        tags: bool | Iterable[str] = False,
+        all: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> inventory.Copied:
+        """Copy a version to another store, as it is stored; it is visible there when this returns, and not before.
+
+        `destination`: a URL, with `storage_options` as for `open`, or an open store; the first copy makes it. `name`: what the
+        model is called there (default: as here). The original always comes along; `variants` are others by name, or with True
+        all that the version has, as does the one that `ref` names. `tags`: names of tags, or True for all that name the
+        version; one that names another version there moves. `all`: every version of the model `ref`, or with None
+        every model, with all variants and tags.
+
+        Packs are streamed, several at once as far as the memory allows, and checked against their digests on the way; what is
+        there is not sent, so that an interrupted copy goes on when it is called again. What deltas are stored against comes
+        along. A version keeps its number, where that was never used there; else it takes the next, and is known again by later
+        copies. Where it is there already, variants that were stored anew since, or have other metrics, are replaced. With
+        `all`, what was deleted there is left out; else it is copied anew.
+
+        `ConflictError` where a variant of that name there has other values, `CorruptionError` where packs are damaged here.
+        """
+        target = self._destination(destination, storage_options)
+        self._catalog.open()
+        wanted = self._everything(ref, name, variants, tags) if all else [self._one(ref, name, variants, tags)]
+        target.catalog.open(create=True)
+        source = Place(self._storage, self._catalog, self._manifests, self._mirrors)
+        what = f"copying {ref or 'everything'}"
+        return copy(
+            source,
+            target,
+            wanted,
+            everything=all,
+            limits=self._limits(),
+            meter=lambda total: meter(progress, total, what),
+        )
+
+    def rename(self, old: str, new: str) -> inventory.Renamed:
+        """Give all versions of a model, and its tags, another name; no pack is read or written.
+
+        Versions keep their numbers where the new name was never used, else they follow its last. Each is there under one name
+        or both at every instant, and readers that have opened one go on; a call that was interrupted is finished by the same
+        call. What is stored against the model stays readable. A save of the old name that ends meanwhile comes along, or
+        makes the old name anew; a compression that runs meanwhile ends with `ConflictError`.
+
+        `ConflictError` where there is a model of the new name.
+        """
+        from modelstore.store.renaming import rename
+
+        self._catalog.open()
+        return rename(self._storage, self._catalog, check_model(old), check_model(new))
+
+    def du(self, name: str | None = None) -> inventory.StoreUsage:
+        """What models, versions and variants take, in bytes as stored: all that each holds, and what nothing else holds.
+
+        `name`: of this model only; what it holds alone is always against the whole store. And of the whole store: what is live,
+        what is dead within packs, what nothing uses. Manifests are read, and objects listed; no weights are.
+        """
+        from modelstore.store.usage import usage
+
+        self._catalog.open()
+        if name is not None and not self._catalog.live(check_model(name)):
+            self._catalog.newest(name)  # says what is wrong
+        return usage(self._storage, self._catalog, self._manifests, name)
+
+    @staticmethod
+    def _destination(where: str | os.PathLike[str] | Base, options: Mapping[str, Any] | None) -> Place:
+        if isinstance(where, Base):
+            if options:
+                raise ValueError("storage_options go with a URL: the destination is an open store, which has its own")
+            return Place(where._storage, where._catalog, where._manifests)
+        storage = open_storage(where, options)
+        return Place(storage, Catalog(storage), Manifests(storage))
+
+    def _one(
+        self, ref: str | None, name: str | None, variants: bool | Iterable[str], tags: bool | Iterable[str]
+    ) -> Wanted:
+        if ref is None:
+            raise ValueError("copy needs the reference of a version, or all=True to copy every model")
+        parsed = parse_reference(ref)
+        record = self._catalog.resolve(parsed)
+        self._catalog.variant(record, parsed.variant)
+        named = _named(variants, record.variants, "variant")
+        for variant in named:
+            self._catalog.variant(record, variant)
+        chosen = dict.fromkeys((ORIGINAL, parsed.variant, *named))
+        known = self._catalog.tags(parsed.name) if tags else {}
+        mine = [tag for tag, version in known.items() if version == record.version]
+        wanted = _named(tags, mine, "tag")
+        for tag in wanted:
+            if tag not in mine:
+                raise NotFoundError(
+                    f"no tag {tag!r} names {parsed.name}@{record.version}: its tags are {', '.join(mine) or 'none'}",
+                    model=parsed.name,
+                )
+        return Wanted(record, tuple(chosen), check_model(name) if name is not None else parsed.name, tuple(wanted))
+
+    def _everything(
+        self, ref: str | None, name: str | None, variants: bool | Iterable[str], tags: bool | Iterable[str]
+    ) -> list[Wanted]:
+        """All versions of a model, or of all models, oldest first, so that the newest there is the newest here."""
+        if variants not in (False, True) or tags not in (False, True):
+            raise ValueError("all=True copies all variants and tags: leave variants and tags out")
+        if ref is None and name is not None:
+            raise ValueError("name is for one model: say which, or leave it out")
+        if ref is not None and parse_reference(ref) != Reference(ref):
+            raise ValueError(f"all=True copies every version of a model: give its name alone, not {ref!r}")
+        wanted: list[Wanted] = []
+        for model in self._catalog.models() if ref is None else [ref]:
+            live = self._catalog.live(model)
+            if not live and ref is not None:
+                self._catalog.newest(model)  # says what is wrong
+            by_version = _by_version(self._catalog.tags(model)) if live else {}
+            wanted += [
+                Wanted(record, _all(record), check_model(name or model), tuple(by_version.get(record.version, ())))
+                for record in live
+            ]
+        return wanted
+
+
+def _named(given: bool | Iterable[str], every: Iterable[str], what: str) -> list[str]:
+    """Names that were given, or all, or none."""
+    if isinstance(given, bool):
+        return list(every) if given else []
+    if isinstance(given, str):
+        raise TypeError(f"{what}s is a list of names, or True for all: write [{given!r}]")
+    return [check_word(one, what) for one in given]
+
+
+def _all(record: VersionRecord) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((ORIGINAL, *record.variants)))
+
+
+def _by_version(tags: Mapping[str, int]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for tag, version in tags.items():
+        found.setdefault(version, []).append(tag)
+    return found

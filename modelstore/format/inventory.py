@@ -1,0 +1,74 @@
+"""What copying, renaming and counting a store answer: plain data. Sizes are bytes, times seconds."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class CopiedVersion(msgspec.Struct, frozen=True):
+    """A version in the store that it was copied to.
+
+    `model` and `version` are what it is called there, `source` where it comes from, as NAME@VERSION. `variants` are those
+    that were added or replaced; none where all was there already. `new`: the version was not there before.
+    """
+
+    source: str
+    model: str
+    version: int
+    variants: tuple[str, ...]
+    new: bool
+
+
+class Copied(msgspec.Struct, frozen=True):
+    """What a copy brought to `url`.
+
+    `tags`, as NAME@TAG, name the same versions there now. `sent` and `there` are bytes of packs that were written, and that
+    were found there and not sent. `left_out` says what was not copied, and why.
+    """
+
+    url: str
+    versions: tuple[CopiedVersion, ...]
+    tags: tuple[str, ...]
+    packs: int
+    sent: int
+    there: int
+    left_out: tuple[str, ...]
+    seconds: float
+
+
+class Renamed(msgspec.Struct, frozen=True):
+    """A model under its new name: its versions as {before: now}, and its tags."""
+
+    old: str
+    new: str
+    versions: dict[int, int]
+    tags: tuple[str, ...]
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Bytes of chunks that a model, a version or a variant holds: all of them, and those that nothing else holds.
+
+    `name` is a reference. What a delta is stored against counts as held by it. The difference of the two is shared.
+    """
+
+    name: str
+    bytes: int
+    alone: int
+
+
+class StoreUsage(msgspec.Struct, frozen=True):
+    """What a store's packs and manifests take.
+
+    `live` bytes of packs are held by some version; `dead` ones lie in the packs of these and are held by none: compaction
+    frees them. `unused` bytes are of packs and manifests that no version needs: garbage collection frees them, when they are
+    old enough. `manifests` are those that are needed, with their copies.
+    """
+
+    models: tuple[Usage, ...]
+    versions: tuple[Usage, ...]
+    variants: tuple[Usage, ...]
+    live: int
+    dead: int
+    unused: int
+    manifests: int
+    total: int

@@ -1,0 +1,152 @@
+"""Gives a model another name: new records under it, then the old ones are deleted. No pack is written.
+
+Each version is made under the new name before it is deleted under the old one, the newest first: at every instant every
+version is there under one name or both, and the newest of the new name is the newest. What was interrupted goes on when it is
+started again: versions made by it are known by their writer, which is made of both names and the old number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import msgspec
+from blake3 import blake3
+
+from modelstore.errors import ConflictError, NotFoundError
+from modelstore.format import manifest as man
+from modelstore.format.inventory import Renamed
+from modelstore.format.record import VariantEntry, VersionRecord, manifest_key
+from modelstore.storage.base import Storage
+from modelstore.store.catalog import Catalog
+
+_ROUNDS = 1000  # how often what others did meanwhile is looked for again
+
+
+def rename(storage: Storage, catalog: Catalog, old: str, new: str) -> Renamed:
+    """Give all live versions of `old`, and its tags, to `new`.
+
+    Versions keep their numbers where `new` was never used, else all move up by as much as is needed. `ConflictError` where
+    `new` has live versions that are not of this very work; `NotFoundError` where there is no `old`.
+    """
+    if old == new:
+        raise ValueError(f"model {old!r} has that name already: give another")
+    work = _Renaming(storage, catalog, old, new)
+    live = catalog.live(old)
+    made = work.made()
+    if not live and not made:
+        catalog.newest(old)  # says what is wrong
+    if live and made and not any(record.version in work.moved for record in live):
+        raise ConflictError(f"there is a model {new!r} already: choose another name, or delete it first", model=new)
+    tags: dict[str, None] = {}
+    for _ in range(_ROUNDS):
+        live = catalog.live(old)
+        if not live:
+            return Renamed(old, new, dict(sorted(work.moved.items())), tuple(sorted(tags)))
+        work.make(live)
+        tags |= dict.fromkeys(work.move_tags())
+        work.delete(live)
+    raise ConflictError(f"{_ROUNDS} writers changed model {old!r} meanwhile: try again when fewer write", model=old)
+
+
+class _Renaming:
+    """One renaming, and the versions that it made so far, as {before: now}."""
+
+    def __init__(self, storage: Storage, catalog: Catalog, old: str, new: str) -> None:
+        self._storage = storage
+        self._catalog = catalog
+        self._old = old
+        self._new = new
+        self._id = catalog.open().id
+        self.moved: dict[int, int] = {}
+
+    def made(self) -> dict[int, int]:
+        """Live versions of the new name, and which old number each has that a renaming like this one made; 0: another's."""
+        found = {}
+        highest = self._catalog.highest(self._old)
+        writers = {self._writer(number): number for number in range(1, highest + 1)}
+        for record in self._catalog.live(self._new):
+            found[record.version] = writers.get(self._catalog.first(self._new, record.version).writer, 0)
+        self.moved = {before: now for now, before in found.items() if before}
+        return found
+
+    def make(self, live: Iterable[VersionRecord]) -> None:
+        """Make the versions under the new name that are not there yet, the newest first."""
+        wanted = sorted((record for record in live if record.version not in self.moved), key=lambda r: -r.version)
+        if not wanted:
+            return
+        if self.moved:
+            before, now = next(iter(self.moved.items()))
+            up = now - before
+        else:
+            up = max(0, self._catalog.highest(self._new) + 1 - wanted[-1].version)
+        for record in wanted:
+            self.moved[record.version] = self._make(record, record.version + up)
+
+    def _make(self, record: VersionRecord, number: int) -> int:
+        self._write_manifests(record.variants.values())
+        for _ in range(_ROUNDS):
+            made = msgspec.structs.replace(
+                record,
+                model=self._new,
+                version=number,
+                number=1,
+                writer=self._writer(record.version),
+                created=time.time(),
+            )
+            if self._catalog.publish_made(made):
+                return number
+            same = self._catalog.first(self._new, number).writer == made.writer
+            if same and not self._catalog.version(self._new, number).deleted:
+                return number  # the same renaming, started twice
+            number = self._catalog.highest(self._new) + 1
+        raise ConflictError(f"{_ROUNDS} writers of model {self._new!r} came first: try again", model=self._new)
+
+    def move_tags(self) -> list[str]:
+        """Let tags name the new versions, then remove the old ones."""
+        moved = []
+        for tag, version in self._catalog.tags(self._old).items():
+            if version not in self.moved:
+                continue  # of a version that is being saved: the next round makes it
+            self._catalog.set_tag(self._new, tag, self.moved[version], self._writer(version))
+            self._catalog.set_tag(self._old, tag, 0, self._writer(version), instead_of=version)
+            moved.append(tag)
+        return moved
+
+    def delete(self, live: Iterable[VersionRecord]) -> None:
+        """Delete versions that are there under the new name, unless they changed since they were made there."""
+        for record in live:
+            try:
+                head = self._catalog.version(self._old, record.version)
+                self._take_over(head)
+                self._catalog.delete(self._old, record.version, None, self._writer(record.version), only=head.number)
+            except NotFoundError:
+                continue  # deleted meanwhile, by another renaming
+            except ConflictError:
+                continue  # changed, or tagged, meanwhile: the next round looks again
+
+    def _take_over(self, head: VersionRecord) -> None:
+        """Bring variants that were made or replaced since the version was made under the new name."""
+        there = self._catalog.version(self._new, self.moved[head.version])
+        if there.deleted:
+            return  # by somebody who no longer wants it
+        later = head.created > there.created
+        fresh = {
+            variant: entry
+            for variant, entry in head.variants.items()
+            if variant not in there.variants or (later and there.variants[variant].manifest != entry.manifest)
+        }
+        if fresh:
+            self._write_manifests(fresh.values())
+            old = {variant: entry.manifest for variant, entry in there.variants.items()}
+            self._catalog.publish_variants(self._new, there.version, fresh, self._writer(head.version), instead_of=old)
+
+    def _write_manifests(self, entries: Iterable[VariantEntry]) -> None:
+        for entry in entries:
+            key = manifest_key(self._old, entry.manifest)
+            data = self._storage.get(key)
+            man.decode(data, entry.manifest, key)
+            self._storage.put(manifest_key(self._new, entry.manifest), [data], len(data))
+
+    def _writer(self, number: int) -> str:
+        return blake3(f"rename\0{self._id}\0{self._old}\0{self._new}\0{number}".encode()).hexdigest()[:32]
