@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +25,7 @@ from modelstore.cli.options import (
     open_store,
     size_of,
 )
+from modelstore.text import shown
 
 
 class Format(StrEnum):
@@ -98,8 +100,15 @@ def cat(
     memory: Memory = None,
     debug: Debug = False,
 ) -> None:
-    """Write one of the model's files to stdout, as it is."""
+    """Write one of the model's files to stdout, as it is; on a terminal, with what would steer it shown as escapes."""
     pieces = open_store(store, memory=memory, mirrors=mirror).cat(ref, path)
+    if sys.stdout.isatty():
+        decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+        for piece in pieces:
+            sys.stdout.write(shown(decoder.decode(piece), keep="\n\t"))
+        sys.stdout.write(shown(decoder.decode(b"", final=True), keep="\n\t"))
+        sys.stdout.flush()
+        return
     for piece in pieces:
         sys.stdout.buffer.write(piece)
     sys.stdout.buffer.flush()

@@ -128,8 +128,8 @@ def _usage(found: StoreUsage, name: str | None) -> Iterator[str]:
         yield ""
         facts = {
             "live": (found.live, ""),
-            "dead": (found.dead, "in packs that are needed: gc --compact frees it"),
-            "unused": (found.unused, "nothing needs it: gc --delete frees it when it is old enough"),
+            "dead": (found.dead, "in packs that are needed: see gc --compact"),
+            "unused": (found.unused, "needed by nothing: see gc --delete"),
             "manifests": (found.manifests, ""),
             "in all": (found.total, "with records"),
         }

@@ -8,7 +8,8 @@ from typing import Any
 
 from modelstore.client.base import Base
 from modelstore.errors import NotFoundError
-from modelstore.execute.copying import Place, Wanted, copy
+from modelstore.execute.copying import copy
+from modelstore.execute.copying_plan import Place, Wanted
 from modelstore.execute.progress import Progress, meter
 from modelstore.format import inventory
 from modelstore.format.names import ORIGINAL, Reference, check_model, check_word, parse_reference

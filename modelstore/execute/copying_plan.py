@@ -1,0 +1,214 @@
+"""What a copy will do: which versions the other store has already, under which number, and what they lack there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import msgspec
+from blake3 import blake3
+
+from modelstore.errors import ConflictError, CorruptionError, NotFoundError
+from modelstore.format import manifest as man
+from modelstore.format.manifest import Manifest
+from modelstore.format.names import ORIGINAL
+from modelstore.format.record import PACKS, VariantEntry, VersionRecord, pack_key
+from modelstore.storage.base import Storage
+from modelstore.store.catalog import Catalog
+from modelstore.store.manifests import Manifests
+
+_ONE_LISTING = 256  # packs from which one listing is quicker than a look at each
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store that is copied from or to; `mirrors` are read where the bytes of the first are wrong or gone."""
+
+    storage: Storage
+    catalog: Catalog
+    manifests: Manifests
+    mirrors: tuple[Storage, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A version to be copied: which of its variants, and tags, and the name that it gets."""
+
+    record: VersionRecord
+    variants: tuple[str, ...]
+    name: str
+    tags: tuple[str, ...] = ()
+
+    @property
+    def at(self) -> str:
+        """What it is called in the store that it comes from."""
+        return f"{self.record.model}@{self.record.version}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done for a version: where it is there already, which entries it still lacks, and their manifests."""
+
+    wanted: Wanted
+    there: VersionRecord | None
+    entries: tuple[str, ...] = ()
+    needs: tuple[
+        tuple[str, str, str], ...
+    ] = ()  # (model there, model here, manifest), what deltas are stored against first
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the version is left out, as it was deleted there."""
+        return self.there is not None and self.there.deleted
+
+
+def form(manifest: Manifest) -> str:
+    """Equal for manifests of the same values, stored as the same chunks, wherever these lie."""
+    table = msgspec.structs.replace(manifest.chunks, pack=b"", offset=b"")
+    return man.encode(msgspec.structs.replace(manifest, packs=(), chunks=table, base=None))[0]
+
+
+class Planner:
+    """Decides what is to be done for versions; looks, and writes nothing.
+
+    `everything`: they are many, and what was deleted there, or does not fit, is left out.
+    """
+
+    def __init__(self, source: Place, target: Place, everything: bool) -> None:
+        self._source = source
+        self._target = target
+        self._everything = everything
+        self._source_id = source.catalog.open().id
+
+    def plan(self, wanted: Wanted) -> Plan:
+        """What is to be done for a version."""
+        there = self.there(wanted)
+        if there is not None and there.deleted:
+            at = f"{wanted.name}@{there.version}"
+            return Plan(wanted, there, left_out=(f"{wanted.at}: {at} was deleted in {self._target.storage.url}",))
+        entries, left_out = [], []
+        for variant in wanted.variants:
+            entry = wanted.record.variants[variant]
+            old = there.variants.get(variant) if there else None
+            try:
+                if old is None or (old.manifest != entry.manifest and self._differs(wanted, variant, entry, old)):
+                    entries.append(variant)
+            except ConflictError as error:
+                if not self._everything:
+                    raise
+                left_out.append(f"{wanted.at}:{variant}: {error}")
+        needs: list[tuple[str, str, str]] = []
+        for variant in entries:
+            needs += self._needs(wanted, wanted.record.variants[variant].manifest)
+        return Plan(wanted, there, tuple(entries), tuple(dict.fromkeys(needs)), tuple(left_out))
+
+    def there(self, wanted: Wanted) -> VersionRecord | None:
+        """The version that an earlier copy made of this one, or that it was copied from; one that is deleted only where that
+        counts."""
+        catalog, record = self._target.catalog, wanted.record
+        highest = catalog.highest(wanted.name)
+        try:
+            same = catalog.version(wanted.name, record.version)
+        except NotFoundError:
+            return None  # its number is free, and never was another's
+        if self._is(same, record, wanted.name) and (not same.deleted or self._everything):
+            return same
+        deleted = None
+        for version in range(highest, 0, -1):
+            try:
+                first = catalog.first(wanted.name, version)
+            except NotFoundError:
+                continue  # numbers that a copy left out
+            if first.writer == self.writer(record):
+                head = catalog.version(wanted.name, version)
+                if not head.deleted:
+                    return head
+                deleted = deleted or head
+        return deleted if self._everything else None
+
+    def _is(self, one: VersionRecord, record: VersionRecord, name: str) -> bool:
+        """Whether a version of the other store is this one: made by a copy of it, or of the same values and files."""
+        mine, others = record.variants[ORIGINAL], one.variants[ORIGINAL]
+        if mine.manifest == others.manifest:
+            return True
+        if self._target.catalog.first(name, one.version).writer == self.writer(record):
+            return True
+        try:
+            a = self._source.manifests.entry(record.model, mine)
+            b = self._target.manifests.entry(name, others)
+        except CorruptionError:
+            return False
+        files = [{(file.name, file.digest) for file in m.files} for m in (a, b)]
+        return a.content == b.content and files[0] == files[1]
+
+    def _differs(self, wanted: Wanted, variant: str, entry: VariantEntry, old: VariantEntry) -> bool:
+        """Whether a variant that is there is to be replaced by this one, of the same values in other chunks or with other
+        metrics; `ConflictError` where its values are others."""
+        mine = self._source.manifests.entry(wanted.record.model, entry)
+        others = self._target.manifests.entry(wanted.name, old)
+        if mine.content != others.content:
+            raise ConflictError(
+                f"{self._target.storage.url} has a variant {variant!r} of {wanted.name}@{wanted.record.version} with other "
+                f"values: delete it there first, or leave the variant out",
+                model=wanted.name,
+            )
+        return form(mine) != form(others)
+
+    def _needs(self, wanted: Wanted, digest: str) -> list[tuple[str, str, str]]:
+        """The manifests under a variant's, and its own, last."""
+        found = [(wanted.name, wanted.record.model, digest)]
+        manifest = self._source.manifests.read(wanted.record.model, digest)
+        while manifest.base is not None:
+            base = manifest.base
+            try:
+                manifest = self._source.manifests.read(base.model, base.manifest)
+            except CorruptionError as error:
+                raise CorruptionError(
+                    f"{wanted.at} is stored as the difference to a version of {base.model!r} that cannot be read, and is "
+                    f"not copied without it: {error}",
+                    model=wanted.record.model,
+                    object=error.object,
+                ) from error
+            found.append((base.model, base.model, base.manifest))
+        return found[::-1]
+
+    def packs_of(self, plan: Plan) -> Iterator[str]:
+        """The packs that a version needs there, in their order; some more than once."""
+        for _, model, digest in plan.needs:
+            yield from self._source.manifests.read(model, digest).packs
+
+    def missing(self, needed: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """The packs that are to be sent, and those that are there, with their sizes."""
+        wanted = sorted(set(needed))
+        found = self._sizes((self._target.storage,), wanted)
+        right = self._sizes((self._source.storage, *self._source.mirrors), wanted)
+        there = {pack: size for pack, size in found.items() if size is not None and size == (right[pack] or size)}
+        missing = {pack: size for pack, size in right.items() if pack not in there}
+        lost = [pack for pack, size in missing.items() if size is None]
+        if lost:
+            raise CorruptionError(
+                f"{self._source.storage.url} has lost {len(lost)} packs, the first of them {pack_key(lost[0])}: nothing was "
+                f"copied; run 'modelstore verify' to see which models need them",
+                object=pack_key(lost[0]),
+            )
+        return {pack: size for pack, size in missing.items() if size is not None}, there
+
+    @staticmethod
+    def _sizes(storages: Sequence[Storage], wanted: Sequence[str]) -> dict[str, int | None]:
+        found: dict[str, int | None] = dict.fromkeys(wanted)
+        for storage in storages:
+            left = [pack for pack, size in found.items() if size is None]
+            if len(left) > _ONE_LISTING:
+                sizes = {info.key: info.size for info in storage.list(PACKS)}
+                found |= {pack: sizes.get(pack_key(pack)) for pack in left}
+            elif left:
+                with ThreadPoolExecutor(16, thread_name_prefix="modelstore-copy") as pool:
+                    infos = pool.map(lambda pack: storage.info(pack_key(pack)), left)  # noqa: B023  used at once
+                    found |= {pack: info.size if info else None for pack, info in zip(left, infos, strict=True)}
+        return found
+
+    def writer(self, record: VersionRecord) -> str:
+        """The writer that all copies of a version have in common, so that they know what one of them made."""
+        return blake3(f"copy\0{self._source_id}\0{record.model}\0{record.version}".encode()).hexdigest()[:32]

@@ -1,0 +1,132 @@
+"""`copy`, `rename`, `du`, `cat`, and parts of models into files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import modelstore as ms
+from tests.cli.conftest import Command
+from tests.cli.models import weights
+
+Answer = Callable[..., Any]
+
+
+def test_copy(saved: Command, answer: Answer, tmp_path: Path) -> None:
+    assert "copied acme/toy@1, with" not in saved("copy", "acme/toy@prod", tmp_path / "other", "--tags").stdout
+    other = ms.open(tmp_path / "other")
+    assert other.models()[0].tags == {"prod": 1}
+    assert torch.equal(other.load("acme/toy")["embed.weight"], weights()["embed.weight"])
+    again = saved("copy", "acme/toy@prod", tmp_path / "other").stdout
+    assert "acme/toy@1 is there" in again
+    assert "sent 0 packs" in again
+    done = answer("copy", tmp_path / "other", "--all")
+    assert [(one["source"], one["new"]) for one in done["versions"]] == [("acme/toy@1", False), ("acme/toy@2", True)]
+    assert "as mine@2" in saved("copy", "acme/toy", tmp_path / "other", "--name", "mine").stdout
+
+
+@pytest.mark.parametrize("args", [["acme/toy"], ["acme/toy", "x", "y"], ["acme/toy@1", "x", "--all"]])
+def test_copy_used_wrongly(saved: Command, args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved("copy", *args, code=2)
+    assert not (tmp_path / "x").exists()
+
+
+def test_rename(saved: Command, answer: Answer) -> None:
+    assert "2 versions" in saved("rename", "acme/toy", "toy").stdout
+    assert answer("ls")[0]["name"] == "toy"
+    assert "@1 is @3" in saved("rename", "toy", "acme/toy").stdout
+    saved("rename", "toy", "other", code=1)
+
+
+def test_du(saved: Command, answer: Answer) -> None:
+    found = answer("du")
+    assert found["models"][0]["bytes"] == found["live"] == found["models"][0]["alone"]
+    table = saved("du").stdout
+    assert "dead" in table
+    assert all(len(line) <= 80 for line in table.splitlines())
+    assert [one["name"] for one in answer("du", "acme/toy")["versions"]] == ["acme/toy@1", "acme/toy@2"]
+    saved("du", "nobody", code=1)
+
+
+def test_cat(saved: Command) -> None:
+    assert json.loads(saved("cat", "acme/toy", "config.json").stdout_bytes)["model_type"] == "toy"
+    assert "config.json" in saved("cat", "acme/toy", "other.json", code=1).output
+
+
+def test_load_of_some_tensors(saved: Command, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    saved("load", "acme/toy@1", "-o", out, "--names", "layer.0.*", "--names", "steps")
+    assert sorted(load_file(out)) == ["layer.0.bias", "layer.0.weight", "steps"]
+    assert torch.equal(load_file(out)["layer.0.weight"], weights()["layer.0.weight"])
+    saved("load", "acme/toy@1", "-o", out, "--overwrite", "--names", "layer.1.*", code=1)
+    saved("load", "acme/toy@1", "-o", out, "--overwrite", "--names", "nope", code=1)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A model whose architecture is known."""
+    random = torch.Generator().manual_seed(1)
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    layer = "model.layers.0"
+    shapes = {
+        "model.embed_tokens.weight": (32, 16),
+        f"{layer}.self_attn.q_proj.weight": (16, 16),
+        f"{layer}.self_attn.k_proj.weight": (8, 16),
+        f"{layer}.self_attn.v_proj.weight": (8, 16),
+        f"{layer}.self_attn.o_proj.weight": (16, 16),
+        f"{layer}.mlp.gate_proj.weight": (24, 16),
+        f"{layer}.mlp.up_proj.weight": (24, 16),
+        f"{layer}.mlp.down_proj.weight": (16, 24),
+        "model.norm.weight": (16,),
+        "lm_head.weight": (32, 16),
+    }
+    save_file({n: torch.randn(s, generator=random).bfloat16() for n, s in shapes.items()}, folder / "model.safetensors")
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("texts", "shard"),
+    [
+        (["tp=1/2"], ms.TensorParallel(1, 2)),
+        (["pp=0/1", "tp=0/2"], ms.PipelineStage(0, 1) & ms.TensorParallel(0, 2)),
+        (["layers=0:1"], ms.Layers(0, 1)),
+        (
+            ["lm_head.weight[:, 3:9]", "model.norm.weight[...]"],
+            ms.Regions({"lm_head.weight": ((0, 32), (3, 9)), "model.norm.weight": None}),
+        ),
+    ],
+)
+def test_load_of_a_part_is_what_python_loads(
+    run: Command, llama: Path, tmp_path: Path, texts: list[str], shard: Any
+) -> None:
+    run("save", llama, "llama")
+    run("load", "llama", "-o", tmp_path / "out.safetensors", *(arg for text in texts for arg in ("--shard", text)))
+    wanted = ms.open(tmp_path / "store").load("llama", shard=shard)
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("text", ["3/8", "tp=3", "tp=8/8", "x[1]", "x[::2]", "layers=a:b", ""])
+def test_a_part_that_cannot_be_is_wrong_usage(run: Command, llama: Path, tmp_path: Path, text: str) -> None:
+    run("save", llama, "llama")
+    run("load", "llama", "-o", tmp_path / "out.safetensors", "--shard", text, code=2)
+    assert not (tmp_path / "out.safetensors").exists()
