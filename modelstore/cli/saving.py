@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from modelstore.cli import complete, output, units
 from modelstore.cli.options import AsJson, Cluster, Debug, Memory, ModelName, Quiet, StoreUrl, open_store
+
+if TYPE_CHECKING:
+    from modelstore.format.results import LeftOut
+
+_SHOWN = 8  # entries that were left out
 
 
 class StorageCodec(StrEnum):
@@ -109,4 +115,13 @@ def save(
         f"written {units.size(saved.stored)} ({units.share(saved.stored, saved.bytes)} of the model), "
         f"already there {units.size(saved.reused)}",
     ]
+    if saved.left_out:
+        lines.append(f"not saved: {_named(saved.left_out)}")
     output.result(saved, lines, as_json=json)
+
+
+def _named(left_out: Sequence[LeftOut]) -> str:
+    """What was left out, by reason; the rest is counted."""
+    shown = [f"{one.name} ({one.why}{f', {units.size(one.bytes)}' if one.bytes else ''})" for one in left_out[:_SHOWN]]
+    more = len(left_out) - len(shown)
+    return ", ".join(shown) + (f" and {more} more (--json names all)" if more else "")

@@ -227,6 +227,7 @@ def saved(name: str, version: int, outcome: Outcome, seconds: float) -> results.
         seconds,
         entry.manifest,
         durable=version > 0,
+        left_out=outcome.left_out,
     )
 
 

@@ -43,6 +43,7 @@ class Parts(Base):
         where the session was published already.
         """
         from modelstore.execute.parts import CODECS, MAX_RANKS, save_part
+        from modelstore.execute.saving import left_out
         from modelstore.sources.slices import open_part
 
         started = time.monotonic()
@@ -71,8 +72,8 @@ class Parts(Base):
             )
         finally:
             part.source.close()
-        tensors, seconds = len(page.manifest.tensors), time.monotonic() - started
-        return results.Part(name, session, rank, ranks, tensors, total, tally.stored, tally.reused, seconds)
+        tensors, seconds, left = len(page.manifest.tensors), time.monotonic() - started, left_out(part.source)
+        return results.Part(name, session, rank, ranks, tensors, total, tally.stored, tally.reused, seconds, left)
 
     def publish(
         self,

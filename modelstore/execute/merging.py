@@ -171,6 +171,7 @@ def publish(
             planes = _planes(pieces, chunk, by_rank)
             piece = first.piece
             tensors.append(builder.tensor(name, piece.dtype, piece.shape, chunk, first.codec, digests[name], planes))
+    files.opened.check()
     own = [_entry(builder, plans, FILE + path, written) for path in files.files]
     others = [
         builder.carry(by_rank[rank], file) for path, (rank, file) in merge.files.items() if path not in files.files

@@ -138,6 +138,7 @@ def save_part(
             journal.note(done, chunks)
 
     written = PackWriter(storage, limits, known, refresh_before, progress, note, tally).write(inputs)
+    part.source.opened.check()
     manifest = manifest_of(part.source, inputs, written)
     for alias, name in part.source.aliases.items():
         if name in slices:

@@ -34,6 +34,7 @@ from modelstore.format.manifest_builder import ManifestBuilder
 from modelstore.format.names import check_file, check_tensor
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region, extent
+from modelstore.format.results import LeftOut
 from modelstore.plan.layout import axes
 from modelstore.plan.write import FILE_CODEC, plan_tensor
 from modelstore.sources.base import Source
@@ -70,6 +71,7 @@ class Outcome:
     entry: VariantEntry
     tally: Tally
     journal: Journal | None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def check_options(codec: str, grid: str, parent: object | None, ack: str = "storage") -> None:
@@ -125,8 +127,17 @@ def store(
         written |= WholeWriter(storage, known, refresh_before, metadata, progress, note, tally).write(whole)
     cut = [item for item in left if not item.plan.whole]
     written |= PackWriter(storage, limits, known, refresh_before, progress, note, tally).write(cut)
+    source.opened.check()
     manifest = manifest_of(source, inputs, written, base)
-    return Outcome(store_manifest(manifests, model, manifest, codec, refresh_before), tally, journal)
+    entry = store_manifest(manifests, model, manifest, codec, refresh_before)
+    return Outcome(entry, tally, journal, left_out(source))
+
+
+def left_out(source: Source) -> tuple[LeftOut, ...]:
+    """What a source holds and does not give, by name."""
+    why: Mapping[str, str] = getattr(source, "skipped", {})
+    sizes: Mapping[str, int] = getattr(source, "skipped_bytes", {})
+    return tuple(LeftOut(name, why[name], sizes.get(name, 0)) for name in sorted(why))
 
 
 def publish(catalog: Catalog, model: str, outcome: Outcome) -> VersionRecord:
@@ -191,7 +202,7 @@ def plan_inputs(
         check_file(path)
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         plan = plan_tensor(FILE + path, "uint8", (size,), FILE_CODEC)
-        inputs.append(Input(plan, make_codec(FILE_CODEC.name, FILE_CODEC.params), _file_reading(path, content)))
+        inputs.append(Input(plan, make_codec(FILE_CODEC.name, FILE_CODEC.params), _file_reading(source, content)))
     return inputs
 
 
@@ -243,18 +254,13 @@ def _reading(source: Source, name: str) -> ReadRegion:
     return lambda region, out: source.read(name, region, out)
 
 
-def _file_reading(path: str, content: Path | bytes) -> ReadRegion:
+def _file_reading(source: Source, content: Path | bytes) -> ReadRegion:
     def read(region: Region, out: Bytes) -> None:
         ((start, stop),) = region
         if isinstance(content, bytes):
-            data = content[start:stop]
+            out[:] = np.frombuffer(content[start:stop], np.uint8)
         else:
-            with content.open("rb") as file:
-                file.seek(start)
-                data = file.read(stop - start)
-        if len(data) != len(out):
-            raise FormatError(f"file {path} changed while it was saved: save again", object=path)
-        out[:] = np.frombuffer(data, np.uint8)
+            source.opened.read(content, start, out)
 
     return read
 

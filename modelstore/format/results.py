@@ -9,10 +9,19 @@ import msgspec
 from modelstore.format.manifest import CodecSpec
 
 
+class LeftOut(msgspec.Struct, frozen=True):
+    """What a source holds and was not saved: a file's path or an entry's name, why, and its bytes (0 where not known)."""
+
+    name: str
+    why: str
+    bytes: int = 0
+
+
 class Saved(msgspec.Struct, frozen=True):
     """A version that was made: raw bytes of its tensors, bytes newly stored, and of chunks found already stored.
 
-    One that is not `durable` lies in the memory of two nodes, and has no version yet: 0.
+    One that is not `durable` lies in the memory of two nodes, and has no version yet: 0. `left_out` says what the source holds
+    and was not saved.
     """
 
     model: str
@@ -25,6 +34,7 @@ class Saved(msgspec.Struct, frozen=True):
     seconds: float
     digest: str
     durable: bool = True
+    left_out: tuple[LeftOut, ...] = ()
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -39,6 +49,7 @@ class Part(msgspec.Struct, frozen=True):
     stored: int
     reused: int
     seconds: float
+    left_out: tuple[LeftOut, ...] = ()
 
 
 class Prepared(msgspec.Struct, frozen=True):

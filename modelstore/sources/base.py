@@ -10,6 +10,7 @@ from typing import Protocol
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Region, Shape
+from modelstore.sources.reading import Files
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,10 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str | None:
         """The same text as long as the source holds the same bytes, so that an interrupted save can go on; None where unknown."""
+
+    @property
+    def opened(self) -> Files:
+        """The files that are read, those of `files` among them; `opened.check()` when all was read."""
 
     def read(self, name: str, region: Region, out: Bytes) -> None:
         """Write the region's raw little-endian bytes, row-major, into `out`: 1-d, exactly as long as the region.

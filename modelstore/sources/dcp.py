@@ -23,7 +23,7 @@ from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import Budget, FiledSource, Found, Piece, check_expansion, check_tiling, fingerprint
 from modelstore.sources.folder import Folder, scan
 from modelstore.sources.pickled_tensors import Ref, stand_ins
-from modelstore.sources.reading import Files, Placed, read_whole
+from modelstore.sources.reading import Files, Placed
 from modelstore.sources.unpickle import Record, ordered_dict, record, unpickle
 
 METADATA = ".metadata"
@@ -75,9 +75,13 @@ def open_directory(root: Path) -> DcpSource:
     Entries that are no tensors (step counters, Python objects) are left out: `skipped` names them. Files other than
     the checkpoint's own are kept. `FormatError` where the metadata is not valid or a chunk is missing.
     """
-    folder = scan(root)
+    folder = scan(root, keep=frozenset({METADATA}))
+    opened = Files(folder.states)
     path = folder.take(METADATA)
-    data = read_whole(path, MAX_METADATA)
+    size = path.stat().st_size
+    if size > MAX_METADATA:
+        raise FormatError(f"{path} has {size} bytes, where {MAX_METADATA} is the limit", object=str(path))
+    data = opened.bytes(path, 0, size)
     metadata = unpickle(data, _ALLOWED, where=str(path))
     entries = _field(metadata, "Metadata", "state_dict_metadata", dict, path)
     stored = _stored(_field(metadata, "Metadata", "storage_data", dict, path), folder)
@@ -105,10 +109,10 @@ def open_directory(root: Path) -> DcpSource:
         specs,
         pieces,
         files=kept,
-        fingerprint=fingerprint(folder.files.items(), {METADATA: data}),
+        fingerprint=fingerprint(folder.files.items(), opened, {METADATA: data}),
         skipped=skipped,
     )
-    return DcpSource(found, Files())
+    return DcpSource(found, opened)
 
 
 def _field(of: Any, kind: str, name: str, type_: type, path: Path) -> Any:

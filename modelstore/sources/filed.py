@@ -19,6 +19,7 @@ from modelstore.format.names import check_tensor
 from modelstore.format.region import Region, Shape, nbytes
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.reading import Files, Placed, boxed
+from modelstore.sources.states import SAMPLED, State
 
 W = TypeVar("W")  # what says where a piece lies: a `Placed`, or what leads to one
 
@@ -63,6 +64,7 @@ class FiledSource(Generic[W]):
         self._found = found
         self._specs = {spec.name: spec for spec in found.tensors}
         self._files = opened if opened is not None else Files()
+        self._files.watch([file for file in found.files.values() if isinstance(file, Path)])
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -93,6 +95,11 @@ class FiledSource(Generic[W]):
     def skipped_bytes(self) -> Mapping[str, int]:
         """The bytes of what is not saved, by the names in `skipped`, where they are known."""
         return MappingProxyType(dict(self._found.skipped_bytes))
+
+    @property
+    def opened(self) -> Files:
+        """See `Source.opened`."""
+        return self._files
 
     def read(self, name: str, region: Region, out: Bytes) -> None:
         """See `Source.read`. `KeyError` for a name not in `tensors`, `ValueError` for a region outside the tensor."""
@@ -184,21 +191,28 @@ def check_tiling(name: str, shape: Shape, boxes: Sequence[Region], budget: Budge
                 raise bad("overlap")
 
 
-def fingerprint(files: Iterable[tuple[str, Path | bytes]], headers: Mapping[str, bytes] | None = None) -> str:
-    """One text for the state of all files: relative path, size, modification time, and the bytes of tables read."""
+def fingerprint(
+    files: Iterable[tuple[str, Path | bytes]], opened: Files, headers: Mapping[str, bytes] | None = None
+) -> str:
+    """One text for the state of all files: relative path, inode, size, times, samples, and the bytes of tables read.
+
+    Of very many files, some are sampled.
+    """
     digest = blake3()
 
     def add(*parts: bytes) -> None:
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
 
-    for name, file in sorted(files, key=lambda item: item[0]):
+    ordered = sorted(files, key=lambda item: item[0])
+    step = -(-len(ordered) // SAMPLED)
+    for number, (name, file) in enumerate(ordered):
         add(b"file", name.encode("utf-8", "surrogateescape"))
         if isinstance(file, bytes):
             add(file)
         else:
-            stat = file.stat()
-            add(str(stat.st_size).encode(), str(stat.st_mtime_ns).encode())
+            state, sampled = opened.sample(file) if number % step == 0 else (State.of(file.stat()), b"")
+            add(repr(state.lasting).encode(), sampled)
     for name, header in sorted((headers or {}).items()):
         add(b"header", name.encode("utf-8", "surrogateescape"), header)
     return digest.hexdigest()

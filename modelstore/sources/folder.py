@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,11 @@ from typing import Any
 from modelstore.errors import FormatError, NotFoundError
 from modelstore.format.names import check_file
 from modelstore.sources.reading import read_whole
+from modelstore.sources.states import State, settle, state_below
+
+# Hidden files that belong to a model. Others (.env, .netrc, .ssh/, .aws/) hold secrets as often as not.
+_HIDDEN = frozenset({".gitattributes", ".eval_results"})
+_ANNEX = (".git", "annex", "objects")  # where the files that git-annex manages lie, with links to them
 
 # Folders of tools, not of the model.
 _PASSED_OVER = frozenset({".git", ".cache", ".huggingface", ".ipynb_checkpoints", "__pycache__", ".locks", ".no_exist"})
@@ -38,11 +43,12 @@ MAX_INDEX = 64 << 20  # a million tensors
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A directory's regular files by relative POSIX path, and what was left out, with the reason."""
+    """A directory's regular files by relative POSIX path, what was left out, with the reason, and the files' states."""
 
     root: Path
     files: dict[str, Path]
     skipped: dict[str, str]
+    states: dict[Path, State]
 
     def take(self, name: str) -> Path:
         """The file of that name; `FormatError` where it is missing or was left out."""
@@ -52,50 +58,82 @@ class Folder:
         raise FormatError(f"{self.root} has no usable file {name!r}: {why}", object=str(self.root / name))
 
 
-def scan(root: Path) -> Folder:
+def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
     """All regular files under a directory, recursively, in the order of their names.
 
-    Left out: folders of tools (`.git`, caches), litter of downloads, symbolic links that lead out of the directory
-    (but into the blobs of the Hugging Face cache it lies in), links to directories, and what is no regular file.
+    Left out: folders of tools (`.git`, caches), litter of downloads, hidden files and folders but for those that belong
+    to a model or are in `keep`, symbolic links that lead out of the directory (but into the blobs of the Hugging Face
+    cache it lies in) or to what would be left out, links to directories, and what is no regular file.
     """
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory", object=str(root))
-    allowed = [root.resolve()]
-    # …/models--org--name/{snapshots/<commit>, blobs}
-    snapshots = [place for place in (root, root.resolve()) if place.parent.name == "snapshots"]
-    allowed += [(place.parent.parent / "blobs").resolve() for place in snapshots]
+    allowed = [root.resolve(), *_blobs(root)]
     files: dict[str, Path] = {}
     skipped: dict[str, str] = {}
+    states: dict[Path, State] = {}
     for folder, folders, names in os.walk(root):
         here = Path(folder)
-        for name in [n for n in folders if n in _PASSED_OVER or (here / n).is_symlink()]:
-            folders.remove(name)
-            if name not in _PASSED_OVER:
-                skipped[(here / name).relative_to(root).as_posix()] = "it is a link to a directory"
+        for name in sorted(folders):
+            why = "it is a link to a directory" if (here / name).is_symlink() else hidden((name,), keep)
+            if name in _PASSED_OVER or why:
+                folders.remove(name)
+            if why and name not in _PASSED_OVER:
+                skipped[(here / name).relative_to(root).as_posix()] = why
         folders.sort()
         for name in sorted(names):
             path = here / name
             relative = path.relative_to(root).as_posix()
             if _LITTER.fullmatch(name):
                 continue
-            why = _why_not(path, allowed)
-            if why:
-                skipped[relative] = why
+            real = path.resolve() if path.is_symlink() else allowed[0] / relative
+            why = hidden((name,), keep) or _why_not(path, real, allowed, keep)
+            state = None if why else _state(real, allowed)
+            if state is None:
+                skipped[relative] = why or "it is not a regular file"
             else:
                 files[check_file(relative)] = path
+                states[path] = state
         if len(files) > MAX_FILES:
             raise FormatError(
                 f"{root} has more than {MAX_FILES} files: give the model's own directory", object=str(root)
             )
-    return Folder(root, dict(sorted(files.items())), skipped)
+    settle(states.values())
+    return Folder(root, dict(sorted(files.items())), skipped, states)
 
 
-def _why_not(path: Path, allowed: list[Path]) -> str | None:
+def _blobs(root: Path) -> list[Path]:
+    """Where the files of a snapshot of the Hugging Face cache lie: …/models--org--name/{snapshots/<commit>, blobs}.
+
+    Blobs that are a link themselves are none of the cache's.
+    """
+    snapshots = [place for place in (root, root.resolve()) if place.parent.name == "snapshots"]
+    found = [place.parent.parent / "blobs" for place in snapshots]
+    return [blobs.resolve() for blobs in found if blobs.is_dir() and not blobs.is_symlink()]
+
+
+def hidden(parts: Sequence[str], keep: frozenset[str] = frozenset()) -> str | None:
+    """Why a path is left out whose names are `parts`, where one of them is hidden; None where none is."""
+    if any(part.startswith(".") and part not in _HIDDEN and part not in keep for part in parts):
+        return "it is hidden"
+    return None
+
+
+def _why_not(path: Path, real: Path, allowed: Sequence[Path], keep: frozenset[str]) -> str | None:
+    """Why a file is left out, where `real` is what it leads to."""
     if path.is_symlink():
-        target = path.resolve()
-        if not any(target.is_relative_to(root) for root in allowed):
-            return f"it is a link out of the directory, to {target}"
+        if not any(real.is_relative_to(root) for root in allowed):
+            return f"it is a link out of the directory, to {real}"
+        if real.is_relative_to(allowed[0]):
+            parts = real.relative_to(allowed[0]).parts
+            if parts[:3] != _ANNEX and hidden(parts, keep):
+                return f"it is a link to what is hidden, {real}"
     return None if path.is_file() else "it is not a regular file"
+
+
+def _state(real: Path, allowed: Sequence[Path]) -> State | None:
+    """The state of a file, which is reached without following a link: one put there meanwhile leads nowhere."""
+    root = next((root for root in allowed if real.is_relative_to(root)), None)
+    return None if root is None else state_below(root, real)
 
 
 def leave_duplicates(folder: Folder, used: set[str]) -> tuple[dict[str, Path], dict[str, str]]:

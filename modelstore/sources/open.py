@@ -14,6 +14,7 @@ from modelstore.format.names import check_file
 from modelstore.format.region import Region
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source, TensorSpec
+from modelstore.sources.reading import Files
 
 if TYPE_CHECKING:
     import torch
@@ -155,6 +156,7 @@ class _WithFiles:
     def __init__(self, source: Source, files: Mapping[str, Path | bytes]) -> None:
         self._source = source
         self._extra = dict(files)
+        source.opened.watch([file for file in files.values() if isinstance(file, Path)])
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -177,7 +179,12 @@ class _WithFiles:
         from modelstore.sources.filed import fingerprint
 
         own = self._source.fingerprint
-        return None if own is None else fingerprint(self._extra.items(), {"": own.encode()})
+        return None if own is None else fingerprint(self._extra.items(), self.opened, {"": own.encode()})
+
+    @property
+    def opened(self) -> Files:
+        """See `Source.opened`."""
+        return self._source.opened
 
     @property
     def skipped(self) -> Mapping[str, str]:

@@ -21,6 +21,7 @@ from modelstore.sources.folder import Folder, leave_duplicates, read_index, scan
 from modelstore.sources.legacy import LegacyArchive, is_legacy
 from modelstore.sources.pickled_tensors import NotDense, Ref
 from modelstore.sources.reading import Files, Placed, open_regular
+from modelstore.sources.states import states_of
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -42,7 +43,7 @@ def open_file(path: Path, *, key: str | None = None, files: Mapping[str, Path | 
     """
     if not path.is_file():
         raise NotFoundError(f"{path} is not a file", object=str(path))
-    return _open({path.name: path}, kept=files or {}, skipped={}, key=key)
+    return _open({path.name: path}, Files(states_of([path])), kept=files or {}, skipped={}, key=key)
 
 
 def open_directory(root: Path, *, key: str | None = None) -> Source:
@@ -52,7 +53,7 @@ def open_directory(root: Path, *, key: str | None = None) -> Source:
     kept, skipped = leave_duplicates(folder, used)
     kept.pop(INDEX, None)
     shards = {name: folder.take(name) for name in sorted(used)}
-    source = _open(shards, kept=kept, skipped=skipped, key=key)
+    source = _open(shards, Files(folder.states), kept=kept, skipped=skipped, key=key)
     present = {spec.name for spec in source.tensors} | source.aliases.keys()
     missing = [name for name in weights if name not in present]
     if missing:
@@ -101,12 +102,12 @@ def _choose(folder: Folder) -> tuple[set[str], Mapping[str, str]]:
 
 def _open(
     shards: Mapping[str, Path],
+    opened: Files,
     *,
     kept: Mapping[str, Path | bytes],
     skipped: Mapping[str, str],
     key: str | None,
 ) -> PickledSource:
-    opened = Files()
     try:
         specs: list[TensorSpec] = []
         pieces: dict[str, tuple[Piece[Placed], ...]] = {}
@@ -139,7 +140,7 @@ def _open(
                 specs.append(TensorSpec(name, ref.dtype, ref.shape))
                 pieces[name] = (Piece(whole, archive.place(ref)),)
             check_expansion(str(path), specs[taken:], archive.size)
-        state_of = fingerprint([*shards.items(), *kept.items()])
+        state_of = fingerprint([*shards.items(), *kept.items()], opened)
         return PickledSource(Found(specs, pieces, aliases, kept, metadata, state_of, left, sizes), opened)
     except BaseException:
         opened.close()

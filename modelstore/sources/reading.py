@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from modelstore.errors import FormatError, StorageError
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import Region, extent
+from modelstore.sources.states import State, changed, same_bytes, samples, states_of
 
 SPAN = 4 << 20  # the most that one read fetches only to pick parts of it
 SPARSE_GAP = 64 << 10  # a gap longer than this is skipped rather than read
@@ -73,9 +75,14 @@ def read_whole(path: Path, limit: int) -> bytes:
 
 
 class Files:
-    """Open files for positioned reads; safe for threads, which share the descriptors."""
+    """Open files for positioned reads, all in the state in which they were first seen; safe for threads.
 
-    def __init__(self) -> None:
+    Threads share the descriptors. `states` are those of files that are to be read, else a file's first opening counts. A
+    file that is found in another state is a `ConflictError`; `check` looks at all of them.
+    """
+
+    def __init__(self, states: Mapping[Path, State] | None = None) -> None:
+        self._states = dict(states or {})
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -85,12 +92,14 @@ class Files:
 
         `FormatError` where the file ends before, `StorageError` where it cannot be read.
         """
-        descriptor, kept = self._descriptor(path)
-        try:
+        with self._opened(path) as descriptor:
             view = out.data
             done = 0
             while done < len(view):
-                got = os.preadv(descriptor, [view[done:]], start + done)
+                try:
+                    got = os.preadv(descriptor, [view[done:]], start + done)
+                except OSError as error:
+                    raise StorageError(f"cannot read {path}: {error}", object=str(path)) from error
                 if got == 0:
                     raise FormatError(
                         f"{path} ends at byte {start + done}, where {len(view) - done} more were expected: it was "
@@ -98,11 +107,25 @@ class Files:
                         object=str(path),
                     )
                 done += got
-        except OSError as error:
-            raise StorageError(f"cannot read {path}: {error}", object=str(path)) from error
-        finally:
-            if not kept:
-                os.close(descriptor)
+
+    def watch(self, files: Sequence[Path]) -> None:
+        """Count these among the files that must stay as they are now."""
+        fresh = states_of(file for file in files if file not in self._states)
+        with self._lock:
+            self._states = {**fresh, **self._states}
+
+    def check(self) -> None:
+        """`ConflictError` where a file is not as it was when it was first seen: what was read may be of two states."""
+        with self._lock:
+            for path, state in self._states.items():
+                if not same_bytes(state, self._descriptors.get(path), path):
+                    raise changed(path)
+
+    def sample(self, path: Path) -> tuple[State, bytes]:
+        """A file's state, and some of its bytes."""
+        with self._opened(path) as descriptor:
+            state = self._states[path]
+            return state, samples(path, descriptor, state.size)
 
     def bytes(self, path: Path, start: int, length: int) -> bytes:
         """A copy of `length` bytes from `start` on."""
@@ -124,6 +147,15 @@ class Files:
                 os.close(descriptor)
             self._descriptors.clear()
 
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[int]:
+        descriptor, kept = self._descriptor(path)
+        try:
+            yield descriptor
+        finally:
+            if not kept:
+                os.close(descriptor)
+
     def _descriptor(self, path: Path) -> tuple[int, bool]:
         with self._lock:
             if self._closed:
@@ -132,6 +164,10 @@ class Files:
             if found is not None:
                 return found, True
             descriptor = open_regular(path)
+            state = State.of(os.fstat(descriptor))
+            if self._states.setdefault(path, state) != state:
+                os.close(descriptor)
+                raise changed(path)
             kept = len(self._descriptors) < OPEN_FILES
             if kept:
                 self._descriptors[path] = descriptor

@@ -17,6 +17,7 @@ from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import Budget, FiledSource, Found, Piece, check_tiling, fingerprint
 from modelstore.sources.folder import Folder, leave_duplicates, read_index, scan
 from modelstore.sources.reading import Files, Placed, row_major
+from modelstore.sources.states import states_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,7 +35,8 @@ def open_files(paths: Sequence[Path], *, files: Mapping[str, Path | bytes] | Non
     for path in paths:
         if not path.is_file():
             raise NotFoundError(f"{path} is not a file", object=str(path))
-    return _open({f"{i:06}/{path.name}": path for i, path in enumerate(paths)}, kept=files or {}, skipped={})
+    shards = {f"{i:06}/{path.name}": path for i, path in enumerate(paths)}
+    return _open(shards, Files(states_of(paths)), kept=files or {}, skipped={})
 
 
 def open_directory(root: Path) -> SafetensorsSource:
@@ -45,7 +47,7 @@ def open_directory(root: Path) -> SafetensorsSource:
     for name in tables & kept.keys():
         del kept[name]  # an index is made again for the shards that are written
     shards = {name: folder.take(name) for name in sorted(used)}
-    source = _open(shards, kept=kept, skipped=skipped)
+    source = _open(shards, Files(folder.states), kept=kept, skipped=skipped)
     for name, file in weights.items():
         if not source.has(name, shards[file]):
             source.close()
@@ -102,9 +104,8 @@ def _numbered(root: Path, names: Sequence[str]) -> bool:
 
 
 def _open(
-    shards: Mapping[str, Path], *, kept: Mapping[str, Path | bytes], skipped: Mapping[str, str]
+    shards: Mapping[str, Path], opened: Files, *, kept: Mapping[str, Path | bytes], skipped: Mapping[str, str]
 ) -> SafetensorsSource:
-    opened = Files()
     try:
         headers = {name: _read_header(opened, path) for name, path in shards.items()}
         tables = {name: _parse(shards[name], header) for name, header in headers.items()}
@@ -122,7 +123,7 @@ def _open(
             pieces,
             files=kept,
             metadata=metadata,
-            fingerprint=fingerprint([*shards.items(), *kept.items()], headers),
+            fingerprint=fingerprint([*shards.items(), *kept.items()], opened, headers),
             skipped=skipped,
         )
         return SafetensorsSource(found, opened)

@@ -20,7 +20,7 @@ from modelstore.format.names import check_tensor
 from modelstore.format.region import Region
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.reading import boxed
+from modelstore.sources.reading import Files, boxed
 
 Value = torch.Tensor | NDArray[Any]
 
@@ -47,6 +47,8 @@ class StateDictSource:
         self._aliases: dict[str, str] = {}
         self._tensors: list[TensorSpec] = []
         self._files = dict(files or {})
+        self._opened = Files()
+        self._opened.watch([file for file in self._files.values() if isinstance(file, Path)])
         first: dict[tuple[Any, ...], str] = {}
         for name, value in state.items():
             if not isinstance(name, str):
@@ -90,6 +92,11 @@ class StateDictSource:
     def fingerprint(self) -> str | None:
         return None  # memory can change unseen
 
+    @property
+    def opened(self) -> Files:
+        """See `Source.opened`."""
+        return self._opened
+
     def read(self, name: str, region: Region, out: Bytes) -> None:
         """See `Source.read`. `KeyError` for a name not in `tensors`, `ValueError` for a region outside the tensor."""
         value = self._values[name]
@@ -104,6 +111,7 @@ class StateDictSource:
 
     def close(self) -> None:
         self._values.clear()
+        self._opened.close()
 
 
 def open_state_dict(state: Mapping[str, Any], *, files: Mapping[str, Path | bytes] | None = None) -> StateDictSource:

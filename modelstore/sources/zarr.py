@@ -26,8 +26,9 @@ from modelstore.format.safetensors import MAX_BYTES
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import check_expansion, fingerprint
-from modelstore.sources.folder import read_json
-from modelstore.sources.reading import boxed
+from modelstore.sources.folder import hidden, read_json
+from modelstore.sources.reading import Files, boxed
+from modelstore.sources.trees import TreeFiles
 from modelstore.sources.zarr_bounds import bound, check_array
 from modelstore.sources.zarr_chunks import Chunks, chunk_bytes, overlapping
 from modelstore.sources.zarr_dtypes import Renamed
@@ -48,11 +49,16 @@ class ZarrSource:
         arrays: Mapping[str, Any],
         stored: Mapping[str, DType],
         files: Mapping[str, Path | bytes],
-        fingerprint: str | None,
+        *,
+        fingerprint: str | None = None,
+        opened: Files | None = None,
+        skipped: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._arrays = dict(arrays)
         self._files = dict(files)
         self._fingerprint = fingerprint
+        self._opened = opened or Files()
+        self.skipped = skipped
         self._chunks = Chunks()
         self._specs = {name: _spec(name, array, stored.get(name)) for name, array in arrays.items()}
 
@@ -75,6 +81,11 @@ class ZarrSource:
     @property
     def fingerprint(self) -> str | None:
         return self._fingerprint
+
+    @property
+    def opened(self) -> Files:
+        """See `Source.opened`."""
+        return self._opened
 
     def read(self, name: str, region: Region, out: Bytes) -> None:
         """See `Source.read`; the Zarr chunks that the region touches are decoded whole, and large ones kept for a while.
@@ -109,6 +120,7 @@ class ZarrSource:
 
     def close(self) -> None:
         self._arrays.clear()
+        self._opened.close()
         self._chunks.clear()
 
 
@@ -116,7 +128,9 @@ def open_directory(root: Path) -> ZarrSource:
     """A directory with Zarr arrays in it, under groups or plain folders. Files that are not Zarr's are kept."""
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory", object=str(root))
-    paths, groups, others, everything, usage = _walk(root)
+    opened = TreeFiles(root)
+    skipped: dict[str, str] = {}
+    paths, groups, others, everything, usage = _walk(root, skipped)
     store = Renamed(LocalStore(root, read_only=True))
     arrays, attributes = {}, {}
     for group in groups:
@@ -127,7 +141,9 @@ def open_directory(root: Path) -> ZarrSource:
         check_array(name, arrays[name], usage[path].files, usage[path].largest)
         attributes[path] = dict(arrays[name].attrs)
     stored = {path or root.name.removesuffix(".zarr"): kind for path, kind in store.renamed.items()}
-    source = ZarrSource(arrays, stored, others | _written(attributes), fingerprint(everything))
+    state = fingerprint(everything, opened)
+    files = others | _written(attributes)
+    source = ZarrSource(arrays, stored, files, fingerprint=state, opened=opened, skipped=skipped)
     total = sum(used.bytes for used in usage.values())
     check_expansion(str(root), source.tensors, total, most=EXPANSION, small=SMALL)
     return source
@@ -150,7 +166,7 @@ def open_group(group: zarr.Group) -> ZarrSource:
         bound(array)
     stored = {path.removeprefix(prefix): kind for path, kind in store.renamed.items()}
     attributes = {name: dict(member.attrs) for name, member in members} | {"": dict(group.attrs)}
-    return ZarrSource(arrays, stored, _written(attributes), None)
+    return ZarrSource(arrays, stored, _written(attributes))
 
 
 def _open_array(store: Renamed, path: str, name: str, version: Literal[2, 3]) -> Any:
@@ -198,10 +214,10 @@ _Walked = tuple[
 ]
 
 
-def _walk(root: Path) -> _Walked:
+def _walk(root: Path, skipped: dict[str, str]) -> _Walked:
     """Arrays (path → format), groups, other files, every file, and the arrays' use of them, of a directory.
 
-    Links that lead out are refused, as is what is no file where an array or its metadata should be.
+    Links that lead out are refused, as is what is no file where an array or its metadata should be. Hidden files are `skipped`.
     """
     real = root.resolve()
     arrays: dict[str, Literal[2, 3]] = {}
@@ -211,8 +227,11 @@ def _walk(root: Path) -> _Walked:
     inside: dict[str, str] = {}  # folder → the array it lies in: what is there is chunks
     usage: dict[str, _Usage] = {}
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in (".git", "__pycache__", ".cache"))
         here = Path(folder)
+        for name in folders:
+            if (why := hidden((name,))) and name not in (".git", ".cache"):
+                skipped[(here / name).relative_to(root).as_posix()] = why
+        folders[:] = sorted(name for name in folders if name != "__pycache__" and not hidden((name,)))
         path = "" if here == root else here.relative_to(root).as_posix()
         below = path in inside
         if not below and "manifest.ocdbt" in names:
@@ -230,7 +249,10 @@ def _walk(root: Path) -> _Walked:
         owner = inside.get(path, path)
         inside.update((f"{path}/{name}".lstrip("/"), owner) for name in folders if below)
         used = usage.setdefault(owner, _Usage()) if below else None
-        for file in _plain(here, folders, sorted(names), real, strict=below):
+        shown = sorted(name for name in names if name in _MARKS or not hidden((name,)))
+        for name in set(names).difference(shown):
+            skipped[(here / name).relative_to(root).as_posix()] = "it is hidden"
+        for file in _plain(here, folders, shown, real, strict=below):
             relative = file.relative_to(root).as_posix()
             everything.append((relative, file))
             if file.name in _MARKS:
