@@ -104,7 +104,9 @@ class Evaluating(Base):
         if keep:
             for variant, measured in found.fresh.items():
                 at = Reference(pinned[0].name, version=pinned[0].version, variant=variant)
-                run.publish(self._catalog, self._manifests, at, models[variant].manifest.content, measured)
+                run.publish(
+                    self._storage, self._catalog, self._manifests, at, models[variant].manifest.content, measured
+                )
         seconds = time.monotonic() - started
         made = [
             results.Evaluation(

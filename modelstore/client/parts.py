@@ -66,6 +66,7 @@ class Parts(Base):
                 rank=rank,
                 ranks=ranks,
                 codec=codec,
+                after=self._catalog.highest(name),
                 earlier=[one for one in (self._newest(name), against) if one is not None],
                 limits=self._limits(),
                 progress=meter(progress, total, f"saving {name}, rank {rank} of {ranks}"),

@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,15 +19,18 @@ from modelstore.client.keeping import Keeping
 from modelstore.client.parts import Parts
 from modelstore.execute.loading import LazyTensor
 from modelstore.execute.progress import Progress, meter
-from modelstore.execute.saving import check_options, publish, store
+from modelstore.execute.saving import Outcome, check_options, publish, store
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Shard, as_layout
 from modelstore.sources.open import open_source
+from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
 from modelstore.store.compare import diff
 from modelstore.store.describe import describe, model_info, variant_infos, version_info
+from modelstore.store.manifests import Manifests
+from modelstore.store.relying import again
 
 if TYPE_CHECKING:
     import torch
@@ -114,21 +116,27 @@ class Store(Clustered, Compressing, Copying, Evaluating, Following, Keeping, Par
         try:
             self._catalog.open(create=True)
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in opened.tensors)
-            store_to = partial(
-                store,
-                model=name,
-                source=opened,
-                codec=codec,
-                grid=grid,
-                parent=against,
-                previous=self._newest(name),
-                limits=self._limits(),
-                progress=meter(progress, total, f"saving {name}"),
-            )
+            metered = meter(progress, total, f"saving {name}")
+
+            def store_to(storage: Storage, manifests: Manifests, *, resumable: bool = True) -> Outcome:
+                return store(
+                    storage,
+                    manifests,
+                    name,
+                    opened,
+                    codec=codec,
+                    grid=grid,
+                    parent=against,
+                    previous=self._newest(name),
+                    limits=self._limits(),
+                    progress=metered,
+                    resumable=resumable,
+                )
+
             if ack == "memory":
                 return self._acknowledged(name, tag, store_to, started)
-            outcome = store_to(self._storage, self._manifests)
-            version = publish(self._catalog, name, outcome).version
+            record, outcome = again(lambda: publish(self._catalog, name, store_to(self._storage, self._manifests)))
+            version = record.version
         finally:
             opened.close()
         if tag is not None:

@@ -18,15 +18,17 @@ import numpy as np
 from blake3 import blake3
 
 from modelstore.cluster.behind import PART
-from modelstore.cluster.orders import SKEW, Order, keepers
+from modelstore.cluster.orders import Order, keepers
 from modelstore.cluster.pieces import Source
 from modelstore.errors import ModelStoreError, StorageError
 from modelstore.execute.saving import Outcome
 from modelstore.format.buffers import Buffer, Bytes, as_bytes, view
+from modelstore.format.record import VersionRecord
 from modelstore.plan.placement import View
 from modelstore.storage.base import Storage
 from modelstore.storage.wrapping import T, Verb, WrappingStorage
 from modelstore.store.catalog import Catalog
+from modelstore.store.relying import GoneError, again, hold, release
 
 log = logging.getLogger("modelstore")
 
@@ -126,6 +128,7 @@ def save(
     meanwhile, the model goes to the storage instead, and a warning says so. `StorageError` where that cannot be written to.
     """
     began = time.time()
+    after = Catalog(storage).highest(model)
     id_ = uuid.uuid4().hex
     pair = _pair(hosts, here, model)
     try:
@@ -133,7 +136,11 @@ def save(
             raise UnkeptError('ack="memory" wants hosts on two nodes, and this cluster has them on fewer now')
         kept = KeptStorage(storage, hosts, id_, source, pair)
         outcome = store(kept)
-        order = Order(id_, source, model, outcome.entry, tag, began, tuple(pair), tuple(kept.keys))
+        try:
+            hold(storage, model, id_, outcome.relied, kept.keys)
+        except GoneError as error:
+            raise UnkeptError(str(error)) from error
+        order = Order(id_, source, model, outcome.entry, tag, began, after, tuple(pair), tuple(kept.keys))
         committed = [hosts.keep(member, "commit", order) for member in pair]
         taken = [future for future in committed if _problem(future) is None]
         if len(taken) == 2:
@@ -145,10 +152,15 @@ def save(
     except UnkeptError as problem:
         log.warning("model %r is saved to the storage instead of hosts' memory: %s", model, problem)
         _forget(hosts, pair, id_)
-        outcome = store(storage)
         catalog = Catalog(storage)
-        # The same writer: what a host may publish of this save all the same is this version.
-        record = catalog.publish_version(model, id_, outcome.entry, since=began - SKEW)
+
+        def publish() -> tuple[Outcome, VersionRecord]:
+            outcome = store(storage)
+            # The same writer: what a host may publish of this save all the same is this version.
+            return outcome, catalog.publish_version(model, id_, outcome.entry, after=after)
+
+        outcome, record = again(publish)
+        release(storage, id_)
         if tag is not None:
             catalog.set_tag(model, tag, record.version, id_)
         return Result(outcome, record.version, None)
@@ -222,7 +234,7 @@ def _versions(hosts: Hosts, saves: Sequence[str]) -> dict[str, int]:
 def _published(storage: Storage, order: Order) -> int:
     """The version that a save became, as the storage knows; 0 where it does not."""
     try:
-        record = Catalog(storage).published(order.model, order.save, order.entry, since=order.began - SKEW)
+        record = Catalog(storage).published(order.model, order.save, order.entry, after=order.after)
     except ModelStoreError:
         return 0
     return record.version if record is not None else 0

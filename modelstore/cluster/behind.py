@@ -21,13 +21,14 @@ from typing import Any
 import msgspec
 from blake3 import blake3
 
-from modelstore.cluster.orders import SKEW, Order, PendingStats, keepers
+from modelstore.cluster.orders import Order, PendingStats, keepers
 from modelstore.cluster.pieces import Source
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError
 from modelstore.format.buffers import Bytes, view
 from modelstore.plan.placement import View
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
+from modelstore.store.relying import release
 
 log = logging.getLogger("modelstore")
 
@@ -263,10 +264,11 @@ class Behind:
     def _publish(self, save: str, found: _Save, order: Order) -> None:
         def publish(storage: Storage) -> None:
             catalog = Catalog(storage)
-            record = catalog.publish_version(order.model, order.save, order.entry, since=order.began - SKEW)
+            record = catalog.publish_version(order.model, order.save, order.entry, after=order.after)
             if order.tag is not None and catalog.tags(order.model).get(order.tag) != record.version:
                 catalog.set_tag(order.model, order.tag, record.version, order.save)
             versions.append(record.version)
+            release(storage, order.save)
 
         versions: list[int] = []
         if self._try(found.source, publish, "the record of a new version", order.model):

@@ -9,11 +9,12 @@ from modelstore.cluster.pieces import Source
 from modelstore.format.record import VariantEntry
 from modelstore.plan.placement import View
 
-SKEW = 3600.0  # seconds by which clocks of nodes may differ
-
 
 class Order(msgspec.Struct, frozen=True):
-    """A save to be published when all its objects are in the storage. `save` is its id, and its record's writer."""
+    """A save to be published when all its objects are in the storage. `save` is its id, and its record's writer.
+
+    `began` (Unix seconds by the saver's clock) orders the saves of a model; `after` is its newest version at that time.
+    """
 
     save: str
     source: Source
@@ -21,6 +22,7 @@ class Order(msgspec.Struct, frozen=True):
     entry: VariantEntry
     tag: str | None
     began: float
+    after: int
     keepers: tuple[str, ...]
     keys: tuple[str, ...]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import msgspec
 
 from modelstore.errors import ConflictError
-from modelstore.execute.saving import REFRESH, store_manifest
+from modelstore.execute.saving import store_manifest
 from modelstore.format.names import Reference
 from modelstore.format.results import Measured
+from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
+from modelstore.store.clock import Youth
 from modelstore.store.manifests import Manifests
 
 EVALUATION = "evaluation"  # the newest one
@@ -66,7 +67,9 @@ def with_evaluation(metrics: Mapping[str, Any], made: Measured) -> dict[str, Any
     return found | ({EARLIER: [msgspec.to_builtins(one) for one in others]} if others else {})
 
 
-def publish(catalog: Catalog, manifests: Manifests, ref: Reference, content: str, made: Measured) -> str:
+def publish(
+    storage: Storage, catalog: Catalog, manifests: Manifests, ref: Reference, content: str, made: Measured
+) -> str:
     """Keep an evaluation in the manifest of a variant; the digest of the manifest that has it.
 
     `content` is that of the manifest that was evaluated: where the variant holds other values by now, `ConflictError`.
@@ -86,7 +89,7 @@ def publish(catalog: Catalog, manifests: Manifests, ref: Reference, content: str
         if metrics == manifest.metrics:
             return entry.manifest
         changed = msgspec.structs.replace(manifest, metrics=metrics)
-        fresh = store_manifest(manifests, ref.name, changed, entry.codec, time.time() - REFRESH)
+        fresh = store_manifest(manifests, ref.name, changed, entry.codec, Youth(storage))
         fresh = msgspec.structs.replace(fresh, created=entry.created)  # the variant's values are as old as before
         try:
             catalog.replace_entry(

@@ -7,7 +7,6 @@ is stored, so that the same call after a crash goes on from there. Memory is the
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from modelstore.errors import ConflictError, CorruptionError
 from modelstore.execute.encoding import Encoder, EncodeRegion, Input, ReadRegion
 from modelstore.execute.journal import Journal, job_id, resume
 from modelstore.execute.reading import Limits, Reader
-from modelstore.execute.saving import REFRESH, store_manifest
+from modelstore.execute.saving import store_manifest
 from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks
 from modelstore.format import grid, results
 from modelstore.format.buffers import Buffer, Bytes
@@ -41,6 +40,7 @@ from modelstore.format.results import Choice, CompressionPlan
 from modelstore.plan.layout import axes
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
+from modelstore.store.clock import Youth
 from modelstore.store.describe import variant_infos
 from modelstore.store.manifests import Manifests
 
@@ -141,7 +141,7 @@ def compress(
     axis = axes(parent.config) if parent.config else None
     inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed]
     tally = Tally()
-    refresh_before = time.time() - REFRESH
+    young = Youth(storage)
     identity = (
         "compress",
         model,
@@ -149,27 +149,25 @@ def compress(
         *variants,
         msgspec.json.encode(recorded, order="sorted").decode(),
     )
-    work = resume(storage, identity, inputs, refresh_before, tally, progress)
+    work = resume(storage, identity, inputs, young, tally, progress)
     if spread is not None and before is None:
         rest = {c.name: c.codec for c in plan.compressed if c.codec and c.name not in work.written}
         if rest:
             tally.stored += spread(Portion(job_id(identity), variants, rest))
-            work = resume(storage, identity, inputs, refresh_before, Tally(), None)
+            work = resume(storage, identity, inputs, young, Tally(), None)
     if before is not None:  # and the journal of the run that made it could not be removed
         work.journal.clear()
         return before
     known = known_chunks((parent.manifest, *earlier)) | work.known
     left = [item for item in inputs if item.plan.name not in work.written]
     threads = limits.threads or (None if parent.reader.local else _REMOTE_THREADS)
-    writer = PackWriter(
-        storage, Limits(limits.memory, threads), known, refresh_before, progress, work.journal.note, tally
-    )
+    writer = PackWriter(storage, Limits(limits.memory, threads), known, young, progress, work.journal.note, tally)
     written = work.written | writer.write(left)
     _prove(parent, variants, plan, written)
     entries, measured = {}, {}
     for at, variant in enumerate(variants):
         manifest = _manifest(parent, variants, at, inputs, written, recorded)
-        entries[variant] = store_manifest(manifests, model, manifest, recipe.name, refresh_before)
+        entries[variant] = store_manifest(manifests, model, manifest, recipe.name, young)
         measured[variant] = manifest.metrics
     record = _publish(catalog, parent, entries)
     work.journal.clear()
@@ -196,11 +194,11 @@ def encode(
         _input_of(parent_manifest.by_name[name], spec, reader, portion.variants, axis, device)
         for name, spec in portion.specs.items()
     ]
-    tally, refresh_before = Tally(), time.time() - REFRESH
+    tally, young = Tally(), Youth(storage)
     journal = Journal(storage, portion.job)
     known = known_chunks((parent_manifest, *earlier))
     threads = limits.threads or (None if reader.local else _REMOTE_THREADS)
-    writer = PackWriter(storage, Limits(limits.memory, threads), known, refresh_before, None, journal.note, tally)
+    writer = PackWriter(storage, Limits(limits.memory, threads), known, young, None, journal.note, tally)
     writer.write(inputs)
     return tally
 

@@ -17,14 +17,13 @@ import msgspec
 from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError, StorageError
 from modelstore.execute.copying_plan import Place, Plan, Planner, Wanted
 from modelstore.execute.reading import Limits
-from modelstore.execute.saving import REFRESH
 from modelstore.format import manifest as man
 from modelstore.format.buffers import Pieces
 from modelstore.format.inventory import Copied, CopiedVersion
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.store import packs
+from modelstore.store.clock import Youth
 from modelstore.store.heal import checked_pieces
-from modelstore.store.repair import copy_pack
 
 _LOST = (NotFoundError, CorruptionError, FormatError, StorageError)
 _PER_PACK = 96 << 20  # working memory of a pack on its way: parts of an upload under way, and a piece
@@ -85,7 +84,7 @@ class _Copying:
         self._source = source
         self._target = target
         self._planner = planner
-        self._refresh_before = time.time() - REFRESH
+        self._young = Youth(target.storage)
         self._lock = threading.Lock()
         self.sent = 0
         self.sent_packs = 0
@@ -187,8 +186,8 @@ class _Copying:
     def _write_manifest(self, there: str, model: str, digest: str) -> str:
         """Write a manifest as it is, and its copy; the copy's name."""
         data = self._bytes(model, digest)
-        copy = copy_pack(there, digest, data)
-        packs.store(self._target.storage, copy, self._refresh_before)
+        copy = packs.copy_pack(there, digest, data)
+        packs.store(self._target.storage, copy, self._young)
         self._target.storage.put(manifest_key(there, digest), [data], len(data))
         return copy.digest
 

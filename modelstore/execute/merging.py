@@ -7,7 +7,6 @@ anew. The digest of a tensor that came in slices is computed by reading it back,
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from modelstore.execute.encoding import Input
 from modelstore.execute.fetch import Fetching
 from modelstore.execute.parts import Published, Stored, published_key, session_id, session_prefix
 from modelstore.execute.reading import Limits, Reader
-from modelstore.execute.saving import FILE, REFRESH, Against, plan_inputs, store_manifest
+from modelstore.execute.saving import FILE, Against, plan_inputs, store_manifest
 from modelstore.execute.writing import PackWriter, Written, known_chunks
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, view
@@ -38,10 +37,10 @@ from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.base import Source
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
+from modelstore.store.clock import Youth
 from modelstore.store.heal import replace_pack
 from modelstore.store.manifests import Manifests
 
-SKEW = 3600  # seconds by which the clocks of publishers and of the storage may differ
 _THREADS = 16
 
 
@@ -142,10 +141,10 @@ def publish(
     page = parts[0].page
     model, session = page.model, page.session
     merge = plan_merge(parts, files.files)
-    refresh_before = time.time() - REFRESH
+    young = Youth(storage)
     # The session goes on: garbage collection keeps what its pages name.
     storage.create(f"{session_prefix(model, session)}publishing-{uuid.uuid4().hex}.json", b"{}")
-    _refresh(storage, parts, set(previous.manifest.packs) if previous else set(), refresh_before)
+    _refresh(storage, parts, set(previous.manifest.packs) if previous else set(), young)
     readers = {p.page.rank: Reader(fetching(model, p.page.manifest, storage, mirrors), None) for p in parts}
     by_rank = {p.page.rank: p.page.manifest for p in parts}
     cut = {name: common_chunk([h.piece for h in pieces]) for name, pieces in merge.tensors.items()}
@@ -153,7 +152,7 @@ def publish(
     inputs = [*anew, *plan_inputs(files, merge.codec, "auto", None)]
     plans = {item.plan.name: item.plan for item in inputs}
     known = known_chunks([*by_rank.values(), *([previous.manifest] if previous else [])])
-    written = PackWriter(storage, limits, known, refresh_before, progress).write(inputs)
+    written = PackWriter(storage, limits, known, young, progress).write(inputs)
     joined = {name: chunk for name, chunk in cut.items() if chunk is not None and len(merge.tensors[name]) > 1}
     digests = _digests(
         {name: (merge.tensors[name], chunk) for name, chunk in joined.items()}, readers, limits, progress
@@ -179,9 +178,9 @@ def publish(
     manifest = builder.build(
         tensors, [*others, *own], aliases=dict(merge.aliases), metadata={**merge.metadata, **files.metadata}
     )
-    entry = store_manifest(manifests, model, manifest, merge.codec, refresh_before)
-    since = min(part.modified for part in parts) - SKEW
-    record = catalog.publish_version(model, session_id(model, session), entry, since=since)
+    entry = store_manifest(manifests, model, manifest, merge.codec, young)
+    after = min(part.page.after for part in parts)
+    record = catalog.publish_version(model, session_id(model, session), entry, after=after)
     storage.create(published_key(model, session), seal(Published(record.version)))
     forget(storage, model, session)
     return record, manifest
@@ -208,7 +207,7 @@ def _entry(
     )
 
 
-def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], refresh_before: float) -> None:
+def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], young: Youth) -> None:
     """Make sure that every pack that pages name is there, and young enough to outlive a collection that runs now.
 
     Those of the newest version (`live`) are kept for its sake.
@@ -227,7 +226,7 @@ def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], refresh_
                 model=parts[0].page.model,
                 object=pack_key(pack),
             )
-        if info.modified < refresh_before:
+        if not young(info.modified):
             replace_pack(storage, storage, pack)
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-parts") as pool:

@@ -7,7 +7,6 @@ they are in a job's folder, what they name is kept by garbage collection as long
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from modelstore.errors import ConflictError, FormatError, NotFoundError
 from modelstore.execute.encoding import Input
 from modelstore.execute.journal import Journal, job_id
 from modelstore.execute.reading import Limits
-from modelstore.execute.saving import REFRESH, Against, manifest_of, plan_inputs
+from modelstore.execute.saving import Against, manifest_of, plan_inputs
 from modelstore.execute.writing import PackWriter, Placed, Tally, Written, known_chunks
 from modelstore.format.manifest import FORMAT, MAX_MANIFEST, CodecSpec, Count, Manifest, first_problem
 from modelstore.format.manifest_builder import Location
@@ -31,6 +30,7 @@ from modelstore.plan.parts import shared_chunk
 from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.slices import PartSource, Place
 from modelstore.storage.base import SMALL, Storage
+from modelstore.store.clock import Youth
 
 CODECS = ("lossless", "raw")
 MAX_RANKS = 100_000
@@ -47,7 +47,10 @@ class SlicePlace(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PartPage(msgspec.Struct, frozen=True):
-    """What one rank stored: a manifest of its own tensors, of which those in `slices` are boxes of larger ones."""
+    """What one rank stored: a manifest of its own tensors, of which those in `slices` are boxes of larger ones.
+
+    `after` is the model's newest version when the rank was first saved: the session's is a later one.
+    """
 
     format: int
     model: str
@@ -57,6 +60,7 @@ class PartPage(msgspec.Struct, frozen=True):
     codec: str
     slices: dict[str, SlicePlace]
     manifest: Manifest
+    after: Count = 0
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -98,13 +102,15 @@ def save_part(
     rank: int,
     ranks: int,
     codec: str,
+    after: int,
     earlier: Sequence[Against],
     limits: Limits,
     progress: Callable[[int], None] | None,
 ) -> tuple[PartPage, Tally]:
     """Store one rank's tensors and its page; what was written. Nothing is visible before the session is published.
 
-    Chunks of the `earlier` versions are referred to, and so are those that an earlier run of the same rank stored.
+    Chunks of the `earlier` versions are referred to, and so are those that an earlier run of the same rank stored. `after`
+    is the model's newest version now.
     `ConflictError` where the session was published already.
     """
     done = published(storage, model, session)
@@ -114,7 +120,7 @@ def save_part(
             model=model,
         )
     manifests = [against.manifest for against in earlier]
-    refresh_before = time.time() - REFRESH
+    young = Youth(storage)
     try:
         before = _newest(storage, model, session, rank)
     except FormatError:  # what it says is not known: all of it is stored now, on a page above it
@@ -128,8 +134,8 @@ def save_part(
             item, slices[item.plan.name] = _slice_input(item, place, codec, ranks, manifests)
         inputs.append(item)
     journal = Journal(storage, job_id(("part", model, session, str(rank))))
-    _, stored = journal.finished(refresh_before)
-    known = known_chunks(manifests) | (_still_there(storage, before.page, refresh_before) if before else {}) | stored
+    _, stored = journal.finished(young)
+    known = known_chunks(manifests) | (_still_there(storage, before.page, young) if before else {}) | stored
     if stored:
         journal.note({}, ())  # a fresh page: what the journal names is kept while this goes on
 
@@ -137,20 +143,21 @@ def save_part(
         if tally.stored:  # else there is nothing yet that another run could do without storing it
             journal.note(done, chunks)
 
-    written = PackWriter(storage, limits, known, refresh_before, progress, note, tally).write(inputs)
+    written = PackWriter(storage, limits, known, young, progress, note, tally).write(inputs)
     part.source.opened.check()
     manifest = manifest_of(part.source, inputs, written)
     for alias, name in part.source.aliases.items():
         if name in slices:
             slices[alias] = slices[name]
-    page = PartPage(FORMAT, model, session, rank, ranks, codec, slices, manifest)
+    after = min(after, before.page.after) if before else after
+    page = PartPage(FORMAT, model, session, rank, ranks, codec, slices, manifest, after)
     problem = page_problem(page)
     if problem:
         raise FormatError(
             f"the part of rank {rank} of model {model!r} cannot be stored ({problem}): change or leave out what is named",
             model=model,
         )
-    _write(storage, page, before, refresh_before)
+    _write(storage, page, before, young)
     journal.clear()
     return page, tally
 
@@ -178,18 +185,18 @@ def _within(chunk: Shape, shape: Shape) -> Shape:
     return tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
 
 
-def _still_there(storage: Storage, page: PartPage, written_since: float) -> dict[bytes, Location]:
+def _still_there(storage: Storage, page: PartPage, young: Youth) -> dict[bytes, Location]:
     """Where the chunks of an earlier page lie, but for those of packs that are gone, or may be about to be collected."""
     there = {}
     for pack in page.manifest.packs:
         info = storage.info(pack_key(pack))
-        there[pack] = info is not None and info.modified >= written_since
+        there[pack] = info is not None and young(info.modified)
     return {digest: at for digest, at in known_chunks([page.manifest]).items() if there[at[0]]}
 
 
-def _write(storage: Storage, page: PartPage, before: Stored | None, refresh_before: float) -> None:
+def _write(storage: Storage, page: PartPage, before: Stored | None, young: Youth) -> None:
     """Make a page the newest of its rank, unless that is a fresh one that says the same."""
-    if before is not None and before.page == page and before.modified >= refresh_before:
+    if before is not None and before.page == page and young(before.modified):
         return
     prefix = f"{session_prefix(page.model, page.session)}{page.rank:08d}/"
     number = (_number(before.key) or 0) if before is not None else 0

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from modelstore.format.manifest import (
     first_problem,
 )
 from modelstore.format.manifest_builder import ManifestBuilder
-from modelstore.format.names import check_file, check_tensor
-from modelstore.format.record import VariantEntry, VersionRecord
+from modelstore.format.names import ORIGINAL, check_file, check_tensor
+from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.region import Region, extent
 from modelstore.format.results import LeftOut
 from modelstore.plan.layout import axes
@@ -41,7 +41,9 @@ from modelstore.sources.base import Source
 from modelstore.sources.reading import read_whole
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
+from modelstore.store.clock import Youth
 from modelstore.store.manifests import Manifests
+from modelstore.store.relying import base_objects, objects_of
 
 ACKS = ("storage", "memory")
 CODECS = ("lossless", "raw", "delta")
@@ -50,7 +52,6 @@ MAX_CONFIG = 16 << 20  # bytes of a config.json that is looked into
 LONGEST_CHAIN = 8  # deltas of deltas: each link is another read
 _LADDER = "ladder"
 FILE = "file:"  # before a file's path, among the names in packs
-REFRESH = 12 * 3600  # seconds; a pack older than that is written again rather than relied upon, see `packs.store`
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ class Against:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a save stored, to be published; and the journal that is to be cleared then."""
+    """What a save stored, to be published; all that it relies on, by key, with sizes; the journal that is to be cleared then."""
 
     entry: VariantEntry
     tally: Tally
     journal: Journal | None
+    relied: Mapping[str, int]
     left_out: tuple[LeftOut, ...] = ()
 
 
@@ -111,11 +113,11 @@ def store(
     earlier_manifests = [a.manifest for a in (previous, parent) if a is not None]
     inputs = plan_inputs(source, codec, grid, base, earlier_manifests)
     tally = Tally()
-    refresh_before = time.time() - REFRESH
+    young = Youth(storage)
     work = None
     if resumable and source.fingerprint is not None:  # else it could not be recognised again
         identity = (model, source.fingerprint, codec, grid, base.digest if base else "")
-        work = resume(storage, identity, inputs, refresh_before, tally, progress)
+        work = resume(storage, identity, inputs, young, tally, progress)
     journal = work.journal if work else None
     known = known_chunks(earlier_manifests) | (work.known if work else {})
     written = work.written if work else {}
@@ -124,13 +126,16 @@ def store(
     whole = [item for item in left if item.plan.whole]
     if whole:
         metadata = {"format": "pt", **source.metadata}
-        written |= WholeWriter(storage, known, refresh_before, metadata, progress, note, tally).write(whole)
+        written |= WholeWriter(storage, known, young, metadata, progress, note, tally).write(whole)
     cut = [item for item in left if not item.plan.whole]
-    written |= PackWriter(storage, limits, known, refresh_before, progress, note, tally).write(cut)
+    written |= PackWriter(storage, limits, known, young, progress, note, tally).write(cut)
     source.opened.check()
     manifest = manifest_of(source, inputs, written, base)
-    entry = store_manifest(manifests, model, manifest, codec, refresh_before)
-    return Outcome(entry, tally, journal, left_out(source))
+    entry = store_manifest(manifests, model, manifest, codec, young)
+    relied = {manifest_key(model, entry.manifest): 1, pack_key(entry.copy): 1, **objects_of(manifest)}
+    if base is not None:
+        relied = {**base_objects(storage, base.model, base.digest), **relied}
+    return Outcome(entry, tally, journal, relied, left_out(source))
 
 
 def left_out(source: Source) -> tuple[LeftOut, ...]:
@@ -140,24 +145,22 @@ def left_out(source: Source) -> tuple[LeftOut, ...]:
     return tuple(LeftOut(name, why[name], sizes.get(name, 0)) for name in sorted(why))
 
 
-def publish(catalog: Catalog, model: str, outcome: Outcome) -> VersionRecord:
-    """Make what was stored visible as the model's next version."""
+def publish(catalog: Catalog, model: str, outcome: Outcome) -> tuple[VersionRecord, Outcome]:
+    """Make what was stored visible as the model's next version; what became of it."""
     record = catalog.publish_version(model, uuid.uuid4().hex, outcome.entry)
     if outcome.journal:
         outcome.journal.clear()
-    return record
+    return record, replace(outcome, entry=record.variants[ORIGINAL])
 
 
-def store_manifest(
-    manifests: Manifests, model: str, manifest: Manifest, codec: str, refresh_before: float
-) -> VariantEntry:
+def store_manifest(manifests: Manifests, model: str, manifest: Manifest, codec: str, young: Youth) -> VariantEntry:
     """Write a manifest and its copy; the entry that a record publishes it by."""
     problem = first_problem(manifest)
     if problem:  # never publish what no reader would take
         raise FormatError(
             f"model {model!r} cannot be stored ({problem}): change or leave out what is named", model=model
         )
-    digest, copy = manifests.write(model, manifest, refresh_before)
+    digest, copy = manifests.write(model, manifest, young)
     return VariantEntry(digest, copy, manifest.nbytes, manifest.stored, len(manifest.tensors), codec, time.time())
 
 

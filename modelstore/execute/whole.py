@@ -21,6 +21,7 @@ from modelstore.format.buffers import Bytes, Pieces, view
 from modelstore.format.manifest_builder import Location
 from modelstore.format.record import pack_key
 from modelstore.storage.base import Storage
+from modelstore.store.clock import Youth
 from modelstore.store.packs import PackBuilder, TensorNote
 
 SHARD_BYTES = 4 << 30  # larger tensors have a pack of their own; loaders and object stores like files below 5 GB
@@ -38,7 +39,7 @@ class WholeWriter:
 
     storage: Storage
     known: dict[bytes, Location]
-    refresh_before: float
+    young: Youth
     metadata: Mapping[str, str]
     progress: Callable[[int], None] | None = None
     finished: Callable[[dict[str, Written], Sequence[Placed]], None] | None = None
@@ -114,7 +115,7 @@ class WholeWriter:
                 raise ConflictError("the source changed while it was saved: nothing was published; save it again")
 
         there = self.storage.info(pack_key(digest))
-        if there is None or there.size != size or there.modified < self.refresh_before:
+        if there is None or there.size != size or not self.young(there.modified):
             self.storage.put(pack_key(digest), Pieces(data), size)
             self.tally.stored += size if there is None else 0
         done = {}

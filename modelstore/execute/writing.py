@@ -23,6 +23,7 @@ from modelstore.format.manifest_builder import Location
 from modelstore.plan.write import Step, plan_steps
 from modelstore.storage.base import Storage
 from modelstore.store import packs
+from modelstore.store.clock import Youth
 from modelstore.store.packs import Pack, PackBuilder, TensorNote
 
 Placed = tuple[bytes, Location]  # a stored chunk's digest, and where it lies
@@ -86,7 +87,7 @@ class PackWriter:
     storage: Storage
     limits: Limits
     known: dict[bytes, Location]
-    refresh_before: float
+    young: Youth
     progress: Callable[[int], None] | None = None
     finished: Callable[[dict[str, Written], Sequence[Placed]], None] | None = None
     tally: Tally = field(default_factory=Tally)
@@ -192,7 +193,7 @@ class _State:
         writer = self._writer
 
         def put() -> str:
-            if packs.store(writer.storage, pack, writer.refresh_before):
+            if packs.store(writer.storage, pack, writer.young):
                 writer.tally.stored += pack.size
             return pack.digest
 

@@ -103,7 +103,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     """All of one variant. Immutable; the same content has the same bytes, hence the same name.
 
     A compressed variant has its `parent`, the `content` of the original it was made of, the `recipe`, and `metrics` of its
-    quality.
+    quality. A `nonce` says nothing, and gives a manifest another name.
     """
 
     format: int
@@ -118,6 +118,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     recipe: dict[str, Any] = {}
     parent: Digest | None = None
     metrics: dict[str, Any] = {}
+    nonce: str = ""
 
     @cached_property
     def pack(self) -> NDArray[np.uint32]:

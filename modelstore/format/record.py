@@ -16,6 +16,7 @@ from modelstore.format.names import ORIGINAL, check_model, check_word, is_model
 from modelstore.format.sealed import unseal
 
 _LAST = 99_999_999
+LAST = _LAST - 1  # the highest number of a version, or of a record
 STORE_KEY = "modelstore.json"
 PACKS = "packs/"
 JOBS = "jobs/"

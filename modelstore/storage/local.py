@@ -6,7 +6,6 @@ import errno
 import os
 import secrets
 import stat
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import groupby, islice
@@ -125,10 +124,11 @@ class LocalStorage(Storage):
                 except OSError:
                     return
 
-    def remove_temporaries(self, older_than: float, *, dry_run: bool = False) -> tuple[Path, ...]:
-        """Remove the files that writers left behind and did not touch for `older_than` seconds; returns what they were."""
+    def remove_temporaries(self, before: float, *, dry_run: bool = False) -> tuple[Path, ...]:
+        """Remove the files that writers left behind and did not touch since `before` (Unix seconds by the file system's clock);
+        returns what they were."""
         with _named("", "sweep"):
-            return tuple(self._sweep("", time.time() - older_than, dry_run))
+            return tuple(self._sweep("", before, dry_run))
 
     def _sweep(self, folder: str, before: float, dry_run: bool) -> Iterator[Path]:
         try:

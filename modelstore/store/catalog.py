@@ -1,6 +1,6 @@
 """Records of versions and tags: reading them, and the one write that makes a change visible.
 
-Nothing else in the package creates a record, so atomicity stands or falls here: each change is one create-only object.
+Nothing else in the package makes anything visible, so atomicity stands or falls here: each change is one create-only object.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from modelstore.format.names import ORIGINAL, Reference, is_model
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.format.sealed import seal
 from modelstore.storage.base import SMALL, Storage
+from modelstore.store.manifests import Manifests
+from modelstore.store.relying import Reliance
 
 _RACES = 1000  # how often a lost race is tried again before giving up; each loss means that another writer won
 _NEWEST = 64  # keys listed to find the newest live version; more are listed only where those are all of deleted ones
@@ -154,24 +156,27 @@ class Catalog:
     # ------------------------------------------------------------------ publishing
 
     def publish_version(
-        self, model: str, writer: str, entry: VariantEntry, *, since: float | None = None
+        self, model: str, writer: str, entry: VariantEntry, *, after: int | None = None
     ) -> VersionRecord:
-        """Make a new version of a model visible, with its `original`.
+        """Make a new version of a model visible, with its `original`; the entry in the record is what became of `entry`.
 
-        `since` (Unix seconds): a version that this writer made after then, of the same manifest, is given back instead, so
-        that several processes may publish one thing, or one process twice, and one version comes of it.
+        `after`: a version above that one that this writer made, of the same content, is given back instead, so that several
+        processes may publish one thing, or one process twice, and one version comes of it. `GoneError`, as of all that
+        publishes, where something that the version relies on is gone: nothing is visible then.
         """
-        before = self.published(model, writer, entry, since=since) if since is not None else None
+        before = self.published(model, writer, entry, after=after) if after is not None else None
         if before is not None:
             return before
-        version = next((v for v, _ in self._heads(model, 1)), 0)
+        version = self.highest(model)
+        reliance = Reliance(self._storage, model, {ORIGINAL: entry})
         for _ in range(_RACES):
             version += 1
-            record = VersionRecord(FORMAT, model, version, 1, writer, time.time(), {ORIGINAL: entry})
-            if self._create_version(record):
-                return record
-            there = self._version_at(rec.version_key(model, version, 1)) if since is not None else record
-            if there.writer == writer and there.variants[ORIGINAL].manifest == entry.manifest and since is not None:
+            record = VersionRecord(FORMAT, model, version, 1, writer, time.time(), reliance.entries)
+            made = reliance.create(record, self._create_version)
+            if made is not None:
+                return made
+            there = self._version_at(rec.version_key(model, version, 1)) if after is not None else record
+            if after is not None and self._is_of(there, writer, entry):
                 return there
         raise self._busy(model)
 
@@ -180,21 +185,30 @@ class Catalog:
 
         False where that number is taken by another record.
         """
-        return self._create_version(record)
+        if record.deleted:
+            return self._create_version(record)
+        return Reliance(self._storage, record.model, record.variants).create(record, self._create_version) is not None
 
-    def published(self, model: str, writer: str, entry: VariantEntry, *, since: float) -> VersionRecord | None:
-        """The version that a writer made of a manifest after `since` (Unix seconds); None where there is none.
+    def published(self, model: str, writer: str, entry: VariantEntry, *, after: int) -> VersionRecord | None:
+        """The version above `after` that a writer made of an entry's content; None where there is none.
 
         Each version is known by its first record.
         """
-        newest = next((v for v, _ in self._heads(model, 1)), 0)
-        for version in range(newest, 0, -1):
+        for version in range(self.highest(model), after, -1):
             record = self._version_at(rec.version_key(model, version, 1))
-            if record.created < since:
-                return None
-            if record.writer == writer and record.variants[ORIGINAL].manifest == entry.manifest:
+            if self._is_of(record, writer, entry):
                 return record
         return None
+
+    def _is_of(self, record: VersionRecord, writer: str, entry: VariantEntry) -> bool:
+        """Whether a record was made by a writer of an entry; its manifest has another name where it had to be moved."""
+        own = record.variants[ORIGINAL]
+        if record.writer != writer or own.manifest == entry.manifest:
+            return record.writer == writer
+        read = Manifests(self._storage).read
+        one, other = read(record.model, own.manifest), read(record.model, entry.manifest)
+        files = [{(file.name, file.digest) for file in manifest.files} for manifest in (one, other)]
+        return one.content == other.content and files[0] == files[1]
 
     def publish_variants(
         self,
@@ -210,6 +224,7 @@ class Catalog:
         `instead_of`: the manifest that a variant had, where it is to be replaced. `ConflictError` where a name is taken by
         another manifest, or the version went away.
         """
+        reliance = Reliance(self._storage, model, entries)
         for _ in range(_RACES):
             head = self.version(model, version)
             if head.deleted:
@@ -228,9 +243,9 @@ class Catalog:
                         f"delete it first, or choose a name",
                         model=model,
                     )
-            record = self._next(head, writer, variants={**head.variants, **entries})
-            if self._create_version(record):
-                return record
+            made = reliance.create(self._next(head, writer), self._create_version)
+            if made is not None:
+                return made
         raise self._busy(model)
 
     def replace_entry(
@@ -257,9 +272,11 @@ class Catalog:
                 raise ConflictError(
                     f"{model}@{version}:{variant} was changed meanwhile: try again with what it is now", model=model
                 )
-            record = self._next(head, writer, variants={**head.variants, variant: entry})
-            if self._create_version(record):
-                return record
+            same = head.variants[variant].manifest == entry.manifest
+            reliance = Reliance(self._storage, model, {variant: entry}, only_copies=same)
+            made = reliance.create(self._next(head, writer), self._create_version)
+            if made is not None:
+                return made
         raise self._busy(model)
 
     def delete(

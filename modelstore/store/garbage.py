@@ -1,9 +1,8 @@
 """Garbage collection: marks what any record still needs, sweeps what is unmarked and older than a grace period.
 
-Everything is decided by the storage's own clock. An object younger than the grace period is never touched, so a writer that
-has not published yet loses nothing; what a record gave up less than the grace period ago is marked as if it were still
-named, so a reader, or a writer that refers to it, loses nothing either. A work that takes longer than the grace period is
-protected by its journal, as long as it goes on writing it.
+Nothing that a writer is about to publish is lost: see `condemned`. The grace period, by the storage's own clock, spares those
+at work the trouble: an object younger than it is not touched; what a record gave up less than the grace period ago is marked as
+if it were still named, so that its readers lose nothing; and what a journal names is kept while it is being written.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ from __future__ import annotations
 import math
 import re
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from modelstore.errors import CorruptionError, FormatError, NotFoundError, StorageError, UnsupportedError
+from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError, UnsupportedError
 from modelstore.format import record as rec
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import check_model
@@ -27,10 +25,14 @@ from modelstore.storage.base import SMALL, ObjectInfo, Storage
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.wrapping import WrappingStorage
 from modelstore.store.catalog import Catalog
+from modelstore.store.clock import now
+from modelstore.store.condemned import Condemnation, forget_dead, held_by_writers
 from modelstore.store.manifests import Manifests
 from modelstore.store.repair import copy_of, read_copy
 
 _THREADS = 16
+_ROUNDS = 5  # how often a collection begins anew that writers have stopped
+_BATCH = 256  # objects removed between two looks at whether that is still allowed
 _ONE_LISTING = 1000  # packs up to which one listing is quicker than one a folder
 _LONGEST_CHAIN = 1000  # manifests of deltas upon one another; far beyond what is ever written
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
@@ -58,40 +60,68 @@ def collect(
     """
     if not grace >= 0:
         raise ValueError(f"grace={grace} is not a number of seconds from 0 on")
-    limit = _now(storage, dry_run) - grace
+    now_ = _now(storage, dry_run)
+    limit = now_ - grace
     marked = _mark(storage, catalog, manifests, limit)
     found = _unmarked(storage, marked, limit)
-    gone = []
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-gc") as pool:
-        for stage in found.stages:
-            for swept in pool.map(lambda info: _sweep(storage, info, limit, dry_run), stage):
-                found.kept += swept is None
-                if swept is not None:
-                    gone.append(swept)
-                    if progress:
-                        progress(swept.size)
-    gone += _temporaries(storage, grace, dry_run)
+    if dry_run:
+        found.spare(held_by_writers(storage, stale_before=limit, now=now_, dry_run=True))
+        gone = [SweptObject(info.key, info.size) for stage in found.stages for info in stage]
+    else:
+        forget_dead(storage, now_)
+        gone = _remove(storage, catalog, manifests, found, limit, now_, progress)
+    gone += _temporaries(storage, limit, dry_run)
     return Swept(tuple(gone), sum(one.size for one in gone), found.kept, dry_run)
 
 
+def _remove(
+    storage: Storage,
+    catalog: Catalog,
+    manifests: Manifests,
+    found: _Found,
+    limit: float,
+    now_: float,
+    progress: Progress | None,
+) -> list[SweptObject]:
+    """Remove what can go, but for what writers turn out to rely on."""
+    if not found.condemned:
+        held_by_writers(storage, stale_before=limit, now=now_)
+        return _sweep_all(storage, None, found, limit, progress)
+    for _ in range(_ROUNDS):
+        with Condemnation(storage, found.condemned) as condemned:
+            held = held_by_writers(storage, stale_before=limit, now=now_)
+            found.spare(held | _mark(storage, catalog, manifests, limit))
+            if condemned.pronounce(found.condemned):
+                return _sweep_all(storage, condemned, found, limit, progress)
+    raise ConflictError("saves under way rely on what was to be removed: nothing was removed; run it again")
+
+
+def _sweep_all(
+    storage: Storage, condemned: Condemnation | None, found: _Found, limit: float, progress: Progress | None
+) -> list[SweptObject]:
+    gone = []
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-gc") as pool:
+        for stage in found.stages:
+            for start in range(0, len(stage), _BATCH):
+                if condemned is not None:
+                    condemned.check()
+                for swept in pool.map(lambda info: _sweep(storage, info, limit), stage[start : start + _BATCH]):
+                    found.kept += swept is None
+                    if swept is not None:
+                        gone.append(swept)
+                        if progress:
+                            progress(swept.size)
+    return gone
+
+
 def _now(storage: Storage, dry_run: bool) -> float:
-    """The time by the storage's clock, which may differ from this machine's: that of an object made for it."""
-    folder = f"{rec.JOBS}gc-{uuid.uuid4().hex}/"
-    key = f"{folder}now.json"
+    """The time by the storage's clock, which may differ from this machine's."""
     try:
-        storage.create(key, b"{}")
+        return now(storage)
     except UnsupportedError:
         if dry_run:  # a store open for reading only: what is said may be off by what the clocks differ
             return time.time()
         raise
-    info = next(storage.list(folder, limit=1), None)  # S3 lists milliseconds, and answers whole seconds for one object
-    storage.delete(key)
-    if info is None:
-        raise StorageError(
-            f"object {key} was removed as soon as it was made: run garbage collection again when no other does",
-            object=key,
-        )
-    return info.modified
 
 
 # ---------------------------------------------------------------------- marking
@@ -182,6 +212,18 @@ class _Found:
     kept: int = 0
     journals: list[str] = field(default_factory=list)
 
+    @property
+    def condemned(self) -> set[str]:
+        """Keys of the manifests and packs that can go."""
+        return {info.key for stage in self.stages[1:] for info in stage}
+
+    def spare(self, keys: Collection[str]) -> None:
+        """Take manifests and packs out of what can go."""
+        for stage in self.stages[1:]:
+            left = [info for info in stage if info.key not in keys]
+            self.kept += len(stage) - len(left)
+            stage[:] = left
+
 
 def _unmarked(storage: Storage, marked: set[str], limit: float) -> _Found:
     """Journals, manifests and packs that are unmarked, were last written before `limit`, and in no running work's journal."""
@@ -201,24 +243,21 @@ def _unmarked(storage: Storage, marked: set[str], limit: float) -> _Found:
                 found.kept += 1
             else:
                 stage.append(info)
-    for stage in found.stages[1:]:
-        _spare(storage, stage, found)
+    _spare(storage, found)
     return found
 
 
-def _spare(storage: Storage, stage: list[ObjectInfo], found: _Found) -> None:
+def _spare(storage: Storage, found: _Found) -> None:
     """Take what the journals of running works name out of what can go."""
-    if not stage or not found.journals:
+    names = {key.rpartition("/")[2].partition(".")[0].encode(): key for key in found.condemned}
+    if not names:
         return
-    names = {info.key.rpartition("/")[2].partition(".")[0].encode() for info in stage}
-    spared: set[bytes] = set()
+    spared: set[str] = set()
     for key in found.journals:
-        # Gone: the work was finished meanwhile, and what it published is young, or marked. A link: no writer makes one.
+        # Gone: the work was finished meanwhile, and what it published is marked. A link: no writer makes one.
         with suppress(NotFoundError, CorruptionError):
-            spared.update(name for name in _DIGEST.findall(storage.get(key)) if name in names)
-    left = [info for info in stage if info.key.rpartition("/")[2].partition(".")[0].encode() not in spared]
-    found.kept += len(stage) - len(left)
-    stage[:] = left
+            spared.update(names[name] for name in _DIGEST.findall(storage.get(key)) if name in names)
+    found.spare(spared)
 
 
 def _manifests(storage: Storage) -> Iterator[ObjectInfo]:
@@ -246,25 +285,24 @@ def _packs(storage: Storage) -> Iterable[ObjectInfo]:
         return [info for infos in pool.map(folder, storage.folders(rec.PACKS)) for info in infos]
 
 
-def _sweep(storage: Storage, info: ObjectInfo, limit: float, dry_run: bool) -> SweptObject | None:
+def _sweep(storage: Storage, info: ObjectInfo, limit: float) -> SweptObject | None:
     """Remove an object, unless a writer that wants it has written it again meanwhile; None where it stays, or was gone."""
-    if not dry_run:
-        now = storage.info(info.key)
-        if now is None or now.modified > limit:
-            return None
-        storage.delete(info.key)
+    there = storage.info(info.key)
+    if there is None or there.modified > limit:
+        return None
+    storage.delete(info.key)
     return SweptObject(info.key, info.size)
 
 
-def _temporaries(storage: Storage, grace: float, dry_run: bool) -> list[SweptObject]:
+def _temporaries(storage: Storage, limit: float, dry_run: bool) -> list[SweptObject]:
     """Files that killed writers left behind in a local store."""
     while isinstance(storage, WrappingStorage):
         storage = storage.inner
     if not isinstance(storage, LocalStorage):
         return []
     sizes = {}
-    for path in storage.remove_temporaries(grace, dry_run=True):
+    for path in storage.remove_temporaries(limit, dry_run=True):
         with suppress(FileNotFoundError):  # its writer is done with it
             sizes[path] = path.lstat().st_size
-    paths = sizes if dry_run else storage.remove_temporaries(grace)
+    paths = sizes if dry_run else storage.remove_temporaries(limit)
     return [SweptObject(path.relative_to(storage.root).as_posix(), sizes.get(path, 0)) for path in paths]

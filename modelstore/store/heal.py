@@ -15,11 +15,11 @@ from modelstore.storage.base import Storage
 _PIECE = 8 << 20
 
 
-def pieces(storage: Storage, key: str, size: int) -> Iterator[bytes]:
-    """An object's bytes in pieces of 8 MiB."""
-    for start in range(0, size, _PIECE):
-        piece = np.empty(min(_PIECE, size - start), np.uint8)
-        storage.read(key, start, view(piece))
+def pieces(storage: Storage, key: str, size: int, start: int = 0) -> Iterator[bytes]:
+    """An object's bytes in pieces of 8 MiB, from `start` on."""
+    for at in range(start, size, _PIECE):
+        piece = np.empty(min(_PIECE, size - at), np.uint8)
+        storage.read(key, at, view(piece))
         yield piece.tobytes()
 
 

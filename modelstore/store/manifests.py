@@ -11,8 +11,8 @@ from modelstore.format.manifest import Manifest
 from modelstore.format.record import VariantEntry, manifest_key
 from modelstore.storage.base import Storage
 from modelstore.store import packs
+from modelstore.store.clock import Youth
 
-COPY_ENTRY = "manifest"
 _CACHED_BYTES = 256 << 20
 
 
@@ -24,13 +24,11 @@ class Manifests:
         self._cache: OrderedDict[str, tuple[Manifest, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def write(self, model: str, manifest: Manifest, refresh_before: float) -> tuple[str, str]:
+    def write(self, model: str, manifest: Manifest, young: Youth) -> tuple[str, str]:
         """Store a manifest, and a copy of it as a pack, from which a lost one is rebuilt: both digests."""
         digest, data = man.encode(manifest)
-        builder = packs.PackBuilder()
-        builder.add(COPY_ENTRY, data)
-        copy = packs.finish(builder, {"kind": "manifest", "manifest": digest, "model": model})
-        packs.store(self._storages[0], copy, refresh_before)
+        copy = packs.copy_pack(model, digest, data)
+        packs.store(self._storages[0], copy, young)
         self._storages[0].put(manifest_key(model, digest), [data], len(data))
         return digest, copy.digest
 

@@ -14,10 +14,12 @@ from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.manifest import FORMAT, CodecSpec
 from modelstore.format.record import pack_key
 from modelstore.format.region import Shape
-from modelstore.format.safetensors import PREFIX, Entry, build_header, header_length
+from modelstore.format.safetensors import PREFIX, Entry, build_header, header_length, parse_header
 from modelstore.storage.base import Storage
+from modelstore.store.clock import Youth
 
 METADATA_KEY = "modelstore"
+COPY_ENTRY = "manifest"
 PACK_BYTES = 128 << 20
 
 
@@ -96,15 +98,44 @@ def data_start(storage: Storage, key: str) -> int:
         return 0
 
 
-def store(storage: Storage, pack: Pack, refresh_before: float) -> bool:
+def copy_pack(model: str, digest: str, data: bytes) -> Pack:
+    """The pack that is a manifest's copy, from the manifest's digest and its stored bytes."""
+    builder = PackBuilder()
+    builder.add(COPY_ENTRY, data)
+    return finish(builder, {"kind": "manifest", "manifest": digest, "model": model})
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A stored pack's header: its entries, its metadata, where its data begins, and the object's size."""
+
+    entries: list[Entry]
+    metadata: dict[str, str]
+    data_start: int
+    size: int
+
+
+def open_pack(storage: Storage, key: str) -> Opened:
+    """A stored pack's header; `NotFoundError` or `FormatError` where there is none."""
+    info = storage.info(key)
+    if info is None:
+        raise NotFoundError(f"there is no object {key}: run 'modelstore repair'", object=key)
+    prefix = np.empty(PREFIX, np.uint8)
+    storage.read(key, 0, view(prefix))
+    header = np.empty(header_length(prefix.tobytes(), info.size), np.uint8)
+    storage.read(key, PREFIX, view(header))
+    entries, metadata = parse_header(header.tobytes(), info.size)
+    return Opened(entries, metadata, PREFIX + len(header), info.size)
+
+
+def store(storage: Storage, pack: Pack, young: Youth) -> bool:
     """Put a pack where it is not there yet; whether it was written.
 
-    One that was last written before `refresh_before` (Unix seconds) may be garbage about to be swept: it is written again,
-    so that its age protects it until it is published.
+    One that is old may be garbage about to be swept: it is written again, so that garbage collection leaves it alone.
     """
     key = pack_key(pack.digest)
     there = storage.info(key)
-    if there and there.size == pack.size and there.modified >= refresh_before:
+    if there and there.size == pack.size and young(there.modified):
         return False
     storage.put(key, pack.pieces, pack.size)
     return there is None

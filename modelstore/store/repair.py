@@ -16,7 +16,6 @@ import numpy as np
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError, StorageError
 from modelstore.format import manifest as man
 from modelstore.format import record as rec
-from modelstore.format import safetensors as st
 from modelstore.format.buffers import view
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, Reference
@@ -26,7 +25,7 @@ from modelstore.storage.base import Storage
 from modelstore.store import packs
 from modelstore.store.catalog import Catalog
 from modelstore.store.heal import pack_is_good, replace_pack
-from modelstore.store.manifests import COPY_ENTRY, Manifests
+from modelstore.store.manifests import Manifests
 
 _THREADS = 4
 _LARGEST_COPY = 1 << 30  # bytes of a compressed manifest
@@ -91,40 +90,21 @@ def problem(error: ModelStoreError, model: str) -> Problem:
 def read_copy(storage: Storage, copy: str, digest: str) -> tuple[Manifest, bytes]:
     """A manifest, and its stored bytes, from the pack that is its copy; an error where that is not a good one."""
     key = pack_key(copy)
-    entries, _, start = _header(storage, key)
-    entry = next((e for e in entries if e.name == COPY_ENTRY), None)
+    opened = packs.open_pack(storage, key)
+    entry = next((e for e in opened.entries if e.name == packs.COPY_ENTRY), None)
     if entry is None or entry.stop - entry.start > _LARGEST_COPY:
         raise FormatError(f"object {key} is no copy of a manifest: run 'modelstore repair'", object=key)
     data = np.empty(entry.stop - entry.start, np.uint8)
-    storage.read(key, start + entry.start, view(data))
+    storage.read(key, opened.data_start + entry.start, view(data))
     return man.decode(data.tobytes(), digest, key), data.tobytes()
-
-
-def copy_pack(model: str, digest: str, data: bytes) -> packs.Pack:
-    """The pack that is a manifest's copy, from the manifest's stored bytes; the same as `Manifests.write` stores."""
-    builder = packs.PackBuilder()
-    builder.add(COPY_ENTRY, data)
-    return packs.finish(builder, {"kind": "manifest", "manifest": digest, "model": model})
 
 
 def copy_of(storage: Storage, model: str, digest: str, manifest: Manifest) -> packs.Pack:
     """The pack that is the copy of a manifest whose record is gone."""
     try:
-        return copy_pack(model, digest, storage.get(manifest_key(model, digest)))
+        return packs.copy_pack(model, digest, storage.get(manifest_key(model, digest)))
     except NotFoundError:  # the manifest came from a mirror
-        return copy_pack(model, digest, man.encode(manifest)[1])
-
-
-def _header(storage: Storage, key: str) -> tuple[list[st.Entry], dict[str, str], int]:
-    """A pack's entries, its metadata, and where its data begins."""
-    info = storage.info(key)
-    if info is None:
-        raise NotFoundError(f"there is no object {key}: run 'modelstore repair'", object=key)
-    prefix = np.empty(st.PREFIX, np.uint8)
-    storage.read(key, 0, view(prefix))
-    header = np.empty(st.header_length(prefix.tobytes(), info.size), np.uint8)
-    storage.read(key, st.PREFIX, view(header))
-    return *st.parse_header(header.tobytes(), info.size), st.PREFIX + len(header)
+        return packs.copy_pack(model, digest, man.encode(manifest)[1])
 
 
 @dataclass
@@ -223,7 +203,7 @@ class _Repair:
                 return
         except (NotFoundError, CorruptionError, FormatError):
             pass  # a good pack, of something else: the entry is wrong
-        made = copy_pack(record.model, entry.manifest, data)
+        made = packs.copy_pack(record.model, entry.manifest, data)
         self.storage.put(pack_key(made.digest), made.pieces, made.size)
         self.repaired.append(pack_key(made.digest))
         if made.digest != entry.copy:
@@ -236,7 +216,7 @@ class _Repair:
 
             def header(key: str) -> tuple[str, str] | None:
                 try:
-                    metadata = _header(self.storage, key)[1]
+                    metadata = packs.open_pack(self.storage, key).metadata
                 except ModelStoreError:
                     return None  # a damaged pack is no copy; where it is needed, it is reported
                 if metadata.get("kind") != "manifest":

@@ -297,7 +297,8 @@ def test_a_rank_that_is_run_again_stores_nothing_twice_and_counts(
     assert part.stored == 0
     assert part.reused
     assert keys(counting) == there
-    assert counting.requests["create"] == counting.requests["put"] == 0
+    assert not counting.requests["put"]
+    assert counting.requests["create"] <= 1, "the storage's clock is asked"
     second = {"t": torch.cat([first["t"][:32], torch.zeros(32, 64)])}
     store.save_part("m", second, session="s", rank=0, ranks=1)
     store.publish("m", "s", ranks=1)

@@ -69,7 +69,7 @@ def pack_sizes(storage: Storage) -> dict[str, int]:
 
 def journal(storage: Storage) -> set[str]:
     """What journals of saves hold; a probe or a clock's mark that a killed process left is `gc`'s to sweep."""
-    return {key for key in keys(storage, JOBS) if not key.startswith((f"{JOBS}probe-", f"{JOBS}gc-"))}
+    return {key for key in keys(storage, JOBS) if not key.startswith((f"{JOBS}probe-", f"{JOBS}clock-"))}
 
 
 def copy_all(source: Storage, target: Storage) -> None:

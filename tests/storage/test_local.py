@@ -82,9 +82,9 @@ def test_temporaries_are_hidden_and_swept(tmp_path: Path) -> None:
     os.utime(old, (time.time() - 1000,) * 2)
     assert [item.key for item in storage.list("")] == ["a/1"]
     assert storage.folders("") == ("a",)
-    assert storage.remove_temporaries(500, dry_run=True) == (old,)
+    assert storage.remove_temporaries(time.time() - 500, dry_run=True) == (old,)
     assert old.exists()
-    assert storage.remove_temporaries(500) == (old,)
+    assert storage.remove_temporaries(time.time() - 500) == (old,)
     assert (old.exists(), new.exists()) == (False, True)
     assert storage.get("a/1") == b"x"
 
@@ -110,7 +110,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str) 
         storage.create("a/b", b"x") if write == "create" else storage.put("a/b", [b"x"], 1)
     monkeypatch.undo()
     assert list(storage.list("")) == []
-    assert storage.remove_temporaries(0) == ()
+    assert storage.remove_temporaries(time.time()) == ()
 
 
 def test_no_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

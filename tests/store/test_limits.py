@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 import modelstore as ms
 from modelstore.client import Store
 from modelstore.errors import FormatError, StorageError, UnsupportedError
-from modelstore.execute import saving
 from modelstore.storage.base import ObjectInfo
 from modelstore.storage.failures import TransientStorageError
 from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.wrapping import Verb, WrappingStorage
+from modelstore.store import clock
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Older(Plain):
 
     def info(self, key: str) -> ObjectInfo | None:
         info = super().info(key)
-        return info and info._replace(modified=time.time() - 2 * saving.REFRESH)
+        return info and info._replace(modified=time.time() - 2 * clock.REFRESH)
 
 
 def test_what_an_old_journal_names_is_stored_again(tmp_path: Path) -> None:

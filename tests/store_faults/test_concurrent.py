@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import modelstore as ms
 from modelstore.client import Store
 from modelstore.errors import ConflictError, NotFoundError
-from modelstore.format.record import MODELS, VariantEntry
+from modelstore.format.record import MODELS, VariantEntry, manifest_key
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.wrapping import Verb, WrappingStorage
@@ -159,9 +159,12 @@ def test_eight_savers_in_processes_on_s3(s3_url: str, s3_is_real: bool) -> None:
 
 
 def entry(store: Store, seed: int) -> VariantEntry:
-    """The entry of some published manifest, to publish as a variant."""
+    """The entry of some stored manifest, to publish as a variant."""
     saved = store.save("other", weights(seed))
-    return store._catalog.version("other", saved.version).variants["original"]
+    found = store._catalog.version("other", saved.version).variants["original"]
+    data = store._storage.get(manifest_key("other", found.manifest))
+    store._storage.put(manifest_key("m", found.manifest), [data], len(data))
+    return found
 
 
 def test_variants_of_other_names_are_rebased(store: Store) -> None:

@@ -1,0 +1,236 @@
+"""A save and a collection beside each other, whoever sleeps, dies or has a wrong clock between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from modelstore.client import Store
+from modelstore.errors import ConflictError, FormatError
+from modelstore.format import handshake as hs
+from modelstore.format.handshake import Condemned, Intent
+from modelstore.format.manifest import FORMAT
+from modelstore.format.record import pack_key
+from modelstore.storage.base import ObjectInfo, Storage
+from modelstore.storage.faults import FaultyStorage, Killed
+from modelstore.storage.wrapping import WRITES, T, Verb, WrappingStorage
+from modelstore.store.condemned import FORGOTTEN, Condemnation
+from tests.store.helpers import Small, weights
+
+
+class At(WrappingStorage):
+    """Does something once, before the first operation that `when` chooses, as if this client slept meanwhile."""
+
+    def __init__(
+        self, small: Small, when: Callable[[Verb, str], bool], act: Callable[[], Any], on: Storage | None = None
+    ) -> None:
+        super().__init__(on or small.storage)
+        self._when, self._act = when, act
+        self.done = False
+
+    def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:
+        if not self.done and self._when(verb, key):
+            self.done = True
+            self._act()
+        return act()
+
+
+class Off(WrappingStorage):
+    """A storage whose clock is so many seconds ahead of that of its clients."""
+
+    def __init__(self, inner: Storage, seconds: float) -> None:
+        super().__init__(inner)
+        self._seconds = seconds
+
+    def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:
+        return act()
+
+    def info(self, key: str) -> ObjectInfo | None:
+        info = super().info(key)
+        return info and info._replace(modified=info.modified + self._seconds)
+
+    def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
+        for info in super().list(prefix, limit=limit, after=after):
+            yield info._replace(modified=info.modified + self._seconds)
+
+
+def is_record(verb: Verb, key: str) -> bool:
+    """Whether this is the write that makes a version visible."""
+    return verb == "create" and "/versions/" in key
+
+
+WHENS: dict[str, Callable[[Verb, str], bool]] = {
+    "after its packs": lambda verb, key: verb == "put" and "/manifests/" in key,
+    "before its intent": lambda verb, key: verb == "create" and key.startswith(hs.INTENTS),
+    "before it looks at condemnations": lambda verb, key: verb == "list" and key == hs.CONDEMNED,
+    "before it looks at what is there": lambda verb, key: verb == "info" and key.startswith("packs/"),
+    "before its record": is_record,
+}
+
+
+@pytest.mark.parametrize("grace", [0, 100])
+@pytest.mark.parametrize("when", WHENS.values(), ids=WHENS)
+def test_a_save_that_sleeps_through_a_collection(when: Callable[[Verb, str], bool], grace: float) -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+
+    def a_week() -> None:
+        small.age(7 * 86_400)
+        small.sweep(grace=grace)
+        small.sweep(grace=grace)
+
+    asleep = At(small, when, a_week)
+    saved = Store(asleep, memory="64MiB", threads=2).save("m", weights(2))
+    assert asleep.done
+    small.check(f"m@{saved.version}", weights(2))
+    small.check("m@1", weights(1))
+    small.age(1e6)
+    small.sweep(grace=0)
+    small.check(f"m@{saved.version}", weights(2))
+    assert not [key for key in small.objects() if key.startswith((hs.INTENTS, hs.CONDEMNED))]
+    assert small.store.save("m", weights(3)).version == saved.version + 1
+
+
+@pytest.mark.parametrize("at", ["packs/", "/manifests/", "/versions/"])
+@pytest.mark.parametrize("hours", [-72, 0, 72])
+@pytest.mark.parametrize("grace", [0, 3600, 86_400])
+def test_content_that_was_deleted_is_saved_again_beside_a_collection_by_a_client_with_a_wrong_clock(
+    hours: float, grace: float, at: str
+) -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+    small.store.delete("m@1")
+    small.age(48 * 3600)
+    clock = Off(small.storage, hours * 3600)
+    asleep = At(
+        small, lambda verb, key: verb in WRITES and at in key, lambda: small.sweep(grace=grace, on=clock), on=clock
+    )
+    saved = Store(asleep, memory="64MiB", threads=2).save("m", weights(1))
+    small.check(f"m@{saved.version}", weights(1))
+
+
+def test_what_a_sleeping_collection_is_removing_is_copied_to_another_name() -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+    old = {pack_key(d) for d in small.manifest("m@1").packs} | {pack_key(small.entry("m@1").copy)}
+    small.store.delete("m@1")
+    small.age(1e6)
+    beside: list[int] = []
+
+    def save() -> None:
+        beside.append(small.store.save("m", weights(1)).version)
+
+    # The verdict is there, nothing was looked at again: every removal is still to come.
+    asleep = At(small, lambda verb, key: verb == "info" and key.endswith("verdict.json"), save)
+    small.sweep(grace=0, on=asleep)
+    assert beside == [2]
+    small.check("m@2", weights(1))
+    assert not {pack_key(d) for d in small.manifest("m@2").packs} & old
+    assert small.store.verify(deep=True).ok
+
+
+def test_a_collection_that_only_thinks_of_it_is_stopped_by_a_save() -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+    small.store.delete("m@1")
+    small.age(1e6)
+    asleep = At(
+        small,
+        lambda verb, key: verb == "create" and key.endswith("verdict.json"),
+        lambda: small.store.save("m", weights(1)),
+    )
+    swept = small.sweep(grace=0, on=asleep)
+    assert not swept.objects
+    small.check("m@2", weights(1))
+
+
+def test_killed_collections_stay_in_force_for_a_month() -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+    key = pack_key(small.entry("m@1").copy)
+    condemned = Condemnation(small.storage, {key})
+    assert condemned.pronounce({key})
+    small.age(FORGOTTEN - 3600, *[k for k in small.objects() if k.startswith(hs.CONDEMNED)])
+    small.sweep()
+    condemned.check()
+    small.age(2 * 3600, *[k for k in small.objects() if k.startswith(hs.CONDEMNED)])
+    small.sweep()
+    with pytest.raises(ConflictError, match="run it again"):
+        condemned.check()
+    thinking = Condemnation(small.storage, {key})
+    small.age(FORGOTTEN + 1, *[k for k in small.objects() if k.startswith(hs.CONDEMNED)])
+    small.sweep()
+    with pytest.raises(ConflictError, match="run it again"):
+        thinking.pronounce({key})
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_collection_killed_anywhere_hinders_no_save(after: bool) -> None:
+    for at in range(1, 100):
+        small = Small.new()
+        small.store.save("m", weights(1))
+        small.store.save("m", weights(2))
+        small.store.delete("m@1")
+        small.age(1e6)
+        faulty = FaultyStorage(small.storage, kill_at=at, kill_after=after)
+        with contextlib.suppress(Killed):
+            small.sweep(grace=0, on=faulty)
+        for version, seed in ((3, 1), (4, 2)):
+            assert small.store.save("m", weights(seed)).version == version
+        small.age(1e6)
+        small.sweep(grace=0)
+        small.check("m@2", weights(2))
+        small.check("m@3", weights(1))
+        small.check("m@4", weights(2))
+        if not faulty.dead:
+            break
+    assert at > 6
+
+
+def test_a_save_killed_before_its_record_is_collected_when_its_intent_is_old() -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+    before = {key for key in small.objects() if key.startswith("packs/")}
+    dying = At(small, is_record, lambda: (_ for _ in ()).throw(Killed("here")))
+    with pytest.raises(Killed):
+        Store(dying, memory="64MiB", threads=2).save("m", weights(2))
+    assert not small.sweep(grace=100).objects, "its intent is young"
+    for _ in range(3):
+        small.age(1000)
+        small.sweep(grace=100)
+    assert {key for key in small.objects() if key.startswith("packs/")} == before
+    assert small.store.save("m", weights(3)).version in (2, 3)
+
+
+def test_an_intent_that_is_damaged_stops_a_collection_and_says_which() -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+    small.store.delete("m@1")
+    small.age(1e6)
+    small.storage.create(hs.intent_key("x"), b"{")
+    with pytest.raises(FormatError, match=r"intents/x\.json"):
+        small.sweep(grace=0)
+
+
+def test_an_intent_of_what_cannot_be_is_not_made_a_record() -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+    for version, number in ((10**8, 1), (2, 1), (1, 9)):
+        claim = hs.Claim("m", version, number, {})
+        small.storage.create(hs.intent_key(f"{version}-{number}"), hs.encode(Intent(FORMAT, ("packs/x",), claim)))
+    small.age(1e6)
+    small.sweep(grace=0)
+    assert small.store.save("m", weights(2)).version == 2
+
+
+def test_a_condemnation_that_is_damaged_stops_what_would_rely_on_it() -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+    small.storage.create(hs.candidates_key("x"), hs.encode(Condemned(FORMAT, "x", ())))
+    small.storage.create(hs.verdict_key("x"), b"")
+    with pytest.raises(FormatError, match=r"condemned/x/verdict\.json"):
+        small.store.save("m", weights(2))
+    assert small.store.versions("m")[-1].version == 1
