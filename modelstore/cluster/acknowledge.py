@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +34,7 @@ log = logging.getLogger("modelstore")
 
 _REPLACED = 5.0  # seconds to wait for the host that takes the place of one that died
 _LOOK = 0.1  # seconds between two looks for it
+_HOLD = 5.0  # seconds for which the storage may keep an answer waiting
 _ROOM = 5.0  # seconds to wait for room in hosts, before an object goes to the storage itself
 _ANSWER = 30.0  # seconds that a host may take for one request
 _UNDER_WAY = 2  # parts that are sent at once
@@ -136,10 +137,7 @@ def save(
             raise UnkeptError('ack="memory" wants hosts on two nodes, and this cluster has them on fewer now')
         kept = KeptStorage(storage, hosts, id_, source, pair)
         outcome = store(kept)
-        try:
-            hold(storage, model, id_, outcome.relied, kept.keys)
-        except GoneError as error:
-            raise UnkeptError(str(error)) from error
+        _hold(storage, model, id_, outcome, kept.keys)
         order = Order(id_, source, model, outcome.entry, tag, began, after, tuple(pair), tuple(kept.keys))
         committed = [hosts.keep(member, "commit", order) for member in pair]
         taken = [future for future in committed if _problem(future) is None]
@@ -181,6 +179,29 @@ def _pair(hosts: Hosts, here: Sequence[str], model: str) -> list[str]:
             return pair
         threading.Event().wait(_LOOK)
         members = hosts.view(fresh=True)
+
+
+def _hold(storage: Storage, model: str, save: str, outcome: Outcome, coming: Collection[str]) -> None:
+    """Keep garbage collection away from what a save relies on until it is published; `UnkeptError` where it came before.
+
+    A storage that takes nothing now is not waited for: no collection runs on it either.
+    """
+    done: Future[None] = Future()
+
+    def act() -> None:
+        try:
+            hold(storage, model, save, outcome.relied, coming)
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=act, daemon=True, name="modelstore-hold").start()
+    try:
+        done.result(timeout=_HOLD)
+    except GoneError as error:
+        raise UnkeptError(str(error)) from error
+    except (TimeoutError, StorageError) as error:
+        log.warning("garbage collection could not be told of a save of model %r: %s", model, error or "no answer yet")
 
 
 def wait_durable(hosts: Hosts, storage: Storage, orders: Sequence[Order], seconds: float | None) -> dict[str, int]:
