@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from modelstore.compress.presets import presets
     from modelstore.format.manifest import CodecSpec
     from modelstore.format.recipe import Recipe, Rule
+    from modelstore.format.structure import Inert
     from modelstore.plan.layout import ExpertParallel, Layers, PipelineStage, Regions, TensorParallel
     from modelstore.sources.slices import Slice
 
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CodecSpec",
     "ExpertParallel",
+    "Inert",
     "Layers",
     "PipelineStage",
     "Recipe",
@@ -43,6 +45,7 @@ __all__ = [
 
 _HOMES = {
     "CodecSpec": "modelstore.format.manifest",
+    "Inert": "modelstore.format.structure",
     "Recipe": "modelstore.format.recipe",
     "Rule": "modelstore.format.recipe",
     "presets": "modelstore.compress.presets",

@@ -11,6 +11,7 @@ import typer
 
 from modelstore.cli import complete, output, units
 from modelstore.cli.options import AsJson, Cluster, Debug, Memory, ModelName, Quiet, StoreUrl, open_store
+from modelstore.sources.checkpoint import BESIDE
 
 if TYPE_CHECKING:
     from modelstore.format.results import LeftOut
@@ -31,6 +32,20 @@ class Ack(StrEnum):
 
     storage = "storage"
     memory = "memory"
+
+
+class Include(StrEnum):
+    """What of a checkpoint is saved."""
+
+    model = "model"
+    all = "all"
+
+
+class Gguf(StrEnum):
+    """How a GGUF file is saved."""
+
+    dequantize = "dequantize"
+    blocks = "blocks"
 
 
 class Grid(StrEnum):
@@ -79,6 +94,30 @@ def save(
             help="auto: cut tensors so that slices read little. whole: each tensor in one piece, with --codec raw.",
         ),
     ] = Grid.auto,
+    include: Annotated[
+        Include,
+        typer.Option(
+            "--include",
+            help="model: the weights alone. all: of a training checkpoint also the optimizer's state and every plain value.",
+        ),
+    ] = Include.model,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--key",
+            metavar="KEY",
+            show_default=False,
+            help="Which dict of a checkpoint is the model, where it has several: keys joined by dots.",
+        ),
+    ] = None,
+    gguf: Annotated[
+        Gguf | None,
+        typer.Option(
+            "--gguf",
+            show_default=False,
+            help="Of a GGUF file, dequantize: the numbers (default). blocks: its blocks as they are, to be exported again.",
+        ),
+    ] = None,
     ack: Annotated[
         Ack,
         typer.Option(
@@ -106,6 +145,9 @@ def save(
             grid=grid.value,
             tag=tag,
             parent=parent,
+            include=include.value,
+            key=key,
+            gguf=gguf.value if gguf else None,
             ack=ack.value,
             progress=report,
         )
@@ -117,11 +159,14 @@ def save(
     ]
     if saved.left_out:
         lines.append(f"not saved: {_named(saved.left_out)}")
+    if any(item.why == BESIDE for item in saved.left_out):
+        lines.append("--include all keeps what lies beside a state dict")
     output.result(saved, lines, as_json=json)
 
 
 def _named(left_out: Sequence[LeftOut]) -> str:
     """What was left out, by reason; the rest is counted."""
-    shown = [f"{one.name} ({one.why}{f', {units.size(one.bytes)}' if one.bytes else ''})" for one in left_out[:_SHOWN]]
+    largest = sorted(left_out, key=lambda one: -one.bytes)[:_SHOWN]
+    shown = [f"{one.name} ({one.why}{f', {units.size(one.bytes)}' if one.bytes else ''})" for one in largest]
     more = len(left_out) - len(shown)
     return ", ".join(shown) + (f" and {more} more (--json names all)" if more else "")

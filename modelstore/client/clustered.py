@@ -16,6 +16,7 @@ from modelstore.execute.progress import Progress, meter
 from modelstore.execute.saving import Outcome
 from modelstore.format import results
 from modelstore.format.names import ORIGINAL, Reference, parse_reference
+from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.layout import Shard, Share, as_layout
 from modelstore.store.manifests import Manifests
 
@@ -215,7 +216,7 @@ class Clustered(Base):
 
 def saved(name: str, version: int, outcome: Outcome, seconds: float) -> results.Saved:
     """What a save answers; without a version it is not durable yet."""
-    entry, tally = outcome.entry, outcome.tally
+    entry, tally = outcome.others.get(CHECKPOINT, outcome.entry), outcome.tally
     return results.Saved(
         name,
         version,
@@ -225,7 +226,7 @@ def saved(name: str, version: int, outcome: Outcome, seconds: float) -> results.
         tally.stored,
         tally.reused,
         seconds,
-        entry.manifest,
+        outcome.entry.manifest,
         durable=version > 0,
         left_out=outcome.left_out,
     )

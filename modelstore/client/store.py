@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from modelstore.client.checkpoints import Checkpoints
 from modelstore.client.clustered import Clustered, saved
 from modelstore.client.compressing import Compressing
 from modelstore.client.copying import Copying
@@ -24,6 +25,7 @@ from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Shard, as_layout
+from modelstore.sources.choosing import Choice
 from modelstore.sources.open import open_source
 from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
@@ -75,7 +77,7 @@ def open(
     return Store(storage, copies, memory=memory, threads=threads, session=session, source=source)
 
 
-class Store(Clustered, Compressing, Copying, Evaluating, Following, Keeping, Parts):
+class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following, Keeping, Parts):
     """A store of models over a storage. Made by `modelstore.open`; may be used from many threads."""
 
     # ------------------------------------------------------------------ saving
@@ -90,6 +92,9 @@ class Store(Clustered, Compressing, Copying, Evaluating, Following, Keeping, Par
         tag: str | None = None,
         parent: str | None = None,
         files: Mapping[str, str | Path | bytes] | None = None,
+        include: Literal["model", "all"] = "model",
+        key: str | None = None,
+        gguf: Literal["dequantize", "blocks"] | None = None,
         ack: Literal["storage", "memory"] = "storage",
         progress: Progress | None = None,
     ) -> results.Saved:
@@ -100,7 +105,13 @@ class Store(Clustered, Compressing, Copying, Evaluating, Following, Keeping, Par
         (the difference to `parent`, exact). `grid="whole"` with "raw" keeps each tensor in one piece, to be mapped, or
         read from the packs by any safetensors loader. `parent` names a version whose chunks are not stored again; the
         model's newest always counts. `tag` will name the new version. `files` are added to the source's own: path → local
-        path or bytes. An interrupted save of files goes on where it stopped when it is called again.
+        path or bytes.
+
+        Of a checkpoint that holds more than weights, the model's state dict is saved (`docs/sources.md` says which dict that
+        is; `key`, such as "ema.state_dict", names another), and `left_out` of the answer names the rest. `include="all"`
+        keeps that too, optimizer states and plain values, as the variant "checkpoint", which `checkpoint` gives back.
+        `gguf`: of a GGUF file, "dequantize" (default) saves the numbers that its blocks stand for, "blocks" the blocks.
+        An interrupted save of files goes on where it stopped when it is called again.
 
         `ack="memory"`, in a cluster of two nodes or more: returns when hosts on two nodes have all of it, which then store
         it; it is visible, and has its version, when it is in the storage, which `flush` waits for. Where two cannot have it,
@@ -112,7 +123,10 @@ class Store(Clustered, Compressing, Copying, Evaluating, Following, Keeping, Par
         if tag is not None:
             check_word(tag, "tag")
         against = self._against(parse_reference(parent)) if parent is not None else None
-        opened = open_source(source, files=files)
+        choice = Choice(key, include, gguf)
+        if choice.everything and ack == "memory":
+            raise ValueError('ack="memory" keeps the weights alone: leave it out, or include="all"')
+        opened = open_source(source, files=files, choice=choice)
         try:
             self._catalog.open(create=True)
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in opened.tensors)
@@ -127,7 +141,7 @@ class Store(Clustered, Compressing, Copying, Evaluating, Following, Keeping, Par
                     codec=codec,
                     grid=grid,
                     parent=against,
-                    previous=self._newest(name),
+                    previous=self._previous(name) if choice.everything else self._newest(name),
                     limits=self._limits(),
                     progress=metered,
                     resumable=resumable,

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from modelstore.format.names import ORIGINAL, check_file, check_tensor
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.region import Region, extent
 from modelstore.format.results import LeftOut
+from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.layout import axes
 from modelstore.plan.write import FILE_CODEC, plan_tensor
 from modelstore.sources.base import Source
@@ -74,6 +75,7 @@ class Outcome:
     journal: Journal | None
     relied: Mapping[str, int]
     left_out: tuple[LeftOut, ...] = ()
+    others: Mapping[str, VariantEntry] = field(default_factory=dict)  # further variants of the version
 
 
 def check_options(codec: str, grid: str, parent: object | None, ack: str = "storage") -> None:
@@ -130,12 +132,18 @@ def store(
     cut = [item for item in left if not item.plan.whole]
     written |= PackWriter(storage, limits, known, young, progress, note, tally).write(cut)
     source.opened.check()
-    manifest = manifest_of(source, inputs, written, base)
+    beside: frozenset[str] = getattr(source, "beside", frozenset())
+    manifest = manifest_of(source, inputs, written, base, without=beside)
     entry = store_manifest(manifests, model, manifest, codec, young)
     relied = {manifest_key(model, entry.manifest): 1, pack_key(entry.copy): 1, **objects_of(manifest)}
+    others = {}
+    if beside:
+        everything = manifest_of(source, inputs, written, base)
+        whole_of = others[CHECKPOINT] = store_manifest(manifests, model, everything, codec, young)
+        relied |= {manifest_key(model, whole_of.manifest): 1, pack_key(whole_of.copy): 1, **objects_of(everything)}
     if base is not None:
         relied = {**base_objects(storage, base.model, base.digest), **relied}
-    return Outcome(entry, tally, journal, relied, left_out(source))
+    return Outcome(entry, tally, journal, relied, left_out(source), others)
 
 
 def left_out(source: Source) -> tuple[LeftOut, ...]:
@@ -147,7 +155,7 @@ def left_out(source: Source) -> tuple[LeftOut, ...]:
 
 def publish(catalog: Catalog, model: str, outcome: Outcome) -> tuple[VersionRecord, Outcome]:
     """Make what was stored visible as the model's next version; what became of it."""
-    record = catalog.publish_version(model, uuid.uuid4().hex, outcome.entry)
+    record = catalog.publish_version(model, uuid.uuid4().hex, outcome.entry, outcome.others)
     if outcome.journal:
         outcome.journal.clear()
     return record, replace(outcome, entry=record.variants[ORIGINAL])
@@ -269,14 +277,21 @@ def _file_reading(source: Source, content: Path | bytes) -> ReadRegion:
 
 
 def manifest_of(
-    source: Source, inputs: Sequence[Input], written: Mapping[str, Written], base: Against | None = None
+    source: Source,
+    inputs: Sequence[Input],
+    written: Mapping[str, Written],
+    base: Against | None = None,
+    *,
+    without: frozenset[str] = frozenset(),
 ) -> Manifest:
-    """The manifest of a source whose tensors and files are stored."""
+    """The manifest of a source whose tensors and files are stored, `without` those of these names."""
     builder = ManifestBuilder()
     tensors: list[Tensor] = []
     files: list[Tensor] = []
     for item in inputs:
         plan, done = item.plan, written[item.plan.name]
+        if plan.name.removeprefix(FILE) in without:
+            continue
         is_file = plan.name.startswith(FILE)
         entry = builder.tensor(
             plan.name.removeprefix(FILE), plan.dtype, plan.shape, plan.chunk, plan.codec, done.digest, done.planes
@@ -285,7 +300,7 @@ def manifest_of(
     return builder.build(
         tensors,
         files,
-        aliases=dict(source.aliases),
+        aliases={name: of for name, of in source.aliases.items() if name not in without and of not in without},
         metadata=dict(source.metadata),
         base=Base(base.model, base.digest) if base else None,
     )

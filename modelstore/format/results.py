@@ -21,7 +21,7 @@ class Saved(msgspec.Struct, frozen=True):
     """A version that was made: raw bytes of its tensors, bytes newly stored, and of chunks found already stored.
 
     One that is not `durable` lies in the memory of two nodes, and has no version yet: 0. `left_out` says what the source holds
-    and was not saved.
+    and was not saved. With `include="all"` the sums are of all that was saved.
     """
 
     model: str

@@ -14,6 +14,7 @@ from modelstore.sources.unpickle import Key, Ordered, Record
 USUAL = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")
 # What holds tensors and is no model.
 _OTHER = re.compile(r"optim|sched|scaler|rng|random|\bamp\b|sampler|loss|criterion|metric|callback|hyper|loops", re.I)
+BESIDE = "it is beside the state dict"
 _DEEPEST = 4
 TOP = "."
 _MOST = 5_000_000  # values that are looked at

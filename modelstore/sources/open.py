@@ -14,6 +14,7 @@ from modelstore.format.names import check_file
 from modelstore.format.region import Region
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source, TensorSpec
+from modelstore.sources.choosing import Choice, open_chosen
 from modelstore.sources.reading import Files
 
 if TYPE_CHECKING:
@@ -23,24 +24,27 @@ if TYPE_CHECKING:
     Openable = str | Path | Sequence[str | Path] | Mapping[str, Any] | torch.nn.Module | zarr.Group
 
 _ACCEPTED = (
-    "a safetensors file or a list of them, a Hugging Face directory, a .pt/.pth/.bin file or a directory with "
-    "pytorch_model.bin, a torch.distributed.checkpoint directory, a Zarr directory or group, a mapping from names to "
-    "tensors, or a torch module"
+    "a safetensors file or a list of them, a Hugging Face directory, a file of torch.save or a directory with "
+    "pytorch_model.bin, a GGUF file, a torch.distributed.checkpoint directory, a Zarr directory or group, a mapping from "
+    "names to tensors, or a torch module"
 )
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
 
 
-def open_source(what: Openable, *, files: Mapping[str, str | Path | bytes] | None = None) -> Source:
+def open_source(
+    what: Openable, *, files: Mapping[str, str | Path | bytes] | None = None, choice: Choice | None = None
+) -> Source:
     """What is given, as tensors and files that can be saved; close it when done.
 
     `what` is a path, a list of safetensors paths, a mapping from names to tensors (torch or NumPy), a `torch.nn.Module`
     or a `zarr.Group`. `files` adds further files, or replaces those found: relative POSIX path → local path, or bytes.
+    `choice` says which part of a checkpoint is wanted. Single files are known by their content, not by their names.
     `NotFoundError` where the path does not exist, `FormatError` where what is there is not valid, `UnsupportedError`
     where nothing here can read it, `TypeError` for other kinds of object.
     """
     extra = checked_files(files or {})
-    source = _dispatch(what)
+    source = open_chosen(what, choice or Choice()) or _dispatch(what)
     return _WithFiles(source, extra) if extra else source
 
 
@@ -84,12 +88,6 @@ def _open_path(given: str | Path) -> Source:
         raise NotFoundError(f"{path} does not exist: give {_ACCEPTED}", object=str(path))
     if path.suffix == ".safetensors":
         return safetensors.open_files([path])
-    if path.suffix in _PICKLED:
-        from modelstore.sources import pickled
-
-        return pickled.open_file(path)
-    if path.suffix == ".gguf":
-        raise UnsupportedError(f"{path} is a GGUF file, which is not read: give the safetensors it was made from")
     raise FormatError(f"{path} is a file of an unknown kind ({path.suffix or 'no suffix'}): give {_ACCEPTED}")
 
 
@@ -185,6 +183,18 @@ class _WithFiles:
     def opened(self) -> Files:
         """See `Source.opened`."""
         return self._source.opened
+
+    @property
+    def beside(self) -> frozenset[str]:
+        """Tensors and files that are not the model's own."""
+        beside: frozenset[str] = getattr(self._source, "beside", frozenset())
+        return beside
+
+    @property
+    def skipped_bytes(self) -> Mapping[str, int]:
+        """The bytes of what is not saved, where they are known."""
+        sizes: Mapping[str, int] = getattr(self._source, "skipped_bytes", {})
+        return sizes
 
     @property
     def skipped(self) -> Mapping[str, str]:

@@ -6,22 +6,32 @@ bytes straight from where they lie.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.format import region as regions
-from modelstore.format.region import nbytes
+from modelstore.format.buffers import Bytes
+from modelstore.format.region import Region, nbytes
+from modelstore.format.structure import FILE as STRUCTURE
 from modelstore.sources.archive import Archive
+from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import Source, TensorSpec
-from modelstore.sources.checkpoint import Tensors, choose
+from modelstore.sources.checkpoint import BESIDE, Tensors, choose
 from modelstore.sources.filed import FiledSource, Found, Piece, check_expansion, fingerprint
 from modelstore.sources.folder import Folder, leave_duplicates, read_index, scan
 from modelstore.sources.legacy import LegacyArchive, is_legacy
 from modelstore.sources.pickled_tensors import NotDense, Ref
-from modelstore.sources.reading import Files, Placed, open_regular
+from modelstore.sources.reading import Files, Placed, boxed, open_regular
 from modelstore.sources.states import states_of
+from modelstore.sources.structure import View, beside_state
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -33,27 +43,56 @@ _BESIDE_STEMS = ("rng_state", "random_states")
 
 
 class PickledSource(FiledSource[Placed]):
-    """The tensors of one or more `torch.save` archives."""
+    """The tensors of one or more `torch.save` archives, and NumPy arrays that lie in their pickles.
+
+    `beside` names the tensors and files that are not the model's own.
+    """
+
+    def __init__(
+        self,
+        found: Found[Placed],
+        opened: Files,
+        arrays: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+        beside: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__(found, opened)
+        self._arrays = arrays
+        self.beside = beside
+
+    def read(self, name: str, region: Region, out: Bytes) -> None:
+        """See `FiledSource.read`."""
+        array = self._arrays.get(name)
+        if array is None:
+            super().read(name, region, out)
+            return
+        regions.check(region, array.shape)
+        boxed(out, region, array.itemsize)
+        if out.size:
+            copy_box(array, region, out)
 
 
-def open_file(path: Path, *, key: str | None = None, files: Mapping[str, Path | bytes] | None = None) -> Source:
+def open_file(
+    path: Path, *, key: str | None = None, everything: bool = False, files: Mapping[str, Path | bytes] | None = None
+) -> Source:
     """One file of `torch.save`. `key` names the state dict, where several could be it.
 
+    `everything`: with all that lies beside the state dict, as further tensors and a file of plain values.
     `FormatError` where it is not clear which dict is the model, and where something in that is no tensor.
     """
     if not path.is_file():
         raise NotFoundError(f"{path} is not a file", object=str(path))
-    return _open({path.name: path}, Files(states_of([path])), kept=files or {}, skipped={}, key=key)
+    opened = Files(states_of([path]))
+    return _open({path.name: path}, opened, kept=files or {}, skipped={}, key=key, everything=everything)
 
 
-def open_directory(root: Path, *, key: str | None = None) -> Source:
+def open_directory(root: Path, *, key: str | None = None, everything: bool = False) -> Source:
     """A directory with `pytorch_model.bin`, its shards and index, or one other file of `torch.save`, and other files."""
     folder = scan(root)
     used, weights = _choose(folder)
     kept, skipped = leave_duplicates(folder, used)
     kept.pop(INDEX, None)
     shards = {name: folder.take(name) for name in sorted(used)}
-    source = _open(shards, Files(folder.states), kept=kept, skipped=skipped, key=key)
+    source = _open(shards, Files(folder.states), kept=kept, skipped=skipped, key=key, everything=everything)
     present = {spec.name for spec in source.tensors} | source.aliases.keys()
     missing = [name for name in weights if name not in present]
     if missing:
@@ -62,9 +101,8 @@ def open_directory(root: Path, *, key: str | None = None) -> Source:
     return source
 
 
-def recognised(path: Path) -> bool:
-    """Whether a file's content is that of `torch.save`, of whatever name."""
-    head = _head(path)
+def recognised(head: bytes) -> bool:
+    """Whether a file that begins so is of `torch.save`, of whatever name."""
     return is_legacy(head) or (head[:4] == _ZIP and b"data.pkl" in head)
 
 
@@ -107,7 +145,10 @@ def _open(
     kept: Mapping[str, Path | bytes],
     skipped: Mapping[str, str],
     key: str | None,
+    everything: bool = False,
 ) -> PickledSource:
+    if everything and len(shards) > 1:
+        raise UnsupportedError('include="all" takes one file: give the files one by one')
     try:
         specs: list[TensorSpec] = []
         pieces: dict[str, tuple[Piece[Placed], ...]] = {}
@@ -117,11 +158,12 @@ def _open(
         sizes: dict[str, int] = {}
         for shard, path in shards.items():
             archive = _archive(opened, path)
-            chosen = choose(archive.structure(), TENSORS, str(path), key)
+            saved = archive.structure()
+            chosen = choose(saved, TENSORS, str(path), key)
             if chosen.path:
                 metadata["torch.state_dict"] = ".".join(chosen.path)
-            for name, beside in chosen.left.items():
-                left[f"{shard}:{name}"] = "it is beside the state dict"
+            for name, beside in chosen.left.items() if not everything else ():
+                left[f"{shard}:{name}"] = BESIDE
                 sizes[f"{shard}:{name}"] = beside.bytes
             taken = len(specs)
             first: dict[str, str] = {}
@@ -140,11 +182,36 @@ def _open(
                 specs.append(TensorSpec(name, ref.dtype, ref.shape))
                 pieces[name] = (Piece(whole, archive.place(ref)),)
             check_expansion(str(path), specs[taken:], archive.size)
-        state_of = fingerprint([*shards.items(), *kept.items()], opened)
-        return PickledSource(Found(specs, pieces, aliases, kept, metadata, state_of, left, sizes), opened)
+        if not everything:
+            state_of = fingerprint([*shards.items(), *kept.items()], opened)
+            return PickledSource(Found(specs, pieces, aliases, kept, metadata, state_of, left, sizes), opened)
+        data, further = beside_state(saved, chosen, Pickled(), aliases, archive.size)
+        arrays = {name: value for name, value in further.items() if isinstance(value, np.ndarray)}
+        for name, value in further.items():
+            if isinstance(value, np.ndarray):
+                specs.append(TensorSpec(name, dtype_of(name, value.dtype), value.shape))
+            else:
+                specs.append(TensorSpec(name, value.dtype, value.shape))
+                pieces[name] = (Piece(regions.full(value.shape), archive.place(value)),)
+        check_expansion(str(path), specs, archive.size)
+        state_of = fingerprint([*shards.items(), *kept.items()], opened, {STRUCTURE: data})
+        found = Found(specs, pieces, aliases, {**kept, STRUCTURE: data}, metadata, state_of, left, sizes)
+        return PickledSource(found, opened, arrays, frozenset({*further, STRUCTURE}))
     except BaseException:
         opened.close()
         raise
+
+
+class Pickled:
+    """Tells tensors of a pickle from what else is in it."""
+
+    def view(self, value: Any, path: str) -> View | None:
+        """See `Leaves`."""
+        if isinstance(value, NotDense):
+            raise UnsupportedError(f"{path} is {value.what}, which is not kept: make it dense first, or leave it out")
+        if not isinstance(value, Ref):
+            return None
+        return View(value.key, value.storage, value.offset, value.strides, math.prod(value.shape))
 
 
 def _bytes(tensor: Ref | NotDense) -> int:

@@ -32,7 +32,7 @@ class StateDictSource:
     """Named tensors in memory, of any device, dtype and strides. They must not change until the save is done.
 
     Tensors with the same memory, shape, strides and dtype are tied: the first name is the tensor, the others aliases.
-    Names for which `apart` has unlike things are never tied.
+    Names for which `apart` has unlike things are never tied. `beside` names tensors and files that are not the model's own.
     `UnsupportedError` names a tensor without dense values here: meta, sparse, quantized, sharded, or a wrapper.
     """
 
@@ -42,7 +42,11 @@ class StateDictSource:
         *,
         files: Mapping[str, Path | bytes] | None = None,
         apart: Mapping[str, Hashable] = MappingProxyType({}),
+        beside: frozenset[str] = frozenset(),
     ) -> None:
+        self.beside = beside
+        self.skipped: Mapping[str, str] = {}
+        self.skipped_bytes: Mapping[str, int] = {}
         self._values: dict[str, Value] = {}
         self._aliases: dict[str, str] = {}
         self._tensors: list[TensorSpec] = []
@@ -183,8 +187,8 @@ def _refusal(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         inner = next(iter(value), None)
         return (
-            f"{name!r} is a mapping (its first key is {str(inner)[:80]!r}), not a tensor: give the state dict itself, "
-            f"or flatten the names to {f'{name}.{inner}'[:120]!r}"
+            f"{name!r} is a mapping (its first key is {str(inner)[:80]!r}), not a tensor: give the state dict itself, or, of "
+            f'a checkpoint, name it by key= or save all of it with include="all"'
         )
     return f"{name!r} is a {type(value).__name__}, not a tensor: leave it out, or make it a tensor"
 

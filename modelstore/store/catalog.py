@@ -23,6 +23,7 @@ from modelstore.store.relying import Reliance
 
 _RACES = 1000  # how often a lost race is tried again before giving up; each loss means that another writer won
 _NEWEST = 64  # keys listed to find the newest live version; more are listed only where those are all of deleted ones
+_Entries = Mapping[str, VariantEntry]
 
 
 class Catalog:
@@ -156,9 +157,9 @@ class Catalog:
     # ------------------------------------------------------------------ publishing
 
     def publish_version(
-        self, model: str, writer: str, entry: VariantEntry, *, after: int | None = None
+        self, model: str, writer: str, entry: VariantEntry, others: _Entries | None = None, *, after: int | None = None
     ) -> VersionRecord:
-        """Make a new version of a model visible, with its `original`; the entry in the record is what became of `entry`.
+        """Make a new version visible, `original` and `others`; the entries in the record are what became of these.
 
         `after`: a version above that one that this writer made, of the same content, is given back instead, so that several
         processes may publish one thing, or one process twice, and one version comes of it. `GoneError`, as of all that
@@ -168,7 +169,7 @@ class Catalog:
         if before is not None:
             return before
         version = self.highest(model)
-        reliance = Reliance(self._storage, model, {ORIGINAL: entry})
+        reliance = Reliance(self._storage, model, {ORIGINAL: entry, **(others or {})})
         for _ in range(_RACES):
             version += 1
             record = VersionRecord(FORMAT, model, version, 1, writer, time.time(), reliance.entries)

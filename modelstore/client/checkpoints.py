@@ -1,0 +1,49 @@
+"""Training checkpoints: all that a trainer saved beside the weights, given back as it was."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from modelstore.client.base import Base
+from modelstore.errors import NotFoundError
+from modelstore.execute.progress import Progress, meter
+from modelstore.execute.saving import Against
+from modelstore.format.names import ORIGINAL, Reference, parse_reference
+from modelstore.format.structure import CHECKPOINT, FILE, structure
+from modelstore.plan.layout import as_layout
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Checkpoints(Base):
+    """The part of a store that gives checkpoints back."""
+
+    def checkpoint(self, ref: str, *, device: str | torch.device = "cpu", progress: Progress | None = None) -> Any:
+        """The structure that was saved with `include="all"`: the model's state dict, the optimizer's, and every plain value.
+
+        Tensors are exact, those that were one are one, and views of one memory share one again. Objects of classes that are
+        no plain data are `modelstore.Inert`. Paths are pure paths. `NotFoundError` where the version was saved without.
+        """
+        parsed = parse_reference(ref)
+        if parsed.variant not in (ORIGINAL, CHECKPOINT):
+            raise ValueError(f"{ref!r} names a variant: give the version, such as {parsed.name!r}")
+        self._catalog.open()
+        record = self._catalog.resolve(parsed)
+        if CHECKPOINT not in record.variants:
+            raise NotFoundError(
+                f"{parsed.name}@{record.version} holds the weights alone: what was beside them is kept by "
+                'save(…, include="all")',
+                model=parsed.name,
+            )
+        model = self._opened(parsed.name, record.variants[CHECKPOINT])
+        metered = meter(progress, model.manifest.nbytes, f"loading {ref}")
+        tensors = model.load(model.shares(as_layout(None), None), self._limits(), device=device, progress=metered)
+        return structure(model.file(FILE), tensors)
+
+    def _previous(self, name: str) -> Against | None:
+        """The newest version, with what was beside its weights, whose chunks are not stored again."""
+        try:
+            return self._against(Reference(name, variant=CHECKPOINT))
+        except NotFoundError:
+            return self._newest(name)

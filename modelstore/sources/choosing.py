@@ -1,0 +1,112 @@
+"""Which part of a source is saved, and files that are recognised by their content, whatever their names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelstore.errors import UnsupportedError
+from modelstore.sources import safetensors
+from modelstore.sources.base import Source
+from modelstore.sources.reading import open_regular
+
+INCLUDES = ("model", "all")
+GGUFS = ("dequantize", "blocks")
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+_TAR = (257, b"ustar")  # torch before 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What of a source is saved.
+
+    `key` names the model's state dict in a checkpoint; `include` is "model", or "all" for what lies beside it too; `gguf`
+    is "dequantize" or "blocks", None for the first of them.
+    """
+
+    key: str | None = None
+    include: str = "model"
+    gguf: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.include not in INCLUDES:
+            raise ValueError(f"include {self.include!r} is not one of {', '.join(INCLUDES)}")
+        if self.gguf is not None and self.gguf not in GGUFS:
+            raise ValueError(f"gguf {self.gguf!r} is not one of {', '.join(GGUFS)}")
+        if self.key is not None and not isinstance(self.key, str):
+            raise TypeError(f"key is a text such as 'state_dict', not a {type(self.key).__name__}")
+
+    @property
+    def everything(self) -> bool:
+        """Whether what lies beside the weights is wanted."""
+        return self.include == "all"
+
+
+def open_chosen(what: Any, choice: Choice) -> Source | None:
+    """The source, where it is of a kind that has choices or is a file known by its content; None for any other.
+
+    `ValueError` where something is chosen that this kind does not have.
+    """
+    pickled = choice.key is not None or choice.everything
+    if isinstance(what, Mapping) and pickled:
+        _only(choice, "a mapping", gguf=False)
+        from modelstore.sources.training import open_training
+
+        return open_training(what, choice.key, everything=choice.everything)
+    path = Path(what).expanduser() if isinstance(what, (str, Path)) and "://" not in str(what) else None
+    if path is not None and path.is_file():
+        return _open_file(path, choice)
+    if path is not None and path.is_dir() and pickled and _holds_pickled(path):
+        _only(choice, "a folder", gguf=False)
+        from modelstore.sources.pickled import open_directory
+
+        return open_directory(path, key=choice.key, everything=choice.everything)
+    _only(choice, "this source", gguf=False, pickled=False)
+    return None
+
+
+def _open_file(path: Path, choice: Choice) -> Source | None:
+    head = _head(path)
+    if head[:4] == b"GGUF":
+        _only(choice, f"{path}, a GGUF file,", pickled=False)
+        from modelstore.sources.gguf import open_gguf
+
+        source: Source = open_gguf(path, blocks=choice.gguf == "blocks")
+        return source
+    if head[_TAR[0] :].startswith(_TAR[1]):
+        raise UnsupportedError(f"{path} is a tar archive, as torch before 0.2 wrote it: unpack it, or save it again")
+    from modelstore.sources import pickled
+
+    if pickled.recognised(head) or path.suffix in _PICKLED:
+        _only(choice, f"{path}, a file of torch.save,", gguf=False)
+        return pickled.open_file(path, key=choice.key, everything=choice.everything)
+    _only(choice, f"{path}", gguf=False, pickled=False)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return safetensors.open_files([path])
+    return None
+
+
+def _holds_pickled(root: Path) -> bool:
+    names = {entry.name for entry in root.iterdir()}
+    other = {".metadata", "zarr.json", ".zgroup", ".zarray"} & names or any(".safetensors" in name for name in names)
+    return not other and any(name.endswith((*_PICKLED, ".bin.index.json")) for name in names)
+
+
+def _only(choice: Choice, what: str, *, gguf: bool = True, pickled: bool = True) -> None:
+    """`ValueError` where a choice is made that a kind of source does not have."""
+    if not pickled and (choice.key is not None or choice.everything):
+        name = f"key={choice.key!r}" if choice.key is not None else 'include="all"'
+        raise ValueError(f"{name} is for checkpoints of torch.save and mappings, and {what} is none: leave it out")
+    if not gguf and choice.gguf is not None:
+        raise ValueError(f"gguf={choice.gguf!r} is for GGUF files, and {what} is none: leave it out")
+
+
+def _head(path: Path) -> bytes:
+    descriptor = open_regular(path)
+    try:
+        return os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,60 @@
+"""A trainer's checkpoint in memory, such as `{"model": …, "optimizer": …, "epoch": 3}`, as a source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from modelstore.errors import FormatError, UnsupportedError
+from modelstore.format.structure import FILE as STRUCTURE
+from modelstore.sources.checkpoint import BESIDE, Tensors, choose
+from modelstore.sources.structure import View, beside_state
+from modelstore.sources.torch import StateDictSource
+
+_TENSORS = Tensors((torch.Tensor, np.ndarray), lambda tensor: int(tensor.nbytes))
+
+
+class _Live:
+    """Tells tensors in memory from what else there is."""
+
+    def view(self, value: Any, path: str) -> View | None:
+        if isinstance(value, np.ndarray):
+            at = value.__array_interface__["data"][0]
+            # Never tied: what is made of an array again is one of its own.
+            return View(f"array {id(value)} {at}", f"array {id(value)}", 0, (), value.size)
+        if not isinstance(value, torch.Tensor):
+            return None
+        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+            raise UnsupportedError(
+                f"{path} is a tensor without dense values here, which is not kept: make it dense first"
+            )
+        memory = f"{value.device} {value.untyped_storage().data_ptr()}"
+        place = (value.storage_offset(), tuple(value.shape), value.stride(), value.is_conj(), value.is_neg())
+        return View(
+            f"{memory} {value.dtype} {place}", memory, int(value.storage_offset()), value.stride(), value.numel()
+        )
+
+
+def open_training(saved: Mapping[str, Any], key: str | None, *, everything: bool) -> StateDictSource:
+    """The model's state dict in a mapping; with `everything` all that is beside it too.
+
+    `TypeError` where it is not clear which dict is the model, or a value cannot be kept.
+    """
+    plain = saved if isinstance(saved, dict) else dict(saved)
+    try:
+        chosen = choose(plain, _TENSORS, "the mapping", key)
+        if not everything:
+            source = StateDictSource(chosen.state)
+            source.skipped = dict.fromkeys(chosen.left, BESIDE)
+            source.skipped_bytes = {name: left.bytes for name, left in chosen.left.items()}
+            return source
+        aliases = StateDictSource(chosen.state).aliases
+        data, further = beside_state(plain, chosen, _Live(), aliases, None)
+    except (FormatError, UnsupportedError) as error:
+        raise TypeError(str(error)) from None
+    return StateDictSource(
+        {**chosen.state, **further}, files={STRUCTURE: data}, beside=frozenset({*further, STRUCTURE})
+    )
