@@ -6,7 +6,6 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +28,7 @@ from modelstore.sources.choosing import Choice
 from modelstore.sources.open import open_source
 from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
+from modelstore.storage.pool import Pool
 from modelstore.store.compare import diff
 from modelstore.store.describe import describe, model_info, variant_infos, version_info
 from modelstore.store.manifests import Manifests
@@ -328,7 +328,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
     def models(self) -> list[results.ModelInfo]:
         """All models that have a live version, by name."""
         self._catalog.open()
-        with ThreadPoolExecutor(8) as pool:
+        with Pool(8) as pool:
             names = self._catalog.models()
             infos = zip(pool.map(self._catalog.live, names), pool.map(self._catalog.tags, names), strict=True)
             return [model_info(live, tags) for live, tags in infos if live]

@@ -10,7 +10,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
@@ -21,6 +20,7 @@ from modelstore.format import manifest as man
 from modelstore.format.buffers import Pieces
 from modelstore.format.inventory import Copied, CopiedVersion
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
+from modelstore.storage.pool import Pool
 from modelstore.store import packs
 from modelstore.store.clock import Youth
 from modelstore.store.heal import checked_pieces
@@ -92,7 +92,7 @@ class _Copying:
     def send(self, missing: dict[str, int], limits: Limits, report: Progress | None) -> None:
         """Send packs, several at once as far as memory allows."""
         threads = max(1, min(_AT_ONCE, limits.threads or _AT_ONCE, limits.memory // _PER_PACK))
-        with ThreadPoolExecutor(threads, thread_name_prefix="modelstore-copy") as pool:
+        with Pool(threads, thread_name_prefix="modelstore-copy") as pool:
             sending = [pool.submit(self._send, pack, report) for pack in missing]
             try:
                 for one in sending:

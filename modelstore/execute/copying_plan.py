@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
@@ -15,6 +14,7 @@ from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL
 from modelstore.format.record import PACKS, VariantEntry, VersionRecord, pack_key
 from modelstore.storage.base import Storage
+from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 
@@ -204,7 +204,7 @@ class Planner:
                 sizes = {info.key: info.size for info in storage.list(PACKS)}
                 found |= {pack: sizes.get(pack_key(pack)) for pack in left}
             elif left:
-                with ThreadPoolExecutor(16, thread_name_prefix="modelstore-copy") as pool:
+                with Pool(16, thread_name_prefix="modelstore-copy") as pool:
                     infos = pool.map(lambda pack: storage.info(pack_key(pack)), left)  # noqa: B023  used at once
                     found |= {pack: info.size if info else None for pack, info in zip(left, infos, strict=True)}
         return found

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,6 +19,7 @@ from modelstore.format.buffers import Bytes, view
 from modelstore.format.region import Region, extent, is_contiguous, offset
 from modelstore.plan.layout import Share
 from modelstore.plan.read import Want
+from modelstore.storage.pool import Pool
 
 CHECKPOINT = 512 << 20  # bytes of one file after which what is written of it is made durable and recorded
 _SIZES = 16  # of buffers: multiples of this part of the largest
@@ -92,7 +93,7 @@ def _formed(reader: Reader, wanted: Sequence[_Block], limits: Limits, limit: int
     ahead = max(1, min(2 * threads, limits.memory // (4 * limit)))
     waiting: deque[tuple[_Block, Future[list[tuple[int, Bytes]]]]] = deque()
     left = iter(wanted)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="modelstore-export")
+    pool = Pool(threads, thread_name_prefix="modelstore-export")
     try:
         while True:
             while len(waiting) < ahead and (block := next(left, None)) is not None:
@@ -105,7 +106,8 @@ def _formed(reader: Reader, wanted: Sequence[_Block], limits: Limits, limit: int
             writer.put(block, partial(_write_pieces, pieces), sum(len(data) for _, data in pieces))
             yield block
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.give_up()
+        pool.shutdown()
 
 
 class _Buffers:
@@ -147,7 +149,7 @@ class _Writer:
         self._limit = limit
         self._files: list[_Open] = []
         self._whole: list[bool] = []
-        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="modelstore-sync")
+        self._keeper = Pool(1, thread_name_prefix="modelstore-sync")
         self._waiting: deque[Future[None]] = deque()
 
     def add(self, output: OutFile, first: int, count: int, *, whole: bool) -> int:

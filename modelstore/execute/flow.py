@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
 from modelstore.plan.read import ReadJob
+from modelstore.storage.pool import Pool
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ def flow(
         left[index] = 0
         held += costs[index]
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="modelstore-read")
+    pool = Pool(threads, thread_name_prefix="modelstore-read")
     try:
         job = next(jobs, None)
         ended = False
@@ -83,4 +84,5 @@ def flow(
                 if progress:
                     progress(finished.nbytes)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.give_up()
+        pool.shutdown()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +35,7 @@ from modelstore.plan.parts import Piece, cells, common_chunk, piece_problem
 from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.base import Source
 from modelstore.storage.base import Storage
+from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
 from modelstore.store.clock import Youth
 from modelstore.store.heal import replace_pack
@@ -229,7 +229,7 @@ def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], young: Y
         if not young(info.modified):
             replace_pack(storage, storage, pack)
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-parts") as pool:
+    with Pool(_THREADS, thread_name_prefix="modelstore-parts") as pool:
         list(pool.map(refresh, [item for item in ranks.items() if item[0] not in live]))
 
 
@@ -310,5 +310,5 @@ def _digests(
                 progress(len(values))
         return hasher.hexdigest()
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="modelstore-parts") as pool:
+    with Pool(threads, thread_name_prefix="modelstore-parts") as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))

@@ -8,7 +8,6 @@ they are in a job's folder, what they name is kept by garbage collection as long
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -30,6 +29,7 @@ from modelstore.plan.parts import shared_chunk
 from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.slices import PartSource, Place
 from modelstore.storage.base import SMALL, Storage
+from modelstore.storage.pool import Pool
 from modelstore.store.clock import Youth
 
 CODECS = ("lossless", "raw")
@@ -221,7 +221,7 @@ def published(storage: Storage, model: str, session: str) -> int | None:
 
 def read_parts(storage: Storage, model: str, session: str, ranks: int) -> list[Stored]:
     """The newest page of every rank, in their order; `NotFoundError` names those that have none."""
-    with ThreadPoolExecutor(16, thread_name_prefix="modelstore-parts") as pool:
+    with Pool(16, thread_name_prefix="modelstore-parts") as pool:
         found = list(pool.map(lambda rank: _newest(storage, model, session, rank), range(ranks)))
     missing = [str(rank) for rank, one in enumerate(found) if one is None]
     if missing:

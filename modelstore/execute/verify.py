@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ from modelstore.format.record import VariantEntry, manifest_key, pack_key
 from modelstore.format.results import Problem, Report
 from modelstore.plan.read import GAP, JOB_BYTES
 from modelstore.storage.base import Storage
+from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 from modelstore.store.repair import live, problem, read_copy
@@ -317,7 +318,7 @@ class _Owners:
 
 def _mapped(act: Callable[[T], U], items: Iterable[T], threads: int, ahead: int) -> Iterator[U]:
     """Results in the order of the items, with at most `ahead` items a thread under way or waiting to be taken."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="modelstore-verify")
+    pool = Pool(threads, thread_name_prefix="modelstore-verify")
     try:
         pending: deque[Future[U]] = deque()
         for item in items:
@@ -327,4 +328,5 @@ def _mapped(act: Callable[[T], U], items: Iterable[T], threads: int, ahead: int)
         while pending:
             yield pending.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.give_up()
+        pool.shutdown()

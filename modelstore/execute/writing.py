@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from modelstore.format.manifest import Manifest
 from modelstore.format.manifest_builder import Location
 from modelstore.plan.write import Step, plan_steps
 from modelstore.storage.base import Storage
+from modelstore.storage.pool import Pool
 from modelstore.store import packs
 from modelstore.store.clock import Youth
 from modelstore.store.packs import Pack, PackBuilder, TensorNote
@@ -106,8 +107,8 @@ class PackWriter:
         threads = self.limits.threads or max(2, os.cpu_count() or 1)
         steps = plan_steps(((i, item.plan) for i, item in enumerate(inputs)), self._slab_limit)
         with (
-            ThreadPoolExecutor(threads, thread_name_prefix="modelstore-encode") as encoders,
-            ThreadPoolExecutor(1, thread_name_prefix="modelstore-upload") as uploader,
+            Pool(threads, thread_name_prefix="modelstore-encode") as encoders,
+            Pool(1, thread_name_prefix="modelstore-upload") as uploader,
         ):
             encoding: deque[Future[list[Encoded]]] = deque()
             try:
@@ -176,7 +177,7 @@ class _State:
                 self._filled.append((number, place, data))
                 self.filled += len(as_bytes(data))
 
-    def upload(self, uploader: ThreadPoolExecutor) -> None:
+    def upload(self, uploader: Pool) -> None:
         """Store the pack that was filled, once the one before it is stored."""
         self.settle()
         if not self._filled:

@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeVar
 
-from modelstore.errors import CorruptionError
 from modelstore.format.buffers import Buffer, as_bytes
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage
-from modelstore.storage.failures import TransientStorageError
+from modelstore.storage.failures import TransientStorageError, ends_before
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 
 T = TypeVar("T")
@@ -150,7 +149,7 @@ class FaultyStorage(WrappingStorage):
         if key in self.truncated:
             info = self.inner.info(key)
             if info is not None and start + out.nbytes > info.size // 2:
-                raise CorruptionError(f"Object {key!r} ends before byte {start + out.nbytes:,}.", object=key)
+                raise ends_before(self.url, key, start + out.nbytes)
         super().read(key, start, out)
         if key in self.flipped and out.nbytes:
             out[0] ^= 1

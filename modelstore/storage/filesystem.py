@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from modelstore.errors import CorruptionError, StorageError, UnsupportedError
+from modelstore.errors import UnsupportedError
 from modelstore.format.buffers import Buffer, as_bytes
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
-from modelstore.storage.failures import TransientStorageError, failure, mentions
+from modelstore.storage.failures import ends_before, failure, mentions
 from modelstore.storage.keys import check_key, check_prefix, key_problem
 from modelstore.storage.pieces import fitted, joined
 
@@ -35,8 +35,8 @@ def require_exclusive_create(filesystem: Any, protocol: str) -> None:
 class FsspecStorage(Storage):
     """An fsspec file system under a root path.
 
-    `writer` is the file system that `put` uses: its client may retry, since only it can repeat one part; that of
-    `filesystem` should not.
+    `writer` is the file system that `put` uses: its client may repeat one part of a large object a few times; that of
+    `filesystem` should not repeat anything.
     """
 
     def __init__(self, filesystem: Any, root: str, url: str, writer: Any = None) -> None:
@@ -56,7 +56,7 @@ class FsspecStorage(Storage):
         except Exception as error:
             if mentions(error, "InvalidRange"):  # it is empty
                 return b""
-            raise failure(error, key, "read") from error
+            raise failure(error, key, "read", self._url) from error
         if len(data) > limit:
             info = self.info(key)
             raise too_large(key, info.size if info else len(data), limit)
@@ -70,10 +70,10 @@ class FsspecStorage(Storage):
             data = self._fs.cat_file(path, start=start, end=start + out.nbytes)
         except Exception as error:
             if mentions(error, "InvalidRange"):
-                raise _ends_before(key, start + out.nbytes) from error
-            raise failure(error, key, "read") from error
+                raise ends_before(self._url, key, start + out.nbytes) from error
+            raise failure(error, key, "read", self._url) from error
         if len(data) != out.nbytes:
-            raise _ends_before(key, start + out.nbytes)
+            raise ends_before(self._url, key, start + out.nbytes)
         out[:] = data
 
     def create(self, key: str, data: Buffer) -> bool:
@@ -85,7 +85,7 @@ class FsspecStorage(Storage):
         except Exception as error:
             if mentions(error, "PreconditionFailed"):
                 return False
-            raise failure(error, key, "create") from error
+            raise failure(error, key, "create", self._url) from error
         return True
 
     def put(self, key: str, pieces: Iterable[Buffer], size: int) -> None:
@@ -95,17 +95,17 @@ class FsspecStorage(Storage):
             try:
                 self._writer.pipe_file(path, data)
             except Exception as error:
-                raise _given_up(error, key) from error
+                raise failure(error, key, "write", self._url) from error
             return
         try:
             file = self._writer.open(path, "wb", block_size=PART, autocommit=False)
         except Exception as error:
-            raise _given_up(error, key) from error
+            raise failure(error, key, "write", self._url) from error
         try:
             for piece in fitted(key, pieces, size, PART):
-                _to_storage(key, file.write, piece)
-            _to_storage(key, file.close)
-            _to_storage(key, file.commit)
+                self._send(key, file.write, piece)
+            self._send(key, file.close)
+            self._send(key, file.commit)
         except BaseException:
             file.closed = True  # or its end would send what it holds
             with suppress(Exception):  # what made us give up is the error to tell
@@ -120,7 +120,7 @@ class FsspecStorage(Storage):
         except FileNotFoundError:
             return None
         except Exception as error:
-            raise failure(error, key, "look at") from error
+            raise failure(error, key, "look at", self._url) from error
         return None if found.get("type") == "directory" else _info(key, found)
 
     def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
@@ -135,7 +135,7 @@ class FsspecStorage(Storage):
         except (FileNotFoundError, NotADirectoryError):
             return ()
         except Exception as error:
-            raise failure(error, prefix, "list") from error
+            raise failure(error, prefix, "list", self._url) from error
         names = (item["name"].rstrip("/").rsplit("/", 1)[-1] for item in found if item["type"] == "directory")
         return tuple(sorted(name for name in names if key_problem(prefix + name) is None))
 
@@ -146,11 +146,17 @@ class FsspecStorage(Storage):
         except FileNotFoundError:
             return
         except Exception as error:
-            raise failure(error, key, "delete") from error
+            raise failure(error, key, "delete", self._url) from error
 
     def path(self, key: str) -> Path | None:
         check_key(key)
         return None
+
+    def _send(self, key: str, act: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            act(*arguments)
+        except Exception as error:
+            raise failure(error, key, "write", self._url) from error
 
     def _at(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}"
@@ -163,25 +169,12 @@ class FsspecStorage(Storage):
         except FileNotFoundError:
             return
         except Exception as error:
-            raise failure(error, prefix, "list") from error
+            raise failure(error, prefix, "list", self._url) from error
         base = self._fs._strip_protocol(self._root).rstrip("/") + "/"
         keys = ((path.removeprefix(base), item) for path, item in found.items() if path.startswith(base))
         for key, item in sorted(keys, key=lambda pair: pair[0]):
             if key.startswith(prefix) and key_problem(key) is None:
                 yield _info(key, item)
-
-
-def _to_storage(key: str, act: Any, *arguments: Any) -> None:
-    try:
-        act(*arguments)
-    except Exception as error:
-        raise _given_up(error, key) from error
-
-
-def _given_up(error: Exception, key: str) -> Exception:
-    """The error of a `put`, whose requests its client has retried already."""
-    problem = failure(error, key, "write")
-    return StorageError(str(problem), object=key) if isinstance(problem, TransientStorageError) else problem
 
 
 def _info(key: str, item: dict[str, Any]) -> ObjectInfo:
@@ -191,7 +184,3 @@ def _info(key: str, item: dict[str, Any]) -> ObjectInfo:
     return ObjectInfo(
         key, int(item.get("size") or 0), modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
     )
-
-
-def _ends_before(key: str, end: int) -> CorruptionError:
-    return CorruptionError(f"Object {key!r} ends before byte {end:,}.", object=key)

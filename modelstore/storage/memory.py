@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from modelstore.errors import CorruptionError, NotFoundError, StorageError
+from modelstore.errors import NotFoundError, StorageError
 from modelstore.format.buffers import Buffer, as_bytes
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
+from modelstore.storage.failures import ends_before
 from modelstore.storage.keys import check_key, check_prefix
 
 
@@ -42,7 +43,7 @@ class MemoryStorage(Storage):
         try:
             data = self._shelf.objects[check_key(key)][0]
         except KeyError:
-            raise NotFoundError(f"No object {key!r} in {self.url}.", object=key) from None
+            raise NotFoundError(f"no object {key!r} in {self.url}", object=key) from None
         if len(data) > limit:
             raise too_large(key, len(data), limit)
         return data
@@ -50,7 +51,7 @@ class MemoryStorage(Storage):
     def read(self, key: str, start: int, out: memoryview) -> None:
         piece = memoryview(self.get(key))[start : start + out.nbytes]
         if piece.nbytes != out.nbytes:
-            raise CorruptionError(f"Object {key!r} ends before byte {start + out.nbytes:,}.", object=key)
+            raise ends_before(self.url, key, start + out.nbytes)
         out[:] = piece
 
     def create(self, key: str, data: Buffer) -> bool:

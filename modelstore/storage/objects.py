@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime, timedelta
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +13,18 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from modelstore.errors import CorruptionError, NotFoundError, StorageError
+from modelstore.errors import ModelStoreError, NotFoundError, StorageError
 from modelstore.format.buffers import Buffer, as_bytes
+from modelstore.storage.aws import s3_settings
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
-from modelstore.storage.failures import TransientStorageError, failure
+from modelstore.storage.failures import TransientStorageError, ends_before, failure, transient
 from modelstore.storage.keys import check_key, check_prefix, key_problem
 from modelstore.storage.options import (
     ClientSettings,
     StorageOptions,
-    aws_credentials,
     azure_settings,
     gcs_settings,
-    s3_settings,
+    s3_options,
 )
 from modelstore.storage.pieces import fitted, joined
 
@@ -35,8 +36,7 @@ PARALLEL_PARTS = 8
 MAX_PARTS = 10_000
 SLICE = 32 << 20  # of a read: what one answer holds beside the destination
 SLOWEST = 1 << 20  # bytes a second that an upload must reach
-UPLOAD_RETRIES = 5
-CREDENTIAL_LIFE = timedelta(minutes=30)
+PART_RETRIES = 3
 
 
 class ObjectStorage(Storage):
@@ -44,32 +44,29 @@ class ObjectStorage(Storage):
 
     `create` is one conditional request (`If-None-Match: *`; a generation match on GCS). A request ends when nothing of
     its answer arrives for `stall_seconds`, so that a long answer may take long; an upload, whose answer comes after
-    all of its bytes, has the time more that they take at `SLOWEST`. Nothing is retried here (see `retry`) but the
-    requests of a `put`.
+    all of its bytes, has the time more that they take at `SLOWEST`. Nothing is retried here (see `retry`) but a part of a
+    large `put`, a few times, so that one bad moment does not send all parts again.
     """
 
     def __init__(self, make: Callable[..., ObjectStore], url: str, settings: ClientSettings) -> None:
         self._url = url.rstrip("/")
-        timeouts = {"connect_timeout": timedelta(seconds=settings.connect_seconds)}
-        stall = timedelta(seconds=settings.stall_seconds)
-        self._store = make(
-            config=settings.config,
-            client_options={**settings.client, **timeouts, "read_timeout": stall, "timeout": timedelta(hours=1)},
-            retry_config={"max_retries": 0},
-        )
-        self._uploads = make(
-            config=settings.config,
-            client_options={
-                **settings.client,
-                **timeouts,
-                "timeout": stall + timedelta(seconds=PART * PARALLEL_PARTS / SLOWEST),
-            },
-            retry_config={
-                "max_retries": UPLOAD_RETRIES,
-                "retry_timeout": timedelta(minutes=3),
-                "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2},
-            },
-        )
+        self._credentials = settings.credentials
+        connect, stall = timedelta(seconds=settings.connect_seconds), timedelta(seconds=settings.stall_seconds)
+
+        def client(retry: dict[str, Any], **timeouts: timedelta) -> ObjectStore:
+            options = {**settings.client, "connect_timeout": connect, **timeouts}
+            return make(config=settings.config, client_options=options, retry_config=retry)
+
+        once = {"max_retries": 0}
+        a_few_times = {
+            "max_retries": PART_RETRIES,
+            "retry_timeout": timedelta(minutes=1),
+            "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=1), "base": 2},
+        }
+        uploading = stall + timedelta(seconds=PART * PARALLEL_PARTS / SLOWEST)
+        self._store = client(once, read_timeout=stall, timeout=timedelta(hours=1))
+        self._uploads = client(once, timeout=uploading)
+        self._parts = client(a_few_times, timeout=uploading)
 
     @property
     def url(self) -> str:
@@ -77,13 +74,11 @@ class ObjectStorage(Storage):
 
     def get(self, key: str, limit: int = LARGEST) -> bytes:
         check_key(key)
-        try:
+        with self._asking("read", key):
             found = obstore.get(self._store, key)
             if found.meta["size"] > limit:
                 raise too_large(key, found.meta["size"], limit)
             return found.bytes().to_bytes()
-        except Exception as error:
-            raise failure(error, key, "read") from error
 
     def read(self, key: str, start: int, out: memoryview) -> None:
         check_key(key)
@@ -94,16 +89,21 @@ class ObjectStorage(Storage):
         check_key(key)
         view = as_bytes(data).data
         try:
-            obstore.put(self._store if view.nbytes < PART else self._uploads, key, view, mode="create")
-        except AlreadyExistsError as error:
-            # Also when the client's own retry met the object that its first attempt, answer lost, had made. But a
-            # conflict among writers, which S3 answers with 409, says nothing yet.
-            problem = failure(error, key, "create")
-            if isinstance(problem, TransientStorageError):
-                raise problem from error
-            return False
-        except Exception as error:
-            raise failure(error, key, "create") from error
+            with self._asking("create", key):
+                try:
+                    obstore.put(self._store if view.nbytes < PART else self._uploads, key, view, mode="create")
+                except AlreadyExistsError as error:
+                    # Also when the client's own retry met the object that its first attempt, answer lost, had made. But a
+                    # conflict among writers, which S3 answers with 409, says nothing yet.
+                    if not transient(error):
+                        return False
+                    raise
+        except TransientStorageError as problem:
+            if not isinstance(problem.__cause__, AlreadyExistsError) or "<Code>" in str(problem.__cause__):
+                raise
+            if self.info(key) is not None:  # a 409 that does not say why
+                return False
+            raise
         return True
 
     def put(self, key: str, pieces: Iterable[Buffer], size: int) -> None:
@@ -119,26 +119,31 @@ class ObjectStorage(Storage):
                 raise
 
         try:
-            if size <= part:
-                obstore.put(self._uploads, key, joined(key, watched(), size), use_multipart=False)
-            else:
-                obstore.put(self._uploads, key, watched(), chunk_size=part, max_concurrency=PARALLEL_PARTS)
-        except Exception as error:
+            with self._asking("write", key):
+                if size <= part:
+                    obstore.put(self._uploads, key, joined(key, watched(), size), use_multipart=False)
+                else:
+                    obstore.put(self._parts, key, watched(), chunk_size=part, max_concurrency=PARALLEL_PARTS)
+        except ModelStoreError:
             if broken:  # the caller's own error, not the storage's
                 raise broken[0] from None
-            problem = failure(error, key, "write")
-            if isinstance(problem, TransientStorageError):  # retried already, part by part
-                problem = StorageError(f"{problem} (after {UPLOAD_RETRIES + 1} attempts)", object=key)
-            raise problem from error
+            raise
 
     def info(self, key: str) -> ObjectInfo | None:
         check_key(key)
         try:
-            return _info(obstore.head(self._store, key))
-        except FileNotFoundError:
+            with self._asking("look at", key):
+                return _info(obstore.head(self._store, key))
+        except NotFoundError:
             return None
-        except Exception as error:
-            raise failure(error, key, "look at") from error
+        except StorageError as error:
+            if isinstance(error, TransientStorageError) or "status code" not in str(error.__cause__):
+                raise
+            problem = error
+        # The answer to a HEAD has no body, which alone would say why: that of a reading request has one.
+        with self._asking("look at", key):
+            obstore.get(self._store, key, options={"range": (0, 1)})
+        raise problem
 
     def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
         check_prefix(prefix)
@@ -147,40 +152,35 @@ class ObjectStorage(Storage):
 
     def folders(self, prefix: str) -> tuple[str, ...]:
         check_prefix(prefix)
-        try:
+        with self._asking("list", prefix):
             found = obstore.list_with_delimiter(self._store, prefix or None)["common_prefixes"]
-        except Exception as error:
-            raise failure(error, prefix, "list") from error
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in found)
         return tuple(sorted(name for name in names if key_problem(prefix + name) is None))
 
     def delete(self, key: str) -> None:
         check_key(key)
-        try:
+        with suppress(NotFoundError), self._asking("delete", key):
             obstore.delete(self._store, key)
-        except Exception as error:
-            problem = failure(error, key, "delete")
-            if not isinstance(problem, NotFoundError):
-                raise problem from error
 
     def path(self, key: str) -> Path | None:
         check_key(key)
         return None
 
     def _read(self, key: str, start: int, out: memoryview) -> None:
-        try:
-            data = memoryview(obstore.get_range(self._store, key, start=start, length=out.nbytes))
-        except Exception as error:
-            if "status code: 416" in str(error):
-                raise _ends_before(key, start + out.nbytes) from error
-            raise failure(error, key, "read") from error
+        with self._asking("read", key):
+            try:
+                data = memoryview(obstore.get_range(self._store, key, start=start, length=out.nbytes))
+            except Exception as error:
+                if "status code: 416" in str(error):
+                    raise ends_before(self.url, key, start + out.nbytes) from error
+                raise
         if data.nbytes != out.nbytes:
-            raise _ends_before(key, start + out.nbytes)
+            raise ends_before(self.url, key, start + out.nbytes)
         out[:] = data
 
     def _list(self, prefix: str, page: int, after: str) -> Iterator[ObjectInfo]:
         last = ""
-        try:
+        with self._asking("list", prefix):
             for batch in obstore.list(self._store, prefix or None, offset=after or None, chunk_size=page):
                 for item in map(_info, batch):
                     if (
@@ -188,11 +188,30 @@ class ObjectStorage(Storage):
                     ):  # not ours, or obstore began earlier (after "a/", say)
                         continue
                     if item.key <= last:  # S3 Express buckets
-                        raise StorageError(f"{self.url} does not list its objects in order; use another bucket.")
+                        raise StorageError(
+                            f"{self.url} does not list its objects in order: use another bucket", object=prefix
+                        )
                     last = item.key
                     yield item
+
+    @contextmanager
+    def _asking(self, doing: str, key: str) -> Iterator[None]:
+        """Around a request: what its client raises becomes the store's own error, also where its Rust code panics."""
+        try:
+            if self._credentials is not None:  # for the first request; obstore asks for those of later ones
+                self._credentials()
+                self._credentials = None
+            yield
+        except ModelStoreError as error:
+            if error.object is None:  # of the credentials
+                raise type(error)(f"cannot {doing} {key!r} in {self.url}: {error}", object=key) from error
+            raise
         except Exception as error:
-            raise failure(error, prefix, "list") from error
+            raise failure(error, key, doing, self.url) from error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise failure(error, key, doing, self.url) from error
 
 
 def _object_storage(make: Callable[..., ObjectStore], url: str, settings: ClientSettings) -> ObjectStorage:
@@ -204,14 +223,9 @@ def _object_storage(make: Callable[..., ObjectStore], url: str, settings: Client
 
 
 def s3_storage(bucket: str, prefix: str, options: StorageOptions) -> ObjectStorage:
-    """A bucket of S3, or of a server that speaks like it; a server of one's own is addressed by path."""
-    settings = s3_settings(options)
-    extra: dict[str, Any] = {}
-    if session := aws_credentials(settings):
-        if (region := session.get_config_variable("region")) and "region" not in settings.config:
-            settings.config["region"] = region
-        if (credentials := session.get_credentials()) is not None:
-            extra["credential_provider"] = _Credentials(credentials)
+    """A bucket of S3, or of a server that speaks like it, where and as whom botocore says."""
+    settings = s3_settings(bucket, s3_options(options))
+    extra: dict[str, Any] = {"credential_provider": settings.credentials} if settings.credentials else {}
 
     def make(**arguments: Any) -> ObjectStore:
         return S3Store(bucket, prefix=prefix or None, **extra, **arguments)
@@ -237,25 +251,5 @@ def azure_storage(container: str, prefix: str, options: StorageOptions) -> Objec
     return _object_storage(make, f"az://{container}/{prefix}", azure_settings(options))
 
 
-class _Credentials:
-    """botocore's credentials, which it renews itself, for obstore."""
-
-    def __init__(self, credentials: Any) -> None:
-        self._credentials = credentials
-
-    def __call__(self) -> dict[str, Any]:
-        now = self._credentials.get_frozen_credentials()
-        return {
-            "access_key_id": now.access_key,
-            "secret_access_key": now.secret_key,
-            "token": now.token,
-            "expires_at": datetime.now(UTC) + CREDENTIAL_LIFE,
-        }
-
-
 def _info(meta: Any) -> ObjectInfo:
     return ObjectInfo(meta["path"], meta["size"], meta["last_modified"].timestamp())
-
-
-def _ends_before(key: str, end: int) -> CorruptionError:
-    return CorruptionError(f"Object {key!r} ends before byte {end:,}.", object=key)

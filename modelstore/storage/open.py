@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -14,10 +15,11 @@ from modelstore.errors import UnsupportedError
 from modelstore.storage.base import Storage
 from modelstore.storage.exclusive import ProvedStorage
 from modelstore.storage.filesystem import FsspecStorage, require_exclusive_create
+from modelstore.storage.forks import OpenedAnew
 from modelstore.storage.keys import check_prefix
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
-from modelstore.storage.options import StorageOptions, s3_settings
+from modelstore.storage.options import StorageOptions, s3_options
 from modelstore.storage.retry import RetryingStorage
 from modelstore.storage.wrapping import ReadOnlyStorage
 
@@ -78,24 +80,56 @@ def _object_store(scheme: str, url: str, options: dict[str, Any], engine: str | 
     if not container:
         raise ValueError(f"Invalid URL {scheme}://: it names no bucket, as in {scheme}://bucket/prefix.")
     check_prefix(prefix and prefix + "/")
+    if engine is not None and scheme != "s3":
+        raise ValueError(f"Invalid engine {engine!r} for {scheme}://: it serves s3:// only.")
+    again = (
+        partial(_s3fs, container, prefix, options)
+        if scheme == "s3"
+        else partial(_lost, f"{scheme}://{container}/{prefix}")
+    )
     if engine == "s3fs":
-        return _remote(_s3fs(scheme, container, prefix, dict(options)), options)
+        return _remote(OpenedAnew(again(), again), engine, options)
     objects = _needs("modelstore.storage.objects", "obstore", scheme)
-    return _remote(getattr(objects, _MAKERS[scheme])(container, prefix, options), options)
+    storage = getattr(objects, _MAKERS[scheme])(container, prefix, options)
+    # obstore's own threads are made once in a process, and a forked one cannot have others: there s3fs, which can.
+    return _remote(OpenedAnew(storage, again), "obstore", options)
 
 
-def _s3fs(scheme: str, bucket: str, prefix: str, options: dict[str, Any]) -> Storage:
-    if scheme != "s3":
-        raise ValueError(f"Invalid engine 's3fs' for {scheme}://: it serves s3:// only.")
+def _lost(url: str) -> Storage:
+    raise UnsupportedError(
+        f"{url} was opened before this process was forked, and its client does not live through that: "
+        "start the workers with 'spawn' (multiprocessing_context='spawn' of a DataLoader), or open the store within them"
+    )
+
+
+def _s3fs(bucket: str, prefix: str, options: dict[str, Any]) -> Storage:
     filesystem = _needs("s3fs", "s3fs", "s3").S3FileSystem
-    settings = s3_settings(options)  # the same options whatever the engine; unknown ones are named
-    network = {"connect_timeout": settings.connect_seconds, "read_timeout": settings.stall_seconds}
-    config = {**network, **options.pop("config_kwargs", {}), "retries": {"total_max_attempts": 1}}
-    if (style := dict(config.get("s3", {}))).get("addressing_style") is None and "endpoint" in settings.config:
-        config["s3"] = {**style, "addressing_style": "path"}
-    arguments = {**options, "config_kwargs": config, "use_listings_cache": False, "skip_instance_cache": True}
-    if region := arguments.pop("region", None) or arguments.pop("region_name", None):
-        arguments["client_kwargs"] = {**arguments.get("client_kwargs", {}), "region_name": region}
+    said = s3_options(options)  # the same options whatever the engine; unknown ones are named
+    settings = _needs("modelstore.storage.aws", "botocore", "s3").s3_settings(bucket, said)
+    arguments: dict[str, Any] = {
+        "key": said.key,
+        "secret": said.secret,
+        "token": said.token,
+        "anon": said.anonymous,
+        "profile": said.profile,
+        "endpoint_url": said.endpoint,
+        "use_ssl": said.tls,
+        "requester_pays": bool(said.client.get("request_payer")),
+        "s3_additional_kwargs": options.get("s3_additional_kwargs") or {},
+        "client_kwargs": {
+            "region_name": settings.config["region"],
+            **({"verify": said.verify} if said.verify is not None else {}),
+        },
+        "config_kwargs": {
+            "connect_timeout": said.connect_seconds,
+            "read_timeout": said.stall_seconds,
+            "retries": {"total_max_attempts": 1},
+            **({"s3": dict(said.style)} if said.style else {}),
+            **said.flags,
+        },
+        "use_listings_cache": False,
+        "skip_instance_cache": True,
+    }
     once, patient = filesystem(**arguments), filesystem(**arguments)
     once.retries = 1
     require_exclusive_create(once, "s3")
@@ -106,21 +140,25 @@ def _filesystem(scheme: str, url: str, options: dict[str, Any], engine: str | No
     if engine is not None:
         raise ValueError(f"Invalid engine {engine!r} for {scheme}://: it serves s3:// only.")
     fsspec = _needs("fsspec", "fsspec", scheme)
-    try:
-        filesystem, root = fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        raise UnsupportedError(f"{scheme}:// needs another package: {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"Invalid URL {_shown(url)!r}: {error}") from error
-    if not read_only:
-        require_exclusive_create(filesystem, scheme)
-    return _remote(FsspecStorage(filesystem, root, _shown(url)), options)
+
+    def opened() -> Storage:
+        try:
+            filesystem, root = fsspec.core.url_to_fs(url, **options)
+        except ImportError as error:
+            raise UnsupportedError(f"{scheme}:// needs another package: {error}.") from error
+        except ValueError as error:
+            raise ValueError(f"Invalid URL {_shown(url)!r}: {error}") from error
+        if not read_only:
+            require_exclusive_create(filesystem, scheme)
+        return FsspecStorage(filesystem, root, _shown(url))
+
+    return _remote(OpenedAnew(opened(), opened), scheme, options)
 
 
-def _remote(storage: Storage, options: dict[str, Any]) -> Storage:
+def _remote(storage: Storage, client: str, options: dict[str, Any]) -> Storage:
     """What passes is retried, and nothing is written before it is proved that objects are created exclusively."""
     named = {name: value for name, value in os.environ.items() if name.startswith(_LEADING) or name.endswith("_PROXY")}
-    way = repr((type(storage).__name__, storage.url, sorted(options.items()), sorted(named.items())))
+    way = repr((client, storage.url, sorted(options.items()), sorted(named.items())))
     return RetryingStorage(
         ProvedStorage(storage, blake3(way.encode()).hexdigest())
     )  # a digest, as there are keys in it

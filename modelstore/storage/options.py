@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from modelstore.errors import UnsupportedError
 
 StorageOptions = Mapping[str, Any]
 
 CONNECT_SECONDS = 5.0
 STALL_SECONDS = 20.0  # without a byte of the answer
+_STYLES = ("addressing_style", "use_accelerate_endpoint", "us_east_1_regional_endpoint")
 
 
 @dataclass(frozen=True)
 class ClientSettings:
-    """One object store's client: where, as whom, and how long it may be silent."""
+    """One object store's client: where, as whom, and how long it may be silent.
+
+    `credentials`, where there is one, gives obstore keys, again whenever they may have been renewed.
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     client: dict[str, Any] = field(default_factory=dict)
     connect_seconds: float = CONNECT_SECONDS
     stall_seconds: float = STALL_SECONDS
+    credentials: Callable[[], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class S3Options:
+    """What was said of S3, None where it is left to AWS's own configuration."""
+
+    endpoint: str | None = None
+    region: str | None = None
     profile: str | None = None
+    key: str | None = None
+    secret: str | None = None
+    token: str | None = None
+    anonymous: bool = False
+    tls: bool = True
+    verify: bool | str | None = None
+    style: Mapping[str, Any] = field(default_factory=dict)  # botocore's `s3` configuration
+    flags: Mapping[str, Any] = field(default_factory=dict)  # of botocore's `Config`
+    client: Mapping[str, Any] = field(default_factory=dict)  # obstore's own
+    connect_seconds: float = CONNECT_SECONDS
+    stall_seconds: float = STALL_SECONDS
 
 
 class _Taker:
@@ -51,44 +71,56 @@ class _Taker:
             raise ValueError(f"Unknown {self._where} for {scheme}://: {', '.join(sorted(map(repr, self._left)))}.")
 
 
-def s3_settings(options: StorageOptions) -> ClientSettings:
-    """For S3 and what speaks like it, from s3fs's options; what they leave open comes from AWS_* in the environment."""
+def s3_options(options: StorageOptions) -> S3Options:
+    """For S3 and what speaks like it, from s3fs's options; `ValueError` names what is unknown or cannot be."""
     given = _Taker(options, "storage option")
     client, extra, network = (
         given.nested("client_kwargs"),
         given.nested("s3_additional_kwargs"),
         given.nested("config_kwargs"),
     )
-    addressing = network.nested("s3")
-    endpoint = _first(given.take("endpoint_url"), client.take("endpoint_url"))
-    insecure = given.take("use_ssl") is False or client.take("use_ssl") is False
-    config = {
-        "endpoint": endpoint,
-        "region": _first(given.take("region", "region_name"), client.take("region_name")),
-        "access_key_id": _first(given.take("key", "username"), client.take("aws_access_key_id")),
-        "secret_access_key": _first(given.take("secret", "password"), client.take("aws_secret_access_key")),
-        "session_token": _first(given.take("token"), client.take("aws_session_token")),
-        "skip_signature": given.take("anon") or None,
+    style = network.nested("s3")
+    tls = [given.take("use_ssl"), client.take("use_ssl")]
+    own = {
         "request_payer": given.take("requester_pays") or None,
         "server_side_encryption": extra.take("ServerSideEncryption"),
         "sse_kms_key_id": extra.take("SSEKMSKeyId"),
-        "virtual_hosted_style_request": (addressing.take("addressing_style") == "virtual") or None,
         # One object a request works everywhere; the bulk request is missing in some servers, and saves us nothing.
         "disable_bulk_delete": True,
     }
-    found = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    http: dict[str, Any] = {"allow_http": insecure or found.startswith("http://")}
-    verify = client.take("verify")
-    if verify is False:
-        http["allow_invalid_certificates"] = True
-    elif bundle := (verify if isinstance(verify, str) else os.environ.get("AWS_CA_BUNDLE")):
-        http["root_certificate"] = Path(bundle).read_bytes()
-    connect, stall, profile = network.take("connect_timeout"), network.take("read_timeout"), given.take("profile")
-    for taker in (given, client, extra, network, addressing):
-        taker.done("s3")
-    return ClientSettings(
-        _known(config), http, float(connect or CONNECT_SECONDS), float(stall or STALL_SECONDS), profile
+    found = S3Options(
+        endpoint=_first(given.take("endpoint_url"), client.take("endpoint_url")),
+        region=_first(given.take("region", "region_name"), client.take("region_name")),
+        profile=given.take("profile"),
+        key=_printable("key", _first(given.take("key", "username"), client.take("aws_access_key_id"))),
+        secret=_printable("secret", _first(given.take("secret", "password"), client.take("aws_secret_access_key"))),
+        token=_printable("token", _first(given.take("token"), client.take("aws_session_token"))),
+        anonymous=bool(given.take("anon")),
+        tls=False not in tls,
+        verify=client.take("verify"),
+        style=_known({name: style.take(name) for name in _STYLES}),
+        flags=_known({name: network.take(name) for name in ("use_dualstack_endpoint", "use_fips_endpoint")}),
+        client=_known(own),
+        connect_seconds=float(network.take("connect_timeout") or CONNECT_SECONDS),
+        stall_seconds=float(network.take("read_timeout") or STALL_SECONDS),
     )
+    for taker in (given, client, extra, network, style):
+        taker.done("s3")
+    if (found.key is None) != (found.secret is None):
+        raise ValueError("Invalid storage options for s3://: key and secret go together.")
+    if (wanted := found.style.get("addressing_style")) not in (None, "auto", "path", "virtual"):
+        raise ValueError(f"Invalid addressing_style {wanted!r}: one of auto, path, virtual.")
+    return found
+
+
+def _printable(name: str, value: Any) -> str | None:
+    """A key without the white space around it, which files and shells add; `ValueError`, without its text, for no key."""
+    if value is None:
+        return None
+    text = str(value).strip()
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(f"Invalid storage option {name!r}: it is empty, or has characters that no header can carry.")
+    return text
 
 
 def gcs_settings(options: StorageOptions) -> ClientSettings:
@@ -124,33 +156,6 @@ def azure_settings(options: StorageOptions) -> ClientSettings:
     }
     given.done("az")
     return ClientSettings(_known(config), {"allow_http": (endpoint or "").startswith("http://")})
-
-
-def aws_credentials(settings: ClientSettings) -> Any:
-    """A botocore session for credentials that lie in AWS's own files (profiles, SSO), None where none are needed.
-
-    Keys given outright or in the environment need no file; roles of machines and containers are found by the client.
-    """
-    profile = settings.profile or os.environ.get("AWS_PROFILE")
-    if {"access_key_id", "skip_signature"} & settings.config.keys():
-        return None
-    if settings.profile is None and os.environ.get("AWS_ACCESS_KEY_ID"):
-        return None
-    files = (
-        os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
-        os.environ.get("AWS_CONFIG_FILE", "~/.aws/config"),
-    )
-    if profile is None and not any(Path(file).expanduser().is_file() for file in files):
-        return None
-    try:
-        import botocore.session  # type: ignore[import-untyped]
-    except ImportError:
-        if profile is None:
-            return None
-        raise UnsupportedError(
-            f"The AWS profile {profile!r} needs the package botocore: pip install 'modelstore[s3]'."
-        ) from None
-    return botocore.session.Session(profile=profile)
 
 
 def _first(*values: Any) -> Any:

@@ -2,60 +2,68 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from modelstore.errors import StorageError
+from modelstore.errors import ModelStoreError, StorageError
 from modelstore.format.buffers import Buffer
 from modelstore.storage.base import ObjectInfo, Storage
-from modelstore.storage.failures import TransientStorageError
+from modelstore.storage.failures import TransientStorageError, UnknownHostError
+from modelstore.storage.pool import pause
 from modelstore.storage.wrapping import Verb, WrappingStorage
 
 T = TypeVar("T")
+PATIENCE = 180.0
+FIRST_PATIENCE = 30.0  # with a server that has never answered: more likely the endpoint is wrong
+QUIET = 5.0  # seconds that something is tried before a warning says so
+
+log = logging.getLogger("modelstore")
 
 
 class RetryingStorage(WrappingStorage):
-    """Repeats what failed for a passing reason (see `failures.transient`), with exponential backoff and full jitter.
+    """Repeats what failed for a passing reason (see `causes`) for `patience` seconds, however often that is.
 
-    Gives up after `attempts`, or once `patience` seconds have gone by: a `StorageError` that names the object, the attempts and
-    the last cause. A `create` whose answer was lost returns False when repeated: the caller recognises its own bytes.
-    A `put` is repeated only if its pieces can be taken again, or none was taken; the parts of a large one are
-    repeated by the backend, which alone still holds them.
+    The time begins with the first failure, so that a long upload has it too. Pauses grow exponentially to `cap` seconds, with
+    full jitter; they end at once when the work is given up (see `pool`). The `StorageError` that remains names the object, the
+    time, the attempts and the last cause. A `create` whose answer was lost returns False when repeated: the caller recognises
+    its own bytes. A `put` is repeated if its pieces can be taken again, or none was taken.
     """
 
     def __init__(
         self,
         inner: Storage,
         *,
-        attempts: int = 6,
         base_delay: float = 0.1,
         cap: float = 10.0,
-        patience: float = 180.0,
+        patience: float = PATIENCE,
         seed: int | None = None,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] = pause,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(inner)
-        if attempts < 1:
-            raise ValueError(f"Invalid attempts: {attempts!r}; at least 1.")
-        self.attempts = attempts
+        if patience < 0:
+            raise ValueError(f"patience={patience!r} is negative")
         self.base_delay = base_delay
         self.cap = cap
         self.patience = patience
+        self.answered = False  # whether the server was ever heard of
         self._random = random.Random(seed)
         self._sleep = sleep
         self._clock = clock
 
     def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:
-        started, attempt = self._clock(), 0
+        trying = _Trying(self, verb, key)
         while True:
-            attempt += 1
             try:
-                return act()
-            except TransientStorageError as error:
-                self._wait(verb, key, attempt, started, error)
+                result = act()
+            except ModelStoreError as error:
+                trying.wait(error)
+            else:
+                self.answered = True
+                return result
 
     def put(self, key: str, pieces: Iterable[Buffer], size: int) -> None:
         taken = False
@@ -76,27 +84,56 @@ class RetryingStorage(WrappingStorage):
         self.around("put", key, act)
 
     def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
-        started, attempt, left = self._clock(), 0, limit
+        trying, left = _Trying(self, "list", prefix), limit
         while True:
             try:
                 for item in self.inner.list(prefix, limit=left, after=after):
                     # A listing that broke off goes on after what was handed out, with new patience.
-                    started, attempt, after = self._clock(), 0, item.key
+                    trying, after = _Trying(self, "list", prefix), item.key
+                    self.answered = True
                     left = None if left is None else left - 1
                     yield item
+            except ModelStoreError as error:
+                trying.wait(error)
+            else:
+                self.answered = True
                 return
-            except TransientStorageError as error:
-                attempt += 1
-                self._wait("list", prefix, attempt, started, error)
 
-    def _wait(self, verb: Verb, key: str, attempt: int, started: float, error: TransientStorageError) -> None:
+
+class _Trying:
+    """One operation that is tried until it succeeds or patience ends."""
+
+    def __init__(self, storage: RetryingStorage, verb: Verb, key: str) -> None:
+        self._storage = storage
+        self._verb = verb
+        self._key = key
+        self._attempts = 0
+        self._since = 0.0
+        self._warned = False
+
+    def wait(self, error: ModelStoreError) -> None:
         """Sleep before the next attempt, or raise for good."""
-        delay = self._random.uniform(0, min(self.cap, self.base_delay * 2 ** min(attempt - 1, 30)))
-        spent = self._clock() - started
-        if attempt >= self.attempts or spent + delay > self.patience:
+        storage = self._storage
+        unreachable = isinstance(error, UnknownHostError) or getattr(error, "unreachable", False)
+        storage.answered |= not unreachable
+        # A host that answered before has a name: then the network is down, and the endpoint not wrong.
+        passes = isinstance(error, TransientStorageError)
+        if not passes and not (isinstance(error, UnknownHostError) and storage.answered):
+            raise error
+        self._attempts += 1
+        now = storage._clock()
+        if self._attempts == 1:
+            self._since = now
+        spent = now - self._since
+        patience = storage.patience if storage.answered else min(storage.patience, FIRST_PATIENCE)
+        if spent >= patience:
             raise StorageError(
-                f"Gave up to {verb} {key!r} in {self.url} after {attempt} attempt{'s' * (attempt > 1)}"
-                f" in {spent:.1f} s: {error}",
-                object=key,
+                f"{error} (gave up to {self._verb} it after {spent:.0f} s and {self._attempts}"
+                f" attempt{'s' * (self._attempts > 1)})",
+                object=self._key,
             ) from error
-        self._sleep(delay)
+        longest = min(storage.cap, storage.base_delay * 2 ** min(self._attempts - 1, 30))
+        if spent > QUIET and not self._warned:
+            self._warned = True
+            log.warning("%s; trying again for %.0f s", error, patience - spent)
+        storage._sleep(min(storage._random.uniform(0, longest), patience - spent))

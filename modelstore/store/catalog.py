@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 from modelstore.errors import ConflictError, ModelStoreError, NotFoundError
@@ -18,6 +17,7 @@ from modelstore.format.names import ORIGINAL, Reference, is_model
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.format.sealed import seal
 from modelstore.storage.base import SMALL, Storage
+from modelstore.storage.pool import Pool
 from modelstore.store.manifests import Manifests
 from modelstore.store.relying import Reliance
 
@@ -68,7 +68,7 @@ class Catalog:
     def versions(self, model: str) -> list[VersionRecord]:
         """The newest record of every version of a model, deleted ones too, oldest version first."""
         keys = [key for _, key in self._heads(model, None)]
-        with ThreadPoolExecutor(16) as pool:
+        with Pool(16) as pool:
             return sorted(pool.map(self._version_at, keys), key=lambda r: r.version)
 
     def live(self, model: str) -> list[VersionRecord]:

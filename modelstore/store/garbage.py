@@ -11,7 +11,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -23,6 +22,7 @@ from modelstore.format.names import check_model
 from modelstore.format.results import Swept, SweptObject
 from modelstore.storage.base import SMALL, ObjectInfo, Storage
 from modelstore.storage.local import LocalStorage
+from modelstore.storage.pool import Pool
 from modelstore.storage.wrapping import WrappingStorage
 from modelstore.store.catalog import Catalog
 from modelstore.store.clock import now
@@ -100,7 +100,7 @@ def _sweep_all(
     storage: Storage, condemned: Condemnation | None, found: _Found, limit: float, progress: Progress | None
 ) -> list[SweptObject]:
     gone = []
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-gc") as pool:
+    with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:
         for stage in found.stages:
             for start in range(0, len(stage), _BATCH):
                 if condemned is not None:
@@ -131,7 +131,7 @@ def _mark(storage: Storage, catalog: Catalog, manifests: Manifests, limit: float
     """Keys of every manifest and pack that a record needs, or needed until after `limit`."""
     live: Needed = {}
     recent: Needed = {}
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-gc") as pool:
+    with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:
         for found, given_up in pool.map(lambda model: _needed(storage, model, limit), catalog.models()):
             live |= found
             recent |= given_up
@@ -281,7 +281,7 @@ def _packs(storage: Storage) -> Iterable[ObjectInfo]:
     def folder(name: str) -> list[ObjectInfo]:
         return list(storage.list(f"{rec.PACKS}{name}/"))
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-gc") as pool:
+    with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:
         return [info for infos in pool.map(folder, storage.folders(rec.PACKS)) for info in infos]
 
 

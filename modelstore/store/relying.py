@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import groupby
 from typing import TypeVar
@@ -23,6 +22,7 @@ from modelstore.format.handshake import Claim, Condemned, Intent
 from modelstore.format.manifest import FORMAT, Manifest
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.storage.base import Storage
+from modelstore.storage.pool import Pool
 from modelstore.store.rehouse import Rehousing
 
 log = logging.getLogger("modelstore")
@@ -195,7 +195,7 @@ def check_there(storage: Storage, model: str, needed: Mapping[str, int]) -> None
         info = storage.info(item[0])
         return item[0] if info is None or info.size < item[1] else None
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-publish") as pool:
+    with Pool(_THREADS, thread_name_prefix="modelstore-publish") as pool:
         gone = [key for key in pool.map(missing, needed.items()) if key is not None]
     if gone:
         raise _gone(model, gone)

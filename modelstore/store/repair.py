@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,6 +21,7 @@ from modelstore.format.names import ORIGINAL, Reference
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.results import Problem, Report
 from modelstore.storage.base import Storage
+from modelstore.storage.pool import Pool
 from modelstore.store import packs
 from modelstore.store.catalog import Catalog
 from modelstore.store.heal import pack_is_good, replace_pack
@@ -52,7 +52,7 @@ def repair(
     for model in [ref.name] if ref else catalog.models():
         for record, variant, entry in live(catalog, model, ref, work.problems):
             work.variant(record, variant, entry)
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-repair") as pool:
+    with Pool(_THREADS, thread_name_prefix="modelstore-repair") as pool:
         for size in pool.map(lambda item: work.pack(*item), work.packs.items()):
             work.nbytes += size
             if progress:
@@ -223,7 +223,7 @@ class _Repair:
                     return None
                 return metadata.get("manifest", ""), key.rpartition("/")[2].partition(".")[0]
 
-            with ThreadPoolExecutor(16, thread_name_prefix="modelstore-repair") as pool:
+            with Pool(16, thread_name_prefix="modelstore-repair") as pool:
                 found = pool.map(header, [info.key for info in self.storage.list(rec.PACKS)])
                 self._copies = dict(pair for pair in found if pair is not None)
         return self._copies

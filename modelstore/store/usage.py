@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +12,7 @@ from modelstore.format.inventory import StoreUsage, Usage
 from modelstore.format.manifest import Manifest
 from modelstore.format.record import MODELS, PACKS, VersionRecord, manifest_key, pack_key
 from modelstore.storage.base import Storage
+from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 from modelstore.store.packs import data_start
@@ -99,7 +99,7 @@ class _Counting:
                 manifests += info[1]
             elif info[0].startswith(PACKS) or "/manifests/" in info[0]:
                 unused += info[1]
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="modelstore-du") as pool:
+        with Pool(_THREADS, thread_name_prefix="modelstore-du") as pool:
             starts = pool.map(lambda gap: data_start(self.storage, gap[0]), gaps)
             dead = sum(max(0, gap - start) for (_, gap), start in zip(gaps, starts, strict=True))
         return int(live.sum()), dead, unused, manifests, total

@@ -17,7 +17,7 @@ from tests.storage.contract import StorageContract
 
 
 def mended(storage: Storage) -> Storage:
-    return RetryingStorage(FaultyStorage(storage, seed=7, failing=0.2), attempts=30, seed=7, sleep=lambda _: None)
+    return RetryingStorage(FaultyStorage(storage, seed=7, failing=0.2), seed=7, sleep=lambda _: None)
 
 
 class TestLocal(StorageContract):

@@ -12,7 +12,7 @@ from modelstore.storage.filesystem import require_exclusive_create
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.open import open_storage
-from modelstore.storage.options import azure_settings, gcs_settings, s3_settings
+from modelstore.storage.options import azure_settings, gcs_settings
 
 KEYS = {"key": "AKIA", "secret": "hush", "client_kwargs": {"region_name": "eu-west-1"}}
 
@@ -137,32 +137,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             open_storage(url)
 
 
-def test_s3_options() -> None:
-    settings = s3_settings(
-        {
-            "key": "k",
-            "secret": "s",
-            "token": "t",
-            "endpoint_url": "http://host:1",
-            "client_kwargs": {"region_name": "r"},
-            "config_kwargs": {"connect_timeout": 1, "read_timeout": 2},
-            "s3_additional_kwargs": {"ServerSideEncryption": "AES256"},
-        }
-    )
-    assert settings.config == {
-        "endpoint": "http://host:1",
-        "region": "r",
-        "access_key_id": "k",
-        "secret_access_key": "s",
-        "session_token": "t",
-        "server_side_encryption": "AES256",
-        "disable_bulk_delete": True,
-    }
-    assert settings.client["allow_http"] is True
-    assert (settings.connect_seconds, settings.stall_seconds) == (1, 2)
-    assert s3_settings({"anon": True}).config["skip_signature"] is True
-
-
 def test_cloud_options() -> None:
     assert gcs_settings({"token": {"a": 1}}).config == {"service_account_key": '{"a": 1}'}
     assert gcs_settings({"token": "/key.json"}).config == {"service_account": "/key.json"}
@@ -170,18 +144,3 @@ def test_cloud_options() -> None:
         "account_name": "n",
         "account_key": "a==",
     }
-
-
-def test_profiles_lie_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("botocore")
-    from modelstore.storage.objects import _Credentials
-    from modelstore.storage.options import aws_credentials
-
-    file = tmp_path / "credentials"
-    file.write_text("[work]\naws_access_key_id = k\naws_secret_access_key = s\n")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
-    session = aws_credentials(s3_settings({"profile": "work"}))
-    given = _Credentials(session.get_credentials())()
-    assert (given["access_key_id"], given["secret_access_key"]) == ("k", "s")
-    assert aws_credentials(s3_settings({"anon": True})) is None

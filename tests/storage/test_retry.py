@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import errno
+import threading
 import uuid
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
-from modelstore.errors import ConflictError, CorruptionError, NotFoundError, StorageError, UnsupportedError
+from modelstore.errors import (
+    CancelledError,
+    ConflictError,
+    CorruptionError,
+    NotFoundError,
+    StorageError,
+    UnsupportedError,
+)
 from modelstore.storage.base import Storage
 from modelstore.storage.exclusive import prove_exclusive_create
-from modelstore.storage.failures import TransientStorageError, failure, transient
+from modelstore.storage.failures import TransientStorageError, UnknownHostError, failure, transient
 from modelstore.storage.faults import CountingStorage, FaultyStorage, Killed
 from modelstore.storage.memory import MemoryStorage
+from modelstore.storage.pool import Pool, pause
 from modelstore.storage.retry import RetryingStorage
 from modelstore.storage.wrapping import ReadOnlyStorage
 
@@ -23,8 +33,21 @@ def memory() -> Storage:
     return MemoryStorage(uuid.uuid4().hex)
 
 
-def retrying(inner: Storage, sleeps: list[float] | None = None, **options: float) -> RetryingStorage:
-    return RetryingStorage(inner, seed=1, sleep=(sleeps if sleeps is not None else []).append, **options)  # type: ignore[arg-type]
+class Clock:
+    """Time that passes only by sleeping."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.sleeps: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.now += seconds
+
+
+def retrying(inner: Storage, clock: Clock | None = None, **options: float) -> RetryingStorage:
+    clock = clock or Clock()
+    return RetryingStorage(inner, seed=1, sleep=clock.sleep, clock=lambda: clock.now, **options)  # type: ignore[arg-type]
 
 
 class Status(Exception):  # noqa: N818
@@ -65,13 +88,13 @@ STAYING = [
 @pytest.mark.parametrize("error", PASSING, ids=repr)
 def test_passing_failures(error: Exception) -> None:
     assert transient(error)
-    assert isinstance(failure(error, "k", "read"), TransientStorageError)
+    assert isinstance(failure(error, "k", "read", "s3://b"), TransientStorageError)
 
 
 @pytest.mark.parametrize("error", STAYING, ids=repr)
 def test_staying_failures(error: Exception) -> None:
     assert not transient(error)
-    assert not isinstance(failure(error, "k", "read"), TransientStorageError)
+    assert not isinstance(failure(error, "k", "read", "s3://b"), TransientStorageError)
 
 
 def test_the_cause_counts() -> None:
@@ -83,32 +106,96 @@ def test_the_cause_counts() -> None:
 
 
 def test_backoff_grows_and_is_capped(memory: Storage) -> None:
-    sleeps: list[float] = []
-    storage = retrying(FaultyStorage(memory, failing=1.0), sleeps, attempts=12, base_delay=1.0, cap=8.0, patience=1e9)
+    clock = Clock()
+    storage = retrying(FaultyStorage(memory, failing=1.0), clock, base_delay=1.0, cap=8.0, patience=100)
     with pytest.raises(
-        StorageError, match=r"Gave up to get 'a/b' in memory://\w+ after 12 attempts .*: Injected"
+        StorageError, match=r"Injected: get 'a/b' failed \(gave up to get it after 100 s and \d\d attempts\)"
     ) as caught:
         storage.get("a/b")
     assert not isinstance(caught.value, TransientStorageError)
     assert caught.value.object == "a/b"
-    assert len(sleeps) == 11
-    assert all(0 <= slept <= min(8.0, 2.0**number) for number, slept in enumerate(sleeps))
-    assert max(sleeps) > 4
+    assert all(0 <= slept <= min(8.0, 2.0**number) for number, slept in enumerate(clock.sleeps))
+    assert max(clock.sleeps) > 4
+    assert len(set(clock.sleeps)) == len(clock.sleeps)  # no two clients come back together
+    assert clock.now == pytest.approx(100)
 
 
-def test_patience_ends(memory: Storage) -> None:
-    now = 0.0
+def test_three_minutes_are_tried_however_often(memory: Storage) -> None:
+    clock = Clock()
+    with pytest.raises(StorageError, match="after 180 s"):
+        retrying(FaultyStorage(memory, failing=1.0), clock).get("a")
+    assert clock.now == pytest.approx(180)
 
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        now += seconds
 
-    storage = RetryingStorage(
-        FaultyStorage(memory, failing=1.0), attempts=10**6, patience=60, seed=2, sleep=sleep, clock=lambda: now
-    )
-    with pytest.raises(StorageError, match="Gave up"):
-        storage.get("a")
-    assert now <= 60
+def test_the_time_begins_with_the_first_failure(memory: Storage) -> None:
+    clock = Clock()
+
+    def slowly() -> bool:
+        clock.now += 1000  # an upload that takes long, and fails at its end
+        if clock.now < 1500:
+            raise TransientStorageError("it broke off")
+        return True
+
+    assert retrying(memory, clock).around("put", "a", slowly)
+
+
+def test_a_server_that_never_answered_is_tried_for_less(memory: Storage) -> None:
+    clock = Clock()
+
+    def refused() -> None:
+        error = TransientStorageError("refused")
+        error.unreachable = True
+        raise error
+
+    storage = retrying(memory, clock)
+    with pytest.raises(StorageError, match="after 30 s"):
+        storage.around("get", "a", refused)
+    memory.create("a", b"x")
+    storage.get("a")
+    with pytest.raises(StorageError, match="after 180 s"):
+        storage.around("get", "a", refused)
+
+
+def test_a_name_that_is_not_found_is_no_outage_unless_it_was_found_before(memory: Storage) -> None:
+    clock, names = Clock(), iter([UnknownHostError("no host"), UnknownHostError("no host"), None])
+
+    def looked_up() -> None:
+        if error := next(names):
+            raise error
+
+    storage = retrying(memory, clock)
+    with pytest.raises(UnknownHostError):
+        storage.around("get", "a", looked_up)
+    assert not clock.sleeps
+    storage.answered = True
+    storage.around("get", "a", looked_up)
+
+
+def test_pauses_end_when_the_work_is_given_up(memory: Storage) -> None:
+    """However long a pause would be: the block is left at once, and the thread is told."""
+    waiting, ended = threading.Event(), []
+
+    def wait() -> None:
+        try:
+            waiting.set()
+            pause(3600)
+        except CancelledError as error:
+            ended.append(error)
+
+    def nested() -> None:
+        with Pool(1, "inner") as inner:
+            inner.submit(wait).result()
+
+    def broken_by(error: BaseException, act: Callable[[], None]) -> None:
+        waiting.clear()
+        with pytest.raises(type(error)), Pool(2, "outer") as pool:  # noqa: PT012
+            pool.submit(act)
+            assert waiting.wait(60)
+            raise error
+
+    broken_by(KeyboardInterrupt(), wait)
+    broken_by(CancelledError("stop"), nested)
+    assert len(ended) == 2
 
 
 def test_what_stays_is_asked_once(memory: Storage) -> None:
@@ -119,7 +206,7 @@ def test_what_stays_is_asked_once(memory: Storage) -> None:
 
 
 def test_lost_answers(memory: Storage) -> None:
-    storage = retrying(FaultyStorage(memory, losing=0.5, seed=4), attempts=50)
+    storage = retrying(FaultyStorage(memory, losing=0.5, seed=4), patience=1e9)
     made = [storage.create(f"k{number}", b"x") for number in range(50)]
     assert True in made
     assert False in made  # written by the attempt whose answer was lost
@@ -127,12 +214,12 @@ def test_lost_answers(memory: Storage) -> None:
 
 
 def test_put_is_repeated_only_with_its_pieces(memory: Storage) -> None:
-    storage = retrying(FaultyStorage(memory, losing=1.0), attempts=3)
+    storage = retrying(FaultyStorage(memory, losing=1.0))
     with pytest.raises(StorageError, match="cannot be taken again"):
         storage.put("a", iter([b"x"]), 1)
-    with pytest.raises(StorageError, match="after 3 attempts"):
+    with pytest.raises(StorageError, match="gave up to put it after 180 s"):
         storage.put("a", [b"x"], 1)
-    before = retrying(FaultyStorage(memory, failing=0.9, seed=5), attempts=1000, patience=1e9)
+    before = retrying(FaultyStorage(memory, failing=0.9, seed=5), patience=1e9)
     before.put("b", iter([b"x"]), 1)  # nothing was taken when it failed
     assert memory.get("b") == b"x"
 
@@ -140,7 +227,7 @@ def test_put_is_repeated_only_with_its_pieces(memory: Storage) -> None:
 def test_a_broken_listing_goes_on_where_it_was(memory: Storage) -> None:
     for number in range(200):
         memory.create(f"{number:03}", b"")
-    storage = retrying(FaultyStorage(memory, failing=0.4, seed=6), attempts=50)
+    storage = retrying(FaultyStorage(memory, failing=0.4, seed=6), patience=1e9)
     assert [item.key for item in storage.list("")] == [f"{number:03}" for number in range(200)]
     assert [item.key for item in storage.list("", limit=150)] == [f"{number:03}" for number in range(150)]
 
