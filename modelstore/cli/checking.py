@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelstore.cli import output, units
-from modelstore.cli.failures import FAILED
+from modelstore.cli.failures import FAILED, UNREAD
 from modelstore.cli.options import AsJson, Debug, Memory, OptionalReference, Quiet, StoreUrl, open_store
 
 if TYPE_CHECKING:
@@ -28,17 +28,17 @@ def verify(
 ) -> None:
     """Check every stored chunk against its digest.
 
-    Exit code 1 where something is wrong.
+    Exit code 1 where something is wrong, 3 where nothing is known to be, but not all could be read.
     """
     opened = open_store(store, memory=memory)
     with output.progress(quiet=quiet) as report:
         found = opened.verify(ref, deep=deep, progress=report)
     _result(found, json)
-    if not found.ok:
+    if found.damaged:
         output.remark(
             "modelstore: `modelstore repair --from URL` mends this from another copy of the store", quiet=quiet or json
         )
-        raise typer.Exit(FAILED)
+    _exit(found)
 
 
 def repair(
@@ -60,14 +60,18 @@ def repair(
 ) -> None:
     """Replace what is damaged by good copies.
 
-    Exit code 1 where something stays damaged.
+    Exit code 1 where something stays damaged, 3 where nothing does, but not all could be read.
     """
     opened = open_store(store, memory=memory)
     with output.progress(quiet=quiet) as report:
         found = opened.repair(ref, source=source, progress=report)
     _result(found, json)
+    _exit(found)
+
+
+def _exit(found: Report) -> None:
     if not found.ok:
-        raise typer.Exit(FAILED)
+        raise typer.Exit(FAILED if found.damaged else UNREAD)
 
 
 def _result(found: Report, json: bool) -> None:

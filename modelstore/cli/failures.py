@@ -1,6 +1,7 @@
 """How a command ends when it does not succeed: one sentence on stderr, and an exit code.
 
-0 done, 1 the work failed, 2 wrong usage, 130 stopped by Ctrl-C, 141 nobody reads the output any more.
+0 done, 1 the work failed, 2 wrong usage, 3 what was to be checked could not be read, 130 stopped by Ctrl-C,
+141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from modelstore.cli import output
 from modelstore.errors import ModelStoreError
 from modelstore.text import json_line
 
-FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+FAILED, USAGE, UNREAD, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # Typer exports this one class of its error tree only
 

@@ -25,7 +25,7 @@ from modelstore.cli.failures import Commands
 
 EPILOG = (
     "A store is given by --store URL or MODELSTORE_URL. A reference is NAME[@VERSION-OR-TAG][:VARIANT]. "
-    "Exit code: 0 done, 1 the work failed, 2 wrong usage."
+    "Exit code: 0 done, 1 the work failed, 2 wrong usage, 3 verify or repair could not read what it was to check."
 )
 
 app = typer.Typer(

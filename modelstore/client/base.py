@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING
 
+from modelstore.client.arguments import checked
 from modelstore.errors import NotFoundError
 from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.loading import Model
@@ -31,7 +33,12 @@ log = logging.getLogger("modelstore")
 
 
 class Base:
-    """A store's storage and records, and the limits of each call."""
+    """A store's storage and records, and the limits of each call. Public methods of its heirs have arguments checked."""
+
+    def __init_subclass__(cls) -> None:
+        for name, value in list(vars(cls).items()):
+            if isinstance(value, FunctionType) and not name.startswith("_"):
+                setattr(cls, name, checked(value))
 
     def __init__(
         self,

@@ -85,5 +85,6 @@ class Following(Base):
         `session` names this swap among all ranks, such as f"swap-{version}", and is used for no other, nor for a second
         attempt. A rank that dies, or is not ready within `timeout` seconds, keeps all from it.
         """
+        vote = Together(self._storage, session, rank=rank, ranks=ranks, timeout=timeout)
         self._catalog.open()
-        return Together(self._storage, session, rank=rank, ranks=ranks, timeout=timeout)
+        return vote

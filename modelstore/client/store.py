@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from modelstore.client.arguments import checked
 from modelstore.client.checkpoints import Checkpoints
 from modelstore.client.clustered import Clustered, saved
 from modelstore.client.compressing import Compressing
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from modelstore.sources.open import Openable
 
 
+@checked
 def open(
     url: str | os.PathLike[str],
     *,
@@ -62,10 +64,6 @@ def open(
     `cluster`: read through the hosts of a Ray cluster: "auto" (the one that this machine belongs to), HOST:PORT, or "local"
     (one of this process's own, which ends with it).
     """
-    if isinstance(mirrors, str):
-        raise TypeError(f"mirrors is a list of URLs: write [{mirrors!r}]")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads} is not positive")
     copies = tuple(open_storage(mirror, storage_options, read_only=True) for mirror in mirrors)
     storage = open_storage(url, storage_options, engine, read_only=read_only)
     session = source = None

@@ -140,7 +140,9 @@ def resume(
         written[item.plan.name] = done
         raw = math.prod(item.plan.shape) * item.plan.itemsize
         tally.raw += raw
-        tally.reused += sum(at[2] for chunks in done.planes.values() for _, at in chunks)
+        for chunks in done.planes.values():
+            for digest, at in chunks:
+                tally.find(digest, at[2])
         if progress:
             progress(raw)
     return Resumed(journal, written, known)

@@ -31,8 +31,10 @@ from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 from modelstore.store.repair import live, problem, read_copy
+from modelstore.store.unread import told_once
 
 _BAD = (NotFoundError, CorruptionError, FormatError, StorageError)
+_PATIENCE = 32  # jobs refused in a row, each with all its retries, after which a storage is taken to be out of reach
 _WINDOW = 4  # parts of a large tensor decoded at a time
 
 T = TypeVar("T")
@@ -63,7 +65,7 @@ def verify(
         for model in catalog.models():
             for _, _, entry in live(catalog, model, None, work.problems):
                 work.variant(model, entry, deep)
-    return Report(work.chunks, work.nbytes, work.tensors, tuple(work.problems))
+    return Report(work.chunks, work.nbytes, work.tensors, told_once(work.problems))
 
 
 @dataclass
@@ -80,6 +82,7 @@ class _Verification:
     tensors: int = 0
     _seen: set[tuple[str, str]] = field(default_factory=set)
     _checked: dict[str, NDArray[np.bytes_]] = field(default_factory=dict)  # pack → `_places` of its chunks
+    _silent: int = 0  # jobs in a row that the storage refused
     _wrong: set[tuple[str, bytes]] = field(default_factory=set)  # the same of bad chunks
 
     def variant(self, model: str, entry: VariantEntry, deep: bool) -> None:
@@ -124,16 +127,22 @@ class _Verification:
         places = _places(manifest)
         fresh = self._fresh(manifest, places)
         missing: Counter[int] = Counter()
+        unread: dict[int, Problem] = {}
         first: dict[int, int] = {}
         owners = _Owners(manifest)
 
         def check(job: list[int]) -> list[tuple[int, ModelStoreError | None]]:
+            if self._silent >= _PATIENCE:
+                return [(row, StorageError("it was not asked for any more")) for row in job]
             return _check(self.storage, manifest, job)
 
         for results in _mapped(check, _jobs(manifest, fresh), self._threads(), 2):
+            refused = all(isinstance(error, StorageError) for _, error in results)
+            self._silent = self._silent + 1 if refused else 0
             for row, error in results:
-                self.chunks += 1
-                self.nbytes += int(manifest.length[row])
+                read = not isinstance(error, StorageError)
+                self.chunks += read
+                self.nbytes += read * int(manifest.length[row])
                 if self.progress:
                     self.progress(int(manifest.length[row]))
                 if error is None:
@@ -143,6 +152,10 @@ class _Verification:
                 if isinstance(error, NotFoundError):
                     missing[pack] += 1
                     first.setdefault(pack, row)
+                elif isinstance(error, StorageError):
+                    name, chunk = owners.of(row)
+                    key = pack_key(manifest.packs[pack])
+                    unread.setdefault(pack, Problem(error.kind, str(error), model, name, chunk, key))
                 else:
                     self.problems.append(_chunk_problem(model, manifest, row, owners.of(row), error))
         for pack, n in missing.items():
@@ -151,6 +164,7 @@ class _Verification:
             what = f"with {n} chunks, the first of tensor {name!r}"
             message = f"pack {key} of model {model!r}, {what}, is missing: {_advice(model)}"
             self.problems.append(Problem("not_found", message, model=model, tensor=name, object=key))
+        self.problems += unread.values()
         if not self._wrong:
             return set()
         packs = manifest.packs
@@ -272,7 +286,7 @@ def _check(storage: Storage, manifest: Manifest, job: Sequence[int]) -> list[tup
     try:
         storage.read(key, start, view(data))
     except (NotFoundError, CorruptionError, StorageError) as error:
-        if len(job) == 1 or isinstance(error, NotFoundError):
+        if len(job) == 1 or not isinstance(error, CorruptionError):
             return [(row, error) for row in job]
         return [result for row in job for result in _check(storage, manifest, [row])]
     results: list[tuple[int, ModelStoreError | None]] = []

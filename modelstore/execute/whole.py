@@ -53,7 +53,8 @@ class WholeWriter:
             digested = self._digest(item)
             at = self._stored_in_one_piece(digested)
             if at is not None:
-                self.tally.reused += sum(n for _, n in digested.chunks)
+                for digest, n in digested.chunks:
+                    self.tally.find(digest, n)
                 done[item.plan.name] = Written(
                     digested.tensor, {"data": [(d, where) for (d, _), where in zip(digested.chunks, at, strict=True)]}
                 )
@@ -123,6 +124,7 @@ class WholeWriter:
         for item, digested in shard:
             rows = []
             for content, n in digested.chunks:
+                self.tally.seen.add(content) if there is None else self.tally.find(content, n)
                 rows.append((content, (digest, at, n)))
                 self.known.setdefault(content, (digest, at, n))
                 at += n

@@ -48,11 +48,21 @@ class Written:
 
 @dataclass(slots=True)
 class Tally:
-    """What was done: bytes of packs newly written, of chunks found already stored, and the raw bytes."""
+    """What was done: bytes of packs newly written, of chunks found already stored, and the raw bytes.
+
+    A chunk is counted once, however often it is referred to, and one that this very work stored was not there before.
+    """
 
     stored: int = 0
     reused: int = 0
     raw: int = 0
+    seen: set[bytes] = field(default_factory=set)  # digests that are counted
+
+    def find(self, digest: bytes, nbytes: int) -> None:
+        """A chunk is needed that lies in the store."""
+        if digest not in self.seen:
+            self.seen.add(digest)
+            self.reused += nbytes
 
 
 @dataclass(slots=True)
@@ -142,7 +152,7 @@ class _State:
         self._filled: list[tuple[int, _Place, Buffer]] = []  # the plane's number, the place, the bytes
         self._filling: set[bytes] = set()  # digests in packs not stored yet
         self._twins: list[_Place] = []  # the same chunk again, before its pack was stored
-        self._uploading: tuple[Future[str], list[tuple[_Place, int, int]], Pack] | None = None
+        self._uploading: tuple[Future[bool], list[tuple[_Place, int, int]], Pack] | None = None
         self._done: dict[str, Written] = {}
         for index, item in enumerate(inputs):
             names = item.codec.planes(DTYPES[item.plan.dtype])
@@ -166,7 +176,7 @@ class _State:
                 tensor.left -= 1
                 tensor.planes[name][chunk] = (digest, at)
                 if at is not None:
-                    self._writer.tally.reused += at[2]
+                    self._writer.tally.find(digest, at[2])
                     continue
                 tensor.waiting += 1
                 place = _Place(index, name, chunk, digest)
@@ -193,10 +203,8 @@ class _State:
         pack = packs.finish(builder, {})
         writer = self._writer
 
-        def put() -> str:
-            if packs.store(writer.storage, pack, writer.young):
-                writer.tally.stored += pack.size
-            return pack.digest
+        def put() -> bool:
+            return packs.store(writer.storage, pack, writer.young)
 
         self._uploading = uploader.submit(put), places, pack
         self._filled, self.filled = [], 0
@@ -206,11 +214,13 @@ class _State:
         stored: list[tuple[int, Placed]] = []
         if self._uploading is not None:
             future, places, pack = self._uploading
-            digest = future.result()
+            tally, written = self._writer.tally, future.result()
+            tally.stored += pack.size if written else 0
             self._uploading = None
             for place, start, n in places:
-                at = (digest, pack.data_start + start, n)
+                at = (pack.digest, pack.data_start + start, n)
                 self._writer.known[place.digest] = at
+                tally.seen.add(place.digest) if written else tally.find(place.digest, n)
                 self._filling.discard(place.digest)
                 self._settle(place, at)
                 stored.append((place.tensor, (place.digest, at)))

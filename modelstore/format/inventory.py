@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import msgspec
+from modelstore.format.brief import Result
 
 
-class CopiedVersion(msgspec.Struct, frozen=True):
+class CopiedVersion(Result, frozen=True):
     """A version in the store that it was copied to.
 
     `model` and `version` are what it is called there, `source` where it comes from, as NAME@VERSION. `variants` are those
@@ -19,7 +19,7 @@ class CopiedVersion(msgspec.Struct, frozen=True):
     new: bool
 
 
-class Copied(msgspec.Struct, frozen=True):
+class Copied(Result, frozen=True):
     """What a copy brought to `url`.
 
     `tags`, as NAME@TAG, name the same versions there now. `sent` and `there` are bytes of packs that were written, and that
@@ -36,7 +36,7 @@ class Copied(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class Renamed(msgspec.Struct, frozen=True):
+class Renamed(Result, frozen=True):
     """A model under its new name: its versions as {before: now}, and its tags."""
 
     old: str
@@ -45,7 +45,7 @@ class Renamed(msgspec.Struct, frozen=True):
     tags: tuple[str, ...]
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(Result, frozen=True):
     """Bytes of chunks that a model, a version or a variant holds: all of them, and those that nothing else holds.
 
     `name` is a reference. What a delta is stored against counts as held by it. The difference of the two is shared.
@@ -56,7 +56,7 @@ class Usage(msgspec.Struct, frozen=True):
     alone: int
 
 
-class StoreUsage(msgspec.Struct, frozen=True):
+class StoreUsage(Result, frozen=True):
     """What a store's packs and manifests take.
 
     `live` bytes of packs are held by some version; `dead` ones lie in the packs of these and are held by none: compaction

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
+from modelstore.format.brief import Result
 from modelstore.format.manifest import CodecSpec
 
 
-class LeftOut(msgspec.Struct, frozen=True):
+class LeftOut(Result, frozen=True):
     """What a source holds and was not saved: a file's path or an entry's name, why, and its bytes (0 where not known)."""
 
     name: str
@@ -17,7 +16,7 @@ class LeftOut(msgspec.Struct, frozen=True):
     bytes: int = 0
 
 
-class Saved(msgspec.Struct, frozen=True):
+class Saved(Result, frozen=True):
     """A version that was made: raw bytes of its tensors, bytes newly stored, and of chunks found already stored.
 
     One that is not `durable` lies in the memory of two nodes, and has no version yet: 0. `left_out` says what the source holds
@@ -37,7 +36,7 @@ class Saved(msgspec.Struct, frozen=True):
     left_out: tuple[LeftOut, ...] = ()
 
 
-class Part(msgspec.Struct, frozen=True):
+class Part(Result, frozen=True):
     """One rank's part of a version to come: raw bytes of its tensors, bytes newly stored, and of chunks found already stored."""
 
     model: str
@@ -52,7 +51,7 @@ class Part(msgspec.Struct, frozen=True):
     left_out: tuple[LeftOut, ...] = ()
 
 
-class Prepared(msgspec.Struct, frozen=True):
+class Prepared(Result, frozen=True):
     """A version got ready beside the current one: tensors shared with it, read in part, read whole; stored bytes read."""
 
     version: int
@@ -63,7 +62,7 @@ class Prepared(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class ModelInfo(msgspec.Struct, frozen=True):
+class ModelInfo(Result, frozen=True):
     """A model: how many live versions, the newest, its tags, and the newest's sizes."""
 
     name: str
@@ -74,7 +73,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     stored: int
 
 
-class VersionInfo(msgspec.Struct, frozen=True):
+class VersionInfo(Result, frozen=True):
     """A live version: when it was made, the tags that name it, its variants, the sizes of its original."""
 
     version: int
@@ -85,7 +84,7 @@ class VersionInfo(msgspec.Struct, frozen=True):
     stored: int
 
 
-class VariantInfo(msgspec.Struct, frozen=True):
+class VariantInfo(Result, frozen=True):
     """A variant: its codec, sizes, how many tensors, when it was made."""
 
     variant: str
@@ -96,7 +95,7 @@ class VariantInfo(msgspec.Struct, frozen=True):
     created: float
 
 
-class TensorInfo(msgspec.Struct, frozen=True):
+class TensorInfo(Result, frozen=True):
     """A tensor of a variant, as it is stored."""
 
     name: str
@@ -110,14 +109,14 @@ class TensorInfo(msgspec.Struct, frozen=True):
     digest: str
 
 
-class FileInfo(msgspec.Struct, frozen=True):
+class FileInfo(Result, frozen=True):
     """A file of a model."""
 
     path: str
     bytes: int
 
 
-class Description(msgspec.Struct, frozen=True):
+class Description(Result, frozen=True):
     """All that is known of a variant."""
 
     model: str
@@ -136,7 +135,7 @@ class Description(msgspec.Struct, frozen=True):
     metrics: dict[str, Any]
 
 
-class Exported(msgspec.Struct, frozen=True):
+class Exported(Result, frozen=True):
     """Files that were written."""
 
     path: str
@@ -145,8 +144,11 @@ class Exported(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class Problem(msgspec.Struct, frozen=True):
-    """Something that is not as it should be, and where."""
+UNREADABLE = "unreadable"  # the kind of a problem that says nothing about damage
+
+
+class Problem(Result, frozen=True):
+    """Something that is not as it should be, and where. One of kind "unreadable" is told of once, for all objects."""
 
     kind: str
     message: str
@@ -156,7 +158,7 @@ class Problem(msgspec.Struct, frozen=True):
     object: str | None = None
 
 
-class Report(msgspec.Struct, frozen=True):
+class Report(Result, frozen=True):
     """What a verification or repair found, and what it mended."""
 
     chunks: int
@@ -167,11 +169,16 @@ class Report(msgspec.Struct, frozen=True):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong (any more)."""
+        """Whether nothing is wrong (any more), and all could be read."""
         return not self.problems
 
+    @property
+    def damaged(self) -> bool:
+        """Whether something is known to be wrong; False also where nothing is but what could not be read now."""
+        return any(problem.kind != UNREADABLE for problem in self.problems)
 
-class Diff(msgspec.Struct, frozen=True):
+
+class Diff(Result, frozen=True):
     """What differs between two variants: tensors by name, chunks of tensors that both have, stored bytes only in the second."""
 
     added: tuple[str, ...]
@@ -183,14 +190,14 @@ class Diff(msgspec.Struct, frozen=True):
     bytes_total: int
 
 
-class SweptObject(msgspec.Struct, frozen=True):
+class SweptObject(Result, frozen=True):
     """An object that nothing refers to."""
 
     key: str
     size: int
 
 
-class Swept(msgspec.Struct, frozen=True):
+class Swept(Result, frozen=True):
     """What garbage collection removed, or would remove, and how many objects stay."""
 
     objects: tuple[SweptObject, ...]
@@ -199,7 +206,7 @@ class Swept(msgspec.Struct, frozen=True):
     dry_run: bool
 
 
-class Choice(msgspec.Struct, frozen=True):
+class Choice(Result, frozen=True):
     """What becomes of one tensor: a codec, or None with the reason why it is kept as it is stored."""
 
     name: str
@@ -213,7 +220,7 @@ class Choice(msgspec.Struct, frozen=True):
     expected: int  # bytes as stored then; where planes are entropy-coded, an estimate
 
 
-class CompressionPlan(msgspec.Struct, frozen=True):
+class CompressionPlan(Result, frozen=True):
     """All choices in model order, and their sums in bytes. `needs_threshold`: weights are first looked at as a whole."""
 
     recipe: str
@@ -229,7 +236,7 @@ class CompressionPlan(msgspec.Struct, frozen=True):
         return tuple(choice for choice in self.choices if choice.codec is not None)
 
 
-class Compressed(msgspec.Struct, frozen=True):
+class Compressed(Result, frozen=True):
     """Variants that were made: bytes of each as stored, bytes newly stored for all, and each one's quality (see `metrics`)."""
 
     model: str
@@ -243,7 +250,7 @@ class Compressed(msgspec.Struct, frozen=True):
     metrics: dict[str, dict[str, Any]]
 
 
-class Measured(msgspec.Struct, frozen=True):
+class Measured(Result, frozen=True):
     """One evaluation as a manifest keeps it: of which text, how, and what came out.
 
     `tokens` of the text were read, `predicted` of them predicted, in windows of `context` tokens that are `stride` apart.
@@ -264,7 +271,7 @@ class Measured(msgspec.Struct, frozen=True):
     top1: float | None = None
 
 
-class Evaluation(msgspec.Struct, frozen=True):
+class Evaluation(Result, frozen=True):
     """An evaluation of a variant; whether it was known already, and how long all that was evaluated with it took."""
 
     model: str
@@ -275,7 +282,7 @@ class Evaluation(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class Quality(msgspec.Struct, frozen=True):
+class Quality(Result, frozen=True):
     """A variant's size beside its quality. `stored` and `bits` (for each weight) are of its tensors, without files.
 
     `sqnr` in dB, None where nothing is lost or known; `measured` is the evaluation that can be compared with those of the
@@ -291,7 +298,7 @@ class Quality(msgspec.Struct, frozen=True):
     measured: Measured | None
 
 
-class Prefetched(msgspec.Struct, frozen=True):
+class Prefetched(Result, frozen=True):
     """Chunks that were brought into a cluster: `bytes` of them as stored, `held` of them in all copies, `replicas` of each."""
 
     ref: str
@@ -301,7 +308,7 @@ class Prefetched(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class Delivered(msgspec.Struct, frozen=True):
+class Delivered(Result, frozen=True):
     """Tensors that were handed to `workers` by `senders`: `bytes` in all that arrived, and what moved them."""
 
     ref: str
@@ -312,7 +319,7 @@ class Delivered(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class HostStatus(msgspec.Struct, frozen=True):
+class HostStatus(Result, frozen=True):
     """One host of a cluster: its name, its node and zone, and what it holds and did; None where it does not answer."""
 
     member: str
@@ -321,7 +328,7 @@ class HostStatus(msgspec.Struct, frozen=True):
     stats: dict[str, Any] | None
 
 
-class ClusterStatus(msgspec.Struct, frozen=True):
+class ClusterStatus(Result, frozen=True):
     """A cluster: how often its members changed, copies of each chunk, and its hosts."""
 
     epoch: int
@@ -329,7 +336,7 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     hosts: tuple[HostStatus, ...]
 
 
-class JobStatus(msgspec.Struct, frozen=True):
+class JobStatus(Result, frozen=True):
     """A job that runs on a cluster: what it makes, `done` of `bytes` raw bytes, `finished` of `portions`, for how long."""
 
     job: str

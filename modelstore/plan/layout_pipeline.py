@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from modelstore.errors import UnsupportedError
+from modelstore.format import given
 from modelstore.plan.layout_share import Combines, Config, Share, Tensors, whole
 from modelstore.plan.layout_table import BESIDE
 
@@ -34,6 +35,8 @@ class Layers(Combines):
     stop: int
 
     def __post_init__(self) -> None:
+        given.whole("start", self.start)
+        given.whole("stop", self.stop)
         if not 0 <= self.start <= self.stop:
             raise ValueError(f"layers {self.start} to {self.stop}: give 0 <= start <= stop")
 
@@ -58,6 +61,8 @@ class PipelineStage(Combines):
     stages: int
 
     def __post_init__(self) -> None:
+        given.whole("stage", self.stage)
+        given.whole("stages", self.stages)
         if self.stages < 1 or not 0 <= self.stage < self.stages:
             raise ValueError(f"stage {self.stage} of {self.stages}: a stage is at least 0 and below their number")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from modelstore.errors import NotFoundError
+from modelstore.format.given import told
 from modelstore.format.region import Region, Shape, check, from_index, full
 
 Config = Mapping[str, Any]
@@ -127,10 +128,12 @@ class Regions(Combines):
     """
 
     def __init__(self, regions: Mapping[str, Any]) -> None:
+        if not isinstance(regions, Mapping):
+            raise TypeError(f"regions maps names of tensors to regions, and is {told(regions)}")
         self.regions = dict(regions)
 
     def __repr__(self) -> str:
-        return f"Regions({self.regions!r})"
+        return f"Regions({self.regions!r})" if len(self.regions) < 9 else f"Regions({len(self.regions):,} tensors)"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Regions) and self.regions == other.regions

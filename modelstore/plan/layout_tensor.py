@@ -9,6 +9,7 @@ from fnmatch import translate
 from typing import Literal
 
 from modelstore.errors import FormatError, UnsupportedError
+from modelstore.format import given
 from modelstore.plan.layout_share import Combines, Config, Range, Share, Tensors, cut, whole
 from modelstore.plan.layout_table import ARCHITECTURES, BESIDE, Architecture, Cut, Kind
 
@@ -254,5 +255,7 @@ def _balanced(count: int, rank: int, size: int) -> Range:
 
 
 def _check_rank(rank: int, size: int) -> None:
+    given.whole("rank", rank)
+    given.whole("size", size)
     if size < 1 or not 0 <= rank < size:
         raise ValueError(f"rank {rank} of size {size}: a rank is at least 0 and below the size")

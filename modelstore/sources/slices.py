@@ -28,6 +28,10 @@ class Slice:
     offset: Sequence[int]
     shape: Sequence[int]
 
+    def __repr__(self) -> str:
+        here = tuple(getattr(self.tensor, "shape", ()))
+        return f"Slice({here} at {tuple(self.offset)} of {tuple(self.shape)})"
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

@@ -26,6 +26,7 @@ from modelstore.store import packs
 from modelstore.store.catalog import Catalog
 from modelstore.store.heal import pack_is_good, replace_pack
 from modelstore.store.manifests import Manifests
+from modelstore.store.unread import told_once
 
 _THREADS = 4
 _LARGEST_COPY = 1 << 30  # bytes of a compressed manifest
@@ -57,7 +58,7 @@ def repair(
             work.nbytes += size
             if progress:
                 progress(size)
-    return Report(work.chunks, work.nbytes, work.tensors, tuple(work.problems), tuple(work.repaired))
+    return Report(work.chunks, work.nbytes, work.tensors, told_once(work.problems), tuple(work.repaired))
 
 
 def live(
@@ -203,6 +204,9 @@ class _Repair:
                 return
         except (NotFoundError, CorruptionError, FormatError):
             pass  # a good pack, of something else: the entry is wrong
+        except StorageError as error:  # it may be good: it is left alone
+            self.problems.append(problem(error, record.model))
+            return
         made = packs.copy_pack(record.model, entry.manifest, data)
         self.storage.put(pack_key(made.digest), made.pieces, made.size)
         self.repaired.append(pack_key(made.digest))
@@ -241,10 +245,11 @@ class _Repair:
         except _LOST as error:
             model, tensor, chunks = needs
             what = f"{chunks} chunks, the first of tensor {tensor!r}"
+            state = "cannot be read" if isinstance(error, StorageError) else "is damaged"
             self.problems.append(
                 Problem(
                     error.kind,
-                    f"pack {key} of model {model!r}, with {what}, is damaged ({error}): {self._advice(model)}",
+                    f"pack {key} of model {model!r}, with {what}, {state} ({error}): {self._advice(model)}",
                     model=model,
                     tensor=tensor or None,
                     object=key,

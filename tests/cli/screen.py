@@ -19,7 +19,7 @@ import pytest
 
 from modelstore.cli.main import app
 from modelstore.client import Store
-from modelstore.format import manifest, recipe, results
+from modelstore.format import inventory, manifest, recipe, results
 
 
 def filled(kind: Any, text: str) -> Any:
@@ -39,6 +39,9 @@ def filled(kind: Any, text: str) -> Any:
     return b"" if kind is bytes else text
 
 
+HOMES = {"results": results, "recipe": recipe, "manifest": manifest, "inventory": inventory, "Any": Any}
+
+
 class Answers:
     """Stands in for a store: every method answers with a result full of one text, and tells of it, and logs it."""
 
@@ -56,7 +59,7 @@ class Answers:
             if self.error:
                 raise self.error
             try:
-                kind = eval(declared, {"results": results, "recipe": recipe, "manifest": manifest, "Any": Any})
+                kind = eval(declared, HOMES)
             except NameError:
                 return None
             return filled(kind, self.text)

@@ -35,6 +35,7 @@ NEEDS_MORE = {  # commands that speak with more than a store, or with none
     "version",
     "presets",
     "jobs",
+    "cat",
     *(f"cluster {name}" for name in ("start", "status", "top", "stop", "drain", "undrain", "join")),
 }
 
@@ -69,6 +70,9 @@ def wanted(command: Any, folder: Path) -> list[str]:
             value = str(folder / "text")
         elif parameter.name in ("out", "path"):
             value = str(folder / "out.safetensors")
+        elif parameter.name == "what":
+            given += ["acme/m@1", str(folder / "other")]
+            continue
         elif parameter.name in ("dest", "target", "to"):
             value = str(folder / "other")
         elif parameter.name in ("recipe",):

@@ -13,13 +13,25 @@ import torch
 from safetensors.torch import save_file
 
 import modelstore as ms
+from modelstore.cli.main import app
 from modelstore.client import Store
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.storage.faults import CountingStorage, FaultyStorage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.open import open_storage
 from modelstore.storage.retry import RetryingStorage
-from tests.helpers.stores import all_bits, bits, contents, copy_all, journal, open_on, pack_sizes, shrink, weights
+from tests.helpers.stores import (
+    all_bits,
+    bits,
+    contents,
+    copy_all,
+    journal,
+    open_on,
+    overwrite,
+    pack_sizes,
+    shrink,
+    weights,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +153,10 @@ def test_reads_that_fail_while_a_model_is_loaded(files: Path) -> None:
     assert all_bits(store.load("acme/m")) == all_bits(weights(1))  # nothing bad was kept
 
 
-def test_verify_of_a_storage_that_fails_names_what_it_could_not_read(files: Path) -> None:
+@pytest.mark.parametrize("deep", [False, True])
+def test_verify_of_a_storage_that_fails_says_so_once(
+    files: Path, deep: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     inner = MemoryStorage(uuid.uuid4().hex)
     open_on(inner).save("acme/m", files)
 
@@ -151,9 +166,40 @@ def test_verify_of_a_storage_that_fails_names_what_it_could_not_read(files: Path
                 raise StorageError(f"{key} is behind a wall", object=key)
             return act()
 
-    report = open_on(NoPacks(inner)).verify()
-    assert {p.kind for p in report.problems} == {"storage"}
-    assert {p.object for p in report.problems} == set(pack_sizes(inner))
+    store = open_on(NoPacks(inner))
+    report = store.verify(deep=deep)
+    (problem,) = report.problems
+    assert problem.kind == "unreadable"
+    assert f"{len(pack_sizes(inner))} objects cannot be read now" in problem.message
+    assert "behind a wall" in problem.message
+    assert not report.damaged
+    assert not report.ok
+    (unmended,) = [p for p in store.repair().problems if p.kind == "unreadable"]
+    assert "behind a wall" in unmended.message
+    monkeypatch.setattr(ms, "open", lambda *_, **__: store)
+    assert app(["verify", "--store", "x", *(["--deep"] if deep else [])], standalone_mode=False) == 3
+    told = capsys.readouterr()
+    assert told.out.count("unreadable") == 1
+    assert "damaged:" not in told.out
+    assert "mends" not in told.err
+
+
+def test_damage_beside_what_cannot_be_read_is_damage(files: Path) -> None:
+    inner = MemoryStorage(uuid.uuid4().hex)
+    store = open_on(inner)
+    store.save("acme/m", files)
+    first, second, *_ = sorted(pack_sizes(inner), key=lambda key: -pack_sizes(inner)[key])
+    overwrite(inner, first, lambda data: data.__setitem__(len(data) // 2, data[len(data) // 2] ^ 1))
+
+    class NoPack(FaultyStorage):
+        def around(self, verb: Any, key: str, act: Callable[[], Any]) -> Any:
+            if key == second:
+                raise StorageError(f"{key} is behind a wall", object=key)
+            return act()
+
+    report = open_on(NoPack(inner)).verify()
+    assert report.damaged
+    assert sorted(p.kind for p in report.problems) == ["corruption", "unreadable"]
 
 
 def test_unchanged_chunks_are_not_sent_again(files: Path) -> None:
