@@ -47,11 +47,11 @@ class Entry:
 
 
 @contextmanager
-def folder(root: str | Path, relative: str = "", *, make: int | None = None) -> Iterator[int]:
+def folder(root: str | Path, relative: str = "", *, make: int | None = None, durable: bool = True) -> Iterator[int]:
     """A descriptor of the folder `relative` ('/'-separated, '' for `root` itself), valid within the block.
 
-    With `make` folders that are missing are made with that mode, durably: a file is found after a power cut only if its
-    folders are. `LinkError` where one below `root` is a link, else `OSError` as `open` raises it.
+    With `make` folders that are missing are made with that mode, and durably unless said otherwise: a file is found after a
+    power cut only if its folders are. `LinkError` where one below `root` is a link, else `OSError` as `open` raises it.
     """
     if make is not None:
         _make_root(Path(root), make)
@@ -60,7 +60,7 @@ def folder(root: str | Path, relative: str = "", *, make: int | None = None) -> 
         path = str(root)
         for name in relative.split("/") if relative else ():
             path = f"{path}/{name}"
-            below = _step(at, name, path, make)
+            below = _step(at, name, path, make, durable)
             os.close(at)
             at = below
         yield at
@@ -138,7 +138,7 @@ def _kind(entry: os.DirEntry[str]) -> Kind:
     return "file" if entry.is_file(follow_symlinks=False) else "other"
 
 
-def _step(at: int, name: str, path: str, make: int | None) -> int:
+def _step(at: int, name: str, path: str, make: int | None, durable: bool) -> int:
     try:
         return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=at)
     except FileNotFoundError:
@@ -152,8 +152,9 @@ def _step(at: int, name: str, path: str, make: int | None) -> int:
         raise
     with suppress(FileExistsError):
         os.mkdir(name, make, dir_fd=at)
-    sync(at)
-    return _step(at, name, path, None)
+    if durable:
+        sync(at)
+    return _step(at, name, path, None, durable)
 
 
 def _make_root(root: Path, mode: int) -> None:

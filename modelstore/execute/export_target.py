@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,11 +13,15 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
+from modelstore import paths
 from modelstore.errors import ConflictError, StorageError
 from modelstore.execute.export_layout import STAGING, WEIGHTS, OutFile
 
 _RECORD_EVERY = 0.25  # seconds; many small files share a record
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FRESH = "state.json.new"
+_MAX_STATE = 64 << 20
+_READ = 4 << 20  # bytes that are digested at once
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -38,7 +41,11 @@ class _State(msgspec.Struct):
 
 
 class Target:
-    """The files of one export, on their way to `root`. A context manager: it keeps other exports out of the same place."""
+    """The files of one export, on their way to `root`. A context manager: it keeps other exports out of the same place.
+
+    Below `root` no link is followed. What lies in the hidden folder is not believed: what an earlier run left there goes on
+    only if its bytes have the digests of the tensors (`verify`), or is written anew.
+    """
 
     def __init__(self, path: Path, outputs: Sequence[OutFile], *, single: bool, overwrite: bool) -> None:
         self.path = path
@@ -46,25 +53,29 @@ class Target:
         self._single = single
         self._overwrite = overwrite
         self._outputs = outputs
-        self._staging = path.parent / f".{path.name}.partial" if single else path / STAGING
-        self._files = self._staging / "files"
+        self._staging = f".{path.name}.partial" if single else STAGING
         self._lock = -1
         self._state = _State()
         self._unwritten = False  # whether the state has changed since it was recorded
         self._written_at = 0.0
         self._identity = blake3("\0".join(f"{o.path}\0{o.digest}" for o in outputs).encode()).hexdigest()
+        self._known: dict[str, tuple[int, ...]] = {}  # files that are whole, by path: which they are
+        self._placed: set[str] = set()  # files that an earlier run gave their names
 
     def __enter__(self) -> Target:
         with writing(self.path):
             self._state = self._read_state()
             self._check_free()
             self._check_space()
-            self._files.mkdir(parents=True, exist_ok=True)
+            with paths.folder(self.root, make=0o777):  # the target's own folder as any other, what is hidden in it not
+                pass
+            with paths.folder(self.root, f"{self._staging}/files", make=0o700):
+                pass
             self._take_lock()
         try:
             with writing(self.path):
                 self._state = self._read_state()
-                self._drop_others()
+                self._drop_others("files")
         except BaseException:
             os.close(self._lock)
             raise
@@ -72,31 +83,63 @@ class Target:
 
     def __exit__(self, *_: object) -> None:
         try:
-            if self._unwritten and self._staging.exists():
-                with writing(self.path):
+            if self._unwritten:
+                with writing(self.path), contextlib.suppress(FileNotFoundError):
                     self._write_state()
         finally:
             os.close(self._lock)
 
-    def staged(self, output: OutFile) -> Path:
-        """Where a file lies while it is not whole."""
-        return self._files / output.path
+    def open_staged(self, output: OutFile, *, fresh: bool) -> int:
+        """The file where it lies while it is not whole, for reading and writing; a `fresh` one is empty and new."""
+        folder, _, name = self._staged(output).rpartition("/")
+        with paths.folder(self.root, folder, make=0o700) as at:
+            shown = str(self.root / self._staged(output))
+            if fresh:
+                paths.remove_in(at, name)
+                return paths.open_in(at, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, shown)
+            return self._own(paths.open_in(at, name, os.O_RDWR, shown), shown)
 
     def done(self, output: OutFile, limit: int) -> Done:
-        """What an earlier run left of a file: its record, if the file is still as it says."""
+        """What an earlier run says that it left of a file. To be verified when the file is whole.
+
+        Of tensors that are written in another form no digest is known: such a file is written anew.
+        """
         nothing = Done(output.digest, False)
+        if output.path in self._placed:
+            return Done(output.digest, True)
         found = self._state.files.get(output.path, nothing)
         if found.digest != output.digest or (not found.whole and found.limit != limit):
             return nothing
-        path = self.staged(output)
-        if found.whole and self._state.placing == self._identity and not path.exists():
-            path = self.root / output.path
-        try:
-            with path.open("rb") as file:
-                same = file.read(len(output.header)) == output.header
-            return found if same and path.stat().st_size == output.size else nothing
-        except OSError:  # it is gone: written again
+        if any(placed.form for placed in output.tensors):
             return nothing
+        try:
+            descriptor = self.open_staged(output, fresh=False)
+        except OSError:  # it is gone, or is no file of ours: written again
+            return nothing
+        try:
+            return found if os.fstat(descriptor).st_size == output.size else nothing
+        finally:
+            os.close(descriptor)
+
+    def verify(self, output: OutFile) -> bool:
+        """Whether a file has the bytes that it should have, to the digest of every tensor."""
+        if output.path in self._placed:
+            return True
+        try:
+            descriptor = self.open_staged(output, fresh=False)
+        except OSError:
+            return False
+        try:
+            if not is_right(output, descriptor):
+                return False
+            self.whole(output, descriptor)
+            return True
+        finally:
+            os.close(descriptor)
+
+    def whole(self, output: OutFile, descriptor: int) -> None:
+        """This file, and no other of its name, is the one to be placed."""
+        self._known[output.path] = _identity(os.fstat(descriptor))
 
     def note(self, output: OutFile, done: Done) -> None:
         """Record what is durable of a file."""
@@ -112,40 +155,102 @@ class Target:
             self._write_state()
             mine = {output.path for output in self._outputs}
             if not self._single:
-                for entry in list(self.root.iterdir()):
-                    if WEIGHTS.fullmatch(entry.name) and entry.name not in mine and not entry.is_dir():
-                        entry.unlink()
-            folders = {self.root}
+                with paths.folder(self.root) as at:
+                    for entry in paths.entries(self.root):
+                        if WEIGHTS.fullmatch(entry.name) and entry.name not in mine and entry.kind != "folder":
+                            os.unlink(entry.name, dir_fd=at)
+            folders = {""}
             for output in self._outputs:
-                final = self.root / output.path
-                self._check_way(final)
-                final.parent.mkdir(parents=True, exist_ok=True)
-                folders |= {p for p in final.parents if p.is_relative_to(self.root)}
-                if self.staged(output).exists():
-                    self.staged(output).replace(final)
+                self._check_way(self.root / output.path)
+                if output.path not in self._placed:
+                    self._give_name(output)
+                parts = output.path.split("/")[:-1]
+                folders |= {"/".join(parts[: n + 1]) for n in range(len(parts))}
             for folder in sorted(folders, reverse=True):
-                sync_folder(folder)
-            shutil.rmtree(self._staging)
-            sync_folder(self.root)
+                with paths.folder(self.root, folder) as at:
+                    paths.sync(at)
+            with paths.folder(self.root) as at:
+                paths.remove_in(at, self._staging)
+                paths.sync(at)
+
+    def _give_name(self, output: OutFile) -> None:
+        source, target = (path.rpartition("/")[0] for path in (self._staged(output), output.path))
+        name = output.path.rpartition("/")[2]
+        with paths.folder(self.root, source) as here, paths.folder(self.root, target, make=0o777) as there:
+            if _identity(paths.status_in(here, name)) != self._known.get(output.path):
+                raise ConflictError(
+                    f"{self.root / self._staged(output)} was replaced while it was written: export again",
+                    object=str(self.path),
+                )
+            os.replace(name, name, src_dir_fd=here, dst_dir_fd=there)
+
+    def _staged(self, output: OutFile) -> str:
+        return f"{self._staging}/files/{output.path}"
+
+    def _own(self, descriptor: int, shown: str) -> int:
+        """An open file, if it has no other name: what is written to it would be written there, too."""
+        if os.fstat(descriptor).st_nlink == 1:
+            return descriptor
+        os.close(descriptor)
+        raise OSError(errno.EMLINK, f"{shown} has another name: remove it")
 
     def _check_free(self) -> None:
         """`ConflictError` where something is in the way that may not be replaced."""
+        if self._state.placing == self._identity:
+            self._placed = {output.path for output in self._outputs if self._is_there(output)}
         if self._single:
             if self.path.is_dir():
                 raise ConflictError(f"{self.path} is a folder: give the file to write", object=str(self.path))
-            there = self.path.name if self.path.exists() else None
+            names = [self.path.name] if self.path.exists() or self.path.is_symlink() else []
         else:
             if self.path.exists() and not self.path.is_dir():
                 raise ConflictError(f"{self.path} is a file: give a folder to write", object=str(self.path))
-            names = sorted(os.listdir(self.path)) if self.path.is_dir() else []  # noqa: PTH208
-            there = next((name for name in names if name != STAGING), None)
-        if there is not None and not self._overwrite and self._state.placing != self._identity:
+            names = sorted(self._names()) if self.path.is_dir() else []
+        there = next((name for name in names if name not in self._placed), None)
+        if there is not None and not self._overwrite:
             found = f"{self.path} is there already" if self._single else f"{self.path} is not empty: it has {there!r}"
             raise ConflictError(f"{found}; give another place, or overwrite it (--overwrite)", object=str(self.path))
-        if self._staging.is_symlink():
-            raise ConflictError(f"{self._staging} is a link: remove it", object=str(self._staging))
+        self._check_staging()
         for output in self._outputs:
             self._check_way(self.root / output.path)
+
+    def _names(self) -> Iterator[str]:
+        """What lies in the target; folders into which this very export was placing files by what is in them."""
+        placing = self._state.placing == self._identity
+        waiting = [""]
+        while waiting:
+            folder = waiting.pop()
+            for entry in paths.entries(self.root, folder):
+                name = f"{folder}/{entry.name}".lstrip("/")
+                if placing and entry.kind == "folder" and any(o.path.startswith(f"{name}/") for o in self._outputs):
+                    waiting.append(name)
+                elif name != self._staging:
+                    yield name
+
+    def _is_there(self, output: OutFile) -> bool:
+        """Whether a file has its name already, with the bytes that it should have."""
+        try:
+            descriptor = paths.open_file(self.root, output.path)
+        except OSError:
+            return False
+        try:
+            return is_right(output, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _check_staging(self) -> None:
+        """`ConflictError` where the hidden folder is a link, or another user's."""
+        try:
+            with paths.folder(self.root, self._staging) as at:
+                owner = os.fstat(at).st_uid
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if isinstance(error, NotADirectoryError):
+                raise ConflictError(f"{self.root / self._staging} is a file: remove it", object=self._staging) from None
+            return
+        except paths.LinkError:
+            raise ConflictError(f"{self.root / self._staging} is a link: remove it", object=self._staging) from None
+        if owner != os.geteuid():
+            raise ConflictError(f"{self.root / self._staging} is another user's: remove it", object=self._staging)
 
     def _check_way(self, final: Path) -> None:
         """`ConflictError` where a file would lie behind a link, or has a folder in its place."""
@@ -159,11 +264,12 @@ class Target:
 
     def _check_space(self) -> None:
         """`StorageError` where what is still to be written does not fit on the disk."""
-        placed = self._state.placing == self._identity
-        need = 0 if placed else sum(output.size for output in self._outputs)
-        for output in self._outputs if need else ():
-            with contextlib.suppress(OSError):
-                need -= min(output.size, self.staged(output).stat().st_blocks * 512)
+        left = [output for output in self._outputs if output.path not in self._placed]
+        need = sum(output.size for output in left)
+        for output in left:
+            folder, _, name = self._staged(output).rpartition("/")
+            with contextlib.suppress(OSError), paths.folder(self.root, folder) as at:
+                need -= min(output.size, paths.status_in(at, name).st_blocks * 512)
         disk = os.statvfs(next(folder for folder in (self.root, *self.root.parents) if folder.exists()))
         free = disk.f_bavail * disk.f_frsize
         if need > free:
@@ -174,45 +280,72 @@ class Target:
             )
 
     def _take_lock(self) -> None:
-        lock = self._staging / "lock"
-        self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine, there = os.fstat(self._lock), os.stat(lock)  # noqa: PTH116
-            free = mine.st_ino == there.st_ino
-        except (BlockingIOError, FileNotFoundError):
-            free = False
+        with paths.folder(self.root, self._staging) as at:
+            lock = str(self.root / self._staging / "lock")
+            self._lock = paths.open_in(at, "lock", os.O_RDWR | os.O_CREAT, lock, 0o600)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = os.path.samestat(os.fstat(self._lock), paths.status_in(at, "lock"))
+            except (BlockingIOError, FileNotFoundError):
+                free = False
         if not free:  # held by another, or removed by one that just finished
             os.close(self._lock)
             raise ConflictError(f"another export to {self.path} is at work: wait for it", object=str(self.path))
 
-    def _drop_others(self) -> None:
-        """Remove what lies there of an export of something else."""
-        mine = {output.path: output for output in self._outputs}
-        for folder, _, names in os.walk(self._files):
-            for name in names:
-                path = Path(folder) / name
-                relative = path.relative_to(self._files).as_posix()
-                known = self._state.files.get(relative)
-                if relative not in mine or known is None or known.digest != mine[relative].digest:
-                    path.unlink()
+    def _drop_others(self, folder: str) -> None:
+        """Remove what lies there of an export of something else, and what is no file."""
+        mine = {output.path: output.digest for output in self._outputs}
+        with paths.folder(self.root, f"{self._staging}/{folder}") as at:
+            for entry in paths.entries(self.root, f"{self._staging}/{folder}"):
+                inner = f"{folder}/{entry.name}"
+                known = self._state.files.get(inner.removeprefix("files/"))
+                if entry.kind == "folder":
+                    self._drop_others(inner)
+                elif entry.kind != "file" or known is None or known.digest != mine.get(inner.removeprefix("files/")):
+                    paths.remove_in(at, entry.name)
         self._state.files = {k: v for k, v in self._state.files.items() if k in mine}
 
     def _read_state(self) -> _State:
         try:
-            return msgspec.json.decode((self._staging / "state.json").read_bytes(), type=_State)
-        except (OSError, msgspec.MsgspecError):  # none, or not ours: nothing is finished
+            with os.fdopen(paths.open_file(self.root, f"{self._staging}/state.json"), "rb") as file:
+                return msgspec.json.decode(file.read(_MAX_STATE), type=_State)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # none, or not ours
             return _State()
 
     def _write_state(self) -> None:
-        fresh = self._staging / "state.json.new"
-        with fresh.open("wb") as file:
-            file.write(msgspec.json.encode(self._state))
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self._staging / "state.json")
+        with paths.folder(self.root, self._staging) as at:
+            paths.remove_in(at, _FRESH)
+            shown = str(self.root / self._staging / _FRESH)
+            with os.fdopen(paths.open_in(at, _FRESH, os.O_WRONLY | os.O_CREAT | os.O_EXCL, shown, 0o600), "wb") as file:
+                file.write(msgspec.json.encode(self._state))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(_FRESH, "state.json", src_dir_fd=at, dst_dir_fd=at)
         self._unwritten = False
         self._written_at = time.monotonic()
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Which file this is, in which state."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def is_right(output: OutFile, descriptor: int) -> bool:
+    """Whether an open file has the bytes of that output; one whose tensors are in another form cannot be told to."""
+    if os.fstat(descriptor).st_size != output.size or any(placed.form for placed in output.tensors):
+        return False
+    if os.pread(descriptor, len(output.header), 0) != output.header:
+        return False
+    return all(
+        _digest(descriptor, placed.offset, placed.tensor.nbytes) == placed.tensor.digest for placed in output.tensors
+    )
+
+
+def _digest(descriptor: int, start: int, length: int) -> str:
+    hasher = blake3()
+    for at in range(start, start + length, _READ):
+        hasher.update(os.pread(descriptor, min(_READ, start + length - at), at))
+    return hasher.hexdigest()
 
 
 @contextlib.contextmanager
@@ -226,12 +359,3 @@ def writing(path: Path) -> Iterator[None]:
             "its disk is full: free some space and export again, which goes on from there" if full else error.strerror
         )
         raise StorageError(f"cannot write {path}: {what}", object=str(path)) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

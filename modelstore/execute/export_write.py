@@ -52,10 +52,26 @@ def write(
 ) -> None:
     """Write all files to where they are staged, going on from what an earlier run left."""
     limit = max(2 << 20, min(16 << 20, limits.memory // 16))
+    found = [(output, target.done(output, limit)) for output in outputs]
+    _write_all(reader, found, target, limits, limit, progress)
+    # What an earlier run left was believed so far: it is looked at now that it is whole.
+    left = [output for output, done in found if done.whole or done.blocks]
+    wrong = [(output, Done(output.digest, False)) for output in left if not target.verify(output)]
+    if wrong:
+        _write_all(reader, wrong, target, limits, limit, None)
+
+
+def _write_all(
+    reader: Reader,
+    outputs: Sequence[tuple[OutFile, Done]],
+    target: Target,
+    limits: Limits,
+    limit: int,
+    progress: Callable[[int], None] | None,
+) -> None:
     writer = _Writer(target, limit)
     wanted: list[_Block] = []
-    for output in outputs:
-        done = target.done(output, limit)
+    for output, done in outputs:
         found = [(placed, region) for placed in output.tensors for region in placed.regions(limit)]
         first = len(found) if done.whole else done.blocks
         file = writer.add(output, first, len(found), whole=done.whole)
@@ -200,10 +216,7 @@ class _Writer:
     def _descriptor(self, file: _Open) -> int:
         """The open file, made at its full size if nothing of it is there."""
         if file.descriptor < 0:
-            path = self._target.staged(file.output)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = 0 if file.first else os.O_TRUNC
-            file.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | fresh, 0o666)
+            file.descriptor = self._target.open_staged(file.output, fresh=not file.first)
             os.ftruncate(file.descriptor, file.output.size)
             _write(file.descriptor, memoryview(file.output.header), 0)
         return file.descriptor
@@ -222,6 +235,8 @@ class _Writer:
         with writing(self._target.path):
             try:
                 os.fsync(file.descriptor)
+                if done.whole:
+                    self._target.whole(file.output, file.descriptor)
             finally:
                 if done.whole:
                     os.close(file.descriptor)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
 import math
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import zstandard
-from blake3 import blake3
 
+from modelstore import paths
 from modelstore.errors import ConflictError, StorageError
-from modelstore.execute.export_target import sync_folder, writing
+from modelstore.execute.export_target import writing
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format import grid, results
 from modelstore.format.buffers import Bytes
@@ -33,7 +33,6 @@ from modelstore.plan.layout import Share
 from modelstore.plan.read import Want
 
 # Beginning with "__", as no node does.
-_STATE = "__export.json"
 _LOCK = "__lock"
 _ZSTD = {"name": "zstd", "configuration": {"level": 0, "checksum": False}}  # zarr-python's default
 _BATCH = 4096  # chunks that are planned at once
@@ -50,7 +49,7 @@ class _Array:
 class _Chunk:
     node: Node
     index: Shape
-    file: Path
+    file: str  # below the hidden folder
     counts: bool  # whether it is progress: a tied tensor's second copy is not
 
 
@@ -66,19 +65,20 @@ def export_zarr(
 
     Names, chunks and dtypes are those of the Zarr view (see `docs/zarr.md`), so what Zarr lacks is widened without loss, and
     the attribute `dtype` names the stored dtype; chunks are compressed with zstd. Tied tensors are written under each name.
-    The group grows in a hidden folder beside `path` and takes its name when it is whole; an interrupted export goes on
-    with the chunks that are missing (after a restart of the machine, from the start: chunks are not synced one by one).
+    The group grows in a hidden folder beside `path` and takes its name when it is whole. An interrupted export goes on: what it
+    left is compared with what it should be, and written where it is missing or another. No link is followed below that folder.
     What is at `path` is a `ConflictError`; with `overwrite` a Zarr group there is replaced.
     """
     started = time.monotonic()
-    path = Path(os.path.abspath(path))  # noqa: PTH100  a link at the end stays what it is
+    path = Path(os.path.abspath(path))  # noqa: PTH100  links on the way there stay what they are
+    path = path.resolve() if path.is_symlink() else path
     tensors = reader.manifest.by_name
     arrays = {name: _Array(t.kind, t.shape, t.chunk) for name, t in tensors.items()}
     nodes = Nodes(arrays, dict(reader.manifest.metadata), bits=False, consolidated=True)
     _check_free(path, overwrite)
     staging = path.parent / f".{path.name}.partial"
     with writing(path):
-        lock = _claim(staging, path, _identity(nodes, reader))
+        lock = _claim(staging, path, nodes)
     try:
         with writing(path):
             documents = _write_documents(nodes, staging)
@@ -103,39 +103,46 @@ def _check_free(path: Path, overwrite: bool) -> None:
             raise ConflictError(f"{path} is not a Zarr group: only one is overwritten; remove it", object=str(path))
 
 
-def _identity(nodes: Nodes, reader: Reader) -> str:
-    """Of what is written, and of this run of the machine: a chunk that was not synced may be gone after the next."""
-    hasher = blake3(nodes.document("") or b"")
-    for node in nodes.arrays.values():
-        hasher.update(bytes.fromhex(reader.manifest.by_name[node.name].digest))
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    hasher.update(boot.read_bytes() if boot.exists() else os.urandom(16))
-    return hasher.hexdigest()
-
-
-def _claim(staging: Path, path: Path, identity: str) -> int:
-    """The hidden folder, with what an earlier run of the same export left in it; locked until the answer is closed."""
+def _claim(staging: Path, path: Path, nodes: Nodes) -> int:
+    """The hidden folder, rid of what is no part of this export; locked until the answer is closed."""
     if staging.is_symlink():
         raise ConflictError(f"{staging} is a link: remove it", object=str(staging))
-    staging.mkdir(parents=True, exist_ok=True)
-    lock = os.open(staging / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        state = staging / _STATE
-        if not state.exists() or state.read_text() != identity:
-            for entry in list(staging.iterdir()):
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                elif entry.name != _LOCK:
-                    entry.unlink()
-            state.write_text(identity)
-    except BlockingIOError:
-        os.close(lock)
-        raise ConflictError(f"another export to {path} is at work: wait for it", object=str(path)) from None
-    except BaseException:
-        os.close(lock)
-        raise
+    with paths.folder(path.parent, make=0o777):  # as any other folder; what is hidden in it is not
+        pass
+    with paths.folder(path.parent, staging.name, make=0o700) as at:
+        if os.fstat(at).st_uid != os.geteuid():
+            raise ConflictError(f"{staging} is another user's: remove it", object=str(staging))
+        lock = paths.open_in(at, _LOCK, os.O_RDWR | os.O_CREAT, str(staging / _LOCK), 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if any(entry.name != _LOCK for entry in paths.entries(path.parent, staging.name)):
+                _drop_others(path.parent, staging.name, _files(nodes))
+        except BlockingIOError:
+            os.close(lock)
+            raise ConflictError(f"another export to {path} is at work: wait for it", object=str(path)) from None
+        except BaseException:
+            os.close(lock)
+            raise
     return lock
+
+
+def _files(nodes: Nodes) -> set[str]:
+    """Every file of the group, by its path in it."""
+    files = {f"{path}/{METADATA}".lstrip("/") for path in (*nodes.children, *nodes.arrays)}
+    for path, node in nodes.arrays.items():
+        files |= {"/".join((path, "c", *map(str, index))) for index in np.ndindex(*node.grid)}
+    return files | {_LOCK}
+
+
+def _drop_others(root: Path, folder: str, files: set[str], inner: str = "") -> None:
+    """Remove what is no file of the group."""
+    with paths.folder(root, folder) as at:
+        for entry in paths.entries(root, folder):
+            name = f"{inner}{entry.name}"
+            if entry.kind == "folder":
+                _drop_others(root, f"{folder}/{entry.name}", files, f"{name}/")
+            elif entry.kind != "file" or name not in files:
+                paths.remove_in(at, entry.name)
 
 
 def _write_documents(nodes: Nodes, staging: Path) -> int:
@@ -145,19 +152,40 @@ def _write_documents(nodes: Nodes, staging: Path) -> int:
         for array in (document, *document.get("consolidated_metadata", {}).get("metadata", {}).values()):
             if array["node_type"] == "array":
                 array["codecs"].append(_ZSTD)
-        folder = staging / path
-        folder.mkdir(parents=True, exist_ok=True)
-        size += (folder / METADATA).write_bytes(json.dumps(document, separators=(",", ":")).encode())
+        data = json.dumps(document, separators=(",", ":")).encode()
+        _write(staging, f"{path}/{METADATA}".lstrip("/"), data)
+        size += len(data)
     return size
 
 
-def _chunks(nodes: Nodes, reader: Reader, staging: Path) -> Iterator[_Chunk]:
+def _write(staging: Path, file: str, data: bytes) -> None:
+    """Write a file below the hidden folder, whole or not at all."""
+    folder, _, name = f"{staging.name}/{file}".rpartition("/")
+    fresh = f"{name}.partial"
+    with paths.folder(staging.parent, folder, make=0o777, durable=False) as at:
+        paths.remove_in(at, fresh)
+        opened = paths.open_in(at, fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, str(staging / file))
+        with os.fdopen(opened, "wb") as out:
+            out.write(data)
+        os.replace(fresh, name, src_dir_fd=at, dst_dir_fd=at)
+
+
+def _same(staging: Path, file: str, data: bytes) -> bool:
+    """Whether a file below the hidden folder has these bytes, and no other name."""
+    try:
+        with os.fdopen(paths.open_file(staging.parent, f"{staging.name}/{file}"), "rb") as there:
+            return os.fstat(there.fileno()).st_nlink == 1 and there.read(len(data) + 1) == data
+    except OSError:
+        return False
+
+
+def _chunks(nodes: Nodes, reader: Reader) -> Iterator[_Chunk]:
     for path, node in nodes.arrays.items():
         tensor = reader.manifest.by_name[node.name]
         counts = tensor.name == node.name
         for number in range(grid.count(tensor.shape, tensor.chunk)):
             index = tuple(int(i) for i in np.unravel_index(number, node.grid)) if node.grid else ()
-            yield _Chunk(node, index, staging.joinpath(path, "c", *map(str, index)), counts)
+            yield _Chunk(node, index, "/".join((path, "c", *map(str, index))), counts)
 
 
 def _write_chunks(
@@ -177,33 +205,24 @@ def _write_chunks(
         if progress and counts:
             progress(nbytes)
 
-    chunks = _chunks(nodes, reader, staging)
+    chunks = _chunks(nodes, reader)
     threads = limits.threads or os.cpu_count() or 1
     with ThreadPoolExecutor(threads, thread_name_prefix="modelstore-zarr") as pool:
         while batch := list(itertools.islice(chunks, _BATCH)):
-            missing = []
-            for chunk in batch:
-                try:
-                    size += chunk.file.stat().st_size
-                except FileNotFoundError:
-                    missing.append(chunk)
-                    continue
-                if progress and chunk.counts:
-                    progress(_raw_size(chunk))
-            _check_space(staging, sum(math.prod(c.node.chunks) * c.node.view.dtype.itemsize for c in missing))
+            _check_space(staging, sum(math.prod(c.node.chunks) * c.node.view.dtype.itemsize for c in batch))
             wants = [
                 Want(
                     reader.manifest.by_name[c.node.name],
                     Share(tuple((pair,) for pair in c.node.stored_region(c.index))),
                 )
-                for c in missing
+                for c in batch
             ]
             for number, buffer in reader.stream(wants, limits):
                 while under_way and (held + len(buffer) > room or under_way[0][0].done()):
                     finish()
                 held += len(buffer)
-                chunk = missing[number]
-                under_way.append((pool.submit(_write_chunk, chunk, buffer, staging), len(buffer), chunk.counts))
+                chunk = batch[number]
+                under_way.append((pool.submit(_keep_chunk, chunk, buffer, staging), len(buffer), chunk.counts))
             while under_way:
                 finish()
     return size
@@ -226,15 +245,17 @@ def _check_space(folder: Path, need: int) -> None:
         )
 
 
-def _write_chunk(chunk: _Chunk, raw: Bytes, staging: Path) -> int:
-    """Compress and write one chunk, whole or not at all; its bytes. Runs in a worker."""
+def _keep_chunk(chunk: _Chunk, raw: Bytes, staging: Path) -> int:
+    """Compress one chunk, and write it unless it is there; its bytes. Runs in a worker."""
     data = zstandard.ZstdCompressor().compress(shown(chunk.node, chunk.index, raw).data)
-    with writing(staging):
-        chunk.file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = chunk.file.with_name(f"{chunk.file.name}.partial")
-        fresh.write_bytes(data)
-        fresh.replace(chunk.file)
+    if not _same(staging, chunk.file, data):
+        _write_chunk(staging, chunk.file, data)
     return len(data)
+
+
+def _write_chunk(staging: Path, file: str, data: bytes) -> None:
+    with writing(staging):
+        _write(staging, file, data)
 
 
 def shown(node: Node, index: Shape, raw: Bytes) -> Bytes:
@@ -251,18 +272,23 @@ def shown(node: Node, index: Shape, raw: Bytes) -> Bytes:
 
 def _place(staging: Path, path: Path) -> None:
     """Give the group its name; what is there goes first."""
-    for folder, _, names in os.walk(staging):
-        for name in names:
-            if name.endswith(".partial"):  # of a run that was killed, at a chunk that was then written
-                (Path(folder) / name).unlink()
-    old = path.parent / f".{path.name}.partial.old"
-    if old.is_dir():
-        shutil.rmtree(old)
-    if path.is_dir() and any(path.iterdir()):
-        path.rename(old)
-    (staging / _STATE).unlink()
-    (staging / _LOCK).unlink()
-    staging.replace(path)
-    sync_folder(path.parent)
-    if old.is_dir():
-        shutil.rmtree(old)
+    old = f".{path.name}.partial.old"
+    with paths.folder(path.parent) as at:
+        paths.remove_in(at, old)
+        if paths.kind_in(at, path.name) == "folder":
+            os.rename(path.name, old, src_dir_fd=at, dst_dir_fd=at)
+        with paths.folder(path.parent, staging.name) as inner:
+            os.unlink(_LOCK, dir_fd=inner)
+            os.fchmod(inner, 0o777 & ~_umask())
+        os.rename(staging.name, path.name, src_dir_fd=at, dst_dir_fd=at)
+        paths.sync(at)
+        paths.remove_in(at, old)
+
+
+def _umask() -> int:
+    """What new folders of this process are denied; found by asking the kernel, as setting it would be seen by other threads."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o022

@@ -356,19 +356,19 @@ def test_it_goes_on_within_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_killed_while_files_take_their_names(reader: Reader, tmp_path: Path) -> None:
-    replace = Path.replace
+    replace = os.replace
     for n in range(1, 20):
         out = tmp_path / str(n)
         left = [n]
 
-        def die(self: Path, target: Any, left: list[int] = left) -> Path:
-            left[0] -= "state" not in self.name
+        def die(source: str, target: str, left: list[int] = left, **at: int) -> None:
+            left[0] -= "state" not in source
             if not left[0]:
                 raise Killed
-            return replace(self, target)
+            replace(source, target, **at)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "replace", die)
+            patch.setattr(os, "replace", die)
             try:
                 export(reader, out, format="hf", limits=LIMITS, max_shard_bytes=9_000_000)
                 break
@@ -412,6 +412,96 @@ def test_finished_files_are_looked_at_again(reader: Reader, tmp_path: Path, dama
     if damage == "state":
         (tmp_path / STAGING / "state.json").write_bytes(b'{"files": {"../x": 3}}')
     export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=1000)
+    check_same(load_folder(tmp_path), weights())
+
+
+def planted(reader: Reader, out: Path, **state: Any) -> dict[str, Path]:
+    """A hidden folder that says that all files are whole, and files with the right headers and sizes, of zeros."""
+    files = {}
+    done = {}
+    for output in directory(reader.manifest, None, 9_000_000):
+        path = out / STAGING / "files" / output.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(output.header)
+        os.truncate(path, output.size)
+        files[output.path] = path
+        done[output.path] = {"digest": output.digest, "whole": True, "blocks": 1, "limit": 4 << 20}
+    (out / STAGING / "state.json").write_text(json.dumps({"files": done, **state}))
+    return files
+
+
+def test_what_was_planted_is_not_believed(reader: Reader, tmp_path: Path) -> None:
+    planted(reader, tmp_path)
+    export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=9_000_000)
+    check_same(load_folder(tmp_path), weights())
+    assert (tmp_path / "tokenizer/vocab.txt").read_bytes() == b"a\nb\n"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_planted_word_that_files_have_their_names_overwrites_nothing(
+    reader: Reader, tmp_path: Path, overwrite: bool
+) -> None:
+    outputs = directory(reader.manifest, None, 9_000_000)
+    target = export_target.Target(tmp_path, outputs, single=False, overwrite=False)
+    for name, path in planted(reader, tmp_path, placing=target._identity).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        path.rename(tmp_path / name)
+    before = {path: path.stat().st_ino for path in tmp_path.rglob("*.safetensors")}
+    if not overwrite:
+        with pytest.raises(ConflictError, match="not empty"):
+            export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=9_000_000)
+        assert {path: path.stat().st_ino for path in tmp_path.rglob("*.safetensors")} == before
+        return
+    export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=9_000_000, overwrite=True)
+    check_same(load_folder(tmp_path), weights())
+
+
+@pytest.mark.parametrize(
+    "at", ["files", "files/tokenizer", "state.json", "state.json.new", "lock", "files/config.json"]
+)
+@pytest.mark.parametrize("hard", [False, True])
+def test_nothing_is_touched_through_what_lies_in_the_hidden_folder(
+    reader: Reader, tmp_path: Path, at: str, hard: bool
+) -> None:
+    outside, out = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    for name in ("vocab.txt", "config.json", "x"):
+        (outside / name).write_text("precious")
+    folder = at in ("files", "files/tokenizer")
+    planted(reader, out)
+    link = out / STAGING / at
+    if link.is_dir():
+        link.rename(out / "gone")
+    link.unlink(missing_ok=True)
+    if hard and not folder:
+        link.hardlink_to(outside / "x")
+    else:
+        link.symlink_to(outside if folder else outside / "x")
+    try:
+        export(reader, out, format="hf", limits=LIMITS, max_shard_bytes=9_000_000, overwrite=True)
+        check_same(load_folder(out), weights())
+    except StorageError as error:
+        assert "which is not followed" in str(error)  # noqa: PT017  either is right
+    assert {path.name: path.read_text() for path in outside.iterdir()} == dict.fromkeys(
+        ("vocab.txt", "config.json", "x"), "precious"
+    )
+
+
+def test_a_file_that_is_swapped_after_it_was_looked_at_is_not_placed(reader: Reader, tmp_path: Path) -> None:
+    sync = export_target.Target._write_state
+
+    def swap(self: Any) -> None:
+        if self._state.placing:
+            file = next((tmp_path / STAGING / "files").glob("*.safetensors"))
+            file.unlink()
+            file.write_bytes(b"other")
+        sync(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_target.Target, "_write_state", swap)
+        with pytest.raises(ConflictError, match="was replaced while it was written"):
+            export(reader, tmp_path, format="hf", limits=LIMITS)
+    export(reader, tmp_path, format="hf", limits=LIMITS, overwrite=True)
     check_same(load_folder(tmp_path), weights())
 
 

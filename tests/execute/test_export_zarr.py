@@ -144,6 +144,39 @@ def test_it_goes_on_where_it_was_killed(model: Model, tmp_path: Path) -> None:
     check_same(out, model)
 
 
+def test_what_was_planted_is_not_believed(model: Model, tmp_path: Path) -> None:
+    export_zarr(model.reader, tmp_path / "whole", limits=LIMITS)
+    outside, staging = tmp_path / "outside", tmp_path / ".g.partial"
+    outside.mkdir()
+    for name in ("0", "x", "zarr.json"):
+        (outside / name).write_text("precious")
+    (tmp_path / "whole").rename(staging)
+    chunks = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != "zarr.json")
+    chunks[0].write_bytes(bytes(chunks[0].stat().st_size))
+    chunks[1].unlink()
+    chunks[1].hardlink_to(outside / "x")
+    chunks[2].unlink()
+    chunks[2].symlink_to(outside / "x")
+    (staging / "zarr.json").unlink()
+    (staging / "zarr.json").hardlink_to(outside / "zarr.json")
+    (staging / "extra").symlink_to(outside)
+    folder = chunks[-1].parent
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(outside)
+    export_zarr(model.reader, tmp_path / "g", limits=LIMITS)
+    check_same(tmp_path / "g", model)
+    assert not (tmp_path / "g/extra").exists()
+    assert {path.read_text() for path in outside.iterdir()} == {"precious"}
+
+
+def test_a_target_that_is_a_link_is_the_users_choice(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "g").symlink_to(tmp_path / "real")
+    export_zarr(model.reader, tmp_path / "g", limits=LIMITS)
+    assert (tmp_path / "g").is_symlink()
+    check_same(tmp_path / "real", model)
+
+
 def test_what_lies_there_of_another_export_is_not_used(model: Model, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, 8)
