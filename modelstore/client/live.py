@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from modelstore.errors import CancelledError, NotFoundError
-from modelstore.execute.live import Held, advance, fetched, plan
+from modelstore.execute.live import Held, advance, plan
 from modelstore.execute.loading import Model
 from modelstore.execute.progress import Progress, meter
 from modelstore.execute.readers import Readers
@@ -173,13 +173,14 @@ class Live:
         places: dict[str, Slot] = slots(model.manifest, shares)
         old = self._now.held if self._now is not None else None
         update = plan(old, model, places.values())
-        stored = fetched(model.manifest, update)
         total = sum(_raw(model, slot) for slot in (*update.read, *update.patched))
         metered = meter(self._progress, total, f"loading {self._name}@{number}")
         held = advance(old, model, update, self._limits(), device=self._device, progress=metered)
         tensors = MappingProxyType({name: held.cells[slot].tensor for name, slot in places.items()})
         counts = len(update.same), len(update.patched), len(update.read)
-        return _Version(number, held, tensors), results.Prepared(number, *counts, stored, time.monotonic() - started)
+        return _Version(number, held, tensors), results.Prepared(
+            number, *counts, model.reader.bytes_read, time.monotonic() - started
+        )
 
 
 def _raw(model: Model, slot: Slot) -> int:

@@ -52,6 +52,7 @@ class ClusterFetcher(Fetcher):
         rows = [row for chunk in job.chunks for row in chunk.rows]
         parts = pieces(self.manifest, rows)
         given = self.holding.read(self.source, list({part.digest: part for part in parts if part.length}.values()))
+        self.count(sum(len(data) for data in given.values()))
         found: dict[int, Bytes] = {}
         for row, part in zip(rows, parts, strict=True):
             data = given.get(part.digest)

@@ -29,6 +29,7 @@ class Fetcher:
     manifest: Manifest
     storage: Storage
     mirrors: Sequence[Storage] = ()
+    bytes_read: int = 0  # encoded bytes that came from the storage, a mirror or hosts, gaps between ranges among them
     _healed: set[int] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _scratch: threading.local = field(default_factory=threading.local)
@@ -85,6 +86,7 @@ class Fetcher:
             except (NotFoundError, CorruptionError, StorageError) as error:
                 reasons.append(str(error))
                 continue
+            self.count(n)
             if blake3(view(data)).digest() == manifest.digest(row):
                 if storage is not self.storage:
                     self._heal(pack, storage)
@@ -99,6 +101,11 @@ class Fetcher:
             chunk=chunk,
             object=key,
         )
+
+    def count(self, nbytes: int) -> None:
+        """So many bytes were read."""
+        with self._lock:
+            self.bytes_read += nbytes
 
     def _buffer(self, nbytes: int) -> Bytes:
         """This thread's buffer for this manifest, used again by the next job: fresh pages would cost more than the read."""
@@ -117,6 +124,7 @@ class Fetcher:
             if self.mirrors:
                 return False
             raise
+        self.count(len(out))
         return True
 
     def _heal(self, pack: int, mirror: Storage) -> None:

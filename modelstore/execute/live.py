@@ -16,7 +16,7 @@ from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.region import Region, extent, slices
 from modelstore.plan.layout import Share
 from modelstore.plan.read import Want
-from modelstore.plan.update import Slot, Update, boxes, plan_update, stored_bytes, touching
+from modelstore.plan.update import Slot, Update, boxes, plan_update, touching
 
 if TYPE_CHECKING:
     import torch
@@ -48,13 +48,6 @@ def plan(old: Held | None, model: Model, wanted: Iterable[Slot]) -> Update:
     """What is to be read of `model`, where `old` is held."""
     slots = tuple(dict.fromkeys(wanted))
     return plan_update(old.manifest, old.cells, model.manifest, slots) if old is not None else Update(read=slots)
-
-
-def fetched(manifest: Manifest, update: Update) -> int:
-    """Stored bytes that an update reads."""
-    whole = {(name, share): touching(manifest.by_name[name], share).tolist() for name, share in update.read}
-    parts = {slot: chunks for slot, (_, chunks) in update.patched.items()}
-    return sum(stored_bytes(manifest, manifest.by_name[slot[0]], chunks) for slot, chunks in (whole | parts).items())
 
 
 def advance(

@@ -98,9 +98,3 @@ def boxes(tensor: Tensor, share: Share, chunk: int) -> Iterator[tuple[Region, Re
         if both is not None:
             inner = shift(both, stored)
             yield both, tuple((a + c, b + c) for (a, b), (c, _) in zip(inner, placed, strict=True))
-
-
-def stored_bytes(manifest: Manifest, tensor: Tensor, chunks: Iterable[int]) -> int:
-    """Encoded bytes of some chunks of a tensor."""
-    rows = [plane.first + chunk for plane in tensor.planes for chunk in chunks]
-    return int(manifest.length[rows].sum()) if rows else 0

@@ -82,6 +82,29 @@ def test_only_changed_chunks_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < done.bytes < whole / 20
 
 
+@pytest.mark.parametrize("codec", ["lossless", "raw", "delta"])
+@pytest.mark.parametrize("shard", [None, {"w": (slice(0, 100), slice(0, 256))}])
+def test_what_is_reported_is_what_was_read(monkeypatch: pytest.MonkeyPatch, codec: Any, shard: Any) -> None:
+    """With codec="delta" the bases are read as well, through a chain of two."""
+    shrink(monkeypatch)
+    counted = CountingStorage(MemoryStorage(uuid.uuid4().hex))
+    store = open_on(counted)
+    tensors = {"w": torch.randn(512, 256), "v": torch.randn(64, 64)}
+    store.save("m", tensors)
+    live = store.follow("m", shard=shard)
+    for version in (2, 3):
+        tensors["w"] = tensors["w"] + 1e-6 * torch.randn(512, 256)
+        tensors["v"][3, 3] += 1
+        options = {"codec": "delta", "parent": f"m@{version - 1}"} if codec == "delta" else {"codec": codec}
+        store.save("m", tensors, **options)
+        counted.reset()
+        done = live.swap_to()
+        assert done.bytes == counted.bytes["read"] > 0
+        expected = {name: tensors[name] if shard is None else tensors[name][0:100, 0:256] for name in live.tensors}
+        assert all_bits(dict(live.tensors)) == all_bits(expected)
+    assert live.swap_to().bytes == 0
+
+
 @pytest.mark.parametrize("change", ["shape", "dtype", "codec", "added", "removed", "renamed"])
 def test_whatever_changed_is_right(store: Store, change: str) -> None:
     first, second = model(), model()
