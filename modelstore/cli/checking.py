@@ -85,6 +85,7 @@ def _result(found: Report, json: bool) -> None:
 
 def _lines(found: Report) -> Iterator[str]:
     yield from (f"{problem.kind}: {problem.message}" for problem in found.problems)
+    yield from found.notes
     if found.repaired:
         yield f"repaired {units.count(len(found.repaired), 'object')}"
     checked = f"{units.count(found.tensors, 'tensor')}, {units.count(found.chunks, 'chunk')}, {units.size(found.bytes)}"

@@ -75,3 +75,5 @@ def gc(
             yield f"would delete {what}; nothing was deleted" + (": add --delete" if swept.objects else "")
 
     output.result(swept, lines(), as_json=json)
+    for problem in swept.problems:
+        output.remark(f"kept what this may refer to: {problem.message}", quiet=json)

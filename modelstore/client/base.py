@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from types import FunctionType
 from typing import TYPE_CHECKING
 
 from modelstore.client.arguments import checked
-from modelstore.errors import NotFoundError
+from modelstore.errors import ModelStoreError, NotFoundError
 from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.loading import Model
 from modelstore.execute.memory import budget
@@ -21,6 +23,7 @@ from modelstore.format.record import VariantEntry
 from modelstore.format.results import Saved
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
+from modelstore.store.damage import UNREADABLE
 from modelstore.store.manifests import Manifests
 
 if TYPE_CHECKING:
@@ -30,6 +33,13 @@ if TYPE_CHECKING:
     from modelstore.compress.fly import FlyReader
 
 log = logging.getLogger("modelstore")
+_LOOKED_AT = 8  # newest versions of a model of which one is to be readable, so that its chunks are not stored again
+
+
+def warn(damaged: Iterable[ModelStoreError]) -> None:
+    """Say what cannot be read, where the work goes on without."""
+    for error in damaged:
+        log.warning("%s", error)
 
 
 class Base:
@@ -124,10 +134,17 @@ class Base:
         return Against(ref.name, entry.manifest, model.manifest, model.reader, model.chain)
 
     def _newest(self, name: str) -> Against | None:
+        """The newest live version that can be read, whose chunks need not be stored again."""
         try:
             return self._against(Reference(name))
         except NotFoundError:
             return None
+        except UNREADABLE as error:  # a record, or the manifest that it names
+            warn([error])
+        for record in islice(self._catalog.readable(name), _LOOKED_AT):
+            with suppress(NotFoundError, *UNREADABLE):
+                return self._against(Reference(name, version=record.version))
+        return None
 
 
 def _fetching(session: Session | None, source: Source | None) -> Fetching:

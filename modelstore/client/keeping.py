@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import uuid
 
-from modelstore.client.base import Base
+from modelstore.client.base import Base, log
 from modelstore.execute.progress import Progress, meter
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.storage.open import open_storage
+from modelstore.store.damage import DAMAGED
 
 GRACE = 86_400  # seconds for which garbage collection leaves what nothing refers to
 
@@ -23,7 +24,10 @@ class Keeping(Base):
         """
         from modelstore.execute.verify import verify
 
-        self._catalog.open()
+        try:
+            self._catalog.open()
+        except DAMAGED as error:  # its own record is damaged, and one of the things that are reported
+            log.warning("%s", error)
         metered = meter(progress, 0, "verifying")
         return verify(
             self._storage,
@@ -38,10 +42,12 @@ class Keeping(Base):
     def repair(
         self, ref: str | None = None, *, source: str | None = None, progress: Progress | None = None
     ) -> results.Report:
-        """Mend what `verify` finds: lost manifests from their copies, damaged packs from `source`, a copy of the store."""
+        """Mend what `verify` finds: lost manifests from their copies, damaged packs from `source`, a copy of the store.
+
+        Damaged records are taken from `source` or a mirror, else from the record before them: `notes` say what that is now.
+        """
         from modelstore.store.repair import repair
 
-        self._catalog.open()
         other = open_storage(source, read_only=True) if source is not None else None
         metered = meter(progress, 0, "repairing")
         return repair(
@@ -50,6 +56,7 @@ class Keeping(Base):
             self._manifests,
             parse_reference(ref) if ref else None,
             other,
+            mirrors=self._mirrors,
             progress=metered,
         )
 
@@ -80,9 +87,8 @@ class Keeping(Base):
             return
         if parsed.is_newest:
             raise ValueError(f"{ref!r} names no version: write {parsed.name}@VERSION, or all=True for the whole model")
-        record = self._catalog.resolve(parsed)
-        variant = parsed.variant if ":" in ref else None
-        self._catalog.delete(parsed.name, record.version, variant, writer)
+        version = parsed.version or self._catalog.tag(parsed.name, parsed.tag or "")
+        self._catalog.delete(parsed.name, version, parsed.variant if ":" in ref else None, writer)
 
     def gc(self, *, dry_run: bool = True, grace: float = GRACE) -> results.Swept:
         """Remove objects that nothing refers to and that are older than `grace` seconds; by default only say which.

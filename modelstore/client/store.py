@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.client.arguments import checked
+from modelstore.client.base import warn
 from modelstore.client.checkpoints import Checkpoints
 from modelstore.client.clustered import Clustered, saved
 from modelstore.client.compressing import Compressing
@@ -18,6 +19,7 @@ from modelstore.client.evaluating import Evaluating
 from modelstore.client.following import Following
 from modelstore.client.keeping import Keeping
 from modelstore.client.parts import Parts
+from modelstore.errors import ModelStoreError
 from modelstore.execute.loading import LazyTensor
 from modelstore.execute.progress import Progress, meter
 from modelstore.execute.saving import Outcome, check_options, publish, store
@@ -324,20 +326,26 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
     # ------------------------------------------------------------------ looking
 
     def models(self) -> list[results.ModelInfo]:
-        """All models that have a live version, by name."""
+        """All models that have a live version, by name; and those of which something cannot be read, which they name."""
         self._catalog.open()
         with Pool(8) as pool:
-            names = self._catalog.models()
-            infos = zip(pool.map(self._catalog.live, names), pool.map(self._catalog.tags, names), strict=True)
-            return [model_info(live, tags) for live, tags in infos if live]
+            return [info for info in pool.map(self._info, self._catalog.models()) if info.versions or info.problems]
+
+    def _info(self, name: str) -> results.ModelInfo:
+        damaged: list[ModelStoreError] = []
+        live, tags = self._catalog.live(name, damaged), self._catalog.tags(name, damaged)
+        warn(damaged)
+        return model_info(name, live, tags, damaged)
 
     def versions(self, name: str) -> list[results.VersionInfo]:
-        """The live versions of a model, oldest first."""
+        """The live versions of a model, oldest first; of those that cannot be read a warning says so."""
         self._catalog.open()
-        records = self._catalog.live(check_model(name))
+        damaged: list[ModelStoreError] = []
+        records = self._catalog.live(check_model(name), damaged)
         if not records:
             self._catalog.newest(name)  # says what is wrong
-        tags = self._catalog.tags(name)
+        tags = self._catalog.tags(name, damaged)
+        warn(damaged)
         return [version_info(record, tags) for record in records]
 
     def variants(self, ref: str) -> list[results.VariantInfo]:
@@ -351,7 +359,10 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         parsed = parse_reference(ref)
         self._catalog.open()
         record, entry = self._catalog.entry(parsed)
-        tags = [tag for tag, version in self._catalog.tags(parsed.name).items() if version == record.version]
+        damaged: list[ModelStoreError] = []
+        named = self._catalog.tags(parsed.name, damaged)
+        warn(damaged)
+        tags = [tag for tag, version in named.items() if version == record.version]
         return describe(record, parsed.variant, entry, tuple(sorted(tags)), self._manifests.entry(parsed.name, entry))
 
     def diff(self, a: str, b: str) -> results.Diff:

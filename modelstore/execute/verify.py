@@ -29,8 +29,11 @@ from modelstore.plan.read import GAP, JOB_BYTES
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
+from modelstore.store.damage import noting
+from modelstore.store.describe import problem
 from modelstore.store.manifests import Manifests
-from modelstore.store.repair import live, problem, read_copy
+from modelstore.store.records import damage
+from modelstore.store.repair import live, read_copy
 from modelstore.store.unread import told_once
 
 _BAD = (NotFoundError, CorruptionError, FormatError, StorageError)
@@ -60,12 +63,20 @@ def verify(
     """
     work = _Verification(storage, manifests, limits, progress)
     if ref is not None:
-        work.variant(ref.name, catalog.entry(ref)[1], deep)
+        found = damage(storage, [ref.name], journals=False)
+        entry = noting(work.damaged, lambda: catalog.entry(ref)[1])
+        if entry is not None:
+            work.variant(ref.name, entry, deep)
     else:
-        for model in catalog.models():
-            for _, _, entry in live(catalog, model, None, work.problems):
+        models = catalog.models()
+        found = damage(storage, models, journals=True)
+        for model in models:
+            for _, _, entry in live(catalog, model, None, []):
                 work.variant(model, entry, deep)
-    return Report(work.chunks, work.nbytes, work.tensors, told_once(work.problems))
+        noting(work.damaged, catalog.open)
+    told = {one.object for one in found}
+    found += [problem(error, ref.name if ref else "") for error in work.damaged if error.object not in told]
+    return Report(work.chunks, work.nbytes, work.tensors, told_once([*found, *work.problems]))
 
 
 @dataclass
@@ -77,6 +88,7 @@ class _Verification:
     limits: Limits
     progress: Progress | None
     problems: list[Problem] = field(default_factory=list)
+    damaged: list[ModelStoreError] = field(default_factory=list)  # records
     chunks: int = 0
     nbytes: int = 0
     tensors: int = 0

@@ -35,9 +35,14 @@ def check_model(name: str) -> str:
     return name
 
 
+def is_word(word: object) -> bool:
+    """Whether it is a valid name of a tag or variant."""
+    return isinstance(word, str) and bool(_WORD.fullmatch(word)) and word != LATEST
+
+
 def check_word(word: str, what: str) -> str:
     """A tag's or variant's name as it is; `ValueError` where it is not valid. It never looks like a number."""
-    if not isinstance(word, str) or not _WORD.fullmatch(word) or word == LATEST:
+    if not is_word(word):
         raise ValueError(
             f"{what} {word!r} is not valid: begin with a letter, go on with letters, digits, '.', '_' and '-', at most 96; "
             f"{LATEST!r} always means the newest version"

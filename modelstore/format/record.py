@@ -86,7 +86,7 @@ def parse_version(data: bytes, where: str) -> VersionRecord:
     record = parse(data, VersionRecord, where)
     if not is_model(record.model) or version_key(record.model, record.version, record.number) != where:
         raise _moved(where, f"version {record.version} of {record.model[:200]!r}")
-    if ORIGINAL not in record.variants:
+    if ORIGINAL not in record.variants and not record.deleted:
         raise FormatError(
             f"object {where} is not a valid record (it has no original): run 'modelstore repair'", object=where
         )
@@ -118,6 +118,18 @@ def ascending(digits: str) -> int | None:
     return _LAST - int(digits) if len(digits) == 8 and digits.isascii() and digits.isdigit() else None
 
 
+def is_record(rest: str) -> bool:
+    """Whether what follows the prefix of a version, of a tag, or of all versions of a model is the key of a record."""
+    folder, _, name = rest.rpartition("/")
+    return (not folder or ascending(folder) is not None) and record_number(name, "") is not None
+
+
+def record_number(key: str, prefix: str) -> int | None:
+    """The number of the record at a key below `prefix`, None where the key is not one of a record there."""
+    rest = key[len(prefix) :]
+    return ascending(rest.removesuffix(".json")) if key.startswith(prefix) and rest.endswith(".json") else None
+
+
 def versions_prefix(model: str) -> str:
     """Where the records of all versions of a model lie; `ValueError` where its name is not valid."""
     return f"{MODELS}{check_model(model)}/versions/"
@@ -140,7 +152,12 @@ def tags_prefix(model: str) -> str:
 
 def tag_key(model: str, tag: str, number: int) -> str:
     """The key of one record of a tag; `ValueError` where its name is not valid."""
-    return f"{tags_prefix(model)}{check_word(tag, 'tag')}/{descending(number)}.json"
+    return f"{tag_prefix(model, tag)}{descending(number)}.json"
+
+
+def tag_prefix(model: str, tag: str) -> str:
+    """Where the records of a tag lie; `ValueError` where its name is not valid."""
+    return f"{tags_prefix(model)}{check_word(tag, 'tag')}/"
 
 
 def manifests_prefix(model: str) -> str:

@@ -16,6 +16,20 @@ class LeftOut(Result, frozen=True):
     bytes: int = 0
 
 
+UNREADABLE = "unreadable"  # the kind of a problem that says nothing about damage
+
+
+class Problem(Result, frozen=True):
+    """Something that is not as it should be, and where. One of kind "unreadable" is told of once, for all objects."""
+
+    kind: str
+    message: str
+    model: str | None = None
+    tensor: str | None = None
+    chunk: int | None = None
+    object: str | None = None
+
+
 class Saved(Result, frozen=True):
     """A version that was made: raw bytes of its tensors, bytes newly stored, and of chunks found already stored.
 
@@ -67,7 +81,10 @@ class Prepared(Result, frozen=True):
 
 
 class ModelInfo(Result, frozen=True):
-    """A model: how many live versions, the newest, its tags, and the newest's sizes."""
+    """A model: how many live versions, the newest, its tags, and the newest's sizes; as far as its records can be read.
+
+    `problems`: those that cannot.
+    """
 
     name: str
     versions: int
@@ -75,6 +92,7 @@ class ModelInfo(Result, frozen=True):
     tags: dict[str, int]
     bytes: int
     stored: int
+    problems: tuple[Problem, ...] = ()
 
 
 class VersionInfo(Result, frozen=True):
@@ -148,28 +166,15 @@ class Exported(Result, frozen=True):
     seconds: float
 
 
-UNREADABLE = "unreadable"  # the kind of a problem that says nothing about damage
-
-
-class Problem(Result, frozen=True):
-    """Something that is not as it should be, and where. One of kind "unreadable" is told of once, for all objects."""
-
-    kind: str
-    message: str
-    model: str | None = None
-    tensor: str | None = None
-    chunk: int | None = None
-    object: str | None = None
-
-
 class Report(Result, frozen=True):
-    """What a verification or repair found, and what it mended."""
+    """What a verification or repair found, what it mended, and `notes` on what is now otherwise than it was."""
 
     chunks: int
     bytes: int
     tensors: int
     problems: tuple[Problem, ...]
     repaired: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -202,12 +207,16 @@ class SweptObject(Result, frozen=True):
 
 
 class Swept(Result, frozen=True):
-    """What garbage collection removed, or would remove, and how many objects stay."""
+    """What garbage collection removed, or would remove, and how many objects stay.
+
+    `problems`: what could not be read, so that what it may refer to was kept.
+    """
 
     objects: tuple[SweptObject, ...]
     bytes: int
     kept: int
     dry_run: bool
+    problems: tuple[Problem, ...] = ()
 
 
 class Choice(Result, frozen=True):

@@ -56,5 +56,16 @@ def unseal(
     return value
 
 
+def intact(data: bytes) -> bool:
+    """Whether these can be the bytes of a small object of any kind: JSON, with a digest that is right or with none."""
+    found = _SEAL.search(data, max(0, len(data) - _LONGEST))
+    if found is not None and found.end() == len(data):
+        return blake3(data[: found.start()]).hexdigest().encode() == found[1]
+    try:
+        return "blake3" not in msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+
+
 def _members(kind: type[msgspec.Struct]) -> set[str]:
     return set(kind.__struct_encode_fields__)

@@ -26,8 +26,8 @@ def prove_exclusive_create(storage: Storage) -> None:
     """`UnsupportedError` unless the storage refuses to create an object that is there. Costs two writes and a delete."""
     key = f"jobs/probe-{secrets.token_hex(8)}.json"
     try:
-        storage.create(key, b"first")
-        if storage.create(key, b"second"):
+        storage.create(key, b'{"probe":1}')
+        if storage.create(key, b'{"probe":2}'):
             raise UnsupportedError(
                 f"{storage.url} cannot be written to: the server, or a proxy before it, ignores 'If-None-Match: *', so that "
                 "two writers could overwrite each other; reach it without that proxy, use a server that honours conditional "

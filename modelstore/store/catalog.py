@@ -1,4 +1,4 @@
-"""Records of versions and tags: reading them, and the one write that makes a change visible.
+"""Records of versions and tags: the one write that makes a change visible.
 
 Nothing else in the package makes anything visible, so atomicity stands or falls here: each change is one create-only object.
 """
@@ -7,30 +7,29 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from itertools import groupby
+from collections.abc import Mapping
 
 from modelstore.errors import ConflictError, ModelStoreError, NotFoundError
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
-from modelstore.format.names import ORIGINAL, Reference, is_model
+from modelstore.format.names import ORIGINAL, is_word
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.format.sealed import seal
 from modelstore.storage.base import SMALL, Storage
-from modelstore.storage.pool import Pool
+from modelstore.store.damage import DAMAGED, noting
+from modelstore.store.lookup import Lookup
 from modelstore.store.manifests import Manifests
 from modelstore.store.relying import Reliance
 
 _RACES = 1000  # how often a lost race is tried again before giving up; each loss means that another writer won
-_NEWEST = 64  # keys listed to find the newest live version; more are listed only where those are all of deleted ones
 _Entries = Mapping[str, VariantEntry]
 
 
-class Catalog:
+class Catalog(Lookup):
     """The records in one store."""
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+        super().__init__(storage)
         self._info: StoreInfo | None = None
 
     # ------------------------------------------------------------------ the store itself
@@ -52,107 +51,6 @@ class Catalog:
                 ) from None
         self._storage.create(rec.STORE_KEY, seal(StoreInfo(FORMAT, uuid.uuid4().hex)))
         return rec.parse(self._storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
-
-    # ------------------------------------------------------------------ reading
-
-    def models(self) -> list[str]:
-        """Names of all models that have records, ascending."""
-        found = []
-        for first in self._storage.folders(rec.MODELS):
-            inner = set(self._storage.folders(f"{rec.MODELS}{first}/"))
-            if "versions" in inner:
-                found.append(first)
-            found += [f"{first}/{second}" for second in inner - {"versions", "tags", "manifests"}]
-        return sorted(filter(is_model, found))
-
-    def versions(self, model: str) -> list[VersionRecord]:
-        """The newest record of every version of a model, deleted ones too, oldest version first."""
-        keys = [key for _, key in self._heads(model, None)]
-        with Pool(16) as pool:
-            return sorted(pool.map(self._version_at, keys), key=lambda r: r.version)
-
-    def live(self, model: str) -> list[VersionRecord]:
-        """The versions of a model that are not deleted, oldest first."""
-        return [record for record in self.versions(model) if not record.deleted]
-
-    def newest(self, model: str) -> VersionRecord:
-        """The newest live version of a model: one listing and one read, however many versions there are."""
-        for limit in (_NEWEST, None):
-            for _, key in self._heads(model, limit):
-                record = self._version_at(key)
-                if not record.deleted:
-                    return record
-        raise self._no_model(model)
-
-    def highest(self, model: str) -> int:
-        """The highest number that a version of a model ever had, 0 where it never had one."""
-        return next((version for version, _ in self._heads(model, 1)), 0)
-
-    def first(self, model: str, version: int) -> VersionRecord:
-        """The record by which a version became visible."""
-        return self._version_at(rec.version_key(model, version, 1))
-
-    def version(self, model: str, version: int) -> VersionRecord:
-        """The newest record of one version, deleted or not."""
-        for info in self._storage.list(rec.version_prefix(model, version), limit=1):
-            return self._version_at(info.key)
-        if not any(self._heads(model, 1)):
-            raise self._no_model(model)
-        raise NotFoundError(
-            f"model {model!r} has no version {version}: list them with 'modelstore ls {model}'", model=model
-        )
-
-    def resolve(self, ref: Reference) -> VersionRecord:
-        """The live version that a reference names; its variant is not looked at."""
-        if ref.is_newest:
-            return self.newest(ref.name)
-        version = ref.version if ref.version is not None else self.tag(ref.name, ref.tag or "")
-        record = self.version(ref.name, version)
-        if record.deleted:
-            via = f" (tag {ref.tag!r})" if ref.tag else ""
-            raise NotFoundError(
-                f"version {version}{via} of model {ref.name!r} was deleted: choose another", model=ref.name
-            )
-        return record
-
-    def entry(self, ref: Reference) -> tuple[VersionRecord, VariantEntry]:
-        """The version that a reference names, and the entry of its variant."""
-        record = self.resolve(ref)
-        return record, self.variant(record, ref.variant)
-
-    @staticmethod
-    def variant(record: VersionRecord, variant: str) -> VariantEntry:
-        """The entry of a version's variant; `NotFoundError` where it has none of that name."""
-        if variant not in record.variants:
-            known = ", ".join(record.variants)
-            raise NotFoundError(
-                f"version {record.version} of model {record.model!r} has no variant {variant!r}: it has {known}",
-                model=record.model,
-            )
-        return record.variants[variant]
-
-    def tag(self, model: str, tag: str) -> int:
-        """The version that a tag names."""
-        record = self._tag_head(model, tag)
-        if record is None or not record.version:
-            if not any(self._heads(model, 1)):
-                raise self._no_model(model)
-            known = ", ".join(sorted(self.tags(model))) or "none"
-            raise NotFoundError(f"model {model!r} has no tag {tag!r}: its tags are {known}", model=model)
-        return record.version
-
-    def tags(self, model: str) -> dict[str, int]:
-        """All tags of a model and the versions they name."""
-        heads = [self._tag_head(model, tag) for tag in self._storage.folders(rec.tags_prefix(model))]
-        return {head.tag: head.version for head in heads if head and head.version}
-
-    def head(self, model: str, tag: str | None = None) -> str | None:
-        """The key of the newest record of a model, or of one of its tags; None where there is none.
-
-        One request. As long as it is the same key, the newest version, or what the tag names, is the same.
-        """
-        prefix = rec.versions_prefix(model) if tag is None else rec.tag_key(model, tag, 1).rpartition("/")[0] + "/"
-        return next((info.key for info in self._storage.list(prefix, limit=1)), None)
 
     # ------------------------------------------------------------------ publishing
 
@@ -176,8 +74,8 @@ class Catalog:
             made = reliance.create(record, self._create_version)
             if made is not None:
                 return made
-            there = self._version_at(rec.version_key(model, version, 1)) if after is not None else record
-            if after is not None and self._is_of(there, writer, entry):
+            there = self._first(model, version) if after is not None else None
+            if there is not None and self._is_of(there, writer, entry):
                 return there
         raise self._busy(model)
 
@@ -196,8 +94,8 @@ class Catalog:
         Each version is known by its first record.
         """
         for version in range(self.highest(model), after, -1):
-            record = self._version_at(rec.version_key(model, version, 1))
-            if self._is_of(record, writer, entry):
+            record = self._first(model, version)
+            if record is not None and self._is_of(record, writer, entry):
                 return record
         return None
 
@@ -288,7 +186,7 @@ class Catalog:
         `only`: the number of the record that it must have still; `ConflictError` where it was changed since.
         """
         for _ in range(_RACES):
-            head = self.version(model, version)
+            head = self._to_delete(model, version) if variant is None else self.version(model, version)
             if head.deleted:
                 raise NotFoundError(f"version {version} of model {model!r} was deleted already", model=model)
             if only not in (None, head.number):
@@ -316,13 +214,16 @@ class Catalog:
 
     def delete_model(self, model: str, writer: str) -> None:
         """Remove every tag of a model, then delete every version; can be done again where it was interrupted."""
-        live = self.live(model)
-        if not live:
+        gone = {record.version for record in self.versions(model, []) if record.deleted}
+        left = [version for version, _ in self._heads(model, None) if version not in gone]
+        if not left:
             raise self._no_model(model)
-        for tag in self.tags(model):
-            self.set_tag(model, tag, 0, writer)
-        for record in live:
-            self.delete(model, record.version, None, writer)
+        for tag in filter(is_word, self._storage.folders(rec.tags_prefix(model))):
+            head = noting([], lambda tag=tag: self._tag_head(model, tag))  # type: ignore[misc]
+            if head is None or head.version:  # one that cannot be read is removed too
+                self.set_tag(model, tag, 0, writer)
+        for version in sorted(left):
+            self.delete(model, version, None, writer)
 
     def set_tag(
         self, model: str, tag: str, version: int, writer: str, *, instead_of: int | None = None
@@ -334,10 +235,12 @@ class Catalog:
         if version and self.version(model, version).deleted:
             raise NotFoundError(f"version {version} of model {model!r} was deleted: tag another", model=model)
         for _ in range(_RACES):
-            head = self._tag_head(model, tag)
-            if instead_of is not None and (head is None or head.version != instead_of):
-                return None
-            number = head.number + 1 if head else 1
+            number = self._tag_number(model, tag) + 1  # told by the key, so that a damaged tag can be set anew
+            if instead_of is not None:
+                head = self._tag_head(model, tag)
+                if head is None or head.version != instead_of:
+                    return None
+                number = head.number + 1
             record = TagRecord(FORMAT, model, tag, number, writer, time.time(), version)
             key = rec.tag_key(model, tag, number)
             if self._storage.create(key, seal(record)) or self._own(key, TagRecord, record):
@@ -359,37 +262,31 @@ class Catalog:
         return self._storage.create(key, data) or self._own(key, VersionRecord, record)
 
     def _own(self, key: str, kind: type[R], record: R) -> bool:
-        return rec.parse(self._storage.get(key, SMALL), kind, key) == record
+        there = noting([], lambda: rec.parse(self._storage.get(key, SMALL), kind, key))
+        return there == record
+
+    def _to_delete(self, model: str, version: int) -> VersionRecord:
+        """The newest record of a version; one that cannot be read is taken as saying nothing, which is enough to delete it."""
+        try:
+            return self.version(model, version)
+        except DAMAGED:
+            key = self._keys(rec.version_prefix(model, version), 1)[0]
+            number = rec.record_number(key, rec.version_prefix(model, version)) or 0
+            return VersionRecord(FORMAT, model, version, number, "", time.time(), {})
 
     @staticmethod
     def _next(
         head: VersionRecord, writer: str, *, variants: dict[str, VariantEntry] | None = None, deleted: bool = False
     ) -> VersionRecord:
         return VersionRecord(
-            FORMAT, head.model, head.version, head.number + 1, writer, time.time(), variants or head.variants, deleted
-        )
-
-    def _heads(self, model: str, limit: int | None) -> Iterator[tuple[int, str]]:
-        """(version, key of its newest record), newest version first; all of them, or those within the first `limit` keys."""
-        prefix = rec.versions_prefix(model)
-        keys = (info.key for info in self._storage.list(prefix, limit=limit))
-        for folder, group in groupby(keys, key=lambda key: key[len(prefix) :].partition("/")[0]):
-            version = rec.ascending(folder)
-            if version is not None:
-                yield version, next(group)
-
-    def _version_at(self, key: str) -> VersionRecord:
-        return rec.parse_version(self._storage.get(key, SMALL), key)
-
-    def _tag_head(self, model: str, tag: str) -> TagRecord | None:
-        prefix = rec.tag_key(model, tag, 1).rpartition("/")[0] + "/"
-        for info in self._storage.list(prefix, limit=1):
-            return rec.parse_tag(self._storage.get(info.key, SMALL), info.key)
-        return None
-
-    def _no_model(self, model: str) -> ModelStoreError:
-        return NotFoundError(
-            f"there is no model {model!r} in {self._storage.url}: list the models with 'modelstore ls'", model=model
+            FORMAT,
+            head.model,
+            head.version,
+            head.number + 1,
+            writer,
+            time.time(),
+            head.variants if variants is None else variants,
+            deleted,
         )
 
     @staticmethod

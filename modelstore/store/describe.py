@@ -7,17 +7,27 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from modelstore.errors import ModelStoreError
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.names import ORIGINAL
 from modelstore.format.record import VariantEntry, VersionRecord
-from modelstore.format.results import Description, FileInfo, ModelInfo, TensorInfo, VariantInfo, VersionInfo
+from modelstore.format.results import Description, FileInfo, ModelInfo, Problem, TensorInfo, VariantInfo, VersionInfo
 
 
-def model_info(live: Sequence[VersionRecord], tags: Mapping[str, int]) -> ModelInfo:
-    """A model from its live versions, oldest first and at least one, and its tags."""
-    newest = live[-1]
-    original = newest.variants[ORIGINAL]
-    return ModelInfo(newest.model, len(live), newest.version, dict(tags), original.nbytes, original.stored)
+def model_info(
+    model: str, live: Sequence[VersionRecord], tags: Mapping[str, int], damaged: Sequence[ModelStoreError] = ()
+) -> ModelInfo:
+    """A model from its live versions, oldest first, and its tags; what of it cannot be read."""
+    problems = tuple(problem(error, model) for error in damaged)
+    if not live:
+        return ModelInfo(model, 0, 0, dict(tags), 0, 0, problems)
+    original = live[-1].variants[ORIGINAL]
+    return ModelInfo(model, len(live), live[-1].version, dict(tags), original.nbytes, original.stored, problems)
+
+
+def problem(error: ModelStoreError, model: str) -> Problem:
+    """What an error says, as an entry of a report."""
+    return Problem(error.kind, str(error), error.model or model or None, error.tensor, error.chunk, error.object)
 
 
 def version_info(record: VersionRecord, tags: Mapping[str, int]) -> VersionInfo:

@@ -7,7 +7,6 @@ if it were still named, so that its readers lose nothing; and what a journal nam
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -15,32 +14,29 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError, UnsupportedError
+from modelstore.errors import ConflictError, NotFoundError, UnsupportedError
 from modelstore.format import record as rec
-from modelstore.format.manifest import Manifest
 from modelstore.format.names import check_model
 from modelstore.format.results import Swept, SweptObject
-from modelstore.storage.base import SMALL, ObjectInfo, Storage
+from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.pool import Pool
 from modelstore.storage.wrapping import WrappingStorage
 from modelstore.store.catalog import Catalog
 from modelstore.store.clock import now
 from modelstore.store.condemned import Condemnation, forget_dead, held_by_writers
+from modelstore.store.damage import DAMAGED
 from modelstore.store.manifests import Manifests
-from modelstore.store.repair import copy_of, read_copy
+from modelstore.store.marking import Doubt, needed_manifests
+from modelstore.store.records import torn_journals
 
 _THREADS = 16
 _ROUNDS = 5  # how often a collection begins anew that writers have stopped
 _BATCH = 256  # objects removed between two looks at whether that is still allowed
 _ONE_LISTING = 1000  # packs up to which one listing is quicker than one a folder
-_LONGEST_CHAIN = 1000  # manifests of deltas upon one another; far beyond what is ever written
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 Progress = Callable[[int], None]
-Needed = dict[
-    tuple[str, str], str | None
-]  # (model, manifest) → the pack that is its copy, None where no record says so
 
 
 def collect(
@@ -54,24 +50,28 @@ def collect(
 ) -> Swept:
     """Remove the objects that nothing refers to and that are at least `grace` seconds old; with `dry_run` only say which.
 
-    Stops with an error, before anything is removed, where a record or a manifest cannot be read: what it refers to is not
-    known then. May be killed at any point and run again. Superseded records, and those of deleted versions, are kept: they
-    are small, and keep numbers from being used twice. `progress` hears of the bytes freed.
+    Where something cannot be read, what it may refer to is kept, and it is named in `problems`: of a record all that its
+    model's manifests need; of a manifest without its copy, or a journal of a work under way, every manifest and pack.
+
+    May be killed at any point and run again. Superseded records, and those of deleted versions, are kept: they are small, and
+    keep numbers from being used twice. `progress` hears of the bytes freed.
     """
     if not grace >= 0:
         raise ValueError(f"grace={grace} is not a number of seconds from 0 on")
     now_ = _now(storage, dry_run)
     limit = now_ - grace
-    marked = _mark(storage, catalog, manifests, limit)
-    found = _unmarked(storage, marked, limit)
+    doubt = Doubt()
+    marked = _mark(storage, catalog, manifests, limit, doubt)
+    found = _unmarked(storage, marked, limit, doubt)
     if dry_run:
-        found.spare(held_by_writers(storage, stale_before=limit, now=now_, dry_run=True))
+        found.spare(_held(storage, limit, now_, doubt, dry_run=True))
+        found.spare_in(doubt)
         gone = [SweptObject(info.key, info.size) for stage in found.stages for info in stage]
     else:
         forget_dead(storage, now_)
-        gone = _remove(storage, catalog, manifests, found, limit, now_, progress)
+        gone = _remove(storage, catalog, manifests, found, limit, now_, doubt, progress)
     gone += _temporaries(storage, limit, dry_run)
-    return Swept(tuple(gone), sum(one.size for one in gone), found.kept, dry_run)
+    return Swept(tuple(gone), sum(one.size for one in gone), found.kept, dry_run, tuple(doubt.problems.values()))
 
 
 def _remove(
@@ -81,16 +81,19 @@ def _remove(
     found: _Found,
     limit: float,
     now_: float,
+    doubt: Doubt,
     progress: Progress | None,
 ) -> list[SweptObject]:
     """Remove what can go, but for what writers turn out to rely on."""
+    found.spare_in(doubt)
     if not found.condemned:
-        held_by_writers(storage, stale_before=limit, now=now_)
+        _held(storage, limit, now_, doubt)
         return _sweep_all(storage, None, found, limit, progress)
     for _ in range(_ROUNDS):
         with Condemnation(storage, found.condemned) as condemned:
-            held = held_by_writers(storage, stale_before=limit, now=now_)
-            found.spare(held | _mark(storage, catalog, manifests, limit))
+            held = _held(storage, limit, now_, doubt)
+            found.spare(held | _mark(storage, catalog, manifests, limit, doubt))
+            found.spare_in(doubt)
             if condemned.pronounce(found.condemned):
                 return _sweep_all(storage, condemned, found, limit, progress)
     raise ConflictError("saves under way rely on what was to be removed: nothing was removed; run it again")
@@ -124,81 +127,22 @@ def _now(storage: Storage, dry_run: bool) -> float:
         raise
 
 
-# ---------------------------------------------------------------------- marking
-
-
-def _mark(storage: Storage, catalog: Catalog, manifests: Manifests, limit: float) -> set[str]:
+def _mark(storage: Storage, catalog: Catalog, manifests: Manifests, limit: float, doubt: Doubt) -> set[str]:
     """Keys of every manifest and pack that a record needs, or needed until after `limit`."""
-    live: Needed = {}
-    recent: Needed = {}
-    with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:
-        for found, given_up in pool.map(lambda model: _needed(storage, model, limit), catalog.models()):
-            live |= found
-            recent |= given_up
-        marked: set[str] = set()
-        for needed, must_be_there in ((live, True), (recent, False)):
-            for _ in range(_LONGEST_CHAIN):
-                bases: Needed = {}
-                read = pool.map(lambda item: _manifest(storage, manifests, item[0], item[1]), needed.items())
-                for (model, digest), one in zip(needed, read, strict=True):
-                    if isinstance(one, CorruptionError):
-                        if must_be_there or storage.info(rec.manifest_key(model, digest)):
-                            raise one
-                        continue  # it was given up, and swept by an earlier collection of a shorter grace
-                    manifest, copy = one
-                    marked |= {rec.manifest_key(model, digest), rec.pack_key(copy), *map(rec.pack_key, manifest.packs)}
-                    base = manifest.base
-                    if base is not None and rec.manifest_key(base.model, base.manifest) not in marked:
-                        bases[base.model, base.manifest] = None
-                if not bases:
-                    break
-                needed = bases
-            else:
-                raise FormatError(
-                    f"deltas of deltas are more than {_LONGEST_CHAIN} deep: nothing was swept; delete what made them"
-                )
+    marked: set[str] = set()
+    for one in needed_manifests(storage, catalog, manifests, limit, doubt):
+        marked |= {rec.manifest_key(one.model, one.digest), rec.pack_key(one.copy)}
+        marked |= {rec.pack_key(pack) for pack in one.manifest.packs}
     return marked
 
 
-def _needed(storage: Storage, model: str, limit: float) -> tuple[Needed, Needed]:
-    """The manifests of a model that the newest record of a version names; and those of records given up after `limit`."""
-    live: Needed = {}
-    recent: Needed = {}
-    prefix = rec.versions_prefix(model)
-    for folder, infos in groupby(storage.list(prefix), key=lambda info: info.key[len(prefix) :].partition("/")[0]):
-        if rec.ascending(folder) is None:
-            continue
-        superseded = math.inf
-        for info in infos:
-            if superseded <= limit:
-                break
-            record = rec.parse_version(storage.get(info.key, SMALL), info.key)
-            if record.deleted and info.modified <= limit:
-                break
-            found = live if superseded == math.inf and not record.deleted else recent
-            for entry in record.variants.values():
-                found.setdefault((model, entry.manifest), entry.copy)
-            superseded = info.modified
-    return live, recent
-
-
-def _manifest(
-    storage: Storage, manifests: Manifests, name: tuple[str, str], copy: str | None
-) -> tuple[Manifest, str] | CorruptionError:
-    """A manifest, from its copy if need be, and the digest of the pack that is its copy; an error where there is none."""
-    model, digest = name
+def _held(storage: Storage, limit: float, now_: float, doubt: Doubt, *, dry_run: bool = False) -> set[str]:
+    """Keys of what writers are about to publish, or may be."""
     try:
-        manifest = manifests.read(model, digest)
-        if copy is not None:
-            return manifest, copy
-        return manifest, copy_of(storage, model, digest, manifest).digest
-    except CorruptionError as error:
-        if copy is not None:
-            with suppress(NotFoundError, CorruptionError, FormatError):
-                return read_copy(storage, copy, digest)[0], copy
-        return CorruptionError(
-            f"nothing was swept, because what it refers to is not known: {error}", model=model, object=error.object
-        )
+        return held_by_writers(storage, stale_before=limit, now=now_, dry_run=dry_run)
+    except DAMAGED as error:
+        doubt.add(error, everything=True)
+        return set()
 
 
 # ---------------------------------------------------------------------- sweeping
@@ -217,6 +161,11 @@ class _Found:
         """Keys of the manifests and packs that can go."""
         return {info.key for stage in self.stages[1:] for info in stage}
 
+    def spare_in(self, doubt: Doubt) -> None:
+        """Take all of them out where anything may be needed."""
+        if doubt.everything:
+            self.spare(self.condemned)
+
     def spare(self, keys: Collection[str]) -> None:
         """Take manifests and packs out of what can go."""
         for stage in self.stages[1:]:
@@ -225,7 +174,7 @@ class _Found:
             stage[:] = left
 
 
-def _unmarked(storage: Storage, marked: set[str], limit: float) -> _Found:
+def _unmarked(storage: Storage, marked: set[str], limit: float, doubt: Doubt) -> _Found:
     """Journals, manifests and packs that are unmarked, were last written before `limit`, and in no running work's journal."""
     jobs: list[ObjectInfo] = []
     found = _Found((jobs, [], []))
@@ -243,19 +192,21 @@ def _unmarked(storage: Storage, marked: set[str], limit: float) -> _Found:
                 found.kept += 1
             else:
                 stage.append(info)
-    _spare(storage, found)
+    _spare(storage, found, doubt)
     return found
 
 
-def _spare(storage: Storage, found: _Found) -> None:
+def _spare(storage: Storage, found: _Found, doubt: Doubt) -> None:
     """Take what the journals of running works name out of what can go."""
     names = {key.rpartition("/")[2].partition(".")[0].encode(): key for key in found.condemned}
     if not names:
         return
+    for error in torn_journals(storage, found.journals):
+        doubt.add(error, everything=True)
     spared: set[str] = set()
     for key in found.journals:
-        # Gone: the work was finished meanwhile, and what it published is marked. A link: no writer makes one.
-        with suppress(NotFoundError, CorruptionError):
+        # Gone: the work was finished meanwhile, and what it published is marked.
+        with suppress(NotFoundError, *DAMAGED):
             spared.update(names[name] for name in _DIGEST.findall(storage.get(key)) if name in names)
     found.spare(spared)
 

@@ -9,13 +9,14 @@ import msgspec
 import numpy as np
 from blake3 import blake3
 
-from modelstore.errors import CorruptionError, FormatError, NotFoundError
+from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError
 from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.manifest import FORMAT, CodecSpec
-from modelstore.format.record import pack_key
+from modelstore.format.record import PACKS, pack_key
 from modelstore.format.region import Shape
 from modelstore.format.safetensors import PREFIX, Entry, build_header, header_length, parse_header
 from modelstore.storage.base import Storage
+from modelstore.storage.pool import Pool
 from modelstore.store.clock import Youth
 
 METADATA_KEY = "modelstore"
@@ -126,6 +127,22 @@ def open_pack(storage: Storage, key: str) -> Opened:
     storage.read(key, PREFIX, view(header))
     entries, metadata = parse_header(header.tobytes(), info.size)
     return Opened(entries, metadata, PREFIX + len(header), info.size)
+
+
+def manifest_copies(storage: Storage) -> list[tuple[str, str, str]]:
+    """(model, manifest, pack) of all packs that are copies of manifests, as their headers say; looked for among all packs."""
+
+    def header(key: str) -> tuple[str, str, str] | None:
+        try:
+            metadata = open_pack(storage, key).metadata
+        except ModelStoreError:
+            return None  # a damaged pack is no copy; where it is needed, it is reported
+        if metadata.get("kind") != "manifest":
+            return None
+        return metadata.get("model", ""), metadata.get("manifest", ""), key.rpartition("/")[2].partition(".")[0]
+
+    with Pool(16, thread_name_prefix="modelstore-packs") as pool:
+        return [one for one in pool.map(header, [info.key for info in storage.list(PACKS)]) if one is not None]
 
 
 def store(storage: Storage, pack: Pack, young: Youth) -> bool:

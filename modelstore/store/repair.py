@@ -6,7 +6,7 @@ What cannot be mended stays in the report, with what to do. Nothing that is good
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,8 +22,10 @@ from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, 
 from modelstore.format.results import Problem, Report
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
-from modelstore.store import packs
+from modelstore.store import packs, records
 from modelstore.store.catalog import Catalog
+from modelstore.store.damage import noting
+from modelstore.store.describe import problem
 from modelstore.store.heal import pack_is_good, replace_pack
 from modelstore.store.manifests import Manifests
 from modelstore.store.unread import told_once
@@ -42,14 +44,21 @@ def repair(
     ref: Reference | None,
     source: Storage | None,
     *,
+    mirrors: Sequence[Storage] = (),
     progress: Progress | None = None,
 ) -> Report:
-    """Mend what a reference names, or all that is live: manifests first, then every pack that they refer to.
+    """Mend what a reference names, or all that is live: records, then manifests, then every pack that they refer to.
 
     A bare name stands for all versions of the model, `name@version` for all its variants. `source` is another copy of the
     store; without one, only manifests and their copies can be mended. `progress` hears of the bytes of packs checked.
     """
     work = _Repair(storage, catalog, manifests, source)
+    copies = [*([source] if source is not None else []), *mirrors]
+    if records.mend_store(storage, copies, catalog.models):
+        work.repaired.append(rec.STORE_KEY)
+    catalog.open()
+    mended = records.mend(storage, copies, [ref.name] if ref else catalog.models(), journals=ref is None)
+    work.repaired += mended.repaired
     for model in [ref.name] if ref else catalog.models():
         for record, variant, entry in live(catalog, model, ref, work.problems):
             work.variant(record, variant, entry)
@@ -58,20 +67,22 @@ def repair(
             work.nbytes += size
             if progress:
                 progress(size)
-    return Report(work.chunks, work.nbytes, work.tensors, told_once(work.problems), tuple(work.repaired))
+    left = [*mended.problems, *(p for p in work.problems if p.object not in {one.object for one in mended.problems})]
+    return Report(work.chunks, work.nbytes, work.tensors, told_once(left), tuple(work.repaired), tuple(mended.notes))
 
 
 def live(
     catalog: Catalog, model: str, ref: Reference | None, problems: list[Problem]
 ) -> Iterator[tuple[VersionRecord, str, VariantEntry]]:
     """A model's live versions and variants, as far as `ref` names them; a record that cannot be read becomes a problem."""
-    try:
-        if ref is None or (ref.is_newest and ref.variant == ORIGINAL):
-            records = [record for record in catalog.versions(model) if not record.deleted]
-        else:
-            records = [catalog.resolve(ref)]
-    except (FormatError, StorageError) as error:
-        problems.append(problem(error, model))
+    damaged: list[ModelStoreError] = []
+    if ref is None or (ref.is_newest and ref.variant == ORIGINAL):
+        records = catalog.live(model, damaged)
+    else:
+        record = noting(damaged, lambda: catalog.resolve(ref))
+        records = [record] if record is not None else []
+    problems += [problem(error, model) for error in damaged]
+    if damaged and not records:
         return
     if ref is not None and not records:
         catalog.newest(model)  # says what is wrong with the name
@@ -81,11 +92,6 @@ def live(
     for record in records:
         for variant, entry in record.variants.items():
             yield record, variant, entry
-
-
-def problem(error: ModelStoreError, model: str) -> Problem:
-    """What an error says, as an entry of a report."""
-    return Problem(error.kind, str(error), error.model or model, error.tensor, error.chunk, error.object)
 
 
 def read_copy(storage: Storage, copy: str, digest: str) -> tuple[Manifest, bytes]:
@@ -217,19 +223,7 @@ class _Repair:
     def _search(self) -> dict[str, str]:
         """The copies of manifests among all packs, found by what their headers say; looked for once, as a last resort."""
         if self._copies is None:
-
-            def header(key: str) -> tuple[str, str] | None:
-                try:
-                    metadata = packs.open_pack(self.storage, key).metadata
-                except ModelStoreError:
-                    return None  # a damaged pack is no copy; where it is needed, it is reported
-                if metadata.get("kind") != "manifest":
-                    return None
-                return metadata.get("manifest", ""), key.rpartition("/")[2].partition(".")[0]
-
-            with Pool(16, thread_name_prefix="modelstore-repair") as pool:
-                found = pool.map(header, [info.key for info in self.storage.list(rec.PACKS)])
-                self._copies = dict(pair for pair in found if pair is not None)
+            self._copies = {digest: copy for _, digest, copy in packs.manifest_copies(self.storage)}
         return self._copies
 
     def pack(self, digest: str, needs: tuple[str, str, int]) -> int:

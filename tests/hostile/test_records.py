@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 from modelstore.client import Store
-from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
+from modelstore.errors import ConflictError, FormatError, ModelStoreError, UnsupportedError
 from modelstore.format import record as rec
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.hostile import little_memory
@@ -75,15 +75,16 @@ def test_a_version_record_of_garbage(data: bytes, storage: MemoryStorage) -> Non
             lambda: store.load("acme/m@1"),
             lambda: store.load("acme/m@prod"),
             lambda: store.versions("acme/m"),
-            lambda: store.models(),
             lambda: store.describe("acme/m"),
             lambda: store.tag("acme/m@1", "x"),
-            lambda: store.delete("acme/m@1"),
-            lambda: store.gc(dry_run=False, grace=0),
         ):
             with pytest.raises(ModelStoreError) as caught:
                 act()
             check_one_error(caught.value, VERSION)
+        with pytest.raises(ConflictError, match="tagged prod"):
+            store.delete("acme/m@1")
+        assert [[p.object for p in info.problems] for info in store.models()] == [[VERSION], []]
+        assert [p.object for p in store.gc(dry_run=False, grace=0).problems] == [VERSION]
     assert keys(storage) == before  # above all, nothing was collected
     assert [p.object for p in store.verify().problems] == [VERSION]
     assert all_bits(store.load("other")) == all_bits(weights(2))
@@ -162,19 +163,19 @@ def test_a_record_that_says_other_things(fields: dict[str, Any], storage: Memory
     for act in (
         lambda: store.load("acme/m"),
         lambda: store.versions("acme/m"),
-        lambda: store.models(),
-        lambda: store.gc(dry_run=False, grace=0),
     ):
         with pytest.raises(ModelStoreError) as caught:
             act()
         check_one_error(caught.value, VERSION)
+    assert [p.object for p in store.gc(dry_run=False, grace=0).problems] == [VERSION]
+    assert [[p.object for p in info.problems] for info in store.models()] == [[VERSION], []]
     assert [p.object for p in store.verify().problems] == [VERSION]
 
 
 def test_an_original_under_another_name_only(storage: MemoryStorage) -> None:
     variants = msgspec.json.decode(storage.get(VERSION))["variants"]
     put(storage, VERSION, edited(storage, VERSION, variants={"int8": variants["original"]}))
-    for act in (lambda s: s.load("acme/m"), lambda s: s.models(), lambda s: s.versions("acme/m")):
+    for act in (lambda s: s.load("acme/m"), lambda s: s.versions("acme/m")):
         with pytest.raises(ModelStoreError):
             act(open_on(storage))
 

@@ -1,0 +1,37 @@
+"""What cannot be read is named, and does not keep anything else from being read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from modelstore.errors import CorruptionError, FormatError, ModelStoreError, StorageError, UnsupportedError
+
+T = TypeVar("T")
+
+DAMAGED = (FormatError, CorruptionError)  # something else is there than should be; not read is not damaged
+Damaged = list[ModelStoreError]
+UNREADABLE = (FormatError, CorruptionError, StorageError, UnsupportedError)
+
+
+@contextmanager
+def naming(what: str, model: str) -> Iterator[None]:
+    """An error within the block says of what it is, such as "version 3" of a model."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise type(error)(
+            f"{what} of model {model!r} cannot be read: {error}", model=model, object=error.object
+        ) from error
+
+
+def noting(damaged: Damaged | None, act: Callable[[], T]) -> T | None:
+    """What `act` gives; None, and the error in the list, where something cannot be read. Without a list it is raised."""
+    try:
+        return act()
+    except UNREADABLE as error:
+        if damaged is None:
+            raise
+        damaged.append(error)
+        return None

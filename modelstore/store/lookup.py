@@ -1,0 +1,181 @@
+"""Records of versions and tags, read: what a reference names, and what there is.
+
+A record that cannot be read keeps nothing else from being read; what it may say is not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from modelstore.errors import ModelStoreError, NotFoundError
+from modelstore.format import record as rec
+from modelstore.format.names import Reference, is_model, is_word
+from modelstore.format.record import TagRecord, VariantEntry, VersionRecord
+from modelstore.storage.base import SMALL, Storage
+from modelstore.storage.pool import Pool
+from modelstore.store.damage import Damaged, naming, noting
+
+_NEWEST = 64  # keys listed to find the newest live version; more are listed only where those are all of deleted ones
+
+
+class Lookup:
+    """The records in one store, for readers."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def models(self) -> list[str]:
+        """Names of all models that have records, ascending."""
+        found = []
+        for first in self._storage.folders(rec.MODELS):
+            inner = set(self._storage.folders(f"{rec.MODELS}{first}/"))
+            if "versions" in inner:
+                found.append(first)
+            found += [f"{first}/{second}" for second in inner - {"versions", "tags", "manifests"}]
+        return sorted(filter(is_model, found))
+
+    def versions(self, model: str, damaged: Damaged | None = None) -> list[VersionRecord]:
+        """The newest record of every version of a model, deleted ones too, oldest version first.
+
+        Where one cannot be read it is added to `damaged`, and the others are given; without that list it is an error.
+        """
+        keys = [key for _, key in self._heads(model, None)]
+        with Pool(16) as pool:
+            found = pool.map(lambda key: noting(damaged, lambda: self._version_at(key)), keys)
+            return sorted((record for record in found if record is not None), key=lambda r: r.version)
+
+    def live(self, model: str, damaged: Damaged | None = None) -> list[VersionRecord]:
+        """The versions of a model that are not deleted, oldest first; `damaged` as for `versions`."""
+        return [record for record in self.versions(model, damaged) if not record.deleted]
+
+    def readable(self, model: str) -> Iterator[VersionRecord]:
+        """The live versions of a model that can be read, newest first."""
+        for _, key in self._heads(model, None):
+            record = noting([], lambda key=key: self._version_at(key))  # type: ignore[misc]
+            if record is not None and not record.deleted:
+                yield record
+
+    def newest(self, model: str) -> VersionRecord:
+        """The newest live version of a model: one listing and one read, however many versions there are."""
+        for limit in (_NEWEST, None):
+            for _, key in self._heads(model, limit):
+                record = self._version_at(key)
+                if not record.deleted:
+                    return record
+        raise self._no_model(model)
+
+    def highest(self, model: str) -> int:
+        """The highest number that a version of a model ever had, 0 where it never had one."""
+        return next((version for version, _ in self._heads(model, 1)), 0)
+
+    def first(self, model: str, version: int) -> VersionRecord:
+        """The record by which a version became visible."""
+        return self._version_at(rec.version_key(model, version, 1))
+
+    def version(self, model: str, version: int) -> VersionRecord:
+        """The newest record of one version, deleted or not."""
+        for key in self._keys(rec.version_prefix(model, version), 1):
+            return self._version_at(key)
+        if not any(self._heads(model, 1)):
+            raise self._no_model(model)
+        raise NotFoundError(
+            f"model {model!r} has no version {version}: list them with 'modelstore ls {model}'", model=model
+        )
+
+    def resolve(self, ref: Reference) -> VersionRecord:
+        """The live version that a reference names; its variant is not looked at."""
+        if ref.is_newest:
+            return self.newest(ref.name)
+        version = ref.version if ref.version is not None else self.tag(ref.name, ref.tag or "")
+        record = self.version(ref.name, version)
+        if record.deleted:
+            via = f" (tag {ref.tag!r})" if ref.tag else ""
+            raise NotFoundError(
+                f"version {version}{via} of model {ref.name!r} was deleted: choose another", model=ref.name
+            )
+        return record
+
+    def entry(self, ref: Reference) -> tuple[VersionRecord, VariantEntry]:
+        """The version that a reference names, and the entry of its variant."""
+        record = self.resolve(ref)
+        return record, self.variant(record, ref.variant)
+
+    @staticmethod
+    def variant(record: VersionRecord, variant: str) -> VariantEntry:
+        """The entry of a version's variant; `NotFoundError` where it has none of that name."""
+        if variant not in record.variants:
+            known = ", ".join(record.variants)
+            raise NotFoundError(
+                f"version {record.version} of model {record.model!r} has no variant {variant!r}: it has {known}",
+                model=record.model,
+            )
+        return record.variants[variant]
+
+    def tag(self, model: str, tag: str) -> int:
+        """The version that a tag names."""
+        record = self._tag_head(model, tag)
+        if record is None or not record.version:
+            if not any(self._heads(model, 1)):
+                raise self._no_model(model)
+            known = ", ".join(sorted(self.tags(model))) or "none"
+            raise NotFoundError(f"model {model!r} has no tag {tag!r}: its tags are {known}", model=model)
+        return record.version
+
+    def tags(self, model: str, damaged: Damaged | None = None) -> dict[str, int]:
+        """All tags of a model and the versions they name; `damaged` as for `versions`."""
+        names = [tag for tag in self._storage.folders(rec.tags_prefix(model)) if is_word(tag)]
+        heads = [noting(damaged, lambda tag=tag: self._tag_head(model, tag)) for tag in names]  # type: ignore[misc]
+        return {head.tag: head.version for head in heads if head and head.version}
+
+    def head(self, model: str, tag: str | None = None) -> str | None:
+        """The key of the newest record of a model, or of one of its tags; None where there is none.
+
+        One request. As long as it is the same key, the newest version, or what the tag names, is the same.
+        """
+        prefix = rec.versions_prefix(model) if tag is None else rec.tag_prefix(model, tag)
+        return next(iter(self._keys(prefix, 1)), None)
+
+    # ------------------------------------------------------------------ within
+
+    def _first(self, model: str, version: int) -> VersionRecord | None:
+        """The record that made a version visible, None where it cannot be read."""
+        return noting([], lambda: self._version_at(rec.version_key(model, version, 1)))
+
+    def _heads(self, model: str, limit: int | None) -> Iterator[tuple[int, str]]:
+        """(version, key of its newest record), newest version first; all of them, or those within the first `limit` keys."""
+        prefix = rec.versions_prefix(model)
+        keys = self._keys(prefix, limit)
+        for folder, group in groupby(keys, key=lambda key: key[len(prefix) :].partition("/")[0]):
+            version = rec.ascending(folder)
+            if version is not None:
+                yield version, next(group)
+
+    def _keys(self, prefix: str, limit: int | None) -> list[str]:
+        """Keys of records of a version, a tag, or all versions; the first `limit`, or all where strange ones are among them."""
+        found = [info.key for info in self._storage.list(prefix, limit=limit)]
+        keys = [key for key in found if rec.is_record(key[len(prefix) :])]
+        if len(keys) == len(found) or limit is None:
+            return keys
+        return self._keys(prefix, None)
+
+    def _version_at(self, key: str) -> VersionRecord:
+        model, _, rest = key.removeprefix(rec.MODELS).rpartition("/versions/")
+        with naming(f"version {rec.ascending(rest.partition('/')[0])}", model):
+            return rec.parse_version(self._storage.get(key, SMALL), key)
+
+    def _tag_head(self, model: str, tag: str) -> TagRecord | None:
+        for key in self._keys(rec.tag_prefix(model, tag), 1):
+            with naming(f"tag {tag!r}", model):
+                return rec.parse_tag(self._storage.get(key, SMALL), key)
+        return None
+
+    def _tag_number(self, model: str, tag: str) -> int:
+        """The number of a tag's newest record, 0 where it has none."""
+        prefix = rec.tag_prefix(model, tag)
+        return next((rec.record_number(key, prefix) or 0 for key in self._keys(prefix, 1)), 0)
+
+    def _no_model(self, model: str) -> ModelStoreError:
+        return NotFoundError(
+            f"there is no model {model!r} in {self._storage.url}: list the models with 'modelstore ls'", model=model
+        )

@@ -1,0 +1,222 @@
+"""The small objects of a store, looked at one by one: records, tags, journals, `modelstore.json`; and what mends them.
+
+A damaged record is replaced by the same one of another copy of the store, else by what the record before it says (or, where
+there is none before it, the one after it): that is known, and what the damaged one said beyond it is not.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import msgspec
+
+from modelstore.errors import FormatError, ModelStoreError, NotFoundError, UnsupportedError
+from modelstore.format import record as rec
+from modelstore.format.manifest import FORMAT
+from modelstore.format.names import check_word
+from modelstore.format.record import StoreInfo, TagRecord, VersionRecord
+from modelstore.format.results import Problem
+from modelstore.format.sealed import intact, seal
+from modelstore.storage.base import LARGEST, SMALL, Storage
+from modelstore.storage.pool import Pool
+from modelstore.store.damage import DAMAGED
+
+_THREADS = 16
+_JOURNAL = re.compile(r"jobs/[0-9a-f]{32}/.*\.json")  # anything else there is not ours
+
+Record = VersionRecord | TagRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """All records of one version, or of one tag, by their numbers: those that can be read, and why others cannot."""
+
+    model: str
+    what: str  # as in "version 3"
+    keys: dict[int, str]
+    good: dict[int, Record]
+    bad: dict[int, ModelStoreError]
+
+    def problem(self, number: int) -> Problem:
+        """What is to be said of a record that cannot be read."""
+        error = self.bad[number]
+        which = "newest record" if number == max(self.keys) else f"record {number}"
+        message = f"the {which} of {self.what} of model {self.model!r} cannot be read: {error}"
+        return Problem(error.kind, message, self.model, object=self.keys[number])
+
+
+def series(storage: Storage, model: str) -> Iterator[Series]:
+    """The records of a model: of each version, of each tag."""
+    prefix = rec.versions_prefix(model)
+    keys = [info.key for info in storage.list(prefix)]
+    for folder, group in groupby(keys, key=lambda key: key[len(prefix) :].partition("/")[0]):
+        version = rec.ascending(folder)
+        if version is not None:
+            yield _read(storage, model, f"version {version}", f"{prefix}{folder}/", group, rec.parse_version)
+    for tag in storage.folders(rec.tags_prefix(model)):
+        try:
+            prefix = f"{rec.tags_prefix(model)}{check_word(tag, 'tag')}/"
+        except ValueError:
+            continue  # not ours
+        group = iter([info.key for info in storage.list(prefix)])
+        yield _read(storage, model, f"tag {tag!r}", prefix, group, rec.parse_tag)
+
+
+def _read(
+    storage: Storage, model: str, what: str, prefix: str, keys: Iterator[str], parse: Callable[[bytes, str], Record]
+) -> Series:
+    numbered = {number: key for key in keys if (number := rec.record_number(key, prefix)) is not None}
+    found = Series(model, what, numbered, {}, {})
+
+    def read(number: int) -> Record | ModelStoreError:
+        key = numbered[number]
+        for last in (False, True):  # what is wrong only once was wrong on its way here
+            try:
+                return parse(storage.get(key, SMALL), key)
+            except ModelStoreError as error:
+                if last or not isinstance(error, DAMAGED):
+                    return error
+        raise AssertionError
+
+    with Pool(_THREADS, thread_name_prefix="modelstore-records") as pool:
+        for number, one in zip(numbered, pool.map(read, numbered), strict=True):
+            if isinstance(one, ModelStoreError):
+                found.bad[number] = one
+            else:
+                found.good[number] = one
+    return found
+
+
+def damage(storage: Storage, models: Sequence[str], *, journals: bool) -> list[Problem]:
+    """Everything small that cannot be read: records of these models, and of no model's the journals."""
+    found = [one.problem(number) for model in models for one in series(storage, model) for number in sorted(one.bad)]
+    if journals:
+        found += [Problem(error.kind, str(error), object=error.object) for error in torn_journals(storage)]
+    return found
+
+
+def torn_journals(storage: Storage, keys: Sequence[str] | None = None) -> list[ModelStoreError]:
+    """The journals that cannot be read, of those at `keys` or of all."""
+    if keys is None:
+        keys = [info.key for info in storage.list(rec.JOBS)]
+
+    def look(key: str) -> ModelStoreError | None:
+        try:
+            if intact(storage.get(key, LARGEST)):
+                return None
+        except NotFoundError:
+            return None  # its work was done meanwhile
+        except ModelStoreError as error:
+            return error
+        return FormatError(
+            f"journal {key} is damaged: its work stores anew what it spoke of; 'modelstore repair' removes it",
+            object=key,
+        )
+
+    with Pool(_THREADS, thread_name_prefix="modelstore-records") as pool:
+        return [error for error in pool.map(look, filter(_JOURNAL.fullmatch, keys)) if error is not None]
+
+
+# ---------------------------------------------------------------------- mending
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """What was put right: keys, what is to be said of them, and what stays wrong."""
+
+    repaired: list[str]
+    notes: list[str]
+    problems: list[Problem]
+
+
+def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *, journals: bool) -> Mended:
+    """Put right what `damage` finds, as far as another copy of the store, or the records beside it, tell."""
+    made = Mended([], [], [])
+    for model in models:
+        for one in series(storage, model):
+            for number in sorted(one.bad):
+                _mend_record(storage, sources, one, number, made)
+    if journals:
+        for error in torn_journals(storage):
+            if isinstance(error, DAMAGED) and error.object:
+                storage.delete(error.object)
+                made.repaired.append(error.object)
+            else:
+                made.problems.append(Problem(error.kind, str(error), object=error.object))
+    return made
+
+
+def _mend_record(storage: Storage, sources: Sequence[Storage], one: Series, number: int, made: Mended) -> None:
+    key, error = one.keys[number], one.bad[number]
+    if not isinstance(error, DAMAGED):  # not read is not damaged
+        made.problems.append(one.problem(number))
+        return
+    copy = _copy(sources, key, rec.parse_version if "/versions/" in key else rec.parse_tag)
+    beside = max((n for n in one.good if n < number), default=min((n for n in one.good if n > number), default=None))
+    if copy is not None:
+        data = copy
+    elif beside is not None:
+        data = seal(msgspec.structs.replace(one.good[beside], number=number))
+        one.good[number] = msgspec.structs.replace(one.good[beside], number=number)
+        if number == max(one.keys):
+            made.notes.append(
+                f"{one.what} of model {one.model!r} is again what its record {beside} says: what record {number}, which was "
+                f"damaged, changed is lost{_changed(one.good[beside])}"
+            )
+    else:
+        problem = one.problem(number)
+        advice = f"run 'modelstore repair {one.model} --from URL' with another copy of the store"
+        ref = f"{one.model}@{one.what.split(' ')[1]}".replace("'", "")
+        last = f"delete it with 'modelstore rm {ref}'" if "/versions/" in key else "set it anew with 'modelstore tag'"
+        text = f"{one.what} of model {one.model!r} is lost: object {key} is damaged, and no other record tells of it"
+        made.problems.append(msgspec.structs.replace(problem, message=f"{text}: {advice}, or {last}"))
+        return
+    storage.put(key, [data], len(data))
+    made.repaired.append(key)
+
+
+def _changed(record: Record) -> str:
+    if isinstance(record, TagRecord):
+        return (
+            f" (it names version {record.version}; set it anew if that is wrong)" if record.version else " (it is gone)"
+        )
+    return " (a variant that was added or deleted; or the version was deleted: delete it again then)"
+
+
+def _copy(sources: Sequence[Storage], key: str, parse: Callable[[bytes, str], object]) -> bytes | None:
+    """The bytes of a good record at that key in another copy of the store."""
+    for source in sources:
+        try:
+            data = source.get(key, SMALL)
+            parse(data, key)
+        except ModelStoreError:
+            continue
+        return data
+    return None
+
+
+def mend_store(storage: Storage, sources: Sequence[Storage], models: Callable[[], list[str]]) -> bool:
+    """Put `modelstore.json` right where it is damaged; whether it was.
+
+    It says the format, which every record says too, and the store's id, which is random: where no copy has it, a new one is
+    made. `FormatError` where nothing tells the format.
+    """
+    try:
+        rec.parse(storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
+        return False
+    except (NotFoundError, UnsupportedError):
+        return False
+    except DAMAGED as error:
+        copy = _copy(sources, rec.STORE_KEY, lambda data, key: rec.parse(data, StoreInfo, key))
+        found = models()
+        if copy is None and found and not any(one.good for model in found for one in series(storage, model)):
+            raise FormatError(
+                f"{error}; no record in {storage.url} can be read either", object=rec.STORE_KEY
+            ) from error
+        data = copy or seal(StoreInfo(FORMAT, uuid.uuid4().hex))
+        storage.put(rec.STORE_KEY, [data], len(data))
+        return True

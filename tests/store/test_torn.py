@@ -1,0 +1,248 @@
+"""One small object that cannot be read: it is named, everything else works, and `repair` mends what it can."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import pytest
+
+import modelstore
+from modelstore.client import Store
+from modelstore.errors import ConflictError, FormatError, ModelStoreError
+from modelstore.format import record as rec
+from modelstore.storage.base import Storage
+from modelstore.storage.memory import MemoryStorage
+from tests.helpers.stores import all_bits, copy_all, keys, open_on, overwrite, weights
+
+TORN: dict[str, bytes] = {"empty": b"", "garbage": b"\x00\xffgarbage", "another type": b"[1, 2]"}
+V1, V2, V3 = (rec.version_key("m", n, 1) for n in (1, 2, 3))
+PROD = rec.tag_key("m", "prod", 2)
+
+
+@pytest.fixture
+def storage() -> MemoryStorage:
+    """A model of three versions, of which the third has a variant; a tag that was moved; another model."""
+    storage = MemoryStorage(uuid.uuid4().hex)
+    store = open_on(storage)
+    for n in (1, 2, 3):
+        store.save("m", weights(n))
+    store.compress("m@3", "int8")
+    store.tag("m@1", "prod")
+    store.tag("m@2", "prod")
+    store.tag("m@1", "first")
+    store.save("other", weights(9))
+    return storage
+
+
+def put(storage: Storage, key: str, data: bytes) -> None:
+    storage.put(key, [data], len(data))
+
+
+def is_sound(storage: Storage) -> None:
+    store = open_on(storage)
+    report = store.verify(deep=True)
+    assert report.ok, report.problems
+
+
+@pytest.mark.parametrize("data", TORN.values(), ids=TORN)
+def test_the_newest_record_of_a_model(data: bytes, storage: MemoryStorage, caplog: pytest.LogCaptureFixture) -> None:
+    key = rec.version_key("m", 3, 2)
+    put(storage, key, data)
+    store = open_on(storage)
+    infos = {info.name: info for info in store.models()}
+    assert infos["other"].problems == ()
+    assert (infos["m"].versions, infos["m"].newest) == (2, 2)
+    assert [(p.model, p.object) for p in infos["m"].problems] == [("m", key)]
+    assert "version 3 of model 'm' cannot be read" in infos["m"].problems[0].message
+    assert [info.version for info in store.versions("m")] == [1, 2]
+    assert key in caplog.text
+    for ref in ("m", "m@3"):
+        with pytest.raises(FormatError, match="version 3 of model 'm'") as caught:
+            store.load(ref)  # which one is the newest is not known, and not guessed
+        assert caught.value.object == key
+    assert all_bits(store.load("m@2")) == all_bits(weights(2))
+    assert all_bits(store.load("m@prod")) == all_bits(weights(2))
+    assert store.describe("m@2").tags == ("prod",)
+    assert store.save("m", weights(4)).version == 4
+    assert all_bits(store.load("m")) == all_bits(weights(4))
+    assert [p.object for p in store.verify().problems] == [key]
+    report = store.repair()
+    assert report.ok
+    assert report.repaired == (key,)
+    assert "record 2, which was damaged" in report.notes[0]
+    assert all_bits(store.load("m@3")) == all_bits(weights(3))
+    is_sound(storage)
+
+
+def test_the_only_record_of_a_version(storage: MemoryStorage) -> None:
+    put(storage, V2, b"")
+    store = open_on(storage)
+    assert all_bits(store.load("m")) == all_bits(weights(3))
+    report = store.repair()
+    assert [p.object for p in report.problems] == [V2]
+    assert "modelstore rm m@2" in report.problems[0].message
+    with pytest.raises(ConflictError, match="tagged prod"):
+        store.delete("m@2")
+    store.untag("m", "prod")
+    store.delete("m@2")
+    assert [v.version for v in store.versions("m")] == [1, 3]
+    assert store.repair().ok
+    is_sound(storage)
+
+
+@pytest.mark.parametrize("key", [V2, rec.version_key("m", 3, 2), PROD, rec.STORE_KEY])
+def test_a_copy_of_the_store_has_it(key: str, storage: MemoryStorage) -> None:
+    good = MemoryStorage(uuid.uuid4().hex)
+    copy_all(storage, good)
+    put(storage, key, b"")
+    report = open_on(storage).repair(source=good.url)
+    assert report.ok
+    assert report.repaired == (key,)
+    assert report.notes == ()
+    assert storage.get(key) == good.get(key)
+    put(storage, key, b"")
+    assert open_on(storage, mirrors=[good]).repair().ok
+    assert storage.get(key) == good.get(key)
+
+
+def test_a_tag(storage: MemoryStorage) -> None:
+    put(storage, PROD, b"")
+    store = open_on(storage)
+    with pytest.raises(FormatError, match="tag 'prod' of model 'm'") as caught:
+        store.load("m@prod")
+    assert caught.value.object == PROD
+    assert all_bits(store.load("m@first")) == all_bits(weights(1))
+    assert [info.tags for info in store.versions("m")] == [("first",), (), ()]
+    with pytest.raises(FormatError):
+        store.delete("m@3")  # which the tag may name
+    store.tag("m@3", "prod")  # sets it anew
+    assert all_bits(store.load("m@prod")) == all_bits(weights(3))
+    put(storage, rec.tag_key("m", "prod", 3), b"")
+    report = store.repair()
+    assert report.ok
+    assert "names version 1" in report.notes[0]  # as the record before both says
+    assert all_bits(store.load("m@prod")) == all_bits(weights(1))
+    is_sound(storage)
+
+
+def test_a_whole_model_can_be_deleted_whatever_is_torn(storage: MemoryStorage) -> None:
+    put(storage, V2, b"")
+    put(storage, rec.version_key("m", 3, 2), b"")
+    put(storage, PROD, b"")
+    store = open_on(storage)
+    store.delete("m", all=True)
+    assert [info.name for info in store.models() if info.versions or info.problems] == ["other"]
+    store.gc(dry_run=False, grace=0)
+    assert not [key for key in keys(storage) if key.startswith("models/m/manifests/")]
+
+
+def test_garbage_collection_keeps_what_a_torn_record_may_name_and_sweeps_the_rest(storage: MemoryStorage) -> None:
+    key = rec.version_key("m", 3, 2)
+    store = open_on(storage)
+    variant = store._catalog.version("m", 3).variants["int8"]
+    store.save("gone", weights(7))
+    store.delete("gone", all=True)
+    good = storage.get(key)
+    put(storage, key, b"")
+    storage.delete(rec.manifest_key("m", variant.manifest))  # only its copy is left, which only the torn record names
+    swept = open_on(storage).gc(dry_run=False, grace=0)
+    assert swept.bytes > 0
+    assert all("models/gone/" in one.key or one.key.startswith("packs/") for one in swept.objects)
+    assert [p.object for p in swept.problems] == [key]
+    put(storage, key, good)
+    assert open_on(storage).repair().ok
+    is_sound(storage)
+    assert open_on(storage).load("m:int8").keys() == weights(3).keys()
+
+
+@pytest.mark.parametrize("data", [b"", b'{"format":1,"blake3":"' + b"0" * 64 + b'"}'])
+def test_a_torn_page_of_a_work_under_way_keeps_every_pack(data: bytes, storage: MemoryStorage) -> None:
+    put(storage, "packs/00/old.safetensors", b"x")
+    put(storage, f"{rec.JOBS}{'ab' * 16}/page.json", data)
+    swept = open_on(storage).gc(dry_run=False, grace=-0.0)
+    assert "packs/00/old.safetensors" in {one.key for one in swept.objects}  # with no grace the work counts as given up
+    put(storage, "packs/00/old.safetensors", b"x")
+    storage._shelf.objects["packs/00/old.safetensors"] = (b"x", 0.0)
+    put(storage, f"{rec.JOBS}{'ab' * 16}/page.json", data)
+    swept = open_on(storage).gc(dry_run=False, grace=60)
+    assert swept.objects == ()
+    assert len(swept.problems) == 1
+
+
+def test_the_record_of_the_store(storage: MemoryStorage) -> None:
+    put(storage, rec.STORE_KEY, b"")
+    with pytest.raises(FormatError, match="modelstore repair") as caught:
+        open_on(storage).load("m")
+    assert caught.value.object == rec.STORE_KEY
+    assert [p.object for p in open_on(storage).verify().problems] == [rec.STORE_KEY]
+    assert open_on(storage).repair().repaired == (rec.STORE_KEY,)
+    is_sound(storage)
+
+
+def test_a_journal(storage: MemoryStorage) -> None:
+    key = f"{rec.JOBS}{'ab' * 16}/page.json"
+    put(storage, key, b'{"tensors":{},"chunks":[],"blake3":"' + b"0" * 64 + b'"}')
+    assert [p.object for p in open_on(storage).verify().problems] == [key]
+    assert open_on(storage).repair().repaired == (key,)
+    is_sound(storage)
+
+
+def test_a_manifest_that_is_lost_does_not_stop_saves(storage: MemoryStorage) -> None:
+    for key in keys(storage, "models/m/manifests/"):
+        put(storage, key, b"")
+    store = open_on(storage)
+    saved = store.save("m", weights(4))
+    assert all_bits(store.load(f"m@{saved.version}")) == all_bits(weights(4))
+    assert store.repair().ok
+    assert all_bits(store.load("m@1")) == all_bits(weights(1))
+
+
+STRANGERS = ["0.json", "0-readme.txt", "00000000/00000000.txt", "00000000.json.bak", "x/y"]
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+@pytest.mark.parametrize("folder", ["models/m/versions/99999996/", "models/m/versions/", "models/m/tags/prod/"])
+def test_strange_objects_among_records(folder: str, name: str, storage: MemoryStorage) -> None:
+    put(storage, folder + name, b"whatever")
+    store = open_on(storage)
+    is_sound(storage)
+    assert all_bits(store.load("m")) == all_bits(weights(3))
+    assert all_bits(store.load("m@prod")) == all_bits(weights(2))
+    assert store.save("m", weights(4)).version == 4
+    store.tag("m@4", "prod")
+    assert all_bits(store.load("m@prod")) == all_bits(weights(4))
+
+
+@pytest.mark.parametrize("key", [V2, rec.version_key("m", 3, 2), PROD, rec.STORE_KEY])
+def test_every_flipped_bit_is_found_by_verify(key: str, storage: MemoryStorage) -> None:
+    good = storage.get(key)
+    for at in range(0, len(good), 7):
+        overwrite(storage, key, lambda data, at=at: data.__setitem__(at, data[at] ^ 4))  # type: ignore[misc]
+        assert [p.object for p in open_on(storage).verify("m" if key != rec.STORE_KEY else None).problems] == [key]
+        put(storage, key, good)
+
+
+@pytest.mark.parametrize("what", ["pipe", "link", "large"])
+def test_what_is_no_file_or_too_large_in_the_place_of_a_record(what: str, tmp_path: Path) -> None:
+    store = modelstore.open(tmp_path)
+    store.save("m", weights(1))
+    store.save("m", weights(2))
+    store.save("other", weights(3))
+    place = tmp_path / V2
+    place.unlink()
+    if what == "pipe":
+        os.mkfifo(place)
+    elif what == "link":
+        place.symlink_to("/dev/zero")
+    else:
+        with place.open("wb") as file:
+            file.truncate(1 << 40)
+    store = modelstore.open(tmp_path)
+    assert {info.name: len(info.problems) for info in store.models()} == {"m": 1, "other": 0}
+    assert all_bits(store.load("m@1")) == all_bits(weights(1))
+    with pytest.raises(ModelStoreError, match="version 2 of model 'm'"):
+        store.load("m")
+    assert store.save("m", weights(4)).version == 3
+    assert isinstance(store, Store)
