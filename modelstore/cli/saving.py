@@ -61,7 +61,7 @@ def save(
         typer.Argument(
             metavar="SOURCE",
             exists=True,
-            help="A Hugging Face folder, a .safetensors file, or a checkpoint file or folder of PyTorch or Zarr.",
+            help="A Hugging Face folder, a .safetensors or GGUF file, or a checkpoint file or folder of PyTorch or Zarr.",
             show_default=False,
         ),
     ],

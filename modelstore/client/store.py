@@ -100,7 +100,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
     ) -> results.Saved:
         """Save a source as the next version of a model; it is visible when this returns, and not before.
 
-        `source`: a Hugging Face directory, safetensors files, a `.pt`/`.bin` file, a torch DCP or Zarr directory, a
+        `source`: a Hugging Face directory, safetensors files, a file of `torch.save`, a DCP or Zarr directory, a GGUF, a
         mapping of tensors, or a module. `codec`: "lossless" (exact and smaller), "raw" (the bytes as they are), "delta"
         (the difference to `parent`, exact). `grid="whole"` with "raw" keeps each tensor in one piece, to be mapped, or
         read from the packs by any safetensors loader. `parent` names a version whose chunks are not stored again; the

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from modelstore.codecs.numbers import to_float32
-from modelstore.errors import UnsupportedError
+from modelstore.errors import FormatError, UnsupportedError
 from modelstore.execute.export import model_config
 from modelstore.execute.export_layout import OutFile, Placed
 from modelstore.execute.export_target import Target
@@ -22,10 +22,12 @@ from modelstore.execute.export_write import write
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format import results
 from modelstore.format.buffers import Bytes
+from modelstore.format.gguf import parse_header
 from modelstore.format.region import Region, extent
 from modelstore.integrations.gguf_model import GgufModel, Named, gguf_model, rows_in_order, type_of
 from modelstore.integrations.gguf_quants import TYPES, quantize, row_bytes
 from modelstore.integrations.gguf_vocab import add_tokenizer
+from modelstore.sources.gguf import CONTENT, HEADER, SIZE
 
 if TYPE_CHECKING:
     import gguf
@@ -62,6 +64,14 @@ def export_gguf(
     except ImportError:
         raise UnsupportedError("GGUF needs the package gguf: pip install 'modelstore[gguf]'") from None
     manifest = reader.manifest
+    if manifest.metadata.get(CONTENT) == "blocks":
+        if gguf_type is not None:
+            raise ValueError("the model was saved as the blocks of a GGUF file, and is written so: leave gguf_type out")
+        output = _again(reader, path.name)
+        with Target(path, [output], single=True, overwrite=overwrite) as target:
+            write(reader, [output], target, limits, progress)
+            target.place()
+        return results.Exported(str(path), (path.name,), output.size, time.monotonic() - started)
     model = gguf_model(manifest, model_config(reader, manifest))
     output = _layout(reader, model, path.name, name, gguf_type or _default(model))
     with Target(path, [output], single=True, overwrite=overwrite) as target:
@@ -103,6 +113,26 @@ class _Rows:
         same = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(self.kind) == tensor.dtype
         data = raw if same else quantize(to_float32(raw, tensor.kind), self.kind)
         return [(self.offset + region[0][0] * width, data)]
+
+
+def _again(reader: Reader, path: str) -> OutFile:
+    """The file whose blocks were saved: the header that it had, and each tensor where it lay."""
+    raw = _file(reader)(HEADER)
+    size = reader.manifest.metadata.get(SIZE, "")
+    if raw is None or not (size.isascii() and size.isdigit() and len(size) < 19):
+        raise FormatError(f"the model lacks {HEADER}, which it was saved with: restore it, or save the file again")
+    header = parse_header(lambda start, length: raw[start : start + length].ljust(length, b"\0"), int(size))
+    stored = {tensor.name: tensor for tensor in reader.manifest.tensors}
+    placed = []
+    for blocks in header.tensors:
+        tensor = stored.get(blocks.name)
+        if tensor is None or tensor.nbytes != blocks.nbytes:
+            raise FormatError(
+                f"the model has not the blocks of {blocks.name!r} that its {HEADER} says: save the file again"
+            )
+        placed.append(Placed(tensor, blocks.start))
+    first = min((blocks.start for blocks in header.tensors), default=int(size))
+    return OutFile(path, raw.ljust(first, b"\0"), tuple(placed), int(size))
 
 
 def _layout(reader: Reader, model: GgufModel, path: str, name: str, kind: str) -> OutFile:
