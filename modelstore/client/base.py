@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from types import FunctionType
@@ -20,7 +21,7 @@ from modelstore.execute.saving import Against
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, Reference
 from modelstore.format.record import VariantEntry
-from modelstore.format.results import Saved
+from modelstore.format.results import Exported, Saved
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.damage import UNREADABLE
@@ -112,6 +113,19 @@ class Base:
             ref.variant,
         )
         return made
+
+    def _tell_dense(self, ref: Reference, done: Exported) -> None:
+        """Say where a compressed variant takes as much outside the store as its original does."""
+        if ref.variant == ORIGINAL:
+            return
+        original = self._catalog.entry(replace(ref, variant=ORIGINAL))[1]
+        if done.bytes >= original.nbytes:
+            log.warning(
+                "%s was written dense, as no engine's layout was asked for or fits it: %d bytes, where its original has %d",
+                ref,
+                done.bytes,
+                original.nbytes,
+            )
 
     def _maker(self, ref: Reference, original: VariantEntry) -> Callable[[Manifest, Reader], FlyReader] | None:
         """How a cluster's hosts make chunks of a variant that is not stored; None without a cluster."""

@@ -57,6 +57,10 @@ class Compressing(Base):
             parent, plan, wanted = self._compression(ref, recipe, given, include, skip)
             name = check_word(variant, "variant") if variant is not None else plan.recipe
             variants = variants_of(plan, name)
+            if variant is not None and variants != (name,):
+                raise ValueError(
+                    f"variant={variant!r} has no effect: recipe {plan.recipe!r} makes {', '.join(variants)}, leave it out"
+                )
             passes = 2 if wanted.prune is not None else 1
             total = passes * sum(choice.bytes for choice in plan.compressed)
             metered = meter(progress, total, f"compressing {ref} to {', '.join(variants)}")
@@ -134,8 +138,9 @@ class Compressing(Base):
         skip: Iterable[str],
     ) -> tuple[Parent, results.CompressionPlan, Recipe]:
         from modelstore.compress.job import Parent
-        from modelstore.compress.plan import give_codes, plan_compression, resolve
+        from modelstore.compress.plan import check_targets, give_codes, plan_compression, resolve
 
+        include, skip = tuple(include), tuple(skip)
         recipe = resolve(value, include, skip)
         parsed = parse_reference(ref)
         if parsed.variant != ORIGINAL:
@@ -146,6 +151,7 @@ class Compressing(Base):
         record, entry = self._catalog.entry(parsed)
         model = self._opened(parsed.name, entry)
         plan = plan_compression(model.manifest, model.config(), recipe)
+        check_targets(plan, {"include": include, "skip": skip})
         if codes is not None:
             plan = give_codes(plan, model.manifest, recipe, codes.given, codes.origin)
         return Parent(record, entry.manifest, model.manifest, model.reader, model.config()), plan, recipe

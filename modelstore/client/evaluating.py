@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, overload
 from modelstore.client.base import Base
 from modelstore.execute.progress import Progress
 from modelstore.format import results
-from modelstore.format.names import Reference, parse_reference
+from modelstore.format.names import Reference, of_version, parse_reference
 from modelstore.store.describe import variant_infos, weights_of
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ class Evaluating(Base):
         """
         from modelstore.compress.evaluate_metrics import evaluations, settings, shared
 
+        parsed = of_version(ref, f"quality is told of all variants of a version: write {ref.partition(':')[0]!r}")
         self._catalog.open()
-        parsed = parse_reference(ref)
         record = self._catalog.resolve(parsed)
         names = [info.variant for info in variant_infos(record)]
         manifests = {name: self._manifests.entry(parsed.name, record.variants[name]) for name in names}

@@ -7,7 +7,7 @@ import uuid
 from modelstore.client.base import Base, log
 from modelstore.execute.progress import Progress, meter
 from modelstore.format import results
-from modelstore.format.names import check_model, check_word, parse_reference
+from modelstore.format.names import check_model, check_word, of_version, parse_reference
 from modelstore.storage.open import open_storage
 from modelstore.store.damage import DAMAGED
 
@@ -61,9 +61,10 @@ class Keeping(Base):
         )
 
     def tag(self, ref: str, tag: str) -> None:
-        """Let a tag name a version; readers of the tag find it from then on."""
+        """Let a tag name a version, with all its variants; readers of the tag find it from then on."""
+        named = of_version(ref, f"a tag names a version with all its variants: tag {ref.partition(':')[0]!r}")
         self._catalog.open()
-        record = self._catalog.resolve(parse_reference(ref))
+        record = self._catalog.resolve(named)
         self._catalog.set_tag(record.model, check_word(tag, "tag"), record.version, uuid.uuid4().hex)
 
     def untag(self, name: str, tag: str) -> None:

@@ -24,7 +24,7 @@ from modelstore.execute.loading import LazyTensor
 from modelstore.execute.progress import Progress, meter
 from modelstore.execute.saving import Outcome, check_options, publish, store
 from modelstore.format import results
-from modelstore.format.names import check_model, check_word, parse_reference
+from modelstore.format.names import check_model, check_word, of_version, parse_reference
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Shard, as_layout
 from modelstore.sources.choosing import Choice
@@ -284,7 +284,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
 
         if format != "safetensors" and (names is not None or shard is not None):
             raise ValueError(f'names and shard are for format="safetensors": {format!r} is of whole models')
-        model = self._model(parse_reference(ref))
+        model = self._readable(parse_reference(ref))
         shares = None if names is None and shard is None else model.shares(as_layout(shard), names)
         metered = meter(progress, model.nbytes(shares), f"exporting {ref}")
         if format == "zarr":
@@ -310,7 +310,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
             from modelstore.compress.engine_export import engine_layout
 
             layout = engine_layout(model.reader, model.config())
-        return export(
+        done = export(
             model.reader,
             Path(path),
             format=format,
@@ -322,6 +322,9 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
             shares=shares,
             progress=metered,
         )
+        if layout is None and shares is None:
+            self._tell_dense(parse_reference(ref), done)
+        return done
 
     # ------------------------------------------------------------------ looking
 
@@ -350,9 +353,11 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
 
     def variants(self, ref: str) -> list[results.VariantInfo]:
         """The variants of a version."""
+        named = of_version(
+            ref, f"variants are those of a version: write {ref.partition(':')[0]!r}, or describe({ref!r})"
+        )
         self._catalog.open()
-        record = self._catalog.resolve(parse_reference(ref))
-        return variant_infos(record)
+        return variant_infos(self._catalog.resolve(named))
 
     def describe(self, ref: str) -> results.Description:
         """All that is known of a variant: sizes, every tensor, files, provenance."""

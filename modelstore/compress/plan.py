@@ -14,7 +14,7 @@ from modelstore.compress.kinds import fused, kind_of
 from modelstore.compress.presets import preset
 from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
-from modelstore.format.recipe import Kind, Recipe, Rule, check, recipe
+from modelstore.format.recipe import KINDS, Kind, Recipe, Rule, check, matches, recipe
 from modelstore.format.results import Choice, CompressionPlan
 from modelstore.plan.write import TensorPlan, plan_tensor
 
@@ -65,6 +65,23 @@ def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, chose
         **_sums(choices),
         needs_threshold=chosen.prune is not None,
     )
+
+
+def check_targets(plan: CompressionPlan, given: Mapping[str, Sequence[str]]) -> None:
+    """`ValueError` where a target that was given beside the recipe speaks of no tensor: it would do nothing."""
+    for option, targets in given.items():
+        for target in targets:
+            if any(matches(target, choice.name, choice.kind) for choice in plan.choices):
+                continue
+            if target in KINDS:
+                there = ", ".join(sorted({choice.kind for choice in plan.choices}))
+                raise ValueError(
+                    f"{option}={target!r} has no effect: the model has no tensor of that kind, but {there}"
+                )
+            raise ValueError(
+                f"{option}={target!r} has no effect: no tensor's whole name fits it, such as {plan.choices[0].name!r}; write a "
+                f"pattern with * and ?, or a kind ({', '.join(KINDS)})"
+            )
 
 
 def give_codes(

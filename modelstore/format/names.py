@@ -115,3 +115,11 @@ def parse_reference(text: str) -> Reference:
         elif where != LATEST:
             tag = check_word(where, "tag")
     return Reference(name, version, tag, variant if colon else ORIGINAL)
+
+
+def of_version(ref: str, advice: str) -> Reference:
+    """A reference to a version as a whole; `ValueError`, ending in the advice, where it names a variant."""
+    parsed = parse_reference(ref)
+    if ":" in ref:
+        raise ValueError(f"{ref!r} names a variant, and {advice}")
+    return parsed
