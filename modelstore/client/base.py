@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from types import FunctionType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelstore.client.arguments import checked
-from modelstore.errors import ModelStoreError, NotFoundError
+from modelstore.errors import ModelStoreError, NotFoundError, UnsupportedError
 from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.loading import Model
 from modelstore.execute.memory import budget
@@ -23,6 +24,7 @@ from modelstore.format.names import ORIGINAL, Reference
 from modelstore.format.record import VariantEntry
 from modelstore.format.results import Exported, Saved
 from modelstore.storage.base import Storage
+from modelstore.storage.options import without_secrets
 from modelstore.store.catalog import Catalog
 from modelstore.store.damage import UNREADABLE
 from modelstore.store.manifests import Manifests
@@ -60,6 +62,7 @@ class Base:
         threads: int | None = None,
         session: Session | None = None,
         source: Source | None = None,
+        cluster: str | None = None,
     ) -> None:
         budget(memory)
         self._storage = storage
@@ -68,10 +71,32 @@ class Base:
         self._manifests = Manifests(self._storage, self._mirrors)
         self._memory = memory
         self._threads = threads
-        self._session = session
+        self._joined = session
+        self._process = os.getpid()
+        self._cluster = cluster
         self._source = source
-        self._fetching = _fetching(session, source)
         self._pending: dict[str, tuple[Order, Saved]] = {}  # saves that hosts took over, by id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An address and options: a pickle opens the store anew, with the credentials of the process it comes to."""
+        source = self._source
+        if source is not None:
+            source = type(source)(source.url, without_secrets(source.options)[0], source.engine)
+        return _again, (type(self), self._storage, self._mirrors, self._memory, self._threads, source, self._cluster)
+
+    @property
+    def _session(self) -> Session | None:
+        """The connection to the cluster; `UnsupportedError` in a process that was forked off, where it cannot be used."""
+        if self._joined is not None and self._process != os.getpid():
+            raise UnsupportedError(
+                f"{self.url} was opened with cluster= before this process was forked, and Ray does not live through that: "
+                "start the workers with 'spawn', or open the store within them"
+            )
+        return self._joined
+
+    @property
+    def _fetching(self) -> Fetching:
+        return _fetching(self._session, self._source)
 
     @property
     def url(self) -> str:
@@ -168,3 +193,22 @@ def _fetching(session: Session | None, source: Source | None) -> Fetching:
     from modelstore.cluster.reading import ClusterFetching
 
     return ClusterFetching(session, source)
+
+
+def _again(
+    kind: type[Base],
+    storage: Storage,
+    mirrors: tuple[Storage, ...],
+    memory: int | str | None,
+    threads: int | None,
+    source: Source | None,
+    cluster: str | None,
+) -> Base:
+    """The store that a pickle tells of."""
+    if cluster is None:
+        return kind(storage, mirrors, memory=memory, threads=threads)
+    from modelstore.cluster.joining import join
+
+    # A cluster of one process alone is, for its tasks and actors, the one they run in.
+    session = join("auto" if cluster == "local" else cluster)
+    return kind(storage, mirrors, memory=memory, threads=threads, session=session, source=source, cluster=cluster)

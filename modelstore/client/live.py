@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from modelstore.execute.loading import Model
 from modelstore.execute.progress import Progress, meter
 from modelstore.execute.readers import Readers
 from modelstore.format import results
+from modelstore.format.locks import Lock
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Layout
 from modelstore.plan.update import Slot, slots
@@ -66,7 +66,7 @@ class Live:
         self._names = None if names is None else tuple(names)
         self._device = device
         self._progress = progress
-        self._changing = threading.Lock()
+        self._changing = Lock()
         self._readers = Readers()
         self._next: _Version | None = None
         self._before: _Version | None = None

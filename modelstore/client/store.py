@@ -74,7 +74,7 @@ def open(
 
         source = source_of(url, storage_options, engine)
         session = join(cluster)
-    return Store(storage, copies, memory=memory, threads=threads, session=session, source=source)
+    return Store(storage, copies, memory=memory, threads=threads, session=session, source=source, cluster=cluster)
 
 
 class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following, Keeping, Parts):

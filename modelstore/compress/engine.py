@@ -8,7 +8,6 @@ the view then packs.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from modelstore.codecs.weight import EngineView, Part, is_convolution
 from modelstore.errors import FormatError
 from modelstore.format import grid
 from modelstore.format.buffers import Buffer
+from modelstore.format.locks import Lock
 from modelstore.format.region import Region, Shape, extent, slices
 from modelstore.plan.read import ChunkRead, Want
 
@@ -106,7 +106,7 @@ class Assembly:
         check_slice(want, self._cells)
         self._matrices = _Matrices(want.tensor.shape)
         self._arrays: dict[str, NDArray[Any]] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._left = _touched(want)
         self.parts: Mapping[str, Part] | None = None
 

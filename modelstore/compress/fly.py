@@ -6,7 +6,6 @@ the original's region of a chunk instead of its planes, and encodes them; everyt
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from modelstore.execute.encoding import Encoder
 from modelstore.execute.loading import Model
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format.buffers import Bytes, as_bytes
+from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.recipe import Recipe
 from modelstore.format.region import Region, extent, shift, size, slices
@@ -76,7 +76,7 @@ class FlyReader(Reader):
         self._original = original
         self._slab = _SLAB
         self._encoders: dict[str, Encoder] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def flow(
         self,

@@ -6,7 +6,6 @@ is started again goes on: nothing that was sent is sent again, and no version is
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from modelstore.execute.reading import Limits
 from modelstore.format import manifest as man
 from modelstore.format.buffers import Pieces
 from modelstore.format.inventory import Copied, CopiedVersion
+from modelstore.format.locks import Lock
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.storage.pool import Pool
 from modelstore.store import packs
@@ -85,7 +85,7 @@ class _Copying:
         self._target = target
         self._planner = planner
         self._young = Youth(target.storage)
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self.sent = 0
         self.sent_packs = 0
 

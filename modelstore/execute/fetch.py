@@ -6,12 +6,14 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.format.buffers import Bytes, view
+from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest
 from modelstore.format.record import pack_key
 from modelstore.plan.read import Range, ReadJob, Want
@@ -31,8 +33,11 @@ class Fetcher:
     mirrors: Sequence[Storage] = ()
     bytes_read: int = 0  # encoded bytes that came from the storage, a mirror or hosts, gaps between ranges among them
     _healed: set[int] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: Lock = field(default_factory=Lock)
     _scratch: threading.local = field(default_factory=threading.local)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model, self.manifest, self.storage, self.mirrors)
 
     @property
     def local(self) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from modelstore.errors import FormatError, StorageError
 from modelstore.format.buffers import Bytes
+from modelstore.format.locks import Lock
 from modelstore.format.region import Region, extent
 from modelstore.sources.states import State, changed, same_bytes, samples, states_of
 
@@ -84,7 +84,7 @@ class Files:
     def __init__(self, states: Mapping[Path, State] | None = None) -> None:
         self._states = dict(states or {})
         self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._closed = False
 
     def read(self, path: Path, start: int, out: Bytes) -> None:

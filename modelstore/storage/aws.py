@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -13,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from modelstore.errors import StorageError, UnsupportedError
+from modelstore.format.locks import Lock
 from modelstore.storage.causes import cause_of
 from modelstore.storage.failures import TransientStorageError
 from modelstore.storage.options import ClientSettings, S3Options
@@ -76,7 +76,7 @@ class Credentials:
     def __init__(self, session: Any, options: S3Options) -> None:
         self._session = session
         self._options = options
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._found: Any = None
 
     def __call__(self) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from modelstore.format.locks import Lock
 
 
 class _File:
@@ -29,7 +30,7 @@ class Descriptors:
         self._limit = limit
         self._open = opener
         self._files: OrderedDict[str, _File] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @contextmanager
     def borrow(self, path: str) -> Iterator[int]:

@@ -8,18 +8,18 @@ was not proved.
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from modelstore.errors import ModelStoreError, UnsupportedError
+from modelstore.format.locks import Lock
 from modelstore.storage.base import Storage
 from modelstore.storage.wrapping import T, Verb, WrappingStorage
 
 PROVED_FOR = 3600.0  # seconds; what answers at an address may be replaced while a process goes on
 _proved: dict[str, float] = {}  # what leads to a server → when it was proved (monotonic), by this process
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def prove_exclusive_create(storage: Storage) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 from modelstore import paths
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, StorageError, UnsupportedError
@@ -39,6 +40,9 @@ class LocalStorage(Storage):
     def __init__(self, root: str | Path) -> None:
         self.root = Path(os.path.abspath(root))  # noqa: PTH100  Path.resolve would follow links, and look at the disk
         self._files = Descriptors(OPEN_FILES, lambda key: paths.open_file(self.root, key))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalStorage, (self.root,)
 
     @property
     def url(self) -> str:

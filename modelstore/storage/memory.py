@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from modelstore.errors import NotFoundError, StorageError
+from modelstore.errors import NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Buffer, as_bytes
+from modelstore.format.locks import Lock
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.failures import ends_before
 from modelstore.storage.keys import check_key, check_prefix
@@ -19,12 +21,12 @@ class _Shelf:
     """What lies under one name, shared by all storages of that name in the process."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.objects: dict[str, tuple[bytes, float]] = {}
 
 
 _shelves: dict[str, _Shelf] = {}
-_shelves_lock = threading.Lock()
+_shelves_lock = Lock()
 
 
 class MemoryStorage(Storage):
@@ -34,6 +36,9 @@ class MemoryStorage(Storage):
         self._name = name
         with _shelves_lock:
             self._shelf = _shelves.setdefault(name, _Shelf())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _of_process, (self._name, os.getpid())
 
     @property
     def url(self) -> str:
@@ -88,3 +93,12 @@ class MemoryStorage(Storage):
     def path(self, key: str) -> Path | None:
         check_key(key)
         return None
+
+
+def _of_process(name: str, process: int) -> MemoryStorage:
+    """What a pickle gives back, in the process that has the objects."""
+    if process != os.getpid():
+        raise UnsupportedError(
+            f"memory://{name} lies in the memory of another process: use a folder or a bucket to share it"
+        )
+    return MemoryStorage(name)

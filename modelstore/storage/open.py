@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,11 @@ from modelstore.storage.forks import OpenedAnew
 from modelstore.storage.keys import check_prefix
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
-from modelstore.storage.options import StorageOptions, s3_options
+from modelstore.storage.options import StorageOptions, s3_options, without_secrets
 from modelstore.storage.retry import RetryingStorage
 from modelstore.storage.wrapping import ReadOnlyStorage
 
+log = logging.getLogger("modelstore")
 ENGINES = ("obstore", "s3fs")
 _SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 _LEADING = ("AWS_", "AZURE_", "GOOGLE_")  # what of the environment leads to a server
@@ -54,9 +56,9 @@ def open_storage(
         _no_more(options, engine, scheme)
         storage = MemoryStorage(rest.strip("/"))
     elif scheme in _SCHEMES and "::" not in text:
-        storage = _object_store(_SCHEMES[scheme], text, options, engine)
+        storage = _object_store(_SCHEMES[scheme], text, options, engine, _pickled(text, options, engine, read_only))
     else:
-        storage = _filesystem(scheme, text, options, engine, read_only)
+        storage = _filesystem(scheme, text, options, engine, read_only, _pickled(text, options, engine, read_only))
     return ReadOnlyStorage(storage) if read_only else storage
 
 
@@ -65,7 +67,32 @@ def _local(path: str, options: dict[str, Any], engine: str | None) -> Storage:
     return LocalStorage(Path(path).expanduser())
 
 
-def _object_store(scheme: str, url: str, options: dict[str, Any], engine: str | None) -> Storage:
+def _pickled(url: str, options: dict[str, Any], engine: str | None, read_only: bool) -> tuple[Any, ...]:
+    """How a pickle opens the same place elsewhere: never with the secrets that were given here."""
+    public, withheld = without_secrets(options)
+    if _shown(url).partition("://")[2] != url.partition("://")[2]:
+        withheld = (*withheld, "what the URL had of them")
+    return _reopened, _shown(url), public, engine, read_only, withheld
+
+
+def _reopened(
+    url: str, options: dict[str, Any], engine: str | None, read_only: bool, withheld: tuple[str, ...]
+) -> OpenedAnew:
+    if withheld:
+        log.warning(
+            "%s is opened from a pickle, in which secrets (%s) do not travel: credentials come from this process's environment",
+            url,
+            ", ".join(withheld),
+        )
+    storage: Any = open_storage(url, options, engine, read_only=read_only)
+    while not isinstance(storage, OpenedAnew):
+        storage = storage.inner
+    return storage
+
+
+def _object_store(
+    scheme: str, url: str, options: dict[str, Any], engine: str | None, pickled: tuple[Any, ...]
+) -> Storage:
     parts = urlsplit(url, allow_fragments=False)
     container, prefix = parts.netloc, parts.path.strip("/")
     if parts.query:
@@ -88,11 +115,11 @@ def _object_store(scheme: str, url: str, options: dict[str, Any], engine: str | 
         else partial(_lost, f"{scheme}://{container}/{prefix}")
     )
     if engine == "s3fs":
-        return _remote(OpenedAnew(again(), again), engine, options)
+        return _remote(OpenedAnew(again(), again, pickled), engine, options)
     objects = _needs("modelstore.storage.objects", "obstore", scheme)
     storage = getattr(objects, _MAKERS[scheme])(container, prefix, options)
     # obstore's own threads are made once in a process, and a forked one cannot have others: there s3fs, which can.
-    return _remote(OpenedAnew(storage, again), "obstore", options)
+    return _remote(OpenedAnew(storage, again, pickled), "obstore", options)
 
 
 def _lost(url: str) -> Storage:
@@ -136,7 +163,9 @@ def _s3fs(bucket: str, prefix: str, options: dict[str, Any]) -> Storage:
     return FsspecStorage(once, f"{bucket}/{prefix}", f"s3://{bucket}/{prefix}", patient)
 
 
-def _filesystem(scheme: str, url: str, options: dict[str, Any], engine: str | None, read_only: bool) -> Storage:
+def _filesystem(
+    scheme: str, url: str, options: dict[str, Any], engine: str | None, read_only: bool, pickled: tuple[Any, ...]
+) -> Storage:
     if engine is not None:
         raise ValueError(f"Invalid engine {engine!r} for {scheme}://: it serves s3:// only.")
     fsspec = _needs("fsspec", "fsspec", scheme)
@@ -152,7 +181,7 @@ def _filesystem(scheme: str, url: str, options: dict[str, Any], engine: str | No
             require_exclusive_create(filesystem, scheme)
         return FsspecStorage(filesystem, root, _shown(url))
 
-    return _remote(OpenedAnew(opened(), opened), scheme, options)
+    return _remote(OpenedAnew(opened(), opened, pickled), scheme, options)
 
 
 def _remote(storage: Storage, client: str, options: dict[str, Any]) -> Storage:

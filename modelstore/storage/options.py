@@ -11,6 +11,30 @@ StorageOptions = Mapping[str, Any]
 
 CONNECT_SECONDS = 5.0
 STALL_SECONDS = 20.0  # without a byte of the answer
+_SECRET = frozenset(
+    (
+        "account_key",
+        "auth",
+        "aws_access_key_id",
+        "aws_secret_access_key",
+        "aws_session_token",
+        "client_secret",
+        "connection_string",
+        "cookies",
+        "credential",
+        "headers",
+        "key",
+        "passphrase",
+        "passwd",
+        "password",
+        "pkey",
+        "private_key",
+        "sas_token",
+        "secret",
+        "token",
+        "username",
+    )
+)
 _STYLES = ("addressing_style", "use_accelerate_endpoint", "us_east_1_regional_endpoint")
 
 
@@ -156,6 +180,21 @@ def azure_settings(options: StorageOptions) -> ClientSettings:
     }
     given.done("az")
     return ClientSettings(_known(config), {"allow_http": (endpoint or "").startswith("http://")})
+
+
+def without_secrets(options: StorageOptions) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The options that may be written down, and the names of those that may not."""
+    public: dict[str, Any] = {}
+    withheld: list[str] = []
+    for name, value in options.items():
+        if name in _SECRET and value not in (None, "", "anon", "google_default", "cloud"):
+            withheld.append(name)
+        elif isinstance(value, Mapping):
+            public[name], more = without_secrets(value)
+            withheld += more
+        else:
+            public[name] = value
+    return public, tuple(withheld)
 
 
 def _first(*values: Any) -> Any:

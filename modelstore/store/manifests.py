@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
+from typing import Any
 
 from modelstore.errors import CorruptionError, FormatError, NotFoundError
 from modelstore.format import manifest as man
+from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest
 from modelstore.format.record import VariantEntry, manifest_key
 from modelstore.storage.base import Storage
@@ -22,7 +23,10 @@ class Manifests:
     def __init__(self, storage: Storage, mirrors: tuple[Storage, ...] = ()) -> None:
         self._storages = (storage, *mirrors)
         self._cache: OrderedDict[str, tuple[Manifest, int]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Manifests, (self._storages[0], self._storages[1:])  # what is cached is read again
 
     def write(self, model: str, manifest: Manifest, young: Youth) -> tuple[str, str]:
         """Store a manifest, and a copy of it as a pack, from which a lost one is rebuilt: both digests."""

@@ -6,11 +6,12 @@ neither can be, kernels are compiled anew in each process (about half a second e
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
-_lock = threading.Lock()  # Numba does not say that threads may load from its cache at once
+from modelstore.format.locks import Lock
+
+_lock = Lock()  # Numba does not say that threads may load from its cache at once
 
 
 def compiled(function: Callable[..., Any], *signatures: Any, reorder: bool = False) -> Callable[..., Any]:
