@@ -4,7 +4,9 @@ BIN := .venv/bin
 STAMP := .venv/.modelstore
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-fast lint format bench clean
+ENGINES := .venv-engines
+
+.PHONY: help setup demo test test-fast engines test-engines lint format bench clean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -26,6 +28,17 @@ test: $(STAMP)  ## run all tests
 test-fast: $(STAMP)  ## run the tests that take no time
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
+$(ENGINES)/.installed: tests/engines/install.py constraints.txt pyproject.toml
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --upgrade pip packaging
+	$(ENGINES)/bin/python tests/engines/install.py
+	touch $@
+
+engines: $(ENGINES)/.installed  ## make .venv-engines with vLLM, llama.cpp, PEFT and diffusers
+
+test-engines: $(ENGINES)/.installed  ## load exports in those
+	$(ENGINES)/bin/python -m pytest tests/engines tests/real/test_real_exports.py tests/integrations/test_gguf.py
+
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,4 +53,4 @@ bench: $(STAMP)  ## measure against other tools (installs them)
 	$(BIN)/python benchmarks/run.py
 
 clean:  ## remove everything that was made
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-engines .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from modelstore.codecs import check
 from modelstore.codecs.intplanes import Layout
-from modelstore.codecs.intviews import IntView, PackedView
+from modelstore.codecs.intviews import PackedView
 from modelstore.codecs.numbers import Floats, from_float32
 from modelstore.codecs.scaled import numbers, top
 from modelstore.codecs.weight import Encode, EngineView, ReadValues, WeightCodec, group_of, is_convolution, matrix
@@ -90,12 +90,8 @@ class Int(WeightCodec):
 
     @property
     def view(self) -> EngineView | None:
-        """int-quantized for symmetric channels and tensors of 8 bits, else pack-quantized; engines know no blocks."""
-        if self.granularity == "block":
-            return None
-        if self.bits == 8 and self.symmetric and self.granularity != "group":
-            return IntView(self.layout)
-        return PackedView(self.layout)
+        """pack-quantized; engines know no blocks."""
+        return None if self.granularity == "block" else PackedView(self.layout)
 
     @property
     def by_rows(self) -> bool:

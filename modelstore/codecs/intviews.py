@@ -21,10 +21,19 @@ _Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
-    """What both formats share. A tensor's one scale is given to engines once for each channel, which they all know."""
+class PackedView:
+    """pack-quantized: `weight_packed` in int32, `weight_scale`, `weight_shape`; affine: `weight_zero_point`, packed downwards.
+
+    8 bits are packed too: vLLM takes int8 weights in int-quantized only beside int8 activations. A tensor's one scale is
+    given to engines once for each channel, which they all know.
+    """
 
     layout: Layout
+
+    @property
+    def format(self) -> str:
+        """As `EngineView.format`."""
+        return "pack-quantized"
 
     def scheme(self) -> dict[str, Any]:
         """As `EngineView.scheme`."""
@@ -78,32 +87,6 @@ class _View:
     def _rows(self, array: NDArray[Any], shape: Shape) -> NDArray[Any]:
         """With a row for each row of the weight."""
         return np.broadcast_to(array, (matrix(shape)[0], array.shape[1]))
-
-
-@dataclass(frozen=True, slots=True)
-class IntView(_View):
-    """int-quantized: `weight` in int8, `weight_scale` [rows, 1]."""
-
-    @property
-    def format(self) -> str:
-        """As `EngineView.format`."""
-        return "int-quantized"
-
-    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, Part]:
-        """As `EngineView.parts`."""
-        self.cells(shape)
-        weight = Part("int8", shape, _raw(arrays["codes"] ^ np.uint8(128)))
-        return {"weight": weight, "weight_scale": self._scale(arrays, shape, dtype)}
-
-
-@dataclass(frozen=True, slots=True)
-class PackedView(_View):
-    """pack-quantized: `weight_packed` in int32, `weight_scale`, `weight_shape`; affine: `weight_zero_point`, packed downwards."""
-
-    @property
-    def format(self) -> str:
-        """As `EngineView.format`."""
-        return "pack-quantized"
 
     def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, Part]:
         """As `EngineView.parts`. A row, and of zero points a column, ends with a whole word, filled up with zeros."""

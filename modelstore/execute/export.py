@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from modelstore.execute.export_layout import CONFIG, OutFile, Packing, directory, one_file
+from modelstore.execute.export_layout import OutFile, Packing, directory, one_file
 from modelstore.execute.export_share import cuts
 from modelstore.execute.export_target import Target
 from modelstore.execute.export_write import write
 from modelstore.execute.reading import Limits, Reader
-from modelstore.format import results
+from modelstore.format import checkpoint, results
 from modelstore.format.manifest import Manifest
 from modelstore.plan.layout import Share
 
@@ -44,10 +44,11 @@ def export(
     """Write all tensors to local files; `progress` hears of raw bytes as they are written.
 
     "hf": the folder `path` as transformers and vLLM load it, with the model's own files, and weights in
-    `model.safetensors` or, beyond `max_shard_bytes`, in numbered shards with an index. Names that are tied are left out
-    where the model's `config.json` says `"tie_word_embeddings": true` and loaders tie them by themselves (`lm_head` to the
-    embedding, T5's and BART's embeddings to the shared one), as `save_pretrained` does; every other tied name is
-    written with bytes of its own, which any loader takes. "safetensors": one file, which has every name.
+    `model.safetensors` or, beyond `max_shard_bytes`, in numbered shards with an index. An adapter of PEFT has its weights
+    in `adapter_model.safetensors`, a pipeline of diffusers those of each component in the component's folder. Names that
+    are tied are left out where the model's `config.json` says `"tie_word_embeddings": true` and loaders tie them by
+    themselves (`lm_head` to the embedding, T5's and BART's embeddings to the shared one), as `save_pretrained` does; every
+    other tied name is written with bytes of its own, which any loader takes. "safetensors": one file, which has every name.
 
     The bytes of every tensor are those of the store, but of those `packed`, for "hf", which are written in parts; `instead` are
     files by name that are written with other bytes; `shares`, for "safetensors", are the only tensors to write, each as far
@@ -68,7 +69,8 @@ def export(
     elif format == "hf":
         if max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")
-        outputs = directory(manifest, model_config(reader, manifest), max_shard_bytes, packed, instead)
+        places = checkpoint.places({file.name for file in manifest.files}, _json(reader, manifest, checkpoint.PIPELINE))
+        outputs = directory(manifest, model_config(reader, manifest), places, max_shard_bytes, packed, instead)
     else:
         raise ValueError(f"format {format!r} is not known: hf and safetensors are")
     with Target(path, outputs, single=format == "safetensors", overwrite=overwrite) as target:
@@ -84,11 +86,16 @@ def export(
 
 def model_config(reader: Reader, manifest: Manifest) -> Mapping[str, Any] | None:
     """The model's config.json, None where it has none that can be read."""
+    return _json(reader, manifest, checkpoint.CONFIG)
+
+
+def _json(reader: Reader, manifest: Manifest, name: str) -> Mapping[str, Any] | None:
+    """A file of the model that holds a JSON object; None where there is none of that name that can be read."""
     for file in manifest.files:
-        if file.name == CONFIG and file.nbytes <= _MAX_CONFIG:
+        if file.name == name and file.nbytes <= _MAX_CONFIG:
             try:
-                config = json.loads(reader.region(file, ((0, file.shape[0]),)).tobytes())
+                table = json.loads(reader.region(file, ((0, file.shape[0]),)).tobytes())
             except (ValueError, RecursionError):
                 return None
-            return config if isinstance(config, dict) else None
+            return table if isinstance(table, dict) else None
     return None

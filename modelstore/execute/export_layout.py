@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
@@ -14,6 +14,7 @@ from blake3 import blake3
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
+from modelstore.format.checkpoint import CONFIG, PIPELINE, Weights
 from modelstore.format.dtypes import dtype
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.names import check_file
@@ -25,13 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("modelstore")
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
 STAGING = ".modelstore-export"
-
-# The names under which the loaders of a Hugging Face directory look for weights, whatever the number of shards.
-WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json")
 
 # Of tied tensors transformers and vLLM make these again from the embedding, and its own `save_pretrained` leaves them out.
 _HEAD = re.compile(
@@ -102,12 +97,16 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class OutFile:
-    """A file to write: its relative path, the bytes it begins with, the tensors after them."""
+    """A file to write: its relative path, the bytes it begins with, the tensors after them.
+
+    `weights`: where what it is a shard or the index of lies; older files of these weights make room for it.
+    """
 
     path: str
     header: bytes
     tensors: tuple[Placed, ...]
     size: int
+    weights: Weights | None = None
 
     @property
     def digest(self) -> str:
@@ -137,44 +136,71 @@ def one_file(manifest: Manifest, path: str, chosen: Mapping[str, Packing | None]
 def directory(
     manifest: Manifest,
     config: Mapping[str, Any] | None,
+    places: Sequence[Weights],
     max_shard_bytes: int,
     packed: Mapping[str, Packing] | None = None,
     instead: Mapping[str, bytes] | None = None,
 ) -> list[OutFile]:
-    """A Hugging Face directory: shards of at most so many bytes of tensors (or of one tensor), their index, the files.
+    """A directory that others load: shards of at most so many bytes of tensors (or of one tensor), their index, the files.
 
-    `packed` tensors, by name, are written in their parts; `instead` are files with other bytes than the model's.
-    The config comes last, the index before it: loaders that meet an unfinished directory then see that it is none.
+    `places`: where the weights lie (`format.checkpoint`). `packed` tensors, by name, are written in their parts; `instead`
+    are files with other bytes than the model's. What loaders look for first comes last, indexes before it: those that meet an
+    unfinished directory then see that it is none.
     """
     left_out = _left_out(manifest, config)
-    items = []
+    items: dict[Weights, list[_Item]] = {}
     for tensor, names in _names(manifest):
         kept = [name for name in names if name not in left_out]
-        items += [_Item(name, tensor, name == kept[0], (packed or {}).get(tensor.name)) for name in kept]
+        for name in kept:
+            place = _place_of(name, places)
+            packing = (packed or {}).get(tensor.name)
+            items.setdefault(place, []).append(_Item(name.removeprefix(place.folder), tensor, name == kept[0], packing))
+    if not items and places:
+        items[places[0]] = []
+    weights = [file for place, own in items.items() for file in _shards(place, own, manifest.metadata, max_shard_bytes)]
+    other = instead or {}
+    files = [f for f in _files(manifest, list(items)) if f.path not in other]
+    files += [OutFile(path, data, (), len(data)) for path, data in other.items()]
+    last = (CONFIG, PIPELINE)
+    outputs = [f for f in files if f.path not in last] + weights + [f for f in files if f.path in last]
+    _check_paths(outputs)
+    return outputs
+
+
+def _place_of(name: str, places: Sequence[Weights]) -> Weights:
+    for place in places:
+        if name.startswith(place.folder) and name != place.folder:
+            return place
+    raise UnsupportedError(
+        f'tensor {name!r} is of none of the components that {PIPELINE} names: export with format="safetensors"',
+        tensor=name,
+    )
+
+
+def _shards(place: Weights, items: Sequence[_Item], metadata: Mapping[str, str], most: int) -> list[OutFile]:
+    """The files of one place's weights, and their index where there are several."""
     shards: list[list[_Item]] = [[]]
     held = 0
     for item in items:
-        if shards[-1] and held + item.nbytes > max_shard_bytes:
+        if place.sharded and shards[-1] and held + item.nbytes > most:
             shards.append([])
             held = 0
         shards[-1].append(item)
         held += item.nbytes
     n = len(shards)
-    paths = [SINGLE] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
-    weights = [_weights(path, shard, manifest.metadata) for path, shard in zip(paths, shards, strict=True)]
+    paths = [place.single] if n == 1 else [place.shard(i, n) for i in range(1, n + 1)]
+    files = [
+        replace(_weights(place.folder + path, shard, metadata), weights=place)
+        for path, shard in zip(paths, shards, strict=True)
+    ]
     if n > 1:
         total = sum(item.nbytes for item in items)
         shown = zip(paths, shards, strict=True)
         where = {name: path for path, shard in shown for item in shard for name, _, _ in item.parts}
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, ensure_ascii=False)
         text = index.encode() + b"\n"
-        weights.append(OutFile(INDEX, text, (), len(text)))
-    other = instead or {}
-    files = [f for f in _files(manifest) if f.path not in other]
-    files += [OutFile(path, data, (), len(data)) for path, data in other.items()]
-    outputs = [f for f in files if f.path != CONFIG] + weights + [f for f in files if f.path == CONFIG]
-    _check_paths(outputs)
-    return outputs
+        files.append(OutFile(place.folder + place.index, text, (), len(text), place))
+    return files
 
 
 def blocks(tensor: Tensor, limit: int) -> Iterator[Region]:
@@ -259,7 +285,7 @@ def _weights(path: str, items: Iterable[_Item], metadata: Mapping[str, str]) -> 
     return OutFile(path, header, (*plain, *made), len(header) + at)
 
 
-def _files(manifest: Manifest) -> Iterator[OutFile]:
+def _files(manifest: Manifest, places: Sequence[Weights]) -> Iterator[OutFile]:
     """The model's own files. One named as the weights are is left out: it would be taken for them."""
     for file in manifest.files:
         path = check_file(file.name)
@@ -269,7 +295,7 @@ def _files(manifest: Manifest) -> Iterator[OutFile]:
             raise FormatError(f"file name {path[:80]!r} is not valid Unicode: the manifest is not valid") from None
         if path.split("/")[0].casefold() == STAGING:
             raise FormatError(f"file name {path[:80]!r} is kept for unfinished exports: rename the file", object=path)
-        if WEIGHTS.fullmatch(path.casefold()):
+        if any(place.has(path) for place in places):
             log.warning("file %s of the model is left out: the exported weights have that name", path)
             continue
         yield OutFile(path, b"", (Placed(file, 0, False),), file.nbytes)

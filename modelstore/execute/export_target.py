@@ -15,7 +15,8 @@ from blake3 import blake3
 
 from modelstore import paths
 from modelstore.errors import ConflictError, StorageError
-from modelstore.execute.export_layout import STAGING, WEIGHTS, OutFile
+from modelstore.execute.export_layout import STAGING, OutFile
+from modelstore.format.checkpoint import Weights
 
 _RECORD_EVERY = 0.25  # seconds; many small files share a record
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -154,11 +155,8 @@ class Target:
         with writing(self.path):
             self._write_state()
             mine = {output.path for output in self._outputs}
-            if not self._single:
-                with paths.folder(self.root) as at:
-                    for entry in paths.entries(self.root):
-                        if WEIGHTS.fullmatch(entry.name) and entry.name not in mine and entry.kind != "folder":
-                            os.unlink(entry.name, dir_fd=at)
+            for place in {o.weights for o in self._outputs if o.weights}:
+                self._make_room(place, mine)
             folders = {""}
             for output in self._outputs:
                 self._check_way(self.root / output.path)
@@ -251,6 +249,14 @@ class Target:
             raise ConflictError(f"{self.root / self._staging} is a link: remove it", object=self._staging) from None
         if owner != os.geteuid():
             raise ConflictError(f"{self.root / self._staging} is another user's: remove it", object=self._staging)
+
+    def _make_room(self, place: Weights, mine: set[str]) -> None:
+        """Remove what loaders would take for these weights, of an earlier export."""
+        with contextlib.suppress(FileNotFoundError), paths.folder(self.root, place.folder.rstrip("/")) as at:
+            for entry in paths.entries(self.root, place.folder.rstrip("/")):
+                path = place.folder + entry.name
+                if place.has(path) and path not in mine and entry.kind != "folder":
+                    os.unlink(entry.name, dir_fd=at)
 
     def _check_way(self, final: Path) -> None:
         """`ConflictError` where a file would lie behind a link, or has a folder in its place."""

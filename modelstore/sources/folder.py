@@ -57,6 +57,15 @@ class Folder:
         why = self.skipped.get(name, "it is not there")
         raise FormatError(f"{self.root} has no usable file {name!r}: {why}", object=str(self.root / name))
 
+    def part(self, prefix: str) -> Folder:
+        """What lies below a folder within (its path, ending in "/"), by paths from there."""
+        return Folder(
+            self.root / prefix,
+            {name.removeprefix(prefix): path for name, path in self.files.items() if name.startswith(prefix)},
+            {name.removeprefix(prefix): why for name, why in self.skipped.items() if name.startswith(prefix)},
+            self.states,
+        )
+
 
 def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
     """All regular files under a directory, recursively, in the order of their names.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.format.buffers import Bytes
+from modelstore.format.checkpoint import PIPELINE
 from modelstore.format.names import check_file
 from modelstore.format.region import Region
 from modelstore.sources import safetensors
@@ -99,6 +100,8 @@ def _open_directory(root: Path) -> Source:
         return dcp.open_directory(root)
     if any(name in top for name in _ZARR):
         return _open_zarr(root)
+    if PIPELINE in top:
+        return safetensors.open_pipeline(root)
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in top):
         return safetensors.open_directory(root)
     if any(name.endswith((*_PICKLED, ".bin.index.json")) for name in top):

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modelstore.errors import FormatError, ModelStoreError, NotFoundError
+from modelstore.errors import FormatError, ModelStoreError, NotFoundError, UnsupportedError
 from modelstore.format import region as regions
+from modelstore.format.checkpoint import PIPELINE, Weights, components
 from modelstore.format.dtypes import dtype
 from modelstore.format.region import Region
 from modelstore.format.safetensors import PREFIX, Entry, header_length, parse_header
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import Budget, FiledSource, Found, Piece, check_tiling, fingerprint
-from modelstore.sources.folder import Folder, leave_duplicates, read_index, scan
+from modelstore.sources.folder import Folder, leave_duplicates, read_index, read_json, scan
 from modelstore.sources.reading import Files, Placed, row_major
 from modelstore.sources.states import states_of
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARDING = "DCP_SHARDING_INFO"  # torch DCP's Hugging Face writer puts each piece's place in its tensor there
 
 # The files of torch DCP's Hugging Face writer before they are put together.
@@ -42,7 +42,7 @@ def open_files(paths: Sequence[Path], *, files: Mapping[str, Path | bytes] | Non
 def open_directory(root: Path) -> SafetensorsSource:
     """A Hugging Face directory: its safetensors are the tensors, everything else its files (see `docs/sources.md`)."""
     folder = scan(root)
-    used, weights, tables = _choose(folder)
+    used, weights, tables = _choose(folder, Weights())
     kept, skipped = leave_duplicates(folder, used)
     for name in tables & kept.keys():
         del kept[name]  # an index is made again for the shards that are written
@@ -63,15 +63,48 @@ class SafetensorsSource(FiledSource[Placed]):
         return any(piece.where.path == file for piece in self._found.pieces.get(name, ()))
 
 
-def _choose(folder: Folder) -> tuple[set[str], Mapping[str, str], set[str]]:
+def open_pipeline(root: Path) -> SafetensorsSource:
+    """A pipeline of diffusers: the safetensors of each component that `model_index.json` names, every other file beside them.
+
+    The tensors' names begin with their component's: `unet/conv_in.weight`. `UnsupportedError` where a component has
+    weights in other formats alone.
+    """
+    folder = scan(root)
+    used: set[str] = set()
+    tables: set[str] = set()
+    for place in components(read_json(folder.take(PIPELINE))):
+        part = folder.part(place.folder)
+        if not any(name.endswith(".safetensors") and "/" not in name for name in part.files):
+            pickled = sorted(name for name in part.files if name.endswith((".bin", ".ckpt", ".msgpack", ".h5")))
+            if pickled:
+                raise UnsupportedError(
+                    f"{root}: component {place.folder[:-1]!r} has its weights in {pickled[0]} alone: "
+                    "convert it to safetensors with diffusers' save_pretrained",
+                    object=str(root),
+                )
+            continue
+        chosen, _, indexes = _choose(part, place)
+        used |= {place.folder + name for name in chosen}
+        tables |= {place.folder + name for name in indexes}
+    if not used:
+        raise FormatError(f"{root}: no component that {PIPELINE} names has weights here", object=str(root))
+    kept, skipped = leave_duplicates(folder, used)
+    for name in tables & kept.keys():
+        del kept[name]  # indexes are made again for the shards that are written
+    shards = {name: folder.take(name) for name in sorted(used)}
+    return _open(shards, Files(folder.states), kept=kept, skipped=skipped, by_folder=True)
+
+
+def _choose(folder: Folder, place: Weights) -> tuple[set[str], Mapping[str, str], set[str]]:
     """The safetensors files that are the checkpoint, the index's own account of them, and the indexes to leave out."""
+    single, index = place.single, place.index
     top = [name for name in folder.files if "/" not in name]
     indexes = [name for name in top if name.endswith(".safetensors.index.json")]
     singles = [name for name in top if name.endswith(".safetensors")]
-    if SINGLE in singles:  # as transformers does, which looks for it before any index
-        return {SINGLE}, {}, {INDEX}
-    if INDEX in indexes:
-        indexes = [INDEX]
+    if single in singles:  # as transformers does, which looks for it before any index
+        return {single}, {}, {index}
+    if index in indexes:
+        indexes = [index]
     indexes = [name for name in indexes if not name.startswith("consolidated")] or indexes
     if len(indexes) > 1:
         raise FormatError(f"{folder.root} has several indexes ({', '.join(indexes)}): give the files of one of them")
@@ -82,10 +115,10 @@ def _choose(folder: Folder) -> tuple[set[str], Mapping[str, str], set[str]]:
     ranked = bool(plain) and all(_RANKED.fullmatch(name) for name in plain)
     if len(plain) == 1 or ranked or _numbered(folder.root, plain):
         return set(plain), {}, set()
-    linked = folder.skipped.get(SINGLE) or folder.skipped.get(INDEX)
-    found = f"{SINGLE} cannot be used: {linked}" if linked else f"found {', '.join(plain) or 'no safetensors'}"
+    linked = folder.skipped.get(single) or folder.skipped.get(index)
+    found = f"{single} cannot be used: {linked}" if linked else f"found {', '.join(plain) or 'no safetensors'}"
     raise FormatError(
-        f"{folder.root} has neither {SINGLE} nor {INDEX} nor one set of numbered shards ({found}): "
+        f"{folder.root} has neither {single} nor {index} nor one set of numbered shards ({found}): "
         "give the files themselves, as a list",
         object=str(folder.root),
     )
@@ -104,11 +137,19 @@ def _numbered(root: Path, names: Sequence[str]) -> bool:
 
 
 def _open(
-    shards: Mapping[str, Path], opened: Files, *, kept: Mapping[str, Path | bytes], skipped: Mapping[str, str]
+    shards: Mapping[str, Path],
+    opened: Files,
+    *,
+    kept: Mapping[str, Path | bytes],
+    skipped: Mapping[str, str],
+    by_folder: bool = False,
 ) -> SafetensorsSource:
+    """`by_folder`: each file's tensors are named after the folder it lies in."""
     try:
         headers = {name: _read_header(opened, path) for name, path in shards.items()}
         tables = {name: _parse(shards[name], header) for name, header in headers.items()}
+        if by_folder:
+            tables = {name: (_within(name, entries), own) for name, (entries, own) in tables.items()}
         metadata: dict[str, str] = {}
         for _, own in tables.values():
             for key, value in own.items():
@@ -130,6 +171,12 @@ def _open(
     except BaseException:
         opened.close()
         raise
+
+
+def _within(file: str, entries: list[Entry]) -> list[Entry]:
+    """A component's tensors by the names that they have in the pipeline."""
+    folder = file.rpartition("/")[0]
+    return [replace(entry, name=f"{folder}/{entry.name}") for entry in entries]
 
 
 def _read_header(opened: Files, path: Path) -> bytes:

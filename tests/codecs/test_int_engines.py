@@ -125,8 +125,8 @@ def test_slices_of_ranks(codec: Int) -> None:
 
 
 def test_which_format() -> None:
-    assert Int(8, True, "channel").view.format == "int-quantized"
-    assert Int(8, True, "tensor").view.format == "int-quantized"
+    assert Int(8, True, "channel").view.format == "pack-quantized"
+    assert Int(8, True, "tensor").view.format == "pack-quantized"
     assert Int(8, True, "group").view.format == "pack-quantized"
     assert Int(8, False, "channel").view.format == "pack-quantized"
     assert Int(4, True, "channel").view.format == "pack-quantized"

@@ -45,7 +45,8 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch
     made = {"model.embed_tokens.weight": torch.randn(320, hidden) * 0.02}
     for name, shape in shapes.items():
         made[f"{LAYER}{name}.weight"] = torch.randn(shape) * torch.logspace(-3, -1, shape[0])[:, None]
-    made |= {f"{LAYER}input_layernorm.weight": torch.ones(hidden), "model.norm.weight": torch.ones(hidden)}
+    norms = (f"{LAYER}input_layernorm", f"{LAYER}post_attention_layernorm", "model.norm")
+    made |= {f"{norm}.weight": torch.ones(hidden) for norm in norms}
     made = {name: tensor.to(dtype) for name, tensor in made.items()}
     return made | {"lm_head.weight": made["model.embed_tokens.weight"]}
 

@@ -80,7 +80,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------- what transformers makes of them
 
 FORMATS: dict[str, tuple[dict[str, Any], str]] = {
-    "int8": (recipe("int", bits=8, granularity="channel"), "int-quantized"),
+    "int8": (recipe("int", bits=8, granularity="channel"), "pack-quantized"),
     "int8-group": (recipe("int", bits=8), "pack-quantized"),
     "int4": (recipe("int", bits=4, method="mse"), "pack-quantized"),
     "int3": (recipe("int", bits=3, group_size=32), "pack-quantized"),

@@ -1,0 +1,68 @@
+"""Where a folder that other programs load keeps its weights, as its own index says: a model's, an adapter's, a pipeline's.
+
+A model has `model.safetensors` or numbered shards with an index; an adapter of PEFT `adapter_model.safetensors`; a pipeline of
+diffusers a folder for each component that `model_index.json` names, whose tensors have the component's name and a slash
+before their own: `unet/conv_in.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PIPELINE = "model_index.json"
+ADAPTER = "adapter_config.json"
+CONFIG = "config.json"
+_SUFFIX = r"(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?"
+_COMPONENT = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Where weights lie: the folder (ending in "/", empty: the top), and what their files' names begin with."""
+
+    folder: str = ""
+    stem: str = "model"
+    sharded: bool = True  # whether loaders take numbered shards
+
+    @property
+    def single(self) -> str:
+        """The file's name, without its folder, where there is one."""
+        return f"{self.stem}.safetensors"
+
+    @property
+    def index(self) -> str:
+        """The name of the shards' index, without its folder."""
+        return f"{self.stem}.safetensors.index.json"
+
+    def shard(self, number: int, count: int) -> str:
+        """The name of a shard, counted from 1, without its folder."""
+        return f"{self.stem}-{number:05}-of-{count:05}.safetensors"
+
+    def has(self, path: str) -> bool:
+        """Whether loaders would take the file at a path, whatever its case, for these weights."""
+        folder, stem = self.folder.casefold(), self.stem.casefold()
+        return re.fullmatch(re.escape(folder + stem) + _SUFFIX, path.casefold()) is not None
+
+
+def places(files: Collection[str], pipeline: Mapping[str, Any] | None) -> list[Weights]:
+    """Where a model with these files keeps its weights; `pipeline`: its `model_index.json`, where it has one."""
+    if pipeline is not None:
+        return components(pipeline)
+    if ADAPTER in files and CONFIG not in files:
+        return [Weights(stem="adapter_model", sharded=False)]
+    return [Weights()]
+
+
+def components(pipeline: Mapping[str, Any]) -> list[Weights]:
+    """The components that a `model_index.json` names: name → [library, class]. Not all have weights."""
+    found = []
+    for name, value in pipeline.items():
+        if not (_COMPONENT.fullmatch(name) and isinstance(value, list) and len(value) == 2):
+            continue
+        library = value[0]
+        if isinstance(library, str):
+            found.append(Weights(f"{name}/", "diffusion_pytorch_model" if library == "diffusers" else "model"))
+    return found
