@@ -159,7 +159,8 @@ def _parse_entry(name: str, fields: Any) -> Entry:
     if isinstance(label, str) and label in _SUB_BYTE:
         raise UnsupportedError(f"tensor {name!r} has dtype {label}, which torch lacks", tensor=name)
     if not isinstance(label, str) or label not in FROM_SAFETENSORS:
-        raise bad(f"unknown dtype {str(label)[:40]!r}; known are {', '.join(FROM_SAFETENSORS)}")
+        named = repr(label[:40]) if isinstance(label, str) else f"of type {type(label).__name__}"
+        raise bad(f"unknown dtype {named}; known are {', '.join(FROM_SAFETENSORS)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(n) for n in shape):
         raise bad(f"the shape must be at most {MAX_DIMENSIONS} whole numbers, none negative")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):

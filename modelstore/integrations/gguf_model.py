@@ -7,6 +7,7 @@ package's maps.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": ("qwen2", False),
     "Qwen3ForCausalLM": ("qwen3", False),
 }
+_WIDEST = 1 << 16
 _SKIPPED = (".rotary_emb.inv_freq", ".attn.masked_bias")  # computed again by every loader
 
 
@@ -65,6 +67,15 @@ def gguf_model(manifest: Manifest, config: Mapping[str, Any] | None) -> GgufMode
     kv_heads = int(config.get("num_key_value_heads") or heads)
     hidden = _int(config, "hidden_size")
     width = int(config.get("head_dim") or hidden // heads)
+    if width > _WIDEST:
+        raise UnsupportedError(
+            f"config.json says heads of {width} numbers, where {_WIDEST} is the limit: it does not fit"
+        )
+    most = max((tensor.shape[0] for tensor in manifest.tensors if tensor.shape), default=0)
+    if _int(config, "vocab_size") > most:
+        raise UnsupportedError(
+            f"config.json says vocab_size {config['vocab_size']}, and no tensor has as many rows: it does not fit"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedError(
             f"llama.cpp's {arch} computes with silu, and this model with {config['hidden_act']!r}: it has no GGUF export"
@@ -112,11 +123,14 @@ def _tensors(manifest: Manifest, config: Mapping[str, Any], arch: str, head: int
     import gguf
 
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    table = gguf.get_tensor_name_map(number, _int(config, "num_hidden_layers"))
+    table = gguf.get_tensor_name_map(number, _int(config, "num_hidden_layers", len(manifest.tensors)))
     find: Callable[[str], str | None] = lambda name: table.get_name(name, try_suffixes=(".weight", ".bias"))  # noqa: E731
     found: list[Named] = []
+    aliases: dict[str, list[str]] = {}
+    for alias, name in manifest.aliases.items():
+        aliases.setdefault(name, []).append(alias)
     for tensor in manifest.tensors:
-        names = [tensor.name, *(alias for alias, name in manifest.aliases.items() if name == tensor.name)]
+        names = [tensor.name, *aliases.get(tensor.name, ())]
         known = {made for made in map(find, names) if made is not None}
         if not known:
             if tensor.name.endswith(_SKIPPED):
@@ -136,7 +150,7 @@ def _tensors(manifest: Manifest, config: Mapping[str, Any], arch: str, head: int
                 tensor=tensor.name,
             )
         found.append(Named(tensor, made, turned))
-    twice = {named.name for named in found if sum(other.name == named.name for other in found) > 1}
+    twice = [name for name, times in Counter(named.name for named in found).items() if times > 1]
     if twice:
         raise UnsupportedError(f"several tensors would be {min(twice)!r} in the GGUF: the model has no GGUF export")
     return tuple(found)
@@ -189,8 +203,12 @@ def _llama3(said: Mapping[str, Any], base: float, width: int, context: int) -> F
     return np.array(factors, np.float32)
 
 
-def _int(config: Mapping[str, Any], key: str) -> int:
+def _int(config: Mapping[str, Any], key: str, most: int = 1 << 31) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UnsupportedError(f"config.json has no {key!r} that is a positive number: the model has no GGUF export")
+    if value > most:
+        raise UnsupportedError(
+            f"config.json says {key} {value}, more than the model's {most} tensors allow: it does not fit"
+        )
     return value

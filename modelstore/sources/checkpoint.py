@@ -44,9 +44,48 @@ class Tensors:
         self.kinds = kinds
         self.size = size
 
+
+class _Looking:
+    """What was found out about the dicts of one structure: an object that many refer to is looked at once."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
+        self._own: dict[int, bool] = {}
+        self._below: dict[tuple[int, int], bool] = {}
+        self._seen: set[int] = set()
+
     def in_(self, value: Any) -> bool:
         """Whether it is a dict that holds tensors itself."""
-        return isinstance(value, dict) and any(isinstance(item, self.kinds) for item in value.values())
+        if not isinstance(value, dict):
+            return False
+        if id(value) not in self._own:
+            self._own[id(value)] = any(isinstance(item, self.tensors.kinds) for item in value.values())
+        return self._own[id(value)]
+
+    def holds(self, value: Any, depth: int = _DEEPEST) -> bool:
+        """Whether a dict is a state dict, or has one below a usual name."""
+        if not isinstance(value, dict):
+            return False
+        known = self._below.get((id(value), depth))
+        if known is None:
+            known = self.in_(value) or (
+                depth > 0
+                and (
+                    any(self.holds(value.get(key), depth - 1) for key in USUAL)
+                    or any(self.in_(v) for key, v in value.items() if isinstance(key, str) and not _OTHER.search(key))
+                )
+            )
+            self._below[id(value), depth] = known
+        return known
+
+    def weigh(self, value: Any) -> Left:
+        """The tensors anywhere in a value that were not counted before: their bytes, and how many."""
+        size = count = 0
+        for item in _everything(value, self._seen):
+            if isinstance(item, self.tensors.kinds):
+                size += self.tensors.size(item)
+                count += 1
+        return Left(size, count)
 
 
 def choose(saved: Any, tensors: Tensors, where: str, key: str | None = None) -> Chosen:
@@ -57,15 +96,16 @@ def choose(saved: Any, tensors: Tensors, where: str, key: str | None = None) -> 
     entry of it does; else its one entry that does, and is not an optimizer's or the like. `FormatError` where there are
     several, or none; it names them.
     """
-    path = _named(saved, key, where) if key is not None else _found(saved, tensors, where, ())
+    looking = _Looking(tensors)
+    path = _named(saved, key, where) if key is not None else _found(saved, looking, where, ())
     left: dict[str, Left] = {}
     state = saved
     for i, step in enumerate(path):
         for other in state:
             if other != step:
-                left[".".join([*path[:i], shown(other)])] = weigh(state[other], tensors)
+                left[".".join([*path[:i], shown(other)])] = looking.weigh(state[other])
         state = state[step]
-    if not isinstance(state, dict) or (state and not tensors.in_(state)):
+    if not isinstance(state, dict) or (state and not looking.in_(state)):
         raise FormatError(
             f"{_at(where, path)} holds {_what(state)}, not a state dict: name the one to be saved by key=", object=where
         )
@@ -83,7 +123,7 @@ def choose(saved: Any, tensors: Tensors, where: str, key: str | None = None) -> 
                 object=where,
             )
         else:
-            left[".".join([*path, shown(name)])] = weigh(value, tensors)
+            left[".".join([*path, shown(name)])] = looking.weigh(value)
     return Chosen(path, weights, left)
 
 
@@ -104,20 +144,21 @@ def _named(saved: Any, key: str, where: str) -> tuple[str, ...]:
     return path
 
 
-def _found(saved: Any, tensors: Tensors, where: str, path: tuple[str, ...]) -> tuple[str, ...]:
+def _found(saved: Any, looking: _Looking, where: str, path: tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(saved, dict):
         raise FormatError(f"{_at(where, path)} holds {_what(saved)}, not a state dict", object=where)
-    usual = [key for key in USUAL if _holds(saved.get(key), tensors, _DEEPEST)]
+    usual = [key for key in USUAL if looking.holds(saved.get(key))]
+    usual = usual or [key for key in USUAL if saved.get(key) == {}]
     others = [
         key
         for key, value in saved.items()
-        if isinstance(key, str) and key not in usual and not _OTHER.search(key) and tensors.in_(value)
+        if isinstance(key, str) and key not in usual and not _OTHER.search(key) and looking.in_(value)
     ]
     if len(usual) > 1:
         raise _several(where, path, usual, others)
     if usual:
-        return _found(saved[usual[0]], tensors, where, (*path, usual[0]))
-    if tensors.in_(saved) or (path and not saved):
+        return _found(saved[usual[0]], looking, where, (*path, usual[0]))
+    if looking.in_(saved) or (path and not saved):
         if others:
             raise _several(where, path, [TOP], others)
         return path
@@ -131,19 +172,6 @@ def _found(saved: Any, tensors: Tensors, where: str, path: tuple[str, ...]) -> t
     )
 
 
-def _holds(value: Any, tensors: Tensors, depth: int) -> bool:
-    """Whether a dict is a state dict, or has one under a usual name; an empty one is."""
-    if not isinstance(value, dict):
-        return False
-    if not value or tensors.in_(value):
-        return True
-    if not depth:
-        return False
-    return any(
-        _holds(inner, tensors, depth - 1) for key, inner in value.items() if isinstance(inner, dict) and key in USUAL
-    ) or any(tensors.in_(inner) for key, inner in value.items() if isinstance(key, str) and not _OTHER.search(key))
-
-
 def _several(where: str, path: tuple[str, ...], first: list[str], others: list[str]) -> FormatError:
     full = [".".join([*path, key]) if key != TOP else ".".join(path) or TOP for key in [*first, *others]]
     return FormatError(
@@ -153,26 +181,16 @@ def _several(where: str, path: tuple[str, ...], first: list[str], others: list[s
     )
 
 
-def weigh(value: Any, tensors: Tensors) -> Left:
-    """The tensors anywhere in a value: their bytes, and how many; each object is looked at once, and at most 5 million."""
-    size = count = 0
-    for item in everything(value):
-        if isinstance(item, tensors.kinds):
-            size += tensors.size(item)
-            count += 1
-    return Left(size, count)
-
-
-def everything(value: Any) -> Iterator[Any]:
-    """Every value in a structure, each object once; not more than 5 million of them."""
-    waiting, seen = [value], {id(value)}
+def _everything(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Every value in a structure that was not seen before; not more than 5 million in all."""
+    waiting = [value]
     while waiting and len(seen) < _MOST:
         item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
         yield item
-        for inner in _inside(item):
-            if id(inner) not in seen:
-                seen.add(id(inner))
-                waiting.append(inner)
+        waiting += _inside(item)
 
 
 def _inside(value: Any) -> list[Any]:
@@ -188,7 +206,11 @@ def _inside(value: Any) -> list[Any]:
 def shown(key: Any) -> str:
     """A key as it is spoken of."""
     key = key.value if isinstance(key, Key) else key
-    text = key.kind if isinstance(key, Record) else str(key) if isinstance(key, (str, int, float)) else repr(type(key))
+    if isinstance(key, int) and abs(key) >= 1 << 64:
+        return "a large number"
+    text = (
+        key.kind if isinstance(key, Record) else str(key) if isinstance(key, (str, int, float)) else type(key).__name__
+    )
     return "".join(c if c.isprintable() else "?" for c in text[:80])
 
 

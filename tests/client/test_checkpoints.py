@@ -153,7 +153,7 @@ class TestWhichIsTheModel:
         for options in ({"key": "x"}, {"include": "all"}, {"gguf": "blocks"}):
             with pytest.raises(ValueError, match="leave it out"):
                 store.save("m", torch.nn.Linear(1, 1), **options)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="not one of model, all"):
+        with pytest.raises(ValueError, match=r"one of .?model.?, .?all"):
             store.save("m", {}, include="*.weight")  # type: ignore[arg-type]
 
     def test_what_is_left_out_is_named(self, tmp_path: Path, store: Store) -> None:

@@ -83,6 +83,12 @@ class TestSafetensors:
         with pytest.raises(FormatError, match="twice"):
             parse_header(b'{"a":{},"a":{}}', 100)
 
+    def test_junk_at_any_depth_is_refused_as_such(self) -> None:
+        for depth in range(900, 1000):
+            junk = b"[" * depth + b"]" * depth
+            with pytest.raises(FormatError):
+                parse_header(b'{"a":{"dtype":' + junk + b',"shape":[],"data_offsets":[0,0]}}', 100)
+
 
 class TestPickles:
     def test_keys_of_one_hash_are_told_apart_without_comparing_them(self) -> None:
@@ -121,6 +127,18 @@ class TestPickles:
         torch.save({"state_dict": {"w": torch.ones(1)}, "bomb": inner}, tmp_path / "x.pt")
         with steps(300_000):
             assert [spec.name for spec in open_source(tmp_path / "x.pt").tensors] == ["w"]
+
+    def test_what_many_refer_to_is_looked_at_once(self, tmp_path: Path) -> None:
+        shared = {i: i for i in range(2000)}
+        saved = {f"k{i}": shared for i in range(500)} | {"model": {"w": torch.ones(1)}}
+        saved["model"] |= {f"x{i}": shared for i in range(500)}
+        torch.save(saved, tmp_path / "x.pt")
+        with steps(400_000):
+            assert [spec.name for spec in open_source(tmp_path / "x.pt").tensors] == ["w"]
+
+    def test_large_numbers_as_keys_are_named_without_being_written_out(self, tmp_path: Path) -> None:
+        torch.save({"model": {"w": torch.ones(1)}, 10**5000: 1, "x": {10**5000: 2}}, tmp_path / "x.pt")
+        assert "x.pt:a large number" in open_source(tmp_path / "x.pt").skipped  # type: ignore[attr-defined]
 
 
 class TestArchives:
