@@ -31,6 +31,18 @@ def duration_of(text: str | int) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def share_of(text: str | float) -> float:
+    """The value of an option that takes a share: 0.8, or 80%."""
+    number, percent, rest = str(text).strip().partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if rest or not 0 < share <= 1:
+        raise typer.BadParameter(f"{text!r} is no share: write a number from 0 to 1, or up to 100%, such as 80%")
+    return share
+
+
 StoreUrl = Annotated[
     str | None,
     typer.Option(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from modelstore.cli import output, units
 from modelstore.cli.failures import FAILED, usage
-from modelstore.cli.options import AsJson, Debug, Grace, Quiet, Reference, StoreUrl, open_store
+from modelstore.cli.options import AsJson, Debug, Grace, Memory, Quiet, Reference, StoreUrl, open_store, share_of
+
+if TYPE_CHECKING:
+    from modelstore.format.inventory import Compaction
 
 
 def rm(
@@ -52,17 +55,39 @@ def gc(
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete the objects; without this, they are only listed and counted.")
     ] = False,
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact",
+            help="Rewrite packs that are mostly dead: with --delete; without it, what would be done is said.",
+        ),
+    ] = False,
+    live_share: Annotated[
+        float,
+        typer.Option(
+            "--live-share",
+            metavar="SHARE",
+            parser=share_of,
+            help="With --compact: rewrite packs of which less than this is live, such as 80%.",
+        ),
+    ] = 0.8,
     grace: Grace = 86_400,
     store: StoreUrl = None,
+    memory: Memory = None,
     json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Find, or delete, what nothing refers to.
 
-    Objects that no version of any model refers to are listed; --delete deletes them, and frees their space.
+    Objects that no version of any model refers to are listed; --delete deletes them, and frees their space. What is dead within
+    packs that something else needs is freed by --compact: the live rest moves to new packs, and the old ones are deleted
+    when the grace period is over.
     """
-    swept = open_store(store).gc(dry_run=not delete, grace=grace)
+    with output.progress(quiet=quiet) as report:
+        swept = open_store(store, memory=memory).gc(
+            dry_run=not delete, grace=grace, compact=live_share if compact else False, progress=report
+        )
 
     def lines() -> Iterator[str]:
         if not quiet:
@@ -73,7 +98,23 @@ def gc(
             yield f"deleted {what}"
         else:
             yield f"would delete {what}; nothing was deleted" + (": add --delete" if swept.objects else "")
+        if swept.compaction is not None:
+            yield from _compacted(swept.compaction)
+        elif swept.dead:
+            yield f"{units.size(swept.dead)} are dead in packs that something else needs: see --compact"
 
     output.result(swept, lines(), as_json=json)
     for problem in swept.problems:
         output.remark(f"kept what this may refer to: {problem.message}", quiet=json)
+    for said in swept.compaction.left if swept.compaction else ():
+        output.remark(f"modelstore: {said}", quiet=quiet or json)
+
+
+def _compacted(done: Compaction) -> Iterator[str]:
+    sizes = f"{units.count(done.packs, 'pack')}, {units.size(done.before)}, as {units.size(done.after)}"
+    if not done.packs:
+        yield "no pack is to be rewritten"
+    elif done.dry_run:
+        yield f"would rewrite {sizes}; nothing was changed: add --delete"
+    else:
+        yield f"rewrote {sizes}; the old ones are deleted by gc --delete when the grace period is over"

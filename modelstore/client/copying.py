@@ -42,11 +42,11 @@ class Copying(Base):
         version; one that names another version there moves. `all`: every version of the model `ref`, or with None
         every model, with all variants and tags.
 
-        Packs are streamed, several at once as far as the memory allows, and checked against their digests on the way; what is
-        there is not sent, so that an interrupted copy goes on when it is called again. What deltas are stored against comes
-        along. A version keeps its number, where that was never used there; else it takes the next, and is known again by later
-        copies. Where it is there already, variants that were stored anew since, or have other metrics, are replaced. With
-        `all`, what was deleted there is left out; else it is copied anew.
+        Packs are streamed, several at once as far as the memory allows, and checked against their digests on the way. What is
+        there is checked and not sent, so that an interrupted copy goes on when it is called again. What deltas are stored
+        against comes along. A version keeps its number, where that was never used there; else it takes the next, and is known
+        again by later copies. Where it is there already, variants that were stored anew since, or have other metrics, are
+        replaced. With `all`, what was deleted there is left out; else it is copied anew.
 
         `ConflictError` where a variant of that name there has other values, `CorruptionError` where packs are damaged here.
         """
@@ -75,10 +75,12 @@ class Copying(Base):
 
         `ConflictError` where there is a model of the new name.
         """
+        from modelstore.store.relying import again
         from modelstore.store.renaming import rename
 
         self._catalog.open()
-        return rename(self._storage, self._catalog, check_model(old), check_model(new))
+        names = check_model(old), check_model(new)
+        return again(lambda: rename(self._storage, self._catalog, *names))
 
     def du(self, name: str | None = None) -> inventory.StoreUsage:
         """What models, versions and variants take, in bytes as stored: all that each holds, and what nothing else holds.

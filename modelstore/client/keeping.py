@@ -91,12 +91,38 @@ class Keeping(Base):
         version = parsed.version or self._catalog.tag(parsed.name, parsed.tag or "")
         self._catalog.delete(parsed.name, version, parsed.variant if ":" in ref else None, writer)
 
-    def gc(self, *, dry_run: bool = True, grace: float = GRACE) -> results.Swept:
+    def gc(
+        self,
+        *,
+        dry_run: bool = True,
+        grace: float = GRACE,
+        compact: bool | float = False,
+        progress: Progress | None = None,
+    ) -> results.Swept:
         """Remove objects that nothing refers to and that are older than `grace` seconds; by default only say which.
 
         What was deleted less than `grace` seconds ago is kept too: readers and writers at work then lose nothing.
-        """
-        from modelstore.store.garbage import collect
 
+        `compact` rewrites packs of which less than a share is live (True: 0.8), before anything is removed: what is live of
+        them moves, as it is stored, to new packs, and versions are read from there. The old packs stay for the grace period,
+        as what was deleted does; until then the store takes more, by what was moved. `progress` hears of bytes moved.
+        """
+        from modelstore.store.compaction import LIVE_SHARE, clean
+
+        bound = LIVE_SHARE if compact is True else float(compact)
+        if not 0 <= bound <= 1:
+            raise ValueError(
+                f"compact={compact!r} is no share of a pack: give a number from 0 to 1, or True for {LIVE_SHARE}"
+            )
         self._catalog.open()
-        return collect(self._storage, self._catalog, self._manifests, dry_run=dry_run, grace=grace)
+        return clean(
+            self._storage,
+            self._mirrors,
+            self._catalog,
+            self._manifests,
+            dry_run=dry_run,
+            grace=grace,
+            bound=bound,
+            hold=self._limits().memory // 6,
+            meter=lambda total: meter(progress, total, "compacting"),
+        )

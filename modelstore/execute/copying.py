@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -23,7 +23,8 @@ from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, 
 from modelstore.storage.pool import Pool
 from modelstore.store import packs
 from modelstore.store.clock import Youth
-from modelstore.store.heal import checked_pieces
+from modelstore.store.heal import checked_pieces, pack_is_good
+from modelstore.store.relying import GoneError, again
 
 _LOST = (NotFoundError, CorruptionError, FormatError, StorageError)
 _PER_PACK = 96 << 20  # working memory of a pack on its way: parts of an upload under way, and a piece
@@ -52,16 +53,26 @@ def copy(
     plans = [planner.plan(one) for one in wanted]
     missing, there = planner.missing({pack for plan in plans for pack in planner.packs_of(plan)})
     work = _Copying(source, target, planner)
-    report = meter(sum(missing.values()))
+    report = meter(sum(missing.values()) + sum(there.values()))
+    bad = work.bad(there, limits, report)
+    missing |= {pack: there.pop(pack) for pack in bad}
     made, tags = [], []
     for plan in plans:
         if plan.nothing:
             continue
-        fresh = {pack: missing[pack] for pack in planner.packs_of(plan) if pack in missing}
-        work.send(fresh, limits, report)
-        for pack in fresh:
-            del missing[pack]
-        version = work.publish(plan)
+
+        def bring(plan: Plan = plan) -> CopiedVersion:
+            fresh = [pack for pack in dict.fromkeys(planner.packs_of(plan)) if pack in missing]
+            work.send(fresh, limits, report)
+            for pack in fresh:
+                del missing[pack]
+            try:
+                return work.publish(plan)
+            except GoneError:  # what was there, or sent long ago, was collected: once more, with what is there now
+                missing.update(planner.missing(planner.packs_of(plan))[0])
+                raise
+
+        version = again(bring)
         made.append(version)
         tags += work.tag(plan, version.version)
     left_out = tuple(said for plan in plans for said in plan.left_out)
@@ -89,10 +100,28 @@ class _Copying:
         self.sent = 0
         self.sent_packs = 0
 
-    def send(self, missing: dict[str, int], limits: Limits, report: Progress | None) -> None:
-        """Send packs, several at once as far as memory allows."""
+    def bad(self, there: Mapping[str, int], limits: Limits, report: Progress | None) -> list[str]:
+        """Of the packs that are there those whose bytes are not right: they are sent again, before anything relies on them."""
+
+        def good(pack: str) -> bool:
+            right = pack_is_good(self._target.storage, pack)
+            if report:
+                with self._lock:
+                    report(there[pack])
+            return right
+
+        with self._pool(limits) as pool:
+            return [pack for pack, right in zip(there, pool.map(good, there), strict=True) if not right]
+
+    @staticmethod
+    def _pool(limits: Limits) -> Pool:
+        """Threads for packs on their way, several at once as far as memory allows."""
         threads = max(1, min(_AT_ONCE, limits.threads or _AT_ONCE, limits.memory // _PER_PACK))
-        with Pool(threads, thread_name_prefix="modelstore-copy") as pool:
+        return Pool(threads, thread_name_prefix="modelstore-copy")
+
+    def send(self, missing: Iterable[str], limits: Limits, report: Progress | None) -> None:
+        """Send packs."""
+        with self._pool(limits) as pool:
             sending = [pool.submit(self._send, pack, report) for pack in missing]
             try:
                 for one in sending:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import msgspec
 from blake3 import blake3
 
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError
-from modelstore.format import manifest as man
-from modelstore.format.manifest import Manifest
+from modelstore.format.manifest import form
 from modelstore.format.names import ORIGINAL
 from modelstore.format.record import PACKS, VariantEntry, VersionRecord, pack_key
 from modelstore.storage.base import Storage
@@ -62,12 +60,6 @@ class Plan:
     def nothing(self) -> bool:
         """Whether the version is left out, as it was deleted there."""
         return self.there is not None and self.there.deleted
-
-
-def form(manifest: Manifest) -> str:
-    """Equal for manifests of the same values, stored as the same chunks, wherever these lie."""
-    table = msgspec.structs.replace(manifest.chunks, pack=b"", offset=b"")
-    return man.encode(msgspec.structs.replace(manifest, packs=(), chunks=table, base=None))[0]
 
 
 class Planner:

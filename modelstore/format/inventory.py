@@ -72,3 +72,19 @@ class StoreUsage(Result, frozen=True):
     unused: int
     manifests: int
     total: int
+
+
+class Compaction(Result, frozen=True):
+    """What compaction did, or would do: `packs` of which less than the bound was live, and what became of them.
+
+    `before` are the bytes of these packs, `after` those that their live chunks take now; the difference is freed when garbage
+    collection removes the old packs, after its grace period. `variants`, as references, are read from the new packs now.
+    `left` says what stays as it is, and why.
+    """
+
+    packs: int
+    before: int
+    after: int
+    variants: tuple[str, ...]
+    left: tuple[str, ...]
+    dry_run: bool

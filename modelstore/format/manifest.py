@@ -203,6 +203,12 @@ def _parts(text: bytes, size: int) -> int:
     return parts if parts > FEW else 0
 
 
+def form(manifest: Manifest) -> str:
+    """Equal for manifests of the same values, stored as the same chunks, wherever these lie."""
+    table = msgspec.structs.replace(manifest.chunks, pack=b"", offset=b"")
+    return encode(msgspec.structs.replace(manifest, packs=(), chunks=table, base=None, nonce=""))[0]
+
+
 def decode(data: bytes, digest: str, where: str) -> Manifest:
     """The manifest from its stored bytes, checked against its digest and validated.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modelstore.format.brief import Result
+from modelstore.format.inventory import Compaction
 from modelstore.format.manifest import CodecSpec
 
 
@@ -210,6 +211,8 @@ class Swept(Result, frozen=True):
     """What garbage collection removed, or would remove, and how many objects stay.
 
     `problems`: what could not be read, so that what it may refer to was kept.
+    `dead` bytes lie in packs that stay, since something else in these is needed: `compaction` says what became of them,
+    where it was asked for.
     """
 
     objects: tuple[SweptObject, ...]
@@ -217,6 +220,8 @@ class Swept(Result, frozen=True):
     kept: int
     dry_run: bool
     problems: tuple[Problem, ...] = ()
+    dead: int = 0
+    compaction: Compaction | None = None
 
 
 class Choice(Result, frozen=True):

@@ -58,7 +58,7 @@ def collect(
     """
     if not grace >= 0:
         raise ValueError(f"grace={grace} is not a number of seconds from 0 on")
-    now_ = _now(storage, dry_run)
+    now_ = now_of(storage, dry_run)
     limit = now_ - grace
     doubt = Doubt()
     marked = _mark(storage, catalog, manifests, limit, doubt)
@@ -117,7 +117,7 @@ def _sweep_all(
     return gone
 
 
-def _now(storage: Storage, dry_run: bool) -> float:
+def now_of(storage: Storage, dry_run: bool) -> float:
     """The time by the storage's clock, which may differ from this machine's."""
     try:
         return now(storage)

@@ -45,6 +45,27 @@ def test_rename(saved: Command, answer: Answer) -> None:
     saved("rename", "toy", "other", code=1)
 
 
+def test_gc_compacts(run: Command, answer: Answer, tmp_path: Path) -> None:
+    store = ms.open(tmp_path / "store")
+    kept, gone = torch.randn(64, 64), torch.randn(256, 256)
+    store.save("m", {"kept": kept, "gone": gone})
+    store.save("m", {"kept": kept, "new": torch.ones(3)})
+    store.delete("m@1")
+    assert "dead" in run("gc", "--grace", "0").stdout
+    assert "no pack" in run("gc", "--compact").stdout, "deleted just now: readers may be at work"
+    would = run("gc", "--compact", "--grace", "0").stdout
+    assert "would rewrite 1 pack" in would
+    assert "add --delete" in would
+    assert answer("gc", "--compact", "--live-share", "1%", "--grace", "0")["compaction"]["packs"] == 0
+    done = answer("gc", "--compact", "--delete", "--grace", "0")
+    assert done["compaction"]["packs"] == 1
+    assert done["bytes"] > gone.nbytes // 2
+    assert answer("gc")["dead"] == 0
+    assert torch.equal(ms.open(tmp_path / "store").load("m")["kept"], kept)
+    for wrong in ("0", "101%", "x", "-1", "nan"):
+        run("gc", "--compact", "--live-share", wrong, code=2)
+
+
 def test_du(saved: Command, answer: Answer) -> None:
     found = answer("du")
     assert found["models"][0]["bytes"] == found["live"] == found["models"][0]["alone"]

@@ -16,7 +16,7 @@ from modelstore.errors import ConflictError, CorruptionError, NotFoundError, Uns
 from modelstore.format.buffers import Buffer
 from modelstore.format.record import manifest_key, pack_key
 from modelstore.storage.faults import FaultyStorage, Killed
-from modelstore.storage.wrapping import Verb, WrappingStorage
+from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 from tests.helpers.stores import open_on, pack_sizes, shrink
 from tests.store.helpers import Small, cut, flip, weights
 
@@ -197,6 +197,43 @@ def test_a_damaged_pack_is_never_whole_there(full: Small, change: Callable[[byte
     mirrored = open_on(full.storage, mirrors=[good.storage])
     mirrored.copy("org/m@2", other.store)
     same(good, other, "org/m@2")
+
+
+@pytest.mark.parametrize("change", [flip(-1), cut])
+def test_what_is_there_is_checked_before_it_is_relied_upon(full: Small, change: Callable[[bytearray], None]) -> None:
+    other = Small.new()
+    full.store.copy("org/m@1", other.store)
+    pack = max(pack_sizes(other.storage).items(), key=lambda item: item[1])[0]
+    other.damage(pack, change)
+    done = full.store.copy("org/m@1", other.store, name="again")
+    assert done.packs == 1
+    same(full, other, "org/m@1")
+    assert torch.equal(other.store.load("again")["mlp.up"], linear(1)["mlp.up"])
+
+
+def test_a_collection_in_the_other_store_at_any_moment(full: Small) -> None:
+    class Collected(WrappingStorage):
+        """One in which garbage is collected at the `at`-th write, whatever its age."""
+
+        at = 0
+
+        def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:
+            if verb in WRITES and not key.startswith("jobs/"):
+                self.at -= 1
+                if not self.at:
+                    other.sweep(grace=0)
+            return act()
+
+    for at in range(1, 30):
+        other = Small.new()
+        other.store.save("x", weights(3))
+        beside = Collected(other.storage)
+        beside.at = at
+        full.store.copy("tuned", open_on(beside))
+        same(full, other, "tuned")
+        if beside.at > 0:
+            break
+    assert at > 8
 
 
 class Counting(WrappingStorage):

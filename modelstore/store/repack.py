@@ -1,0 +1,259 @@
+"""Moves what is live of packs into new ones: entries as they are, never decoded, each chunk checked on the way.
+
+An entry of a pack moves whole, under its own name, so that chunk packs stay readable by themselves and whole-tensor packs stay
+files that can be mapped. Nothing here knows of manifests: live *places* (offset, length, digest) say what is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from modelstore.errors import CorruptionError, NotFoundError
+from modelstore.format.buffers import Buffer, Bytes, Pieces, view
+from modelstore.format.manifest import DIGEST_BYTES, FORMAT
+from modelstore.format.record import pack_key
+from modelstore.format.safetensors import Entry
+from modelstore.storage.base import Storage
+from modelstore.store import packs
+from modelstore.store.packs import METADATA_KEY, PackBuilder, PackNote
+from modelstore.store.rehouse import NONCE
+
+PLACE = np.dtype([("offset", "<u8"), ("length", "<u8"), ("digest", f"S{DIGEST_BYTES}")])
+SHARD_BYTES = 4 << 30  # of packs of whole tensors
+_PIECE = 8 << 20
+_GAP = 32 << 10  # bytes between what is wanted that are read rather than asked around
+
+Progress = Callable[[int], None]
+Places = NDArray[np.void]  # of PLACE, each once, in the order of their offsets
+
+
+class DamagedPackError(CorruptionError):
+    """A live chunk of a pack has no good copy: `pack` cannot be moved."""
+
+    def __init__(self, message: str, pack: str) -> None:
+        super().__init__(message, object=pack_key(pack))
+        self.pack = pack
+
+
+@dataclass(frozen=True)
+class Old:
+    """A pack to be moved: its entries that have live places in them, in their order; `start` is of the data."""
+
+    digest: str
+    size: int
+    start: int
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+    note: PackNote
+    places: Places
+
+    @property
+    def moved(self) -> int:
+        """Bytes that will be moved."""
+        return sum(entry.stop - entry.start for entry in self.entries)
+
+
+@dataclass
+class New:
+    """A pack to be written: entries of old ones, one after another."""
+
+    metadata: Mapping[str, str]
+    builder: PackBuilder = field(default_factory=PackBuilder)
+    parts: list[tuple[Old, Entry]] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+
+    def takes(self, old: Old, entry: Entry, limit: int) -> bool:
+        """Whether an entry fits, by its size, its name, and what the packs say of its tensor."""
+        if self.builder.size + entry.stop - entry.start > limit or entry.name in self.names:
+            return False
+        tensor = _tensor(old, entry)
+        return tensor is None or self.builder.notes.get(tensor, old.note.tensors[tensor]) == old.note.tensors[tensor]
+
+    def add(self, old: Old, entry: Entry) -> None:
+        """Append an entry."""
+        self.builder.announce(entry.name, entry.dtype, entry.shape, entry.stop - entry.start)
+        self.parts.append((old, entry))
+        self.names.add(entry.name)
+        tensor = _tensor(old, entry)
+        if tensor is not None:
+            self.builder.notes[tensor] = old.note.tensors[tensor]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Where a pack's entries lie now: for each, its first byte and its end before, its pack's number and first byte now."""
+
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    pack: NDArray[np.int64]
+    now: NDArray[np.int64]
+
+
+def old_pack(storage: Storage, digest: str, places: Places) -> Old | None:
+    """A pack with what is live in it; None where its header does not say where that is, or it is a manifest's copy."""
+    opened = packs.open_pack(storage, pack_key(digest))
+    if opened.metadata.get("kind") == "manifest":
+        return None
+    entries = sorted(opened.entries, key=lambda entry: (entry.start, entry.stop))
+    at = _within(entries, opened.data_start, places)
+    if at is None:
+        return None
+    live = tuple(entries[i] for i in np.unique(at).tolist())
+    metadata = {key: value for key, value in opened.metadata.items() if key not in (METADATA_KEY, NONCE)}
+    note = _note(opened.metadata.get(METADATA_KEY, ""))
+    return Old(digest, opened.size, opened.data_start, live, metadata, note, places)
+
+
+def arrange(olds: Iterable[Old]) -> list[New]:
+    """Which entries go into which new packs: in their order, as many as a pack takes, each name once in one."""
+    done: list[New] = []
+    filling: dict[tuple[tuple[str, str], ...], New] = {}
+    for old in olds:
+        kind = tuple(sorted(old.metadata.items()))
+        limit = packs.PACK_BYTES if not kind and all(e.dtype == "uint8" for e in old.entries) else SHARD_BYTES
+        for entry in old.entries:
+            new = filling.get(kind)
+            if new is None or not new.takes(old, entry, limit):
+                new = filling[kind] = New(old.metadata)
+                done.append(new)
+            new.add(old, entry)
+    return done
+
+
+def write(storage: Storage, mirrors: Sequence[Storage], new: New, hold: int, progress: Progress | None) -> str:
+    """Write a new pack; its name. Held in memory up to `hold` bytes, above that read twice: for its name, then to be written.
+
+    `DamagedPackError` where a live chunk has no good copy.
+    """
+    header = new.builder.header(new.metadata)
+    size = len(header) + new.builder.size
+
+    def data() -> Iterator[Buffer]:
+        yield header
+        for old, entries in _runs(new.parts):
+            yield from _checked((storage, *mirrors), old, entries)
+
+    held = list(data()) if size <= hold else None
+    hasher = blake3()
+    for piece in held if held is not None else data():
+        hasher.update(view(np.frombuffer(piece, np.uint8)))
+    digest = hasher.hexdigest()
+    # Also where one of that name is there: it was left by another compaction, and nobody has looked at its bytes since.
+    storage.put(pack_key(digest), held if held is not None else Pieces(data), size)
+    if progress:
+        progress(new.builder.size)
+    return digest
+
+
+def moved(olds: Iterable[Old], news: Sequence[New], names: Sequence[str]) -> tuple[dict[str, Moved], tuple[str, ...]]:
+    """Where the entries of each old pack lie now; packs are numbered as in the second answer."""
+    found: dict[str, list[tuple[int, int, int, int]]] = {old.digest: [] for old in olds}
+    for number, new in enumerate(news):
+        now = len(new.builder.header(new.metadata))
+        for old, entry in new.parts:
+            found[old.digest].append((old.start + entry.start, old.start + entry.stop, number, now))
+            now += entry.stop - entry.start
+    columns = {digest: np.array(sorted(rows), np.int64).reshape(-1, 4).T for digest, rows in found.items()}
+    return {digest: Moved(*rows) for digest, rows in columns.items()}, tuple(names)
+
+
+def _within(entries: Sequence[Entry], data_start: int, places: Places) -> NDArray[np.int64] | None:
+    """Of each place, the number of the entry that it lies in; None where one lies in none."""
+    starts = np.array([data_start + entry.start for entry in entries], np.int64)
+    stops = np.array([data_start + entry.stop for entry in entries], np.int64)
+    offset = places["offset"].astype(np.int64)
+    at = np.searchsorted(starts, offset, "right") - 1
+    if len(places) and (not len(entries) or (at < 0).any()):
+        return None
+    if (offset + places["length"].astype(np.int64) > stops[at]).any():
+        return None
+    return at
+
+
+def _note(text: str) -> PackNote:
+    """What a pack says of its tensors; nothing where that cannot be read, for it is a help and not needed."""
+    try:
+        return msgspec.json.decode(text, type=PackNote)
+    except msgspec.MsgspecError:
+        return PackNote(FORMAT)
+
+
+def _tensor(old: Old, entry: Entry) -> str | None:
+    """The tensor that an entry is of, where the pack's note knows it: the entry's name without plane and chunk, or all of it."""
+    for name in (entry.name, entry.name.rsplit("/", 2)[0]):
+        if name in old.note.tensors:
+            return name
+    return None
+
+
+def _runs(parts: Iterable[tuple[Old, Entry]]) -> Iterator[tuple[Old, list[Entry]]]:
+    """Entries that follow one another out of the same pack."""
+    last: Old | None = None
+    entries: list[Entry] = []
+    for old, entry in parts:
+        if old is not last and entries:
+            assert last is not None
+            yield last, entries
+            entries = []
+        last = old
+        entries.append(entry)
+    if last is not None and entries:
+        yield last, entries
+
+
+def _checked(storages: Sequence[Storage], old: Old, entries: Sequence[Entry]) -> Iterator[Bytes]:
+    """The bytes of entries, in order, of which every live chunk matches its digest."""
+    job: list[tuple[int, int, bytes | None]] = []
+    for segment in _segments(old, entries):
+        start, stop, _ = segment
+        if job and (start < job[-1][1] or start - job[-1][1] > _GAP or stop - job[0][0] > _PIECE):
+            yield from _read(storages, old, job)
+            job = []
+        job.append(segment)
+    if job:
+        yield from _read(storages, old, job)
+
+
+def _segments(old: Old, entries: Sequence[Entry]) -> Iterator[tuple[int, int, bytes | None]]:
+    """(first byte, end, digest) of the live chunks in entries, and of the bytes between them, which have no digest."""
+    offsets = old.places["offset"]
+    for entry in entries:
+        at, stop = old.start + entry.start, old.start + entry.stop
+        first, last = np.searchsorted(offsets, [at, stop], "left")
+        for place in old.places[first:last]:
+            a, n = int(place["offset"]), int(place["length"])
+            if a < at or not n:
+                continue  # over another chunk, as no writer here makes them: readers check it
+            yield from ((b, min(a, b + _PIECE), None) for b in range(at, a, _PIECE))
+            yield a, a + n, place["digest"].ljust(DIGEST_BYTES, b"\0")
+            at = a + n
+        yield from ((b, min(stop, b + _PIECE), None) for b in range(at, stop, _PIECE))
+
+
+def _read(storages: Sequence[Storage], old: Old, job: Sequence[tuple[int, int, bytes | None]]) -> Iterator[Bytes]:
+    """Read a job's range from the first store that has it right; what lies between the segments is left out."""
+    start, stop = job[0][0], job[-1][1]
+    reasons = []
+    for storage in storages:
+        data = np.empty(stop - start, np.uint8)
+        try:
+            storage.read(pack_key(old.digest), start, view(data))
+        except (NotFoundError, CorruptionError) as error:
+            reasons.append(str(error))
+            continue
+        found = [data[a - start : b - start] for a, b, _ in job]
+        if all(digest in (None, blake3(view(one)).digest()) for one, (_, _, digest) in zip(found, job, strict=True)):
+            yield from found
+            return
+        reasons.append(f"the bytes in {storage.url} do not match their digest")
+    raise DamagedPackError(
+        f"bytes {start} to {stop} of {pack_key(old.digest)} are wrong ({'; '.join(reasons)}): it stays as it is; run "
+        f"'modelstore verify' to see what needs them",
+        old.digest,
+    )
