@@ -135,6 +135,16 @@ def _some(name: str, value: Any) -> Any:
     return value if isinstance(value, bool) else given.texts(name, value)
 
 
+def _share(name: str, value: Any) -> Any:
+    """Yes, no, or a share from 0 to 1."""
+    if isinstance(value, bool):
+        return value
+    share = given.amount(name, value, 0)
+    if share > 1:
+        raise ValueError(f"{name}={value!r} is no share of a pack: give a number from 0 to 1, or True")
+    return share
+
+
 def _source(name: str, value: Any) -> Any:
     """What nothing can be saved from; all else is looked at by `open_source`."""
     if value is None or isinstance(value, bool | int | float | bytes):
@@ -242,6 +252,7 @@ def _device(name: str, value: Any) -> Any:
 ANNOTATIONS: dict[str, Check] = {
     "str": given.text,
     "bool": given.flag,
+    "bool | float": _share,
     "int | str": _memory,
     "str | os.PathLike[str]": _path,
     "str | PathLike[str]": _path,

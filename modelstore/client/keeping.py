@@ -110,10 +110,6 @@ class Keeping(Base):
         from modelstore.store.compaction import LIVE_SHARE, clean
 
         bound = LIVE_SHARE if compact is True else float(compact)
-        if not 0 <= bound <= 1:
-            raise ValueError(
-                f"compact={compact!r} is no share of a pack: give a number from 0 to 1, or True for {LIVE_SHARE}"
-            )
         self._catalog.open()
         return clean(
             self._storage,

@@ -128,9 +128,6 @@ def test_dead_bytes_are_said_and_go(small: Small, wanted: dict[str, Tensors]) ->
 def test_packs_above_the_bound_stay(small: Small) -> None:
     assert compacted(fresh(small).gc(compact=0.01)).packs == 0
     assert compacted(fresh(small).gc(compact=1.0)).packs >= compacted(fresh(small).gc(compact=0.8)).packs > 0
-    for wrong in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="share"):
-            fresh(small).gc(compact=wrong)
 
 
 def test_nothing_is_decoded_or_encoded(
