@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from modelstore.cli import output, units
 from modelstore.cli.failures import usage
-from modelstore.cli.options import AsJson, Debug, Quiet, Reference, StoreUrl, open_store, size_of
+from modelstore.cli.options import AsJson, Debug, Quiet, Reference, StoreUrl, open_store
+from modelstore.cli.starting import start
+from modelstore.cli.states import state, state_lines
 from modelstore.errors import StorageError
-
-if TYPE_CHECKING:
-    from modelstore.format.results import ClusterStatus
 
 cluster = typer.Typer(name="cluster", help="Run a store's hosts on a Ray cluster.", no_args_is_help=True)
 
@@ -27,130 +25,25 @@ Address = Annotated[
         help="HOST:PORT of the Ray cluster, or auto: the one that this machine belongs to.",
     ),
 ]
-Size = Annotated[int | None, typer.Option(metavar="SIZE", parser=size_of, show_default=False)]
 
 
-@cluster.command()
-def start(
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address",
-            metavar="ADDRESS",
-            show_default=False,
-            help="A Ray cluster that runs already: auto, or HOST:PORT, which this machine joins where it is none of its "
-            "nodes yet. Without it, a new cluster begins here.",
-        ),
-    ] = None,
-    host: Annotated[
-        str, typer.Option(metavar="IP", help="The address of this machine that others reach.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65535, help="The new cluster's port.")] = 6379,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            show_default=False,
-            help="A file with the cluster's token. Without it: RAY_AUTH_TOKEN, else a new one.",
-        ),
-    ] = None,
-    memory: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SIZE",
-            parser=size_of,
-            show_default=False,
-            help="Shared memory for chunks, a node: a quarter of it.",
-        ),
-    ] = None,
-    disk: Annotated[
-        str | None, typer.Option(metavar="DIR", show_default=False, help="A folder on each node that caches chunks.")
-    ] = None,
-    disk_size: Annotated[
-        int | None,
-        typer.Option(metavar="SIZE", parser=size_of, show_default=False, help="Of that folder: half of what is free."),
-    ] = None,
-    images: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SIZE",
-            parser=size_of,
-            show_default=False,
-            help="Shared memory for decoded models: a quarter of it.",
-        ),
-    ] = None,
-    pending: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SIZE",
-            parser=size_of,
-            show_default=False,
-            help="Shared memory for acknowledged saves that are not stored yet: an eighth of it.",
-        ),
-    ] = None,
-    gpu_memory: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SIZE",
-            parser=size_of,
-            show_default=False,
-            help="Of one GPU of each node that has one, for chunks: none.",
-        ),
-    ] = None,
-    replicas: Annotated[int, typer.Option(metavar="N", min=1, help="On how many hosts each chunk is held.")] = 1,
-    hosts: Annotated[int, typer.Option(metavar="N", min=1, help="Wait until so many nodes have their host.")] = 1,
-    block: Annotated[bool, typer.Option("--block", help="Stay, and stop the cluster's part here at the end.")] = False,
-    json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Start a cluster on this machine, join one, or put hosts on a Ray cluster that runs."""
-    from modelstore.cluster import nodes, runtime
-    from modelstore.errors import StorageError
+Node = Annotated[
+    str,
+    typer.Argument(
+        metavar="NODE",
+        show_default=False,
+        help="The node's id or its beginning, its address, or its host, as 'cluster status' shows them.",
+    ),
+]
 
-    token = token_file.read_text().strip() if token_file else None
-    joined = address is None or (address != "auto" and not nodes.is_member(address))
-    if joined:
-        made = nodes.start_node(join=address, host=host, port=port, token=token)
-        output.remark(f"Ray runs at {made.address}; its token is in {made.token}", quiet=quiet or json)
-    try:
-        runtime.connect("auto" if joined else str(address))
-        runtime.deploy(
-            runtime.default_settings(
-                memory=memory,
-                images=images,
-                disk=disk,
-                disk_bytes=disk_size,
-                replicas=replicas,
-                pending=pending,
-                device_bytes=gpu_memory or 0,
-            ),
-            hosts=hosts,
-        )
-        found = _status("auto" if joined else str(address))
-    except BaseException:
-        if joined:
-            nodes.stop_node()
-        raise
-    output.result(found, _status_lines(found), as_json=json)
-    if block:
-        try:
-            if not nodes.wait_for_end():
-                raise StorageError(
-                    "the Ray node of this machine ended by itself: look at Ray's logs, and start it again"
-                )
-        finally:
-            if joined:
-                nodes.stop_node()
+cluster.command()(start)
 
 
 @cluster.command()
 def status(address: Address = "auto", json: AsJson = False, debug: Debug = False) -> None:
     """Print the cluster's hosts, and what they hold by tier."""
-    found = _status(address)
-    output.result(found, _status_lines(found), as_json=json)
+    found = state(address)
+    output.result(found, state_lines(found), as_json=json)
 
 
 @cluster.command()
@@ -173,7 +66,7 @@ def top(
     session = join(address)
     with Live(Text("…"), console=Console(file=output.drawn_on(sys.stdout)), auto_refresh=False) as live:
         while True:
-            live.update(Text("\n".join(output.shown_lines(_status_lines(look(session))))), refresh=True)
+            live.update(Text("\n".join(output.shown_lines(state_lines(look(session))))), refresh=True)
             time.sleep(interval)
 
 
@@ -212,19 +105,32 @@ def stop(
 
 @cluster.command()
 def drain(
-    node: Annotated[str, typer.Argument(metavar="NODE", show_default=False, help="The node's id, or its beginning.")],
+    node: Node,
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="Until all is handed on; 0 returns at once.")
+    ] = 600.0,
     address: Address = "auto",
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Prepare for a node to leave: others are sent what its host holds.
+    """Prepare for a node to leave: others are sent what its host holds. Waits until they have it.
 
-    It serves what it holds until it goes.
+    It serves what it holds until it goes. 'cluster status' shows what is left; 'cluster undrain' takes it back.
     """
     from modelstore.cluster.joining import join
 
-    found = join(address).drain(node)
-    output.result({"draining": found}, [f"draining {name}" for name in found], as_json=json)
+    found = join(address).drain(node, seconds=wait)
+    says = "has handed on what it held: its node may go" if wait else "drains: see 'modelstore cluster status'"
+    output.result({"draining": found, "done": wait > 0}, [f"{name} {says}" for name in found], as_json=json)
+
+
+@cluster.command()
+def undrain(node: Node, address: Address = "auto", json: AsJson = False, debug: Debug = False) -> None:
+    """Let a node that was to leave stay: its host holds chunks again."""
+    from modelstore.cluster.joining import join
+
+    found = join(address).drain(node, draining=False)
+    output.result({"undrained": found}, [f"{name} holds chunks again" for name in found], as_json=json)
 
 
 @cluster.command()
@@ -333,33 +239,3 @@ def _reached(address: str) -> bool:
     except StorageError:
         return False
     return True
-
-
-def _status(address: str) -> ClusterStatus:
-    from modelstore.cluster.joining import join
-    from modelstore.cluster.status import status as look
-
-    return look(join(address))
-
-
-def _status_lines(found: ClusterStatus) -> Iterator[str]:
-    copies = f"{found.replicas} {'copy' if found.replicas == 1 else 'copies'} of each chunk"
-    yield f"epoch {found.epoch}, {units.count(len(found.hosts), 'host')}, {copies}"
-    rows = [[host.member, host.zone or "—", *_figures(host.stats)] for host in found.hosts]
-    if rows:
-        heads = ("host", "zone", "memory", "disk", "gpu", "hits", "from storage", "from peers", "in flight")
-        yield from output.table(rows, heads, right=range(2, 9))
-    for host in found.hosts:
-        pending = (host.stats or {}).get("pending")
-        if pending and pending["saves"]:
-            why = f": {pending['problem']}" if pending["problem"] else ""
-            yield f"{host.member} has {units.count(pending['saves'], 'save')} to store ({units.size(pending['bytes'])}){why}"
-
-
-def _figures(stats: dict[str, Any] | None) -> list[str]:
-    if stats is None:
-        return ["silent", *[""] * 6]
-    tiers = stats["tiers"]
-    held = [units.size(tiers[name]["bytes"]) if name in tiers else "—" for name in ("memory", "disk", "gpu")]
-    hits = f"{100 * stats['hits'] / stats['asked']:.0f} %" if stats["asked"] else "—"
-    return [*held, hits, units.size(stats["from_storage"]), units.size(stats["from_peers"]), str(stats["in_flight"])]

@@ -139,12 +139,18 @@ class Clustered(Base):
         if not cancel(job):
             raise NotFoundError(f"no job {job!r} runs on the cluster: list them with 'modelstore jobs'")
 
-    def drain(self, node: str) -> list[str]:
+    def drain(self, node: str, *, wait: float = 0.0) -> list[str]:
         """Prepare for a node to leave: its hosts become home to nothing, and others are sent what they hold. Their names.
 
-        `node`: its id, or the beginning of it. `NotFoundError` where no host runs on such a node.
+        `node`: its id or the beginning of it, its address, or its host's name. Waits at most `wait` seconds until all is handed
+        on, as far as others have room; `cluster_status` shows what is left. `NotFoundError` where no host runs on such a node,
+        `ConflictError` where no other host is left, `StorageError` where it takes longer: it goes on.
         """
-        return self._in_cluster().drain(node)
+        return self._in_cluster().drain(node, seconds=wait)
+
+    def undrain(self, node: str) -> list[str]:
+        """Let the hosts of a node that does not leave after all be homes again. Their names; errors as for `drain`."""
+        return self._in_cluster().drain(node, draining=False)
 
     def cluster_status(self) -> results.ClusterStatus:
         """Nodes, their hosts, what these hold by tier, hits, and work in flight."""

@@ -1,4 +1,4 @@
-"""Ray actors: thin shells over `ShardHost` and `Directory`, which do the work and are tested without Ray."""
+"""The Ray actor of a host: a thin shell over `ShardHost` and `Behind`, which do the work and are tested without Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ import ray
 
 from modelstore.cluster.behind import Behind
 from modelstore.cluster.calls import actor, host_name
-from modelstore.cluster.directory import ClusterSettings, Directory
+from modelstore.cluster.capacity import problem_of
+from modelstore.cluster.channel import TLS
+from modelstore.cluster.directory import ClusterSettings
 from modelstore.cluster.folders import own_folder
 from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
 from modelstore.cluster.images import Images
@@ -35,7 +37,6 @@ from modelstore.errors import ModelStoreError
 from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import Region
-from modelstore.format.results import JobStatus
 from modelstore.plan.placement import Member, View, addresses, holders
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ class StorageActor:
 
     def __init__(self, member: Member, settings: ClusterSettings, view: View, device: str | None = None) -> None:
         log_as_json(host=member.id, node=member.node)
+        self._problem = problem_of(settings)
+        if self._problem is not None:  # said by `member`, since Ray would tell it as a tale
+            return
         private_folder(Path(settings.root))
         self._member = member
         self._settings = settings
@@ -86,7 +90,7 @@ class StorageActor:
         lacks, fill = (functools.partial(self._call, method) for method in ("lacks", "fill"))
         self._mending = Mending(member.id, self._host, self._held, lambda: self._view, settings.replicas, lacks, fill)
         self._behind = Behind(member.id, settings.folder(member.id), settings.pending, self._tell)
-        self._clients = PieceClients(settings.secret)
+        self._clients = PieceClients(settings.secret, TLS.from_environment())
         self._server = self._serve()
         # Loads the compiled kernel now: the first reader would otherwise wait for it, and take this host for dead.
         holders(View(0, (member,)), np.zeros(1, np.uint64), 1)
@@ -167,8 +171,17 @@ class StorageActor:
 
     @ray.method(concurrency_group="control")
     def member(self) -> Member:
-        """Who this host is."""
-        return self._member
+        """Who this host is. `ValueError` or `StorageError` where its settings are not for this node."""
+        if self._problem is not None:
+            raise self._problem
+        mine = next((member for member in self._view.members if member.id == self._member.id), self._member)
+        return msgspec.structs.replace(self._member, draining=mine.draining)
+
+    @ray.method(concurrency_group="keep")
+    def left(self) -> int:
+        """Bytes that are still to be handed on before this host may go: copies, and saves that are not stored."""
+        pending = self._behind.stats()
+        return self._mending.left() + (pending.bytes if pending.saves else 0)
 
     @ray.method(concurrency_group="control")
     def ping(self) -> bool:
@@ -232,7 +245,7 @@ class StorageActor:
             return None
         try:
             here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-            server = PieceServer(here, self._settings.secret.encode(), self._read)
+            server = PieceServer(here, self._settings.secret.encode(), self._read, TLS.from_environment())
         except OSError:
             log.warning("no address of this node can be listened at: its pieces go through Ray", exc_info=True)
             return None
@@ -332,65 +345,3 @@ class StorageActor:
 
     def _call(self, method: str, member: str, *arguments: Any) -> Any:
         return ray.get(getattr(self._handle(member), method).remote(*arguments), timeout=60)
-
-
-class DirectoryActor:
-    """The cluster's directory and its supervisor, in a process of their own."""
-
-    def __init__(self, settings: ClusterSettings) -> None:
-        from modelstore.cluster.supervisor import Supervisor
-
-        log_as_json(host="directory", node=ray.get_runtime_context().get_node_id())
-        self._directory = Directory(settings)
-        self._supervisor = Supervisor(self._directory)
-        threading.Thread(target=self._supervisor.run, daemon=True, name="modelstore-supervisor").start()
-
-    @ray.method(concurrency_group="control")
-    def view(self) -> View:
-        """The members now."""
-        return self._directory.view()
-
-    @ray.method(concurrency_group="control")
-    def settings(self) -> ClusterSettings:
-        """What hosts are given."""
-        return self._directory.settings
-
-    @ray.method(concurrency_group="control")
-    def wait(self, hosts: int, seconds: float) -> View:
-        """The view, once it has that many members or the time is up."""
-        return self._supervisor.wait(hosts, seconds)
-
-    @ray.method(concurrency_group="control")
-    def report(self, status: JobStatus | None, job: str) -> bool:
-        """Note how far a job is (None: it ended); whether it is to be cancelled."""
-        return self._directory.report(status, job)
-
-    @ray.method(concurrency_group="control")
-    def jobs(self) -> list[JobStatus]:
-        """The jobs that run."""
-        return self._directory.jobs()
-
-    @ray.method(concurrency_group="control")
-    def cancel(self, job: str) -> bool:
-        """Have a job's driver stop it; whether there is such a job."""
-        return self._directory.cancel(job)
-
-    @ray.method(concurrency_group="control")
-    def drain(self, node: str) -> list[str]:
-        """Let the hosts of a node, named by the beginning of its id, be home to nothing any more; their names."""
-        return self._supervisor.drain(node)
-
-    @ray.method(concurrency_group="control")
-    def homes(self) -> frozenset[str]:
-        """The nodes that have hosts, or are to have them."""
-        return self._supervisor.homes
-
-    @ray.method(concurrency_group="control")
-    def retire(self, node: str) -> None:
-        """Start no host on a node any more, since it is about to go."""
-        self._supervisor.retire(node)
-
-    @ray.method(concurrency_group="control")
-    def stop(self) -> list[str]:
-        """Stop supervising; the hosts' names."""
-        return self._supervisor.stop()

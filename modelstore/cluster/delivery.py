@@ -281,7 +281,10 @@ def _group(actors: Sequence[Any], transport: str) -> Iterator[None]:
             f"a worker is in a group of processes already, and {transport} would need another one: use transport="
             f'"object_store", or "nixl"'
         )
-    group = create_collective_group(list(actors), backend=transport)
+    try:
+        group = create_collective_group(list(actors), backend=transport)
+    except ray.exceptions.RayError as error:
+        raise _died(error) from None
     try:
         yield
     finally:
@@ -340,9 +343,15 @@ def _get(refs: Sequence[Any], seconds: float | None = _ANSWER) -> list[Any]:
             'a node of the workers has no GPU that a sender could take a part of: deliver with device="cpu", or give gpus= less'
         ) from None
     except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Exception) else error) from None
-    except ray.exceptions.RayActorError as error:
-        raise StorageError(
-            f"a worker, or the sender beside it, died while it was given weights ({str(error).splitlines()[0]:.200}): deliver "
-            f"to those that live again"
-        ) from None
+        if isinstance(error.cause, Exception) and not isinstance(error.cause, ray.exceptions.RayError):
+            raise error.cause from None
+        raise _died(error) from None
+    except ray.exceptions.RayError as error:
+        raise _died(error) from None
+
+
+def _died(error: Exception) -> StorageError:
+    return StorageError(
+        f"a worker, or the sender beside it, died while it was given weights ({str(error).splitlines()[0]:.200}): deliver "
+        f"to those that live again"
+    )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import msgspec
 
 from modelstore.cluster.folders import ROOT
 from modelstore.format.results import JobStatus
 from modelstore.plan.placement import Member, View
+
+_SILENT = 15.0  # seconds without a word of its driver after which a job is taken for ended
 
 
 class ClusterSettings(msgspec.Struct, frozen=True):
@@ -40,8 +42,10 @@ class ClusterSettings(msgspec.Struct, frozen=True):
 class Directory:
     """The view of a cluster, changed by one at a time. Epochs grow across restarts, for they begin with the time."""
 
-    def __init__(self, settings: ClusterSettings) -> None:
+    def __init__(self, settings: ClusterSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = settings
+        self._clock = clock
+        self._heard: dict[str, float] = {}  # when each job's driver last said how far it is
         self._lock = threading.Lock()
         self._view = View(_now(), ())
         self._jobs: dict[str, JobStatus] = {}
@@ -64,33 +68,43 @@ class Directory:
                 return self._view
             return self._change(*(m for m in self._view.members if m.id not in ids))
 
-    def drain(self, ids: Collection[str]) -> View:
-        """Let members be home to nothing any more; they serve, and send on, what they hold."""
+    def drain(self, ids: Collection[str], draining: bool = True) -> View:
+        """Let members be home to nothing any more, or again; meanwhile they serve, and send on, what they hold."""
         with self._lock:
-            return self._change(
-                *(msgspec.structs.replace(m, draining=m.draining or m.id in ids) for m in self._view.members)
-            )
+            changed = [msgspec.structs.replace(m, draining=draining) if m.id in ids else m for m in self._view.members]
+            return self._change(*changed)
 
     def report(self, status: JobStatus | None, job: str) -> bool:
         """Note how far a job is (None: it ended); whether it is to be cancelled."""
         with self._lock:
             if status is None:
-                self._jobs.pop(job, None)
-                self._cancelled.discard(job)
+                self._forget(job)
                 return False
-            self._jobs[status.job] = status
+            self._jobs[status.job], self._heard[status.job] = status, self._clock()
             return status.job in self._cancelled
 
     def jobs(self) -> list[JobStatus]:
-        """The jobs that run."""
-        return list(self._jobs.values())
+        """The jobs that run: those whose driver says so, as it does every second, and not those of one that was killed."""
+        with self._lock:
+            self._forget_silent()
+            return list(self._jobs.values())
 
     def cancel(self, job: str) -> bool:
         """Have a job's driver stop it; whether there is such a job."""
         with self._lock:
+            self._forget_silent()
             if job in self._jobs:
                 self._cancelled.add(job)
             return job in self._jobs
+
+    def _forget_silent(self) -> None:
+        for job in [job for job, heard in self._heard.items() if self._clock() - heard > _SILENT]:
+            self._forget(job)
+
+    def _forget(self, job: str) -> None:
+        self._jobs.pop(job, None)
+        self._heard.pop(job, None)
+        self._cancelled.discard(job)
 
     def _change(self, *members: Member) -> View:
         self._view = View(max(self._view.epoch + 1, _now()), tuple(sorted(members, key=lambda m: m.id)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from modelstore.cluster.host import ShardHost
 from modelstore.cluster.pieces import Piece, Source, batches
@@ -53,11 +53,26 @@ class Mending:
         whatever its bound says.
         """
         for source, parts in self._next():
-            for member, theirs in others(self._me, self._view(), None, self._replicas, parts).items():
+            for member, theirs in self._theirs(parts):
                 wanted = set(self._lacks(member, theirs))
                 for batch in batches([part for part in theirs if part.digest in wanted], BATCH):
                     if self._fill(member, source, batch) < sum(part.length for part in batch):
                         break
+
+    def left(self) -> int:
+        """Bytes of what is held that other holders lack, as far as they have room: when it is none, this host may go."""
+        count = 0
+        for _, parts in self._held():
+            for member, theirs in self._theirs(parts):
+                wanted = set(self._lacks(member, theirs))
+                count += sum(part.length for part in theirs if part.digest in wanted)
+        return count
+
+    def _theirs(self, parts: Sequence[Piece]) -> Iterable[tuple[str, list[Piece]]]:
+        return others(self._me, self._view(), None, self._replicas, parts, least=1).items()
+
+    def _drains(self) -> bool:
+        return any(member.id == self._me and member.draining for member in self._view().members)
 
     def _next(self) -> Sequence[tuple[Source, list[Piece]]]:
         every = [(source, part) for source, parts in self._held() for part in parts]
@@ -72,7 +87,7 @@ class Mending:
         """Check some of what is held, then what others lack."""
         for digest in self._host.scrub(SCRUB):
             log.warning("a chunk that was held was wrong, and is dropped", extra={"chunk": digest.hex()})
-        if self._replicas > 1:
+        if self._replicas > 1 or self._drains():
             try:
                 self.even()
             except Exception:  # a host that is gone or silent: the next view, or the next look, will do

@@ -18,13 +18,17 @@ from pathlib import Path
 
 import msgspec
 
+from modelstore.cluster.certificates import issue, new_authority, own_address
 from modelstore.cluster.private import find_file, read_private, run_folder, temporary_folder, write_private
 from modelstore.errors import StorageError
 
 log = logging.getLogger("modelstore")
 
 PORT = 6379
+_ALONE = "127.0.0.1"  # by which a cluster of this machine alone is known
 _RAY_ADDRESS = Path("/tmp/ray/ray_current_cluster")
+_TLS = "tls"  # the folder of this node's certificate, and of its authority where it began the cluster
+_WANTS_TLS = "where it was started with --tls, give its authority's file by --tls-file, or MODELSTORE_TLS_FILE"
 _RAYS_OWN = "r"  # Ray lets everybody into its folder, so it lies in one that only this user enters
 _PROBE = 3.0  # seconds for which an address may stay silent
 _LOOK = 1.0  # seconds between two looks at whether a node still runs
@@ -35,6 +39,7 @@ FAST_HEALTH = {  # a dead node is noticed in a second and a half instead of fift
     "RAY_health_check_failure_threshold": "3",
     "RAY_health_check_initial_delay_ms": "0",
 }
+ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray takes the loopback for its address, and listens nowhere else
 PROMPT = {"RAY_timeout_ms_task_wait_for_death_info": "200"}  # who asks a dead host hears so at once, not after a second
 KEEP_STORES = {"RAY_max_kill_memory_buffer_bytes": "0", "RAY_worker_killing_policy_by_group": "1"}
 QUIET = {
@@ -53,6 +58,7 @@ class Running(msgspec.Struct, frozen=True):
     token: str | None
     folder: str
     head: bool
+    tls: str | None = None  # the folder with its certificate
     born: int = 0  # when the process began, in the kernel's ticks: its number may be another one's later
 
 
@@ -136,16 +142,20 @@ def wait_for_end() -> bool:
 def start_node(
     *,
     join: str | None = None,
-    host: str = "127.0.0.1",
+    host: str | None = None,
     port: int = PORT,
     token: str | None = None,
+    tls: bool = False,
+    authority: Path | None = None,
     cpus: int | None = None,
     object_store: int = 128 << 20,
     labels: Mapping[str, str] | None = None,
 ) -> Running:
     """Start a Ray node on this machine: a head, or with `join` a member of the cluster at that address.
 
-    Ray listens on all interfaces, so a token is always wanted: `token`, else RAY_AUTH_TOKEN, else a new one for a head; it
+    Without `host`, a head is of this machine alone, and listens on the loopback only. Else Ray listens on all interfaces. Who can
+    speak to it can run programs; `tls` makes a head an authority of its own, whose file those who join give as `authority`, and
+    encrypts all between nodes. A token is always wanted: `token`, else RAY_AUTH_TOKEN, else a new one for a head; it
     is kept in a file of this user's. `StorageError` where Ray does not come up.
     """
     if (here := running()) is not None:
@@ -156,31 +166,52 @@ def start_node(
     token = token or os.environ.get("RAY_AUTH_TOKEN") or (None if join else secrets.token_hex(32))
     if token is None:
         raise ValueError(f"the cluster at {join} wants its token: give it by --token-file or RAY_AUTH_TOKEN")
-    address = join or f"{host}:{port}"
+    if host is not None and not _is_here(host):
+        raise ValueError(f"{host} is no address of this machine: give one that is, by --host")
+    address = join or f"{host or _ALONE}:{port}"
+    if tls and not join:
+        authority = new_authority(run / _TLS)
+    secure: dict[str, str] = {}
+    if authority is not None:
+        host = host or (own_address(join) if join else None)
+        secure = issue(authority, run / _TLS, [host or _ALONE])
     if join:
-        probe(join, token)
-    elif _listens(host, port):
-        raise ValueError(f"port {port} of {host} is taken: give another one by --port")
+        probe(join, token, secure)
+        if is_alone(join):
+            raise ValueError(
+                f"the cluster at {join} is of one machine alone: begin it with 'modelstore cluster start --host IP', by the "
+                f"address at which others reach that machine"
+            )
+    elif _listens(host or _ALONE, port):
+        raise ValueError(f"port {port} of {host or _ALONE} is taken: give another one by --port")
     token_file = run / "token"
     write_private(token_file, token.encode())
     folder = temporary_folder()
     command = [_ray(), "start", "--block", "--disable-usage-stats", f"--object-store-memory={object_store}"]
-    command += (
-        ["--head", f"--port={port}", f"--node-ip-address={host}", "--include-dashboard=false"] if not join else []
-    )
+    command += ["--head", f"--port={port}", "--include-dashboard=false"] if not join else []
     command += [f"--temp-dir={folder}/{_RAYS_OWN}", *([f"--address={join}"] if join else [])]
+    command += [f"--node-ip-address={host or _ALONE}"] if host or not join else []
     command += [f"--num-cpus={cpus}"] if cpus is not None else []
     command += ["--labels=" + ",".join(f"{k}={v}" for k, v in labels.items())] if labels else []
     environment = {**os.environ, **FAST_HEALTH, **PROMPT, **KEEP_STORES, **QUIET, **auth(token)}
+    environment |= {ALONE: "0" if host is None and not join else "1", **secure}
     log_file = run / "ray.log"
     write_private(log_file, b"")
     with log_file.open("wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
         )
-    made = Running(process.pid, address, str(token_file), str(folder), join is None, _born(process.pid))
+    made = Running(
+        process.pid,
+        address,
+        str(token_file),
+        str(folder),
+        join is None,
+        str(run / _TLS) if secure else None,
+        _born(process.pid),
+    )
     try:
-        _wait_for_node(process, made, token, log_file)
+        _wait_for_node(process, made, token, log_file, secure)
     except BaseException:
         _terminate(process.pid)
         shutil.rmtree(folder, ignore_errors=True)
@@ -202,6 +233,8 @@ def stop_node() -> Running | None:
     shutil.rmtree(found.folder, ignore_errors=True)
     for path in (file, file.parent / "token"):
         path.unlink(missing_ok=True)
+    if found.tls:
+        shutil.rmtree(found.tls, ignore_errors=True)
     return found
 
 
@@ -210,7 +243,7 @@ def auth(token: str | None) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
 
 
-def probe(address: str, token: str | None) -> None:
+def probe(address: str, token: str | None, tls: Mapping[str, str] | None = None) -> None:
     """Whether a Ray cluster answers there and takes the token, in seconds. `StorageError` says what is wrong."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
@@ -223,14 +256,14 @@ def probe(address: str, token: str | None) -> None:
         "import sys\nfrom ray._raylet import GcsClient\n"
         "GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None, timeout=3)\n"
     )
-    environment = {**os.environ, **QUIET, **auth(token)}
+    environment = {**os.environ, **QUIET, **auth(token), **(tls or {})}
     try:
         done = subprocess.run(
             [sys.executable, "-c", code, address], env=environment, capture_output=True, text=True, timeout=20
         )
     except subprocess.TimeoutExpired:
         raise StorageError(
-            f"what answers at {address} is no Ray cluster, or is overloaded: check the address"
+            f"what answers at {address} is no Ray cluster, or is overloaded: check the address; {_WANTS_TLS}"
         ) from None
     if done.returncode:
         if "AuthenticationError" in done.stderr or "Unauthenticated" in done.stderr:
@@ -238,8 +271,30 @@ def probe(address: str, token: str | None) -> None:
                 f"the cluster at {address} does not take this token: set RAY_AUTH_TOKEN to the cluster's own"
             )
         raise StorageError(
-            f"what answers at {address} is no Ray cluster of this version: check the address, and Ray's version"
+            f"what answers at {address} is no Ray cluster of this version: check the address, and Ray's version; "
+            f"{_WANTS_TLS}"
         )
+
+
+def is_alone(address: str) -> bool:
+    """Whether the cluster at an address listens on this machine's loopback only."""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost", "::1", "[::1]"):
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out, contextlib.suppress(OSError):
+        out.connect(("192.0.2.1", 9))  # nothing is sent: the kernel says which address it would be sent from
+        return not _listens(out.getsockname()[0], int(port))
+    return True
+
+
+def _is_here(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(found[0], found[1]) as tried:
+            tried.bind(found[4])
+    except OSError:
+        return False
+    return True
 
 
 def _listens(host: str, port: int) -> bool:
@@ -258,12 +313,14 @@ def _ray() -> str:
     return found
 
 
-def _wait_for_node(process: subprocess.Popen[bytes], made: Running, token: str, log_file: Path) -> None:
+def _wait_for_node(
+    process: subprocess.Popen[bytes], made: Running, token: str, log_file: Path, tls: Mapping[str, str]
+) -> None:
     for _ in _until(_START):
         if process.poll() is not None:
             raise StorageError(f"Ray did not start: {_last_line(log_file)} (all of it in {log_file})")
         if b"Ray runtime started" in log_file.read_bytes():
-            probe(made.address, token)
+            probe(made.address, token, tls)
             return
     raise StorageError(f"Ray did not come up in {_START:.0f} s: see {log_file}")
 

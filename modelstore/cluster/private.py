@@ -90,7 +90,7 @@ _ADVICE = "remove it, or set MODELSTORE_RUN_DIR to a folder of your own"
 def _candidates() -> list[Path]:
     given = os.environ.get("MODELSTORE_RUN_DIR")
     if given:
-        return [Path(given)]
+        return [Path(given).absolute()]
     user = os.getuid()
     login = [os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{user}"]
     temporary = Path(tempfile.gettempdir()) / f"modelstore-{user}"

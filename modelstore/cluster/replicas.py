@@ -30,12 +30,14 @@ def copies_to_send(me: str, before: View, after: View, replicas: int, parts: Seq
     return found
 
 
-def others(me: str, view: View, before: View | None, replicas: int, parts: Sequence[Piece]) -> dict[str, list[Piece]]:
-    """By member, the pieces that it may have: their other holders now, and as the view was before."""
+def others(
+    me: str, view: View, before: View | None, replicas: int, parts: Sequence[Piece], least: int = 2
+) -> dict[str, list[Piece]]:
+    """By member, the pieces that it may have: their other holders now (`least`, or more), and as the view was before."""
     keys = section_keys(parts)
     live = {member.id for member in view.members}
     found: dict[str, list[Piece]] = {}
-    tables = [_names(view, keys, max(2, replicas))] + ([_names(before, keys, max(1, replicas))] if before else [])
+    tables = [_names(view, keys, max(least, replicas))] + ([_names(before, keys, max(1, replicas))] if before else [])
     for at, part in enumerate(parts):
         for name in dict.fromkeys(name for table in tables for name in table[at]):
             if name != me and name in live:

@@ -10,18 +10,22 @@ import secrets
 import shutil
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from modelstore.cluster.capacity import check
+from modelstore.cluster.certificates import environment, issue, own_address
 from modelstore.cluster.directory import ClusterSettings
 from modelstore.cluster.folders import sweep
 from modelstore.cluster.nodes import (
+    ALONE,
     FAST_HEALTH,
     KEEP_STORES,
     PROMPT,
     QUIET,
     auth,
+    is_alone,
     probe,
     ray_address,
     read_file,
@@ -30,6 +34,9 @@ from modelstore.cluster.nodes import (
 from modelstore.cluster.private import temporary_folder
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.execute.memory import free_memory
+
+if TYPE_CHECKING:
+    from modelstore.cluster.supervisor import Started
 
 log = logging.getLogger("modelstore")
 
@@ -44,11 +51,16 @@ def connect(cluster: str) -> None:
     if _connected():
         _check_same(cluster)
         return
-    address, token = _found(cluster)
-    probe(address, token)
+    address, token, tls = _found(cluster)
+    probe(address, token, tls)
     if token and "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
-        _check_without_token(address)
-    _set_environment(token)
+        _check_without_token(address, tls)
+    if tls and "ray" in sys.modules and os.environ.get("RAY_USE_TLS") != "1":
+        raise StorageError(
+            f"the cluster at {address} wants TLS, and ray was imported here without it: open the store before that"
+        )
+    os.environ.update(tls)
+    _set_environment(token, alone=is_alone(address))
     import ray
 
     _addresses.clear()
@@ -72,8 +84,9 @@ def _check_same(cluster: str) -> None:
 
 def start_local(settings: ClusterSettings, *, cpus: int | None = None) -> None:
     """A cluster of one node within this process, which ends with it."""
+    check(settings)
     if not _connected():
-        _set_environment(secrets.token_hex(32))
+        _set_environment(secrets.token_hex(32), alone=True)
         os.environ.update({**KEEP_STORES, **FAST_HEALTH})
         import ray
 
@@ -88,7 +101,7 @@ def start_local(settings: ClusterSettings, *, cpus: int | None = None) -> None:
             namespace="modelstore",
             _temp_dir=f"{folder}/r",
         )
-    deploy(settings)
+    deploy(settings, given=())
 
 
 def _stop_local(folder: str) -> None:
@@ -107,18 +120,25 @@ def _connected() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
-def _set_environment(token: str | None) -> None:
-    """Set Ray's authentication; Ray reads it once, when it is imported: where it was before, what held then stays."""
+def _set_environment(token: str | None, *, alone: bool) -> None:
+    """Set Ray's authentication, and whether its address is the loopback.
+
+    Ray reads the former once, when it is imported: where it was before, what held then stays.
+    """
+    os.environ[ALONE] = "0" if alone else "1"
     if "ray" in sys.modules:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        from ray._private import ray_constants
+
+        ray_constants.ENABLE_RAY_CLUSTER = not alone
         return
     os.environ.update({**auth(token), **PROMPT, **QUIET})
 
 
-def _check_without_token(address: str) -> None:
+def _check_without_token(address: str, tls: Mapping[str, str]) -> None:
     """Ray reads once, when it is imported, that there is a token: `StorageError` where it came too early for this cluster."""
     try:
-        probe(address, None)
+        probe(address, None, tls)
     except StorageError:
         raise StorageError(
             f"the cluster at {address} wants a token, and ray was imported here without one: set RAY_AUTH_MODE=token in "
@@ -126,20 +146,30 @@ def _check_without_token(address: str) -> None:
         ) from None
 
 
-def _found(cluster: str) -> tuple[str, str | None]:
-    """Address and token of a cluster: what was started here, else what Ray's own variables and files say."""
+def _found(cluster: str) -> tuple[str, str | None, dict[str, str]]:
+    """Address, token and TLS's environment of a cluster: what was started here, else what variables and Ray's own file say."""
     here = running()
     token = os.environ.get("RAY_AUTH_TOKEN") or read_file(os.environ.get("RAY_AUTH_TOKEN_PATH"))
     if here is not None and cluster in ("auto", here.address):
-        return here.address, token or read_file(here.token)
+        return here.address, token or read_file(here.token), environment(Path(here.tls)) if here.tls else {}
     if cluster != "auto":
-        return cluster, token
+        return cluster, token, _certificate(cluster)
     address = os.environ.get("RAY_ADDRESS") or ray_address()
     if not address:
         raise NotFoundError(
             "no Ray cluster runs on this machine: start one with 'modelstore cluster start', or name its address"
         )
-    return address, token
+    return address, token, _certificate(address)
+
+
+def _certificate(address: str) -> dict[str, str]:
+    """A certificate for this process, where MODELSTORE_TLS_FILE names the cluster's authority."""
+    authority = os.environ.get("MODELSTORE_TLS_FILE")
+    if not authority:
+        return {}
+    folder = temporary_folder()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return issue(Path(authority), folder, [own_address(address)])
 
 
 def default_settings(
@@ -153,55 +183,112 @@ def default_settings(
     device_bytes: int = 0,
     device: str = "cuda",
 ) -> ClusterSettings:
-    """Settings with sizes that suit a node like this one.
+    """Settings with sizes that suit a node like this one; `ValueError` for what cannot be.
 
-    Of its free shared memory a quarter each for chunks and images, and an eighth for saves that the storage has not got yet.
+    Of its free shared memory, beside what is given, a quarter each for chunks and images, and an eighth for saves that the
+    storage has not got yet.
     """
-    shared = min(shutil.disk_usage("/dev/shm").free, free_memory())
     if replicas < 1:
         raise ValueError(f"replicas={replicas} is not positive")
+    for name, size in (("memory", memory), ("disk_bytes", disk_bytes)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size} is not positive")
+    for name, size in (("images", images), ("pending", pending), ("device_bytes", device_bytes)):
+        if size is not None and size < 0:
+            raise ValueError(f"{name}={size} is negative")
     if disk is None and disk_bytes:
         raise ValueError("a size for the disk wants a folder on it, too")
+    shared = min(shutil.disk_usage("/dev/shm").free, free_memory())
+    shared = max(0, shared - sum(size for size in (memory, images, pending) if size is not None))
+    disk = str(Path(disk).expanduser().absolute()) if disk is not None else None
     if disk is not None and disk_bytes is None:
         disk_bytes = shutil.disk_usage(_existing(Path(disk))).free // 2
     return ClusterSettings(
         uuid.uuid4().hex[:8],
-        memory or shared // 4,
-        images or shared // 4,
+        shared // 4 if memory is None else memory,
+        shared // 4 if images is None else images,
         disk,
         disk_bytes or 0,
         replicas,
         shared // 8 if pending is None else pending,
         device_bytes,
         device,
-        "" if os.environ.get("RAY_USE_TLS") == "1" else secrets.token_hex(32),  # Ray's own way is encrypted then
+        secrets.token_hex(32),
     )
 
 
-def deploy(settings: ClusterSettings, *, hosts: int = 1, seconds: float = 60.0) -> None:
-    """Put a directory and hosts on the Ray cluster that this process is connected to; those that are there stay."""
+def deploy(
+    settings: ClusterSettings, *, hosts: int = 1, seconds: float = 60.0, given: Collection[str] | None = None
+) -> None:
+    """Put a directory and hosts on the Ray cluster that this process is connected to; those that are there stay.
+
+    Returns when there are so many, and one on this node, if it is to have one. `ValueError` where the cluster has hosts with
+    other settings than `settings` says, as far as they are named in `given` (None: all that users choose); `StorageError` where
+    hosts do not come up; where their nodes cannot have them, a directory that was made for them is removed then.
+    """
     import ray
 
-    from modelstore.cluster.actors import DirectoryActor
-    from modelstore.cluster.calls import DIRECTORY, NAMESPACE
+    from modelstore.cluster.calls import DIRECTORY, NAMESPACE, actor, answer
+    from modelstore.cluster.control import DirectoryActor
 
-    directory: Any = (
-        ray.remote(concurrency_groups={"control": 16})(  # type: ignore[call-overload]
-            DirectoryActor
+    new = False
+    try:
+        directory = actor(DIRECTORY)
+    except ValueError:
+        new = True
+        directory = (
+            ray.remote(concurrency_groups={"control": 16})(  # type: ignore[call-overload]
+                DirectoryActor
+            )
+            .options(
+                name=DIRECTORY,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                max_restarts=-1,
+                num_cpus=0,
+                get_if_exists=True,
+            )
+            .remote(settings)
         )
-        .options(
-            name=DIRECTORY,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            max_restarts=-1,
-            num_cpus=0,
-            get_if_exists=True,
+    if not new:
+        _check_settings(settings, answer(directory.settings.remote(), "the cluster's directory", seconds), given)
+    here = ray.get_runtime_context().get_node_id()
+    waiting = directory.wait.remote(hosts, here, seconds)
+    found = answer(waiting, "the cluster's directory", seconds + 30)
+    problem = _shortage(found, hosts, here, seconds)
+    if problem:
+        if new and found.problems:  # else they may still come
+            undeploy(force=True)
+        raise StorageError(problem)
+
+
+def _check_settings(wanted: ClusterSettings, there: ClusterSettings, given: Collection[str] | None) -> None:
+    """`ValueError` where the hosts that are there were given something else."""
+    names = ("memory", "images", "disk", "disk_bytes", "replicas", "pending", "device_bytes")
+    other = [
+        f"{name} is {getattr(there, name)}"
+        for name in names
+        if (given is None or name in given) and getattr(wanted, name) != getattr(there, name)
+    ]
+    if other:
+        raise ValueError(
+            f"this cluster has hosts with other settings ({', '.join(other)}), which each new host gets: leave the options "
+            f"out, or stop the cluster before"
         )
-        .remote(settings)
+
+
+def _shortage(found: Started, hosts: int, here: str, seconds: float) -> str | None:
+    """What is wrong with the hosts that there are, as far as anything is. Pure."""
+    members = found.view.members
+    if len(members) >= hosts and found.served:
+        return None
+    why = found.problems.get(here) or next(iter(found.problems.values()), "")
+    if not found.served:
+        return f"the host of this node did not come up: {why or f'not in {seconds:.0f} s; look at the logs of Ray'}"
+    count = f"{len(members)} of {hosts} hosts came up"
+    return (
+        f"{count}: {why}" if why else f"{count} in {seconds:.0f} s: fewer nodes are there, or look at the logs of Ray"
     )
-    view = ray.get(directory.wait.remote(hosts, seconds), timeout=seconds + 30)
-    if len(view.members) < hosts:
-        raise StorageError(f"{len(view.members)} of {hosts} hosts came up in {seconds:.0f} s: look at Ray's logs")
 
 
 def undeploy(*, seconds: float = 60.0, force: bool = False) -> int:
@@ -212,15 +299,15 @@ def undeploy(*, seconds: float = 60.0, force: bool = False) -> int:
     """
     import ray
 
-    from modelstore.cluster.calls import DIRECTORY, actor
+    from modelstore.cluster.calls import DIRECTORY, actor, ask_directory
 
     try:
         directory = actor(DIRECTORY)
     except ValueError:
         return 0
     if not force:
-        _wait_for_saves([member.id for member in ray.get(directory.view.remote(), timeout=30).members], seconds)
-    names = ray.get(directory.stop.remote(), timeout=30)
+        _wait_for_saves([member.id for member in ask_directory("view", seconds=30).members], seconds)
+    names = ask_directory("stop", seconds=30)
     _close(names)
     ray.kill(directory)
     sweep()  # what hosts of this machine left that were killed, and whom no other one followed
@@ -232,18 +319,16 @@ def leave(node: str, *, seconds: float = 60.0, force: bool = False) -> int:
 
     The others go on. Errors as for `undeploy`.
     """
-    import ray
-
-    from modelstore.cluster.calls import DIRECTORY, actor
+    from modelstore.cluster.calls import DIRECTORY, actor, ask_directory
 
     try:
-        directory = actor(DIRECTORY)
+        actor(DIRECTORY)
     except ValueError:
         return 0
-    names = [member.id for member in ray.get(directory.view.remote(), timeout=30).members if member.node == node]
+    names = [member.id for member in ask_directory("view", seconds=30).members if member.node == node]
     if not force:
         _wait_for_saves(names, seconds)
-    ray.get(directory.retire.remote(node), timeout=30)
+    ask_directory("retire", node, seconds=30)
     _close(names)
     return len(names)
 

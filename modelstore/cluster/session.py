@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from modelstore.cluster.calls import (
     failed,
     host_name,
 )
+from modelstore.cluster.channel import TLS
 from modelstore.cluster.host import HostStats, local_path
 from modelstore.cluster.images import image_path
 from modelstore.cluster.making import Made, Variant
@@ -40,6 +41,8 @@ _FRESH = 3.0  # seconds for which a view is used before it is asked for again
 _REPLACED = 10.0  # seconds to wait for the host that takes the place of one that died
 _NOTICED = 20.0  # seconds within which a dead node is noticed
 _LOOK = 0.1  # seconds between two looks for it
+_STEP = 0.5  # seconds between two looks at a host that drains
+_LEFT = 20.0  # seconds that hosts which drain have to say what they have still to hand on
 _STATS = 2.0  # seconds that all hosts together have to say what they hold
 
 
@@ -56,7 +59,7 @@ class Session:
         self._node = ray.get_runtime_context().get_node_id()
         self._handles: dict[str, Any] = {}
         self._asker = Asker(self._ask, self._alive)
-        self._clients = PieceClients(self.settings.secret)
+        self._clients = PieceClients(self.settings.secret, TLS.from_environment())
         self._metrics = ReaderMetrics(self._node)
         for looked_up in self._meet():
             with contextlib.suppress(ValueError):
@@ -213,13 +216,36 @@ class Session:
         """Let every host keep the image of a content."""
         self._all("pin_image", content, pin)
 
-    def drain(self, node: str) -> list[str]:
-        """Let the hosts of a node be home to nothing; their names. `NotFoundError` where there are none."""
-        found: list[str] = ask_directory("drain", node) if node else []
+    def drain(self, node: str, *, draining: bool = True, seconds: float = 0.0) -> list[str]:
+        """As `Supervisor.drain`; waits until what they hold is handed on. `NotFoundError` where there are none, `StorageError`
+        where that takes longer than so many seconds: it goes on."""
+        found: list[str] = ask_directory("drain", node, draining) if node else []
         if not found:
             raise NotFoundError(f"no host runs on a node {node!r}: list them with 'modelstore cluster status'")
+        end = time.monotonic() + seconds
+        while draining and seconds:
+            there = {member.id for member in self.view(fresh=True).members}
+            left = {member: count for member, count in self.left().items() if member in found}
+            if not there.intersection(found) or (left and not any(count != 0 for count in left.values())):
+                break
+            if time.monotonic() > end:
+                count = sum(filter(None, left.values()))
+                raise StorageError(
+                    f"hosts {', '.join(found)} have not handed on everything after {seconds:g} s ({count} bytes are left): "
+                    f"they go on, and 'modelstore cluster status' shows it"
+                )
+            time.sleep(_STEP)
         self.view(fresh=True)
         return found
+
+    def left(self) -> dict[str, int | None]:
+        """Of each member that drains, the bytes that it has still to hand on; None where it does not say."""
+        asked = {m.id: self._future(m.id, "left") for m in self.view(fresh=True).members if m.draining}
+        wait(asked.values(), timeout=_LEFT)
+        return {
+            member: future.result() if future.done() and not future.exception() else None
+            for member, future in asked.items()
+        }
 
     def unpin(self, pin: str) -> None:
         """Let every host evict what was held under this pin."""

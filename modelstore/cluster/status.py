@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from modelstore.errors import StorageError
 from modelstore.format import results
 
 if TYPE_CHECKING:
@@ -14,15 +16,27 @@ if TYPE_CHECKING:
 
 def status(session: Session) -> results.ClusterStatus:
     """Every host with what it holds and did; a host that does not answer has no figures."""
-    view = session.view(fresh=True)
+    import ray  # not before the session, which tells it the cluster's token
+
+    from modelstore.cluster.calls import ask_directory
+
     stats = session.stats()
+    view = session.view()
+    left = session.left() if any(member.draining for member in view.members) else {}
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}  # type: ignore[no-untyped-call]
     hosts = tuple(
         results.HostStatus(
             member.id,
             member.node,
             member.zone,
             None if stats.get(member.id) is None else msgspec.to_builtins(stats[member.id]),
+            nodes.get(member.node, ""),
+            member.draining,
+            left.get(member.id),
         )
         for member in view.members
     )
-    return results.ClusterStatus(view.epoch, session.settings.replicas, hosts)
+    problems: dict[str, str] = {}
+    with contextlib.suppress(StorageError):
+        problems = ask_directory("problems")
+    return results.ClusterStatus(view.epoch, session.settings.replicas, hosts, problems)

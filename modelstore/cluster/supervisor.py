@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modelstore.cluster.actors import GROUPS, StorageActor
-from modelstore.cluster.calls import NAMESPACE, actor, host_name
+from modelstore.cluster.calls import NAMESPACE, actor, host_name, told
 from modelstore.cluster.directory import ClusterSettings, Directory
 from modelstore.cluster.metrics import JobMetrics
+from modelstore.errors import ConflictError
 from modelstore.plan.placement import Member, View
 
 log = logging.getLogger("modelstore")
@@ -24,7 +26,16 @@ ZONE = "ray.io/availability-zone"
 _GPU_SHARE = 0.01  # of a GPU: hosts take memory of it, and next to no time
 _PERIOD = 0.5  # seconds between two looks
 _LOOKS = 20  # looks without an answer after which a host is given up: ten seconds
+_PAUSE = 10.0  # seconds until a host that could not be started is tried again
 _ANSWER = 10.0  # seconds that a host of an earlier directory has to say who it is
+
+
+class Started(NamedTuple):
+    """Who is in a cluster, by node why a host could not be started, and whether the node that was asked for is served."""
+
+    view: View
+    problems: dict[str, str]
+    served: bool
 
 
 class Supervisor:
@@ -40,6 +51,9 @@ class Supervisor:
         self._metrics = JobMetrics()
         self._stopped = threading.Event()
         self._retired: set[str] = set()
+        self._draining: set[str] = set()  # nodes, whose next hosts drain, too
+        self._problems: dict[str, tuple[str, float]] = {}  # by node, why its host could not start, and when that was
+        self._looks = 0
         self._seen = directory.view().epoch
         self.homes: frozenset[str] = frozenset()  # nodes that have hosts, or are to have them
 
@@ -51,6 +65,7 @@ class Supervisor:
                     handle = actor(found["name"])
                     member = ray.get(handle.member.remote(), timeout=_ANSWER)
                     self._handles[member.id] = handle
+                    self._draining |= {member.node} if member.draining else set()
                     self._directory.join(member)
 
     def run(self) -> None:
@@ -79,22 +94,56 @@ class Supervisor:
         self.homes = self._homes(nodes)
         self._welcome(set(nodes))
         for node in self._without_host():
-            self._start(node, nodes[node])
+            if time.monotonic() - self._problems.get(node, ("", -_PAUSE))[1] >= _PAUSE:
+                self._start(node, nodes[node])
         self._tell()
+        with self._changed:
+            self._looks += 1
+            self._changed.notify_all()
         view = self._directory.view()
         self._metrics.show(self._directory.jobs(), len(view.members), view.epoch)
 
-    def wait(self, hosts: int, seconds: float) -> View:
-        """The view, once it has that many members or the time is up."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._directory.view().members) >= hosts, timeout=seconds)
-        return self._directory.view()
+    def wait(self, hosts: int, node: str, seconds: float) -> Started:
+        """Who is there, once it is so many, and one of them on that node if it is to have one; or they cannot be, or the time is
+        up."""
+        first = self._looks + 2  # a whole one from now on, which knows the node
 
-    def drain(self, node: str) -> list[str]:
-        """Let a node's hosts be home to nothing: others are sent what they hold, and they serve it until they go. Their names."""
-        ids = [member.id for member in self._directory.view().members if member.node.startswith(node)]
+        def served() -> bool:
+            nodes = {member.node for member in self._directory.view().members}
+            return node in nodes or node not in self.homes
+
+        def over() -> bool:
+            possible = self.homes - self.problems().keys()
+            ready = len(self._directory.view().members) >= hosts and served()
+            return self._looks >= first and (ready or node in self.problems() or not (possible or not self.homes))
+
+        with self._changed:
+            self._changed.wait_for(over, timeout=seconds)
+        return Started(self._directory.view(), self.problems(), served())
+
+    def problems(self) -> dict[str, str]:
+        """By node, why its host could not be started."""
+        return {node: why for node, (why, _) in list(self._problems.items()) if node in self.homes}
+
+    def drain(self, node: str, draining: bool = True) -> list[str]:
+        """Let a node's hosts be home to nothing: others are sent what they hold, and they serve it until they go. Their names.
+
+        `node`: its id or the beginning of it, its address, or the name of its host. `ValueError` where that is several nodes,
+        `ConflictError` where no other host would be left to hold anything. Without `draining` they are homes again.
+        """
+        members = self._directory.view().members
+        chosen = [m for m in members if m.node.startswith(node) or m.id == node or m.address.rpartition(":")[0] == node]
+        nodes = {member.node for member in chosen}
+        if len(nodes) > 1:
+            raise ValueError(f"{node!r} is the beginning of {len(nodes)} nodes' ids: give more of it")
+        if draining and chosen and not any(m.node not in nodes and not m.draining for m in members):
+            raise ConflictError(
+                f"no other host is left that could hold what those of node {node!r} do: add a node first"
+            )
+        ids = [member.id for member in chosen]
         if ids:
-            self._directory.drain(ids)
+            self._draining = self._draining | nodes if draining else self._draining - nodes
+            self._directory.drain(ids, draining)
             self._tell()
         return ids
 
@@ -139,7 +188,8 @@ class Supervisor:
         """Begin a host on a node; it becomes a member when it answers."""
         settings, view = self._directory.settings, self._directory.view()
         device = device_of(settings, info["Resources"])
-        member = Member(f"{node[:12]}-{view.epoch}", node, info.get("Labels", {}).get(ZONE, ""))
+        zone = info.get("Labels", {}).get(ZONE, "")
+        member = Member(f"{node[:12]}-{view.epoch}", node, zone, draining=node in self._draining)
         made: Any = (
             ray.remote(concurrency_groups=GROUPS)(StorageActor)  # type: ignore[call-overload]
             .options(
@@ -156,7 +206,7 @@ class Supervisor:
         self._starting[node] = (member, made, made.member.remote())
 
     def _welcome(self, nodes: set[str]) -> None:
-        """Let started hosts that answer become members; those that failed are started again at the next look."""
+        """Let started hosts that answer become members; those that failed are started again after a pause."""
         for node, (member, made, ref) in list(self._starting.items()):
             if node in nodes and not ray.wait([ref], timeout=0)[0]:
                 continue
@@ -164,10 +214,14 @@ class Supervisor:
             try:
                 member = ray.get(ref, timeout=0 if node in nodes else 0.01)  # which knows its address now
             except ray.exceptions.RayError as error:
-                log.warning("no host could be started on node %s: %s", node[:12], error)
+                why = str(told(error, f"the host of node {node[:12]}"))
+                log.warning("no host could be started on node %s: %s", node[:12], why)
+                if isinstance(error, ray.exceptions.RayTaskError):  # it says itself that it cannot be, and will again
+                    self._problems[node] = why, time.monotonic()
                 with contextlib.suppress(Exception):
                     ray.kill(made)
                 continue
+            self._problems.pop(node, None)
             self._handles[member.id] = made
             self._directory.join(member)
 
@@ -180,8 +234,6 @@ class Supervisor:
         for member in view.members:
             with contextlib.suppress(Exception):
                 self._handles[member.id].see.remote(view)
-        with self._changed:
-            self._changed.notify_all()
 
 
 def device_of(settings: ClusterSettings, resources: Mapping[str, float]) -> str | None:

@@ -1,29 +1,28 @@
 """Pieces on their way from a host to who asks for them: over TCP, without the copies that Ray's objects take. Knows no Ray.
 
-Server: 32 random bytes. Client: their BLAKE3 keyed with the cluster's secret. Then, again and again, a request (`_Request`
-in MessagePack, its size in 8 bytes before it), and its answer (`_Answer`, likewise) with the bytes of the pieces behind it.
-Nothing is encrypted, as between Ray's nodes; readers check digests.
+After the handshake of `channel`, again and again, a request (`_Request` in MessagePack, its size in 8 bytes before it), and its
+answer (`_Answer`, likewise) with the bytes of the pieces behind it. Readers check digests.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import logging
-import os
+import select
 import socket
 import socketserver
+import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import msgspec
 import numpy as np
-from blake3 import blake3
 
+from modelstore.cluster.channel import TLS, Greeting, deadline, exactly, fill, greet, meet, send
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.errors import ModelStoreError, StorageError
 from modelstore.format.buffers import Bytes, view
@@ -32,16 +31,15 @@ log = logging.getLogger("modelstore")
 
 Read = Callable[[Source, Sequence[Piece], bool], Sequence[Bytes | None]]
 
-_NONCE = 32
 _SIZE = struct.Struct("<Q")
 _MESSAGE = 64 << 20  # bytes of a request, or of what stands before an answer, at most
 _CONNECT = 1.0  # seconds: who is no further away than a cluster's nodes answers sooner
-_LIMIT = struct.pack("ll", 60, 0)  # seconds, and microseconds, without a byte after which a connection is given up
+_ASKING = 60.0  # seconds within which a request that began is there
+_UNUSED = 600.0  # seconds without a request after which a server ends a connection
 _FETCHES = 8  # requests that get something from elsewhere, at once: each may hold as much memory as it asks for
 _CLOSING = 0.1  # seconds within which a server that is closed notices it
 _IDLE = 8  # connections to one host that are kept
 _AVOIDED = 30.0  # seconds for which a host that could not be reached is asked in another way
-_VECTORS = 512  # buffers that one system call takes
 
 
 class UnreachableError(StorageError):
@@ -66,19 +64,25 @@ class _Answer(msgspec.Struct, array_like=True):
 class PieceServer:
     """Answers requests for pieces at an address of this machine, each connection in a thread of its own."""
 
-    def __init__(self, host: str, secret: bytes, read: Read) -> None:
+    def __init__(self, host: str, secret: bytes, read: Read, tls: TLS | None = None) -> None:
         """`read(source, parts, fetch)` gives the pieces' bytes, None for what is not there. `OSError` without the address."""
         fetching = threading.BoundedSemaphore(_FETCHES)
+        greeting = Greeting()
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 with contextlib.suppress(
                     OSError, EOFError, msgspec.MsgspecError
                 ):  # of one client, who sees that it ended
-                    _prepare(self.request)
-                    if _is_known(self.request, secret):
-                        while True:
-                            _answer(self.request, read, fetching)
+                    try:
+                        self.request = greet(self.request, secret, address, tls)
+                    finally:
+                        greeting.end(self.client_address[0])
+                    while True:
+                        _answer(self.request, read, fetching)
+
+            def finish(self) -> None:
+                self.request.close()  # the encrypted one, where it took the plain one's place
 
         class Server(socketserver.ThreadingTCPServer):
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -86,8 +90,11 @@ class PieceServer:
             block_on_close = False
             request_queue_size = 128
 
+            def verify_request(self, _: Any, client_address: Any) -> bool:
+                return greeting.begin(client_address[0])
+
         self._server = Server((host, 0), Handler)
-        self.address = f"{host}:{self._server.server_address[1]}"
+        self.address = address = f"{host}:{self._server.server_address[1]}"
         threading.Thread(
             target=self._server.serve_forever, args=(_CLOSING,), daemon=True, name="modelstore-wire"
         ).start()
@@ -101,9 +108,10 @@ class PieceServer:
 class PieceClient:
     """Asks the host at one address. Safe to use from many threads: each request has a connection to itself."""
 
-    def __init__(self, address: str, secret: bytes) -> None:
+    def __init__(self, address: str, secret: bytes, tls: TLS | None = None) -> None:
         host, _, port = address.rpartition(":")
         self._address = (host, int(port))
+        self._tls = tls
         self._secret = secret
         self._idle: list[socket.socket] = []
         self._lock = threading.Lock()
@@ -115,51 +123,55 @@ class PieceClient:
         `EOFError` where the connection broke, `TypeError` where the source cannot be written in MessagePack.
         """
         request = msgspec.msgpack.encode(_Request(source, list(parts), fetch))
-        with self._connection() as connection:
-            _send(connection, [_SIZE.pack(len(request)), request])
-            answer = msgspec.msgpack.decode(_message(connection), type=_Answer)
-            if answer.error is None:
-                return _receive(connection, parts, answer.given)
-        raise StorageError(answer.error)
+        if len(request) > _MESSAGE:
+            raise StorageError(f"a request for {len(parts)} pieces is too long: ask for fewer at once")
+        while (idle := self._idle_one()) is not None:  # which the host may have ended meanwhile
+            with contextlib.suppress(EOFError, ConnectionError):
+                return self._read(idle, request, parts)
+        return self._read(self._connect(), request, parts)
 
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[socket.socket]:
-        """A connection for one request, closed where that fails, for nobody knows then what it would bring next."""
-        with self._lock:
-            connection = self._idle.pop() if self._idle else None
-        connection = connection or self._connect()
+    def _read(self, connection: socket.socket, request: bytes, parts: Sequence[Piece]) -> list[Bytes | None]:
+        """One request, after which the connection is kept; it is closed where that fails: it could bring anything."""
         try:
-            yield connection
+            send(connection, [_SIZE.pack(len(request)), request])
+            answer = msgspec.msgpack.decode(_message(connection), type=_Answer)
+            found = _receive(connection, parts, answer.given) if answer.error is None else []
         except BaseException:
             connection.close()
             raise
         with self._lock:
-            if len(self._idle) < _IDLE:
+            kept = len(self._idle) < _IDLE
+            if kept:
                 self._idle.append(connection)
-                return
-        connection.close()
+        if not kept:
+            connection.close()
+        if answer.error is not None:
+            raise StorageError(answer.error)
+        return found
+
+    def _idle_one(self) -> socket.socket | None:
+        with self._lock:
+            return self._idle.pop() if self._idle else None
 
     def _connect(self) -> socket.socket:
+        where = f"{self._address[0]}:{self._address[1]}"
         try:
             connection = socket.create_connection(self._address, timeout=_CONNECT)
         except OSError as error:
-            raise UnreachableError(f"no host answers at {self._address[0]}:{self._address[1]} ({error})") from None
+            raise UnreachableError(f"no host answers at {where} ({error})") from None
         try:
-            nonce = bytes(_exactly(connection, _NONCE))
-            _prepare(connection)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _LIMIT)
-            _send(connection, [_proof(nonce, self._secret)])
+            return meet(connection, self._secret, where, self._tls)
         except (OSError, EOFError) as error:
             connection.close()
-            raise UnreachableError(f"no host speaks at {self._address[0]}:{self._address[1]} ({error})") from None
-        return connection
+            raise UnreachableError(f"no host of this cluster speaks at {where} ({error})") from None
 
 
 class PieceClients:
     """Clients by address. One that cannot be reached is not tried again for a while: what there is instead is used."""
 
-    def __init__(self, secret: str) -> None:
+    def __init__(self, secret: str, tls: TLS | None = None) -> None:
         self._secret = secret.encode()
+        self._tls = tls
         self._clients: dict[str, PieceClient] = {}
         self._unreachable: dict[str, float] = {}
 
@@ -169,7 +181,7 @@ class PieceClients:
         """As `PieceClient.read`, in a thread; `instead` where there is no address, or nobody to be reached there."""
         if not address or not self._secret or time.monotonic() < self._unreachable.get(address, 0.0):
             return instead()
-        client = self._clients.setdefault(address, PieceClient(address, self._secret))
+        client = self._clients.setdefault(address, PieceClient(address, self._secret, self._tls))
 
         def read() -> Sequence[Bytes | None]:
             try:
@@ -199,30 +211,9 @@ def in_thread(work: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def _prepare(connection: socket.socket) -> None:
-    """Blocking calls that end when nothing moves; small messages at once; a peer that vanished is noticed."""
-    connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _LIMIT)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
-def _is_known(connection: socket.socket, secret: bytes) -> bool:
-    nonce = os.urandom(_NONCE)
-    connection.settimeout(_CONNECT)
-    connection.sendall(nonce)
-    said = bytes(_exactly(connection, _NONCE))
-    connection.settimeout(None)
-    return hmac.compare_digest(said, _proof(nonce, secret))
-
-
-def _proof(nonce: bytes, secret: bytes) -> bytes:
-    return blake3(nonce, key=blake3(secret).digest()).digest()
-
-
 def _answer(connection: socket.socket, read: Read, fetching: threading.BoundedSemaphore) -> None:
     """One request's answer. `EOFError` when there are no more."""
-    request = msgspec.msgpack.decode(_message(connection), type=_Request)
+    request = msgspec.msgpack.decode(_request(connection), type=_Request)
     found: Sequence[Bytes | None] = []
     try:
         with fetching if request.fetch else contextlib.nullcontext():
@@ -231,7 +222,7 @@ def _answer(connection: socket.socket, read: Read, fetching: threading.BoundedSe
     except (ModelStoreError, OSError, ValueError) as error:
         answer = _Answer(error=str(error))
     head = msgspec.msgpack.encode(answer)
-    _send(connection, [_SIZE.pack(len(head)), head, *(data for data in found if data is not None)])
+    send(connection, [_SIZE.pack(len(head)), head, *(data for data in found if data is not None)])
 
 
 def _receive(connection: socket.socket, parts: Sequence[Piece], given: Sequence[bool]) -> list[Bytes | None]:
@@ -239,7 +230,7 @@ def _receive(connection: socket.socket, parts: Sequence[Piece], given: Sequence[
     if len(given) != len(parts):
         raise EOFError("a host answered for other pieces than it was asked for")
     memory = np.empty(sum(part.length for part, there in zip(parts, given, strict=True) if there), np.uint8)
-    _fill(connection, view(memory))
+    fill(connection, view(memory))
     found: list[Bytes | None] = []
     at = 0
     for part, there in zip(parts, given, strict=True):
@@ -248,34 +239,24 @@ def _receive(connection: socket.socket, parts: Sequence[Piece], given: Sequence[
     return found
 
 
+def _request(connection: socket.socket) -> memoryview:
+    """The next request, waited for as long as none begins, but for a limit; one that began must come to its end."""
+    if not _buffered(connection):
+        waiting = select.poll()
+        waiting.register(connection, select.POLLIN)
+        if not waiting.poll(_UNUSED * 1000):
+            raise EOFError("nothing was asked for a long time")
+    with deadline(connection, _ASKING):
+        return _message(connection)
+
+
+def _buffered(connection: socket.socket) -> bool:
+    """Whether bytes were decrypted already, of which the kernel knows no more."""
+    return isinstance(connection, ssl.SSLSocket) and connection.pending() > 0
+
+
 def _message(connection: socket.socket) -> memoryview:
-    size = _SIZE.unpack(_exactly(connection, _SIZE.size))[0]
+    size = _SIZE.unpack(exactly(connection, _SIZE.size))[0]
     if size > _MESSAGE:
         raise EOFError(f"a message of {size} bytes: what speaks there is no modelstore host")
-    return _exactly(connection, size)
-
-
-def _exactly(connection: socket.socket, size: int) -> memoryview:
-    memory = memoryview(bytearray(size))
-    _fill(connection, memory)
-    return memory
-
-
-def _fill(connection: socket.socket, memory: memoryview) -> None:
-    """Receive until the memory is full, in as few system calls as it takes. `EOFError` where the other side ends before."""
-    while memory:
-        got = connection.recv_into(memory, 0, socket.MSG_WAITALL)
-        if not got:
-            raise EOFError("the other side closed the connection")
-        memory = memory[got:]
-
-
-def _send(connection: socket.socket, buffers: Sequence[bytes | Bytes]) -> None:
-    """Send all of these, without a copy of them."""
-    left = [memoryview(data) for data in buffers if len(data)]  # type: ignore[arg-type]
-    while left:
-        sent = connection.sendmsg(left[:_VECTORS])
-        while left and sent >= len(left[0]):
-            sent -= len(left.pop(0))
-        if sent:
-            left[0] = left[0][sent:]
+    return exactly(connection, size)

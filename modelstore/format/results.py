@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from modelstore.format.brief import Result
 from modelstore.format.inventory import Compaction
 from modelstore.format.manifest import CodecSpec
@@ -338,20 +340,28 @@ class Delivered(Result, frozen=True):
 
 
 class HostStatus(Result, frozen=True):
-    """One host of a cluster: its name, its node and zone, and what it holds and did; None where it does not answer."""
+    """One host of a cluster: its name, its node and zone, and what it holds and did; None where it does not answer.
+
+    `address` is its node's. While it drains, `left` bytes are still to be handed on before its node may go, None where that is
+    not known.
+    """
 
     member: str
     node: str
     zone: str
     stats: dict[str, Any] | None
+    address: str = ""
+    draining: bool = False
+    left: int | None = None
 
 
 class ClusterStatus(Result, frozen=True):
-    """A cluster: how often its members changed, copies of each chunk, and its hosts."""
+    """A cluster: how often its members changed, copies of each chunk, and its hosts; by node, why one has none."""
 
     epoch: int
     replicas: int
     hosts: tuple[HostStatus, ...]
+    problems: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class JobStatus(Result, frozen=True):

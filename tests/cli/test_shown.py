@@ -16,7 +16,7 @@ import typer
 import typer.core
 
 import modelstore as ms
-from modelstore.cli import clusters, complete, evaluating, output
+from modelstore.cli import complete, evaluating, output, states
 from modelstore.cli.main import app
 from modelstore.cluster.logs import JsonLines
 from modelstore.errors import ModelStoreError, NotFoundError
@@ -156,14 +156,14 @@ def test_what_is_printed_fits_the_terminal(name: str, tmp_path: Path, monkeypatc
 
 def test_a_clusters_status_does_not_steer(capsys: pytest.CaptureFixture[str]) -> None:
     for text in (HOSTILE, LONG):
-        lines = list(clusters._status_lines(_status(text)))
+        lines = list(states.state_lines(_status(text)))
         output.result(None, lines, as_json=False)
         assert not forbidden(capsys.readouterr().out)
 
 
 def test_a_clusters_status_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "_width", lambda: 80)
-    for line in output.shown_lines(clusters._status_lines(_status(LONG))):
+    for line in output.shown_lines(states.state_lines(_status(LONG))):
         assert all(cells(part) <= 80 for part in line.splitlines()), line
 
 

@@ -343,17 +343,30 @@ def test_a_node_that_is_drained_hands_on_what_it_holds(store: ms.Store) -> None:
     here = ray.get_runtime_context().get_node_id()
     victim = next(h for h in store.cluster_status().hosts if h.node != here)
     count = fetched(store)
-    assert store.drain(victim.node[:12]) == [victim.member]
-
-    def elsewhere() -> int:
-        hosts = [h for h in store.cluster_status().hosts if h.member != victim.member]
-        return sum(h.stats["tiers"]["memory"]["bytes"] for h in hosts if h.stats)
-
-    until(lambda: elsewhere() >= 1.9 * stored)
+    assert store.drain(victim.node[:12], wait=60) == [victim.member]
+    hosts = store.cluster_status().hosts
+    assert (
+        sum(h.stats["tiers"]["memory"]["bytes"] for h in hosts if h.stats and h.member != victim.member) >= 1.9 * stored
+    )
+    assert [(h.draining, h.left) for h in hosts if h.member == victim.member] == [(True, 0)]
     assert fetched(store) == count, "from host to host"
     assert equal(store.load("m"), tensors())
     with pytest.raises(ms.errors.NotFoundError, match="no host runs on a node 'xyz'"):
         store.drain("xyz")
+    with pytest.raises(ValueError, match="is the beginning of 3 nodes' ids"):  # as all hosts have one address
+        store.drain(victim.address)
+    others = [h.member for h in hosts if h.member != victim.member]
+    assert store.drain(others[0]) == [others[0]]
+    with pytest.raises(ms.errors.ConflictError, match="no other host is left"):
+        store.drain(others[1])
+    ray.kill(ray.get_actor(host_name(victim.member), namespace="modelstore"))
+    new = until(
+        lambda: [h for h in store.cluster_status().hosts if h.node == victim.node and h.member != victim.member]
+    )
+    assert new[0].draining, "a host in its place drains, too"
+    for member in (new[0].member, others[0]):
+        assert store.undrain(member) == [member]
+    assert not any(h.draining for h in store.cluster_status().hosts)
 
 
 @pytest.mark.parametrize("victim", ["nobody", "first", "second"])

@@ -17,7 +17,7 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modelstore.cluster import wire
+from modelstore.cluster import channel, wire
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.wire import PieceClient, PieceClients, PieceServer, UnreachableError
 from modelstore.errors import NotFoundError, StorageError
@@ -93,11 +93,16 @@ def listening(talk: Callable[[socket.socket], None]) -> Iterator[str]:
 
 
 def greeted(connection: socket.socket) -> None:
-    """As a server does: a nonce is sent, and a proof and a request are read."""
-    connection.sendall(bytes(32))
-    connection.recv(32, socket.MSG_WAITALL)
+    """As a server does: both prove who they are, and a request is read."""
+    address = "{}:{}".format(*connection.getsockname())
+    channel.greet(connection, SECRET, address, None)
     (size,) = struct.unpack("<Q", connection.recv(8, socket.MSG_WAITALL))
     connection.recv(size, socket.MSG_WAITALL)
+
+
+def proof_of(nonce: bytes, shelf: Shelf) -> bytes:
+    """A client's nonce and proof for a server's nonce."""
+    return bytes(32) + channel.prove(b"client", nonce, bytes(32), channel._channel(shelf.server.address, b""), SECRET)
 
 
 def framed(message: Any) -> bytes:
@@ -120,7 +125,7 @@ def test_what_is_there_comes_and_what_is_not_is_none(shelf: Shelf, data: st.Data
 
 
 def test_more_pieces_than_one_system_call_takes() -> None:
-    with shelf_of([7] * (3 * wire._VECTORS + 1) + [20 << 20]) as shelf:
+    with shelf_of([7] * (3 * channel._VECTORS + 1) + [20 << 20]) as shelf:
         assert shelf.right(shelf.client.read(SOURCE, shelf.parts, True))
 
 
@@ -168,7 +173,7 @@ def test_what_the_host_could_not_read_is_said_and_the_connection_goes_on(shelf: 
 
 @pytest.mark.parametrize("secret", [b"", b"guessed", SECRET + b" "])
 def test_who_does_not_know_the_secret_is_told_nothing(shelf: Shelf, secret: bytes) -> None:
-    with pytest.raises((EOFError, OSError)):
+    with pytest.raises(UnreachableError):
         PieceClient(shelf.server.address, secret).read(SOURCE, shelf.parts, True)
     assert not shelf.asked
 
@@ -180,7 +185,7 @@ def test_a_proof_is_good_once(shelf: Shelf) -> None:
         socket.create_connection((host, int(port)), 10) as first,
         socket.create_connection((host, int(port)), 10) as other,
     ):
-        proof = wire._proof(first.recv(32, socket.MSG_WAITALL), SECRET)
+        proof = proof_of(first.recv(32, socket.MSG_WAITALL), shelf)
         other.recv(32, socket.MSG_WAITALL)
         other.sendall(proof)
         other.sendall(framed(wire._Request(SOURCE, shelf.parts, True)))
@@ -198,19 +203,19 @@ def test_a_proof_is_good_once(shelf: Shelf) -> None:
 def test_garbage_ends_only_its_own_connection(shelf: Shelf, garbage: bytes) -> None:
     host, _, port = shelf.server.address.rpartition(":")
     with socket.create_connection((host, int(port)), 10) as connection:
-        connection.sendall(wire._proof(connection.recv(32, socket.MSG_WAITALL), SECRET) + garbage)
+        connection.sendall(proof_of(connection.recv(32, socket.MSG_WAITALL), shelf) + garbage)
         with contextlib.suppress(OSError):  # the server may have ended it already
             connection.shutdown(socket.SHUT_WR)
-            assert connection.recv(1) == b""
+            assert len(connection.recv(33, socket.MSG_WAITALL)) <= 32, "nothing but the server's own proof"
     assert shelf.right(shelf.client.read(SOURCE, shelf.parts, True))
 
 
 def test_a_size_that_cannot_be_takes_no_memory(shelf: Shelf) -> None:
     host, _, port = shelf.server.address.rpartition(":")
     with socket.create_connection((host, int(port)), 10) as connection:
-        connection.sendall(wire._proof(connection.recv(32, socket.MSG_WAITALL), SECRET) + struct.pack("<Q", 1 << 60))
+        connection.sendall(proof_of(connection.recv(32, socket.MSG_WAITALL), shelf) + struct.pack("<Q", 1 << 60))
         with contextlib.suppress(OSError):
-            assert connection.recv(1) == b""
+            assert len(connection.recv(33, socket.MSG_WAITALL)) <= 32
     huge = struct.pack("<Q", 1 << 60)
     with (
         listening(lambda c: (greeted(c), c.sendall(huge))[0]) as address,
@@ -242,11 +247,11 @@ def test_a_host_that_dies_in_the_midst_of_an_answer(shelf: Shelf, sent: int) -> 
 def test_a_host_that_says_nothing(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither one that does not greet, nor one that does not answer, is waited for without end."""
     over = threading.Event()
-    monkeypatch.setattr(wire, "_LIMIT", struct.pack("ll", 0, 200_000))
-    monkeypatch.setattr(wire, "_CONNECT", 0.2)
+    monkeypatch.setattr(channel, "LIMIT", 0.2)
+    monkeypatch.setattr(channel, "GREETING", 0.2)
     try:
         with listening(lambda _: (over.wait(30), None)[1]) as address:
-            with pytest.raises(UnreachableError, match="no host speaks"):
+            with pytest.raises(UnreachableError, match="no host of this cluster speaks"):
                 PieceClient(address, SECRET).read(SOURCE, shelf.parts, True)
             over.set()
         over.clear()
@@ -259,12 +264,12 @@ def test_a_host_that_says_nothing(shelf: Shelf, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_reader_that_takes_nothing_lets_its_connection_go(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "_LIMIT", struct.pack("ll", 0, 200_000))
+    monkeypatch.setattr(channel, "LIMIT", 0.2)
     before = set(threading.enumerate())
     with shelf_of([64 << 20]) as large:
         host, _, port = large.server.address.rpartition(":")
         with socket.create_connection((host, int(port)), 10) as connection:
-            connection.sendall(wire._proof(connection.recv(32, socket.MSG_WAITALL), SECRET))
+            connection.sendall(proof_of(connection.recv(32, socket.MSG_WAITALL), large))
             connection.sendall(framed(wire._Request(SOURCE, large.parts, True)))
             done = next(t for t in set(threading.enumerate()) - before if "process_request_thread" in t.name)
             done.join(30)
