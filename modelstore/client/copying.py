@@ -14,6 +14,7 @@ from modelstore.execute.progress import Progress, meter
 from modelstore.format import inventory
 from modelstore.format.names import ORIGINAL, Reference, check_model, check_word, parse_reference
 from modelstore.format.record import VersionRecord
+from modelstore.format.structure import CHECKPOINT
 from modelstore.storage.open import open_storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
@@ -37,10 +38,10 @@ class Copying(Base):
         """Copy a version to another store, as it is stored; it is visible there when this returns, and not before.
 
         `destination`: a URL, with `storage_options` as for `open`, or an open store; the first copy makes it. `name`: what the
-        model is called there (default: as here). The original always comes along; `variants` are others by name, or with True
-        all that the version has, as does the one that `ref` names. `tags`: names of tags, or True for all that name the
-        version; one that names another version there moves. `all`: every version of the model `ref`, or with None
-        every model, with all variants and tags.
+        model is called there (default: as here). The original always comes along, and its "checkpoint" where it has one;
+        `variants` are others by name, or with True all that the version has, as does the one that `ref` names. `tags`: names of
+        tags, or True for all that name the version; one that names another version there moves. `all`: every version of the
+        model `ref`, or with None every model, with all variants and tags.
 
         Packs are streamed, several at once as far as the memory allows, and checked against their digests on the way. What is
         there is checked and not sent, so that an interrupted copy goes on when it is called again. What deltas are stored
@@ -115,7 +116,8 @@ class Copying(Base):
         named = _named(variants, record.variants, "variant")
         for variant in named:
             self._catalog.variant(record, variant)
-        chosen = dict.fromkeys((ORIGINAL, parsed.variant, *named))
+        saved = (ORIGINAL, CHECKPOINT) if CHECKPOINT in record.variants else (ORIGINAL,)  # not made, so not made again
+        chosen = dict.fromkeys((*saved, parsed.variant, *named))
         known = self._catalog.tags(parsed.name) if tags else {}
         mine = [tag for tag, version in known.items() if version == record.version]
         wanted = _named(tags, mine, "tag")

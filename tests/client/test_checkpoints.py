@@ -232,6 +232,11 @@ class TestEverything:
         store.gc(grace=0) if "grace" in Store.gc.__annotations__ else store.gc()
         assert set(store.load("m")) == set(imagenet()["state_dict"])
 
+    def test_a_copy_has_it_too(self, tmp_path: Path, store: Store) -> None:
+        store.save("m", imagenet(), include="all")
+        store.copy("m", tmp_path / "other")
+        assert same(modelstore.open(tmp_path / "other").checkpoint("m"), imagenet())
+
     def test_what_cannot_be_kept_is_refused(self, store: Store, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match=r"x\.y is a .*object, which is no plain value"):
             store.save("m", {"model": {"w": torch.ones(1)}, "x": {"y": object()}}, include="all")
