@@ -184,9 +184,6 @@ def test_one_machine_alone_listens_nowhere_else(alone: Machine, tmp_path: Path) 
 def test_status_says_where_and_settings_of_a_running_cluster_are_not_ignored(alone: Machine) -> None:
     status = json.loads(alone.run("cluster", "status", "--json").stdout)
     assert [host["address"] for host in status["hosts"]] == ["127.0.0.1"]
-    assert "127.0.0.1" in alone.run("cluster", "status").stdout
-    same = alone.run("cluster", "start", "--address", "auto", *SMALL)
-    assert same.returncode == 0, same.stderr
     other = alone.run("cluster", "start", "--address", "auto", "--memory", "32MiB")
     assert other.returncode == 2
     assert "memory is 67108864" in other.stderr
@@ -248,11 +245,6 @@ def test_two_machines_with_tls(tmp_path: Path) -> None:
         read = [sys.executable, "-c", READS, url]
         done = subprocess.run(read, env=second.environment, capture_output=True, text=True, timeout=180)
         assert done.stdout.split() == [str(1 << 24), "2", "0", "True"], done.stderr
-        third = Machine(tmp_path / "c")
-        third.environment["RAY_AUTH_TOKEN"] = (tmp_path / "token").read_text()
-        done = third.run("cluster", "status", "--address", f"127.0.0.2:{port}")
-        assert done.returncode == 1, "the token is not enough"
-        assert "--tls" in done.stderr
     finally:
         stopped = [machine.run("cluster", "stop", "--force").returncode for machine in (second, first)]
     assert stopped == [0, 0]
