@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import sys
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -51,8 +50,14 @@ class GgufType(StrEnum):
 def load(
     ref: Reference,
     out: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="FILE", help="The .safetensors file to write.", show_default=False),
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The .safetensors file to write: a path or a URL.",
+            show_default=False,
+        ),
     ],
     names: Annotated[
         list[str] | None,
@@ -117,9 +122,11 @@ def cat(
 def export(
     ref: Reference,
     path: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="PATH", help="The folder (for safetensors and gguf: the file) to write.", show_default=False
+            metavar="PATH",
+            help="The folder (for safetensors and gguf: the file) to write: a path, or a URL like s3://bucket/folder.",
+            show_default=False,
         ),
     ],
     format: Annotated[
@@ -167,7 +174,7 @@ def export(
 
 def _export(
     ref: str,
-    path: Path,
+    path: str,
     format: Format,
     overwrite: bool,
     max_shard: int | None,
@@ -181,6 +188,8 @@ def _export(
     cluster: str | None = None,
     part: dict[str, Any] | None = None,
 ) -> None:
+    if path.startswith("memory://"):
+        raise typer.BadParameter("memory:// ends with this command: give a folder, or a URL like s3://bucket/folder")
     opened = open_store(store, memory=memory, mirrors=mirrors, cluster=cluster)
     limits: dict[str, Any] = {} if max_shard is None else {"max_shard_bytes": max_shard}
     with output.progress(quiet=quiet) as report:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -271,9 +272,13 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         max_shard_bytes: int = 5_000_000_000,
         names: Iterable[str] | None = None,
         shard: Shard | None = None,
+        storage_options: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> results.Exported:
-        """Write a variant to local files; a target that is there is refused unless `overwrite`. Goes on if interrupted.
+        """Write a variant to files; a target that is there is refused unless `overwrite`. Local ones go on if interrupted.
+
+        `path` is a local path, or a URL as `open` takes it (`storage_options` are fsspec's for it): files are written in the
+        folder for temporary files first, which needs room for all of them, and what makes the target complete is sent last.
 
         "hf": a compressed variant that engines have a layout for is written packed, as compressed-tensors has it; any other,
         and with `dequantize` every one, dense in its own dtype, as are all in the other formats. "gguf": one file, whose
@@ -281,48 +286,42 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         "safetensors": one file, of these `names` only, and of a rank's `shard`, as for `load`.
         """
         from modelstore.execute.export import export
+        from modelstore.execute.export_remote import deliver
 
         if format != "safetensors" and (names is not None or shard is not None):
             raise ValueError(f'names and shard are for format="safetensors": {format!r} is of whole models')
         model = self._readable(parse_reference(ref))
         shares = None if names is None and shard is None else model.shares(as_layout(shard), names)
-        metered = meter(progress, model.nbytes(shares), f"exporting {ref}")
+        metered, limits = meter(progress, model.nbytes(shares), f"exporting {ref}"), self._limits()
+        write: Callable[..., results.Exported]
+        dense = False
         if format == "zarr":
             from modelstore.integrations.zarr_export import export_zarr
 
-            return export_zarr(model.reader, Path(path), limits=self._limits(), overwrite=overwrite, progress=metered)
-        limits = self._limits()
-        if format == "gguf":
+            write = partial(export_zarr, model.reader)
+        elif format == "gguf":
             from modelstore.integrations.gguf_export import export_gguf
 
-            name = parse_reference(ref).name
-            return export_gguf(
-                model.reader,
-                Path(path),
-                name=name,
-                gguf_type=gguf_type,
-                limits=limits,
-                overwrite=overwrite,
-                progress=metered,
-            )
-        layout = None
-        if format == "hf" and not dequantize:
-            from modelstore.compress.engine_export import engine_layout
+            write = partial(export_gguf, model.reader, name=parse_reference(ref).name, gguf_type=gguf_type)
+        else:
+            layout = None
+            if format == "hf" and not dequantize:
+                from modelstore.compress.engine_export import engine_layout
 
-            layout = engine_layout(model.reader, model.config())
-        done = export(
-            model.reader,
-            Path(path),
-            format=format,
-            limits=limits,
-            overwrite=overwrite,
-            max_shard_bytes=max_shard_bytes,
-            packed=layout.packed if layout else None,
-            instead={"config.json": layout.config} if layout else None,
-            shares=shares,
-            progress=metered,
-        )
-        if layout is None and shares is None:
+                layout = engine_layout(model.reader, model.config())
+            dense = layout is None and shares is None
+            write = partial(
+                export,
+                model.reader,
+                format=format,
+                max_shard_bytes=max_shard_bytes,
+                packed=layout.packed if layout else None,
+                instead={"config.json": layout.config} if layout else None,
+                shares=shares,
+            )
+        write = partial(write, limits=limits, overwrite=overwrite, progress=metered)
+        done = deliver(path, storage_options, format=format, overwrite=overwrite, export=write)
+        if dense:
             self._tell_dense(parse_reference(ref), done)
         return done
 

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from blake3 import blake3
 
 from modelstore.errors import UnsupportedError
+from modelstore.storage.address import is_url
 from modelstore.storage.base import Storage
 from modelstore.storage.exclusive import ProvedStorage
 from modelstore.storage.filesystem import FsspecStorage, require_exclusive_create
@@ -28,6 +29,7 @@ log = logging.getLogger("modelstore")
 ENGINES = ("obstore", "s3fs")
 _SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 _LEADING = ("AWS_", "AZURE_", "GOOGLE_")  # what of the environment leads to a server
+_READ_ONLY = ("http", "https", "data", "github", "git", "zip", "tar", "reference")
 _MAKERS = {"s3": "s3_storage", "gs": "gcs_storage", "az": "azure_storage"}
 
 
@@ -49,6 +51,7 @@ def open_storage(
         raise ValueError("Invalid URL '': give a folder, or a URL like s3://bucket/prefix.")
     if engine not in (None, *ENGINES):
         raise ValueError(f"Invalid engine {engine!r}: one of {', '.join(ENGINES)}.")
+    is_url(url)  # says what is wrong with one that was mistyped
     scheme, separator, rest = text.partition("://")
     if not separator or scheme in ("file", "local"):
         storage = _local(unquote(urlsplit(text).path) if separator else text, options, engine)
@@ -60,6 +63,24 @@ def open_storage(
     else:
         storage = _filesystem(scheme, text, options, engine, read_only, _pickled(text, options, engine, read_only))
     return ReadOnlyStorage(storage) if read_only else storage
+
+
+def open_target(url: str, storage_options: StorageOptions | None = None) -> Storage:
+    """A storage for files of other programs, which need not create objects exclusively.
+
+    `memory://` is fsspec's. `UnsupportedError` for what can only be read.
+    """
+    scheme = url.partition("://")[0]
+    if scheme in _READ_ONLY or "::" in url:
+        raise UnsupportedError(f"{_shown(url)} can only be read: give a folder, or a URL like s3://bucket/prefix")
+    if scheme == "memory":
+        return _filesystem(scheme, url, dict(storage_options or {}), None, read_only=True)
+    storage = open_storage(url, storage_options, read_only=True)
+    assert isinstance(storage, ReadOnlyStorage)
+    storage = storage.inner
+    if isinstance(storage, RetryingStorage) and isinstance(storage.inner, ProvedStorage):
+        storage.inner = storage.inner.inner  # nothing is created exclusively, so nothing of it is tried out there
+    return storage
 
 
 def _local(path: str, options: dict[str, Any], engine: str | None) -> Storage:
