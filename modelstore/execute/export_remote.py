@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from modelstore.errors import ConflictError
-from modelstore.execute.export_layout import CONFIG, INDEX, WEIGHTS
+from modelstore.format.checkpoint import ADAPTER, CONFIG, PIPELINE, Weights
 from modelstore.format.results import Exported
 from modelstore.storage.address import local_path
 from modelstore.storage.base import Storage
@@ -20,6 +20,8 @@ from modelstore.storage.open import open_target
 from modelstore.storage.options import StorageOptions
 
 _ZARR = "zarr.json"
+_LAST = (CONFIG, ADAPTER, PIPELINE, _ZARR)  # at the top, without these no loader begins
+_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 _PIECE = 8 << 20
 
 
@@ -33,7 +35,7 @@ def deliver(
 ) -> Exported:
     """Have `export` write to `target`: a local path, or a URL, to which its files are sent.
 
-    Each object is whole or absent. Those without which no loader takes the others (`config.json`, the index, Zarr's metadata)
+    Each object is whole or absent. Those without which no loader takes the others (`config.json`, an index, Zarr's metadata)
     are sent last, and where they are there already are removed first: an unfinished target is not taken for a finished one.
     It is begun anew if it was interrupted. What lies there is a `ConflictError`, unless `overwrite`.
     """
@@ -87,11 +89,10 @@ class _Remote:
         files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         ordered = sorted(files, key=lambda name: (_completes(name), name))
         if self.single is None and self.overwrite:
-            for name in (CONFIG, INDEX, _ZARR):
-                self.storage.delete(name)
             mine = set(ordered)
-            for key in [item.key for item in self.storage.list("")]:
-                if key not in mine and (self.zarr or WEIGHTS.fullmatch(key)):
+            there = sorted((item.key for item in self.storage.list("")), key=lambda key: -_completes(key))
+            for key in there:
+                if _completes(key) if key in mine else (self.zarr or _takes_for_weights(key, mine)):
                     self.storage.delete(key)
         for name in ordered:
             self.storage.put(name, _Pieces(folder / name), (folder / name).stat().st_size)
@@ -99,9 +100,16 @@ class _Remote:
 
 def _completes(name: str) -> int:
     """How late a file is sent: what says where the others are comes after these, and the root's own at the end."""
-    if name in (CONFIG, _ZARR):
+    if name in _LAST:
         return 2
-    return 1 if name == INDEX or name.endswith(f"/{_ZARR}") else 0
+    return 1 if name.endswith((".safetensors.index.json", f"/{CONFIG}", f"/{_ZARR}")) else 0
+
+
+def _takes_for_weights(key: str, mine: Iterable[str]) -> bool:
+    """Whether loaders would take it for the weights that are sent, or a part of them."""
+    folder = key[: key.rfind("/") + 1]
+    places = [place for stem in _STEMS if (place := Weights(folder, stem)).has(key)]
+    return any(place.has(name) for place in places for name in mine)
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,14 @@ def open_target(url: str, storage_options: StorageOptions | None = None) -> Stor
     scheme = url.partition("://")[0]
     if scheme in _READ_ONLY or "::" in url:
         raise UnsupportedError(f"{_shown(url)} can only be read: give a folder, or a URL like s3://bucket/prefix")
+    options = dict(storage_options or {})
+    storage: Storage
     if scheme == "memory":
-        return _filesystem(scheme, url, dict(storage_options or {}), None, read_only=True)
-    storage = open_storage(url, storage_options, read_only=True)
-    assert isinstance(storage, ReadOnlyStorage)
-    storage = storage.inner
+        storage = _filesystem(scheme, url, options, None, True, _pickled(url, options, None, True))
+    else:
+        read_only = open_storage(url, options, read_only=True)
+        assert isinstance(read_only, ReadOnlyStorage)
+        storage = read_only.inner
     if isinstance(storage, RetryingStorage) and isinstance(storage.inner, ProvedStorage):
         storage.inner = storage.inner.inner  # nothing is created exclusively, so nothing of it is tried out there
     return storage
