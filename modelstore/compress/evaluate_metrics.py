@@ -14,8 +14,8 @@ from modelstore.format.names import Reference
 from modelstore.format.results import Measured
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
-from modelstore.store.clock import Youth
 from modelstore.store.manifests import Manifests
+from modelstore.store.shelf import Shelf
 
 EVALUATION = "evaluation"  # the newest one
 EARLIER = "earlier_evaluations"  # those of other texts or settings, newest first
@@ -89,7 +89,7 @@ def publish(
         if metrics == manifest.metrics:
             return entry.manifest
         changed = msgspec.structs.replace(manifest, metrics=metrics)
-        fresh = store_manifest(manifests, ref.name, changed, entry.codec, Youth(storage))
+        fresh = store_manifest(manifests, ref.name, changed, entry.codec, Shelf(storage))
         fresh = msgspec.structs.replace(fresh, created=entry.created)  # the variant's values are as old as before
         try:
             catalog.replace_entry(

@@ -27,7 +27,7 @@ from modelstore.execute.encoding import Encoder, EncodeRegion, Input, ReadRegion
 from modelstore.execute.journal import Journal, job_id, resume
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import store_manifest
-from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks
+from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks, packs_without
 from modelstore.format import grid, results
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
@@ -40,9 +40,9 @@ from modelstore.format.results import Choice, CompressionPlan
 from modelstore.plan.layout import axes
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
-from modelstore.store.clock import Youth
 from modelstore.store.describe import variant_infos
 from modelstore.store.manifests import Manifests
+from modelstore.store.shelf import Shelf
 
 LADDER_VIEWS = (ORIGINAL, "int8", "int4")
 _LADDER = "ladder"
@@ -141,7 +141,7 @@ def compress(
     axis = axes(parent.config) if parent.config else None
     inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed]
     tally = Tally()
-    young = Youth(storage)
+    shelf = Shelf(storage)
     identity = (
         "compress",
         model,
@@ -149,25 +149,26 @@ def compress(
         *variants,
         msgspec.json.encode(recorded, order="sorted").decode(),
     )
-    work = resume(storage, identity, inputs, young, tally, progress)
+    work = resume(storage, identity, inputs, shelf, tally, progress)
     if spread is not None and before is None:
         rest = {c.name: c.codec for c in plan.compressed if c.codec and c.name not in work.written}
         if rest:
             tally.stored += spread(Portion(job_id(identity), variants, rest))
-            work = resume(storage, identity, inputs, young, Tally(), None)
+            work = resume(storage, identity, inputs, shelf, Tally(), None)
     if before is not None:  # and the journal of the run that made it could not be removed
         work.journal.clear()
         return before
     known = known_chunks((parent.manifest, *earlier)) | work.known
     left = [item for item in inputs if item.plan.name not in work.written]
     threads = limits.threads or (None if parent.reader.local else _REMOTE_THREADS)
-    writer = PackWriter(storage, Limits(limits.memory, threads), known, young, progress, work.journal.note, tally)
+    writer = PackWriter(storage, Limits(limits.memory, threads), known, shelf, progress, work.journal.note, tally)
     written = work.written | writer.write(left)
     _prove(parent, variants, plan, written)
+    shelf.require(model, packs_without(parent.manifest, written))
     entries, measured = {}, {}
     for at, variant in enumerate(variants):
         manifest = _manifest(parent, variants, at, inputs, written, recorded)
-        entries[variant] = store_manifest(manifests, model, manifest, recipe.name, young)
+        entries[variant] = store_manifest(manifests, model, manifest, recipe.name, shelf)
         measured[variant] = manifest.metrics
     record = _publish(catalog, parent, entries)
     work.journal.clear()
@@ -194,11 +195,11 @@ def encode(
         _input_of(parent_manifest.by_name[name], spec, reader, portion.variants, axis, device)
         for name, spec in portion.specs.items()
     ]
-    tally, young = Tally(), Youth(storage)
+    tally, shelf = Tally(), Shelf(storage)
     journal = Journal(storage, portion.job)
     known = known_chunks((parent_manifest, *earlier))
     threads = limits.threads or (None if reader.local else _REMOTE_THREADS)
-    writer = PackWriter(storage, Limits(limits.memory, threads), known, young, None, journal.note, tally)
+    writer = PackWriter(storage, Limits(limits.memory, threads), known, shelf, None, journal.note, tally)
     writer.write(inputs)
     return tally
 

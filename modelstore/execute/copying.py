@@ -22,9 +22,9 @@ from modelstore.format.locks import Lock
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.storage.pool import Pool
 from modelstore.store import packs
-from modelstore.store.clock import Youth
 from modelstore.store.heal import checked_pieces, pack_is_good
 from modelstore.store.relying import GoneError, again
+from modelstore.store.shelf import Shelf
 
 _LOST = (NotFoundError, CorruptionError, FormatError, StorageError)
 _PER_PACK = 96 << 20  # working memory of a pack on its way: parts of an upload under way, and a piece
@@ -95,7 +95,7 @@ class _Copying:
         self._source = source
         self._target = target
         self._planner = planner
-        self._young = Youth(target.storage)
+        self._shelf = Shelf(target.storage)
         self._lock = Lock()
         self.sent = 0
         self.sent_packs = 0
@@ -216,7 +216,7 @@ class _Copying:
         """Write a manifest as it is, and its copy; the copy's name."""
         data = self._bytes(model, digest)
         copy = packs.copy_pack(there, digest, data)
-        packs.store(self._target.storage, copy, self._young)
+        self._shelf.put(copy)
         self._target.storage.put(manifest_key(there, digest), [data], len(data))
         return copy.digest
 

@@ -23,7 +23,7 @@ from modelstore.format.manifest_builder import Location
 from modelstore.format.record import JOBS, pack_key
 from modelstore.format.sealed import seal, unseal
 from modelstore.storage.base import Storage
-from modelstore.store.clock import Youth
+from modelstore.store.shelf import Shelf
 
 
 class _Chunk(msgspec.Struct, frozen=True, array_like=True):
@@ -53,10 +53,10 @@ class Journal:
         self._storage = storage
         self._prefix = f"{JOBS}{job}/"
 
-    def finished(self, young: Youth) -> tuple[dict[str, Written], dict[bytes, Location]]:
+    def finished(self, shelf: Shelf) -> tuple[dict[str, Written], dict[bytes, Location]]:
         """Tensors that an earlier run stored, and where all chunks that it stored lie.
 
-        Without those whose pack is gone, or is not `young`: such a pack may be garbage about to be collected.
+        Without those whose pack is gone, or old (such a pack may be garbage about to be collected), or not good.
         """
         found: dict[str, Written] = {}
         known: dict[bytes, Location] = {}
@@ -65,7 +65,7 @@ class Journal:
         def is_there(pack: str) -> bool:
             if pack not in there:
                 info = self._storage.info(pack_key(pack))
-                there[pack] = info is not None and young(info.modified)
+                there[pack] = info is not None and shelf.young(info.modified) and shelf.good(pack)
             return there[pack]
 
         for info in list(self._storage.list(self._prefix)):
@@ -120,7 +120,7 @@ def resume(
     storage: Storage,
     identity: Sequence[str],
     inputs: Sequence[Input],
-    young: Youth,
+    shelf: Shelf,
     tally: Tally,
     progress: Callable[[int], None] | None,
 ) -> Resumed:
@@ -129,7 +129,7 @@ def resume(
     `identity` is all that the work's result depends on: its like names the same journal.
     """
     journal = Journal(storage, job_id(identity))
-    finished, known = journal.finished(young)
+    finished, known = journal.finished(shelf)
     if finished or known:
         journal.note({}, ())  # a fresh page: garbage collection keeps what a journal names while it is being written
     written = {}

@@ -37,9 +37,9 @@ from modelstore.sources.base import Source
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
-from modelstore.store.clock import Youth
 from modelstore.store.heal import replace_pack
 from modelstore.store.manifests import Manifests
+from modelstore.store.shelf import Shelf
 
 _THREADS = 16
 
@@ -141,10 +141,10 @@ def publish(
     page = parts[0].page
     model, session = page.model, page.session
     merge = plan_merge(parts, files.files)
-    young = Youth(storage)
+    shelf = Shelf(storage)
     # The session goes on: garbage collection keeps what its pages name.
     storage.create(f"{session_prefix(model, session)}publishing-{uuid.uuid4().hex}.json", b"{}")
-    _refresh(storage, parts, set(previous.manifest.packs) if previous else set(), young)
+    _refresh(storage, parts, set(previous.manifest.packs) if previous else set(), shelf)
     readers = {p.page.rank: Reader(fetching(model, p.page.manifest, storage, mirrors), None) for p in parts}
     by_rank = {p.page.rank: p.page.manifest for p in parts}
     cut = {name: common_chunk([h.piece for h in pieces]) for name, pieces in merge.tensors.items()}
@@ -152,7 +152,7 @@ def publish(
     inputs = [*anew, *plan_inputs(files, merge.codec, "auto", None)]
     plans = {item.plan.name: item.plan for item in inputs}
     known = known_chunks([*by_rank.values(), *([previous.manifest] if previous else [])])
-    written = PackWriter(storage, limits, known, young, progress).write(inputs)
+    written = PackWriter(storage, limits, known, shelf, progress).write(inputs)
     joined = {name: chunk for name, chunk in cut.items() if chunk is not None and len(merge.tensors[name]) > 1}
     digests = _digests(
         {name: (merge.tensors[name], chunk) for name, chunk in joined.items()}, readers, limits, progress
@@ -178,7 +178,7 @@ def publish(
     manifest = builder.build(
         tensors, [*others, *own], aliases=dict(merge.aliases), metadata={**merge.metadata, **files.metadata}
     )
-    entry = store_manifest(manifests, model, manifest, merge.codec, young)
+    entry = store_manifest(manifests, model, manifest, merge.codec, shelf)
     after = min(part.page.after for part in parts)
     record = catalog.publish_version(model, session_id(model, session), entry, after=after)
     storage.create(published_key(model, session), seal(Published(record.version)))
@@ -207,7 +207,7 @@ def _entry(
     )
 
 
-def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], young: Youth) -> None:
+def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], shelf: Shelf) -> None:
     """Make sure that every pack that pages name is there, and young enough to outlive a collection that runs now.
 
     Those of the newest version (`live`) are kept for its sake.
@@ -226,7 +226,7 @@ def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], young: Y
                 model=parts[0].page.model,
                 object=pack_key(pack),
             )
-        if not young(info.modified):
+        if not shelf.young(info.modified):
             replace_pack(storage, storage, pack)
 
     with Pool(_THREADS, thread_name_prefix="modelstore-parts") as pool:

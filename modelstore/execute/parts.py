@@ -30,7 +30,7 @@ from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.slices import PartSource, Place
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.pool import Pool
-from modelstore.store.clock import Youth
+from modelstore.store.shelf import Shelf
 
 CODECS = ("lossless", "raw")
 MAX_RANKS = 100_000
@@ -120,7 +120,7 @@ def save_part(
             model=model,
         )
     manifests = [against.manifest for against in earlier]
-    young = Youth(storage)
+    shelf = Shelf(storage)
     try:
         before = _newest(storage, model, session, rank)
     except FormatError:  # what it says is not known: all of it is stored now, on a page above it
@@ -134,8 +134,8 @@ def save_part(
             item, slices[item.plan.name] = _slice_input(item, place, codec, ranks, manifests)
         inputs.append(item)
     journal = Journal(storage, job_id(("part", model, session, str(rank))))
-    _, stored = journal.finished(young)
-    known = known_chunks(manifests) | (_still_there(storage, before.page, young) if before else {}) | stored
+    _, stored = journal.finished(shelf)
+    known = known_chunks(manifests) | (_still_there(storage, before.page, shelf) if before else {}) | stored
     if stored:
         journal.note({}, ())  # a fresh page: what the journal names is kept while this goes on
 
@@ -143,7 +143,7 @@ def save_part(
         if tally.stored:  # else there is nothing yet that another run could do without storing it
             journal.note(done, chunks)
 
-    written = PackWriter(storage, limits, known, young, progress, note, tally).write(inputs)
+    written = PackWriter(storage, limits, known, shelf, progress, note, tally).write(inputs)
     part.source.opened.check()
     manifest = manifest_of(part.source, inputs, written)
     for alias, name in part.source.aliases.items():
@@ -157,7 +157,7 @@ def save_part(
             f"the part of rank {rank} of model {model!r} cannot be stored ({problem}): change or leave out what is named",
             model=model,
         )
-    _write(storage, page, before, young)
+    _write(storage, page, before, shelf)
     journal.clear()
     return page, tally
 
@@ -185,18 +185,18 @@ def _within(chunk: Shape, shape: Shape) -> Shape:
     return tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
 
 
-def _still_there(storage: Storage, page: PartPage, young: Youth) -> dict[bytes, Location]:
+def _still_there(storage: Storage, page: PartPage, shelf: Shelf) -> dict[bytes, Location]:
     """Where the chunks of an earlier page lie, but for those of packs that are gone, or may be about to be collected."""
     there = {}
     for pack in page.manifest.packs:
         info = storage.info(pack_key(pack))
-        there[pack] = info is not None and young(info.modified)
+        there[pack] = info is not None and shelf.young(info.modified) and shelf.good(pack)
     return {digest: at for digest, at in known_chunks([page.manifest]).items() if there[at[0]]}
 
 
-def _write(storage: Storage, page: PartPage, before: Stored | None, young: Youth) -> None:
+def _write(storage: Storage, page: PartPage, before: Stored | None, shelf: Shelf) -> None:
     """Make a page the newest of its rank, unless that is a fresh one that says the same."""
-    if before is not None and before.page == page and young(before.modified):
+    if before is not None and before.page == page and shelf.young(before.modified):
         return
     prefix = f"{session_prefix(page.model, page.session)}{page.rank:08d}/"
     number = (_number(before.key) or 0) if before is not None else 0

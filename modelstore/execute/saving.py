@@ -42,9 +42,9 @@ from modelstore.sources.base import Source
 from modelstore.sources.reading import read_whole
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
-from modelstore.store.clock import Youth
 from modelstore.store.manifests import Manifests
 from modelstore.store.relying import base_objects, objects_of
+from modelstore.store.shelf import Shelf
 
 ACKS = ("storage", "memory")
 CODECS = ("lossless", "raw", "delta")
@@ -115,11 +115,11 @@ def store(
     earlier_manifests = [a.manifest for a in (previous, parent) if a is not None]
     inputs = plan_inputs(source, codec, grid, base, earlier_manifests)
     tally = Tally()
-    young = Youth(storage)
+    shelf = Shelf(storage)
     work = None
     if resumable and source.fingerprint is not None:  # else it could not be recognised again
         identity = (model, source.fingerprint, codec, grid, base.digest if base else "")
-        work = resume(storage, identity, inputs, young, tally, progress)
+        work = resume(storage, identity, inputs, shelf, tally, progress)
     journal = work.journal if work else None
     known = known_chunks(earlier_manifests) | (work.known if work else {})
     written = work.written if work else {}
@@ -128,18 +128,18 @@ def store(
     whole = [item for item in left if item.plan.whole]
     if whole:
         metadata = {"format": "pt", **source.metadata}
-        written |= WholeWriter(storage, known, young, metadata, progress, note, tally).write(whole)
+        written |= WholeWriter(storage, known, shelf, metadata, progress, note, tally).write(whole)
     cut = [item for item in left if not item.plan.whole]
-    written |= PackWriter(storage, limits, known, young, progress, note, tally).write(cut)
+    written |= PackWriter(storage, limits, known, shelf, progress, note, tally).write(cut)
     source.opened.check()
     beside: frozenset[str] = getattr(source, "beside", frozenset())
     manifest = manifest_of(source, inputs, written, base, without=beside)
-    entry = store_manifest(manifests, model, manifest, codec, young)
+    entry = store_manifest(manifests, model, manifest, codec, shelf)
     relied = {manifest_key(model, entry.manifest): 1, pack_key(entry.copy): 1, **objects_of(manifest)}
     others = {}
     if beside:
         everything = manifest_of(source, inputs, written, base)
-        whole_of = others[CHECKPOINT] = store_manifest(manifests, model, everything, codec, young)
+        whole_of = others[CHECKPOINT] = store_manifest(manifests, model, everything, codec, shelf)
         relied |= {manifest_key(model, whole_of.manifest): 1, pack_key(whole_of.copy): 1, **objects_of(everything)}
     if base is not None:
         relied = {**base_objects(storage, base.model, base.digest), **relied}
@@ -161,14 +161,14 @@ def publish(catalog: Catalog, model: str, outcome: Outcome) -> tuple[VersionReco
     return record, replace(outcome, entry=record.variants[ORIGINAL])
 
 
-def store_manifest(manifests: Manifests, model: str, manifest: Manifest, codec: str, young: Youth) -> VariantEntry:
+def store_manifest(manifests: Manifests, model: str, manifest: Manifest, codec: str, shelf: Shelf) -> VariantEntry:
     """Write a manifest and its copy; the entry that a record publishes it by."""
     problem = first_problem(manifest)
     if problem:  # never publish what no reader would take
         raise FormatError(
             f"model {model!r} cannot be stored ({problem}): change or leave out what is named", model=model
         )
-    digest, copy = manifests.write(model, manifest, young)
+    digest, copy = manifests.write(model, manifest, shelf)
     return VariantEntry(digest, copy, manifest.nbytes, manifest.stored, len(manifest.tensors), codec, time.time())
 
 

@@ -19,10 +19,9 @@ from modelstore.execute.writing import Placed, Tally, Written
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, Pieces, view
 from modelstore.format.manifest_builder import Location
-from modelstore.format.record import pack_key
 from modelstore.storage.base import Storage
-from modelstore.store.clock import Youth
-from modelstore.store.packs import PackBuilder, TensorNote
+from modelstore.store.packs import Pack, PackBuilder, TensorNote
+from modelstore.store.shelf import Shelf
 
 SHARD_BYTES = 4 << 30  # larger tensors have a pack of their own; loaders and object stores like files below 5 GB
 
@@ -39,11 +38,12 @@ class WholeWriter:
 
     storage: Storage
     known: dict[bytes, Location]
-    young: Youth
+    shelf: Shelf
     metadata: Mapping[str, str]
     progress: Callable[[int], None] | None = None
     finished: Callable[[dict[str, Written], Sequence[Placed]], None] | None = None
     tally: Tally = field(default_factory=Tally)
+    _own: set[str] = field(default_factory=set)  # packs that were stored here
 
     def write(self, inputs: Sequence[Input]) -> dict[str, Written]:
         """Store all inputs, in order; what became of each, by name."""
@@ -87,6 +87,10 @@ class WholeWriter:
         if not at or any(where is None for where in at):
             return None
         found = [where for where in at if where is not None]
+        if not all(pack in self._own or self.shelf.good(pack) for pack in {where[0] for where in found}):
+            for digest, _ in tensor.chunks:
+                self.known.pop(digest, None)
+            return None
         ends = itertools.pairwise(found)
         return found if all(a[0] == b[0] and a[1] + a[2] == b[1] for a, b in ends) else None
 
@@ -115,18 +119,17 @@ class WholeWriter:
             if again.hexdigest() != digest:  # raised before the object is whole, so it never becomes visible
                 raise ConflictError("the source changed while it was saved: nothing was published; save it again")
 
-        there = self.storage.info(pack_key(digest))
-        if there is None or there.size != size or not self.young(there.modified):
-            self.storage.put(pack_key(digest), Pieces(data), size)
-            self.tally.stored += size if there is None else 0
+        written = self.shelf.put(Pack(digest, Pieces(data), size, len(header)))
+        self.tally.stored += size if written else 0
+        self._own.add(digest)
         done = {}
         at = len(header)
         for item, digested in shard:
             rows = []
             for content, n in digested.chunks:
-                self.tally.seen.add(content) if there is None else self.tally.find(content, n)
+                self.tally.seen.add(content) if written else self.tally.find(content, n)
                 rows.append((content, (digest, at, n)))
-                self.known.setdefault(content, (digest, at, n))
+                self.known[content] = (digest, at, n)
                 at += n
             done[item.plan.name] = Written(digested.tensor, {"data": rows})
         if self.finished:

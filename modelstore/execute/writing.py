@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 from blake3 import blake3
 
 from modelstore.codecs.loss import Loss
@@ -24,8 +25,8 @@ from modelstore.plan.write import Step, plan_steps
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store import packs
-from modelstore.store.clock import Youth
 from modelstore.store.packs import Pack, PackBuilder, TensorNote
+from modelstore.store.shelf import Shelf
 
 Placed = tuple[bytes, Location]  # a stored chunk's digest, and where it lies
 
@@ -93,12 +94,12 @@ class _Place(NamedTuple):
 
 @dataclass
 class PackWriter:
-    """Encodes inputs into packs. `known` are chunks that lie in the store already, by digest."""
+    """Encodes inputs into packs. `known` are chunks that lie in the store already, by digest, where `shelf` finds them good."""
 
     storage: Storage
     limits: Limits
     known: dict[bytes, Location]
-    young: Youth
+    shelf: Shelf
     progress: Callable[[int], None] | None = None
     finished: Callable[[dict[str, Written], Sequence[Placed]], None] | None = None
     tally: Tally = field(default_factory=Tally)
@@ -113,6 +114,7 @@ class PackWriter:
 
         `finished` hears, as packs are stored, of tensors whose every chunk is, and of the pack's chunks of other tensors.
         """
+        self.shelf.expect(pack for pack, _, _ in self.known.values())
         state = _State(self, inputs)
         threads = self.limits.threads or max(2, os.cpu_count() or 1)
         steps = plan_steps(((i, item.plan) for i, item in enumerate(inputs)), self._slab_limit)
@@ -137,6 +139,7 @@ class PackWriter:
             except BaseException:
                 for future in encoding:
                     future.cancel()
+                self.shelf.give_up()
                 raise
         return state.written()
 
@@ -154,6 +157,7 @@ class _State:
         self._twins: list[_Place] = []  # the same chunk again, before its pack was stored
         self._uploading: tuple[Future[bool], list[tuple[_Place, int, int]], Pack] | None = None
         self._done: dict[str, Written] = {}
+        self._own: set[str] = set()  # packs that were stored here
         for index, item in enumerate(inputs):
             names = item.codec.planes(DTYPES[item.plan.dtype])
             n = grid.count(item.plan.shape, item.plan.chunk)
@@ -172,7 +176,7 @@ class _State:
         tensor.losses = [a + b for a, b in zip(tensor.losses, encoded.losses, strict=False)] or tensor.losses
         for chunk, planes in encoded.chunks:
             for number, (name, (digest, data)) in enumerate(zip(tensor.planes, planes, strict=True)):
-                at = self._writer.known.get(digest)
+                at = self._known(digest)
                 tensor.left -= 1
                 tensor.planes[name][chunk] = (digest, at)
                 if at is not None:
@@ -186,6 +190,14 @@ class _State:
                 self._filling.add(digest)
                 self._filled.append((number, place, data))
                 self.filled += len(as_bytes(data))
+
+    def _known(self, digest: bytes) -> Location | None:
+        """Where a chunk lies that may be referred to: in a pack that this save has stored, or in one that is good."""
+        at = self._writer.known.get(digest)
+        if at is None or at[0] in self._own or self._writer.shelf.good(at[0]):
+            return at
+        del self._writer.known[digest]
+        return None
 
     def upload(self, uploader: Pool) -> None:
         """Store the pack that was filled, once the one before it is stored."""
@@ -204,7 +216,7 @@ class _State:
         writer = self._writer
 
         def put() -> bool:
-            return packs.store(writer.storage, pack, writer.young)
+            return writer.shelf.put(pack)
 
         self._uploading = uploader.submit(put), places, pack
         self._filled, self.filled = [], 0
@@ -217,6 +229,7 @@ class _State:
             tally, written = self._writer.tally, future.result()
             tally.stored += pack.size if written else 0
             self._uploading = None
+            self._own.add(pack.digest)
             for place, start, n in places:
                 at = (pack.digest, pack.data_start + start, n)
                 self._writer.known[place.digest] = at
@@ -290,3 +303,9 @@ def known_chunks(stored: Iterable[Manifest]) -> dict[bytes, Location]:
         for row, (pack, start, n) in enumerate(rows):
             known.setdefault(digests[32 * row : 32 * row + 32], (manifest.packs[pack], start, n))
     return known
+
+
+def packs_without(manifest: Manifest, names: Collection[str]) -> list[str]:
+    """The packs that hold a manifest's files, and its tensors but for those of these names."""
+    kept = [manifest.rows(one) for one in (*manifest.files, *manifest.tensors) if one.name not in names]
+    return [manifest.packs[i] for i in np.unique(manifest.pack[np.concatenate(kept)]).tolist()] if kept else []

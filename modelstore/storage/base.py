@@ -19,11 +19,15 @@ def too_large(key: str, size: int, limit: int) -> FormatError:
 
 
 class ObjectInfo(NamedTuple):
-    """An object's key, its size in bytes, and when it was last written (Unix seconds by the storage's clock)."""
+    """An object's key, its size in bytes, and when it was last written (Unix seconds by the storage's clock).
+
+    `tag` is another after each change, as far as the backend knows: equal infos are of the same object with the same bytes.
+    """
 
     key: str
     size: int
     modified: float
+    tag: str = ""
 
 
 class Storage(Protocol):

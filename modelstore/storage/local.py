@@ -220,7 +220,10 @@ class LocalStorage(Storage):
 
 
 def _info(key: str, status: os.stat_result) -> ObjectInfo | None:
-    return None if stat.S_ISDIR(status.st_mode) else ObjectInfo(key, status.st_size, status.st_mtime)
+    if stat.S_ISDIR(status.st_mode):
+        return None
+    tag = f"{status.st_ino}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+    return ObjectInfo(key, status.st_size, status.st_mtime, tag)
 
 
 def _write(descriptor: int, data: Buffer) -> int:

@@ -74,12 +74,14 @@ class MemoryStorage(Storage):
 
     def info(self, key: str) -> ObjectInfo | None:
         item = self._shelf.objects.get(check_key(key))
-        return None if item is None else ObjectInfo(key, len(item[0]), item[1])
+        return None if item is None else ObjectInfo(key, len(item[0]), item[1], f"{id(item[0])}")
 
     def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
         check_prefix(prefix)
         with self._shelf.lock:
-            objects = sorted((k, len(d), t) for k, (d, t) in self._shelf.objects.items() if k.startswith(prefix))
+            objects = sorted(
+                (k, len(d), t, f"{id(d)}") for k, (d, t) in self._shelf.objects.items() if k.startswith(prefix)
+            )
         return (ObjectInfo(*item) for item in islice((item for item in objects if item[0] > after), limit))
 
     def folders(self, prefix: str) -> tuple[str, ...]:

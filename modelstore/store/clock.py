@@ -21,20 +21,3 @@ def now(storage: Storage) -> float:
     if info is None:
         raise StorageError(f"object {key} was removed as soon as it was made: run this again", object=key)
     return info.modified
-
-
-class Youth:
-    """Whether an object is young enough to be left alone by collections of the usual grace; the clock is read once, if at all.
-
-    This saves work and nothing else: what a save relies on is proved when it is published, whatever the clocks say.
-    """
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self._since: float | None = None
-
-    def __call__(self, modified: float) -> bool:
-        """Whether what was last written then (Unix seconds by the storage's clock) is younger than twelve hours."""
-        if self._since is None:
-            self._since = now(self._storage) - REFRESH
-        return modified >= self._since

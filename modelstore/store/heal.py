@@ -35,8 +35,12 @@ def checked_pieces(storage: Storage, digest: str, size: int) -> Iterator[bytes]:
         hasher.update(piece)
         left -= len(piece)
         if not left and hasher.hexdigest() != digest:
-            raise CorruptionError(f"{key} in {storage.url} has other bytes than its name stands for", object=key)
+            break
         yield piece
+    else:
+        if size:
+            return
+    raise CorruptionError(f"{key} in {storage.url} has other bytes than its name stands for", object=key)
 
 
 def pack_is_good(storage: Storage, digest: str) -> bool:

@@ -12,7 +12,7 @@ from modelstore.format.manifest import Manifest
 from modelstore.format.record import VariantEntry, manifest_key
 from modelstore.storage.base import Storage
 from modelstore.store import packs
-from modelstore.store.clock import Youth
+from modelstore.store.shelf import Shelf
 
 _CACHED_BYTES = 256 << 20
 
@@ -28,11 +28,11 @@ class Manifests:
     def __reduce__(self) -> tuple[Any, ...]:
         return Manifests, (self._storages[0], self._storages[1:])  # what is cached is read again
 
-    def write(self, model: str, manifest: Manifest, young: Youth) -> tuple[str, str]:
+    def write(self, model: str, manifest: Manifest, shelf: Shelf) -> tuple[str, str]:
         """Store a manifest, and a copy of it as a pack, from which a lost one is rebuilt: both digests."""
         digest, data = man.encode(manifest)
         copy = packs.copy_pack(model, digest, data)
-        packs.store(self._storages[0], copy, young)
+        shelf.put(copy)
         self._storages[0].put(manifest_key(model, digest), [data], len(data))
         return digest, copy.digest
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -12,12 +12,11 @@ from blake3 import blake3
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError
 from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.manifest import FORMAT, CodecSpec
-from modelstore.format.record import PACKS, pack_key
+from modelstore.format.record import PACKS
 from modelstore.format.region import Shape
 from modelstore.format.safetensors import PREFIX, Entry, build_header, header_length, parse_header
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
-from modelstore.store.clock import Youth
 
 METADATA_KEY = "modelstore"
 COPY_ENTRY = "manifest"
@@ -74,7 +73,7 @@ class Pack:
     """A finished pack: its name, its bytes, and where its data begins."""
 
     digest: str
-    pieces: tuple[Buffer, ...]
+    pieces: Iterable[Buffer]  # to be taken more than once
     size: int
     data_start: int
 
@@ -143,16 +142,3 @@ def manifest_copies(storage: Storage) -> list[tuple[str, str, str]]:
 
     with Pool(16, thread_name_prefix="modelstore-packs") as pool:
         return [one for one in pool.map(header, [info.key for info in storage.list(PACKS)]) if one is not None]
-
-
-def store(storage: Storage, pack: Pack, young: Youth) -> bool:
-    """Put a pack where it is not there yet; whether it was written.
-
-    One that is old may be garbage about to be swept: it is written again, so that garbage collection leaves it alone.
-    """
-    key = pack_key(pack.digest)
-    there = storage.info(key)
-    if there and there.size == pack.size and young(there.modified):
-        return False
-    storage.put(key, pack.pieces, pack.size)
-    return there is None

@@ -1,0 +1,190 @@
+"""A save refers to no byte that it has not looked at; what it finds bad is stored anew, and healed where that can be."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from modelstore.client import Store
+from modelstore.errors import CorruptionError
+from modelstore.format.record import manifest_key, pack_key
+from modelstore.storage.base import Storage
+from modelstore.storage.faults import CountingStorage, FaultyStorage, Killed
+from modelstore.storage.local import LocalStorage
+from modelstore.storage.memory import MemoryStorage
+from tests.helpers.stores import all_bits, keys, open_on, overwrite, pack_sizes, shrink, weights
+
+Damage = Callable[[Storage, str], None]
+
+
+def flip(storage: Storage, key: str, at: int = -1) -> None:
+    """Change one bit."""
+
+    def change(data: bytearray) -> None:
+        data[at] ^= 1
+
+    overwrite(storage, key, change)
+
+
+def flip_header(storage: Storage, key: str) -> None:
+    """Change one bit in front of the data."""
+    flip(storage, key, 12)
+
+
+def truncate(storage: Storage, key: str) -> None:
+    """Lose the second half."""
+    overwrite(storage, key, lambda data: data.__delitem__(slice(len(data) // 2, None)))
+
+
+def empty(storage: Storage, key: str) -> None:
+    """Lose all of it, but not the object."""
+    overwrite(storage, key, lambda data: data.clear())
+
+
+def remove(storage: Storage, key: str) -> None:
+    """Lose the object."""
+    storage.delete(key)
+
+
+DAMAGES = [flip, flip_header, truncate, empty, remove]
+
+
+@pytest.fixture(params=["memory", "local"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """An empty storage, with small packs."""
+    shrink(monkeypatch)
+    return MemoryStorage(uuid.uuid4().hex) if request.param == "memory" else LocalStorage(tmp_path / "store")
+
+
+@pytest.mark.parametrize("how", [{}, {"codec": "raw"}, {"codec": "raw", "grid": "whole"}], ids=str)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_same_source_saved_again_heals_what_was_damaged(
+    storage: Storage, damage: Damage, how: dict[str, Any]
+) -> None:
+    open_on(storage).save("m", weights(1), **how)
+    copy = pack_key(open_on(storage)._catalog.newest("m").variants["original"].copy)
+    for key in sorted(pack_sizes(storage).keys() - {copy}):
+        good = pack_sizes(storage)
+        for name in ("m", f"other-{key[-20:-15]}"):
+            damage(storage, key)
+            saved = open_on(storage).save(name, weights(1), **how)
+            assert all_bits(open_on(storage).load(f"{name}@{saved.version}")) == all_bits(weights(1))
+            assert pack_sizes(storage).items() >= good.items()
+    assert all_bits(open_on(storage).load("m@1")) == all_bits(weights(1))
+    assert open_on(storage).verify(deep=True).ok
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("lost", ["manifest", "copy", "both"])
+def test_a_damaged_manifest_is_healed_too(storage: Storage, damage: Damage, lost: str) -> None:
+    open_on(storage).save("m", weights(1))
+    entry = open_on(storage)._catalog.newest("m").variants["original"]
+    for what, key in (("copy", pack_key(entry.copy)), ("manifest", manifest_key("m", entry.manifest))):
+        if lost in (what, "both"):
+            damage(storage, key)
+    assert open_on(storage).save("m", weights(1)).version == 2
+    for version in (1, 2):
+        assert all_bits(open_on(storage).load(f"m@{version}")) == all_bits(weights(1))
+    assert open_on(storage).verify(deep=True).ok
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_version_with_changes_does_not_refer_to_what_is_damaged(storage: Storage, damage: Damage) -> None:
+    store = open_on(storage)  # one that saved it, and has nothing but that to know it from
+    for key in sorted(open_and_keys(store, weights(1))):
+        changed = weights(1)
+        changed["head"][0, 0] += len(key)
+        damage(storage, key)
+        saved = store.save("m", changed)
+        assert all_bits(open_on(storage).load(f"m@{saved.version}")) == all_bits(changed)
+
+
+def open_and_keys(store: Store, tensors: dict[str, torch.Tensor]) -> set[str]:
+    """Save, and the keys of the packs."""
+    store.save("m", tensors)
+    return set(pack_sizes(store._storage))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_interrupted_save_does_not_rely_on_what_was_damaged_since(
+    storage: Storage, damage: Damage, tmp_path: Path
+) -> None:
+    save_file(weights(1), tmp_path / "m.safetensors")
+    with pytest.raises(Killed):
+        open_on(FaultyStorage(storage, kill_at=9)).save("m", tmp_path / "m.safetensors")
+    there = sorted(pack_sizes(storage))
+    assert there
+    for key in there:
+        damage(storage, key)
+    open_on(storage).save("m", tmp_path / "m.safetensors")
+    assert all_bits(open_on(storage).load("m")) == all_bits(weights(1))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_part_does_not_rely_on_what_was_damaged_since(storage: Storage, damage: Damage) -> None:
+    store = open_on(storage)
+    for _ in range(2):
+        store.save_part("m", weights(1), session="s", rank=0, ranks=1)
+        for key in sorted(pack_sizes(storage)):
+            damage(storage, key)
+    store.save_part("m", weights(1), session="s", rank=0, ranks=1)
+    store.publish("m", "s", ranks=1)
+    assert all_bits(open_on(storage).load("m")) == all_bits(weights(1))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_variant_is_not_published_over_damage(storage: Storage, damage: Damage) -> None:
+    random = torch.Generator().manual_seed(0)
+    tensors = {f"{n}.weight": torch.randn(64, 128, generator=random) for n in ("a", "b")} | {"norm": torch.ones(4000)}
+    for i in range(len(open_and_keys(open_on(storage), tensors))):
+        key = sorted(pack_sizes(storage))[i]
+        damage(storage, key)
+        refused = False
+        try:
+            open_on(storage).compress("m", "int8", variant=f"v{i}")
+        except CorruptionError:
+            refused = True
+        if not refused:
+            open_on(storage).load(f"m:v{i}")
+        open_on(storage).save("m", tensors)  # the advice: heals
+    assert open_on(storage).verify(deep=True).ok
+
+
+def test_repairs_advice_works(storage: Storage) -> None:
+    open_on(storage).save("m", weights(1))
+    copy = pack_key(open_on(storage)._catalog.newest("m").variants["original"].copy)
+    key = min(pack_sizes(storage).keys() - {copy})
+    remove(storage, key)
+    with pytest.raises(CorruptionError):
+        open_on(storage).load("m")
+    assert not open_on(storage).repair("m").ok
+    open_on(storage).save("m", weights(1))
+    assert open_on(storage).repair("m").ok
+
+
+def test_a_pack_is_read_once_in_a_process_and_again_when_it_was_written_again(storage: Storage) -> None:
+    counting = CountingStorage(storage)
+    store = open_on(counting)
+    changed = weights(1)
+    store.save("m", changed)
+    read = []
+    for step in range(3):
+        counting.reset()
+        changed["scale"] += step + 1
+        store.save("m", changed)
+        read.append(counting.bytes["read"])
+    whole = sum(pack_sizes(storage).values())
+    assert whole / 2 < read[0]
+    assert read[1] < whole / 4
+    assert read[2] < whole / 4
+    for key in keys(storage, "packs/"):
+        overwrite(storage, key, lambda data: data.extend(b""))
+    counting.reset()
+    store.save("m", changed)
+    assert counting.bytes["read"] > whole / 2
