@@ -1,0 +1,203 @@
+"""Saves, deletions, collections and repairs, interleaved operation by operation: what is visible is whole, at every step.
+
+`MODELSTORE_TEST_RUNS` says how many interleavings of each kind are run at most, chosen all over; all of those of two are some
+hundreds to some ten thousands of each kind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import modelstore.storage.memory
+from modelstore.client import Store
+from modelstore.errors import ConflictError, ModelStoreError, NotFoundError
+from modelstore.format.record import MODELS, pack_key
+from modelstore.storage.base import Storage
+from modelstore.storage.faults import Killed
+from modelstore.storage.memory import MemoryStorage
+from modelstore.store.catalog import Catalog
+from modelstore.store.garbage import collect
+from modelstore.store.manifests import Manifests
+from modelstore.store.relying import check_there, relied_on
+from tests.helpers.interleaving import Actor, Aged, Op, at_random, explore, independent, inline
+from tests.helpers.stores import copy_all, keys, open_on
+
+RUNS = int(os.environ.get("MODELSTORE_TEST_RUNS", "60"))
+Work = Callable[[Storage], Any]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Works use no threads of their own."""
+    inline(monkeypatch)
+
+
+def model(seed: int) -> dict[str, torch.Tensor]:
+    """A tiny model, half of which is the same for all seeds."""
+    return {"same": torch.arange(300.0), "mlp.weight": torch.arange(1024.0).reshape(16, 64) * seed}
+
+
+def saving(seed: int, name: str = "m", **how: Any) -> Work:
+    """Save a model."""
+    return lambda storage: open_on(storage, threads=1).save(name, model(seed), **how).version
+
+
+def collecting(grace: float = 0) -> Work:
+    """Collect garbage."""
+    return lambda storage: collect(storage, Catalog(storage), Manifests(storage), dry_run=False, grace=grace)
+
+
+def deleting(version: int, then: Work | None = None) -> Work:
+    """Delete a version."""
+
+    def act(storage: Storage) -> None:
+        open_on(storage).delete(f"m@{version}")
+        if then is not None:
+            then(storage)
+
+    return act
+
+
+def repairing(storage: Storage) -> Any:
+    """Repair everything."""
+    return open_on(storage).repair().problems
+
+
+def compressing(storage: Storage) -> Any:
+    """Make a variant."""
+    return open_on(storage, threads=1).compress("m", "int8").version
+
+
+def made(*steps: Work) -> Callable[[], Storage]:
+    """A storage on which these were done before."""
+    template = MemoryStorage(uuid.uuid4().hex)
+    for step in steps:
+        step(template)
+
+    runs = itertools.count()
+
+    def setup() -> Storage:
+        storage = Aged(
+            f"{template.url.removeprefix('memory://')}-{next(runs)}"
+        )  # nothing that a process remembers is of it
+        copy_all(template, storage)
+        return storage
+
+    return setup
+
+
+def losing_a_copy(storage: Storage) -> None:
+    """Lose the copy of the newest version's manifest."""
+    storage.delete(pack_key(Catalog(storage).newest("m").variants["original"].copy))
+
+
+def visible_is_whole(storage: Storage) -> None:
+    """Every variant of every live version has all that it needs."""
+    inner = MemoryStorage(storage.url.removeprefix("memory://"))
+    catalog = Catalog(inner)
+    for name in catalog.models():
+        for record in catalog.live(name):
+            needed = relied_on(inner, name, record.variants.values())
+            copies = {pack_key(entry.copy) for entry in record.variants.values()}
+            check_there(inner, name, {key: size for key, size in needed.items() if key not in copies})
+
+
+def acknowledged_is_there(seeds: list[int | None], deleted: set[int] = frozenset()) -> Any:  # type: ignore[assignment]
+    """A check for the end: each save's version is there and exact, also after all have slept and collected."""
+
+    def finish(storage: Storage, actors: list[Actor]) -> None:
+        inner = MemoryStorage(storage.url.removeprefix("memory://"))
+        for actor in actors:
+            if actor.error is not None and not isinstance(actor.error, Killed | ConflictError | NotFoundError):
+                raise actor.error
+        for _ in range(2):
+            for seed, actor in zip(seeds, actors, strict=True):
+                if seed is None or not isinstance(actor.result, int) or actor.result in deleted:
+                    continue
+                loaded = Store(inner).load(f"m@{actor.result}")
+                assert all(torch.equal(loaded[name], tensor) for name, tensor in model(seed).items())
+            collecting()(storage)
+            visible_is_whole(storage)
+        assert not keys(inner, "intents/")
+
+    return finish
+
+
+CASES: dict[str, tuple[Callable[[], Storage], list[Work], list[int | None]]] = {
+    "a save of content that was deleted, and a collection": (
+        made(saving(1), saving(2), deleting(1)),
+        [saving(1), collecting()],
+        [1, None],
+    ),
+    "a save that shares with a version, and that version's deletion and collection": (
+        made(saving(1)),
+        [saving(2), deleting(1, then=collecting())],
+        [2, None],
+    ),
+    "two saves of the same": (made(saving(1)), [saving(2), saving(2)], [2, 2]),
+    "two collections": (made(saving(1), saving(2), deleting(1)), [collecting(), collecting()], [None, None]),
+    "a save and a repair": (made(saving(1), losing_a_copy), [saving(1), repairing], [1, None]),
+    "a repair and a collection": (
+        made(saving(1), saving(2), deleting(1), losing_a_copy),
+        [repairing, collecting()],
+        [None, None],
+    ),
+    "a variant, and its version's deletion and collection": (
+        made(saving(1), saving(2)),
+        [compressing, deleting(2, then=collecting())],
+        [None, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_interleavings_of_two(case: tuple[Callable[[], Storage], list[Work], list[int | None]]) -> None:
+    setup, works, seeds = case
+    assert explore(setup, works, visible_is_whole, acknowledged_is_there(seeds), RUNS) > 1
+
+
+@pytest.mark.parametrize("hours", [-72, 0, 72])
+def test_interleavings_of_three_at_random(hours: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        """The storage's, which is not that of its clients."""
+
+        @staticmethod
+        def time() -> float:
+            return 1.8e9 + hours * 3600
+
+    setup = made(saving(1), saving(2), deleting(1))
+    monkeypatch.setattr(modelstore.storage.memory, "time", Clock)
+    for seed in range(RUNS // 3):
+        first = seed % 3 + 1
+        third: Work = [collecting(), deleting(2, then=collecting(3600)), repairing, saving(1)][seed % 4]
+        at_random(
+            setup(),
+            [saving(first), collecting([0, 3600, 86_400][seed % 3]), third],
+            seed,
+            visible_is_whole,
+            acknowledged_is_there([first, None, None]),
+        )
+
+
+def test_steps_that_have_nothing_to_do_with_each_other() -> None:
+    assert independent(Op("get", "a"), Op("info", "a"))
+    assert independent(Op("put", "packs/a"), Op("put", "packs/b"))
+    assert independent(Op("list", MODELS), Op("put", "packs/b"))
+    assert not independent(Op("list", "packs/"), Op("put", "packs/b"))
+    assert not independent(Op("create", "a"), Op("create", "a"))
+    assert not independent(Op("info", "a"), Op("delete", "a"))
+
+
+def test_the_checker_finds_a_handshake_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the intents, which a collection reads, something is lost."""
+    monkeypatch.setattr("modelstore.store.garbage.held_by_writers", lambda *_, **__: set())
+    setup, works, seeds = CASES["a save of content that was deleted, and a collection"]
+    with pytest.raises((ModelStoreError, AssertionError)):
+        explore(setup, works, visible_is_whole, acknowledged_is_there(seeds), 5000)
