@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import secrets
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,12 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
-import modelstore.execute.writing
-import modelstore.store.catalog
-import modelstore.store.garbage
-import modelstore.store.relying
-import modelstore.store.repair
-import modelstore.store.shelf
+import modelstore.client  # noqa: F401  all that has threads
 from modelstore.format.handshake import CONDEMNED
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.faults import Killed
@@ -70,6 +66,9 @@ class Inline:
         return [act(*arguments) for arguments in zip(*items, strict=False)]
 
     def shutdown(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def give_up(self) -> None:
         pass
 
     def __enter__(self) -> Inline:
@@ -167,15 +166,10 @@ Setup = Callable[[], Storage]
 
 def inline(patch: pytest.MonkeyPatch) -> None:
     """Let works use no threads of their own."""
-    for module in (
-        modelstore.execute.writing,
-        modelstore.store.catalog,
-        modelstore.store.garbage,
-        modelstore.store.relying,
-        modelstore.store.repair,
-        modelstore.store.shelf,
-    ):
-        patch.setattr(module, "ThreadPoolExecutor", Inline)
+    for name, module in list(sys.modules.items()):
+        for pool in ("Pool", "ThreadPoolExecutor"):
+            if name.startswith("modelstore.") and hasattr(module, pool):
+                patch.setattr(module, pool, Inline)
 
 
 def seeded(patch: pytest.MonkeyPatch, seed: int) -> None:
