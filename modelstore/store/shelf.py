@@ -8,12 +8,12 @@ again, so that the bad one is replaced, for older versions and other models too.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future
 
 from modelstore.errors import CorruptionError, NotFoundError
+from modelstore.format.locks import Lock
 from modelstore.format.record import pack_key
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.pool import Pool
@@ -27,7 +27,7 @@ _REMEMBERED = 100_000
 _LOCAL_THREADS, _REMOTE_THREADS = 2, 4
 
 _good: OrderedDict[tuple[str, str], ObjectInfo] = OrderedDict()  # (store, key) → the object that was found good
-_lock = threading.Lock()
+_lock = Lock()
 
 
 class Shelf:
@@ -41,7 +41,7 @@ class Shelf:
         self._looks: dict[str, Future[bool]] = {}
         self._order: dict[str, int] = {}
         self._expected: list[str] = []
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def young(self, modified: float) -> bool:
         """Whether what was written then (by the storage's clock, which is asked once) is younger than twelve hours.
