@@ -23,11 +23,11 @@ from modelstore.format.results import Swept
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
-from modelstore.store.clock import Youth
 from modelstore.store.garbage import collect, now_of
 from modelstore.store.manifests import Manifests
 from modelstore.store.marking import Doubt, Needed, needed_manifests
 from modelstore.store.repack import PLACE, DamagedPackError, Moved, Old, Places, arrange, moved, old_pack, write
+from modelstore.store.shelf import Shelf
 
 LIVE_SHARE = 0.8  # below it a pack is rewritten
 _THREADS = 16
@@ -199,7 +199,7 @@ class _Following:
         self._manifests = manifests
         self._places = places
         self._packs = packs
-        self._young = Youth(storage)
+        self._shelf = Shelf(storage)
         self._made: dict[tuple[str, str], tuple[str, str]] = {}  # (model, manifest) → the new one, and its copy
         self.left: list[str] = []
 
@@ -251,7 +251,7 @@ class _Following:
             raise FormatError(
                 f"the manifest {digest} of model {model!r} cannot follow its chunks: {problem}", model=model
             )
-        self._made[name] = self._manifests.write(model, made, self._young)
+        self._made[name] = self._manifests.write(model, made, self._shelf)
         return Base(model, self._made[name][0])
 
 
