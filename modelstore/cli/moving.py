@@ -118,6 +118,8 @@ def du(
     """
     found = open_store(store).du(name)
     output.result(found, _usage(found, name), as_json=json)
+    for said in found.problems:
+        output.remark(f"modelstore: not counted: {said}", quiet=json)
 
 
 def _usage(found: StoreUsage, name: str | None) -> Iterator[str]:

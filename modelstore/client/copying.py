@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 from modelstore.client.base import Base
-from modelstore.errors import NotFoundError
+from modelstore.errors import ModelStoreError, NotFoundError
 from modelstore.execute.copying import copy
 from modelstore.execute.copying_plan import Place, Wanted
 from modelstore.execute.progress import Progress, meter
@@ -47,17 +49,18 @@ class Copying(Base):
         there is checked and not sent, so that an interrupted copy goes on when it is called again. What deltas are stored
         against comes along. A version keeps its number, where that was never used there; else it takes the next, and is known
         again by later copies. Where it is there already, variants that were stored anew since, or have other metrics, are
-        replaced. With `all`, what was deleted there is left out; else it is copied anew.
+        replaced. With `all`, what was deleted there, or is damaged here, is left out and said.
 
         `ConflictError` where a variant of that name there has other values, `CorruptionError` where packs are damaged here.
         """
         target = self._destination(destination, storage_options)
         self._catalog.open()
-        wanted = self._everything(ref, name, variants, tags) if all else [self._one(ref, name, variants, tags)]
+        damaged: list[ModelStoreError] = []
+        wanted = self._everything(ref, name, variants, tags, damaged) if all else [self._one(ref, name, variants, tags)]
         target.catalog.open(create=True)
         source = Place(self._storage, self._catalog, self._manifests, self._mirrors)
         what = f"copying {ref or 'everything'}"
-        return copy(
+        done = copy(
             source,
             target,
             wanted,
@@ -65,6 +68,7 @@ class Copying(Base):
             limits=self._limits(),
             meter=lambda total: meter(progress, total, what),
         )
+        return msgspec.structs.replace(done, left_out=(*map(str, damaged), *done.left_out))
 
     def rename(self, old: str, new: str) -> inventory.Renamed:
         """Give all versions of a model, and its tags, another name; no pack is read or written.
@@ -130,9 +134,17 @@ class Copying(Base):
         return Wanted(record, tuple(chosen), check_model(name) if name is not None else parsed.name, tuple(wanted))
 
     def _everything(
-        self, ref: str | None, name: str | None, variants: bool | Iterable[str], tags: bool | Iterable[str]
+        self,
+        ref: str | None,
+        name: str | None,
+        variants: bool | Iterable[str],
+        tags: bool | Iterable[str],
+        damaged: list[ModelStoreError],
     ) -> list[Wanted]:
-        """All versions of a model, or of all models, oldest first, so that the newest there is the newest here."""
+        """All versions of a model, or of all models, oldest first, so that the newest there is the newest here.
+
+        Records that cannot be read are noted in `damaged`.
+        """
         if variants not in (False, True) or tags not in (False, True):
             raise ValueError("all=True copies all variants and tags: leave variants and tags out")
         if ref is None and name is not None:
@@ -141,10 +153,10 @@ class Copying(Base):
             raise ValueError(f"all=True copies every version of a model: give its name alone, not {ref!r}")
         wanted: list[Wanted] = []
         for model in self._catalog.models() if ref is None else [ref]:
-            live = self._catalog.live(model)
+            live = self._catalog.live(model, damaged)
             if not live and ref is not None:
                 self._catalog.newest(model)  # says what is wrong
-            by_version = _by_version(self._catalog.tags(model)) if live else {}
+            by_version = _by_version(self._catalog.tags(model, damaged)) if live else {}
             wanted += [
                 Wanted(record, _all(record), check_model(name or model), tuple(by_version.get(record.version, ())))
                 for record in live

@@ -56,7 +56,7 @@ def copy(
     report = meter(sum(missing.values()) + sum(there.values()))
     bad = work.bad(there, limits, report)
     missing |= {pack: there.pop(pack) for pack in bad}
-    made, tags = [], []
+    made, tags, damaged = [], [], []
     for plan in plans:
         if plan.nothing:
             continue
@@ -72,10 +72,16 @@ def copy(
                 missing.update(planner.missing(planner.packs_of(plan))[0])
                 raise
 
-        version = again(bring)
+        try:
+            version = again(bring)
+        except CorruptionError as error:
+            if not everything:
+                raise
+            damaged.append(f"{plan.wanted.at}: {error}")
+            continue
         made.append(version)
         tags += work.tag(plan, version.version)
-    left_out = tuple(said for plan in plans for said in plan.left_out)
+    left_out = (*(said for plan in plans for said in plan.left_out), *damaged)
     return Copied(
         target.storage.url,
         tuple(made),

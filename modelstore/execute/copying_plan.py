@@ -14,6 +14,7 @@ from modelstore.format.record import PACKS, VariantEntry, VersionRecord, pack_ke
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
+from modelstore.store.damage import UNREADABLE
 from modelstore.store.manifests import Manifests
 
 _ONE_LISTING = 256  # packs from which one listing is quicker than a look at each
@@ -55,11 +56,7 @@ class Plan:
         tuple[str, str, str], ...
     ] = ()  # (model there, model here, manifest), what deltas are stored against first
     left_out: tuple[str, ...] = ()
-
-    @property
-    def nothing(self) -> bool:
-        """Whether the version is left out, as it was deleted there."""
-        return self.there is not None and self.there.deleted
+    nothing: bool = False  # the version as a whole is left out
 
 
 class Planner:
@@ -76,10 +73,19 @@ class Planner:
 
     def plan(self, wanted: Wanted) -> Plan:
         """What is to be done for a version."""
+        try:
+            return self._plan(wanted)
+        except UNREADABLE as error:
+            if not self._everything:
+                raise
+            return Plan(wanted, None, left_out=(f"{wanted.at}: {error}",), nothing=True)
+
+    def _plan(self, wanted: Wanted) -> Plan:
         there = self.there(wanted)
         if there is not None and there.deleted:
             at = f"{wanted.name}@{there.version}"
-            return Plan(wanted, there, left_out=(f"{wanted.at}: {at} was deleted in {self._target.storage.url}",))
+            said = f"{wanted.at}: {at} was deleted in {self._target.storage.url}"
+            return Plan(wanted, there, left_out=(said,), nothing=True)
         entries, left_out = [], []
         for variant in wanted.variants:
             entry = wanted.record.variants[variant]
@@ -179,13 +185,13 @@ class Planner:
         there = {pack: size for pack, size in found.items() if size is not None and size == (right[pack] or size)}
         missing = {pack: size for pack, size in right.items() if pack not in there}
         lost = [pack for pack, size in missing.items() if size is None]
-        if lost:
+        if lost and not self._everything:
             raise CorruptionError(
                 f"{self._source.storage.url} has lost {len(lost)} packs, the first of them {pack_key(lost[0])}: nothing was "
                 f"copied; run 'modelstore verify' to see which models need them",
                 object=pack_key(lost[0]),
             )
-        return {pack: size for pack, size in missing.items() if size is not None}, there
+        return {pack: size or 0 for pack, size in missing.items()}, there
 
     @staticmethod
     def _sizes(storages: Sequence[Storage], wanted: Sequence[str]) -> dict[str, int | None]:

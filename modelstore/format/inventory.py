@@ -61,7 +61,8 @@ class StoreUsage(Result, frozen=True):
 
     `live` bytes of packs are held by some version; `dead` ones lie in the packs of these and are held by none: compaction
     frees them. `unused` bytes are of packs and manifests that no version needs: garbage collection frees them, when they are
-    old enough. `manifests` are those that are needed, with their copies.
+    old enough. `manifests` are those that are needed, with their copies. `problems` say what could not be read: what it holds
+    counts as unused, or dead.
     """
 
     models: tuple[Usage, ...]
@@ -72,6 +73,7 @@ class StoreUsage(Result, frozen=True):
     unused: int
     manifests: int
     total: int
+    problems: tuple[str, ...] = ()
 
 
 class Compaction(Result, frozen=True):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from modelstore.errors import ModelStoreError
 from modelstore.format.inventory import StoreUsage, Usage
 from modelstore.format.manifest import Manifest
 from modelstore.format.record import MODELS, PACKS, VersionRecord, manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
+from modelstore.store.damage import noting
 from modelstore.store.manifests import Manifests
 from modelstore.store.packs import data_start
 from modelstore.store.repair import copy_of
@@ -30,11 +33,12 @@ def usage(storage: Storage, catalog: Catalog, manifests: Manifests, model: str |
     Manifests of everything live are read, and all objects listed; no weights are.
     """
     work = _Counting(storage, manifests)
+    damaged: list[ModelStoreError] = []
     for name in catalog.models():
-        for record in catalog.live(name):
-            work.add(record)
+        for record in catalog.live(name, damaged):
+            noting(damaged, partial(work.add, record))
     found = work.held(model)
-    return StoreUsage(*found, *work.totals())
+    return StoreUsage(*found, *work.totals(), tuple(map(str, damaged)))
 
 
 @dataclass

@@ -236,6 +236,28 @@ def test_a_collection_in_the_other_store_at_any_moment(full: Small) -> None:
     assert at > 8
 
 
+def test_what_is_damaged_does_not_keep_the_rest_from_being_copied(full: Small) -> None:
+    full.store.save("torn", weights(4))
+    full.store.save("lost", weights(5))
+    full.store.save("gone", weights(6))
+    record = next(k for k in sorted(full.objects()) if k.startswith("models/torn/versions/"))
+    full.damage(record, lambda data: data.clear())
+    full.storage.delete(pack_key(full.manifest("lost").packs[0]))
+    full.storage.delete(manifest_key("gone", full.entry("gone").manifest))
+    other = Small.new()
+    fresh = modelstore.client.open(full.store.url, memory="64MiB")
+    done = fresh.copy(None, other.store, all=True)
+    assert len(done.left_out) == 3
+    assert [sum(name in said for said in done.left_out) for name in ("torn", "lost@1", "gone@1")] == [1, 1, 1]
+    assert [model.name for model in other.store.models()] == ["org/m", "tuned"]
+    same(full, other, "org/m@1:int8", "org/m@2", "tuned")
+    found = modelstore.client.open(full.store.url, memory="64MiB").du()
+    assert len(found.problems) == 2
+    assert [one.name for one in found.models] == ["lost", "org/m", "tuned"]
+    with pytest.raises(CorruptionError):
+        fresh.copy("lost", other.store)
+
+
 class Counting(WrappingStorage):
     """The largest piece that was read or written."""
 

@@ -367,3 +367,16 @@ def test_ladders_and_what_is_made_of_them(small: Small) -> None:
     right(small, {"m": model})
     assert small.manifest("m:int8").parent == small.manifest("m").content
     assert manifest_key("m", small.entry("m").manifest) in small.objects()
+
+
+def test_a_record_that_cannot_be_read_stops_it_and_is_named(small: Small, wanted: dict[str, Tensors]) -> None:
+    key = next(key for key in sorted(small.objects()) if key.startswith("models/other/versions/"))
+    kept = small.storage.get(key)
+    small.damage(key, lambda data: data.clear())
+    before = small.objects()
+    done = compacted(fresh(small).gc(dry_run=False, compact=True))
+    assert done.packs == 0
+    assert any(key in said for said in done.left)
+    assert {k for k in before if k.startswith("packs/")} >= {k for k in small.objects() if k.startswith("packs/")}
+    small.storage.put(key, [kept], len(kept))
+    right(small, wanted)
