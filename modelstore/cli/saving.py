@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelstore.cli import complete, output, units
+from modelstore.cli.failures import usage
 from modelstore.cli.options import AsJson, Cluster, Debug, Memory, ModelName, Quiet, StoreUrl, open_store
 from modelstore.sources.checkpoint import BESIDE
 
@@ -57,11 +58,11 @@ class Grid(StrEnum):
 
 def save(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="SOURCE",
-            exists=True,
-            help="A Hugging Face folder, a .safetensors or GGUF file, or a checkpoint file or folder of PyTorch or Zarr.",
+            help="A Hugging Face folder, a model of the Hub (hf://ORG/NAME[@REVISION]), a .safetensors or GGUF file, "
+            "or a checkpoint file or folder of PyTorch or Zarr.",
             show_default=False,
         ),
     ],
@@ -136,6 +137,10 @@ def save(
 
     Only what the store does not hold yet is written. A save that was interrupted goes on when it is started again.
     """
+    from modelstore.sources.hub import hub_id
+
+    if hub_id(source) is None and not Path(source).expanduser().exists():
+        raise usage(f"Invalid value for 'SOURCE': Path '{source}' does not exist.")
     opened = open_store(store, memory=memory, cluster=cluster)
     with output.progress(quiet=quiet) as report:
         saved = opened.save(

@@ -16,6 +16,7 @@ from modelstore.format.region import Region
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source, TensorSpec
 from modelstore.sources.choosing import Choice, open_chosen
+from modelstore.sources.hub import cached_snapshot, hub_id, open_hub
 from modelstore.sources.reading import Files
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     Openable = str | Path | Sequence[str | Path] | Mapping[str, Any] | torch.nn.Module | zarr.Group
 
 _ACCEPTED = (
-    "a safetensors file or a list of them, a Hugging Face directory, a file of torch.save or a directory with "
-    "pytorch_model.bin, a GGUF file, a torch.distributed.checkpoint directory, a Zarr directory or group, a mapping from "
-    "names to tensors, or a torch module"
+    "a safetensors file or a list of them, a Hugging Face directory, a model of the Hub (hf://org/name[@revision]), a file of "
+    "torch.save or a directory with pytorch_model.bin, a GGUF file, a torch.distributed.checkpoint directory, a Zarr directory "
+    "or group, a mapping from names to tensors, or a torch module"
 )
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
@@ -38,8 +39,9 @@ def open_source(
 ) -> Source:
     """What is given, as tensors and files that can be saved; close it when done.
 
-    `what` is a path, a list of safetensors paths, a mapping from names to tensors (torch or NumPy), a `torch.nn.Module`
-    or a `zarr.Group`. `files` adds further files, or replaces those found: relative POSIX path → local path, or bytes.
+    `what` is a path, an address of the Hub (`hf://org/name[@revision]`), a list of safetensors paths, a mapping from names
+    to tensors (torch or NumPy), a `torch.nn.Module` or a `zarr.Group`. `files` adds further files, or replaces those found:
+    relative POSIX path → local path, or bytes.
     `choice` says which part of a checkpoint is wanted. Single files are known by their content, not by their names.
     `NotFoundError` where the path does not exist, `FormatError` where what is there is not valid, `UnsupportedError`
     where nothing here can read it, `TypeError` for other kinds of object.
@@ -80,11 +82,14 @@ def _dispatch(what: Any) -> Source:
 
 
 def _open_path(given: str | Path) -> Source:
+    if address := hub_id(given):
+        found = open_hub(*address, str(given))
+        return _open_directory(found) if isinstance(found, Path) else found
     if "://" in str(given):
         raise UnsupportedError(f"{given} is a URL, and sources are local: fetch it first, or mount it")
     path = Path(given).expanduser()
     if path.is_dir():
-        return _open_directory(path)
+        return _open_directory(cached_snapshot(path) or path)
     if not path.exists():
         raise NotFoundError(f"{path} does not exist: give {_ACCEPTED}", object=str(path))
     if path.suffix == ".safetensors":

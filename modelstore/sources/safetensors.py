@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import Budget, FiledSource, Found, Piece, check_tiling, fingerprint
 from modelstore.sources.folder import Folder, leave_duplicates, read_index, read_json, scan
 from modelstore.sources.reading import Files, Placed, row_major
-from modelstore.sources.states import states_of
+from modelstore.sources.states import State, states_of
 
 SHARDING = "DCP_SHARDING_INFO"  # torch DCP's Hugging Face writer puts each piece's place in its tensor there
 
@@ -39,15 +39,18 @@ def open_files(paths: Sequence[Path], *, files: Mapping[str, Path | bytes] | Non
     return _open(shards, Files(states_of(paths)), kept=files or {}, skipped={})
 
 
-def open_directory(root: Path) -> SafetensorsSource:
-    """A Hugging Face directory: its safetensors are the tensors, everything else its files (see `docs/sources.md`)."""
+def open_directory(root: Path, reading: Callable[[Mapping[Path, State]], Files] = Files) -> SafetensorsSource:
+    """A Hugging Face directory: its safetensors are the tensors, everything else its files (see `docs/sources.md`).
+
+    `reading` makes what reads the files, given their states.
+    """
     folder = scan(root)
     used, weights, tables = _choose(folder, Weights())
     kept, skipped = leave_duplicates(folder, used)
     for name in tables & kept.keys():
         del kept[name]  # an index is made again for the shards that are written
     shards = {name: folder.take(name) for name in sorted(used)}
-    source = _open(shards, Files(folder.states), kept=kept, skipped=skipped)
+    source = _open(shards, reading(folder.states), kept=kept, skipped=skipped)
     for name, file in weights.items():
         if not source.has(name, shards[file]):
             source.close()
