@@ -104,7 +104,7 @@ class KeptStorage(WrappingStorage):
         while sending:
             _answers(sending.popleft())
         if at != size:
-            raise StorageError(f"The pieces of {key!r} are {at:,} bytes, not {size:,}.", object=key)
+            raise StorageError(f"the pieces of {key!r} are {at:,} bytes, not {size:,}", object=key)
         self.keys[key] = None
 
     def _send(self, method: str, *arguments: Any) -> list[Future[Any]]:

@@ -66,7 +66,7 @@ class Origin:
         ):  # whoever asks may be wrong: no such memory is taken before the object is known to have it
             info = storage.info(key)
             if info is not None and info.size < stop:
-                raise CorruptionError(f"Object {key!r} in {source.url} ends before byte {stop:,}.", object=key)
+                raise CorruptionError(f"object {key!r} in {source.url} ends before byte {stop:,}", object=key)
         buffer = np.empty(stop - start, np.uint8)
         storage.read(key, start, view(buffer))
         fetched = Fetched(stop - start)

@@ -31,7 +31,7 @@ def s3_settings(bucket: str, options: S3Options) -> ClientSettings:
         base, region = _base(session, bucket, options)
     except (core["BotoCoreError"], ValueError) as error:
         raise ValueError(
-            f"Cannot open s3://{bucket}: {' '.join(str(error).split()).rstrip('.')}; check the AWS configuration and the options."
+            f"cannot open s3://{bucket}: {' '.join(str(error).split()).rstrip('.')}; check the AWS configuration and the options"
         ) from error
     parts = urlsplit(base)
     if (
@@ -39,7 +39,7 @@ def s3_settings(bucket: str, options: S3Options) -> ClientSettings:
         or not parts.hostname
         or any(c.isspace() or not c.isprintable() for c in base)
     ):
-        raise ValueError(f"Cannot open s3://{bucket}: the endpoint {base!r} is no URL like https://host:port.")
+        raise ValueError(f"cannot open s3://{bucket}: the endpoint {base!r} is no URL like https://host:port")
     config = {
         **options.client,
         # The whole address, bucket and all, as botocore forms it: obstore adds the key.
@@ -57,7 +57,7 @@ def s3_settings(bucket: str, options: S3Options) -> ClientSettings:
             http["root_certificate"] = Path(verify).expanduser().read_bytes()
         except OSError as error:
             raise ValueError(
-                f"Cannot read the CA bundle {verify!r} (AWS_CA_BUNDLE or verify): {error.strerror}."
+                f"cannot read the CA bundle {verify!r} (AWS_CA_BUNDLE or verify): {error.strerror}"
             ) from error
     credentials = None if options.anonymous else Credentials(session, options)
     return ClientSettings(config, http, options.connect_seconds, options.stall_seconds, credentials)
@@ -151,7 +151,7 @@ def _session(profile: str | None) -> Any:
     try:
         session.get_scoped_config()
     except core["BotoCoreError"] as error:  # no such profile, or a file that is none
-        raise ValueError(f"Invalid AWS configuration: {str(error).rstrip('.')}.") from error
+        raise ValueError(f"invalid AWS configuration: {str(error).rstrip('.')}") from error
     return session
 
 
@@ -172,7 +172,7 @@ def _botocore() -> Mapping[str, Any]:
         import botocore.session
     except ImportError as error:
         raise UnsupportedError(
-            f"s3:// needs the package {error.name}, which reads AWS's configuration: pip install 'modelstore[s3]'."
+            f"s3:// needs the package {error.name}, which reads AWS's configuration: pip install 'modelstore[s3]'"
         ) from None
     return {
         "Session": botocore.session.Session,

@@ -27,8 +27,8 @@ def require_exclusive_create(filesystem: Any, protocol: str) -> None:
     if not any((kind.__module__, kind.__name__) in _EXCLUSIVE for kind in type(filesystem).__mro__):
         raise UnsupportedError(
             f"{protocol}:// cannot hold a store: {type(filesystem).__name__} is not known to create a file exclusively,"
-            " so that two writers could overwrite each other. Use s3://, gs://, az:// or a local folder, or open it for reading"
-            " with read_only=True."
+            " so that two writers could overwrite each other: use s3://, gs://, az:// or a local folder, or open it for reading"
+            " with read_only=True"
         )
 
 

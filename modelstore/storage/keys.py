@@ -32,14 +32,14 @@ def key_problem(key: str) -> str | None:
 def check_key(key: str) -> str:
     """`key` itself where it is a valid key: relative, '/'-separated, in normal form; `ValueError` otherwise."""
     if problem := key_problem(key):
-        raise ValueError(f"Invalid key {key[:100]!r}: {problem}.")
+        raise ValueError(f"invalid key {key[:100]!r}: {problem}")
     return key
 
 
 def check_prefix(prefix: str) -> str:
     """`prefix` itself where it is '' or a valid key followed by '/'; `ValueError` otherwise."""
     if prefix and not prefix.endswith("/"):
-        raise ValueError(f"Invalid prefix {prefix[:100]!r}: it must be '' or end in '/'.")
+        raise ValueError(f"invalid prefix {prefix[:100]!r}: it must be '' or end in '/'")
     if prefix:
         check_key(prefix[:-1])
     return prefix

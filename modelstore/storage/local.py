@@ -64,7 +64,7 @@ class LocalStorage(Storage):
             while done < out.nbytes:
                 got = os.preadv(descriptor, [out[done:]], start + done)
                 if not got:
-                    raise CorruptionError(f"Object {key!r} ends before byte {start + out.nbytes:,}.", object=key)
+                    raise CorruptionError(f"object {key!r} ends before byte {start + out.nbytes:,}", object=key)
                 done += got
 
     def create(self, key: str, data: Buffer) -> bool:
@@ -78,8 +78,8 @@ class LocalStorage(Storage):
             except OSError as error:
                 if error.errno in _NO_LINKS:
                     raise UnsupportedError(
-                        f"The file system of {self.root} has no hard links, so that no file can be created exclusively;"
-                        " put the store on another one.",
+                        f"the file system of {self.root} has no hard links, so that no file can be created exclusively;"
+                        " put the store on another one",
                         object=key,
                     ) from error
                 raise
@@ -90,7 +90,7 @@ class LocalStorage(Storage):
         with _named(key, "write"), self._temporary(key) as (at, temporary, name, descriptor):
             written = sum(_write(descriptor, piece) for piece in pieces)
             if written != size:
-                raise StorageError(f"The pieces of {key!r} are {written:,} bytes, not {size:,}.", object=key)
+                raise StorageError(f"the pieces of {key!r} are {written:,} bytes, not {size:,}", object=key)
             os.fsync(descriptor)
             os.replace(temporary, name, src_dir_fd=at, dst_dir_fd=at)
             paths.sync(at)
@@ -243,9 +243,9 @@ def _named(key: str, doing: str) -> Iterator[None]:
         raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         if doing in ("create", "write"):
-            raise StorageError(f"Could not {doing} {key!r}: {error.strerror}.", object=key) from error
-        raise NotFoundError(f"No object {key!r}.", object=key) from error
+            raise StorageError(f"could not {doing} {key!r}: {error.strerror}", object=key) from error
+        raise NotFoundError(f"no object {key!r}", object=key) from error
     except paths.NoFileError as error:
-        raise CorruptionError(f"Could not {doing} {key!r}: {error.strerror}.", object=key) from error
+        raise CorruptionError(f"could not {doing} {key!r}: {error.strerror}", object=key) from error
     except OSError as error:
-        raise StorageError(f"Could not {doing} {key!r}: {error.strerror or error}.", object=key) from error
+        raise StorageError(f"could not {doing} {key!r}: {error.strerror or error}", object=key) from error

@@ -68,7 +68,7 @@ class MemoryStorage(Storage):
         check_key(key)
         data = b"".join(as_bytes(piece).data for piece in pieces)
         if len(data) != size:
-            raise StorageError(f"The pieces of {key!r} are {len(data):,} bytes, not {size:,}.", object=key)
+            raise StorageError(f"the pieces of {key!r} are {len(data):,} bytes, not {size:,}", object=key)
         with self._shelf.lock:
             self._shelf.objects[key] = data, time.time()
 

@@ -219,7 +219,7 @@ def _object_storage(make: Callable[..., ObjectStore], url: str, settings: Client
         return ObjectStorage(make, url, settings)
     except BaseError as error:
         said = str(error).split("\n\nDebug source", 1)[0]
-        raise ValueError(f"Cannot open {url}: {said}") from error
+        raise ValueError(f"cannot open {url}: {said}") from error
 
 
 def s3_storage(bucket: str, prefix: str, options: StorageOptions) -> ObjectStorage:

@@ -48,9 +48,9 @@ def open_storage(
     """
     text, options = os.fspath(url), dict(storage_options or {})
     if not text:
-        raise ValueError("Invalid URL '': give a folder, or a URL like s3://bucket/prefix.")
+        raise ValueError("invalid URL '': give a folder, or a URL like s3://bucket/prefix")
     if engine not in (None, *ENGINES):
-        raise ValueError(f"Invalid engine {engine!r}: one of {', '.join(ENGINES)}.")
+        raise ValueError(f"invalid engine {engine!r}: one of {', '.join(ENGINES)}")
     is_url(url)  # says what is wrong with one that was mistyped
     scheme, separator, rest = text.partition("://")
     if not separator or scheme in ("file", "local"):
@@ -120,7 +120,7 @@ def _object_store(
     parts = urlsplit(url, allow_fragments=False)
     container, prefix = parts.netloc, parts.path.strip("/")
     if parts.query:
-        raise ValueError(f"Invalid URL {scheme}://…: give what follows '?' as storage_options.")
+        raise ValueError(f"invalid URL {scheme}://…: give what follows '?' as storage_options")
     if scheme == "az" and "@" in container:  # abfs://container@account.dfs.core.windows.net/prefix
         container, host = container.split("@", 1)
         options.setdefault("account_name", host.split(".", 1)[0])
@@ -129,10 +129,10 @@ def _object_store(
         options.setdefault("secret", unquote(parts.password or ""))
         container = container.rsplit("@", 1)[1]
     if not container:
-        raise ValueError(f"Invalid URL {scheme}://: it names no bucket, as in {scheme}://bucket/prefix.")
+        raise ValueError(f"invalid URL {scheme}://: it names no bucket, as in {scheme}://bucket/prefix")
     check_prefix(prefix and prefix + "/")
     if engine is not None and scheme != "s3":
-        raise ValueError(f"Invalid engine {engine!r} for {scheme}://: it serves s3:// only.")
+        raise ValueError(f"invalid engine {engine!r} for {scheme}://: it serves s3:// only")
     again = (
         partial(_s3fs, container, prefix, options)
         if scheme == "s3"
@@ -191,16 +191,16 @@ def _filesystem(
     scheme: str, url: str, options: dict[str, Any], engine: str | None, read_only: bool, pickled: tuple[Any, ...]
 ) -> Storage:
     if engine is not None:
-        raise ValueError(f"Invalid engine {engine!r} for {scheme}://: it serves s3:// only.")
+        raise ValueError(f"invalid engine {engine!r} for {scheme}://: it serves s3:// only")
     fsspec = _needs("fsspec", "fsspec", scheme)
 
     def opened() -> Storage:
         try:
             filesystem, root = fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
-            raise UnsupportedError(f"{scheme}:// needs another package: {error}.") from error
+            raise UnsupportedError(f"{scheme}:// needs another package: {error}") from error
         except ValueError as error:
-            raise ValueError(f"Invalid URL {_shown(url)!r}: {error}") from error
+            raise ValueError(f"invalid URL {_shown(url)!r}: {error}") from error
         if not read_only:
             require_exclusive_create(filesystem, scheme)
         return FsspecStorage(filesystem, root, _shown(url))
@@ -219,9 +219,9 @@ def _remote(storage: Storage, client: str, options: dict[str, Any]) -> Storage:
 
 def _no_more(options: dict[str, Any], engine: str | None, scheme: str) -> None:
     if options:
-        raise ValueError(f"Unknown storage option for {scheme}://: {', '.join(sorted(map(repr, options)))}.")
+        raise ValueError(f"unknown storage option for {scheme}://: {', '.join(sorted(map(repr, options)))}")
     if engine is not None:
-        raise ValueError(f"Invalid engine {engine!r} for {scheme}://: it serves s3:// only.")
+        raise ValueError(f"invalid engine {engine!r} for {scheme}://: it serves s3:// only")
 
 
 def _shown(url: str) -> str:
@@ -237,6 +237,4 @@ def _needs(module: str, package: str, scheme: str) -> Any:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != package:
             raise
-        raise UnsupportedError(
-            f"{scheme}:// needs the package {package}: pip install 'modelstore[{scheme}]'."
-        ) from None
+        raise UnsupportedError(f"{scheme}:// needs the package {package}: pip install 'modelstore[{scheme}]'") from None

@@ -87,12 +87,12 @@ class _Taker:
     def nested(self, name: str) -> _Taker:
         value = self._left.pop(name, None) or {}
         if not isinstance(value, Mapping):
-            raise ValueError(f"Invalid {self._where} {name!r}: it must be a mapping.")
+            raise ValueError(f"invalid {self._where} {name!r}: it must be a mapping")
         return _Taker(value, f"{self._where} {name}")
 
     def done(self, scheme: str) -> None:
         if self._left:
-            raise ValueError(f"Unknown {self._where} for {scheme}://: {', '.join(sorted(map(repr, self._left)))}.")
+            raise ValueError(f"unknown {self._where} for {scheme}://: {', '.join(sorted(map(repr, self._left)))}")
 
 
 def s3_options(options: StorageOptions) -> S3Options:
@@ -131,9 +131,9 @@ def s3_options(options: StorageOptions) -> S3Options:
     for taker in (given, client, extra, network, style):
         taker.done("s3")
     if (found.key is None) != (found.secret is None):
-        raise ValueError("Invalid storage options for s3://: key and secret go together.")
+        raise ValueError("invalid storage options for s3://: key and secret go together")
     if (wanted := found.style.get("addressing_style")) not in (None, "auto", "path", "virtual"):
-        raise ValueError(f"Invalid addressing_style {wanted!r}: one of auto, path, virtual.")
+        raise ValueError(f"invalid addressing_style {wanted!r}: one of auto, path, virtual")
     return found
 
 
@@ -143,7 +143,7 @@ def _printable(name: str, value: Any) -> str | None:
         return None
     text = str(value).strip()
     if not text or not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError(f"Invalid storage option {name!r}: it is empty, or has characters that no header can carry.")
+        raise ValueError(f"invalid storage option {name!r}: it is empty, or has characters that no header can carry")
     return text
 
 

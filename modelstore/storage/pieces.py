@@ -20,7 +20,7 @@ def fitted(key: str, pieces: Iterable[Buffer], size: int, largest: int) -> Itera
             yield view[start : start + largest]
     if total != size:
         more = "more than" if total > size else f"{total:,} bytes, not"
-        raise StorageError(f"The pieces of {key!r} are {more} {size:,} bytes.", object=key)
+        raise StorageError(f"the pieces of {key!r} are {more} {size:,} bytes", object=key)
 
 
 def joined(key: str, pieces: Iterable[Buffer], size: int) -> bytes:

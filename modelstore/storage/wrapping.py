@@ -67,5 +67,5 @@ class ReadOnlyStorage(WrappingStorage):
 
     def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:
         if verb in WRITES:
-            raise UnsupportedError(f"Cannot {verb} {key!r}: {self.url} is open for reading only.", object=key)
+            raise UnsupportedError(f"cannot {verb} {key!r}: {self.url} is open for reading only", object=key)
         return act()

@@ -204,14 +204,14 @@ class StorageContract:
             lambda: storage.path(key),
         ]
         for act in acts:
-            with pytest.raises(ValueError, match="Invalid key"):
+            with pytest.raises(ValueError, match="invalid key"):
                 act()
 
     @pytest.mark.parametrize("prefix", ["a", "/", "../", "a//", "a/../"])
     def test_hostile_prefixes(self, storage: Storage, prefix: str) -> None:
-        with pytest.raises(ValueError, match="Invalid"):
+        with pytest.raises(ValueError, match="invalid"):
             list(storage.list(prefix))
-        with pytest.raises(ValueError, match="Invalid"):
+        with pytest.raises(ValueError, match="invalid"):
             storage.folders(prefix)
 
     def test_unusual_keys(self, storage: Storage) -> None:

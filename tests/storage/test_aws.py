@@ -100,7 +100,7 @@ def test_an_endpoint_that_cannot_be_is_said_when_the_store_is_opened(endpoint: s
 
 
 def test_no_such_profile() -> None:
-    with pytest.raises(ValueError, match=r"Invalid AWS configuration: .*\(nope\)"):
+    with pytest.raises(ValueError, match=r"invalid AWS configuration: .*\(nope\)"):
         open_storage("s3://bucket/x", {"profile": "nope"})
 
 
