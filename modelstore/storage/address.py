@@ -24,7 +24,7 @@ def is_url(address: str | os.PathLike[str]) -> bool:
         rest = text[found.end() :]
         why = "" if isinstance(address, str) else " as a text, since a Path makes one slash of two"
         raise ValueError(
-            f"Invalid URL {text!r}: write {found[1].lower()}://{rest}{why}; a local path of that name is ./{text}"
+            f"invalid URL {text!r}: write {found[1].lower()}://{rest}{why}; a local path of that name is ./{text}"
         )
     return False
 
