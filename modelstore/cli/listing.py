@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelstore.cli import complete, evaluating, output, units
-from modelstore.cli.options import AsJson, Debug, Reference, StoreUrl, open_store
+from modelstore.cli.options import AsJson, Debug, ModelName, Reference, StoreUrl, open_store
 
 if TYPE_CHECKING:
     from modelstore.client import Store
@@ -127,6 +127,10 @@ def show(
             "tied": ", ".join(f"{alias} = {name}" for alias, name in about.aliases.items()),
             "files": ", ".join(file.path for file in about.files),
             "parent": about.parent or "",
+            "by": about.by,
+            "from": about.source,
+            "message": about.message,
+            "meta": ", ".join(f"{key}={value}" for key, value in about.meta.items()),
         }
         yield from output.facts(facts)
         worth = opened.quality(at)
@@ -152,6 +156,41 @@ def show(
             )
 
     output.result(about, lines(), as_json=json)
+
+
+def log(
+    name: ModelName,
+    store: StoreUrl = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tell the history of a model: every version, newest first, deleted ones too."""
+    entries = open_store(store).log(name)
+
+    def lines() -> Iterator[str]:
+        for at, entry in enumerate(entries):
+            if at:
+                yield ""
+            gone = f"deleted {units.moment(entry.deleted)}" if entry.deleted is not None else ""
+            marks = ", ".join(filter(None, [gone, *entry.tags]))
+            yield f"version {entry.version}" + (f" ({marks})" if marks else "")
+            stored = f"{units.size(entry.bytes)} in {units.count(entry.tensors, 'tensor')}, stored in {units.size(entry.stored)}"
+            facts = {
+                "  by": entry.by,
+                "  date": units.moment(entry.created),
+                "  from": entry.source,
+                "  parent": entry.parent,
+                "  codec": entry.codec,
+                "  size": stored,
+                "  variants": ", ".join(entry.variants) if len(entry.variants) > 1 else "",
+                "  meta": ", ".join(f"{key}={value}" for key, value in entry.meta.items()),
+            }
+            yield from output.facts(facts)
+            if entry.message:
+                yield ""
+                yield from (f"    {line}" for line in entry.message.splitlines())
+
+    output.result(entries, lines(), as_json=json)
 
 
 def diff(

@@ -49,6 +49,7 @@ for command in (
     clusters.jobs,
     listing.ls,
     listing.show,
+    listing.log,
     listing.diff,
     naming.tag,
     naming.untag,

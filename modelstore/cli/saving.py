@@ -126,6 +126,16 @@ def save(
             help="storage: done when it is there. memory, with --cluster: when two nodes have it, which store it then.",
         ),
     ] = Ack.storage,
+    message: Annotated[
+        str | None,
+        typer.Option("--message", "-m", metavar="TEXT", show_default=False, help="What to say of it; log shows it."),
+    ] = None,
+    meta: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--meta", metavar="KEY=VALUE", show_default=False, help="An entry to keep with it; repeat for more."
+        ),
+    ] = None,
     cluster: Cluster = None,
     store: StoreUrl = None,
     memory: Memory = None,
@@ -141,6 +151,7 @@ def save(
 
     if hub_id(source) is None and not Path(source).expanduser().exists():
         raise usage(f"Invalid value for 'SOURCE': Path '{source}' does not exist.")
+    entries = dict(_entry(text) for text in meta or ())
     opened = open_store(store, memory=memory, cluster=cluster)
     with output.progress(quiet=quiet) as report:
         saved = opened.save(
@@ -154,6 +165,8 @@ def save(
             key=key,
             gguf=gguf.value if gguf else None,
             ack=ack.value,
+            message=message,
+            meta=entries,
             progress=report,
         )
     what = f"saved {saved.model}@{saved.version}" if saved.durable else f"two nodes have {saved.model}, and store it"
@@ -167,6 +180,13 @@ def save(
     if any(item.why == BESIDE for item in saved.left_out):
         lines.append("--include all keeps what lies beside a state dict")
     output.result(saved, lines, as_json=json)
+
+
+def _entry(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--meta")
+    return key, value
 
 
 def _named(left_out: Sequence[LeftOut]) -> str:

@@ -16,6 +16,7 @@ from modelstore.execute.progress import Progress, meter
 from modelstore.execute.saving import Outcome
 from modelstore.format import results
 from modelstore.format.names import ORIGINAL, Reference, parse_reference
+from modelstore.format.note import Note
 from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.layout import Shard, Share, as_layout
 from modelstore.store.manifests import Manifests
@@ -174,7 +175,7 @@ class Clustered(Base):
         return [msgspec.structs.replace(done, version=found[save], durable=True) for save, (_, done) in pending.items()]
 
     def _acknowledged(
-        self, name: str, tag: str | None, store_to: Callable[..., Outcome], started: float
+        self, name: str, tag: str | None, store_to: Callable[..., Outcome], started: float, note: Note
     ) -> results.Saved:
         """Save to the memory of two nodes."""
         from modelstore.cluster import acknowledge
@@ -189,6 +190,7 @@ class Clustered(Base):
             name,
             tag,
             lambda storage: store_to(storage, Manifests(storage), resumable=False),
+            note,
         )
         done = saved(name, result.version, result.outcome, time.monotonic() - started)
         if result.order is not None:

@@ -18,6 +18,7 @@ from modelstore.client.compressing import Compressing
 from modelstore.client.copying import Copying
 from modelstore.client.evaluating import Evaluating
 from modelstore.client.following import Following
+from modelstore.client.history import History
 from modelstore.client.keeping import Keeping
 from modelstore.client.parts import Parts
 from modelstore.errors import ModelStoreError
@@ -26,6 +27,7 @@ from modelstore.execute.progress import Progress, meter
 from modelstore.execute.saving import Outcome, check_options, publish, store
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, of_version, parse_reference
+from modelstore.format.note import note
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Shard, as_layout
 from modelstore.sources.choosing import Choice
@@ -78,7 +80,7 @@ def open(
     return Store(storage, copies, memory=memory, threads=threads, session=session, source=source, cluster=cluster)
 
 
-class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following, Keeping, Parts):
+class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following, History, Keeping, Parts):
     """A store of models over a storage. Made by `modelstore.open`; may be used from many threads."""
 
     # ------------------------------------------------------------------ saving
@@ -97,6 +99,8 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         key: str | None = None,
         gguf: Literal["dequantize", "blocks"] | None = None,
         ack: Literal["storage", "memory"] = "storage",
+        message: str | None = None,
+        meta: Mapping[str, str | int | float | bool] | None = None,
         progress: Progress | None = None,
     ) -> results.Saved:
         """Save a source as the next version of a model; it is visible when this returns, and not before.
@@ -112,7 +116,8 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         is; `key`, such as "ema.state_dict", names another), and `left_out` of the answer names the rest. `include="all"`
         keeps that too, optimizer states and plain values, as the variant "checkpoint", which `checkpoint` gives back.
         `gguf`: of a GGUF file, "dequantize" (default) saves the numbers that its blocks stand for, "blocks" the blocks.
-        An interrupted save of files goes on where it stopped when it is called again.
+        An interrupted save of files goes on where it stopped when it is called again. `message` and `meta` are kept in the
+        version's record, and `log` shows them.
 
         `ack="memory"`, in a cluster of two nodes or more: returns when hosts on two nodes have all of it, which then store
         it; it is visible, and has its version, when it is in the storage, which `flush` waits for. Where two cannot have it,
@@ -124,6 +129,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         if tag is not None:
             check_word(tag, "tag")
         against = self._against(parse_reference(parent)) if parent is not None else None
+        noted = note(message, meta, source, parent or "")
         choice = Choice(key, include, gguf)
         if choice.everything and ack == "memory":
             raise ValueError('ack="memory" keeps the weights alone: leave it out, or include="all"')
@@ -149,8 +155,10 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
                 )
 
             if ack == "memory":
-                return self._acknowledged(name, tag, store_to, started)
-            record, outcome = again(lambda: publish(self._catalog, name, store_to(self._storage, self._manifests)))
+                return self._acknowledged(name, tag, store_to, started, noted)
+            record, outcome = again(
+                lambda: publish(self._catalog, name, store_to(self._storage, self._manifests), noted)
+            )
             version = record.version
         finally:
             opened.close()

@@ -23,6 +23,7 @@ from modelstore.cluster.pieces import Source
 from modelstore.errors import ModelStoreError, StorageError
 from modelstore.execute.saving import Outcome
 from modelstore.format.buffers import Buffer, Bytes, as_bytes, view
+from modelstore.format.note import Note
 from modelstore.format.record import VersionRecord
 from modelstore.plan.placement import View
 from modelstore.storage.base import Storage
@@ -122,6 +123,7 @@ def save(
     model: str,
     tag: str | None,
     store: Callable[[Storage], Outcome],
+    note: Note | None = None,
 ) -> Result:
     """Store a model with `store`, on hosts of two nodes first: `here` are those of this node.
 
@@ -138,7 +140,7 @@ def save(
         kept = KeptStorage(storage, hosts, id_, source, pair)
         outcome = store(kept)
         _hold(storage, model, id_, outcome, kept.keys)
-        order = Order(id_, source, model, outcome.entry, tag, began, after, tuple(pair), tuple(kept.keys))
+        order = Order(id_, source, model, outcome.entry, tag, began, after, tuple(pair), tuple(kept.keys), note)
         committed = [hosts.keep(member, "commit", order) for member in pair]
         taken = [future for future in committed if _problem(future) is None]
         if len(taken) == 2:
@@ -155,7 +157,7 @@ def save(
         def publish() -> tuple[Outcome, VersionRecord]:
             outcome = store(storage)
             # The same writer: what a host may publish of this save all the same is this version.
-            return outcome, catalog.publish_version(model, id_, outcome.entry, after=after)
+            return outcome, catalog.publish_version(model, id_, outcome.entry, after=after, note=note)
 
         outcome, record = again(publish)
         release(storage, id_)

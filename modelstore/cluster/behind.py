@@ -264,7 +264,7 @@ class Behind:
     def _publish(self, save: str, found: _Save, order: Order) -> None:
         def publish(storage: Storage) -> None:
             catalog = Catalog(storage)
-            record = catalog.publish_version(order.model, order.save, order.entry, after=order.after)
+            record = catalog.publish_version(order.model, order.save, order.entry, after=order.after, note=order.note)
             if order.tag is not None and catalog.tags(order.model).get(order.tag) != record.version:
                 catalog.set_tag(order.model, order.tag, record.version, order.save)
             versions.append(record.version)

@@ -6,6 +6,7 @@ import msgspec
 from blake3 import blake3
 
 from modelstore.cluster.pieces import Source
+from modelstore.format.note import Note
 from modelstore.format.record import VariantEntry
 from modelstore.plan.placement import View
 
@@ -25,6 +26,7 @@ class Order(msgspec.Struct, frozen=True):
     after: int
     keepers: tuple[str, ...]
     keys: tuple[str, ...]
+    note: Note | None = None
 
 
 class PendingStats(msgspec.Struct):

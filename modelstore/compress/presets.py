@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from modelstore.format.manifest import CodecSpec
 from modelstore.format.recipe import Recipe, Rule
+from modelstore.format.suggest import suggestion
 
 Value = int | float | str | bool
 _WEIGHTS = ("linear", "convolution")
@@ -71,4 +72,5 @@ def preset(name: str) -> Recipe:
     try:
         return PRESETS[name]
     except KeyError:
-        raise ValueError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}, or give a Recipe") from None
+        like, known = suggestion(name, PRESETS), ", ".join(PRESETS)
+        raise ValueError(f"there is no preset {name!r}{like}: choose one of {known}, or give a Recipe") from None

@@ -32,6 +32,7 @@ from modelstore.format.manifest import (
 )
 from modelstore.format.manifest_builder import ManifestBuilder
 from modelstore.format.names import ORIGINAL, check_file, check_tensor
+from modelstore.format.note import Note
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.region import Region, extent
 from modelstore.format.results import LeftOut
@@ -153,9 +154,9 @@ def left_out(source: Source) -> tuple[LeftOut, ...]:
     return tuple(LeftOut(name, why[name], sizes.get(name, 0)) for name in sorted(why))
 
 
-def publish(catalog: Catalog, model: str, outcome: Outcome) -> tuple[VersionRecord, Outcome]:
+def publish(catalog: Catalog, model: str, outcome: Outcome, note: Note | None = None) -> tuple[VersionRecord, Outcome]:
     """Make what was stored visible as the model's next version; what became of it."""
-    record = catalog.publish_version(model, uuid.uuid4().hex, outcome.entry, outcome.others)
+    record = catalog.publish_version(model, uuid.uuid4().hex, outcome.entry, outcome.others, note=note)
     if outcome.journal:
         outcome.journal.clear()
     return record, replace(outcome, entry=record.variants[ORIGINAL])

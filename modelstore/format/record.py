@@ -13,6 +13,7 @@ import msgspec
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.manifest import FORMAT, Count, Digest
 from modelstore.format.names import ORIGINAL, check_model, check_word, is_model
+from modelstore.format.note import Note
 from modelstore.format.sealed import unseal
 
 _LAST = 99_999_999
@@ -53,6 +54,7 @@ class VersionRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     created: float
     variants: dict[str, VariantEntry]
     deleted: bool = False
+    note: Note | None = None
 
 
 class TagRecord(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -158,6 +158,10 @@ class Description(Result, frozen=True):
     parent: str | None
     recipe: dict[str, Any]
     metrics: dict[str, Any]
+    by: str = ""
+    source: str = ""
+    message: str = ""
+    meta: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class Exported(Result, frozen=True):

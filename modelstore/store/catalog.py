@@ -13,6 +13,7 @@ from modelstore.errors import ConflictError, ModelStoreError, NotFoundError
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
 from modelstore.format.names import ORIGINAL, is_word
+from modelstore.format.note import Note
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.format.sealed import seal
 from modelstore.storage.base import SMALL, Storage
@@ -55,7 +56,14 @@ class Catalog(Lookup):
     # ------------------------------------------------------------------ publishing
 
     def publish_version(
-        self, model: str, writer: str, entry: VariantEntry, others: _Entries | None = None, *, after: int | None = None
+        self,
+        model: str,
+        writer: str,
+        entry: VariantEntry,
+        others: _Entries | None = None,
+        *,
+        after: int | None = None,
+        note: Note | None = None,
     ) -> VersionRecord:
         """Make a new version visible, `original` and `others`; the entries in the record are what became of these.
 
@@ -70,7 +78,7 @@ class Catalog(Lookup):
         reliance = Reliance(self._storage, model, {ORIGINAL: entry, **(others or {})})
         for _ in range(_RACES):
             version += 1
-            record = VersionRecord(FORMAT, model, version, 1, writer, time.time(), reliance.entries)
+            record = VersionRecord(FORMAT, model, version, 1, writer, time.time(), reliance.entries, note=note)
             made = reliance.create(record, self._create_version)
             if made is not None:
                 return made
@@ -278,16 +286,9 @@ class Catalog(Lookup):
     def _next(
         head: VersionRecord, writer: str, *, variants: dict[str, VariantEntry] | None = None, deleted: bool = False
     ) -> VersionRecord:
-        return VersionRecord(
-            FORMAT,
-            head.model,
-            head.version,
-            head.number + 1,
-            writer,
-            time.time(),
-            head.variants if variants is None else variants,
-            deleted,
-        )
+        kept = head.variants if variants is None else variants
+        number, now = head.number + 1, time.time()
+        return VersionRecord(FORMAT, head.model, head.version, number, writer, now, kept, deleted, head.note)
 
     @staticmethod
     def _busy(model: str) -> ModelStoreError:

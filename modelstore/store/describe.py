@@ -8,10 +8,20 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from modelstore.errors import ModelStoreError
+from modelstore.format.history import LogEntry
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.names import ORIGINAL
+from modelstore.format.note import Note
 from modelstore.format.record import VariantEntry, VersionRecord
-from modelstore.format.results import Description, FileInfo, ModelInfo, Problem, TensorInfo, VariantInfo, VersionInfo
+from modelstore.format.results import (
+    Description,
+    FileInfo,
+    ModelInfo,
+    Problem,
+    TensorInfo,
+    VariantInfo,
+    VersionInfo,
+)
 
 
 def model_info(
@@ -37,6 +47,27 @@ def version_info(record: VersionRecord, tags: Mapping[str, int]) -> VersionInfo:
     return VersionInfo(record.version, original.created, named, _variants(record), original.nbytes, original.stored)
 
 
+def log_entry(record: VersionRecord, tags: Mapping[str, int]) -> LogEntry:
+    """What the newest record of a version says of it as history."""
+    note, original = record.note or Note(), record.variants[ORIGINAL]
+    return LogEntry(
+        record.version,
+        original.created,
+        note.by,
+        note.message,
+        note.meta,
+        note.source,
+        note.parent,
+        original.codec,
+        original.tensors,
+        original.nbytes,
+        original.stored,
+        _variants(record),
+        tuple(sorted(tag for tag, version in tags.items() if version == record.version)),
+        record.created if record.deleted else None,
+    )
+
+
 def variant_infos(record: VersionRecord) -> list[VariantInfo]:
     """The variants of a version."""
     entries = [(name, record.variants[name]) for name in _variants(record)]
@@ -53,6 +84,7 @@ def describe(
 ) -> Description:
     """All that a record and a manifest say of a variant."""
     parent = f"{manifest.base.model} (manifest {manifest.base.manifest})" if manifest.base else None
+    note = record.note or Note()
     return Description(
         record.model,
         record.version,
@@ -68,6 +100,10 @@ def describe(
         parent,
         manifest.recipe,
         manifest.metrics,
+        note.by,
+        note.source,
+        note.message,
+        note.meta,
     )
 
 

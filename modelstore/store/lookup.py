@@ -12,6 +12,7 @@ from modelstore.errors import ModelStoreError, NotFoundError
 from modelstore.format import record as rec
 from modelstore.format.names import Reference, is_model, is_word
 from modelstore.format.record import TagRecord, VariantEntry, VersionRecord
+from modelstore.format.suggest import suggestion
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.damage import Damaged, naming, noting
@@ -106,8 +107,9 @@ class Lookup:
         """The entry of a version's variant; `NotFoundError` where it has none of that name."""
         if variant not in record.variants:
             known = ", ".join(record.variants)
+            like = suggestion(variant, record.variants)
             raise NotFoundError(
-                f"version {record.version} of model {record.model!r} has no variant {variant!r}: it has {known}",
+                f"version {record.version} of model {record.model!r} has no variant {variant!r}{like}: it has {known}",
                 model=record.model,
             )
         return record.variants[variant]
@@ -118,8 +120,9 @@ class Lookup:
         if record is None or not record.version:
             if not any(self._heads(model, 1)):
                 raise self._no_model(model)
-            known = ", ".join(sorted(self.tags(model))) or "none"
-            raise NotFoundError(f"model {model!r} has no tag {tag!r}: its tags are {known}", model=model)
+            tags = self.tags(model, [])
+            known, like = ", ".join(sorted(tags)) or "none", suggestion(tag, tags)
+            raise NotFoundError(f"model {model!r} has no tag {tag!r}{like}: its tags are {known}", model=model)
         return record.version
 
     def tags(self, model: str, damaged: Damaged | None = None) -> dict[str, int]:
@@ -176,6 +179,8 @@ class Lookup:
         return next((rec.record_number(key, prefix) or 0 for key in self._keys(prefix, 1)), 0)
 
     def _no_model(self, model: str) -> ModelStoreError:
+        like = suggestion(model, self.models())
         return NotFoundError(
-            f"there is no model {model!r} in {self._storage.url}: list the models with 'modelstore ls'", model=model
+            f"there is no model {model!r} in {self._storage.url}{like}: list the models with 'modelstore ls'",
+            model=model,
         )

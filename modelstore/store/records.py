@@ -15,6 +15,7 @@ from itertools import groupby
 import msgspec
 
 from modelstore.errors import FormatError, ModelStoreError, NotFoundError, UnsupportedError
+from modelstore.format import handshake as hs
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
 from modelstore.format.names import check_word
@@ -26,7 +27,7 @@ from modelstore.storage.pool import Pool
 from modelstore.store.damage import DAMAGED
 
 _THREADS = 16
-_JOURNAL = re.compile(r"jobs/[0-9a-f]{32}/.*\.json")  # anything else there is not ours
+_JOURNAL = re.compile(r"(jobs/[0-9a-f]{32}/|intents/|condemned/).*\.json")  # anything else there is not ours
 
 Record = VersionRecord | TagRecord
 
@@ -100,9 +101,9 @@ def damage(storage: Storage, models: Sequence[str], *, journals: bool) -> list[P
 
 
 def torn_journals(storage: Storage, keys: Sequence[str] | None = None) -> list[ModelStoreError]:
-    """The journals that cannot be read, of those at `keys` or of all."""
+    """The journals, and what writers and collections tell each other, that cannot be read: of those at `keys` or of all."""
     if keys is None:
-        keys = [info.key for info in storage.list(rec.JOBS)]
+        keys = [info.key for folder in (rec.JOBS, hs.INTENTS, hs.CONDEMNED) for info in storage.list(folder)]
 
     def look(key: str) -> ModelStoreError | None:
         try:
@@ -112,10 +113,11 @@ def torn_journals(storage: Storage, keys: Sequence[str] | None = None) -> list[M
             return None  # its work was done meanwhile
         except ModelStoreError as error:
             return error
-        return FormatError(
-            f"journal {key} is damaged: its work stores anew what it spoke of; 'modelstore repair' removes it",
-            object=key,
-        )
+        if key.startswith(rec.JOBS):
+            advice = "its work stores anew what it spoke of; 'modelstore repair' removes it"
+        else:
+            advice = "remove it when nothing is being saved and nothing collected; until then every pack is kept"
+        return FormatError(f"object {key} is damaged: {advice}", object=key)
 
     with Pool(_THREADS, thread_name_prefix="modelstore-records") as pool:
         return [error for error in pool.map(look, filter(_JOURNAL.fullmatch, keys)) if error is not None]
@@ -142,7 +144,7 @@ def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *,
                 _mend_record(storage, sources, one, number, made)
     if journals:
         for error in torn_journals(storage):
-            if isinstance(error, DAMAGED) and error.object:
+            if isinstance(error, DAMAGED) and error.object and error.object.startswith(rec.JOBS):
                 storage.delete(error.object)
                 made.repaired.append(error.object)
             else:

@@ -1,0 +1,27 @@
+"""The history of a model: who made its versions, when, of what, and what they said of them."""
+
+from __future__ import annotations
+
+from modelstore.client.base import Base, warn
+from modelstore.errors import ModelStoreError
+from modelstore.format.history import LogEntry
+from modelstore.format.names import check_model
+from modelstore.store.describe import log_entry
+
+
+class History(Base):
+    """The part of a store that tells what happened to a model."""
+
+    def log(self, name: str) -> list[LogEntry]:
+        """Every version of a model, newest first, deleted ones too: who made it, when, of what, with which message.
+
+        What earlier releases saved says neither who nor of what. Of versions that cannot be read a warning says so.
+        """
+        self._catalog.open()
+        damaged: list[ModelStoreError] = []
+        records = self._catalog.versions(check_model(name), damaged)
+        if not records:
+            self._catalog.newest(name)  # says what is wrong
+        tags = self._catalog.tags(name, damaged)
+        warn(damaged)
+        return [log_entry(record, tags) for record in reversed(records) if record.variants]

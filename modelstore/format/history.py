@@ -1,0 +1,27 @@
+"""What the history of a model answers: plain data."""
+
+from __future__ import annotations
+
+from modelstore.format.brief import Result
+
+
+class LogEntry(Result, frozen=True):
+    """A version as its history tells it: who made it `of` what, when, against which `parent`, with which message.
+
+    Sizes, codec and tensors are of its original. `deleted`: when (Unix seconds); None where it was not.
+    """
+
+    version: int
+    created: float
+    by: str
+    message: str
+    meta: dict[str, str]
+    source: str
+    parent: str
+    codec: str
+    tensors: int
+    bytes: int
+    stored: int
+    variants: tuple[str, ...]
+    tags: tuple[str, ...]
+    deleted: float | None = None
