@@ -20,6 +20,7 @@ import numpy as np
 
 from modelstore.errors import ConflictError, FormatError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
+from modelstore.format.checkpoint import PIPELINE
 from modelstore.format.names import check_file
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source
@@ -135,13 +136,14 @@ def _open(hub: Any, repository: Repository, root: Path) -> Source:
     def reading(states: Mapping[Path, State]) -> Files:
         return HubFiles(states, hub, repository, remote)
 
-    looked = safetensors.open_directory(root, reading)  # only to learn which files are kept: none has its bytes yet
+    opening = safetensors.open_pipeline if (root / PIPELINE).exists() else safetensors.open_directory
+    looked = opening(root, reading)  # only to learn which files are kept: none has its bytes yet
     kept = [path for path in looked.files.values() if isinstance(path, Path)]
     looked.close()
     for place in kept:
         if place in remote:
             _fetch(hub, repository, remote, place)
-    source = safetensors.open_directory(root, reading)
+    source = opening(root, reading)
     return _known(source, repository, root)
 
 

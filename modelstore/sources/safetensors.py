@@ -66,7 +66,7 @@ class SafetensorsSource(FiledSource[Placed]):
         return any(piece.where.path == file for piece in self._found.pieces.get(name, ()))
 
 
-def open_pipeline(root: Path) -> SafetensorsSource:
+def open_pipeline(root: Path, reading: Callable[[Mapping[Path, State]], Files] = Files) -> SafetensorsSource:
     """A pipeline of diffusers: the safetensors of each component that `model_index.json` names, every other file beside them.
 
     The tensors' names begin with their component's: `unet/conv_in.weight`. `UnsupportedError` where a component has
@@ -95,7 +95,7 @@ def open_pipeline(root: Path) -> SafetensorsSource:
     for name in tables & kept.keys():
         del kept[name]  # indexes are made again for the shards that are written
     shards = {name: folder.take(name) for name in sorted(used)}
-    return _open(shards, Files(folder.states), kept=kept, skipped=skipped, by_folder=True)
+    return _open(shards, reading(folder.states), kept=kept, skipped=skipped, by_folder=True)
 
 
 def _choose(folder: Folder, place: Weights) -> tuple[set[str], Mapping[str, str], set[str]]:

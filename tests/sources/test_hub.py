@@ -165,6 +165,19 @@ def test_a_repository_of_torch_files(hub: Hub, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("modelstore-hub-*"))
 
 
+def test_a_pipeline_of_components(hub: Hub, tmp_path: Path) -> None:
+    part = {"w": torch.arange(12.0).reshape(3, 4)}
+    files = {
+        "model_index.json": b'{"_class_name": "P", "unet": ["diffusers", "UNet2DModel"]}',
+        "unet/config.json": b"{}",
+        "unet/diffusion_pytorch_model.safetensors": save(part),
+    }
+    hub.commit("acme/pipeline", files)
+    store = ms.open(tmp_path / "store")
+    store.save("m", "hf://acme/pipeline")
+    assert torch.equal(store.load("m")["unet/w"], part["w"])
+
+
 def test_offline_and_the_cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
