@@ -422,7 +422,7 @@ def planted(reader: Reader, out: Path, **state: Any) -> dict[str, Path]:
     """A hidden folder that says that all files are whole, and files with the right headers and sizes, of zeros."""
     files = {}
     done = {}
-    for output in directory(reader.manifest, None, 9_000_000):
+    for output in directory(reader.manifest, None, [Weights()], 9_000_000):
         path = out / STAGING / "files" / output.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(output.header)
@@ -444,7 +444,7 @@ def test_what_was_planted_is_not_believed(reader: Reader, tmp_path: Path) -> Non
 def test_a_planted_word_that_files_have_their_names_overwrites_nothing(
     reader: Reader, tmp_path: Path, overwrite: bool
 ) -> None:
-    outputs = directory(reader.manifest, None, 9_000_000)
+    outputs = directory(reader.manifest, None, [Weights()], 9_000_000)
     target = export_target.Target(tmp_path, outputs, single=False, overwrite=False)
     for name, path in planted(reader, tmp_path, placing=target._identity).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
