@@ -137,7 +137,7 @@ def test_a_mistyped_url_is_no_folder(store: modelstore.Store, wrong: Any) -> Non
         lambda: modelstore.open(wrong),
         lambda: open_storage(wrong),
     ):
-        with pytest.raises(ValueError, match=r"Invalid URL .*: write \w+://"):
+        with pytest.raises(ValueError, match=r"invalid URL .*: write \w+://"):
             act()
     assert os.listdir(".") == []  # noqa: PTH208
 
