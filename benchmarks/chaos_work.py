@@ -241,7 +241,8 @@ class Worker:
 
     def collect(self) -> None:
         """Garbage, with a grace that is shorter than some saves sleep."""
-        self.store.gc(dry_run=False, grace=self.random.choice(GRACES))
+        compact = self.random.random() < 0.4
+        self.store.gc(dry_run=False, grace=self.random.choice(GRACES), compact=compact)
 
     def put_tag(self) -> None:
         """This process's own tag."""
