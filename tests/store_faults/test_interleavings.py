@@ -23,6 +23,7 @@ from modelstore.storage.base import Storage
 from modelstore.storage.faults import Killed
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.catalog import Catalog
+from modelstore.store.compaction import clean
 from modelstore.store.garbage import collect
 from modelstore.store.manifests import Manifests
 from modelstore.store.relying import check_there, relied_on
@@ -52,6 +53,12 @@ def saving(seed: int, name: str = "m", **how: Any) -> Work:
 def collecting(grace: float = 0) -> Work:
     """Collect garbage."""
     return lambda storage: collect(storage, Catalog(storage), Manifests(storage), dry_run=False, grace=grace)
+
+
+def compacting(storage: Storage) -> Any:
+    """Compact, and collect garbage."""
+    works = (storage, (), Catalog(storage), Manifests(storage))
+    return clean(*works, dry_run=False, grace=0, bound=1.0, hold=1 << 20, meter=lambda _: None).compaction
 
 
 def deleting(version: int, then: Work | None = None) -> Work:
@@ -127,6 +134,9 @@ def acknowledged_is_there(seeds: list[int | None], deleted: set[int] = frozenset
                 assert all(torch.equal(loaded[name], tensor) for name, tensor in model(seed).items())
             collecting()(storage)
             visible_is_whole(storage)
+        for record in Catalog(inner).live("m"):
+            for variant in record.variants:
+                Store(inner).load(f"m@{record.version}:{variant}")  # checks the digests
         assert not keys(inner, "intents/")
 
     return finish
@@ -156,13 +166,35 @@ CASES: dict[str, tuple[Callable[[], Storage], list[Work], list[int | None]]] = {
         [compressing, deleting(2, then=collecting())],
         [None, None],
     ),
+    "a save that shares with a pack, and its compaction": (
+        made(saving(1), saving(2), deleting(1)),
+        [saving(3), compacting],
+        [3, None],
+    ),
+    "a compaction, and the deletion and collection of what it moves": (
+        made(saving(1), saving(2), deleting(1)),
+        [compacting, deleting(2, then=collecting())],
+        [None, None],
+    ),
+    "two compactions": (made(saving(1), saving(2), deleting(1)), [compacting, compacting], [None, None]),
+    "a compaction and a repair": (
+        made(saving(1), saving(2), deleting(1), losing_a_copy),
+        [compacting, repairing],
+        [None, None],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_interleavings_of_two(case: tuple[Callable[[], Storage], list[Work], list[int | None]]) -> None:
     setup, works, seeds = case
-    assert explore(setup, works, visible_is_whole, acknowledged_is_there(seeds), RUNS) > 1
+    runs = RUNS // 3 if compacting in works else RUNS  # of these each takes longer
+    assert explore(setup, works, visible_is_whole, acknowledged_is_there(seeds), runs) > 1
+
+
+def test_there_is_something_to_compact() -> None:
+    setup, _, _ = CASES["two compactions"]
+    assert compacting(setup()).packs > 0
 
 
 @pytest.mark.parametrize("hours", [-72, 0, 72])
@@ -178,7 +210,7 @@ def test_interleavings_of_three_at_random(hours: float, monkeypatch: pytest.Monk
     monkeypatch.setattr(modelstore.storage.memory, "time", Clock)
     for seed in range(RUNS // 3):
         first = seed % 3 + 1
-        third: Work = [collecting(), deleting(2, then=collecting(3600)), repairing, saving(1)][seed % 4]
+        third: Work = [collecting(), deleting(2, then=collecting(3600)), repairing, compacting, saving(1)][seed % 5]
         at_random(
             setup(),
             [saving(first), collecting([0, 3600, 86_400][seed % 3]), third],
