@@ -241,7 +241,9 @@ def local(folder: Path, seconds: float, count: int, seed: int) -> Tally:
         return None
 
     torment(tally, workers, count, seconds, chooser, change)
-    account(tally, folder, ms.open(str(url), mirrors=[str(mirror)]))
+    store = ms.open(str(url), mirrors=[str(mirror)])
+    store.repair()  # what was changed and not read since: the mirror has it right
+    account(tally, folder, store)
     return tally
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -63,15 +64,17 @@ class Ledger:
         self._file = os.open(folder / f"{writer}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def write(self, **line: Any) -> None:
-        """One line, whole or not at all."""
-        os.write(self._file, (json.dumps(line) + "\n").encode())
+        """One line, whole or not at all, with the time by a clock that all processes of the machine share."""
+        os.write(self._file, (json.dumps({"at": time.monotonic_ns(), **line}) + "\n").encode())
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """All lines of all processes; one that a killed process left half is none."""
-        for path in sorted(self._folder.glob("*.jsonl")):
+        """All lines of all processes, in the order in which they were written; one that was cut off is none."""
+        found = []
+        for path in self._folder.glob("*.jsonl"):
             for line in path.read_bytes().split(b"\n"):
                 with suppress(ValueError):
-                    yield json.loads(line)
+                    found.append(json.loads(line))
+        yield from sorted(found, key=lambda line: line["at"])
 
 
 @dataclass(frozen=True)
