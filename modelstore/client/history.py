@@ -6,6 +6,7 @@ from modelstore.client.base import Base, warn
 from modelstore.errors import ModelStoreError
 from modelstore.format.history import LogEntry
 from modelstore.format.names import check_model
+from modelstore.store.condemned import never_was
 from modelstore.store.describe import log_entry
 
 
@@ -19,7 +20,7 @@ class History(Base):
         """
         self._catalog.open()
         damaged: list[ModelStoreError] = []
-        records = self._catalog.versions(check_model(name), damaged)
+        records = [one for one in self._catalog.versions(check_model(name), damaged) if not never_was(one)]
         if not records:
             self._catalog.newest(name)  # says what is wrong
         tags = self._catalog.tags(name, damaged)

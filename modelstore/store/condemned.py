@@ -100,6 +100,11 @@ def forget_dead(storage: Storage, now: float) -> None:
                 storage.delete(info.key)
 
 
+def never_was(record: VersionRecord) -> bool:
+    """Whether a version's record only takes its number: a collection voided the intent of a writer that never came back."""
+    return record.number == 1 and record.deleted and record.writer.startswith(VOID)
+
+
 def held_by_writers(storage: Storage, *, stale_before: float, now: float, dry_run: bool = False) -> set[str]:
     """Keys of the objects that intents name. To be called before the records are read.
 

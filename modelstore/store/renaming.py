@@ -130,11 +130,12 @@ class _Renaming:
         there = self._catalog.version(self._new, self.moved[head.version])
         if there.deleted:
             return  # by somebody who no longer wants it
-        later = head.created > there.created
+        first = self._catalog.first(self._new, there.version)
+        ours = there.writer == self._writer(head.version)  # nobody has changed it since this renaming did
         fresh = {
             variant: entry
             for variant, entry in head.variants.items()
-            if variant not in there.variants or (later and there.variants[variant].manifest != entry.manifest)
+            if _changed(entry, first.variants.get(variant), there.variants.get(variant), ours=ours)
         }
         if fresh:
             self._write_manifests(fresh.values())
@@ -150,3 +151,16 @@ class _Renaming:
 
     def _writer(self, number: int) -> str:
         return blake3(f"rename\0{self._id}\0{self._old}\0{self._new}\0{number}".encode()).hexdigest()[:32]
+
+
+def _changed(old: VariantEntry, copied: VariantEntry | None, new: VariantEntry | None, *, ours: bool) -> bool:
+    """Whether a variant of the old name is to be brought to the new one: it is not what was `copied`, and `new` is.
+
+    Told by what the records name, since the clocks of those who made them may differ. Where both names changed, the new
+    name's counts.
+    """
+    if copied is not None and old.manifest == copied.manifest:
+        return False  # as it was copied: what the new name has, or has no more, is later
+    if new is None:
+        return True
+    return new.manifest != old.manifest and (ours or (copied is not None and new.manifest == copied.manifest))
