@@ -286,21 +286,30 @@ def first_problem(manifest: Manifest) -> str | None:
 
 def _problem_of_rows(manifest: Manifest) -> str | None:
     """Whether each plane has rows of its own, and none of them more bytes than its chunks can take."""
-    spans: list[tuple[int, int, int, str]] = []
-    for tensor in (*manifest.tensors, *manifest.files):
-        _, n, most = _cut(tensor.dtype, tensor.shape, tensor.chunk)
-        if n:
-            spans += [(plane.first, plane.first + n, most, tensor.name) for plane in tensor.planes]
-    if not spans:
+    tensors = (*manifest.tensors, *manifest.files)
+    cuts = [_cut(tensor.dtype, tensor.shape, tensor.chunk) for tensor in tensors]
+    # Columns of numbers, not rows of tuples: these would be looked through by the garbage collector again and again.
+    begin = np.array([plane.first for tensor in tensors for plane in tensor.planes], np.int64)
+    planes = [len(tensor.planes) for tensor in tensors]
+    count, most, owner = (
+        np.repeat(np.array(column, np.int64), planes)
+        for column in ([cut[1] for cut in cuts], [cut[2] for cut in cuts], range(len(tensors)))
+    )
+    order = np.lexsort((begin + count, begin))
+    order = order[count[order] > 0]
+    if not len(order):
         return None
-    spans.sort()
-    first, stop, limit = (np.array(column, np.uint64) for column in list(zip(*spans, strict=True))[:3])
-    if (first[1:] < stop[:-1]).any():
-        name = spans[int((first[1:] < stop[:-1]).argmax())][3]
-        return f"tensor {name[:80]!r} shares rows of the chunk table with another plane"
-    longest = np.maximum.reduceat(manifest.length, first.astype(np.int64))
-    if (longest > limit).any():
-        return f"tensor {spans[int((longest > limit).argmax())][3][:80]!r} has a chunk that is too long for its shape"
+    first, stop, limit = begin[order], (begin + count)[order], most[order].astype(np.uint64)
+
+    def named(wrong: NDArray[np.bool_]) -> str:
+        return repr(tensors[owner[order[int(wrong.argmax())]]].name[:80])
+
+    shared = first[1:] < stop[:-1]
+    if shared.any():
+        return f"tensor {named(shared)} shares rows of the chunk table with another plane"
+    long = np.maximum.reduceat(manifest.length, first) > limit
+    if long.any():
+        return f"tensor {named(long)} has a chunk that is too long for its shape"
     return None
 
 
