@@ -18,12 +18,16 @@ _NAMES = frozenset(name for name in DTYPES if name not in ("complex32", "float4_
 
 def dtype_of(name: str, kind: np.dtype[Any]) -> DType:
     """Our dtype for NumPy's, of the tensor of that name; `UnsupportedError` where there is none."""
-    found = DTYPES.get(kind.name) if kind.name in _NAMES else None
-    if found is None or found.itemsize != kind.itemsize:
+    if not is_tensor_dtype(kind):
         raise UnsupportedError(
             f"{name!r} has dtype {kind}, which no tensor can have: convert it, or leave it out", tensor=name
         )
-    return found
+    return DTYPES[kind.name]
+
+
+def is_tensor_dtype(kind: np.dtype[Any]) -> bool:
+    """Whether a tensor can have NumPy's dtype; none can have texts, dates, objects or records."""
+    return kind.name in _NAMES and DTYPES[kind.name].itemsize == kind.itemsize
 
 
 def copy_box(array: NDArray[Any], region: Region, out: Bytes) -> None:

@@ -20,8 +20,10 @@ from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.names import check_tensor
 from modelstore.format.structure import EXACT, MAX_BYTES, MAX_DEPTH, VERSION
+from modelstore.sources.arrays import is_tensor_dtype
 from modelstore.sources.checkpoint import Chosen, shown
 from modelstore.sources.pickled_tensors import Size, Storage
+from modelstore.sources.reduced import as_record
 from modelstore.sources.unpickle import Key, Named, Ordered, Record
 
 MAX_NODES = 2_000_000
@@ -62,6 +64,7 @@ class Outline:
         self._taken = set(names.values())
         self._known: dict[str, str] = {}  # identity → name
         self._views: dict[str, list[tuple[str, View]]] = {}  # memory → distinct views
+        self._alive: list[Any] = []
         self._nodes = nodes
         self._bytes = 0
 
@@ -153,9 +156,12 @@ class Outline:
             return ["device", str(value)]
         if isinstance(value, Named):
             return ["object", self._text(f"class {value.kind}"), [], None, [], []]
-        what = (
-            "a storage without a tensor" if isinstance(value, Storage) else f"a {kind.__module__}.{kind.__qualname__}"
-        )
+        storage = isinstance(value, Storage) or kind.__module__ == "torch.storage"
+        reduced = None if storage else as_record(value)
+        if reduced is not None:
+            self._alive.append(reduced)  # what is told apart by where it lies must stay there
+            return self._node(reduced, path, depth)
+        what = "a storage without a tensor" if storage else f"a {kind.__module__}.{kind.__qualname__}"
         raise UnsupportedError(
             f"{'.'.join(path)[:200] or 'the object'} is {what}, which is no plain value: leave it out, or make it a dict"
         )
@@ -194,7 +200,7 @@ class Outline:
         number = as_array(value)
         if isinstance(number, np.generic):
             return self._plain(number, path, depth)
-        if number is not None:
+        if number is not None and is_tensor_dtype(number.dtype):
             view = View(f"array {id(value)}", f"array {id(value)}", 0, (), number.size)
             return ["array", self._name(number, view, path)]
         return [

@@ -10,24 +10,38 @@ import torch
 
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.structure import FILE as STRUCTURE
+from modelstore.sources.arrays import is_tensor_dtype
 from modelstore.sources.checkpoint import BESIDE, Tensors, choose
 from modelstore.sources.structure import View, beside_state
 from modelstore.sources.torch import StateDictSource
 
-_TENSORS = Tensors((torch.Tensor, np.ndarray), lambda tensor: int(tensor.nbytes))
+
+def _bytes(tensor: Any) -> int:
+    """The bytes of a tensor's elements; 0 where it has none of its own here, as a sparse one."""
+    return int(tensor.nbytes) if isinstance(tensor, np.ndarray) or _dense(tensor) else 0
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    lazy = torch.nn.parameter.is_lazy(tensor)
+    return not (lazy or tensor.is_nested or tensor.is_quantized or tensor.is_meta) and tensor.layout == torch.strided
+
+
+_TENSORS = Tensors((torch.Tensor, np.ndarray), _bytes)
 
 
 class _Live:
     """Tells tensors in memory from what else there is."""
 
     def view(self, value: Any, path: str) -> View | None:
+        if isinstance(value, np.ma.MaskedArray) or (isinstance(value, np.ndarray) and not is_tensor_dtype(value.dtype)):
+            return None  # an object like any other: as a tensor its mask, or its values, would be lost
         if isinstance(value, np.ndarray):
             at = value.__array_interface__["data"][0]
             # Never tied: what is made of an array again is one of its own.
             return View(f"array {id(value)} {at}", f"array {id(value)}", 0, (), value.size)
         if not isinstance(value, torch.Tensor):
             return None
-        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+        if not _dense(value):
             raise UnsupportedError(
                 f"{path} is a tensor without dense values here, which is not kept: make it dense first"
             )

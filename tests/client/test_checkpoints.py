@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import datetime
+import enum
+import functools
 import json
 import math
 import pathlib
 import sys
+import threading
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -112,6 +117,55 @@ def odd() -> dict[str, Any]:
         "halves": torch.ones(3, dtype=torch.bfloat16),
         "deep": {"a": [{"b": (torch.ones(1), {"c": torch.zeros(2)})}]},
         "text": "ünï\nx\x1b",
+    }
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass
+class Settings:
+    ema: torch.Tensor
+    color: Color = Color.RED
+
+
+class Pair(NamedTuple):
+    number: int
+    tensor: torch.Tensor
+
+
+class Own(OrderedDict[str, Any]):
+    pass
+
+
+class Fleeting:
+    """An object whose array is made anew whenever it is asked for."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return Fleeting, (np.full(4, self.number),)
+
+
+class Many(list[Any]):
+    pass
+
+
+def objects() -> dict[str, Any]:
+    return {
+        "color": Color.RED,
+        "settings": Settings(torch.full((2,), 3.0)),
+        "pair": Pair(1, torch.full((2,), 4.0)),
+        "ordered": Own(a=1),
+        "partial": functools.partial(torch.add, torch.full((2,), 5.0)),
+        "function": trained,
+        "when": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+        "delta": np.timedelta64(3, "s"),
+        "texts": np.array(["a", "bc"]),
+        "masked": np.ma.MaskedArray([1, 2], mask=[False, True]),
+        "fleeting": Many(Fleeting(n) for n in range(8)),
     }
 
 
@@ -220,6 +274,34 @@ class TestEverything:
         assert given["c"].items == [("b", 2)]
         assert "of_a_trainer" not in sys.modules
 
+    @pytest.mark.parametrize("how", ["file", "memory"])
+    def test_objects_of_any_class_keep_what_they_are_made_of(self, tmp_path: Path, store: Store, how: str) -> None:
+        saved: Any = {"model": {"w": torch.ones(1)}, **objects()}
+        if how == "file":
+            torch.save(saved, tmp_path / "x")
+        store.save("m", saved if how == "memory" else tmp_path / "x", include="all")
+        given = store.checkpoint("m")
+        assert all(isinstance(given[name], modelstore.Inert) for name in objects())
+        assert given["color"].args == (1,)
+        assert torch.equal(given["settings"].state["ema"], torch.full((2,), 3.0))
+        assert torch.equal(given["pair"].args[1], torch.full((2,), 4.0))
+        assert given["ordered"].items[0][0] == "a"
+        assert torch.equal(given["partial"].state[1][0], torch.full((2,), 5.0))
+        assert given["function"].kind == f"class {__name__}.trained"
+        assert given["masked"].kind == "numpy.ma.core._mareconstruct"
+        # Arrays that exist only while their object is looked at are told apart.
+        made = [item.args[0] for item in given["fleeting"].elements]
+        assert [array.tolist() for array in made] == [[n] * 4 for n in range(8)]
+
+    @pytest.mark.parametrize(
+        "odd", [torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr(), torch.ones(2, device="meta")]
+    )
+    def test_tensors_without_dense_values_beside_the_weights_are_named(self, store: Store, odd: torch.Tensor) -> None:
+        saved = {"model": {"w": torch.ones(1)}, "x": odd}
+        assert {item.name for item in store.save("m", saved, key="model").left_out} == {"x"}
+        with pytest.raises(TypeError, match=r"x is a tensor without dense values"):
+            store.save("m", saved, include="all")
+
     def test_versions_share_what_is_the_same_and_are_checked_as_a_whole(self, tmp_path: Path, store: Store) -> None:
         torch.save(imagenet(), tmp_path / "x")
         first = store.save("m", tmp_path / "x", include="all")
@@ -238,8 +320,13 @@ class TestEverything:
         assert same(modelstore.open(tmp_path / "other").checkpoint("m"), imagenet())
 
     def test_what_cannot_be_kept_is_refused(self, store: Store, tmp_path: Path) -> None:
-        with pytest.raises(TypeError, match=r"x\.y is a .*object, which is no plain value"):
-            store.save("m", {"model": {"w": torch.ones(1)}, "x": {"y": object()}}, include="all")
+        for odd, said in (
+            (threading.Lock(), "lock"),
+            (lambda: 1, "function"),
+            (torch.ones(1).untyped_storage(), "storage"),
+        ):
+            with pytest.raises(TypeError, match=rf"x\.y is a .*{said}.*, which is no plain value"):
+                store.save("m", {"model": {"w": torch.ones(1)}, "x": {"y": odd}}, include="all")
         torch.save({"model": {"w": torch.ones(1)}, "x": torch.eye(2).to_sparse()}, tmp_path / "x")
         with pytest.raises(ModelStoreError, match="a sparse tensor, which is not kept"):
             store.save("m", tmp_path / "x", include="all")
