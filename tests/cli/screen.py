@@ -20,6 +20,7 @@ import pytest
 from modelstore.cli.main import app
 from modelstore.client import Store
 from modelstore.format import inventory, manifest, recipe, results
+from modelstore.format.history import LogEntry
 
 
 def filled(kind: Any, text: str) -> Any:
@@ -39,7 +40,14 @@ def filled(kind: Any, text: str) -> Any:
     return b"" if kind is bytes else text
 
 
-HOMES = {"results": results, "recipe": recipe, "manifest": manifest, "inventory": inventory, "Any": Any}
+HOMES = {
+    "results": results,
+    "recipe": recipe,
+    "manifest": manifest,
+    "inventory": inventory,
+    "LogEntry": LogEntry,
+    "Any": Any,
+}
 
 
 class Answers:

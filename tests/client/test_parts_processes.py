@@ -86,8 +86,8 @@ original = getattr(LocalStorage, method)
 
 def hooked(self, key, *rest):
     global calls
-    calls += 1
-    if calls == int(at):
+    calls += "/clock-" not in key  # the storage is asked for its time by several threads
+    if calls == int(at) and "/clock-" not in key:
         if method == "put":
             return original(self, key, half(rest[0]), *rest[1:])  # a part of the object is written
         wait()
@@ -129,15 +129,15 @@ def test_a_rank_killed_while_saving(method: str, at: int, tmp_path: Path) -> Non
     check(store, url)
 
 
-# Of a publish: the mark that it goes on; the record; what the session became. Then the pages are removed.
-@pytest.mark.parametrize(("method", "at"), [("put", 1), ("create", 2), ("create", 3), ("delete", 1)])
+# Of a publish: the mark that it goes on; the intent; the record; what the session became. Then intent and pages are removed.
+@pytest.mark.parametrize(("method", "at"), [("put", 1), ("create", 2), ("create", 3), ("create", 4), ("delete", 1)])
 def test_a_publisher_killed(method: str, at: int, tmp_path: Path) -> None:
     url = str(tmp_path)
     for rank in range(RANKS):
         save(url, rank)
     assert killed("publish", url, method, at)
     store = ms.open(url)
-    visible = method == "delete" or (method, at) == ("create", 3)
+    visible = method == "delete" or (method, at) == ("create", 4)
     assert bool(contents(store)) == visible
     check(store, url)
 
