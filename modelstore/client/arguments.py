@@ -273,6 +273,7 @@ ANNOTATIONS: dict[str, Check] = {
     "Mapping[str, str | Path | bytes]": _files,
     "Mapping[str, Any]": _options,
     "Mapping[str, str]": _options,
+    "Mapping[str, str | int | float | bool]": _options,
     "str | Recipe | Mapping[str, Any]": _recipe,
     "str | list[str] | tuple[str, ...]": _refs,
     "DTypeName": lambda name, value: given.one_of(name, value, ("float32", "bfloat16", "float16")),

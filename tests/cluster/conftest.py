@@ -31,7 +31,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             cluster.others = [cluster.add_node(num_cpus=2, object_store_memory=100 << 20) for _ in range(2)]
             ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="modelstore")
             settings = runtime.default_settings(memory=256 << 20, images=256 << 20, replicas=2)
-            runtime.deploy(settings, hosts=3)
+            runtime.deploy(settings, hosts=3, seconds=180)  # other tests may keep the machine busy
             yield cluster
             runtime.undeploy()
             assert not left.memory(), "hosts leave nothing in shared memory"

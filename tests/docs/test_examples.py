@@ -24,7 +24,6 @@ HERE = {  # what a page names, and what there is on this machine
     "print(info.version)": "print(info.version); break",  # a watch goes on for ever
     "torch.distributed.barrier()": "pass",
     "(32000, 4096)": "(4096, 256)",
-    '"lm_head.weight"': '"model.embed_tokens.weight"',
 }
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("guide", "compression", "layouts", "live", "zarr", "sources"))]
 
