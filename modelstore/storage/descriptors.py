@@ -41,6 +41,13 @@ class Descriptors:
         finally:
             self._give_back(file)
 
+    def forget_other(self, path: str, status: os.stat_result) -> None:
+        """Read what has that status from now on: a file that was moved away still has a name, and is not what is there."""
+        with self._lock:
+            file = self._files.get(path)
+            if file and not os.path.samestat(os.fstat(file.descriptor), status):
+                self._retire(path)
+
     def close(self) -> None:
         """Close all that no read uses now, and the others when it ends."""
         with self._lock:

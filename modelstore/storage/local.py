@@ -100,9 +100,11 @@ class LocalStorage(Storage):
         with _named(key, "look at"):
             try:
                 with paths.folder(self.root, parent) as at:
-                    return _info(key, paths.status_in(at, name))
+                    status = paths.status_in(at, name)
             except (FileNotFoundError, NotADirectoryError):
                 return None
+        self._files.forget_other(key, status)
+        return _info(key, status)
 
     def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
         return islice((item for item in self._descend(check_prefix(prefix)) if item.key > after), limit)

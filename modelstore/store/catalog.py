@@ -17,7 +17,7 @@ from modelstore.format.note import Note
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.format.sealed import seal
 from modelstore.storage.base import SMALL, Storage
-from modelstore.store.damage import DAMAGED, noting
+from modelstore.store.damage import DAMAGED, UNREADABLE, noting
 from modelstore.store.lookup import Lookup
 from modelstore.store.manifests import Manifests
 from modelstore.store.relying import Reliance
@@ -109,9 +109,9 @@ class Catalog(Lookup):
 
     def _is_of(self, record: VersionRecord, writer: str, entry: VariantEntry) -> bool:
         """Whether a record was made by a writer of an entry; its manifest has another name where it had to be moved."""
-        own = record.variants[ORIGINAL]
-        if record.writer != writer or own.manifest == entry.manifest:
-            return record.writer == writer
+        own = record.variants.get(ORIGINAL)  # a deleted version may be known by its number alone
+        if record.writer != writer or own is None or own.manifest == entry.manifest:
+            return record.writer == writer and own is not None
         read = Manifests(self._storage).read
         one, other = read(record.model, own.manifest), read(record.model, entry.manifest)
         files = [{(file.name, file.digest) for file in manifest.files} for manifest in (one, other)]
@@ -270,8 +270,10 @@ class Catalog(Lookup):
         return self._storage.create(key, data) or self._own(key, VersionRecord, record)
 
     def _own(self, key: str, kind: type[R], record: R) -> bool:
-        there = noting([], lambda: rec.parse(self._storage.get(key, SMALL), kind, key))
-        return there == record
+        try:
+            return rec.parse(self._storage.get(key, SMALL), kind, key) == record
+        except (NotFoundError, *UNREADABLE):  # something that is no record takes the number
+            return False
 
     def _to_delete(self, model: str, version: int) -> VersionRecord:
         """The newest record of a version; one that cannot be read is taken as saying nothing, which is enough to delete it."""

@@ -6,6 +6,7 @@ A record that cannot be read keeps nothing else from being read; what it may say
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import groupby
 
 from modelstore.errors import ModelStoreError, NotFoundError
@@ -142,8 +143,10 @@ class Lookup:
     # ------------------------------------------------------------------ within
 
     def _first(self, model: str, version: int) -> VersionRecord | None:
-        """The record that made a version visible, None where it cannot be read."""
-        return noting([], lambda: self._version_at(rec.version_key(model, version, 1)))
+        """The record that made a version visible, None where it cannot be read, or that number was left out by a copy."""
+        with suppress(NotFoundError):
+            return noting([], lambda: self._version_at(rec.version_key(model, version, 1)))
+        return None
 
     def _heads(self, model: str, limit: int | None) -> Iterator[tuple[int, str]]:
         """(version, key of its newest record), newest version first; all of them, or those within the first `limit` keys."""

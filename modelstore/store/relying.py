@@ -23,6 +23,7 @@ from modelstore.format.manifest import FORMAT, Manifest
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
+from modelstore.store.damage import DAMAGED
 from modelstore.store.rehouse import Rehousing
 
 log = logging.getLogger("modelstore")
@@ -171,18 +172,28 @@ def release(storage: Storage, id: str) -> None:
 
 
 def condemned_among(storage: Storage, needed: Collection[str]) -> set[str]:
-    """Of these objects those that collections are removing. A collection that only thinks of it is stopped."""
+    """Of these objects those that collections are removing. A collection that only thinks of it is stopped.
+
+    So is one whose candidates are damaged; a damaged verdict is taken to name all its candidates, of which it is a part.
+    """
     found: set[str] = set()
     listed = list(storage.list(hs.CONDEMNED))
     for id_, group in groupby(listed, key=lambda info: info.key[len(hs.CONDEMNED) :].partition("/")[0]):
         keys = {info.key for info in group}
-        verdict = hs.verdict_key(id_)
+        verdict, candidates = hs.verdict_key(id_), hs.candidates_key(id_)
+        if candidates not in keys:
+            continue  # it is over, or began after the intent that this is looked at for was there
         if verdict not in keys:
-            wanted = _read(storage, hs.candidates_key(id_))
-            if wanted is None or not any(key in needed for key in wanted.objects):
-                continue  # it is over, and what is there stays there; or it wants nothing of this
+            with suppress(*DAMAGED):
+                wanted = _read(storage, candidates)
+                if wanted is None or not any(key in needed for key in wanted.objects):
+                    continue  # it is over, and what is there stays there; or it wants nothing of this
             storage.create(verdict, hs.encode(Condemned(FORMAT, uuid.uuid4().hex, ())))
-        pronounced = _read(storage, verdict)
+        try:
+            pronounced = _read(storage, verdict)
+        except DAMAGED as error:
+            log.warning("%s; all that was thought of is taken to be removed", error)
+            pronounced = _read(storage, candidates)
         if pronounced is not None:
             found.update(key for key in pronounced.objects if key in needed)
     return found

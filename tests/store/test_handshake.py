@@ -229,11 +229,37 @@ def test_an_intent_of_what_cannot_be_is_not_made_a_record() -> None:
     assert small.store.save("m", weights(2)).version == 2
 
 
-def test_a_condemnation_that_is_damaged_stops_what_would_rely_on_it() -> None:
+def test_a_damaged_verdict_is_taken_to_name_all_that_was_thought_of() -> None:
     small = Small.new()
     small.store.save("m", weights(1))
-    small.storage.create(hs.candidates_key("x"), hs.encode(Condemned(FORMAT, "x", ())))
+    condemned = tuple(key for key in small.objects() if key.startswith(("packs/", "models/m/manifests/")))
+    small.storage.create(hs.candidates_key("x"), hs.encode(Condemned(FORMAT, "x", condemned)))
     small.storage.create(hs.verdict_key("x"), b"")
-    with pytest.raises(FormatError, match=r"condemned/x/verdict\.json"):
+    assert small.store.save("m", weights(1)).version == 2
+    for key in condemned:
+        small.storage.delete(key)
+    assert small.store.load("m@2").keys() == weights(1).keys()
+
+
+def test_a_collection_whose_candidates_are_damaged_is_stopped() -> None:
+    small = Small.new()
+    small.storage.create(hs.candidates_key("x"), b"{")
+    assert small.store.save("m", weights(1)).version == 1
+    verdict = hs.parse(small.storage.get(hs.verdict_key("x")), Condemned, hs.verdict_key("x"))
+    assert verdict.objects == ()
+
+
+def test_a_condemnation_of_which_nothing_can_be_read_stops_what_would_rely_on_it() -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+    small.storage.create(hs.candidates_key("x"), b"")
+    small.storage.create(hs.verdict_key("x"), b"")
+    with pytest.raises(FormatError, match=r"condemned/x/candidates\.json"):
         small.store.save("m", weights(2))
     assert small.store.versions("m")[-1].version == 1
+
+
+def test_a_verdict_without_candidates_is_of_a_collection_that_is_over() -> None:
+    small = Small.new()
+    small.storage.create(hs.verdict_key("x"), b"")
+    assert small.store.save("m", weights(1)).version == 1

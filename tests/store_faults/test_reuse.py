@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import modelstore
 from modelstore.client import Store
 from modelstore.errors import CorruptionError
-from modelstore.format.record import manifest_key, pack_key
+from modelstore.format.record import manifest_key, pack_key, version_key
 from modelstore.storage.base import Storage
 from modelstore.storage.faults import CountingStorage, FaultyStorage, Killed
 from modelstore.storage.local import LocalStorage
@@ -188,3 +189,22 @@ def test_a_pack_is_read_once_in_a_process_and_again_when_it_was_written_again(st
     counting.reset()
     store.save("m", changed)
     assert counting.bytes["read"] > whole / 2
+
+
+def test_a_pack_that_was_moved_away_is_not_looked_at_in_place_of_what_is_there(tmp_path: Path) -> None:
+    store = modelstore.open(str(tmp_path / "s"))
+    store.save("m", {"w": torch.arange(1000.0)})
+    store.load("m")
+    for pack in list((tmp_path / "s" / "packs").rglob("*.safetensors")):
+        size = pack.stat().st_size
+        pack.rename(tmp_path / pack.name)
+        pack.write_bytes(bytes(size))
+    store.save("m", {"w": torch.arange(1000.0)})
+    assert torch.equal(modelstore.open(str(tmp_path / "s")).load("m@2")["w"], torch.arange(1000.0))
+
+
+def test_what_is_no_record_at_a_records_key_takes_its_number_and_no_more(tmp_path: Path) -> None:
+    store = modelstore.open(str(tmp_path / "s"))
+    store.save("m", {"w": torch.arange(10.0)})
+    (tmp_path / "s" / version_key("m", 2, 1)).mkdir(parents=True)
+    assert store.save("m", {"w": torch.arange(11.0)}).version == 3
