@@ -87,6 +87,8 @@ def check_of(parameter: inspect.Parameter, signature: inspect.Signature) -> Chec
     meaning = MEANINGS.get(parameter.name)
     if parameter.name == "name" and "ref" in signature.parameters:
         meaning = None  # a tensor's
+    if parameter.name == "device" and "workers" in signature.parameters:
+        meaning = None  # one of the workers' nodes, which need not be one of this machine
     if check is None:
         return None
 
@@ -175,8 +177,10 @@ def _shards(name: str, value: Any) -> Any:
 
 
 def _workers(name: str, value: Any) -> Any:
-    if not isinstance(value, list | tuple) or not value:
+    if not isinstance(value, list | tuple):
         raise TypeError(f"{name} is a list of Ray actors, not {told(value)}")
+    if not value:
+        raise ValueError(f"there are no workers: give {name} the handles of Ray actors")
     return value
 
 

@@ -29,7 +29,9 @@ def walk(group: Any, *before: str) -> Iterator[tuple[str, Any]]:
 
 FOUND = dict(sorted(walk(get_command(app))))
 COMMANDS = list(FOUND)
-PRINTING = [name for name in COMMANDS if not hasattr(FOUND[name], "commands") and name not in ("demo", "cluster top")]
+PRINTING = [
+    name for name in COMMANDS if not hasattr(FOUND[name], "commands") and name not in ("demo", "cat", "cluster top")
+]
 
 
 def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
