@@ -7,7 +7,7 @@ import os
 import tracemalloc
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -328,7 +328,7 @@ def test_it_goes_on_from_finished_shards(reader: Reader, tmp_path: Path) -> None
     assert not (tmp_path / STAGING).exists()
 
 
-class AtOnce(ThreadPoolExecutor):
+class AtOnce(Pool):
     """Does what is submitted before it returns: whether a checkpoint is kept when the end comes is then no matter of luck."""
 
     def submit(self, work: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -340,7 +340,7 @@ class AtOnce(ThreadPoolExecutor):
 @pytest.mark.parametrize("cut", [3, 12])
 def test_it_goes_on_within_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
     monkeypatch.setattr(export_write, "CHECKPOINT", 4 << 20)
-    monkeypatch.setattr(export_write, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(export_write, "Pool", AtOnce)
     values = torch.arange(16_000_000, dtype=torch.int32).reshape(4000, 4000)
     reader = stored({"big": values})
     path = tmp_path / "x.safetensors"
