@@ -32,6 +32,7 @@ from modelstore.format.manifest import Manifest, Plane, Tensor
 from modelstore.format.region import is_contiguous, slices
 from modelstore.sources.open import open_source
 from modelstore.storage.memory import MemoryStorage
+from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 
