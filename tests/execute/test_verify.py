@@ -19,6 +19,7 @@ from modelstore.storage.base import Storage
 from modelstore.storage.faults import CountingStorage
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
+from modelstore.store.shelf import Shelf
 from tests.store.helpers import LIMITS, Small, cut, flip, weights
 
 BOTH = pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
@@ -173,7 +174,7 @@ def test_a_wrong_tensor_of_good_chunks_is_found_by_decoding_only() -> None:
     manifest = small.manifest("org/m")
     first, *others = manifest.tensors
     lie = msgspec.structs.replace(manifest, tensors=(msgspec.structs.replace(first, digest="0" * 64), *others))
-    digest, copy = Manifests(small.storage).write("org/m", lie, 0.0)
+    digest, copy = Manifests(small.storage).write("org/m", lie, Shelf(small.storage))
     wrong = msgspec.structs.replace(entry, manifest=digest, copy=copy)
     small.store._catalog.replace_entry("org/m", 1, "original", "w", wrong)
     assert look(small, deep=False).ok
@@ -199,7 +200,7 @@ def test_a_chunk_that_cannot_be_decoded_is_named_and_the_rest_is_checked() -> No
     lie = msgspec.structs.replace(
         manifest, chunks=man.chunk_table([(int(p), int(o), int(n), d) for p, o, n, d in rows])
     )
-    digest, copy = Manifests(small.storage).write("org/m", lie, 0.0)
+    digest, copy = Manifests(small.storage).write("org/m", lie, Shelf(small.storage))
     entry = msgspec.structs.replace(small.entry("org/m"), manifest=digest, copy=copy)
     small.store._catalog.replace_entry("org/m", 1, "original", "w", entry)
     assert look(small, deep=False).ok
