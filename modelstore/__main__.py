@@ -1,6 +1,20 @@
-"""`python -m modelstore` is the `modelstore` command."""
+"""The `modelstore` command, and `python -m modelstore`."""
 
-from modelstore.cli.main import main
+from __future__ import annotations
+
+import os
+import signal
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    # Nothing is under way before the command runs, so Ctrl-C ends the process at once, without a traceback of imports.
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from modelstore.cli.main import main as run
+
+    signal.signal(signal.SIGINT, before)
+    run()
+
 
 if __name__ == "__main__":
     main()

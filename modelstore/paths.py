@@ -22,6 +22,29 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 Kind = Literal["file", "folder", "link", "other"]
 
 
+# What to do about what the operating system says.
+_ADVICE = {
+    errno.EACCES: "check who may read and write there",
+    errno.EPERM: "check who may read and write there",
+    errno.EROFS: "give another place, or make this one writable",
+    errno.ENOSPC: "free some, and run the same again",
+    errno.EDQUOT: "free some, and run the same again",
+    errno.ENOTDIR: "give another place",
+    errno.EISDIR: "give another name",
+    errno.EIO: "look at the disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+def explained(error: OSError) -> str:
+    """What the operating system says, and what to do about it."""
+    said = error.strerror or str(error)
+    said = said[:1].lower() + said[1:] if said[1:2].islower() else said
+    advice = _ADVICE.get(error.errno or 0) if error.strerror == os.strerror(error.errno or 0) else None
+    return f"{said}: {advice}" if advice else said
+
+
 class LinkError(OSError):
     """A folder below the one that was named is a link, which is not followed."""
 
@@ -130,6 +153,10 @@ def sync(at: int) -> None:
     os.fsync(at)
 
 
+def _file_in_the_way(path: str | Path) -> str:
+    return f"{path} is a file, where a folder is needed: give another place"
+
+
 def _kind(entry: os.DirEntry[str]) -> Kind:
     if entry.is_symlink():
         return "link"
@@ -148,7 +175,7 @@ def _step(at: int, name: str, path: str, make: int | None, durable: bool) -> int
         if error.errno in (errno.ENOTDIR, errno.ELOOP) and kind_in(at, name) == "link":
             raise LinkError(path) from None
         if error.errno == errno.ENOTDIR and make is not None:
-            raise NotADirectoryError(errno.ENOTDIR, "a file lies where a folder is needed", path) from None
+            raise NotADirectoryError(errno.ENOTDIR, _file_in_the_way(path), path) from None
         raise
     with suppress(FileExistsError):
         os.mkdir(name, make, dir_fd=at)
@@ -164,7 +191,7 @@ def _make_root(root: Path, mode: int) -> None:
     with suppress(FileExistsError):
         root.mkdir(mode)
     if not root.is_dir() and root.exists():
-        raise NotADirectoryError(errno.ENOTDIR, "a file lies where a folder is needed", str(root))
+        raise NotADirectoryError(errno.ENOTDIR, _file_in_the_way(root), str(root))
     with (
         suppress(FileNotFoundError),
         folder(root.parent) as at,

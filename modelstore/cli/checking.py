@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelstore.cli import output, units
-from modelstore.cli.failures import FAILED, UNREAD
+from modelstore.cli.failures import FAILED, UNREAD, explain
 from modelstore.cli.options import AsJson, Debug, Memory, OptionalReference, Quiet, StoreUrl, open_store
+from modelstore.errors import StorageError
 
 if TYPE_CHECKING:
     from modelstore.format.results import Report
@@ -31,12 +32,16 @@ def verify(
     Exit code 1 where something is wrong, 3 where nothing is known to be, but not all could be read.
     """
     opened = open_store(store, memory=memory)
-    with output.progress(quiet=quiet) as report:
-        found = opened.verify(ref, deep=deep, progress=report)
+    try:
+        with output.progress(quiet=quiet) as report:
+            found = opened.verify(ref, deep=deep, progress=report)
+    except StorageError as error:  # not even what there is to check could be read, and nothing is written
+        explain(error, as_json=json)
+        raise typer.Exit(UNREAD) from None
     _result(found, json)
     if found.damaged:
         output.remark(
-            "modelstore: `modelstore repair --from URL` mends this from another copy of the store", quiet=quiet or json
+            "modelstore: 'modelstore repair --from URL' mends this from another copy of the store", quiet=quiet or json
         )
     _exit(found)
 

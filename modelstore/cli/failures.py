@@ -7,9 +7,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -17,8 +20,11 @@ from typer.core import TyperGroup
 
 from modelstore.cli import output
 from modelstore.errors import ModelStoreError
+from modelstore.paths import explained
 from modelstore.text import json_line
 
+# What a command that was stopped has done is not done again by these.
+RESUMING = frozenset({"save", "load", "export", "compress", "copy", "rename", "repair", "gc"})
 FAILED, USAGE, UNREAD, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # Typer exports this one class of its error tree only
@@ -53,13 +59,14 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
-        given = [*ctx.args, *getattr(ctx, "_protected_args", ())]
+        given = [*getattr(ctx, "_protected_args", ()), *ctx.args]  # the command first
         as_json, debug = "--json" in given, "--debug" in given
+        stopped = Stopped()
         try:
-            return super().invoke(ctx)
+            with stopped.noticed():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
-            _say("stopped; the same command goes on from what is finished.", kind="cancelled", as_json=as_json)
-            raise typer.Exit(INTERRUPTED) from None
+            raise _interrupted(given, as_json) from None
         except BrokenPipeError:
             # Python flushes stdout once more at its end: that must not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,9 +74,11 @@ class Commands(TyperGroup):
         except (UsageError, typer.Exit, typer.Abort):
             raise
         except Exception as error:
+            if stopped:  # what was interrupted made an error of its own of it, as the imports of some packages do
+                raise _interrupted(given, as_json) from None
             if debug:
                 output.failure(traceback.format_exc())
-            raise typer.Exit(_explain(error, as_json=as_json)) from None
+            raise typer.Exit(explain(error, as_json=as_json)) from None
 
     @staticmethod
     def _usage(error: Any, *, as_json: bool) -> int:
@@ -80,13 +89,47 @@ class Commands(TyperGroup):
         return USAGE
 
 
+class Stopped:
+    """Whether Ctrl-C was pressed, also where `KeyboardInterrupt` did not come through."""
+
+    def __init__(self) -> None:
+        self._pressed = False
+
+    def __bool__(self) -> bool:
+        return self._pressed
+
+    @contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Within the block, Ctrl-C is noted, and raises `KeyboardInterrupt` as ever."""
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, *_: object) -> None:
+        self._pressed = True
+        raise KeyboardInterrupt
+
+
+def _interrupted(given: Sequence[str], as_json: bool) -> Exception:
+    goes_on = bool(given) and given[0] in RESUMING
+    _say("stopped" + "; the same command goes on from what is finished" * goes_on, kind="cancelled", as_json=as_json)
+    ending: Exception = typer.Exit(INTERRUPTED)
+    return ending
+
+
 def usage(message: str) -> Exception:
     """The error that ends a command as wrongly used."""
     error: Exception = UsageError(message)
     return error
 
 
-def _explain(error: Exception, *, as_json: bool) -> int:
+def explain(error: Exception, *, as_json: bool) -> int:
     """Say what went wrong, and give the exit code for it."""
     if isinstance(error, ModelStoreError):
         _say(as_json=as_json, **error.as_dict())  # type: ignore[arg-type]
@@ -95,7 +138,8 @@ def _explain(error: Exception, *, as_json: bool) -> int:
         _say(str(error), kind="usage", as_json=as_json)
         return USAGE
     if isinstance(error, OSError):
-        _say(str(error), kind="system", as_json=as_json)
+        where = f"{error.filename}: " if error.filename and str(error.filename) not in (error.strerror or "") else ""
+        _say(f"{where}{explained(error)}", kind="system", as_json=as_json)
         return FAILED
     if isinstance(error, ModuleNotFoundError):
         _say(

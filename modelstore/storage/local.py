@@ -17,6 +17,7 @@ from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, S
 from modelstore.format.buffers import Buffer, as_bytes
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.descriptors import Descriptors
+from modelstore.storage.failures import ends_before
 from modelstore.storage.keys import TEMPORARY, check_key, check_prefix, key_problem
 
 OPEN_FILES = 128
@@ -52,23 +53,23 @@ class LocalStorage(Storage):
         return self.root / check_key(key)
 
     def get(self, key: str, limit: int = LARGEST) -> bytes:
-        with _named(key, "read"), os.fdopen(paths.open_file(self.root, check_key(key)), "rb") as file:
+        with self._named(key, "read"), os.fdopen(paths.open_file(self.root, check_key(key)), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise too_large(key, size, limit)
             return file.read(size)
 
     def read(self, key: str, start: int, out: memoryview) -> None:
-        with _named(key, "read"), self._files.borrow(check_key(key)) as descriptor:
+        with self._named(key, "read"), self._files.borrow(check_key(key)) as descriptor:
             done = 0
             while done < out.nbytes:
                 got = os.preadv(descriptor, [out[done:]], start + done)
                 if not got:
-                    raise CorruptionError(f"object {key!r} ends before byte {start + out.nbytes:,}", object=key)
+                    raise ends_before(self.url, key, start + out.nbytes)
                 done += got
 
     def create(self, key: str, data: Buffer) -> bool:
-        with _named(key, "create"), self._temporary(key) as (at, temporary, name, descriptor):
+        with self._named(key, "create"), self._temporary(key) as (at, temporary, name, descriptor):
             _write(descriptor, data)
             os.fsync(descriptor)
             try:
@@ -87,7 +88,7 @@ class LocalStorage(Storage):
             return True
 
     def put(self, key: str, pieces: Iterable[Buffer], size: int) -> None:
-        with _named(key, "write"), self._temporary(key) as (at, temporary, name, descriptor):
+        with self._named(key, "write"), self._temporary(key) as (at, temporary, name, descriptor):
             written = sum(_write(descriptor, piece) for piece in pieces)
             if written != size:
                 raise StorageError(f"the pieces of {key!r} are {written:,} bytes, not {size:,}", object=key)
@@ -97,7 +98,7 @@ class LocalStorage(Storage):
 
     def info(self, key: str) -> ObjectInfo | None:
         parent, _, name = check_key(key).rpartition("/")
-        with _named(key, "look at"):
+        with self._named(key, "look at"):
             try:
                 with paths.folder(self.root, parent) as at:
                     status = paths.status_in(at, name)
@@ -115,7 +116,7 @@ class LocalStorage(Storage):
 
     def delete(self, key: str) -> None:
         parent, _, name = check_key(key).rpartition("/")
-        with _named(key, "delete"):
+        with self._named(key, "delete"):
             try:
                 with paths.folder(self.root, parent) as at:
                     os.unlink(name, dir_fd=at)
@@ -133,7 +134,7 @@ class LocalStorage(Storage):
     def remove_temporaries(self, before: float, *, dry_run: bool = False) -> tuple[Path, ...]:
         """Remove the files that writers left behind and did not touch since `before` (Unix seconds by the file system's clock);
         returns what they were."""
-        with _named("", "sweep"):
+        with self._named("", "sweep"):
             return tuple(self._sweep("", before, dry_run))
 
     def _sweep(self, folder: str, before: float, dry_run: bool) -> Iterator[Path]:
@@ -154,7 +155,7 @@ class LocalStorage(Storage):
 
     def _entries(self, prefix: str) -> Sequence[paths.Entry]:
         """What lies in a folder, without what cannot be a key: temporary files, and names not ours."""
-        with _named(prefix, "list"):
+        with self._named(prefix, "list"):
             try:
                 found = paths.entries(self.root, prefix.rstrip("/"))
             except (FileNotFoundError, NotADirectoryError):
@@ -175,7 +176,7 @@ class LocalStorage(Storage):
     def _look(self, prefix: str, names: Sequence[str]) -> Sequence[ObjectInfo]:
         """What objects of one folder are; those that are gone, or where a folder lies now, are left out."""
         found = []
-        with _named(prefix, "list"):
+        with self._named(prefix, "list"):
             try:
                 with paths.folder(self.root, prefix.rstrip("/")) as at:
                     for name in names:
@@ -190,7 +191,11 @@ class LocalStorage(Storage):
         if kind != "folder":
             return False
         with suppress(FileNotFoundError, NotADirectoryError, paths.LinkError):
-            found = [entry for entry in paths.entries(self.root, folder) if not entry.name.startswith(TEMPORARY)]
+            try:
+                every = paths.entries(self.root, folder)
+            except PermissionError:  # who reads below it is told that this cannot be read: it is not taken for missing
+                return True
+            found = [entry for entry in every if not entry.name.startswith(TEMPORARY)]
             return any(e.kind != "folder" for e in found) or any(
                 self._holds_object(f"{folder}/{e.name}", e.kind) for e in found
             )
@@ -218,7 +223,23 @@ class LocalStorage(Storage):
             with suppress(FileNotFoundError):
                 at = opened.enter_context(paths.folder(self.root, folder, make=0o777))
                 return at, paths.open_in(at, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, f"{self.root}/{folder}/{name}")
-        raise OSError(errno.ENOENT, "its folder vanishes as often as it is made")
+        raise OSError(errno.ENOENT, "its folder cannot be made, or vanishes as often as it is made: give another place")
+
+    @contextmanager
+    def _named(self, key: str, doing: str) -> Iterator[None]:
+        """The operating system's errors as the store's: the object, the store, the cause and what to do."""
+        what = f"{key!r} in {self.url}" if key else self.url
+        try:
+            yield
+        except ModelStoreError:
+            raise
+        except paths.NoFileError as error:
+            raise CorruptionError(f"cannot {doing} {what}: {paths.explained(error)}", object=key) from error
+        except OSError as error:
+            absent = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+            if absent and doing not in ("create", "write"):
+                raise NotFoundError(f"no object {what}", object=key) from error
+            raise StorageError(f"cannot {doing} {what}: {paths.explained(error)}", object=key) from error
 
 
 def _info(key: str, status: os.stat_result) -> ObjectInfo | None:
@@ -234,20 +255,3 @@ def _write(descriptor: int, data: Buffer) -> int:
     while done < view.nbytes:
         done += os.write(descriptor, view[done:])
     return done
-
-
-@contextmanager
-def _named(key: str, doing: str) -> Iterator[None]:
-    """The operating system's errors as the store's, naming the object."""
-    try:
-        yield
-    except ModelStoreError:
-        raise
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        if doing in ("create", "write"):
-            raise StorageError(f"could not {doing} {key!r}: {error.strerror}", object=key) from error
-        raise NotFoundError(f"no object {key!r}", object=key) from error
-    except paths.NoFileError as error:
-        raise CorruptionError(f"could not {doing} {key!r}: {error.strerror}", object=key) from error
-    except OSError as error:
-        raise StorageError(f"could not {doing} {key!r}: {error.strerror or error}", object=key) from error

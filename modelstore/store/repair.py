@@ -249,7 +249,10 @@ class _Repair:
                     object=key,
                 )
             )
-        info = self.storage.info(key)
+        try:
+            info = self.storage.info(key)
+        except StorageError:  # told above
+            return 0
         return info.size if info else 0
 
     def _advice(self, model: str) -> str:

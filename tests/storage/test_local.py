@@ -106,11 +106,57 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str) 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(StorageError, match="'a/b': No space left on device"):
+    with pytest.raises(StorageError, match=r"'a/b' in file://.*: no space left on device: free some, and run"):
         storage.create("a/b", b"x") if write == "create" else storage.put("a/b", [b"x"], 1)
     monkeypatch.undo()
     assert list(storage.list("")) == []
     assert storage.remove_temporaries(time.time()) == ()
+
+
+REFUSED = {
+    "create": lambda storage: storage.create("a/b", b"x"),
+    "write": lambda storage: storage.put("a/b", [b"x"], 1),
+    "read": lambda storage: storage.get("a/b"),
+    "list": lambda storage: list(storage.list("a/")),
+    "look at": lambda storage: storage.info("a/b"),
+    "delete": lambda storage: storage.delete("a/b"),
+}
+
+
+@pytest.mark.parametrize("doing", REFUSED)
+def test_what_the_system_refuses_is_said_with_the_store_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doing: str
+) -> None:
+    storage = LocalStorage(tmp_path)
+
+    def refuse(*_: object, **__: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "b")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StorageError) as caught:
+        REFUSED[doing](storage)
+    said = str(caught.value)
+    assert said.startswith(f"cannot {doing} 'a/")
+    assert said.endswith(f"in {storage.url}: permission denied: check who may read and write there")
+
+
+def test_a_folder_that_may_not_be_read_is_not_taken_for_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.create("models/a/x", b"x")
+    storage.create("models/b/x", b"x")
+    real = os.open
+
+    def refuse(path: object, *args: object, **kwargs: object) -> int:
+        if path == "a":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert storage.folders("models/") == ("a", "b")
+    with pytest.raises(StorageError, match="permission denied"):
+        list(storage.list("models/a/"))
 
 
 def test_no_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +171,7 @@ def test_no_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.create("a", b"x")
-    with pytest.raises(StorageError, match="a file lies where a folder is needed"):
+    with pytest.raises(StorageError, match="/a is a file, where a folder is needed: give another place"):
         storage.create("a/b", b"x")
     with pytest.raises(NotFoundError):
         storage.get("a/b")
