@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,8 @@ from modelstore.cli import output, units
 from modelstore.cli.failures import FAILED, UNREAD, explain
 from modelstore.cli.options import AsJson, Debug, Memory, OptionalReference, Quiet, StoreUrl, open_store
 from modelstore.errors import StorageError
+
+_FEW = 5  # problems of one object that are told one by one
 
 if TYPE_CHECKING:
     from modelstore.format.results import Report
@@ -89,7 +92,11 @@ def _result(found: Report, json: bool) -> None:
 
 
 def _lines(found: Report) -> Iterator[str]:
-    yield from (f"{problem.kind}: {problem.message}" for problem in found.problems)
+    for _, group in groupby(found.problems, key=lambda one: (one.object, one.tensor is not None)):
+        alike = list(group)
+        yield from (f"{problem.kind}: {problem.message}" for problem in alike[:_FEW])
+        if left := alike[_FEW:]:
+            yield f"and {units.count(len(left), 'more problem')} of {left[0].object or 'the same'}: --json names all"
     yield from found.notes
     if found.repaired:
         yield f"repaired {units.count(len(found.repaired), 'object')}"

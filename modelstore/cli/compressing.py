@@ -171,6 +171,8 @@ def _recipe(text: str) -> str | dict[str, Any]:
         return text
     import msgspec
 
+    from modelstore.format.recipe import recipe
+
     try:
         found = msgspec.json.decode(Path(text).read_bytes())
     except FileNotFoundError:
@@ -179,4 +181,8 @@ def _recipe(text: str) -> str | dict[str, Any]:
         raise usage(f"{text} is not JSON ({error})") from None
     if not isinstance(found, dict):
         raise usage(f"{text} holds no recipe: write an object with name and rules")
+    try:
+        recipe(found)
+    except ValueError as error:
+        raise usage(f"{text}: {error}") from None
     return found

@@ -39,7 +39,9 @@ def share_of(text: str | float) -> float:
     except ValueError:
         share = -1.0
     if rest or not 0 < share <= 1:
-        raise typer.BadParameter(f"{text!r} is no share: write a number from 0 to 1, or up to 100%, such as 80%")
+        raise typer.BadParameter(
+            f"{text!r} is no share: write a number above 0 and up to 1, or a percentage such as 80%"
+        )
     return share
 
 
@@ -93,7 +95,9 @@ Grace = Annotated[
         "--grace",
         metavar="TIME",
         parser=duration_of,
-        help="Spare what is younger than this (such as 90s, 12h, 7d): a running save may still be about to refer to it.",
+        show_default=False,
+        help="Spare what is younger than this (such as 90s, 12h, 7d; a day unless said otherwise): a running save may still "
+        "be about to refer to it.",
     ),
 ]
 ModelName = Annotated[

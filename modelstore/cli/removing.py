@@ -63,14 +63,15 @@ def gc(
         ),
     ] = False,
     live_share: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--live-share",
             metavar="SHARE",
             parser=share_of,
-            help="With --compact: rewrite packs of which less than this is live, such as 80%.",
+            show_default=False,
+            help="With --compact: rewrite packs of which less than this is live: 80% unless said otherwise.",
         ),
-    ] = 0.8,
+    ] = None,
     grace: Grace = 86_400,
     store: StoreUrl = None,
     memory: Memory = None,
@@ -84,9 +85,14 @@ def gc(
     packs that something else needs is freed by --compact: the live rest moves to new packs, and the old ones are deleted
     when the grace period is over.
     """
+    if live_share is not None and not compact:
+        raise usage("--live-share is for --compact: add that, or leave it out")
     with output.progress(quiet=quiet) as report:
         swept = open_store(store, memory=memory).gc(
-            dry_run=not delete, grace=grace, compact=live_share if compact else False, progress=report
+            dry_run=not delete,
+            grace=grace,
+            compact=(True if live_share is None else live_share) if compact else False,
+            progress=report,
         )
 
     def lines() -> Iterator[str]:
@@ -98,6 +104,8 @@ def gc(
             yield f"deleted {what}"
         else:
             yield f"would delete {what}; nothing was deleted" + (": add --delete" if swept.objects else "")
+        if swept.young:
+            yield f"{units.size(swept.young)} that nothing refers to are younger than the grace period: see --grace"
         if swept.compaction is not None:
             yield from _compacted(swept.compaction)
         elif swept.dead:

@@ -150,7 +150,7 @@ def save(
     from modelstore.sources.hub import hub_id
 
     if hub_id(source) is None and not Path(source).expanduser().exists():
-        raise usage(f"Invalid value for 'SOURCE': Path '{source}' does not exist.")
+        raise usage(f"there is no file or folder {source}: give what is to be saved, then the model's name")
     entries = dict(_entry(text) for text in meta or ())
     opened = open_store(store, memory=memory, cluster=cluster)
     with output.progress(quiet=quiet) as report:

@@ -146,10 +146,10 @@ class Base:
         original = self._catalog.entry(replace(ref, variant=ORIGINAL))[1]
         if done.bytes >= original.nbytes:
             log.warning(
-                "%s was written dense, as no engine's layout was asked for or fits it: %d bytes, where its original has %d",
+                "%s was written dense, as no engine has a layout for it: %s bytes, where its original has %s",
                 ref,
-                done.bytes,
-                original.nbytes,
+                f"{done.bytes:,}",
+                f"{original.nbytes:,}",
             )
 
     def _maker(self, ref: Reference, original: VariantEntry) -> Callable[[Manifest, Reader], FlyReader] | None:

@@ -161,7 +161,11 @@ class Evaluating(Base):
             record, _ = self._catalog.entry(one)
             found.append(Reference(one.name, version=record.version, variant=one.variant))
         if len({(one.name, one.version) for one in found}) > 1:
-            raise ValueError("variants that are evaluated together must be of one version of one model")
+            named = ", ".join(sorted({f"{one.name}@{one.version}" for one in found}))
+            raise ValueError(
+                f"variants that are evaluated together are of one version of one model, and these are of {named}: "
+                f"evaluate each by itself"
+            )
         return found
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import suppress
 
 from modelstore.client.base import Base, log
 from modelstore.execute.progress import Progress, meter
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, of_version, parse_reference
 from modelstore.storage.open import open_storage
+from modelstore.store.catalog import Catalog
 from modelstore.store.damage import DAMAGED
 
 GRACE = 86_400  # seconds for which garbage collection leaves what nothing refers to
@@ -49,6 +51,9 @@ class Keeping(Base):
         from modelstore.store.repair import repair
 
         other = open_storage(source, read_only=True) if source is not None else None
+        if other is not None:
+            with suppress(*DAMAGED):  # what else it holds may be good
+                Catalog(other).open()
         metered = meter(progress, 0, "repairing")
         return repair(
             self._storage,

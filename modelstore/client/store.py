@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelstore.client.arguments import checked
+from modelstore.client.arguments import MAX_SHARD, check_export, checked
 from modelstore.client.base import warn
 from modelstore.client.checkpoints import Checkpoints
 from modelstore.client.clustered import Clustered, saved
@@ -277,7 +277,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         gguf_type: str | None = None,
         dequantize: bool = False,
         overwrite: bool = False,
-        max_shard_bytes: int = 5_000_000_000,
+        max_shard_bytes: int = MAX_SHARD,
         names: Iterable[str] | None = None,
         shard: Shard | None = None,
         storage_options: Mapping[str, Any] | None = None,
@@ -296,6 +296,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         from modelstore.execute.export import export
         from modelstore.execute.export_remote import deliver
 
+        check_export(format, os.fspath(path), gguf_type, dequantize, max_shard_bytes)
         if format != "safetensors" and (names is not None or shard is not None):
             raise ValueError(f'names and shard are for format="safetensors": {format!r} is of whole models')
         model = self._readable(parse_reference(ref))
@@ -317,7 +318,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
                 from modelstore.compress.engine_export import engine_layout
 
                 layout = engine_layout(model.reader, model.config())
-            dense = layout is None and shares is None
+            dense = format == "hf" and layout is None and not dequantize
             write = partial(
                 export,
                 model.reader,

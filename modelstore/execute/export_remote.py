@@ -49,7 +49,7 @@ def deliver(
     single = format in ("safetensors", "gguf")
     place, _, name = url.rstrip("/").rpartition("/") if single else (url, "", "export")
     if single and (not name or place.endswith(":/")):
-        raise ValueError(f"Invalid URL {url!r}: it names no file, as in s3://bucket/prefix/model.{format}.")
+        raise ValueError(f"the URL {url!r} names no file: write it as s3://bucket/prefix/model.{format}")
     remote = _Remote(open_target(place, options), name if single else None, format == "zarr", overwrite)
     remote.check()
     with tempfile.TemporaryDirectory(prefix="modelstore-export-") as folder:

@@ -17,6 +17,7 @@ from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.region import from_index, nbytes
+from modelstore.format.suggest import suggestion
 from modelstore.plan.layout import Layout, Share, whole
 from modelstore.plan.read import Want
 from modelstore.storage.base import Storage
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 Progress = Callable[[int], None]
+
+PATTERN = "*?["  # what makes a pattern of a name
 
 
 class Model:
@@ -94,8 +97,11 @@ class Model:
         try:
             return self.manifest.by_name[name]
         except KeyError:
+            pattern = isinstance(name, str) and any(sign in name for sign in PATTERN)
+            like = "" if pattern else suggestion(name, self.manifest.by_name)
+            what = f"no tensor that fits {name!r}" if pattern else f"no tensor {name!r}{like}"
             raise NotFoundError(
-                f"model {self.name!r} has no tensor {name!r}: list them with 'modelstore show {self.name}'",
+                f"model {self.name!r} has {what}: list them with 'modelstore show {self.name} --tensors'",
                 model=self.name,
                 tensor=name,
             ) from None
@@ -103,7 +109,7 @@ class Model:
     def _named(self, name: str) -> list[str]:
         """The tensors that a name, or a pattern of names, stands for; `NotFoundError` where there is none."""
         every = self.manifest.by_name
-        if name not in every and isinstance(name, str) and any(sign in name for sign in "*?["):
+        if name not in every and isinstance(name, str) and any(sign in name for sign in PATTERN):
             found = [one for one in every if fnmatchcase(one, name)]
             if found:
                 return found

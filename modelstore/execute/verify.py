@@ -32,6 +32,7 @@ from modelstore.store.catalog import Catalog
 from modelstore.store.damage import noting
 from modelstore.store.describe import problem
 from modelstore.store.manifests import Manifests
+from modelstore.store.packs import open_pack
 from modelstore.store.records import damage
 from modelstore.store.repair import live, read_copy
 from modelstore.store.unread import told_once
@@ -95,6 +96,7 @@ class _Verification:
     _seen: set[tuple[str, str]] = field(default_factory=set)
     _checked: dict[str, NDArray[np.bytes_]] = field(default_factory=dict)  # pack → `_places` of its chunks
     _silent: int = 0  # jobs in a row that the storage refused
+    _headers: set[str] = field(default_factory=set)  # packs whose headers were looked at
     _wrong: set[tuple[str, bytes]] = field(default_factory=set)  # the same of bad chunks
 
     def variant(self, model: str, entry: VariantEntry, deep: bool) -> None:
@@ -110,6 +112,7 @@ class _Verification:
                 self._check_tensors(model, manifest)
             else:
                 self._check_chunks(model, manifest)
+            self._check_headers(model, manifest)
             if manifest.base is None:
                 return
             model, digest, copy = manifest.base.model, manifest.base.manifest, ""
@@ -201,6 +204,28 @@ class _Verification:
 
     def _threads(self) -> int:
         return self.limits.reading_threads(self.storage.path("x") is not None)
+
+    def _check_headers(self, model: str, manifest: Manifest) -> None:
+        """See that what makes each pack a safetensors file is whole; packs with bad chunks, and lost ones, are told already."""
+        told = {digest for digest, _ in self._wrong}
+        fresh = [digest for digest in manifest.packs if digest not in self._headers and digest not in told]
+        self._headers.update(fresh)
+
+        def check(digest: str) -> ModelStoreError | None:
+            try:
+                open_pack(self.storage, pack_key(digest))
+            except _BAD as error:
+                return error
+            return None
+
+        if self._silent >= _PATIENCE:
+            return
+        for digest, error in zip(fresh, _mapped(check, fresh, self._threads(), 2), strict=True):
+            if error is not None:
+                key = pack_key(digest)
+                message = f"the header of pack {key} of model {model!r} is damaged ({error}): {_advice(model)}"
+                unread = isinstance(error, StorageError)
+                self.problems.append(Problem(error.kind, str(error) if unread else message, model=model, object=key))
 
     # ------------------------------------------------------------------ tensors
 

@@ -28,6 +28,9 @@ def is_model(name: object) -> bool:
 def check_model(name: str) -> str:
     """The name of a model, `name` or `org/name`, as it is; `ValueError` where it is not valid."""
     if not is_model(name):
+        alone = re.split("[@:]", name, maxsplit=1)[0] if isinstance(name, str) else ""
+        if alone != name and is_model(alone):
+            raise ValueError(f"{name!r} names more than a model: this takes a model's name alone, such as {alone!r}")
         raise ValueError(
             f"model name {name!r} is not valid: write 'name' or 'org/name' with letters, digits, '.', '_' and '-', "
             f"each part at most 96 long and not one of {', '.join(sorted(_RESERVED))}"

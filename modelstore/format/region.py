@@ -105,7 +105,7 @@ def from_index(index: Any, shape: Sequence[int]) -> tuple[Region, tuple[int, ...
     at = next(i for i, item in enumerate(items) if item is Ellipsis)
     fill = len(shape) - (len(items) - 1)
     if fill < 0:
-        raise IndexError(f"index {index!r} has more dimensions than shape {tuple(shape)}")
+        raise IndexError(f"an index of {len(items) - 1} dimensions is too many for shape {tuple(shape)}")
     items = (*items[:at], *[slice(None)] * fill, *items[at + 1 :])
     region, dropped = [], []
     for axis, (item, n) in enumerate(zip(items, shape, strict=True)):

@@ -218,7 +218,7 @@ class Swept(Result, frozen=True):
 
     `problems`: what could not be read, so that what it may refer to was kept.
     `dead` bytes lie in packs that stay, since something else in these is needed: `compaction` says what became of them,
-    where it was asked for.
+    where it was asked for. `young` bytes are those of objects that nothing refers to, but that are younger than the grace period.
     """
 
     objects: tuple[SweptObject, ...]
@@ -228,6 +228,7 @@ class Swept(Result, frozen=True):
     problems: tuple[Problem, ...] = ()
     dead: int = 0
     compaction: Compaction | None = None
+    young: int = 0
 
 
 class Choice(Result, frozen=True):

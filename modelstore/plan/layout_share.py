@@ -144,7 +144,10 @@ class Regions(Combines):
         """The listed tensors, in the order of the model."""
         for name in self.regions:
             if name not in tensors:
-                raise NotFoundError(f"the model has no tensor {name!r}, which the layout lists", tensor=name)
+                raise NotFoundError(
+                    f"the model has no tensor {name!r}: list them with 'modelstore show NAME --tensors'",
+                    tensor=name,
+                )
         return {
             name: Share(tuple((pair,) for pair in _region(name, self.regions[name], shape)))
             for name, shape in tensors.items()

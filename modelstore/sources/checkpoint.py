@@ -146,7 +146,10 @@ def _named(saved: Any, key: str, where: str) -> tuple[str, ...]:
 
 def _found(saved: Any, looking: _Looking, where: str, path: tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(saved, dict):
-        raise FormatError(f"{_at(where, path)} holds {_what(saved)}, not a state dict", object=where)
+        raise FormatError(
+            f"{_at(where, path)} holds {_what(saved)}, not a state dict: save a dict from names to tensors",
+            object=where,
+        )
     usual = [key for key in USUAL if looking.holds(saved.get(key))]
     usual = usual or [key for key in USUAL if saved.get(key) == {}]
     others = [
@@ -217,7 +220,9 @@ def shown(key: Any) -> str:
 def _what(value: Any) -> str:
     if isinstance(value, Record):
         return f"a whole pickled {value.kind[:200]}, of which nothing was run (load it and save its state_dict())"
-    return f"a {type(value).__name__}"
+    return (
+        "a tensor" if hasattr(value, "dtype") and hasattr(value, "shape") else f"a value of type {type(value).__name__}"
+    )
 
 
 def _at(where: str, path: tuple[str, ...]) -> str:

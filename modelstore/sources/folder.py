@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelstore.errors import FormatError, NotFoundError
+from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.format.names import check_file
+from modelstore.paths import explained
 from modelstore.sources.reading import read_whole
 from modelstore.sources.states import State, settle, state_below
 
@@ -80,7 +81,7 @@ def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
     files: dict[str, Path] = {}
     skipped: dict[str, str] = {}
     states: dict[Path, State] = {}
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_refused):
         here = Path(folder)
         for name in sorted(folders):
             why = "it is a link to a directory" if (here / name).is_symlink() else hidden((name,), keep)
@@ -96,7 +97,10 @@ def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
                 continue
             real = path.resolve() if path.is_symlink() else allowed[0] / relative
             why = hidden((name,), keep) or _why_not(path, real, allowed, keep)
-            state = None if why else _state(real, allowed)
+            try:
+                state = None if why else _state(real, allowed)
+            except PermissionError as error:
+                raise unreadable(path, error) from error
             if state is None:
                 skipped[relative] = why or "it is not a regular file"
             else:
@@ -143,6 +147,16 @@ def _state(real: Path, allowed: Sequence[Path]) -> State | None:
     """The state of a file, which is reached without following a link: one put there meanwhile leads nowhere."""
     root = next((root for root in allowed if real.is_relative_to(root)), None)
     return None if root is None else state_below(root, real)
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
+    """The error of a part of a model that the operating system does not let anyone read: it is not left out in silence."""
+    return StorageError(f"cannot read {path}: {explained(error)}, or move it out of the folder", object=str(path))
+
+
+def _refused(error: OSError) -> None:
+    if isinstance(error, PermissionError):
+        raise unreadable(Path(str(error.filename)), error) from error
 
 
 def leave_duplicates(folder: Folder, used: set[str]) -> tuple[dict[str, Path], dict[str, str]]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from modelstore.errors import FormatError, NotFoundError, UnsupportedError
+from modelstore.errors import FormatError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
 from modelstore.format.checkpoint import PIPELINE
 from modelstore.format.names import check_file
 from modelstore.format.region import Region
+from modelstore.paths import explained
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source, TensorSpec
 from modelstore.sources.choosing import Choice, open_chosen
@@ -30,6 +31,7 @@ _ACCEPTED = (
     "torch.save or a directory with pytorch_model.bin, a GGUF file, a torch.distributed.checkpoint directory, a Zarr directory "
     "or group, a mapping from names to tensors, or a torch module"
 )
+_LOOKS = 10_000  # folders that are looked at for arrays of Zarr
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
 
@@ -94,11 +96,16 @@ def _open_path(given: str | Path) -> Source:
         raise NotFoundError(f"{path} does not exist: give {_ACCEPTED}", object=str(path))
     if path.suffix == ".safetensors":
         return safetensors.open_files([path])
+    if path.suffix == ".gguf":
+        raise FormatError(f"{path} is no GGUF file, as it does not begin like one: fetch it again", object=str(path))
     raise FormatError(f"{path} is a file of an unknown kind ({path.suffix or 'no suffix'}): give {_ACCEPTED}")
 
 
 def _open_directory(root: Path) -> Source:
-    top = sorted(entry.name for entry in root.iterdir())
+    try:
+        top = sorted(entry.name for entry in root.iterdir())
+    except PermissionError as error:
+        raise StorageError(f"cannot read {root}: {explained(error)}", object=str(root)) from error
     if ".metadata" in top:
         from modelstore.sources import dcp
 
@@ -113,7 +120,7 @@ def _open_directory(root: Path) -> Source:
         from modelstore.sources import pickled
 
         return pickled.open_directory(root)
-    if "manifest.ocdbt" in top or _has_arrays(root):
+    if "manifest.ocdbt" in top or _has_arrays(root, iter(range(_LOOKS))):
         return _open_zarr(root)
     found = ", ".join(top[:8]) + (", …" if len(top) > 8 else "") if top else "nothing"
     raise FormatError(f"{root} holds no checkpoint (found: {found}): give {_ACCEPTED}", object=str(root))
@@ -127,14 +134,25 @@ def _open_zarr(root: Path) -> Source:
     return zarr.open_directory(root)
 
 
-def _has_arrays(root: Path, depth: int = 4) -> bool:
-    """Whether a folder, not far below, is a Zarr array: Orbax writes one folder an array, with no group above."""
-    for entry in sorted(root.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
+def _has_arrays(root: Path, looks: Iterator[int], depth: int = 4) -> bool:
+    """Whether a folder, not far below, is a Zarr array: Orbax writes one folder an array, with no group above.
+
+    No more folders are looked at than `looks` has items, and none that may not be read.
+    """
+    try:
+        below = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.is_symlink())
+    except OSError:
+        return False
+    for entry in below:
+        if next(looks, None) is None:
+            return False
+        try:
             if any((entry / name).is_file() for name in _ZARR):
                 return True
-            if depth and _has_arrays(entry, depth - 1):
-                return True
+        except OSError:
+            continue
+        if depth and _has_arrays(entry, looks, depth - 1):
+            return True
     return False
 
 

@@ -293,4 +293,7 @@ def unpickle(
     except MemoryError:
         raise FormatError(f"{where}: the pickle asks for more memory than there is", object=where) from None
     except Exception as error:  # a reader of hostile bytes fails in any way: index, attribute, type, value, struct, …
-        raise FormatError(f"{where}: not a valid pickle ({type(error).__name__}: {error})", object=where) from None
+        raise FormatError(
+            f"{where}: not a valid pickle ({type(error).__name__}): it is damaged, or a file of another kind",
+            object=where,
+        ) from None

@@ -61,8 +61,9 @@ def collect(
     now_ = now_of(storage, dry_run)
     limit = now_ - grace
     doubt = Doubt()
-    marked = _mark(storage, catalog, manifests, limit, doubt)
-    found = _unmarked(storage, marked, limit, doubt)
+    live: set[str] = set()
+    marked = _mark(storage, catalog, manifests, limit, doubt, live)
+    found = _unmarked(storage, marked, live, limit, doubt)
     if dry_run:
         found.spare(_held(storage, limit, now_, doubt, dry_run=True))
         found.spare_in(doubt)
@@ -71,7 +72,8 @@ def collect(
         forget_dead(storage, now_)
         gone = _remove(storage, catalog, manifests, found, limit, now_, doubt, progress)
     gone += _temporaries(storage, limit, dry_run)
-    return Swept(tuple(gone), sum(one.size for one in gone), found.kept, dry_run, tuple(doubt.problems.values()))
+    freed = sum(one.size for one in gone)
+    return Swept(tuple(gone), freed, found.kept, dry_run, tuple(doubt.problems.values()), young=found.young)
 
 
 def _remove(
@@ -127,12 +129,22 @@ def now_of(storage: Storage, dry_run: bool) -> float:
         raise
 
 
-def _mark(storage: Storage, catalog: Catalog, manifests: Manifests, limit: float, doubt: Doubt) -> set[str]:
-    """Keys of every manifest and pack that a record needs, or needed until after `limit`."""
+def _mark(
+    storage: Storage,
+    catalog: Catalog,
+    manifests: Manifests,
+    limit: float,
+    doubt: Doubt,
+    live: set[str] | None = None,
+) -> set[str]:
+    """Keys of every manifest and pack that a record needs, or needed until after `limit`; `live` gets those it needs now."""
     marked: set[str] = set()
     for one in needed_manifests(storage, catalog, manifests, limit, doubt):
-        marked |= {rec.manifest_key(one.model, one.digest), rec.pack_key(one.copy)}
-        marked |= {rec.pack_key(pack) for pack in one.manifest.packs}
+        keys = {rec.manifest_key(one.model, one.digest), rec.pack_key(one.copy)}
+        keys |= {rec.pack_key(pack) for pack in one.manifest.packs}
+        marked |= keys
+        if live is not None and one.live:
+            live |= keys
     return marked
 
 
@@ -154,6 +166,7 @@ class _Found:
 
     stages: tuple[list[ObjectInfo], ...]
     kept: int = 0
+    young: int = 0  # bytes of what nothing refers to, but is too young to go
     journals: list[str] = field(default_factory=list)
 
     @property
@@ -174,7 +187,7 @@ class _Found:
             stage[:] = left
 
 
-def _unmarked(storage: Storage, marked: set[str], limit: float, doubt: Doubt) -> _Found:
+def _unmarked(storage: Storage, marked: set[str], live: set[str], limit: float, doubt: Doubt) -> _Found:
     """Journals, manifests and packs that are unmarked, were last written before `limit`, and in no running work's journal."""
     jobs: list[ObjectInfo] = []
     found = _Found((jobs, [], []))
@@ -190,6 +203,7 @@ def _unmarked(storage: Storage, marked: set[str], limit: float, doubt: Doubt) ->
         for info in infos:
             if info.key in marked or info.modified > limit:
                 found.kept += 1
+                found.young += info.size * (info.key not in live)
             else:
                 stage.append(info)
     _spare(storage, found, doubt)

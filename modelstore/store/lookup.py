@@ -181,8 +181,16 @@ class Lookup:
         prefix = rec.tag_prefix(model, tag)
         return next((rec.record_number(key, prefix) or 0 for key in self._keys(prefix, 1)), 0)
 
+    def _lives(self, model: str) -> bool:
+        """Whether a model has a live version, or one that cannot be read."""
+        for _, key in self._heads(model, None):
+            record = noting([], lambda key=key: self._version_at(key))  # type: ignore[misc]
+            if record is None or not record.deleted:
+                return True
+        return False
+
     def _no_model(self, model: str) -> ModelStoreError:
-        like = suggestion(model, self.models())
+        like = suggestion(model, self.models(), self._lives)
         return NotFoundError(
             f"there is no model {model!r} in {self._storage.url}{like}: list the models with 'modelstore ls'",
             model=model,

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,3 +69,74 @@ def test_what_the_operating_system_refuses_is_a_sentence(saved: Command, monkeyp
 def test_a_verification_that_can_read_nothing_is_no_damage(saved: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, "verify", StorageError("cannot list 'models/'"))
     assert saved("verify", code=3).stderr == "modelstore: cannot list 'models/'\n"
+
+
+def test_options_of_a_collection_belong_together(saved: Command) -> None:
+    assert "--live-share is for --compact" in saved("gc", "--live-share", "50%", code=2).stderr
+    assert "above 0" in saved("gc", "--compact", "--live-share", "0", code=2).stderr
+
+
+def test_what_is_too_young_to_go_is_said(saved: Command) -> None:
+    saved("rm", "acme/toy@2", "--yes")
+    assert "younger than the grace period: see --grace" in saved("gc", "--delete").stdout
+    saved("gc", "--delete", "--grace", "0")
+    assert "younger" not in saved("gc", "--delete").stdout
+
+
+def test_many_problems_of_one_pack_are_counted(
+    saved: Command, answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelstore.cli.checking._FEW", 2)
+    pack = max((tmp_path / "store/packs").glob("*/*.safetensors"), key=lambda path: path.stat().st_size)
+    os.truncate(pack, 2_000)
+    named = len(answer("verify", code=1)["problems"])
+    said = saved("verify", code=1).stdout.splitlines()
+    assert named > 2
+    assert len(said) == 2 + 2
+    assert said[2].startswith(f"and {named - 2} more problem")
+
+
+def test_a_name_alone_is_asked_for_where_a_reference_is_given(saved: Command) -> None:
+    for args in (("ls", "acme/toy:int8"), ("du", "acme/toy@1"), ("untag", "acme/toy@1", "prod")):
+        assert "a model's name alone, such as 'acme/toy'" in saved(*args, code=2).stderr
+
+
+def test_tensors_are_listed_by_what_the_message_says(saved: Command, tmp_path: Path) -> None:
+    said = saved("load", "acme/toy", "-o", tmp_path / "x.safetensors", "--names", "layer.0.bia", code=1).stderr
+    assert "did you mean 'layer.0.bias'" in said
+    assert "'modelstore show acme/toy --tensors'" in said
+    assert "layer.0.bias" in saved("show", "acme/toy", "--tensors").stdout
+    said = saved("load", "acme/toy", "-o", tmp_path / "x.safetensors", "--names", "nothing.*", code=1).stderr
+    assert "no tensor that fits 'nothing.*'" in said
+
+
+def test_a_recipe_that_is_not_valid_is_named(saved: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    assert (
+        "config.json: the recipe is not valid" in saved("compress", "acme/toy", tmp_path / "config.json", code=2).stderr
+    )
+
+
+def test_what_was_removed_is_not_suggested(saved: Command) -> None:
+    saved("rename", "acme/toy", "acme/toys")
+    said = saved("ls", "acme/toyz", code=1).stderr
+    assert "did you mean 'acme/toys'?" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("x", "--gguf-type", "Q4_0"), "gguf_type='Q4_0' is for format='gguf'"),
+        (("x.zarr", "--format", "zarr", "--dequantize"), "dequantize is for format='hf'"),
+        (("x.safetensors", "--format", "safetensors", "--max-shard", "1GB"), "a largest shard is for format='hf'"),
+        (("x.safetensors",), "add format='safetensors' (--format safetensors)"),
+        (("x.gguf",), "add format='gguf'"),
+    ],
+)
+def test_nothing_of_an_export_is_passed_over(saved: Command, tmp_path: Path, args: tuple[str, ...], says: str) -> None:
+    assert says in saved("export", "acme/toy", tmp_path / args[0], *args[1:], code=2).stderr
+    assert not (tmp_path / args[0]).exists()
+
+
+def test_a_copy_to_repair_from_must_be_a_store(saved: Command, tmp_path: Path) -> None:
+    assert "there is no store at" in saved("repair", "--from", tmp_path / "nowhere", code=1).stderr

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modelstore.errors import FormatError, NotFoundError
+from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.format.dtypes import DTYPES
 from modelstore.sources.open import open_source
 from modelstore.sources.safetensors import SafetensorsSource
@@ -267,3 +268,40 @@ class TestFiles:
         assert source.fingerprint not in (None, open_source(tmp_path).fingerprint)
         with pytest.raises(ValueError, match=r"\.\./x"):
             open_source(tmp_path, files={"../x": b""})
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "extra"])
+def test_what_may_not_be_read_is_not_left_out_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "x.txt").write_text("x")
+    real_open, real_scan = os.open, os.scandir
+
+    def refuse(path: object, *_: object) -> None:
+        if isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: refuse(path) or real_open(path, *a, **k))
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path) or real_scan(path))
+    with pytest.raises(StorageError, match=rf"cannot (read|open) .*{name}.*ermission denied"):
+        open_source(tmp_path)
+
+
+def test_a_folder_that_holds_very_much_is_not_searched_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelstore.sources.open._LOOKS", 3)
+    for number in range(5):
+        (tmp_path / f"{number}").mkdir()
+    (tmp_path / "4" / ".zarray").write_text("{}")
+    with pytest.raises(FormatError, match="holds no checkpoint"):
+        open_source(tmp_path)
+
+
+def test_what_is_called_gguf_and_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_text("<html>")
+    with pytest.raises(FormatError, match="is no GGUF file"):
+        open_source(tmp_path / "x.gguf")

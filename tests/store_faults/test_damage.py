@@ -319,3 +319,14 @@ def test_a_mapped_tensor_beyond_a_cut_pack(tmp_path_factory: pytest.TempPathFact
     pack.write_bytes(data[: len(data) // 2])
     with pytest.raises(CorruptionError, match="reaches beyond the end"):
         ms.open(root).load("m", mmap=True)
+
+
+def test_a_pack_whose_header_is_damaged_is_named(place: Place) -> None:
+    key = place.largest_pack()
+    overwrite(place.storage, key, lambda data: data.__setitem__(slice(100), bytes(100)))
+    for deep in (False, True):
+        (problem,) = place.store.verify(deep=deep).problems
+        assert (problem.kind, problem.object) == ("format", key)
+        assert "the header of pack" in problem.message
+    assert place.store.repair(source=place.copy.url).ok
+    place.check_sound()
