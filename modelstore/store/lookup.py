@@ -42,7 +42,7 @@ class Lookup:
 
         Where one cannot be read it is added to `damaged`, and the others are given; without that list it is an error.
         """
-        keys = [key for _, key in self._heads(model, None)]
+        keys = noting(damaged, lambda: [key for _, key in self._heads(model, None)]) or []
         with Pool(16) as pool:
             found = pool.map(lambda key: noting(damaged, lambda: self._version_at(key)), keys)
             return sorted((record for record in found if record is not None), key=lambda r: r.version)
@@ -128,7 +128,8 @@ class Lookup:
 
     def tags(self, model: str, damaged: Damaged | None = None) -> dict[str, int]:
         """All tags of a model and the versions they name; `damaged` as for `versions`."""
-        names = [tag for tag in self._storage.folders(rec.tags_prefix(model)) if is_word(tag)]
+        found = noting(damaged, lambda: self._storage.folders(rec.tags_prefix(model))) or ()
+        names = [tag for tag in found if is_word(tag)]
         heads = [noting(damaged, lambda tag=tag: self._tag_head(model, tag)) for tag in names]  # type: ignore[misc]
         return {head.tag: head.version for head in heads if head and head.version}
 

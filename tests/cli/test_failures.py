@@ -140,3 +140,20 @@ def test_nothing_of_an_export_is_passed_over(saved: Command, tmp_path: Path, arg
 
 def test_a_copy_to_repair_from_must_be_a_store(saved: Command, tmp_path: Path) -> None:
     assert "there is no store at" in saved("repair", "--from", tmp_path / "nowhere", code=1).stderr
+
+
+def test_a_model_that_may_not_be_read_hides_no_other(
+    saved: Command, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved("save", model, "acme/other")
+    real = os.open
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> int:
+        if path == "toy":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert "acme/other" in saved("ls").stdout
+    assert "permission denied" in caplog.text
+    saved("verify", code=3)

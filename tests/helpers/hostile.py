@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from blake3 import blake3
 
 from modelstore.client import Store
 from modelstore.errors import ModelStoreError
+from modelstore.format.manifest import FORMAT
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key
 from modelstore.storage.base import Storage
 from tests.helpers.stores import open_on
@@ -48,7 +50,11 @@ def plant(storage: Storage, manifest: Any, *, model: str = "bad", stored: bytes 
     data = zstandard.ZstdCompressor().compress(text) if stored is None else stored
     storage.put(manifest_key(model, digest), [data], len(data))
     entry = VariantEntry(digest, "0" * 64, 1, 1, 1, "lossless", 0.0)
-    return open_on(storage)._catalog.publish_version(model, "attacker", entry)
+    catalog = open_on(storage)._catalog
+    record = VersionRecord(FORMAT, model, catalog.highest(model) + 1, 1, "attacker", time.time(), {"original": entry})
+    catalog.open(create=True)
+    assert catalog._create_version(record)  # unlike a save, without a look at what it names
+    return record
 
 
 def readings(store: Store, ref: str, folder: Path) -> dict[str, Callable[[], object]]:
