@@ -19,7 +19,7 @@ import ray
 
 from modelstore.cluster.behind import Behind
 from modelstore.cluster.calls import actor, host_name
-from modelstore.cluster.capacity import problem_of
+from modelstore.cluster.capacity import check
 from modelstore.cluster.channel import TLS
 from modelstore.cluster.directory import ClusterSettings
 from modelstore.cluster.folders import own_folder
@@ -57,10 +57,19 @@ class StorageActor:
 
     def __init__(self, member: Member, settings: ClusterSettings, view: View, device: str | None = None) -> None:
         log_as_json(host=member.id, node=member.node)
-        self._problem = problem_of(settings)
-        if self._problem is not None:  # said by `member`, since Ray would tell it as a tale
-            return
-        private_folder(Path(settings.root))
+        self._problem: Exception | None = None
+        try:
+            check(settings)
+            self._begin(member, settings, view, device)
+        except (
+            ModelStoreError,
+            ValueError,
+            OSError,
+        ) as error:  # said by `member`: Ray would say only that the actor died
+            self._problem = error
+
+    def _begin(self, member: Member, settings: ClusterSettings, view: View, device: str | None) -> None:
+        private_folder(Path(settings.root), "remove it")
         self._member = member
         self._settings = settings
         self._view: View = view

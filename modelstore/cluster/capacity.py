@@ -8,18 +8,9 @@ import tempfile
 from pathlib import Path
 
 from modelstore.cluster.directory import ClusterSettings
-from modelstore.errors import ModelStoreError, StorageError
+from modelstore.errors import StorageError
 
 _SHARED = "/dev/shm"
-
-
-def problem_of(settings: ClusterSettings) -> ValueError | ModelStoreError | None:
-    """What this machine lacks, as the error to raise; None where it has everything."""
-    try:
-        check(settings)
-    except (ValueError, ModelStoreError) as error:
-        return error
-    return None
 
 
 def check(settings: ClusterSettings) -> None:

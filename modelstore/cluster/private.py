@@ -32,13 +32,15 @@ def find_file(name: str) -> Path | None:
     return next((path for folder in _candidates() if _is_ours(path := folder / name)), None)
 
 
-def private_folder(path: Path) -> Path:
+def private_folder(path: Path, advice: str | None = None) -> Path:
     """The folder, made for this user alone where it is not there. `StorageError` for a link, another user's, or one that
     others can write to: what lies there could be theirs."""
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700, parents=True)
     if not is_own(path):
-        raise StorageError(f"folder {path} is a link, or another user's, or others can write to it: {_ADVICE}")
+        raise StorageError(
+            f"folder {path} is a link, or another user's, or others can write to it: {advice or _ADVICE}"
+        )
     return path
 
 

@@ -205,7 +205,9 @@ def test_full_shared_memory(nodes: Any, store: ms.Store, url: str) -> None:
     settings = runtime.default_settings(memory=256 << 20, images=256 << 20, pending=256 << 20, replicas=2)
     root = Path(settings.root)
     root.mkdir(mode=0o700)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "modelstore", str(root)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m,mode=0700", "modelstore", str(root)], capture_output=True
+    )
     if mounted.returncode:
         root.rmdir()
         runtime.deploy(runtime.default_settings(memory=256 << 20, images=256 << 20, replicas=2), hosts=3)

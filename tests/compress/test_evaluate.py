@@ -22,6 +22,7 @@ from modelstore.execute.saving import store_manifest
 from modelstore.format.names import Reference, parse_reference
 from modelstore.format.results import Measured
 from modelstore.storage.memory import MemoryStorage
+from modelstore.store.shelf import Shelf
 from tests.helpers.language import TEXT, make_language_model
 from tests.helpers.stores import open_on
 
@@ -58,7 +59,7 @@ def add_variant(store: ms.Store, variant: str, changed: Mapping[str, torch.Tenso
     manifest = msgspec.structs.replace(
         store._manifest(parse_reference("source")), recipe={"name": variant}, parent=original.content
     )
-    entry = store_manifest(store._manifests, "m", manifest, variant, 0)
+    entry = store_manifest(store._manifests, "m", manifest, variant, Shelf(store._storage))
     store._catalog.publish_variants("m", store.versions("m")[-1].version, {variant: entry}, uuid.uuid4().hex)
 
 
@@ -300,18 +301,18 @@ def test_nothing_is_kept_where_that_is_not_wanted(store: ms.Store) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"text": ""}, "0 tokens"),
+        ({"text": ""}, "text is an empty text"),
         ({"text": "h"}, "too short"),
         ({"text": " "}, "1 tokens"),
         ({"text": "nowhere/text.txt"}, "no file"),
         ({"text": Path("nowhere/text.txt")}, "cannot be read"),
         ({"context": 65}, "64 positions"),
-        ({"context": 1}, "too short"),
+        ({"context": 1}, "context=1 is too small"),
         ({"stride": 33}, "between 1 and"),
-        ({"stride": -1}, "between 1 and"),
-        ({"limit": 1}, "nothing to predict"),
-        ({"batch": 0}, "not positive"),
-        ({"dtype": "int8"}, "not one of"),
+        ({"stride": -1}, "stride=-1 is too small"),
+        ({"limit": 1}, "limit=1 is too small"),
+        ({"batch": 0}, "batch=0 is too small"),
+        ({"dtype": "int8"}, "dtype is one of"),
     ],
 )
 def test_wrong_input_is_refused_in_a_sentence(store: ms.Store, options: dict[str, Any], says: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import os
 import re
 import socket
 import threading
@@ -16,11 +19,37 @@ def pass_on(number: int, request: bytes) -> str:
     return "pass"
 
 
+_AUTHORIZATION = re.compile(
+    r"Credential=[^/]+/(?P<scope>[^,]+),\s*SignedHeaders=(?P<names>[^,]+),\s*Signature=(?P<signature>\w+)"
+)
+
+
 def _without(data: bytes, header: bytes | None) -> bytes:
-    """What a client sent, without one header; its requests' heads arrive in one piece here."""
-    if header is None:
-        return data
-    return re.sub(rb"(?im)^" + re.escape(header) + rb":[^\r\n]*\r\n", b"", data)
+    """What a client sent, without one header, signed anew; its requests' heads arrive in one piece here."""
+    head, gap, body = data.partition(b"\r\n\r\n")
+    short = re.sub(rb"(?im)\r\n" + re.escape(header or b"") + rb":[^\r\n]*", b"", head) if header else head
+    return data if short == head else _signed_anew(short.decode("latin-1")).encode("latin-1") + gap + body
+
+
+def _signed_anew(head: str) -> str:
+    """A request's head with the right signature (AWS Signature Version 4) of those signed headers that it still has."""
+    first, *lines = head.split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    was = _AUTHORIZATION.search(headers.get("authorization", ""))
+    if was is None:
+        return head
+    method, target, _ = first.split(" ")
+    path, _, query = target.partition("?")
+    names = [name for name in was["names"].split(";") if name in headers]
+    signed = "".join(f"{name}:{' '.join(headers[name].split())}\n" for name in names)
+    asked = "&".join(sorted(part if "=" in part else f"{part}=" for part in query.split("&"))) if query else ""
+    request = "\n".join((method, path, asked, signed, ";".join(names), headers["x-amz-content-sha256"]))
+    scope = was["scope"]
+    text = "\n".join(("AWS4-HMAC-SHA256", headers["x-amz-date"], scope, hashlib.sha256(request.encode()).hexdigest()))
+    key = f"AWS4{os.environ['AWS_SECRET_ACCESS_KEY']}".encode()
+    for part in (*scope.split("/"), text):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return head.replace(was["names"], ";".join(names)).replace(was["signature"], key.hex())
 
 
 class Proxy:
