@@ -6,12 +6,13 @@ temporary folder that stands for the repository they are sparse files, which hav
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -39,12 +40,13 @@ MAX_FILES = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A model at one commit of a Hub, and its files' sizes."""
+    """A model at one commit of a Hub, its files' sizes, and the SHA-256 of those that it keeps in LFS."""
 
     name: str
     commit: str
     endpoint: str
     sizes: Mapping[str, int]
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{SCHEME}{self.name}@{self.commit}"
@@ -110,13 +112,16 @@ def _repository(hub: Any, name: str, revision: str | None) -> Repository:
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise FormatError(f"{SCHEME}{name}: the Hub names no commit, but {commit!r}", object=name)
     sizes: dict[str, int] = {}
+    digests: dict[str, str] = {}
     for entry in api.list_repo_tree(name, recursive=True, revision=commit):
         size = getattr(entry, "size", None)
         if isinstance(size, int) and size >= 0:  # folders have none
             sizes[check_file(entry.path)] = size
+            if lfs := getattr(entry, "lfs", None):
+                digests[entry.path] = lfs.sha256
         if len(sizes) > MAX_FILES:
             raise FormatError(f"{SCHEME}{name} has more than {MAX_FILES} files", object=name)
-    return Repository(name, commit, api.endpoint, sizes)
+    return Repository(name, commit, api.endpoint, sizes, digests)
 
 
 def _open(hub: Any, repository: Repository, root: Path) -> Source:
@@ -226,14 +231,21 @@ def _known(source: Source, repository: Repository, root: Path) -> Source:
 
 
 def _fetch(hub: Any, repository: Repository, remote: dict[Path, str], place: Path) -> None:
-    """Write a file's bytes into its place, which is then no longer read from the Hub."""
+    """Write a file's bytes into its place, which is then no longer read from the Hub. `StorageError`: its SHA-256 differs."""
     path = remote.pop(place)
-    size = repository.sizes[path]
+    size, told = repository.sizes[path], repository.digests.get(path)
+    hasher = hashlib.sha256()
     with place.open("r+b") as file:
         if size:
             with _ranged(hub, repository, path, 0, size) as pieces:
                 for piece in pieces:
                     file.write(piece)
+                    if told:
+                        hasher.update(piece)
+    if told and hasher.hexdigest() != told:
+        raise StorageError(
+            f"{repository}: the bytes of {path} do not have the SHA-256 that the Hub names: save again", object=path
+        )
 
 
 @contextmanager

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save
+from typer.testing import CliRunner
 
 import modelstore as ms
+from modelstore.cli.main import app
 from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.sources.hub import FROM, hub_id
 from modelstore.sources.open import open_source
+from tests.helpers.stores import contents
 from tests.sources.hub_server import TOKEN, Hub, serving
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -163,6 +166,32 @@ def test_a_repository_of_torch_files(hub: Hub, tmp_path: Path) -> None:
     store.save("m", "hf://acme/old")
     assert same(store, "m")
     assert not list(tmp_path.glob("modelstore-hub-*"))
+
+
+def test_a_file_that_is_read_whole_has_the_digest_that_the_hub_names(hub: Hub, tmp_path: Path) -> None:
+    torch.save(weights(), tmp_path / "w.bin")
+    hub.commit("acme/old", {"pytorch_model.bin": (tmp_path / "w.bin").read_bytes(), "config.json": b"{}"})
+    hub.flips.add("pytorch_model.bin")
+    store = ms.open(tmp_path / "store")
+    with pytest.raises(StorageError, match=r"bytes of pytorch_model\.bin do not have the SHA-256") as caught:
+        store.save("m", "hf://acme/old")
+    assert caught.value.object == "pytorch_model.bin"
+    assert contents(store) == {}
+    hub.flips.clear()
+    store.save("m", "hf://acme/old")
+    assert same(store, "m")
+
+
+def test_on_the_command_line(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.commit("acme/llama", repository())
+    monkeypatch.setenv("MODELSTORE_URL", str(tmp_path / "store"))
+    done = CliRunner().invoke(app, ["save", "hf://acme/llama", "m"])
+    assert done.exit_code == 0, done.output
+    assert same(ms.open(tmp_path / "store"), "m")
+    done = CliRunner().invoke(app, ["save", "hf://acme/none", "n"])
+    assert done.exit_code == 1
+    assert done.stderr.count("\n") == 1
+    assert "no model acme/none" in done.stderr
 
 
 def test_a_pipeline_of_components(hub: Hub, tmp_path: Path) -> None:
