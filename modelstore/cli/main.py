@@ -10,6 +10,7 @@ from modelstore.cli import (
     about,
     bench,
     checking,
+    checkpoints,
     clusters,
     compressing,
     demo,
@@ -42,6 +43,7 @@ app = typer.Typer(
 for command in (
     saving.save,
     loading.load,
+    checkpoints.checkpoint,
     loading.cat,
     loading.export,
     compressing.compress,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from modelstore.client import Store
@@ -21,7 +22,7 @@ from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.retry import RetryingStorage
-from tests.helpers.stores import OneFails, contents, copy_all, journal, keys, open_on, pack_sizes, shrink, weights
+from tests.helpers.stores import OneFails, bits, contents, copy_all, journal, keys, open_on, pack_sizes, shrink, weights
 
 Disturb = Callable[[Storage, int], Any]  # a storage whose n-th write is disturbed, which counts its `writes`
 
@@ -50,6 +51,21 @@ def first(store: Store, files: Path) -> None:
 def two(store: Store, files: Path) -> None:
     first(store, files)
     store.save("acme/m", weights(2))
+
+
+def training(seed: int) -> dict[str, Any]:
+    """A checkpoint of a trainer: the model, what an optimizer keeps of each weight, plain values, and a tied tensor."""
+    model = {name: tensor for name, tensor in weights(seed).items() if name in ("embed", "norm", "scale")}
+    moments = {i: {"exp_avg": tensor.float() * 2, "step": torch.tensor(3.0)} for i, tensor in enumerate(model.values())}
+    return {
+        "model": model | {"tied": model["embed"]},
+        "optimizer": {"state": moments, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.95), "params": [*moments]}]},
+        "epoch": seed,
+    }
+
+
+def trained(store: Store, files: Path) -> None:
+    store.save("acme/m", training(1), include="all", tag="prod")
 
 
 def retired(store: Store, files: Path) -> None:
@@ -81,6 +97,9 @@ WORKS = {
         again=True,
     ),
     "save-mapping": Work(first, lambda store, _: store.save("acme/m", weights(7)), 6, again=True),
+    "save-training": Work(
+        trained, lambda store, files: store.save("acme/m", files / "training.pt", include="all"), 10, again=True
+    ),
     "tag": Work(two, lambda store, _: store.tag("acme/m@2", "prod"), 1),
     "untag": Work(two, lambda store, _: store.untag("acme/m", "prod"), 1),
     "delete-version": Work(two, lambda store, _: store.delete("acme/m@2"), 1),
@@ -116,7 +135,29 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "new").mkdir()
     save_file(weights(7), tmp_path / "new" / "model.safetensors", {"format": "pt"})
     (tmp_path / "new" / "config.json").write_text('{"model_type": "none"}')
+    torch.save(training(7), tmp_path / "training.pt")
     return tmp_path
+
+
+def everything(store: Store) -> dict[str, Any]:
+    """`contents`, and the structures of training checkpoints, tensors as their bits."""
+    seen = contents(store)
+    for model, (versions, _) in seen.items():
+        for number, variants in versions.items():
+            with contextlib.suppress(NotFoundError):
+                variants["training"] = plain(store.checkpoint(f"{model}@{number}"))
+    return seen
+
+
+def plain(value: Any) -> Any:
+    """A structure that can be compared: its tensors are their bits."""
+    if isinstance(value, torch.Tensor):
+        return bits(value)
+    if isinstance(value, dict):
+        return type(value), [(key, plain(item)) for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return type(value), [plain(item) for item in value]
+    return type(value), value
 
 
 def settled(seen: dict[str, Any], work: Work) -> dict[str, Any]:
@@ -146,9 +187,9 @@ def test_before_or_after(kind: str, name: str, how: str, files: Path) -> None:
     start, undisturbed = place(), place()
     work.prepare(open_on(start), files)
     copy_all(start, undisturbed)
-    before = contents(open_on(start))
+    before = everything(open_on(start))
     work.act(open_on(undisturbed), files)
-    after = contents(open_on(undisturbed))
+    after = everything(open_on(undisturbed))
     stored = pack_sizes(undisturbed)
 
     for n in itertools.count(1):
@@ -157,14 +198,14 @@ def test_before_or_after(kind: str, name: str, how: str, files: Path) -> None:
         disturbed = disturb(storage, n)
         with contextlib.suppress(Killed, StorageError):
             work.act(open_on(disturbed), files)
-        seen = contents(open_on(storage))
+        seen = everything(open_on(storage))
         assert seen in (before, after), f"neither before nor after, with write {n} disturbed"
         if disturbed.writes < n:
             assert seen == after
             assert n > work.least
             break
         rerun(work, storage, files)
-        assert settled(contents(open_on(storage)), work) == settled(after, work), f"write {n}"
+        assert settled(everything(open_on(storage)), work) == settled(after, work), f"write {n}"
         assert pack_sizes(storage) == stored, f"stored twice, or left over, after write {n} was disturbed"
         assert not journal(storage)
 
@@ -177,17 +218,23 @@ def test_one_failure_is_not_noticed(work: Work, lost: bool, files: Path) -> None
     work.prepare(open_on(start), files)
     copy_all(start, undisturbed)
     work.act(open_on(undisturbed), files)
-    after = contents(open_on(undisturbed))
+    after = everything(open_on(undisturbed))
 
     for n in itertools.count(1):
         storage = place()
         copy_all(start, storage)
         disturbed = OneFails(storage, n, lost=lost)
         work.act(open_on(RetryingStorage(disturbed, sleep=lambda _: None)), files)
-        assert contents(open_on(storage)) == after, f"write {n}"
+        assert everything(open_on(storage)) == after, f"write {n}"
         assert pack_sizes(storage) == pack_sizes(undisturbed)
         if disturbed.writes < n:
             break
+
+
+def test_the_structure_of_a_training_checkpoint_is_what_was_saved(files: Path) -> None:
+    store = open_on(MemoryStorage(uuid.uuid4().hex))
+    store.save("m", files / "training.pt", include="all")
+    assert plain(store.checkpoint("m")) == plain(training(7))
 
 
 def test_delete_of_a_model_removes_versions_one_by_one(files: Path) -> None:

@@ -1,0 +1,119 @@
+"""`checkpoint`: what a trainer saved beside the weights, as a file that `torch.load` reads."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import uuid
+from collections import deque
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modelstore.cli import output, units
+from modelstore.cli.failures import usage
+from modelstore.cli.options import (
+    AsJson,
+    Cluster,
+    Debug,
+    Memory,
+    Mirrors,
+    Overwrite,
+    Quiet,
+    Reference,
+    StoreUrl,
+    open_store,
+)
+
+
+def checkpoint(
+    ref: Reference,
+    out: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="FILE", help="The file to write, such as run.pt.", show_default=False),
+    ],
+    overwrite: Overwrite = False,
+    store: StoreUrl = None,
+    mirror: Mirrors = None,
+    memory: Memory = None,
+    cluster: Cluster = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a training checkpoint that was saved with --include all, as it was, into one file of torch.save.
+
+    All of it is in memory at once.
+    """
+    from modelstore.errors import ConflictError
+    from modelstore.format.results import Exported
+
+    if "://" in out:
+        raise usage(f"{out} is a URL: give a file on this machine")
+    path, started = Path(out).expanduser().absolute(), time.monotonic()
+    if path.is_dir() or not path.parent.is_dir():
+        raise usage(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}")
+    taken = ConflictError(f"{path} exists: give another place, or overwrite it (--overwrite)", object=str(path))
+    if not overwrite and os.path.lexists(path):
+        raise taken  # before anything is read
+    opened = open_store(store, memory=memory, mirrors=mirror, cluster=cluster)
+    with output.progress(quiet=quiet) as report:
+        value = opened.checkpoint(ref, progress=report)
+    try:
+        size = _write(path, value, overwrite)
+    except FileExistsError:
+        raise taken from None
+    if kinds := sorted(_inert(value)):
+        output.remark(
+            f"of {', '.join(kinds)} only what they were made of is kept (modelstore.Inert): torch.load needs"
+            " weights_only=False",
+            quiet=quiet,
+        )
+    done = Exported(str(path), (path.name,), size, time.monotonic() - started)
+    line = f"wrote {units.size(size)} to {done.path} in {units.seconds(done.seconds)}"
+    output.result(done, [line], as_json=json)
+
+
+def _write(path: Path, value: Any, overwrite: bool) -> int:
+    """Write a file that is there whole or not at all; its bytes. `FileExistsError` where it is not to be replaced."""
+    import torch
+
+    fresh = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
+    try:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+            try:
+                torch.save(value, file)
+            except RuntimeError as error:  # torch says no more of a full disk
+                if "write" not in str(error):
+                    raise
+                raise OSError(errno.EIO, f"cannot write ({str(error).splitlines()[0]})", str(path)) from error
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        if overwrite:
+            fresh.replace(path)
+        else:
+            os.link(fresh, path)  # never replaces what came meanwhile
+    finally:
+        fresh.unlink(missing_ok=True)
+    return size
+
+
+def _inert(value: Any) -> set[str]:
+    """The classes of objects in a structure that are no plain data."""
+    from modelstore.format.structure import Inert
+
+    found: set[str] = set()
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, Inert):
+            found.add(item.kind)
+            left += [item.args, item.state, item.items, item.elements]
+        elif isinstance(item, dict):
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple | set | frozenset | deque):
+            left += item
+    return found
