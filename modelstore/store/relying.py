@@ -9,8 +9,9 @@ import logging
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -30,21 +31,47 @@ log = logging.getLogger("modelstore")
 
 _THREADS = 16
 _TRIES = 5
+_MEND = "run 'modelstore repair', with '--from URL' where another copy of the store has it"
 T = TypeVar("T")
 
 
 class GoneError(ConflictError):
-    """What was to be published relies on an object that is gone. Nothing is visible; the same work can be done again."""
+    """What was to be published relies on an object that is gone. Nothing is visible; the same work can be done again.
+
+    `missing`: it was looked for and is not there; otherwise a collection is removing it.
+    """
+
+    def __init__(self, message: str, *, model: str, object: str, missing: bool) -> None:
+        super().__init__(message, model=model, object=object)
+        self.missing = missing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(GoneError, model=self.model, object=self.object, missing=self.missing), (str(self),)
 
 
 def again(work: Callable[[], T]) -> T:
-    """Do a work; where what it relied on was removed meanwhile, do it anew: it then finds that, and stores it."""
-    for _ in range(_TRIES - 1):
+    """Do a work; where what it relied on was removed meanwhile, do it anew: it then finds that, and stores it.
+
+    Where the same object is missing once more, nobody removed it meanwhile: it is missing for good, and the error says so.
+    """
+    lacking: str | None = None
+    for left in reversed(range(_TRIES)):
         try:
             return work()
         except GoneError as error:
+            if error.missing and error.object == lacking:
+                raise _missing(error) from error
+            if not left:
+                raise
+            lacking = error.object if error.missing else None
             log.warning("%s; trying again", error)
-    return work()
+    raise AssertionError
+
+
+def _missing(error: GoneError) -> GoneError:
+    model, key = str(error.model), str(error.object)
+    what = f"object {key}, which model {model!r} relies on, is missing or too short, and was so again at another try"
+    return GoneError(f"{what}: nothing was published; {_MEND}", model=model, object=key, missing=True)
 
 
 def objects_of(manifest: Manifest) -> dict[str, int]:
@@ -122,7 +149,7 @@ class Reliance:
             made = create(record)  # where this fails, the record may still come to be: then the intent stays
             self._withdraw(key)
             return record if made else None
-        raise _gone(self._model, sorted(taken))
+        raise _gone(self._model, sorted(taken), missing=False)
 
     def _need(self) -> dict[str, int]:
         if self._only_copies:
@@ -145,7 +172,7 @@ class Reliance:
         try:
             self.entries = {name: self._rehousing.entry(entry, taken) for name, entry in self.entries.items()}
         except NotFoundError as error:
-            raise _gone(self._model, [error.object or "a pack"]) from error
+            raise _gone(self._model, [error.object or "a pack"], missing=error.object not in taken) from error
         self._needed = self._need()
 
 
@@ -159,7 +186,7 @@ def hold(storage: Storage, model: str, id: str, needed: Mapping[str, int], comin
     try:
         taken = condemned_among(storage, needed)
         if taken:
-            raise _gone(model, sorted(taken))
+            raise _gone(model, sorted(taken), missing=False)
         check_there(storage, model, {key: size for key, size in needed.items() if key not in coming})
     except BaseException:
         release(storage, id)
@@ -218,11 +245,11 @@ def _read(storage: Storage, key: str) -> Condemned | None:
     return None
 
 
-def _gone(model: str, keys: list[str]) -> GoneError:
+def _gone(model: str, keys: list[str], *, missing: bool = True) -> GoneError:
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-    return GoneError(
-        f"object {keys[0]}{more}, which the new version of model {model!r} relies on, was removed meanwhile: "
-        f"nothing was published; do the same again",
-        model=model,
-        object=keys[0],
-    )
+    what = f"object {keys[0]}{more}, which model {model!r} relies on"
+    if missing:
+        why = f"is missing or too short: nothing was published; do the same again, and if that says this too, {_MEND}"
+    else:
+        why = "is being removed by a garbage collection: nothing was published; do the same again"
+    return GoneError(f"{what}, {why}", model=model, object=keys[0], missing=missing)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import msgspec
 from blake3 import blake3
 
-from modelstore.errors import ConflictError, NotFoundError
+from modelstore.errors import ConflictError, CorruptionError, NotFoundError
 from modelstore.format import manifest as man
 from modelstore.format.inventory import Renamed
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key
@@ -145,7 +145,15 @@ class _Renaming:
     def _write_manifests(self, entries: Iterable[VariantEntry]) -> None:
         for entry in entries:
             key = manifest_key(self._old, entry.manifest)
-            data = self._storage.get(key)
+            try:
+                data = self._storage.get(key)
+            except NotFoundError as error:
+                raise CorruptionError(
+                    f"object {key}, a manifest of model {self._old!r}, is missing: run 'modelstore repair {self._old}', then "
+                    f"rename it again",
+                    model=self._old,
+                    object=key,
+                ) from error
             man.decode(data, entry.manifest, key)
             self._storage.put(manifest_key(self._new, entry.manifest), [data], len(data))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 import modelstore.client
-from modelstore.errors import ConflictError, NotFoundError
+from modelstore.errors import ConflictError, CorruptionError, NotFoundError
+from modelstore.format.record import manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
+from modelstore.store.relying import GoneError, again
 from tests.helpers.stores import open_on, pack_sizes
 from tests.store.helpers import Small, weights
 
@@ -138,3 +141,43 @@ def test_a_name_that_is_taken_is_refused_and_nothing_changes() -> None:
         small.store.rename("third", "third")
     with pytest.raises(ValueError, match="not valid"):
         small.store.rename("third", "../x")
+
+
+def test_what_is_missing_for_good_is_said_with_what_mends_it() -> None:
+    small = three()
+    base = small.manifest("tuned").base
+    assert base is not None
+    key = manifest_key(base.model, base.manifest)
+    small.storage.delete(key)
+    with pytest.raises(ConflictError, match="is missing") as caught:
+        fresh(small).rename("tuned", "other")
+    assert caught.value.object == key
+    assert "modelstore repair" in str(caught.value)
+    assert "do the same again" not in str(caught.value)
+    with pytest.raises(CorruptionError, match=r"is missing: run 'modelstore repair org/m'"):
+        fresh(small).rename("org/m", "new")
+    assert small.store.repair().ok
+    assert fresh(small).rename("tuned", "other").versions == {1: 1}
+    pack = pack_key(small.manifest("other").packs[0])
+    data = small.storage.get(pack)
+    small.storage.delete(pack)
+    with pytest.raises(ConflictError, match="modelstore repair") as caught:
+        fresh(small).rename("other", "third")
+    assert caught.value.object == pack
+    small.storage.put(pack, [data], len(data))
+    assert fresh(small).rename("other", "third").versions == {1: 1}
+
+
+def test_what_a_collection_removes_again_and_again_is_not_said_to_be_missing() -> None:
+    tries: list[int] = []
+
+    def work() -> None:
+        tries.append(1)
+        raise GoneError("being removed", model="m", object="packs/x", missing=False)
+
+    with pytest.raises(GoneError, match="being removed"):
+        again(work)
+    assert len(tries) == 5
+    raised = GoneError("gone", model="m", object="packs/x", missing=True)
+    same = pickle.loads(pickle.dumps(raised))
+    assert (str(same), same.model, same.object, same.missing) == ("gone", "m", "packs/x", True)
