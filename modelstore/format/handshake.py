@@ -13,14 +13,15 @@ import msgspec
 
 from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import FORMAT, Count
-from modelstore.format.record import VariantEntry
+from modelstore.format.names import is_model
+from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.sealed import seal, unseal
 
 INTENTS = "intents/"
 CONDEMNED = "condemned/"
 _CANDIDATES = "candidates.json"
 _VERDICT = "verdict.json"
-_ADVICE = "what it protects, or removes, is not known; remove it when nothing is being saved and nothing collected"
+_BETWEEN = "~"  # in an intent's key; no name of a model has it
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -58,7 +59,7 @@ def encode(note: Intent | Condemned) -> bytes:
 
 def parse(data: bytes, kind: type[N], where: str) -> N:
     """An intent or a condemnation from its bytes; `FormatError` where it is not one, `UnsupportedError` for a newer format."""
-    note = unseal(data, kind, where, what=kind.__name__.lower() + " note", advice=_ADVICE)
+    note = unseal(data, kind, where, what=kind.__name__.lower() + " note", advice=advice(where))
     if note.format != FORMAT:
         raise UnsupportedError(
             f"object {where} has format {note.format}, this release reads {FORMAT}: use a newer modelstore",
@@ -67,9 +68,31 @@ def parse(data: bytes, kind: type[N], where: str) -> N:
     return note
 
 
-def intent_key(id: str) -> str:
-    """The key of an intent."""
-    return f"{INTENTS}{id}.json"
+def advice(key: str) -> str:
+    """What to do where a damaged intent or condemnation lies at a key."""
+    if key.startswith(CONDEMNED):
+        return "garbage collection removes it 30 days after it was written; remove it earlier only while nothing is collected"
+    when = "is older than its grace period" if claimed(key) else "was written 30 days ago"
+    return (
+        f"every pack is kept until garbage collection removes it, which it does when it {when} by the storage's clock"
+    )
+
+
+def intent_key(id: str, record: VersionRecord | None = None) -> str:
+    """The key of an intent; it names the record that is to be created, so that this is known whatever becomes of the object."""
+    if record is None:
+        return f"{INTENTS}{id}.json"
+    model = record.model.replace("/", _BETWEEN)
+    return f"{INTENTS}{_BETWEEN.join((id, str(record.version), str(record.number), model))}.json"
+
+
+def claimed(key: str) -> Claim | None:
+    """The record that an intent's key names, without its variants; None where it names none."""
+    parts = key.removeprefix(INTENTS).removesuffix(".json").split(_BETWEEN, 3)
+    if len(parts) < 4 or not all(part.isascii() and part.isdigit() and len(part) <= 8 for part in parts[1:3]):
+        return None
+    version, number, model = int(parts[1]), int(parts[2]), parts[3].replace(_BETWEEN, "/")
+    return Claim(model, version, number, {}) if is_model(model) and version and number else None
 
 
 def candidates_key(id: str) -> str:

@@ -32,6 +32,7 @@ from modelstore.format.names import ORIGINAL
 from modelstore.format.record import LAST, VersionRecord
 from modelstore.format.sealed import seal
 from modelstore.storage.base import ObjectInfo, Storage
+from modelstore.store.damage import DAMAGED
 
 FORGOTTEN = (
     30 * 86_400
@@ -105,30 +106,40 @@ def never_was(record: VersionRecord) -> bool:
     return record.number == 1 and record.deleted and record.writer.startswith(VOID)
 
 
-def held_by_writers(storage: Storage, *, stale_before: float, now: float, dry_run: bool = False) -> set[str]:
+def held_by_writers(
+    storage: Storage, *, stale_before: float, now: float, damaged: list[ModelStoreError], dry_run: bool = False
+) -> set[str]:
     """Keys of the objects that intents name. To be called before the records are read.
 
     Intents that were written before `stale_before` (by the storage's clock) are voided first: their record is created in
-    their writer's place, changing nothing, so that a writer that only sleeps has to begin its last steps anew.
+    their writer's place, changing nothing, so that a writer that only sleeps has to begin its last steps anew. Which record
+    that is, the intent's key tells too: one that is damaged is voided like any other, and until then the list gets it.
     """
     held: set[str] = set()
     for info in list(storage.list(hs.INTENTS)):
+        wrong: ModelStoreError | None = None
         try:
             intent = hs.parse(storage.get(info.key), Intent, info.key)
         except NotFoundError:  # its record is there, and is read after this; or it was given up
             continue
-        if not dry_run and info.modified <= stale_before and _void(storage, info, intent, now):
+        except DAMAGED as error:
+            wrong, intent = error, Intent(FORMAT, (), hs.claimed(info.key))
+        if not dry_run and info.modified <= stale_before and _void(storage, info, intent, now, whole=wrong is None):
             storage.delete(info.key)
+        elif wrong is not None:
+            damaged.append(wrong)
         else:
             held.update(intent.objects)
     return held
 
 
-def _void(storage: Storage, info: ObjectInfo, intent: Intent, now: float) -> bool:
+def _void(storage: Storage, info: ObjectInfo, intent: Intent, now: float, *, whole: bool) -> bool:
     """Whether nothing can be published with this intent any more."""
     claim = intent.claim
     if claim is None:
         return info.modified <= now - FORGOTTEN
+    if whole and claim.number == 1 and ORIGINAL not in claim.variants:
+        return False  # no writer's
     with suppress(ModelStoreError, ValueError):  # where that cannot be said, what it names is kept
         record = _unchanged(storage, claim)
         key = rec.version_key(record.model, record.version, record.number)
@@ -141,7 +152,7 @@ def _unchanged(storage: Storage, claim: Claim) -> VersionRecord:
     """A record in the claim's place that changes nothing: the state before it again, or a version that never was."""
     writer = f"{VOID}{uuid.uuid4().hex}"
     if claim.number == 1:
-        if ORIGINAL not in claim.variants or not 1 <= claim.version <= LAST:
+        if not 1 <= claim.version <= LAST:
             raise FormatError(f"version {claim.version} of {claim.model!r} cannot be: remove the intent")
         created = time.time()  # for people
         return VersionRecord(FORMAT, claim.model, claim.version, 1, writer, created, claim.variants, deleted=True)

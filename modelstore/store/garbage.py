@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from modelstore.errors import ConflictError, NotFoundError, UnsupportedError
+from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, UnsupportedError
 from modelstore.format import record as rec
 from modelstore.format.names import check_model
 from modelstore.format.results import Swept, SweptObject
@@ -150,11 +150,11 @@ def _mark(
 
 def _held(storage: Storage, limit: float, now_: float, doubt: Doubt, *, dry_run: bool = False) -> set[str]:
     """Keys of what writers are about to publish, or may be."""
-    try:
-        return held_by_writers(storage, stale_before=limit, now=now_, dry_run=dry_run)
-    except DAMAGED as error:
+    damaged: list[ModelStoreError] = []
+    held = held_by_writers(storage, stale_before=limit, now=now_, damaged=damaged, dry_run=dry_run)
+    for error in damaged:
         doubt.add(error, everything=True)
-        return set()
+    return held
 
 
 # ---------------------------------------------------------------------- sweeping

@@ -116,7 +116,7 @@ def torn_journals(storage: Storage, keys: Sequence[str] | None = None) -> list[M
         if key.startswith(rec.JOBS):
             advice = "its work stores anew what it spoke of; 'modelstore repair' removes it"
         else:
-            advice = "remove it when nothing is being saved and nothing collected; until then every pack is kept"
+            advice = hs.advice(key)
         return FormatError(f"object {key} is damaged: {advice}", object=key)
 
     with Pool(_THREADS, thread_name_prefix="modelstore-records") as pool:

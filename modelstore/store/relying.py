@@ -157,7 +157,7 @@ class Reliance:
         return relied_on(self._storage, self._model, self.entries.values())
 
     def _announce(self, record: VersionRecord) -> str:
-        key = hs.intent_key(uuid.uuid4().hex)
+        key = hs.intent_key(uuid.uuid4().hex, record)
         claim = Claim(record.model, record.version, record.number, record.variants)
         self._storage.create(key, hs.encode(Intent(FORMAT, tuple(sorted(self._needed)), claim)))
         return key

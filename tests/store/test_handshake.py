@@ -13,9 +13,10 @@ from modelstore.errors import ConflictError, FormatError
 from modelstore.format import handshake as hs
 from modelstore.format.handshake import Condemned, Intent
 from modelstore.format.manifest import FORMAT
-from modelstore.format.record import pack_key
+from modelstore.format.record import LAST, VersionRecord, pack_key
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.faults import FaultyStorage, Killed
+from modelstore.storage.keys import key_problem
 from modelstore.storage.wrapping import WRITES, T, Verb, WrappingStorage
 from modelstore.store.condemned import FORGOTTEN, Condemnation
 from tests.store.helpers import Small, weights
@@ -216,6 +217,87 @@ def test_for_an_intent_that_is_damaged_everything_is_kept_and_it_is_named() -> N
     assert [one.object for one in swept.problems] == ["intents/x.json"]
     assert {key for key in small.objects() if key.startswith(("packs/", "models/"))} == before
     assert [one.object for one in small.store.verify().problems] == ["intents/x.json"]
+
+
+def asleep_with_a_damaged_intent(small: Small, act: Callable[[], Any]) -> At:
+    """A storage on which the writer's intent is damaged, and `act` is done, just before the writer's record is created."""
+
+    def damage() -> None:
+        (key,) = [key for key in small.objects() if key.startswith(hs.INTENTS)]
+        small.storage.put(key, [b""], 0)
+        act()
+
+    return At(small, is_record, damage)
+
+
+@pytest.mark.parametrize("versions", [0, 1])
+def test_an_intent_that_is_damaged_is_voided_like_any_other_and_its_writer_begins_anew(versions: int) -> None:
+    small = Small.new()
+    for seed in range(versions):
+        small.store.save("org/m", weights(seed))
+
+    def a_year() -> None:
+        assert small.sweep(grace=100).problems, "it is young"
+        small.age(365 * 86_400)
+        swept = small.sweep(grace=100)
+        assert not swept.problems
+        assert swept.objects
+        assert not [key for key in small.objects() if key.startswith(hs.INTENTS)]
+
+    asleep = asleep_with_a_damaged_intent(small, a_year)
+    saved = Store(asleep, memory="64MiB", threads=2).save("org/m", weights(5))
+    assert asleep.done
+    assert saved.version == versions + 2
+    small.check(f"org/m@{saved.version}", weights(5))
+    assert small.store.verify(deep=True).ok
+    assert [info.version for info in small.store.versions("org/m")] == [*range(1, versions + 1), saved.version]
+
+
+def test_the_damaged_intent_of_a_variant_is_voided_too() -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+
+    def a_year() -> None:
+        small.age(365 * 86_400)
+        assert not small.sweep(grace=100).problems
+
+    asleep = asleep_with_a_damaged_intent(small, a_year)
+    with contextlib.suppress(ConflictError):  # what it relies on is gone, or it is published after all
+        Store(asleep, memory="64MiB", threads=2).compress("m", "int8")
+    assert asleep.done
+    small.check("m", weights(1))
+    assert small.store.verify(deep=True).ok
+
+
+def test_a_damaged_intent_that_names_no_record_is_forgotten_after_a_month() -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+    small.storage.create(hs.intent_key("x"), b"{")
+    small.age(FORGOTTEN - 3600)
+    problems = small.sweep(grace=0).problems
+    assert "30 days ago" in problems[0].message
+    small.age(2 * 3600)
+    assert small.sweep(grace=0, dry_run=True).problems
+    assert not small.sweep(grace=0).problems
+    assert hs.intent_key("x") not in small.objects()
+
+
+def test_every_damaged_intent_is_named() -> None:
+    small = Small.new()
+    small.store.save("m", weights(1))
+    for id in "xy":
+        small.storage.create(hs.intent_key(id), b"{")
+    assert [one.object for one in small.sweep(grace=0).problems] == ["intents/x.json", "intents/y.json"]
+
+
+@pytest.mark.parametrize("model", ["m", "org/m", "a" * 96 + "/" + "b" * 96])
+def test_the_key_of_an_intent_names_its_record(model: str) -> None:
+    record = VersionRecord(FORMAT, model, LAST, LAST, "", 0.0, {})
+    key = hs.intent_key("f" * 32, record)
+    assert key_problem(key) is None
+    assert hs.claimed(key) == hs.Claim(model, LAST, LAST, {})
+    for other in ("x", "a~b", "a~1~2", "a~1~2~", "a~0~1~m", "a~1~0~m", "a~1~-2~m", "a~1~2~..", "a~²~1~m"):
+        assert hs.claimed(f"{hs.INTENTS}{other}.json") is None
 
 
 def test_an_intent_of_what_cannot_be_is_not_made_a_record() -> None:
