@@ -1,13 +1,14 @@
-"""Saves, deletions, collections and repairs, interleaved operation by operation: what is visible is whole, at every step.
+"""Saves, deletions, collections, compactions and repairs, interleaved operation by operation on a storage in memory.
 
-`MODELSTORE_TEST_RUNS` says how many interleavings of each kind are run at most, chosen all over; all of those of two are some
-hundreds to some ten thousands of each kind.
+After each write, and at the end, all that is visible is looked at. `MODELSTORE_TEST_RUNS` says how many interleavings of each
+case are run at most, a third of them where something is compacted, and as many as that of three works at random.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-import modelstore.storage.memory
 from modelstore.client import Store
 from modelstore.errors import ConflictError, CorruptionError, ModelStoreError, NotFoundError
 from modelstore.format.record import MODELS, pack_key
@@ -27,7 +27,7 @@ from modelstore.store.compaction import clean
 from modelstore.store.garbage import collect
 from modelstore.store.manifests import Manifests
 from modelstore.store.relying import check_there, relied_on
-from tests.helpers.interleaving import Actor, Aged, Op, at_random, explore, independent, inline
+from tests.helpers.interleaving import NOW, Actor, Aged, Op, at_random, explore, independent, inline
 from tests.helpers.stores import copy_all, keys, open_on
 
 RUNS = int(os.environ.get("MODELSTORE_TEST_RUNS", "60"))
@@ -36,17 +36,17 @@ Work = Callable[[Storage], Any]
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Works use no threads of their own."""
+    """What works would do in pools of threads, the thread of the work does in order."""
     inline(monkeypatch)
 
 
 def model(seed: int) -> dict[str, torch.Tensor]:
-    """A tiny model, half of which is the same for all seeds."""
+    """A tiny model of two tensors, of which one is the same for all seeds."""
     return {"same": torch.arange(300.0), "mlp.weight": torch.arange(1024.0).reshape(16, 64) * seed}
 
 
 def saving(seed: int, name: str = "m", **how: Any) -> Work:
-    """Save a model."""
+    """Save a model; the work gives its version."""
     return lambda storage: open_on(storage, threads=1).save(name, model(seed), **how).version
 
 
@@ -56,13 +56,13 @@ def collecting(grace: float = 0) -> Work:
 
 
 def compacting(storage: Storage) -> Any:
-    """Compact, and collect garbage."""
+    """Compact packs of which any part is dead, and collect garbage, with no grace."""
     works = (storage, (), Catalog(storage), Manifests(storage))
     return clean(*works, dry_run=False, grace=0, bound=1.0, hold=1 << 20, meter=lambda _: None).compaction
 
 
 def deleting(version: int, then: Work | None = None) -> Work:
-    """Delete a version."""
+    """Delete a version, then do another work."""
 
     def act(storage: Storage) -> None:
         open_on(storage).delete(f"m@{version}")
@@ -73,17 +73,23 @@ def deleting(version: int, then: Work | None = None) -> Work:
 
 
 def repairing(storage: Storage) -> Any:
-    """Repair everything."""
+    """Repair all models; the work gives what could not be mended."""
     return open_on(storage).repair().problems
 
 
 def compressing(storage: Storage) -> Any:
-    """Make a variant."""
+    """Make a variant of the newest version."""
     return open_on(storage, threads=1).compress("m", "int8").version
 
 
+def damaging_intents(storage: Storage) -> None:
+    """Let nothing be readable of the intents that are there."""
+    for key in keys(storage, "intents/"):
+        storage.put(key, [b""], 0)
+
+
 def made(*steps: Work) -> Callable[[], Storage]:
-    """A storage on which these were done before."""
+    """What makes storages on which these works were done before, each another one."""
     template = MemoryStorage(uuid.uuid4().hex)
     for step in steps:
         step(template)
@@ -91,9 +97,8 @@ def made(*steps: Work) -> Callable[[], Storage]:
     runs = itertools.count()
 
     def setup() -> Storage:
-        storage = Aged(
-            f"{template.url.removeprefix('memory://')}-{next(runs)}"
-        )  # nothing that a process remembers is of it
+        # Another address: what this process remembers of one storage is not taken for the next.
+        storage = Aged(f"{template.url.removeprefix('memory://')}-{next(runs)}")
         copy_all(template, storage)
         return storage
 
@@ -106,7 +111,10 @@ def losing_a_copy(storage: Storage) -> None:
 
 
 def visible_is_whole(storage: Storage) -> None:
-    """Every variant of every live version has all that it needs."""
+    """Each variant of each live version has its manifest and packs, and those of its bases, at least as long as needed.
+
+    Copies of manifests may be missing, as some cases begin without one.
+    """
     inner = MemoryStorage(storage.url.removeprefix("memory://"))
     catalog = Catalog(inner)
     for name in catalog.models():
@@ -117,13 +125,17 @@ def visible_is_whole(storage: Storage) -> None:
 
 
 def acknowledged_is_there(seeds: list[int | None], deleted: set[int] = frozenset()) -> Any:  # type: ignore[assignment]
-    """A check for the end: each save's version is there and exact, also after all have slept and collected."""
+    """A check for the end: the version of each save that gave one is exact, also after a collection without grace.
+
+    Every variant that is live then can be loaded, and no intent is left. A work may have been killed, or have ended with one
+    of the errors that say that another was quicker or something is gone.
+    """
 
     def finish(storage: Storage, actors: list[Actor]) -> None:
         inner = MemoryStorage(storage.url.removeprefix("memory://"))
         for seed, actor in zip(seeds, actors, strict=True):
             expected = Killed, ConflictError, NotFoundError
-            # What reads a version that is deleted and collected under it, in spite of all grace, is told so.
+            # A work that saves nothing may read a version that is deleted, and collected with no grace, meanwhile.
             if actor.error and not isinstance(actor.error, expected if seed else (*expected, CorruptionError)):
                 raise actor.error
         for _ in range(2):
@@ -154,6 +166,11 @@ CASES: dict[str, tuple[Callable[[], Storage], list[Work], list[int | None]]] = {
         [2, None],
     ),
     "two saves of the same": (made(saving(1)), [saving(2), saving(2)], [2, 2]),
+    "a save whose intent is damaged, and a collection": (
+        made(saving(1), saving(2), deleting(1)),
+        [saving(1), collecting(), damaging_intents],
+        [1, None, None],
+    ),
     "two collections": (made(saving(1), saving(2), deleting(1)), [collecting(), collecting()], [None, None]),
     "a save and a repair": (made(saving(1), losing_a_copy), [saving(1), repairing], [1, None]),
     "a repair and a collection": (
@@ -186,7 +203,7 @@ CASES: dict[str, tuple[Callable[[], Storage], list[Work], list[int | None]]] = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_interleavings_of_two(case: tuple[Callable[[], Storage], list[Work], list[int | None]]) -> None:
+def test_interleavings(case: tuple[Callable[[], Storage], list[Work], list[int | None]]) -> None:
     setup, works, seeds = case
     runs = RUNS // 3 if compacting in works else RUNS  # of these each takes longer
     assert explore(setup, works, visible_is_whole, acknowledged_is_there(seeds), runs) > 1
@@ -199,15 +216,9 @@ def test_there_is_something_to_compact() -> None:
 
 @pytest.mark.parametrize("hours", [-72, 0, 72])
 def test_interleavings_of_three_at_random(hours: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Clock:
-        """The storage's, which is not that of its clients."""
-
-        @staticmethod
-        def time() -> float:
-            return 1.8e9 + hours * 3600
-
+    """The clock of all clients is so many hours ahead of the storage's."""
+    monkeypatch.setattr(time, "time", lambda: NOW + hours * 3600)
     setup = made(saving(1), saving(2), deleting(1))
-    monkeypatch.setattr(modelstore.storage.memory, "time", Clock)
     for seed in range(RUNS // 3):
         first = seed % 3 + 1
         third: Work = [collecting(), deleting(2, then=collecting(3600)), repairing, compacting, saving(1)][seed % 5]
