@@ -7,6 +7,7 @@ How the two keep each other right is in docs/design.md.
 
 from __future__ import annotations
 
+import re
 from typing import TypeVar
 
 import msgspec
@@ -21,7 +22,7 @@ INTENTS = "intents/"
 CONDEMNED = "condemned/"
 _CANDIDATES = "candidates.json"
 _VERDICT = "verdict.json"
-_BETWEEN = "~"  # in an intent's key; no name of a model has it
+_CLAIMED = re.compile(r"intents/[0-9a-f]{32}-([0-9]{1,8})-([0-9]{1,8})-(.+)\.json")
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -82,16 +83,15 @@ def intent_key(id: str, record: VersionRecord | None = None) -> str:
     """The key of an intent; it names the record that is to be created, so that this is known whatever becomes of the object."""
     if record is None:
         return f"{INTENTS}{id}.json"
-    model = record.model.replace("/", _BETWEEN)
-    return f"{INTENTS}{_BETWEEN.join((id, str(record.version), str(record.number), model))}.json"
+    return f"{INTENTS}{id}-{record.version}-{record.number}-{record.model}.json"
 
 
 def claimed(key: str) -> Claim | None:
     """The record that an intent's key names, without its variants; None where it names none."""
-    parts = key.removeprefix(INTENTS).removesuffix(".json").split(_BETWEEN, 3)
-    if len(parts) < 4 or not all(part.isascii() and part.isdigit() and len(part) <= 8 for part in parts[1:3]):
+    found = _CLAIMED.fullmatch(key)
+    if found is None:
         return None
-    version, number, model = int(parts[1]), int(parts[2]), parts[3].replace(_BETWEEN, "/")
+    version, number, model = int(found[1]), int(found[2]), found[3]
     return Claim(model, version, number, {}) if is_model(model) and version and number else None
 
 

@@ -296,8 +296,21 @@ def test_the_key_of_an_intent_names_its_record(model: str) -> None:
     key = hs.intent_key("f" * 32, record)
     assert key_problem(key) is None
     assert hs.claimed(key) == hs.Claim(model, LAST, LAST, {})
-    for other in ("x", "a~b", "a~1~2", "a~1~2~", "a~0~1~m", "a~1~0~m", "a~1~-2~m", "a~1~2~..", "a~²~1~m"):
-        assert hs.claimed(f"{hs.INTENTS}{other}.json") is None
+    for other in (
+        "",
+        "-1",
+        "-1-2",
+        "-1-2-",
+        "-0-1-m",
+        "-1-0-m",
+        "-1--2-m",
+        "-1-2-..",
+        "-²-1-m",
+        "-1-2-a/b/c",
+        "-999999999-1-m",
+    ):
+        assert hs.claimed(f"{hs.INTENTS}{'f' * 32}{other}.json") is None
+    assert hs.claimed(f"{hs.INTENTS}x-1-2-m.json") is None
 
 
 def test_an_intent_of_what_cannot_be_is_not_made_a_record() -> None:
