@@ -46,7 +46,7 @@ class GoneError(ConflictError):
         self.missing = missing
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(GoneError, model=self.model, object=self.object, missing=self.missing), (str(self),)
+        return partial(GoneError, model=str(self.model), object=str(self.object), missing=self.missing), (str(self),)
 
 
 def again(work: Callable[[], T]) -> T:
