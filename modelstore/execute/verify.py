@@ -60,7 +60,7 @@ def verify(
     """Check the variant that a reference names, or all that is live, and what its deltas are stored against.
 
     `deep` decodes every tensor as well, within the memory of `limits` whatever its size. `progress` hears of the stored
-    bytes checked, and of the raw bytes decoded. A chunk that several variants share is read once.
+    bytes checked, and of the raw bytes decoded. A chunk that several variants share is read once, or deep once for each.
     """
     work = _Verification(storage, manifests, limits, progress)
     if ref is not None:

@@ -23,7 +23,7 @@ class Copied(Result, frozen=True):
     """What a copy brought to `url`.
 
     `tags`, as NAME@TAG, name the same versions there now. `sent` and `there` are bytes of packs that were written, and that
-    were found there and not sent. `left_out` says what was not copied, and why.
+    were found there, checked and not sent; manifests and their copies do not count. `left_out` says what was not copied, and why.
     """
 
     url: str

@@ -174,7 +174,11 @@ class Exported(Result, frozen=True):
 
 
 class Report(Result, frozen=True):
-    """What a verification or repair found, what it mended, and `notes` on what is now otherwise than it was."""
+    """What a verification or repair found, what it mended, and `notes` on what is now otherwise than it was.
+
+    `chunks` were checked, each counted once whatever shares it, and `bytes` are theirs as stored. Headers of packs, manifests
+    and what a deep verification reads again for another variant do not count.
+    """
 
     chunks: int
     bytes: int
@@ -324,7 +328,7 @@ class Quality(Result, frozen=True):
 
 
 class Prefetched(Result, frozen=True):
-    """Chunks that were brought into a cluster: `bytes` of them as stored, `held` of them in all copies, `replicas` of each."""
+    """Chunks that a cluster holds now, brought or there before: `bytes` as stored, `held` in all copies, `replicas` of each."""
 
     ref: str
     bytes: int

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,10 @@ import modelstore
 from modelstore.errors import ConflictError
 from modelstore.sources import reading
 from modelstore.sources.open import open_source
+from modelstore.storage.faults import FaultyStorage, Killed
+from modelstore.storage.memory import MemoryStorage
+from tests.helpers.stores import all_bits, copy_all, journal, open_on, shrink
+from tests.sources.contract import read
 
 TENSORS = {"a": torch.arange(3000.0), "b": torch.ones(5000)}
 
@@ -49,7 +56,18 @@ def zarr(root: Path) -> Path:
     return root
 
 
-MAKERS: list[Callable[[Path], Path]] = [safetensors, pickled, dcp, zarr]
+def gguf(root: Path) -> Path:
+    writer = pytest.importorskip("gguf").GGUFWriter(root.with_suffix(".gguf"), "other")
+    for name, tensor in TENSORS.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return root.with_suffix(".gguf")
+
+
+MAKERS: list[Callable[[Path], Path]] = [safetensors, pickled, dcp, zarr, gguf]
 
 
 def rewritten(path: Path) -> None:
@@ -213,3 +231,34 @@ def test_a_link_that_is_put_there_after_the_look_leads_nowhere(tmp_path: Path) -
     (root / "config.json").unlink()
     (root / "config.json").symlink_to(tmp_path / "secret")
     assert source.opened.bytes(root / "config.json", 0, 2) == b"{}"
+
+
+@pytest.mark.parametrize("make", [safetensors, gguf], ids=lambda make: make.__name__)
+def test_a_source_that_changes_between_a_kill_and_the_next_save_is_begun_anew(
+    tmp_path: Path, make: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, pack=8_000, chunk=4_000)
+    what, start = make(tmp_path / "model"), MemoryStorage(uuid.uuid4().hex)
+    changed = max(every_file(what), key=lambda path: path.name)
+    open_on(start).save("other", {"x": torch.ones(3)})
+    for n in itertools.count(1):
+        storage = MemoryStorage(uuid.uuid4().hex)
+        copy_all(start, storage)
+        killed = FaultyStorage(storage, kill_at=n)
+        with contextlib.suppress(Killed):
+            open_on(killed).save("m", what)
+        if [info.name for info in open_on(storage).models()] != ["other"]:
+            break  # killed when it was published
+        rewritten(changed)
+        store = open_on(storage)
+        assert store.save("m", what).version == 1
+        source = open_source(what)
+        assert {name: bits for name, (_, _, bits) in all_bits(store.load("m")).items()} == {
+            spec.name: read(source, spec.name).tobytes() for spec in source.tensors
+        }
+        source.close()
+        for _ in range(2):  # the journal of what will never go on is garbage
+            store.gc(dry_run=False, grace=0)
+        assert not journal(storage)
+        assert store.verify(deep=True).ok
+    assert n > 4
