@@ -19,6 +19,7 @@ from modelstore.execute.loading import Model
 from modelstore.execute.memory import budget
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import Against
+from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, Reference
 from modelstore.format.record import VariantEntry
@@ -72,6 +73,7 @@ class Base:
         self._memory = memory
         self._threads = threads
         self._joined = session
+        self._joining = Lock()
         self._process = os.getpid()
         self._cluster = cluster
         self._source = source
@@ -86,13 +88,25 @@ class Base:
 
     @property
     def _session(self) -> Session | None:
-        """The connection to the cluster; `UnsupportedError` in a process that was forked off, where it cannot be used."""
-        if self._joined is not None and self._process != os.getpid():
+        """The connection to the cluster; a store of a pickle makes it when it is first used.
+
+        `UnsupportedError` in a process that was forked off, where it cannot be used.
+        """
+        if self._cluster is None and self._joined is None:
+            return None
+        if self._process != os.getpid():
             raise UnsupportedError(
                 f"{self.url} was opened with cluster= before this process was forked, and Ray does not live through that: "
                 "start the workers with 'spawn', or open the store within them"
             )
-        return self._joined
+        with self._joining:
+            if self._joined is None:
+                from modelstore.cluster.joining import join
+
+                assert self._cluster is not None
+                # A cluster of one process alone is, for its tasks and actors, the one they run in.
+                self._joined = join("auto" if self._cluster == "local" else self._cluster)
+            return self._joined
 
     @property
     def _fetching(self) -> Fetching:
@@ -204,11 +218,9 @@ def _again(
     source: Source | None,
     cluster: str | None,
 ) -> Base:
-    """The store that a pickle tells of."""
-    if cluster is None:
-        return kind(storage, mirrors, memory=memory, threads=threads)
-    from modelstore.cluster.joining import join
+    """The store that a pickle tells of.
 
-    # A cluster of one process alone is, for its tasks and actors, the one they run in.
-    session = join("auto" if cluster == "local" else cluster)
-    return kind(storage, mirrors, memory=memory, threads=threads, session=session, source=source, cluster=cluster)
+    It joins the cluster when it is first used: Ray loads the function of a task, and all that it closes over, under a lock that
+    joining needs, too.
+    """
+    return kind(storage, mirrors, memory=memory, threads=threads, source=source, cluster=cluster)

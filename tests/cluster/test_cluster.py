@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 
 import modelstore as ms
 from modelstore.cluster import jobs
@@ -109,10 +111,12 @@ def test_each_byte_leaves_the_storage_once(store: ms.Store, url: str) -> None:
 
 
 def test_prefetch_pin_and_evict(store: ms.Store) -> None:
-    stored = store.describe("m").stored
+    stored, none = store.describe("m").stored, fetched(store)
     done = store.prefetch("m", replicas=1)
     assert done.held == done.bytes
     assert abs(done.bytes - stored) < 0.1 * stored
+    assert done.bytes <= fetched(store) - none <= 1.02 * done.bytes
+    assert store.prefetch("m", replicas=1).bytes == done.bytes
     before = fetched(store)
     assert equal(store.load("m"), tensors())
     assert fetched(store) == before
@@ -380,7 +384,8 @@ def test_a_save_acknowledged_from_memory_outlives_a_host(nodes: Any, url: str, v
     def block(done: int, total: int, what: str) -> None:  # from now on the storage takes no manifest, and so no version
         taken.touch()
 
-    saved = store.save("n", tensors(5), tag="best", ack="memory", progress=block)
+    said: Any = {"message": "the best", "meta": {"loss": 0.5}}
+    saved = store.save("n", tensors(5), tag="best", ack="memory", progress=block, **said)
     assert (saved.durable, saved.version) == (False, 0)
     ((order, _),) = store._pending.values()
     if victim != "nobody":
@@ -396,5 +401,32 @@ def test_a_save_acknowledged_from_memory_outlives_a_host(nodes: Any, url: str, v
     (durable,) = store.flush(timeout=60)
     assert (durable.durable, durable.version) == (True, 1)
     assert equal(ms.open(url).load("n@best"), tensors(5))
+    (entry,) = ms.open(url).log("n")
+    assert (entry.message, entry.meta, entry.tags) == ("the best", {"loss": "0.5"}, ("best",))
+    assert "memory" in entry.source
+    assert "@" in entry.by
     assert store.flush() == []
     until(lambda: len(store.cluster_status().hosts) == 3)
+
+
+@pytest.mark.parametrize("place", ["file", "s3", "cluster"])
+def test_a_store_goes_into_a_task(nodes: Any, url: str, place: str, request: pytest.FixtureRequest) -> None:
+    """A task that closes over a store opens it anew where it runs, by the address, and loads the same bits."""
+    import ray
+
+    if place == "s3":
+        url = request.getfixturevalue("s3_url")
+        ms.open(url).save("m", tensors())
+    store = ms.open(url, cluster="auto" if place == "cluster" else None)
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert torch.equal(store.load("m", names=[name])[name], tensors()[name])  # it is in use when it is pickled
+
+    def digests() -> dict[str, str]:
+        whole = {name: tensor.view(torch.uint8) for name, tensor in store.load("m").items()}
+        return {name: blake3(tensor.numpy().tobytes()).hexdigest() for name, tensor in whole.items()}
+
+    reaching = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
+    options = {"env_vars": reaching} if place == "s3" else {}
+    made = ray.remote(num_cpus=1, runtime_env=options, scheduling_strategy="SPREAD")(digests)
+    found = ray.get([made.remote() for _ in range(2)], timeout=120)
+    assert found == [digests()] * 2
