@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from blake3 import blake3
 
@@ -35,6 +35,10 @@ class ClusterFetcher(Fetcher):
 
     holding: Holding | None = None
     source: Source | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Hosts are asked by this process: what is unpickled elsewhere reads the storage."""
+        return Fetcher, (self.model, self.manifest, self.storage, self.mirrors)
 
     @property
     def local(self) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 import modelstore as ms
 from modelstore.client import Store
+from modelstore.cluster.pieces import Source
 from modelstore.errors import UnsupportedError
 from modelstore.format.locks import Lock
 from modelstore.storage.open import open_storage
@@ -102,6 +103,33 @@ def test_what_is_opened_of_a_local_store_is_pickled_too(tmp_path: Path) -> None:
     read_only = pickle.loads(pickle.dumps(ms.open(tmp_path / "store", read_only=True)))
     with pytest.raises(UnsupportedError, match="reading only"):
         read_only.save("m", WEIGHTS)
+
+
+class NoHosts:
+    """A connection to a cluster whose hosts have nothing, and which cannot be pickled."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.lock = threading.Lock()
+
+    def read(self, *_: object) -> dict[bytes, Any]:
+        self.asked += 1
+        return {}
+
+    def passed(self, nbytes: int) -> None: ...
+
+
+def test_a_tensor_of_a_store_of_a_cluster_is_read_from_the_storage_elsewhere(tmp_path: Path) -> None:
+    ms.open(tmp_path / "store").save("m", WEIGHTS)
+    hosts: Any = NoHosts()
+    url = str(tmp_path / "store")
+    store = Store(open_storage(url), session=hosts, source=Source(url), cluster="auto")
+    tensor = store.tensor("m", "w")
+    assert torch.equal(tensor[2:4], WEIGHTS["w"][2:4])
+    asked = hosts.asked
+    assert asked
+    assert torch.equal(pickle.loads(pickle.dumps(tensor))[2:4], WEIGHTS["w"][2:4])
+    assert hosts.asked == asked
 
 
 def test_memory_is_not_taken_along() -> None:
