@@ -16,12 +16,12 @@ import numpy as np
 from blake3 import blake3
 
 from modelstore.codecs.registry import codec as make_codec
-from modelstore.errors import ConflictError, NotFoundError
+from modelstore.errors import ConflictError, CorruptionError, NotFoundError
 from modelstore.execute.encoding import Input
 from modelstore.execute.fetch import Fetching
 from modelstore.execute.parts import Published, Stored, published_key, session_id, session_prefix
 from modelstore.execute.reading import Limits, Reader
-from modelstore.execute.saving import FILE, Against, plan_inputs, store_manifest
+from modelstore.execute.saving import Against, plan_inputs, store_manifest
 from modelstore.execute.writing import PackWriter, Written, known_chunks
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, view
@@ -39,6 +39,7 @@ from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
 from modelstore.store.heal import replace_pack
 from modelstore.store.manifests import Manifests
+from modelstore.store.packs import FILE
 from modelstore.store.shelf import Shelf
 
 _THREADS = 16
@@ -208,9 +209,9 @@ def _entry(
 
 
 def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], shelf: Shelf) -> None:
-    """Make sure that every pack that pages name is there, and young enough to outlive a collection that runs now.
+    """Make sure that every pack that pages name is there and right, and young enough that a collection leaves it alone.
 
-    Those of the newest version (`live`) are kept for its sake.
+    Those of the newest version (`live`) are kept for its sake. A pack is digested once in a process.
     """
     ranks: dict[str, int] = {}
     for part in parts:
@@ -226,11 +227,17 @@ def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], shelf: S
                 model=parts[0].page.model,
                 object=pack_key(pack),
             )
-        if not shelf.young(info.modified):
+        if not shelf.good(pack):
+            raise CorruptionError(
+                f"pack {pack_key(pack)} of the part of rank {rank} is damaged: nothing was published; save that rank again",
+                model=parts[0].page.model,
+                object=pack_key(pack),
+            )
+        if pack not in live and not shelf.young(info.modified):
             replace_pack(storage, storage, pack)
 
     with Pool(_THREADS, thread_name_prefix="modelstore-parts") as pool:
-        list(pool.map(refresh, [item for item in ranks.items() if item[0] not in live]))
+        list(pool.map(refresh, ranks.items()))
 
 
 class _Pieces:

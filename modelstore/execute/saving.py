@@ -44,6 +44,7 @@ from modelstore.sources.reading import read_whole
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
+from modelstore.store.packs import FILE
 from modelstore.store.relying import base_objects, objects_of
 from modelstore.store.shelf import Shelf
 
@@ -53,7 +54,6 @@ GRIDS = ("auto", "whole")
 MAX_CONFIG = 16 << 20  # bytes of a config.json that is looked into
 LONGEST_CHAIN = 8  # deltas of deltas: each link is another read
 _LADDER = "ladder"
-FILE = "file:"  # before a file's path, among the names in packs
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def store(
     cut = [item for item in left if not item.plan.whole]
     written |= PackWriter(storage, limits, known, shelf, progress, note, tally).write(cut)
     source.opened.check()
+    shelf.heal(earlier_manifests, known)
     beside: frozenset[str] = getattr(source, "beside", frozenset())
     manifest = manifest_of(source, inputs, written, base, without=beside)
     entry = store_manifest(manifests, model, manifest, codec, shelf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -31,7 +32,7 @@ class LocalStorage(Storage):
 
     A write is a temporary file beside its place, made durable, then linked (`create`) or renamed (`put`) into it:
     whole or absent at every instant, also after a power cut. Temporary files that a killed process left behind are
-    never listed, and are removed by `remove_temporaries`.
+    never listed, and are removed by `remove_temporaries`; those of processes at work are locked, and stay.
 
     The root may be a link; no link below it is followed. One in the place of an object is listed as an object that cannot
     be read (`CorruptionError`), and deleting it removes the link. One in the place of a folder is named by `folders`, and
@@ -133,7 +134,7 @@ class LocalStorage(Storage):
 
     def remove_temporaries(self, before: float, *, dry_run: bool = False) -> tuple[Path, ...]:
         """Remove the files that writers left behind and did not touch since `before` (Unix seconds by the file system's clock);
-        returns what they were."""
+        returns what they were. One that a writer of this machine holds open stays, whatever its age."""
         with self._named("", "sweep"):
             return tuple(self._sweep("", before, dry_run))
 
@@ -148,9 +149,12 @@ class LocalStorage(Storage):
                 yield from self._sweep(relative, before, dry_run)
             elif entry.name.startswith(TEMPORARY):
                 with suppress(FileNotFoundError), paths.folder(self.root, folder) as at:
-                    if paths.status_in(at, entry.name).st_mtime <= before:
-                        if not dry_run:
+                    if paths.status_in(at, entry.name).st_mtime > before:
+                        continue
+                    with _unless_in_use(at, entry.name, relative) as free:
+                        if free and not dry_run:
                             os.unlink(entry.name, dir_fd=at)
+                    if free:
                         yield self.root / relative
 
     def _entries(self, prefix: str) -> Sequence[paths.Entry]:
@@ -222,7 +226,12 @@ class LocalStorage(Storage):
         for _ in range(_FOLDER_TRIES):
             with suppress(FileNotFoundError):
                 at = opened.enter_context(paths.folder(self.root, folder, make=0o777))
-                return at, paths.open_in(at, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, f"{self.root}/{folder}/{name}")
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                descriptor = paths.open_in(at, name, flags, f"{self.root}/{folder}/{name}")
+                _lock(descriptor, fcntl.LOCK_SH)
+                if os.fstat(descriptor).st_nlink:
+                    return at, descriptor
+                os.close(descriptor)  # swept before it was locked
         raise OSError(errno.ENOENT, "its folder cannot be made, or vanishes as often as it is made: give another place")
 
     @contextmanager
@@ -247,6 +256,33 @@ def _info(key: str, status: os.stat_result) -> ObjectInfo | None:
         return None
     tag = f"{status.st_ino}-{status.st_mtime_ns}-{status.st_ctime_ns}"
     return ObjectInfo(key, status.st_size, status.st_mtime, tag)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Lock an open file; False where another holds it. A file system without locks has none that others hold."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextmanager
+def _unless_in_use(at: int, name: str, shown: str) -> Iterator[bool]:
+    """Whether no writer holds a temporary file open; none can begin to within the block."""
+    try:
+        descriptor = paths.open_in(at, name, os.O_RDWR, shown)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a link, or of another user: as its age says
+        yield True
+        return
+    try:
+        yield _lock(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)
 
 
 def _write(descriptor: int, data: Buffer) -> int:

@@ -20,6 +20,7 @@ from modelstore.storage.pool import Pool
 
 METADATA_KEY = "modelstore"
 COPY_ENTRY = "manifest"
+FILE = "file:"  # before a file's path, among the names of entries
 PACK_BYTES = 128 << 20
 
 

@@ -1,4 +1,4 @@
-"""Repair: lost manifests from their copies, damaged packs from another copy of the store.
+"""Repair: lost manifests from their copies, damaged packs from the same chunks elsewhere, or from another copy of the store.
 
 What cannot be mended stays in the report, with what to do. Nothing that is good is written again.
 """
@@ -28,6 +28,7 @@ from modelstore.store.damage import noting
 from modelstore.store.describe import problem
 from modelstore.store.heal import pack_is_good, replace_pack
 from modelstore.store.manifests import Manifests
+from modelstore.store.remake import chunks_in, locations, remake
 from modelstore.store.unread import told_once
 
 _THREADS = 4
@@ -50,7 +51,8 @@ def repair(
     """Mend what a reference names, or all that is live: records, then manifests, then every pack that they refer to.
 
     A bare name stands for all versions of the model, `name@version` for all its variants. `source` is another copy of the
-    store; without one, only manifests and their copies can be mended. `progress` hears of the bytes of packs checked.
+    store; without one, manifests, their copies, and packs whose chunks all lie in other packs too, can be mended. `progress`
+    hears of the bytes of packs checked.
     """
     work = _Repair(storage, catalog, manifests, source)
     copies = [*([source] if source is not None else []), *mirrors]
@@ -232,9 +234,10 @@ class _Repair:
         reason = "it is missing or its bytes are not those that its name stands for"
         try:
             if not pack_is_good(self.storage, digest):
-                if self.source is None:
-                    raise CorruptionError(reason)
-                replace_pack(self.storage, self.source, digest)
+                if not self._remake(digest):
+                    if self.source is None:
+                        raise CorruptionError(reason)
+                    replace_pack(self.storage, self.source, digest)
                 self.repaired.append(key)
         except _LOST as error:
             model, tensor, chunks = needs
@@ -254,6 +257,11 @@ class _Repair:
         except StorageError:  # told above
             return 0
         return info.size if info else 0
+
+    def _remake(self, digest: str) -> bool:
+        """Make a pack again of chunks that also lie elsewhere in this store; False where there is not all of it."""
+        manifests = [self.manifests.read(model, name) for model, name in self._noted]
+        return remake(self.storage, digest, manifests, locations(manifests, chunks_in(digest, manifests)))
 
     def _advice(self, model: str) -> str:
         if self.source is None:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
 from modelstore.errors import CorruptionError, NotFoundError
 from modelstore.format.locks import Lock
+from modelstore.format.manifest import Manifest
+from modelstore.format.manifest_builder import Location
 from modelstore.format.record import pack_key
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.clock import REFRESH, now
 from modelstore.store.heal import checked_pieces
 from modelstore.store.packs import Pack
+from modelstore.store.remake import chunks_in, remake
 
 log = logging.getLogger("modelstore")
 
@@ -102,6 +105,17 @@ class Shelf:
         if there is None or not good or not self.young(there.modified):
             self._storage.put(key, pack.pieces, pack.size)
         return not good
+
+    def heal(self, manifests: Sequence[Manifest], known: Mapping[bytes, Location]) -> None:
+        """Make packs again that were found bad, of chunks that are right: `known` says where those lie that were stored anew.
+
+        What cannot be made again is left as it is; nothing new refers to it.
+        """
+        bad = [pack for pack, look in self._looks.items() if look.done() and not look.exception() and not look.result()]
+        for pack in bad:
+            places = {digest: [known[digest]] for digest in chunks_in(pack, manifests) if digest in known}
+            if not is_good(self._storage, pack) and remake(self._storage, pack, manifests, places):
+                log.warning("object %s of %s was made again: it is whole", pack_key(pack), self._storage.url)
 
     def _look(self, pack: str) -> Future[bool]:
         if pack not in self._looks:

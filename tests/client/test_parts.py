@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import modelstore as ms
 from modelstore.client import Store
-from modelstore.errors import ConflictError, FormatError, NotFoundError
+from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError
 from modelstore.execute import merging
 from modelstore.execute.parts import published_key, session_prefix
 from modelstore.format import grid
@@ -381,6 +381,17 @@ def test_old_packs_are_written_again_and_lost_ones_named_before_anything_is_publ
     assert len(store.versions("m")) == 1
     store.save_part("m", {"a": torch.ones(5)}, session="t", rank=0, ranks=1)
     assert store.publish("m", "t", ranks=1).version == 2
+
+
+def test_a_pack_that_was_damaged_since_its_part_was_saved_is_named_before_anything_is_published() -> None:
+    small = Small.new()
+    store = small.store
+    store.save_part("m", {"a": torch.randn(50)}, session="s", rank=0, ranks=1)
+    (pack,) = keys(small.storage, PACKS)
+    small.damage(pack, lambda data: data.__setitem__(-1, data[-1] ^ 1))
+    with pytest.raises(CorruptionError, match="part of rank 0 is damaged: nothing was published; save that rank again"):
+        open_on(small.storage).publish("m", "s", ranks=1)
+    assert not list(store.models())
 
 
 def _packs_of(small: Small, session: str) -> set[str]:

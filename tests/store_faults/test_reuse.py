@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import modelstore
 from modelstore.client import Store
 from modelstore.errors import CorruptionError
+from modelstore.format.names import parse_reference
 from modelstore.format.record import manifest_key, pack_key, version_key
 from modelstore.storage.base import Storage
 from modelstore.storage.faults import CountingStorage, FaultyStorage, Killed
@@ -106,9 +107,52 @@ def test_a_version_with_changes_does_not_refer_to_what_is_damaged(storage: Stora
         assert all_bits(open_on(storage).load(f"m@{saved.version}")) == all_bits(changed)
 
 
-def open_and_keys(store: Store, tensors: dict[str, torch.Tensor]) -> set[str]:
+@pytest.mark.parametrize("how", [{}, {"codec": "raw"}, {"codec": "raw", "grid": "whole"}], ids=str)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_version_with_changes_heals_older_packs_of_which_it_has_every_chunk(
+    storage: Storage, damage: Damage, how: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_on(storage)
+    packs = open_and_keys(store, weights(1), **how)
+    of = packs_of(store)
+    whole = pack_sizes(storage)
+    for tensor in ("head", "norm"):
+        for key in sorted(packs - of[tensor] - {pack_key(store._catalog.newest("m").variants["original"].copy)}):
+            if how.get("grid") == "whole" and damage not in (flip,):
+                continue  # its header is not known from the manifest
+            changed = weights(1)
+            changed[tensor].view(-1)[0] += len(packs)
+            damage(storage, key)
+            store.save("m", changed, **how)
+            assert pack_sizes(storage)[key] == whole[key]
+            assert all_bits(open_on(storage).load("m@1")) == all_bits(weights(1))
+            assert open_on(storage).verify("m@1", deep=True).ok
+            store.delete(f"m@{store._catalog.newest('m').version}")
+    assert how.get("grid") == "whole" or "was made again" in caplog.text
+
+
+def test_repair_makes_a_pack_of_chunks_that_lie_elsewhere(storage: Storage) -> None:
+    store = open_on(storage)
+    packs = open_and_keys(store, weights(1))
+    key = sorted(packs - {pack_key(store._catalog.newest("m").variants["original"].copy)})[0]
+    remove(storage, key)
+    store.save("other", {"more": torch.randn(900), **weights(1)})  # cut at other places
+    assert storage.info(key) is None
+    report = open_on(storage).repair()
+    assert report.ok
+    assert report.repaired == (key,)
+    assert open_on(storage).verify(deep=True).ok
+
+
+def packs_of(store: Store) -> dict[str, set[str]]:
+    """The packs that each tensor lies in."""
+    manifest = store._manifest(parse_reference("m"))
+    return {t.name: {pack_key(manifest.packs[manifest.pack[r]]) for r in manifest.rows(t)} for t in manifest.tensors}
+
+
+def open_and_keys(store: Store, tensors: dict[str, torch.Tensor], **how: Any) -> set[str]:
     """Save, and the keys of the packs."""
-    store.save("m", tensors)
+    store.save("m", tensors, **how)
     return set(pack_sizes(store._storage))
 
 
