@@ -46,7 +46,8 @@ class Keeping(Base):
     ) -> results.Report:
         """Mend what `verify` finds: lost manifests from their copies, damaged packs from `source`, a copy of the store.
 
-        Damaged records are taken from `source` or a mirror, else from the record before them: `notes` say what that is now.
+        Damaged records are taken from `source` or a mirror, else become what an earlier record says of which
+        everything is there: `notes` say what that is now.
         """
         from modelstore.store.repair import repair
 

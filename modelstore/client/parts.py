@@ -12,6 +12,7 @@ from modelstore.client.base import Base
 from modelstore.execute.progress import Progress, meter
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
+from modelstore.format.note import note
 from modelstore.format.region import nbytes
 
 if TYPE_CHECKING:
@@ -84,13 +85,16 @@ class Parts(Base):
         ranks: int,
         tag: str | None = None,
         files: Mapping[str, str | Path | bytes] | None = None,
+        message: str | None = None,
+        meta: Mapping[str, str | int | float | bool] | None = None,
         progress: Progress | None = None,
     ) -> results.Saved:
         """Make the parts of all ranks the next version of a model; called by one process, when all ranks have saved theirs.
 
         `files` are added to those of the parts. `NotFoundError` names the ranks that have no part; `ConflictError` the
         tensor, and the ranks whose slices of it overlap, leave something out, or contradict each other: nothing is
-        visible then. Publishing a session again gives the version that it became.
+        visible then. Publishing a session again gives the version that it became, with what was said of it first.
+        `message` and `meta` are kept in the version's record, and `log` shows them, as for `save`.
         """
         from modelstore.execute.merging import publish
         from modelstore.execute.parts import published, read_parts
@@ -103,6 +107,7 @@ class Parts(Base):
             raise ValueError(f"ranks={ranks} is not positive")
         if tag is not None:
             check_word(tag, "tag")
+        noted = note(message, meta, f"{ranks} ranks' parts" if ranks > 1 else "one rank's part")
         self._catalog.open()
         version = published(self._storage, name, session)
         stored = reused = 0
@@ -120,6 +125,7 @@ class Parts(Base):
                     parts,
                     files=added,
                     previous=previous,
+                    note=noted,
                     fetching=self._fetching,
                     limits=self._limits(),
                     progress=meter(progress, total, f"publishing {name}"),

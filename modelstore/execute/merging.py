@@ -28,6 +28,7 @@ from modelstore.format.buffers import Bytes, view
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.manifest_builder import Location, ManifestBuilder
+from modelstore.format.note import Note
 from modelstore.format.record import VersionRecord, pack_key
 from modelstore.format.region import Region, Shape, extent, full, intersect, shift, slices
 from modelstore.format.sealed import seal
@@ -130,14 +131,15 @@ def publish(
     *,
     files: Source,
     previous: Against | None,
+    note: Note,
     fetching: Fetching,
     limits: Limits,
     progress: Callable[[int], None] | None,
 ) -> tuple[VersionRecord, Manifest]:
     """Publish the parts of all ranks as the next version; a session that was published already is not published again.
 
-    `files` has further files. `ConflictError` where the parts do not go together, `NotFoundError` where a pack of one
-    is gone; nothing is visible then.
+    `files` has further files, `note` what is said of the version. `ConflictError` where the parts do not go together,
+    `NotFoundError` where a pack of one is gone; nothing is visible then.
     """
     page = parts[0].page
     model, session = page.model, page.session
@@ -181,7 +183,7 @@ def publish(
     )
     entry = store_manifest(manifests, model, manifest, merge.codec, shelf)
     after = min(part.page.after for part in parts)
-    record = catalog.publish_version(model, session_id(model, session), entry, after=after)
+    record = catalog.publish_version(model, session_id(model, session), entry, after=after, note=note)
     storage.create(published_key(model, session), seal(Published(record.version)))
     forget(storage, model, session)
     return record, manifest

@@ -24,6 +24,7 @@ from modelstore.storage.keys import TEMPORARY, check_key, check_prefix, key_prob
 OPEN_FILES = 128
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _LOOKS = 256  # objects of a folder that a listing looks at in one go
+_FOLDER = "a folder lies in its place; move it away, then run 'modelstore repair'"
 _FOLDER_TRIES = 100  # a folder can be pruned by a concurrent delete each time we have made it
 
 
@@ -76,6 +77,9 @@ class LocalStorage(Storage):
             try:
                 os.link(temporary, name, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)
             except FileExistsError:
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    if stat.S_ISDIR(paths.status_in(at, name).st_mode):
+                        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), key) from None
                 return False
             except OSError as error:
                 if error.errno in _NO_LINKS:
@@ -246,8 +250,11 @@ class LocalStorage(Storage):
             raise CorruptionError(f"cannot {doing} {what}: {paths.explained(error)}", object=key) from error
         except OSError as error:
             absent = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+            is_folder = isinstance(error, IsADirectoryError)
             if absent and doing not in ("create", "write"):
-                raise NotFoundError(f"no object {what}", object=key) from error
+                raise NotFoundError(f"no object {what}" + f": {_FOLDER}" * is_folder, object=key) from error
+            if is_folder:
+                raise CorruptionError(f"cannot {doing} {what}: {_FOLDER}", object=key) from error
             raise StorageError(f"cannot {doing} {what}: {paths.explained(error)}", object=key) from error
 
 

@@ -1,7 +1,9 @@
 """The small objects of a store, looked at one by one: records, tags, journals, `modelstore.json`; and what mends them.
 
 A damaged record is replaced by the same one of another copy of the store, else by what the record before it says (or, where
-there is none before it, the one after it): that is known, and what the damaged one said beyond it is not.
+there is none before it, the one after it): that is known, and what the damaged one said beyond it is not. The newest record of
+a version becomes what an earlier one says only where all that this names is still there: a compaction moves what a version
+needs, and what earlier records name is collected then.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -30,6 +33,8 @@ _THREADS = 16
 _JOURNAL = re.compile(r"(jobs/[0-9a-f]{32}/|intents/|condemned/).*\.json")  # anything else there is not ours
 
 Record = VersionRecord | TagRecord
+# Why what a record names cannot be relied on, "" where all of it is there; it stays there until the end of the block.
+Keep = Callable[[VersionRecord], AbstractContextManager[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +140,18 @@ class Mended:
     problems: list[Problem]
 
 
-def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *, journals: bool) -> Mended:
+def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *, journals: bool, keep: Keep) -> Mended:
     """Put right what `damage` finds, as far as another copy of the store, or the records beside it, tell."""
     made = Mended([], [], [])
     for model in models:
-        for one in series(storage, model):
+        live: set[int] = set()
+        for one in series(storage, model):  # versions before tags
+            work = _Mending(storage, sources, one, made, keep, live)
             for number in sorted(one.bad):
-                _mend_record(storage, sources, one, number, made)
+                work.record(number)
+            head = one.good.get(max(one.keys, default=0))
+            if isinstance(head, VersionRecord) and not head.deleted:
+                live.add(head.version)
     if journals:
         for error in torn_journals(storage):
             if isinstance(error, DAMAGED) and error.object and error.object.startswith(rec.JOBS):
@@ -152,33 +162,82 @@ def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *,
     return made
 
 
-def _mend_record(storage: Storage, sources: Sequence[Storage], one: Series, number: int, made: Mended) -> None:
-    key, error = one.keys[number], one.bad[number]
-    if not isinstance(error, DAMAGED):  # not read is not damaged
-        made.problems.append(one.problem(number))
-        return
-    copy = _copy(sources, key, rec.parse_version if "/versions/" in key else rec.parse_tag)
-    beside = max((n for n in one.good if n < number), default=min((n for n in one.good if n > number), default=None))
-    if copy is not None:
-        data = copy
-    elif beside is not None:
-        data = seal(msgspec.structs.replace(one.good[beside], number=number))
-        one.good[number] = msgspec.structs.replace(one.good[beside], number=number)
+@dataclass(frozen=True, slots=True)
+class _Mending:
+    """The records of one version or tag, while they are mended; `live`: the versions that a tag may name."""
+
+    storage: Storage
+    sources: Sequence[Storage]
+    one: Series
+    made: Mended
+    keep: Keep
+    live: set[int]
+
+    def record(self, number: int) -> None:
+        """Mend one damaged record."""
+        one, key, error = self.one, self.one.keys[number], self.one.bad[number]
+        if not isinstance(error, DAMAGED):  # not read is not damaged
+            self.made.problems.append(one.problem(number))
+            return
+        parse: Callable[[bytes, str], Record] = rec.parse_version if "/versions/" in key else rec.parse_tag
+        copy = _copy(self.sources, key, parse)
+        if copy is not None:
+            one.good[number] = parse(copy, key)
+            self._put(key, copy)
+            return
+        before = sorted((n for n in one.good if n < number), reverse=True)
+        if number < max(one.keys):  # nobody reads it any more, but it tells when what it names was given up
+            beside = before or sorted(one.good)
+            if beside:
+                self._become(number, beside[0])
+                return
+        why = self._go_back(number, before)
+        if why:
+            self._left(number, why)
+
+    def _go_back(self, number: int, before: Sequence[int]) -> str:
+        """Let the newest record say what an earlier one says; why that cannot be, "" where it was done."""
+        lost = ""
+        for earlier in before:
+            said = self.one.good[earlier]
+            if isinstance(said, TagRecord):
+                if said.version and said.version not in self.live:
+                    return f"its record {earlier} names version {said.version}, which is not there any more"
+                self._become(number, earlier)
+                return ""
+            if said.deleted:
+                self._become(number, earlier)
+                return ""
+            with self.keep(said) as why:
+                if not why:
+                    self._become(number, earlier)
+                    return ""
+            lost = lost or f"its record {earlier} cannot stand in for it ({why})"
+        return lost or "no other record tells of it"
+
+    def _become(self, number: int, other: int) -> None:
+        one = self.one
+        record = one.good[number] = msgspec.structs.replace(one.good[other], number=number)
+        self._put(one.keys[number], seal(record))
         if number == max(one.keys):
-            made.notes.append(
-                f"{one.what} of model {one.model!r} is again what its record {beside} says: what record {number}, which was "
-                f"damaged, changed is lost{_changed(one.good[beside])}"
+            self.made.notes.append(
+                f"{one.what} of model {one.model!r} is again what its record {other} says: what record {number}, which was "
+                f"damaged, changed is lost{_changed(record)}"
             )
-    else:
+
+    def _put(self, key: str, data: bytes) -> None:
+        self.storage.put(key, [data], len(data))
+        self.made.repaired.append(key)
+
+    def _left(self, number: int, why: str) -> None:
+        one = self.one
         problem = one.problem(number)
         advice = f"run 'modelstore repair {one.model} --from URL' with another copy of the store"
         ref = f"{one.model}@{one.what.split(' ')[1]}".replace("'", "")
-        last = f"delete it with 'modelstore rm {ref}'" if "/versions/" in key else "set it anew with 'modelstore tag'"
-        text = f"{one.what} of model {one.model!r} is lost: object {key} is damaged, and no other record tells of it"
-        made.problems.append(msgspec.structs.replace(problem, message=f"{text}: {advice}, or {last}"))
-        return
-    storage.put(key, [data], len(data))
-    made.repaired.append(key)
+        is_version = "/versions/" in one.keys[number]
+        last = f"delete it with 'modelstore rm {ref}'" if is_version else "set it anew with 'modelstore tag'"
+        text = f"{one.what} of model {one.model!r} is lost: object {one.keys[number]} is damaged, and {why}"
+        self.made.problems.append(msgspec.structs.replace(problem, message=f"{text}: {advice}, or {last}"))
 
 
 def _changed(record: Record) -> str:

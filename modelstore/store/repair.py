@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,7 +23,7 @@ from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, 
 from modelstore.format.results import Problem, Report
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
-from modelstore.store import packs, records
+from modelstore.store import packs, records, relying
 from modelstore.store.catalog import Catalog
 from modelstore.store.damage import noting
 from modelstore.store.describe import problem
@@ -59,7 +60,8 @@ def repair(
     if records.mend_store(storage, copies, catalog.models):
         work.repaired.append(rec.STORE_KEY)
     catalog.open()
-    mended = records.mend(storage, copies, [ref.name] if ref else catalog.models(), journals=ref is None)
+    names = [ref.name] if ref else catalog.models()
+    mended = records.mend(storage, copies, names, journals=ref is None, keep=lambda record: work.kept(record, copies))
     work.repaired += mended.repaired
     for model in [ref.name] if ref else catalog.models():
         for record, variant, entry in live(catalog, model, ref, work.problems):
@@ -116,6 +118,14 @@ def copy_of(storage: Storage, model: str, digest: str, manifest: Manifest) -> pa
         return packs.copy_pack(model, digest, man.encode(manifest)[1])
 
 
+def _has(storage: Storage, key: str, size: int) -> bool:
+    try:
+        info = storage.info(key)
+    except StorageError:  # another copy of the store, which cannot be reached
+        return False
+    return info is not None and info.size >= size
+
+
 @dataclass
 class _Repair:
     """One repair: what it found and did so far."""
@@ -165,8 +175,66 @@ class _Repair:
         for index, digest in enumerate(manifest.packs):
             self.packs.setdefault(digest, (model, first.get(index, ""), counts[index]))
 
+    @contextmanager
+    def kept(self, record: VersionRecord, copies: Sequence[Storage]) -> Iterator[str]:
+        """Why what a record names cannot be relied on: an object that no copy of the store has, or that is being removed.
+
+        "" where there is none such: all of it stays there until the end of the block.
+        """
+        id = uuid.uuid4().hex
+        needed: dict[str, int] = {}  # 0: this can be made anew
+        for entry in record.variants.values():
+            needed.setdefault(pack_key(entry.copy), 0)
+            at: tuple[str, str, str] | None = (record.model, entry.manifest, entry.copy)
+            while at is not None and manifest_key(*at[:2]) not in needed:
+                key = manifest_key(*at[:2])
+                manifest, _, _ = self._find(*at)
+                if manifest is None:
+                    yield f"manifest {key} is lost, and so is its copy"
+                    return
+                needed[key] = 0
+                for pack, size in relying.objects_of(manifest).items():
+                    needed[pack] = max(size, needed.get(pack, 0))
+                at = (manifest.base.model, manifest.base.manifest, "") if manifest.base else None
+        coming = {key for key, size in needed.items() if not size or any(_has(at, key, size) for at in copies)}
+        try:
+            relying.hold(self.storage, record.model, id, needed, coming)
+        except relying.GoneError as error:
+            why = f"object {error.object} is missing, too short, or being removed"
+        except (FormatError, CorruptionError) as error:
+            why = str(error)
+        else:
+            try:
+                yield ""
+            finally:
+                relying.release(self.storage, id)
+            return
+        yield why
+
     def _manifest(self, model: str, digest: str, copy: str) -> tuple[Manifest, bytes] | None:
         """A good manifest, put back where it was not; None, and a problem, where there is none anywhere."""
+        key = manifest_key(model, digest)
+        manifest, data, reasons = self._find(model, digest, copy)
+        if manifest is not None:
+            if reasons:
+                try:
+                    self.storage.put(key, [data], len(data))
+                    self.repaired.append(key)
+                except (StorageError, CorruptionError) as error:  # all else is mended nevertheless
+                    self.problems.append(problem(error, model))
+            return manifest, data
+        self.problems.append(
+            Problem(
+                "corruption",
+                f"manifest {key} of model {model!r} is lost, and so is its copy ({reasons[0]}): {self._advice(model)}",
+                model=model,
+                object=key,
+            )
+        )
+        return None
+
+    def _find(self, model: str, digest: str, copy: str) -> tuple[Manifest | None, bytes, list[str]]:
+        """A good manifest, its stored bytes, and why it is not that of its own object; None where there is none anywhere."""
         key = manifest_key(model, digest)
 
         def from_mirror() -> tuple[Manifest, bytes]:
@@ -190,19 +258,8 @@ class _Repair:
             except _LOST as error:
                 reasons.append(str(error))
                 continue
-            if reasons:
-                self.storage.put(key, [data], len(data))
-                self.repaired.append(key)
-            return manifest, data
-        self.problems.append(
-            Problem(
-                "corruption",
-                f"manifest {key} of model {model!r} is lost, and so is its copy ({reasons[0]}): {self._advice(model)}",
-                model=model,
-                object=key,
-            )
-        )
-        return None
+            return manifest, data, reasons
+        return None, b"", reasons
 
     def _copy(self, record: VersionRecord, variant: str, entry: VariantEntry, data: bytes) -> None:
         """See that the entry's copy is a good one; a lost one is made again."""

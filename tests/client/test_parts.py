@@ -328,6 +328,26 @@ def test_a_session_becomes_one_version(storage: Storage) -> None:
     assert keys(url_storage, session_prefix("m", "s")) == {published_key("m", "s")}
 
 
+def test_what_is_said_of_a_version_in_parts_is_kept() -> None:
+    store = Small.new().store
+    save_all(store, [{"a": torch.ones(3)}, {"b": torch.zeros(3)}])
+    for message, meta, error in (
+        (3, None, TypeError),
+        ("x" * 5000, None, ValueError),
+        (None, ["step"], TypeError),
+        (None, {"step": [1]}, TypeError),
+        (None, {"1 2": 1}, ValueError),
+    ):
+        with pytest.raises(error, match=r"message|meta"):
+            store.publish("m", "s", ranks=2, message=message, meta=meta)  # type: ignore[arg-type]
+    assert not store.publish("m", "s", ranks=2, message="after warm-up", meta={"step": 7, "loss": 0.5}).reused
+    assert store.publish("m", "s", ranks=2, message="once more").version == 1
+    (entry,) = store.log("m")
+    assert (entry.message, entry.meta) == ("after warm-up", {"step": "7", "loss": "0.5"})
+    assert entry.source == "2 ranks' parts"
+    assert entry.by
+
+
 def test_a_publisher_that_died_after_the_record_makes_no_second_version(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Small.new().store
     save_all(store, [{"a": torch.ones(3)}])

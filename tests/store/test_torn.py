@@ -14,7 +14,11 @@ from modelstore.errors import ConflictError, FormatError, ModelStoreError
 from modelstore.format import record as rec
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
-from tests.helpers.stores import all_bits, copy_all, keys, open_on, overwrite, weights
+from modelstore.store.catalog import Catalog
+from modelstore.store.compaction import clean
+from modelstore.store.condemned import Condemnation
+from modelstore.store.manifests import Manifests
+from tests.helpers.stores import all_bits, copy_all, keys, open_on, overwrite, shrink, weights
 
 TORN: dict[str, bytes] = {"empty": b"", "garbage": b"\x00\xffgarbage", "another type": b"[1, 2]"}
 V1, V2, V3 = (rec.version_key("m", n, 1) for n in (1, 2, 3))
@@ -246,3 +250,120 @@ def test_what_is_no_file_or_too_large_in_the_place_of_a_record(what: str, tmp_pa
         store.load("m")
     assert store.save("m", weights(4)).version == 3
     assert isinstance(store, Store)
+
+
+def test_a_record_whose_objects_were_collected_does_not_stand_in_for_the_newest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shrink(monkeypatch)
+    storage = MemoryStorage(uuid.uuid4().hex)
+    store = open_on(storage)
+    store.save("m", weights(1))
+    store.save("m", {**weights(2), "head": weights(1)["head"]})
+    store.delete("m@1")
+    works = (storage, (), Catalog(storage), Manifests(storage))
+    clean(*works, dry_run=False, grace=0, bound=1.0, hold=1 << 20, meter=lambda _: None)
+    first = rec.parse_version(storage.get(V2), V2).variants["original"]
+    key, manifest = rec.version_key("m", 2, 2), rec.manifest_key("m", first.manifest)
+    good = storage.get(key)
+    assert storage.info(manifest) is None, "only the newest record tells what this version needs"
+    put(storage, key, b"")
+    report = open_on(storage).repair()
+    assert report.repaired == ()
+    assert [p.object for p in report.problems] == [key]
+    for word in ("version 2 of model 'm'", key, manifest, "its record 1", "modelstore repair m --from URL", "rm m@2"):
+        assert word in report.problems[0].message
+    assert storage.get(key) == b""  # it is damaged still, and a collection keeps what it may name
+    open_on(storage).gc(dry_run=False, grace=0)
+    assert not keys(storage, "intents/")
+    put(storage, key, good)
+    is_sound(storage)
+
+
+@pytest.mark.parametrize("how", ["lost", "cut"])
+def test_the_newest_record_that_is_whole_stands_in(how: str, storage: MemoryStorage) -> None:
+    store = open_on(storage)
+    store.compress("m@3", "ternary")
+    key, entries = rec.version_key("m", 3, 3), store._catalog.version("m", 3).variants
+    put(storage, key, b"")
+    original, int8 = (set(Manifests(storage).entry("m", entries[name]).packs) for name in ("original", "int8"))
+    pack = rec.pack_key((int8 - original).pop())
+    if how == "lost":
+        storage.delete(pack)
+    else:
+        put(storage, pack, storage.get(pack)[:-1])
+    report = open_on(storage).repair()
+    assert report.ok
+    assert "what its record 1 says" in report.notes[0]
+    assert list(open_on(storage).versions("m")[-1].variants) == ["original"]
+    is_sound(storage)
+
+
+def test_what_another_copy_of_the_store_has_is_there(storage: MemoryStorage) -> None:
+    other = MemoryStorage(uuid.uuid4().hex)
+    copy_all(storage, other)
+    key = rec.version_key("m", 3, 2)
+    for at in (storage, other):
+        put(at, key, b"")
+    for pack in keys(storage, rec.PACKS):
+        storage.delete(pack)
+    assert not open_on(storage).repair("m@3").ok
+    assert open_on(storage).repair(source=other.url).ok
+    is_sound(storage)
+
+
+def test_what_a_collection_is_removing_is_not_relied_on(storage: MemoryStorage) -> None:
+    key = rec.version_key("m", 3, 2)
+    entry = rec.parse_version(storage.get(V3), V3).variants["original"]
+    pack = rec.pack_key(Manifests(storage).entry("m", entry).packs[0])
+    put(storage, key, b"")
+    condemned = Condemnation(storage, {pack})
+    assert condemned.pronounce({pack})
+    assert f"object {pack} is missing, too short, or being removed" in open_on(storage).repair().problems[0].message
+    condemned.withdraw()
+    assert open_on(storage).repair().ok
+
+
+def test_a_tag_does_not_come_to_name_a_version_that_is_gone(storage: MemoryStorage) -> None:
+    store = open_on(storage)
+    store.untag("m", "first")
+    store.delete("m@1")
+    put(storage, PROD, b"")
+    report = open_on(storage).repair()
+    assert [p.object for p in report.problems] == [PROD]
+    assert "its record 1 names version 1, which is not there any more" in report.problems[0].message
+    assert "set it anew with 'modelstore tag'" in report.problems[0].message
+    store.tag("m@2", "prod")
+    assert open_on(storage).repair().ok
+    assert all_bits(store.load("m@prod")) == all_bits(weights(2))
+
+
+def test_a_folder_in_the_place_of_a_manifest_or_a_record(tmp_path: Path) -> None:
+    store = modelstore.open(tmp_path)
+    store.save("m", weights(1))
+    store.save("other", weights(2))
+    key = next(iter(keys(store._storage, "models/m/manifests/")))
+    other = next(iter(keys(store._storage, "models/other/manifests/")))
+    good = (tmp_path / key).read_bytes()
+    (tmp_path / other).write_bytes(b"")
+    (tmp_path / key).unlink()
+    (tmp_path / key / "x").mkdir(parents=True)
+    what = f"{key!r} in file://{tmp_path}: a folder lies in its place; move it away, then run 'modelstore repair'"
+    with pytest.raises(ModelStoreError) as caught:
+        modelstore.open(tmp_path).load("m")
+    assert f"no object {what}" in str(caught.value)
+    report = modelstore.open(tmp_path).repair()
+    assert [(p.object, p.message) for p in report.problems] == [(key, f"cannot write {what}")]
+    assert report.repaired == (other,)
+    (tmp_path / key / "x").rmdir()
+    (tmp_path / key).rmdir()
+    assert modelstore.open(tmp_path).repair().ok
+    assert (tmp_path / key).read_bytes() == good
+    (tmp_path / V2).mkdir(parents=True)  # where the next version's record will lie
+    with pytest.raises(ModelStoreError) as caught:
+        modelstore.open(tmp_path).save("m", weights(3))
+    assert str(caught.value).startswith(
+        f"cannot create {V2!r} in file://{tmp_path}: a folder lies in its place; move it"
+    )
+    (tmp_path / V2).rmdir()
+    assert modelstore.open(tmp_path).save("m", weights(3)).version == 2
