@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from modelstore.text import json_line
 # What a command that was stopped has done is not done again by these.
 RESUMING = frozenset({"save", "load", "export", "compress", "copy", "rename", "repair", "gc"})
 FAILED, USAGE, UNREAD, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
+PATIENCE = 5.0  # seconds from Ctrl-C to the end of the process, whatever it waits for
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # Typer exports this one class of its error tree only
 
@@ -61,7 +62,7 @@ class Commands(TyperGroup):
         """Run the chosen command."""
         given = [*getattr(ctx, "_protected_args", ()), *ctx.args]  # the command first
         as_json, debug = "--json" in given, "--debug" in given
-        stopped = Stopped()
+        stopped = Stopped(lambda: _tell_stopped(given, as_json))
         try:
             with stopped.noticed():
                 return super().invoke(ctx)
@@ -92,33 +93,58 @@ class Commands(TyperGroup):
 class Stopped:
     """Whether Ctrl-C was pressed, also where `KeyboardInterrupt` did not come through."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], None]) -> None:
         self._pressed = False
+        self._over = threading.Event()
+        self._tell = tell
 
     def __bool__(self) -> bool:
         return self._pressed
 
     @contextmanager
     def noticed(self) -> Iterator[None]:
-        """Within the block, Ctrl-C is noted, and raises `KeyboardInterrupt` as ever."""
+        """Within the block, Ctrl-C is noted, and raises `KeyboardInterrupt` as ever.
+
+        Where the block does not end of it in `PATIENCE` seconds, as while a server does not answer, the process does: whatever
+        is stopped at any point can be done again.
+        """
         before = signal.getsignal(signal.SIGINT)
         if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
             yield
             return
+        heard, signals = os.pipe()  # told of signals at once, where a handler waits for what the main thread is at
+        os.set_blocking(signals, False)
         signal.signal(signal.SIGINT, self._interrupt)
+        woken = signal.set_wakeup_fd(signals, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(heard,), name="modelstore-ctrl-c", daemon=True).start()
         try:
             yield
         finally:
+            self._over.set()
+            signal.set_wakeup_fd(woken)
             signal.signal(signal.SIGINT, before)
+            os.close(signals)
 
     def _interrupt(self, *_: object) -> None:
         self._pressed = True
         raise KeyboardInterrupt
 
+    def _watch(self, heard: int) -> None:
+        """End the process where Ctrl-C does not."""
+        with os.fdopen(heard, "rb", buffering=0) as file:
+            while told := file.read(1):
+                if told[0] == signal.SIGINT and not self._over.wait(PATIENCE):
+                    self._tell()
+                    os._exit(INTERRUPTED)
 
-def _interrupted(given: Sequence[str], as_json: bool) -> Exception:
+
+def _tell_stopped(given: Sequence[str], as_json: bool) -> None:
     goes_on = bool(given) and given[0] in RESUMING
     _say("stopped" + "; the same command goes on from what is finished" * goes_on, kind="cancelled", as_json=as_json)
+
+
+def _interrupted(given: Sequence[str], as_json: bool) -> Exception:
+    _tell_stopped(given, as_json)
     ending: Exception = typer.Exit(INTERRUPTED)
     return ending
 

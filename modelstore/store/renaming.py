@@ -8,7 +8,8 @@ started again: versions made by it are known by their writer, which is made of b
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import msgspec
 from blake3 import blake3
@@ -59,6 +60,8 @@ class _Renaming:
         self._new = new
         self._id = catalog.open().id
         self.moved: dict[int, int] = {}
+        self._up: int | None = None  # by how much numbers change, unless they are taken
+        self._twice: list[int] = []  # numbers of the new name whose versions were made again under higher ones
 
     def made(self) -> dict[int, int]:
         """Live versions of the new name, and which old number each has that a renaming like this one made; 0: another's."""
@@ -67,40 +70,72 @@ class _Renaming:
         writers = {self._writer(number): number for number in range(1, highest + 1)}
         for record in self._catalog.live(self._new):
             found[record.version] = writers.get(self._catalog.first(self._new, record.version).writer, 0)
-        self.moved = {before: now for now, before in found.items() if before}
+        for now, before in sorted(found.items()):
+            if before:
+                self._note(before, now)
         return found
 
     def make(self, live: Iterable[VersionRecord]) -> None:
         """Make the versions under the new name that are not there yet, the newest first."""
-        wanted = sorted((record for record in live if record.version not in self.moved), key=lambda r: -r.version)
-        if not wanted:
-            return
-        if self.moved:
-            before, now = next(iter(self.moved.items()))
-            up = now - before
-        else:
-            up = max(0, self._catalog.highest(self._new) + 1 - wanted[-1].version)
-        for record in wanted:
-            self.moved[record.version] = self._make(record, record.version + up)
+        records = sorted(live, key=lambda record: -record.version)
+        if self._up is None and records:
+            offsets = [now - before for before, now in self.moved.items()]
+            self._up = min(offsets) if offsets else max(0, self._catalog.highest(self._new) + 1 - records[-1].version)
+        rounds = iter(range(_ROUNDS))
+        for record in records:
+            if record.version not in self.moved:
+                self._make(record, self._number(record.version), records, rounds)
+        for number in self._twice:
+            self._drop(number)
+        self._twice.clear()
 
-    def _make(self, record: VersionRecord, number: int) -> int:
+    def _number(self, version: int) -> int:
+        """The number that a version is to have, above that of the next older one that is made already."""
+        older = max((before for before in self.moved if before < version), default=None)
+        assert self._up is not None
+        return version + (self._up if older is None else max(self._up, self.moved[older] - older))
+
+    def _make(
+        self, record: VersionRecord, number: int, records: Sequence[VersionRecord], rounds: Iterator[int]
+    ) -> None:
+        """Make a version; where its number is taken, as a collection does with one that was about to come, this one and all
+        newer ones get numbers above all that there are, so that their order stays."""
+        if self._publish(record, number):
+            self._note(record.version, number)
+            return
+        if next(rounds, None) is None:
+            raise ConflictError(f"{_ROUNDS} writers of model {self._new!r} came first: try again", model=self._new)
+        up = self._catalog.highest(self._new) + 1 - record.version
+        for again in records:
+            if again.version >= record.version:
+                self._make(again, again.version + up, records, rounds)
+
+    def _publish(self, record: VersionRecord, number: int) -> bool:
+        """Make a version under the new name; False where the number is another's."""
         self._write_manifests(record.variants.values())
-        for _ in range(_ROUNDS):
-            made = msgspec.structs.replace(
-                record,
-                model=self._new,
-                version=number,
-                number=1,
-                writer=self._writer(record.version),
-                created=time.time(),
-            )
-            if self._catalog.publish_made(made):
-                return number
-            same = self._catalog.first(self._new, number).writer == made.writer
-            if same and not self._catalog.version(self._new, number).deleted:
-                return number  # the same renaming, started twice
-            number = self._catalog.highest(self._new) + 1
-        raise ConflictError(f"{_ROUNDS} writers of model {self._new!r} came first: try again", model=self._new)
+        made = msgspec.structs.replace(
+            record,
+            model=self._new,
+            version=number,
+            number=1,
+            writer=self._writer(record.version),
+            created=time.time(),
+        )
+        if self._catalog.publish_made(made):
+            return True
+        same = self._catalog.first(self._new, number).writer == made.writer  # the same renaming, started twice
+        return same and not self._catalog.version(self._new, number).deleted
+
+    def _note(self, before: int, now: int) -> None:
+        there = self.moved.get(before, now)
+        self.moved[before] = max(there, now)
+        if there != now:
+            self._twice.append(min(there, now))
+
+    def _drop(self, number: int) -> None:
+        """Delete a version that was made again under a higher number, unless somebody has used it."""
+        with suppress(NotFoundError, ConflictError):  # gone already; changed, or tagged
+            self._catalog.delete(self._new, number, None, self._writer(number), only=1)
 
     def move_tags(self) -> list[str]:
         """Let tags name the new versions, then remove the old ones."""

@@ -1,4 +1,4 @@
-"""Ctrl-C while a server does not answer: the command ends when the request does, with one line, and asks no more."""
+"""Ctrl-C while a server does not answer: the command ends though the request does not, with one line."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from tests.storage.proxy import Proxy
 pytestmark = pytest.mark.s3
 BOUND = 100  # seconds that the process may take on a busy machine: less than the patience of retries
 START = """
-from modelstore.storage import objects, options
-options.STALL_SECONDS, objects.SLOWEST = 2.0, 64 << 20  # else a request has half a minute
+from modelstore.cli import failures
+from modelstore.storage import options
+options.STALL_SECONDS, failures.PATIENCE = 10_000.0, 0.5  # the request never ends
 from modelstore.__main__ import main
 main()
 """

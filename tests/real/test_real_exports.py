@@ -81,7 +81,7 @@ def test_transformers_computes_the_same_from_packed_weights(
     assert sizes[0] < 0.7 * sizes[1]
 
 
-@pytest.mark.parametrize(("kind", "most"), [("F16", 0.005), ("BF16", 0.02), ("Q8_0", 0.08)])
+@pytest.mark.parametrize(("kind", "most"), [("F16", 0.005), ("BF16", 0.02), ("Q8_0", 0.15)])
 def test_llama_cpp_runs_it(folder: Path, store: ms.Store, tmp_path: Path, kind: str, most: float) -> None:
     out = tmp_path / "model.gguf"
     store.export("org/model", out, format="gguf", gguf_type=kind)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import pytest
 
-from modelstore.storage.wrapping import WRITES, Verb
+from modelstore.format import record as rec
+from modelstore.format.buffers import Buffer
+from modelstore.format.sealed import seal
+from modelstore.storage.base import Storage
+from modelstore.storage.faults import FaultyStorage, Killed
+from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
+from modelstore.store.condemned import VOID
 from tests.helpers.stores import open_on
 from tests.store.helpers import Small, weights
 from tests.store.test_handshake import At, Off
 
 DAYS = 86_400
+T = TypeVar("T")
 
 
 @pytest.fixture(params=[-72, 0, 72], ids=["behind", "right", "ahead"])
@@ -67,6 +75,8 @@ def test_a_model_is_renamed(seconds: float, grace: float) -> None:
         done = store.rename("m", "n")
         if grace:  # without, a collection takes numbers that are about to come
             assert done.versions == {1: 1, 3: 3}
+        assert done.versions[1] < done.versions[3]
+        assert {info.name: info.versions for info in small.store.models()} == {"n": 2}
         assert done.tags == ("prod",)
         for _ in range(2):
             small.sweep(grace=0)
@@ -101,3 +111,59 @@ def test_versions_are_copied_again_to_where_they_were_deleted(seconds: float) ->
         assert target.store.verify(deep=True).ok
 
     beside_a_collection(deleted, copy, seconds, 0)
+
+
+class Takes(WrappingStorage):
+    """Takes the numbers of some versions of "n" (counted from 1 in the order of the tries) just before they are made."""
+
+    def __init__(self, inner: Storage, taken: tuple[int, ...]) -> None:
+        super().__init__(inner)
+        self._taken, self._made = taken, itertools.count(1)
+
+    def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:
+        return act()
+
+    def create(self, key: str, data: Buffer) -> bool:
+        if key.startswith("models/n/versions/") and next(self._made) in self._taken:
+            record = rec.parse_version(bytes(data), key)
+            void = msgspec.structs.replace(record, writer=f"{VOID}x", deleted=True)
+            assert self.inner.create(key, seal(void))
+        return super().create(key, data)
+
+
+@pytest.mark.parametrize("taken", [(), (1,), (2,), (3,), (1, 2), (1, 3), (2, 4), (3, 5, 6), (1, 2, 3, 4)])
+def test_versions_keep_their_order_where_numbers_are_taken(taken: tuple[int, ...]) -> None:
+    small = old()
+    small.store.save("m", weights(4))
+    done = open_on(Takes(small.storage, taken)).rename("m", "n")
+    assert list(done.versions) == [1, 3, 4]
+    assert sorted(done.versions.values()) == list(done.versions.values())
+    assert [one.version for one in small.store.versions("n")] == list(done.versions.values())
+    assert (done.versions == {1: 1, 3: 3, 4: 4}) == (not taken)
+    for seed, version in done.versions.items():
+        small.check(f"n@{version}", weights(seed))
+    small.check("n", weights(4))
+    small.check("n@prod", weights(1))
+
+
+@pytest.mark.parametrize("taken", [(1,), (3,), (2, 4)])
+def test_a_renaming_that_was_interrupted_while_numbers_were_taken_goes_on_in_order(taken: tuple[int, ...]) -> None:
+    for at in itertools.count(1):
+        small = old()
+        small.store.save("m", weights(4))
+        killed = True
+        try:
+            open_on(FaultyStorage(Takes(small.storage, taken), kill_at=at)).rename("m", "n")
+            killed = False
+        except Killed:
+            pass
+        done = open_on(small.storage).rename("m", "n") if killed and small.store.models()[0].name == "m" else None
+        found = [one.version for one in small.store.versions("n")]
+        assert len(found) == 3
+        for seed, version in zip((1, 3, 4), found, strict=True):
+            small.check(f"n@{version}", weights(seed))
+        small.check("n@prod", weights(1))
+        assert [info.name for info in small.store.models()] == ["n"]
+        if not killed:
+            assert done is None
+            return
