@@ -83,6 +83,7 @@ class Commands(TyperGroup):
 
     @staticmethod
     def _usage(error: Any, *, as_json: bool) -> int:
+        error.message = str(error.message).replace("Value error, ", "", 1)  # how Typer begins what it says of choices
         if as_json:
             _say(error.format_message(), kind="usage", as_json=True)
         else:

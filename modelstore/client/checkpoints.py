@@ -33,7 +33,7 @@ class Checkpoints(Base):
         if CHECKPOINT not in record.variants:
             raise NotFoundError(
                 f"{parsed.name}@{record.version} holds the weights alone: what was beside them is kept by "
-                'save(…, include="all")',
+                'include="all" (--include all) of a save',
                 model=parsed.name,
             )
         model = self._opened(parsed.name, record.variants[CHECKPOINT])

@@ -219,7 +219,8 @@ def _object_storage(make: Callable[..., ObjectStore], url: str, settings: Client
         return ObjectStorage(make, url, settings)
     except BaseError as error:
         said = str(error).split("\n\nDebug source", 1)[0]
-        raise ValueError(f"cannot open {url}: {said}") from error
+        where = "; set AZURE_STORAGE_ACCOUNT_NAME, and a key or token" if url.startswith("az:") else ""
+        raise ValueError(f"cannot open {url}: {said}{where}") from error
 
 
 def s3_storage(bucket: str, prefix: str, options: StorageOptions) -> ObjectStorage:

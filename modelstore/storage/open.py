@@ -200,7 +200,10 @@ def _filesystem(
         except ImportError as error:
             raise UnsupportedError(f"{scheme}:// needs another package: {error}") from error
         except ValueError as error:
-            raise ValueError(f"invalid URL {_shown(url)!r}: {error}") from error
+            known = "write a folder, s3://, gs://, az://, memory://, or another protocol of fsspec"
+            raise ValueError(
+                f"invalid URL {_shown(url)!r}: {str(error)[:1].lower()}{str(error)[1:]}: {known}"
+            ) from error
         if not read_only:
             require_exclusive_create(filesystem, scheme)
         return FsspecStorage(filesystem, root, _shown(url))
