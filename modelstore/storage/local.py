@@ -77,9 +77,6 @@ class LocalStorage(Storage):
             try:
                 os.link(temporary, name, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)
             except FileExistsError:
-                with suppress(FileNotFoundError):  # removed meanwhile
-                    if stat.S_ISDIR(paths.status_in(at, name).st_mode):
-                        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), key) from None
                 return False
             except OSError as error:
                 if error.errno in _NO_LINKS:
