@@ -55,6 +55,8 @@ def checkpoint(
     path, started = Path(out).expanduser().absolute(), time.monotonic()
     if path.is_dir() or not path.parent.is_dir():
         raise usage(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}")
+    if path.exists() and not path.is_file():  # it would make room for the file, as /dev/null would
+        raise usage(f"{path} is a pipe or a device: give another place")
     taken = ConflictError(f"{path} exists: give another place, or overwrite it (--overwrite)", object=str(path))
     if not overwrite and os.path.lexists(path):
         raise taken  # before anything is read

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,9 @@ from modelstore.text import json_line
 # What a command that was stopped has done is not done again by these.
 RESUMING = frozenset({"save", "load", "export", "compress", "copy", "rename", "repair", "gc"})
 FAILED, USAGE, UNREAD, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
-PATIENCE = 5.0  # seconds from Ctrl-C to the end of the process, whatever it waits for
+PATIENCE = (
+    5.0  # seconds from Ctrl-C to the end of a command, and from that to the end of the process, whatever they wait for
+)
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # Typer exports this one class of its error tree only
 
@@ -135,8 +138,20 @@ class Stopped:
         with os.fdopen(heard, "rb", buffering=0) as file:
             while told := file.read(1):
                 if told[0] == signal.SIGINT and not self._over.wait(PATIENCE):
-                    self._tell()
+                    telling = threading.Thread(target=self._tell, daemon=True)  # nobody may read what it says
+                    telling.start()
+                    telling.join(PATIENCE)
                     os._exit(INTERRUPTED)
+
+
+def end_soon() -> None:
+    """End this process, of which a command was stopped, where it waits at its end for threads that wait for a server."""
+
+    def end() -> None:
+        time.sleep(PATIENCE)
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=end, name="modelstore-end", daemon=True).start()
 
 
 def _tell_stopped(given: Sequence[str], as_json: bool) -> None:

@@ -22,6 +22,7 @@ STORE_KEY = "modelstore.json"
 PACKS = "packs/"
 JOBS = "jobs/"
 MODELS = "models/"
+FOLDERS = (PACKS, JOBS, MODELS, "intents/", "condemned/")  # all that a store has
 
 
 class StoreInfo(msgspec.Struct, frozen=True):

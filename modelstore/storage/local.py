@@ -229,10 +229,10 @@ class LocalStorage(Storage):
                 at = opened.enter_context(paths.folder(self.root, folder, make=0o777))
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
                 descriptor = paths.open_in(at, name, flags, f"{self.root}/{folder}/{name}")
-                _lock(descriptor, fcntl.LOCK_SH)
-                if os.fstat(descriptor).st_nlink:
+                if _lock(descriptor) and os.fstat(descriptor).st_nlink:
                     return at, descriptor
-                os.close(descriptor)  # swept before it was locked
+                os.close(descriptor)  # swept before it was locked, or about to be
+                os.unlink(name, dir_fd=at)
         raise OSError(errno.ENOENT, "its folder cannot be made, or vanishes as often as it is made: give another place")
 
     @contextmanager
@@ -262,10 +262,13 @@ def _info(key: str, status: os.stat_result) -> ObjectInfo | None:
     return ObjectInfo(key, status.st_size, status.st_mtime, tag)
 
 
-def _lock(descriptor: int, kind: int) -> bool:
-    """Lock an open file; False where another holds it. A file system without locks has none that others hold."""
+def _lock(descriptor: int) -> bool:
+    """Lock a file that is open for writing; False where another holds it. A file system without locks has none that others hold.
+
+    Not shared: NFS has that of files only that are open for reading.
+    """
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -284,7 +287,7 @@ def _unless_in_use(at: int, name: str, shown: str) -> Iterator[bool]:
         yield True
         return
     try:
-        yield _lock(descriptor, fcntl.LOCK_EX)
+        yield _lock(descriptor)
     finally:
         os.close(descriptor)
 

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Mapping
 
-from modelstore.errors import ConflictError, ModelStoreError, NotFoundError
+from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, UnsupportedError
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
 from modelstore.format.names import ORIGINAL, is_word
@@ -50,8 +50,20 @@ class Catalog(Lookup):
                     f"there is no store at {self._storage.url}: save a model to make one, or check the address",
                     object=rec.STORE_KEY,
                 ) from None
+        self._check_place()
         self._storage.create(rec.STORE_KEY, seal(StoreInfo(FORMAT, uuid.uuid4().hex)))
         return rec.parse(self._storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
+
+    def _check_place(self) -> None:
+        """`UnsupportedError` where the store would lie among the objects of another one, which would take its own for theirs."""
+        inside = self._storage.path("x")
+        if inside is None:
+            return
+        for above in inside.parents[1:]:
+            if f"{inside.relative_to(above).parts[0]}/" in rec.FOLDERS and (above / rec.STORE_KEY).is_file():
+                raise UnsupportedError(
+                    f"{self._storage.url} lies within the store file://{above}, among its own objects: give another place"
+                )
 
     # ------------------------------------------------------------------ publishing
 

@@ -34,6 +34,7 @@ _THREADS = 16
 _ROUNDS = 5  # how often a collection begins anew that writers have stopped
 _BATCH = 256  # objects removed between two looks at whether that is still allowed
 _ONE_LISTING = 1000  # packs up to which one listing is quicker than one a folder
+_PACK = re.compile(r"packs/(?:[0-9a-f]{2}/)?[^/]+")  # anything else there, such as a store of its own, is not ours
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 Progress = Callable[[int], None]
@@ -194,7 +195,9 @@ def _unmarked(storage: Storage, marked: set[str], live: set[str], limit: float, 
     listed = storage.list(rec.JOBS)
     for _, group in groupby(listed, key=lambda info: info.key[len(rec.JOBS) :].partition("/")[0]):
         job = list(group)
-        if max(info.modified for info in job) <= limit:
+        if any(info.key.endswith(f"/{rec.STORE_KEY}") for info in job):
+            found.kept += len(job)  # a store of its own
+        elif max(info.modified for info in job) <= limit:
             jobs += job
         else:  # a work that goes on: its oldest pages count too
             found.kept += len(job)
@@ -241,13 +244,14 @@ def _packs(storage: Storage) -> Iterable[ObjectInfo]:
     """Every pack; many of them folder by folder, side by side."""
     few = list(storage.list(rec.PACKS, limit=_ONE_LISTING))
     if len(few) < _ONE_LISTING:
-        return few
+        return [info for info in few if _PACK.fullmatch(info.key)]
 
     def folder(name: str) -> list[ObjectInfo]:
         return list(storage.list(f"{rec.PACKS}{name}/"))
 
     with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:
-        return [info for infos in pool.map(folder, storage.folders(rec.PACKS)) for info in infos]
+        found = [info for infos in pool.map(folder, storage.folders(rec.PACKS)) for info in infos]
+    return [info for info in found if _PACK.fullmatch(info.key)]
 
 
 def _sweep(storage: Storage, info: ObjectInfo, limit: float) -> SweptObject | None:

@@ -7,7 +7,7 @@ written only where the bytes found are those that its name stands for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,45 +15,55 @@ from blake3 import blake3
 
 from modelstore.errors import CorruptionError, NotFoundError
 from modelstore.format.buffers import Pieces, view
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.manifest import Manifest
 from modelstore.format.manifest_builder import Location
 from modelstore.format.record import pack_key
 from modelstore.storage.base import Storage
 from modelstore.store.packs import FILE, PackBuilder, TensorNote
 
 _LARGEST_HEADER = 64 << 20  # bytes
+_PIECE = 8 << 20  # bytes that are read at once, but for a larger chunk
+_GAP = 32 << 10  # bytes between what is wanted that are read rather than asked around
 
 Elsewhere = Mapping[bytes, Iterable[Location]]  # digest of a chunk → where it may lie
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """A chunk in a pack: where it lies there, and what the pack's header says of it."""
+
     offset: int
     length: int
     digest: bytes
     name: str  # among the entries of the pack
     tensor: str
     note: TensorNote
+    pack: str
 
 
-def remake(storage: Storage, pack: str, manifests: Iterable[Manifest], elsewhere: Elsewhere) -> bool:
+Placed = tuple[Part, Location]  # a chunk, and where it is read
+
+
+def remake(storage: Storage, pack: str, parts: Sequence[Part], elsewhere: Elsewhere) -> bool:
     """Store a pack anew whose bytes are not what its name says; False, and nothing done, where not all of them can be found.
 
-    `manifests` are some that refer to it: together they must name everything in it.
+    `parts` are all that lies in it, as `contents` tells. What is read is read in long runs, wherever chunks follow each other.
     """
-    parts = _parts(pack, manifests)
     if not parts or any(a.offset + a.length != b.offset for a, b in itertools.pairwise(parts)):
         return False
-    places = [_find(storage, pack, part, elsewhere) for part in parts]
-    found = [place for place in places if place is not None]
-    if len(found) < len(parts):
+    places = _find(storage, pack, parts, elsewhere)
+    if places is None:
         return False
+    found = list(zip(parts, places, strict=True))
     size = parts[-1].offset + parts[-1].length
     for header in _headers(storage, pack, parts):
 
         def pieces(header: bytes = header) -> Iterator[bytes]:
             yield header
-            for part, place in zip(parts, found, strict=True):
-                yield _chunk(storage, part, place)
+            for run in _runs(found):
+                for (part, place), data in zip(run, _read(storage, run), strict=True):
+                    if data is None:
+                        raise _wrong(part, place)
+                    yield data
 
         hasher = blake3()
         for piece in pieces():
@@ -64,79 +74,118 @@ def remake(storage: Storage, pack: str, manifests: Iterable[Manifest], elsewhere
     return False
 
 
+def contents(packs: Collection[str], manifests: Iterable[Manifest]) -> dict[str, list[Part]]:
+    """What lies in packs, in order, as manifests say that refer to them; all is told only where they name everything in it.
+
+    A chunk of several tensors has the name of the first, which is what wrote it.
+    """
+    found: dict[str, dict[int, Part]] = {pack: {} for pack in packs}
+    for manifest in manifests:
+        numbers = [number for number, pack in enumerate(manifest.packs) if pack in found]
+        if not numbers:
+            continue
+        named = [(prefix, one) for prefix, many in (("", manifest.tensors), (FILE, manifest.files)) for one in many]
+        planes = [(prefix, tensor, plane) for prefix, tensor in named for plane in tensor.planes]
+        order = sorted(range(len(planes)), key=lambda i: planes[i][2].first)
+        first = np.array([planes[i][2].first for i in order], np.int64)
+        rows = np.flatnonzero(np.isin(manifest.pack, numbers))
+        owners = np.searchsorted(first, rows, "right") - 1
+        here: list[tuple[int, int, Part]] = []
+        for row, owner in zip(rows.tolist(), owners.tolist(), strict=True):
+            which = order[owner] if owner >= 0 else 0
+            prefix, tensor, plane = planes[which]
+            chunk = row - plane.first
+            if not 0 <= chunk < tensor.chunks:
+                continue  # of no tensor
+            name = prefix + tensor.name
+            note = TensorNote(tensor.dtype, tensor.shape, tensor.chunk, manifest.codecs[tensor.codec])
+            at, entry = (int(manifest.offset[row]), int(manifest.length[row])), f"{name}/{plane.name}/{chunk}"
+            here.append(
+                (which, chunk, Part(*at, manifest.digest(row), entry, name, note, manifest.packs[manifest.pack[row]]))
+            )
+        for _, _, part in sorted(here, key=lambda item: item[:2]):
+            found[part.pack].setdefault(part.offset, part)
+    return {pack: [parts[offset] for offset in sorted(parts)] for pack, parts in found.items()}
+
+
 def locations(manifests: Iterable[Manifest], wanted: Iterable[bytes]) -> dict[bytes, list[Location]]:
-    """Where these chunks lie, as manifests say."""
-    found: dict[bytes, list[Location]] = {digest: [] for digest in wanted}
+    """Where these chunks lie, as manifests say; each place once."""
+    found: dict[bytes, dict[Location, None]] = {digest: {} for digest in wanted}
     begin = np.frombuffer(b"".join(digest[:8] for digest in found), "<u8")
     for manifest in manifests:
         digests = np.frombuffer(manifest.chunks.digest, "<u8")[::4]  # the first eight bytes of each
         for row in np.flatnonzero(np.isin(digests, begin)).tolist():
             places = found.get(manifest.digest(row))
             if places is not None:
-                places.append(
-                    (manifest.packs[manifest.pack[row]], int(manifest.offset[row]), int(manifest.length[row]))
-                )
-    return found
+                pack = manifest.packs[manifest.pack[row]]
+                places[pack, int(manifest.offset[row]), int(manifest.length[row])] = None
+    return {digest: list(places) for digest, places in found.items()}
 
 
-def chunks_in(pack: str, manifests: Iterable[Manifest]) -> set[bytes]:
-    """The digests of all chunks that lie in a pack, as manifests say."""
-    return {
-        manifest.digest(row)
-        for manifest in manifests
-        if pack in manifest.packs
-        for row in np.flatnonzero(manifest.pack == manifest.packs.index(pack)).tolist()
-    }
+def _find(storage: Storage, pack: str, parts: Sequence[Part], elsewhere: Elsewhere) -> list[Location] | None:
+    """Where the right bytes of each part lie: in the pack itself, or in another; None where those of one lie nowhere."""
+    found: list[Location | None] = [None] * len(parts)
+    candidates = [iter([(pack, p.offset, p.length), *elsewhere.get(p.digest, ())]) for p in parts]
+    left = list(range(len(parts)))
+    sizes: dict[str, int] = {}
+    while left:
+        wanted: list[tuple[int, Part, Location]] = []
+        for i in left:
+            place = next(candidates[i], None)
+            if place is None:
+                return None
+            if place[0] not in sizes:
+                info = storage.info(pack_key(place[0]))
+                sizes[place[0]] = info.size if info is not None else 0
+            if place[2] == parts[i].length and place[1] + place[2] <= sizes[place[0]]:
+                wanted.append((i, parts[i], place))
+        wanted.sort(key=lambda item: item[2])
+        numbers = iter([i for i, _, _ in wanted])
+        for run in _runs([(part, place) for _, part, place in wanted]):
+            for (_, place), data in zip(run, _read(storage, run), strict=True):
+                i = next(numbers)
+                if data is not None:
+                    found[i] = place
+        left = [i for i in left if found[i] is None]
+    return [place for place in found if place is not None]
 
 
-def _parts(pack: str, manifests: Iterable[Manifest]) -> list[_Part]:
-    """What lies in a pack, in order; a chunk of several tensors under the name of the first, which is what wrote it."""
-    found: dict[int, _Part] = {}
-    for manifest in manifests:
-        if pack not in manifest.packs:
-            continue
-        number = manifest.packs.index(pack)
-        for prefix, tensors in (("", manifest.tensors), (FILE, manifest.files)):
-            for tensor in tensors:
-                for part in _parts_of(manifest, number, tensor, prefix):
-                    found.setdefault(part.offset, part)
-    return [found[offset] for offset in sorted(found)]
+def _runs(placed: Iterable[Placed]) -> Iterator[list[Placed]]:
+    """Parts whose places follow each other in one pack, with little between them, as many as are read at once."""
+    run: list[Placed] = []
+    for part, place in placed:
+        if run:
+            pack, start, _ = run[0][1]
+            end = run[-1][1][1] + run[-1][1][2]
+            if place[0] != pack or not 0 <= place[1] - end <= _GAP or place[1] + place[2] - start > _PIECE:
+                yield run
+                run = []
+        run.append((part, place))
+    if run:
+        yield run
 
 
-def _parts_of(manifest: Manifest, number: int, tensor: Tensor, prefix: str) -> Iterator[_Part]:
-    note = TensorNote(tensor.dtype, tensor.shape, tensor.chunk, manifest.codecs[tensor.codec])
-    name = prefix + tensor.name
-    for plane in tensor.planes:
-        rows = manifest.pack[plane.first : plane.first + tensor.chunks]
-        for chunk in np.flatnonzero(rows == number).tolist():
-            row = plane.first + chunk
-            entry = f"{name}/{plane.name}/{chunk}"
-            yield _Part(int(manifest.offset[row]), int(manifest.length[row]), manifest.digest(row), entry, name, note)
+def _read(storage: Storage, run: Sequence[Placed]) -> list[bytes | None]:
+    """The chunks of a run; None for one that has other bytes."""
+    pack, start, _ = run[0][1]
+    data = np.empty(run[-1][1][1] + run[-1][1][2] - start, np.uint8)
+    try:
+        storage.read(pack_key(pack), start, view(data))
+    except (NotFoundError, CorruptionError):  # it was changed meanwhile
+        return [None] * len(run)
+    chunks = [data[at - start : at - start + n] for _, (_, at, n) in run]
+    return [
+        chunk.tobytes() if blake3(view(chunk)).digest() == part.digest else None
+        for chunk, (part, _) in zip(chunks, run, strict=True)
+    ]
 
 
-def _find(storage: Storage, pack: str, part: _Part, elsewhere: Elsewhere) -> Location | None:
-    """Where the right bytes of a chunk lie: in the pack itself, or in another."""
-    for place in ((pack, part.offset, part.length), *elsewhere.get(part.digest, ())):
-        try:
-            _chunk(storage, part, place)
-        except (NotFoundError, CorruptionError):
-            continue
-        return place
-    return None
+def _wrong(part: Part, place: Location) -> CorruptionError:
+    key = pack_key(place[0])
+    return CorruptionError(f"the chunk {part.name!r} in {key} was changed while it was read", object=key)
 
 
-def _chunk(storage: Storage, part: _Part, place: Location) -> bytes:
-    pack, offset, length = place
-    if length != part.length:
-        raise CorruptionError(f"a chunk in {pack_key(pack)} has another length", object=pack_key(pack))
-    data = np.empty(length, np.uint8)
-    storage.read(pack_key(pack), offset, view(data))
-    if blake3(view(data)).digest() != part.digest:
-        raise CorruptionError(f"a chunk in {pack_key(pack)} has other bytes", object=pack_key(pack))
-    return data.tobytes()
-
-
-def _headers(storage: Storage, pack: str, parts: Sequence[_Part]) -> Iterator[bytes]:
+def _headers(storage: Storage, pack: str, parts: Sequence[Part]) -> Iterator[bytes]:
     """What the pack may begin with: what is there, and what a writer of these chunks writes."""
     size = parts[0].offset
     if size <= _LARGEST_HEADER:

@@ -60,11 +60,13 @@ class _Renaming:
         self._new = new
         self._id = catalog.open().id
         self.moved: dict[int, int] = {}
+        self._highest = 0  # number of the new name, before what this renaming made was looked for
         self._up: int | None = None  # by how much numbers change, unless they are taken
         self._twice: list[int] = []  # numbers of the new name whose versions were made again under higher ones
 
     def made(self) -> dict[int, int]:
         """Live versions of the new name, and which old number each has that a renaming like this one made; 0: another's."""
+        self._highest = self._catalog.highest(self._new)
         found = {}
         highest = self._catalog.highest(self._old)
         writers = {self._writer(number): number for number in range(1, highest + 1)}
@@ -79,8 +81,9 @@ class _Renaming:
         """Make the versions under the new name that are not there yet, the newest first."""
         records = sorted(live, key=lambda record: -record.version)
         if self._up is None and records:
+            # Not by what is there now: the same renaming, started twice, makes the same numbers of the same versions.
             offsets = [now - before for before, now in self.moved.items()]
-            self._up = min(offsets) if offsets else max(0, self._catalog.highest(self._new) + 1 - records[-1].version)
+            self._up = min(offsets) if offsets else max(0, self._highest + 1 - records[-1].version)
         rounds = iter(range(_ROUNDS))
         for record in records:
             if record.version not in self.moved:

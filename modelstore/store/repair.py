@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,6 +18,7 @@ from modelstore.format import manifest as man
 from modelstore.format import record as rec
 from modelstore.format.buffers import view
 from modelstore.format.manifest import Manifest
+from modelstore.format.manifest_builder import Location
 from modelstore.format.names import ORIGINAL, Reference
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.results import Problem, Report
@@ -29,7 +30,7 @@ from modelstore.store.damage import noting
 from modelstore.store.describe import problem
 from modelstore.store.heal import pack_is_good, replace_pack
 from modelstore.store.manifests import Manifests
-from modelstore.store.remake import chunks_in, locations, remake
+from modelstore.store.remake import Elsewhere, Part, contents, locations, remake
 from modelstore.store.unread import told_once
 
 _THREADS = 4
@@ -67,9 +68,14 @@ def repair(
         for record, variant, entry in live(catalog, model, ref, work.problems):
             work.variant(record, variant, entry)
     with Pool(_THREADS, thread_name_prefix="modelstore-repair") as pool:
-        for size in pool.map(lambda item: work.pack(*item), work.packs.items()):
+        for size in pool.map(work.pack, work.packs):
             work.nbytes += size
-            if progress:
+            if progress and size:
+                progress(size)
+        inside, elsewhere = work.chunks_of_bad()
+        for size in pool.map(lambda pack: work.mend(pack, inside[pack], elsewhere), work.bad):
+            work.nbytes += size
+            if progress and size:
                 progress(size)
     left = [*mended.problems, *(p for p in work.problems if p.object not in {one.object for one in mended.problems})]
     return Report(work.chunks, work.nbytes, work.tensors, told_once(left), tuple(work.repaired), tuple(mended.notes))
@@ -138,11 +144,12 @@ class _Repair:
     problems: list[Problem] = field(default_factory=list)
     repaired: list[str] = field(default_factory=list)
     packs: dict[str, tuple[str, str, int]] = field(default_factory=dict)  # digest → model, first tensor, chunks
+    bad: list[str] = field(default_factory=list)  # of these
     chunks: int = 0
     nbytes: int = 0
     tensors: int = 0
     _seen: set[tuple[str, str, str]] = field(default_factory=set)
-    _noted: set[tuple[str, str]] = field(default_factory=set)
+    _noted: dict[tuple[str, str], None] = field(default_factory=dict)
     _copies: dict[str, str] | None = None  # manifest → pack, as packs' headers say
 
     def variant(self, record: VersionRecord, variant: str, entry: VariantEntry) -> None:
@@ -157,7 +164,7 @@ class _Repair:
             if copy:
                 self._copy(record, variant, entry, data)
             if (model, digest) not in self._noted:
-                self._noted.add((model, digest))
+                self._noted[model, digest] = None
                 self._note(model, manifest)
             if manifest.base is None:
                 return
@@ -285,40 +292,61 @@ class _Repair:
             self._copies = {digest: copy for _, digest, copy in packs.manifest_copies(self.storage)}
         return self._copies
 
-    def pack(self, digest: str, needs: tuple[str, str, int]) -> int:
-        """Check a pack, replace it where it is bad; its size."""
-        key = pack_key(digest)
-        reason = "it is missing or its bytes are not those that its name stands for"
+    def pack(self, digest: str) -> int:
+        """Check a pack; its size where it is good. One that is not is noted as bad."""
         try:
             if not pack_is_good(self.storage, digest):
-                if not self._remake(digest):
-                    if self.source is None:
-                        raise CorruptionError(reason)
-                    replace_pack(self.storage, self.source, digest)
-                self.repaired.append(key)
+                self.bad.append(digest)
+                return 0
         except _LOST as error:
-            model, tensor, chunks = needs
-            what = f"{chunks} chunks, the first of tensor {tensor!r}"
-            state = "cannot be read" if isinstance(error, StorageError) else "is damaged"
-            self.problems.append(
-                Problem(
-                    error.kind,
-                    f"pack {key} of model {model!r}, with {what}, {state} ({error}): {self._advice(model)}",
-                    model=model,
-                    tensor=tensor or None,
-                    object=key,
-                )
-            )
+            self._told(digest, error)
+        return self._size(digest)
+
+    def chunks_of_bad(self) -> tuple[dict[str, list[Part]], dict[bytes, list[Location]]]:
+        """What lies in the packs that are bad, and where else its chunks lie in this store: manifests are read one by one."""
+        if not self.bad:
+            return {}, {}
+        inside = contents(self.bad, self._readable())
+        return inside, locations(self._readable(), {part.digest for parts in inside.values() for part in parts})
+
+    def _readable(self) -> Iterator[Manifest]:
+        for model, digest in self._noted:
+            with suppress(*_LOST):
+                yield self.manifests.read(model, digest)
+
+    def mend(self, digest: str, parts: Sequence[Part], elsewhere: Elsewhere) -> int:
+        """Replace a bad pack: made again of its chunks, else from the other copy of the store; its size."""
         try:
-            info = self.storage.info(key)
-        except StorageError:  # told above
+            if not self._remade(digest, parts, elsewhere):
+                if self.source is None:
+                    raise CorruptionError("it is missing or its bytes are not those that its name stands for")
+                replace_pack(self.storage, self.source, digest)
+            self.repaired.append(pack_key(digest))
+        except _LOST as error:
+            self._told(digest, error)
+        return self._size(digest)
+
+    def _remade(self, digest: str, parts: Sequence[Part], elsewhere: Elsewhere) -> bool:
+        try:
+            return remake(self.storage, digest, parts, elsewhere)
+        except _LOST:
+            if self.source is None:
+                raise
+            return False  # what it was to be made of cannot be read
+
+    def _told(self, digest: str, error: ModelStoreError) -> None:
+        key, (model, tensor, chunks) = pack_key(digest), self.packs[digest]
+        what = f"{chunks} chunks, the first of tensor {tensor!r}"
+        state = "cannot be read" if isinstance(error, StorageError) else "is damaged"
+        message = f"pack {key} of model {model!r}, with {what}, {state} ({error}): {self._advice(model)}"
+        self.problems.append(Problem(error.kind, message, model=model, tensor=tensor or None, object=key))
+
+    def _size(self, digest: str) -> int:
+        try:
+            info = self.storage.info(pack_key(digest))
+        except StorageError:  # told already
             return 0
         return info.size if info else 0
-
-    def _remake(self, digest: str) -> bool:
-        """Make a pack again of chunks that also lie elsewhere in this store; False where there is not all of it."""
-        manifests = [self.manifests.read(model, name) for model, name in self._noted]
-        return remake(self.storage, digest, manifests, locations(manifests, chunks_in(digest, manifests)))
 
     def _advice(self, model: str) -> str:
         if self.source is None:

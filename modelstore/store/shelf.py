@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
-from modelstore.errors import CorruptionError, NotFoundError
+from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, StorageError
 from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest
 from modelstore.format.manifest_builder import Location
@@ -22,7 +22,7 @@ from modelstore.storage.pool import Pool
 from modelstore.store.clock import REFRESH, now
 from modelstore.store.heal import checked_pieces
 from modelstore.store.packs import Pack
-from modelstore.store.remake import chunks_in, remake
+from modelstore.store.remake import contents, remake
 
 log = logging.getLogger("modelstore")
 
@@ -44,6 +44,7 @@ class Shelf:
         self._looks: dict[str, Future[bool]] = {}
         self._order: dict[str, int] = {}
         self._expected: list[str] = []
+        self._stored: set[str] = set()
         self._lock = Lock()
 
     def young(self, modified: float) -> bool:
@@ -104,18 +105,31 @@ class Shelf:
         good = there is not None and there.size == pack.size and is_good(self._storage, pack.digest)
         if there is None or not good or not self.young(there.modified):
             self._storage.put(key, pack.pieces, pack.size)
+            self._stored.add(pack.digest)
         return not good
 
     def heal(self, manifests: Sequence[Manifest], known: Mapping[bytes, Location]) -> None:
         """Make packs again that were found bad, of chunks that are right: `known` says where those lie that were stored anew.
 
-        What cannot be made again is left as it is; nothing new refers to it.
+        What cannot be made again is left as it is; nothing new refers to it, so that no save fails of it.
         """
-        bad = [pack for pack, look in self._looks.items() if look.done() and not look.exception() and not look.result()]
-        for pack in bad:
-            places = {digest: [known[digest]] for digest in chunks_in(pack, manifests) if digest in known}
-            if not is_good(self._storage, pack) and remake(self._storage, pack, manifests, places):
-                log.warning("object %s of %s was made again: it is whole", pack_key(pack), self._storage.url)
+        bad = [
+            pack
+            for pack, look in self._looks.items()
+            if pack not in self._stored and look.done() and not look.exception() and not look.result()
+        ]
+        if not bad:
+            return
+        inside = contents(bad, manifests)
+        for pack, parts in inside.items():
+            places = {part.digest: [known[part.digest]] for part in parts if part.digest in known}
+            try:
+                if not is_good(self._storage, pack) and remake(self._storage, pack, parts, places):
+                    log.warning("object %s of %s was made again: it is whole", pack_key(pack), self._storage.url)
+            except ModelStoreError as error:
+                log.warning("object %s of %s could not be made again: %s", pack_key(pack), self._storage.url, error)
+                if isinstance(error, StorageError):
+                    return  # the next ones would fail of the same
 
     def _look(self, pack: str) -> Future[bool]:
         if pack not in self._looks:

@@ -58,6 +58,16 @@ def test_wrong_places_and_wrong_versions_are_said(run: Command, trained: Path) -
     assert not (trained / "x.pt").exists()
 
 
+@pytest.mark.parametrize(("command", "code"), [("checkpoint", 2), ("load", 1)])
+def test_a_pipe_or_a_device_makes_no_room_for_a_file(run: Command, trained: Path, command: str, code: int) -> None:
+    os.mkfifo(trained / "pipe.safetensors")
+    (trained / "link.safetensors").symlink_to("/dev/null")
+    for name in ("pipe.safetensors", "link.safetensors"):
+        before = (trained / name).lstat()
+        assert "a pipe or a device" in run(command, "run", "-o", trained / name, "--overwrite", code=code).stderr
+        assert (trained / name).lstat().st_ino == before.st_ino
+
+
 def test_what_is_no_plain_data_is_named(run: Command, tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.ones(3)}, "color": Color.RED}, tmp_path / "odd.pt")
     run("save", tmp_path / "odd.pt", "odd", "--include", "all")

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import modelstore
 from modelstore.client import Store
 from modelstore.errors import StorageError
 from tests.cli.conftest import Command
@@ -23,6 +26,32 @@ class Presses:
         if name == "typer":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Presses())
+from modelstore.__main__ import main
+main()
+"""
+
+
+SLOW = """
+import sys, time
+from modelstore.cli import failures, output
+from modelstore.storage.local import LocalStorage
+failures.PATIENCE = 0.5
+before = LocalStorage.read
+def read(self, key, start, out):
+    if key.startswith("packs/"):
+        print("reads", flush=True)
+        while {swallows}:
+            try:
+                time.sleep(600)
+            except KeyboardInterrupt:
+                pass
+        time.sleep(600)
+    return before(self, key, start, out)
+LocalStorage.read = read
+if {swallows}:
+    def refuse(*_, **__):
+        raise BrokenPipeError
+    output.failure = refuse
 from modelstore.__main__ import main
 main()
 """
@@ -43,6 +72,29 @@ def answering(monkeypatch: pytest.MonkeyPatch, method: str, error: BaseException
 def test_ctrl_c_while_the_command_is_imported_ends_it_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("swallows", [False, True], ids=["a thread waits", "nobody reads what it says"])
+def test_ctrl_c_ends_the_process_whatever_waits(tmp_path: Path, swallows: bool) -> None:
+    model, store = {"w": torch.randn(300, 300)}, tmp_path / "store"
+    modelstore.open(str(store)).save("m", model)
+    save_file({**model, "x": torch.ones(3)}, tmp_path / "m.safetensors")
+    words = ["load", "m", "-o", tmp_path / "out.safetensors"] if swallows else ["save", tmp_path / "m.safetensors", "m"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW.format(swallows=swallows), *map(str, words), "--store", str(store)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reads\n"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=100)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
 
 
 def test_ctrl_c_that_a_package_made_an_error_of_its_own_of_is_no_failure(

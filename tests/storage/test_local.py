@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import threading
@@ -114,13 +115,56 @@ def test_a_file_that_is_swept_before_it_is_locked_is_made_again(
     storage = LocalStorage(tmp_path)
     lock, looks = local._lock, iter([True, False, False])
 
-    def late(descriptor: int, kind: int) -> bool:
+    def late(descriptor: int) -> bool:
         if next(looks):
             assert len(LocalStorage(tmp_path).remove_temporaries(time.time() + 9)) == 1
-        return lock(descriptor, kind)
+        return lock(descriptor)
 
     monkeypatch.setattr(local, "_lock", late)
     storage.put("a/1", [b"x"], 1)
+    assert storage.get("a/1") == b"x"
+
+
+def test_a_file_is_locked_in_a_way_that_nfs_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock = fcntl.flock
+
+    def as_nfs(descriptor: int, kind: int) -> None:
+        """A shared lock needs a file that is open for reading, an exclusive one a file that is open for writing."""
+        without = os.O_WRONLY if kind & fcntl.LOCK_SH else os.O_RDONLY
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == without:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    storage = LocalStorage(tmp_path)
+
+    def pieces() -> Iterator[bytes]:
+        assert LocalStorage(tmp_path).remove_temporaries(time.time() + 9) == ()
+        yield b"x"
+
+    storage.put("a/1", pieces(), 1)
+    assert storage.get("a/1") == b"x"
+
+
+def test_a_file_that_is_looked_at_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, flock, held = LocalStorage(tmp_path), fcntl.flock, []
+
+    def late(descriptor: int, kind: int) -> None:
+        if not held:
+            (temporary,) = tmp_path.glob("a/.tmp-*")
+            held.append(os.open(temporary, os.O_RDWR))
+            flock(held[0], fcntl.LOCK_EX)
+        flock(descriptor, kind)
+
+    def pieces() -> Iterator[bytes]:
+        os.close(held[0])
+        assert LocalStorage(tmp_path).remove_temporaries(time.time() + 9) == ()
+        yield b"x"
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    storage.put("a/1", pieces(), 1)
     assert storage.get("a/1") == b"x"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import modelstore
-from modelstore.errors import CorruptionError, ModelStoreError, StorageError
+from modelstore.errors import CorruptionError, ModelStoreError, StorageError, UnsupportedError
 from tests.helpers.stores import weights
 
 
@@ -50,6 +50,25 @@ def test_garbage_collection_removes_links_and_not_what_they_lead_to(
     assert link.is_symlink() == (grace > 0), "as old as the collection asks, it is an object that nothing refers to"
     assert store.load("m").keys() == weights().keys()
     assert store.verify().ok
+
+
+@pytest.mark.parametrize("at", ["packs/b", "packs/00", "jobs/b", "models", "models/b", "intents/b", "condemned"])
+def test_a_store_is_not_made_among_the_objects_of_another(store: modelstore.Store, tmp_path: Path, at: str) -> None:
+    with pytest.raises(UnsupportedError, match="within the store"):
+        modelstore.open(str(tmp_path / "store" / at)).save("x", weights())
+    modelstore.open(str(tmp_path / "store" / "beside" / at)).save("x", weights())
+    assert store.verify().ok
+
+
+@pytest.mark.parametrize("at", ["packs/b", "packs/b/c", "jobs/b"])
+def test_what_is_no_pack_of_the_store_is_not_collected(store: modelstore.Store, tmp_path: Path, at: str) -> None:
+    modelstore.open(str(tmp_path / "other")).save("x", weights())
+    inner = tmp_path / "store" / at
+    inner.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "other").rename(inner)
+    store.gc(dry_run=False, grace=0)
+    assert modelstore.open(str(inner)).load("x").keys() == weights().keys()
+    assert modelstore.open(str(inner)).verify().ok
 
 
 @pytest.mark.parametrize("at", ["models", "models/m", "models/m/versions", "jobs", "packs"])

@@ -124,6 +124,27 @@ def test_a_save_a_tag_and_a_variant_beside_it_are_not_lost(at: int) -> None:
     assert found.verify(deep=True).ok
 
 
+@pytest.mark.parametrize("at", range(1, 14))
+@pytest.mark.parametrize("verb", ["list", "folders", "get", "create"])
+def test_the_same_renaming_started_twice_makes_each_version_once(at: int, verb: Verb) -> None:
+    small = three()
+    left = at
+
+    class Twice(WrappingStorage):
+        def around(self, doing: Verb, key: str, act: Callable[[], T]) -> T:
+            nonlocal left
+            left -= doing == verb
+            if doing == verb and left == 0:
+                with contextlib.suppress(Killed):
+                    open_on(FaultyStorage(small.storage, kill_at=9)).rename("org/m", "new")
+            return act()
+
+    open_on(Twice(small.storage)).rename("org/m", "new")
+    found = fresh(small)
+    assert [version.version for version in found.versions("new")] == [1, 2, 3]
+    assert {m.name: m.tags for m in found.models()} == {"new": {"prod": 1, "test": 3}, "tuned": {}}
+
+
 def test_a_name_that_is_taken_is_refused_and_nothing_changes() -> None:
     small = three()
     small.store.save("new", weights(5))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import msgspec
 import pytest
+import torch
 
-from modelstore.errors import NotFoundError
+from modelstore.errors import NotFoundError, StorageError
 from modelstore.format.names import parse_reference
 from modelstore.format.record import manifest_key, pack_key
 from modelstore.storage.faults import CountingStorage, FaultyStorage, Killed
+from modelstore.storage.wrapping import Verb, WrappingStorage
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 from modelstore.store.repair import repair
 from tests.store.helpers import Small, cut, flip, weights
+
+T = TypeVar("T")
 
 
 def one() -> Small:
@@ -117,6 +124,29 @@ def test_a_pack_with_a_damaged_header_is_made_again_of_its_chunks() -> None:
     assert report.ok
     assert report.repaired == (key,)
     assert small.storage.get(key) == good
+
+
+def test_a_pack_comes_from_the_source_where_its_chunks_elsewhere_cannot_be_read() -> None:
+    small = one()
+    whole = small.copied()
+    there = {key for key in small.objects() if key.startswith("packs/")}
+    small.store.save("other", {"more": torch.randn(900), **weights(1)})
+    key = pack_key(small.manifest("org/m").packs[0])
+    small.storage.delete(key)
+    copy = pack_key(small.entry("other").copy)
+    closed = {k for k in small.objects() if k.startswith("packs/")} - there - {copy}
+    assert closed
+
+    class Closed(WrappingStorage):
+        def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:
+            if verb == "read" and key in closed:
+                raise StorageError("permission denied", object=key)
+            return act()
+
+    shut = Closed(small.storage)
+    report = repair(shut, Catalog(shut), Manifests(shut), None, whole.storage)
+    assert report.repaired == (key,)
+    assert small.storage.get(key) == whole.storage.get(key)
 
 
 def test_what_the_source_has_no_good_copy_of_stays_a_problem_and_the_rest_is_mended() -> None:

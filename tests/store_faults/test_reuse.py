@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -13,16 +13,18 @@ from safetensors.torch import save_file
 
 import modelstore
 from modelstore.client import Store
-from modelstore.errors import CorruptionError
+from modelstore.errors import CorruptionError, StorageError
 from modelstore.format.names import parse_reference
 from modelstore.format.record import manifest_key, pack_key, version_key
 from modelstore.storage.base import Storage
 from modelstore.storage.faults import CountingStorage, FaultyStorage, Killed
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
+from modelstore.storage.wrapping import Verb, WrappingStorage
 from tests.helpers.stores import all_bits, keys, open_on, overwrite, pack_sizes, shrink, weights
 
 Damage = Callable[[Storage, str], None]
+T = TypeVar("T")
 
 
 def flip(storage: Storage, key: str, at: int = -1) -> None:
@@ -142,6 +144,68 @@ def test_repair_makes_a_pack_of_chunks_that_lie_elsewhere(storage: Storage) -> N
     assert report.ok
     assert report.repaired == (key,)
     assert open_on(storage).verify(deep=True).ok
+
+
+def beside(storage: Storage) -> tuple[str, dict[str, torch.Tensor]]:
+    """A model is saved, and its pack damaged; the pack, and a model that has its chunks, and makes other packs of them."""
+    small = {f"w{i}": torch.full((40,), float(i)) for i in range(150)}
+    open_on(storage).save("m", small, codec="raw")
+    copy = pack_key(open_on(storage)._catalog.newest("m").variants["original"].copy)
+    key = next(iter(sorted(pack_sizes(storage).keys() - {copy})))
+    flip(storage, key)
+    return key, {"first": torch.ones(900), **small}
+
+
+@pytest.mark.parametrize("verb", ["put", "read"])
+def test_a_save_does_not_fail_of_a_pack_that_cannot_be_made_again(
+    storage: Storage, verb: Verb, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, more = beside(storage)
+    looks = 1  # the save's own, by which it finds out
+
+    class Refusing(WrappingStorage):
+        def around(self, doing: Verb, what: str, act: Callable[[], T]) -> T:
+            nonlocal looks
+            if (doing, what) == (verb, key):
+                looks -= doing == "read"
+                if looks < 0 or doing == "put":
+                    raise StorageError("full", object=what)
+            return act()
+
+    assert open_on(Refusing(storage)).save("m", more, codec="raw").version == 2
+    assert "could not be made again" in caplog.text
+    assert all_bits(open_on(storage).load("m@2")) == all_bits(more)
+
+
+def test_what_is_made_again_is_read_in_long_runs(storage: Storage) -> None:
+    counting = CountingStorage(storage)
+    key, more = beside(storage)
+    whole = pack_sizes(storage)
+    open_on(counting).save("m", more, codec="raw")
+    assert counting.requests["read"] < 60
+    flip(storage, key)
+    counting.reset()
+    assert open_on(counting).repair().repaired == (key,)
+    assert counting.requests["read"] < 100
+    assert pack_sizes(storage).items() >= whole.items()
+    assert open_on(storage).verify(deep=True).ok
+
+
+def test_repair_reads_manifests_no_more_often_for_many_bad_packs(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelstore.store.manifests._CACHED_BYTES", 0)
+    store = open_on(storage)
+    for seed in range(1, 5):
+        store.save("m", weights(seed))
+    requests = []
+    for some in (1, 8):
+        for key in sorted(pack_sizes(storage))[:some]:
+            flip(storage, key)
+        counting = CountingStorage(storage)
+        open_on(counting).repair()
+        requests.append(counting.requests["get"])
+    assert requests[1] < requests[0] + 8
 
 
 def packs_of(store: Store) -> dict[str, set[str]]:
