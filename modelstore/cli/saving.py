@@ -12,6 +12,7 @@ import typer
 from modelstore.cli import complete, output, units
 from modelstore.cli.failures import usage
 from modelstore.cli.options import AsJson, Cluster, Debug, Memory, ModelName, Quiet, StoreUrl, open_store
+from modelstore.format.names import is_model
 from modelstore.sources.checkpoint import BESIDE
 
 if TYPE_CHECKING:
@@ -149,7 +150,10 @@ def save(
     """
     from modelstore.sources.hub import hub_id
 
-    if hub_id(source) is None and not Path(source).expanduser().exists():
+    there = Path(source).expanduser().exists()
+    if not there and is_model(source) and not is_model(name) and Path(name).expanduser().exists():
+        raise usage(f"SOURCE and NAME are swapped: write modelstore save {name} {source}")
+    if hub_id(source) is None and not there:
         raise usage(f"there is no file or folder {source}: give what is to be saved, then the model's name")
     entries = dict(_entry(text) for text in meta or ())
     opened = open_store(store, memory=memory, cluster=cluster)

@@ -47,8 +47,8 @@ def check_word(word: str, what: str) -> str:
     """A tag's or variant's name as it is; `ValueError` where it is not valid. It never looks like a number."""
     if not is_word(word):
         raise ValueError(
-            f"{what} {word!r} is not valid: begin with a letter, go on with letters, digits, '.', '_' and '-', at most 96; "
-            f"{LATEST!r} always means the newest version"
+            f"{what} {word!r} is not valid: begin with a letter, go on with letters, digits, '.', '_' and '-', at most 96"
+            + (f"; {LATEST!r} always means the newest version" if word == LATEST else "")
         )
     return word
 

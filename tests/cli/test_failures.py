@@ -209,3 +209,15 @@ def test_a_model_that_may_not_be_read_hides_no_other(
     assert "acme/other" in saved("ls").stdout
     assert "permission denied" in caplog.text
     saved("verify", code=3)
+
+
+def test_a_source_and_a_name_that_are_swapped_are_told_apart(saved: Command, model: Path) -> None:
+    assert (
+        f"SOURCE and NAME are swapped: write modelstore save {model} acme/toy"
+        in saved("save", "acme/toy", model, code=2).stderr
+    )
+
+
+def test_only_of_latest_is_said_what_it_means(saved: Command) -> None:
+    assert "always means the newest version" in saved("tag", "acme/toy", "latest", code=2).stderr
+    assert "latest" not in saved("tag", "acme/toy", "a b", code=2).stderr
