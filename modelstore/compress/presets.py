@@ -73,4 +73,6 @@ def preset(name: str) -> Recipe:
         return PRESETS[name]
     except KeyError:
         like, known = suggestion(name, PRESETS), ", ".join(PRESETS)
-        raise ValueError(f"there is no preset {name!r}{like}: choose one of {known}, or give a Recipe") from None
+        raise ValueError(
+            f"there is no preset {name!r}{like}: choose one of {known}, or give a Recipe (a .json file)"
+        ) from None

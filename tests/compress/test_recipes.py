@@ -75,7 +75,7 @@ def test_recipes_that_are_refused(value: dict[str, object], message: str) -> Non
 
 
 def test_what_is_no_recipe() -> None:
-    with pytest.raises(ValueError, match=r"no preset 'int5' .*: choose one of"):
+    with pytest.raises(ValueError, match=r"no preset 'int5' .*: choose one of .*, or give a Recipe \(a \.json file\)"):
         resolve("int5")
     with pytest.raises(ValueError, match="no rule with a codec"):
         resolve({"name": "x", "rules": [{"targets": ["linear"]}]})
