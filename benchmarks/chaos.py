@@ -185,8 +185,12 @@ def account(tally: Tally, folder: Path, store: ms.Store) -> None:
         with contextlib.suppress(NotFoundError):
             store.describe(f"{model}@{version}")
             tally.findings["undeleted"].append(f"{model}@{version}")
+    told = {
+        (line["model"], line["seed"]) for line in ledger.lines() if line["what"] == "saved"
+    }  # and maybe deleted since
     for line in ledger.lines():
-        if line["what"] == "acknowledged" and not is_there(store, line["model"], line["seed"], promised.saved):
+        acknowledged = line["what"] == "acknowledged" and (line["model"], line["seed"]) not in told
+        if acknowledged and not is_there(store, line["model"], line["seed"], promised.saved):
             tally.findings["lost"].append(json.dumps(line))
 
 
@@ -222,7 +226,9 @@ def local(folder: Path, seconds: float, count: int, seed: int) -> Tally:
     def change() -> str | None:
         if chooser.random() > 0.02:
             return None
-        found = list((url / "packs").rglob("*.safetensors"))
+        found = [
+            Path(at, name) for at, _, names in os.walk(url / "packs") for name in names if name.endswith(".safetensors")
+        ]
         if not found:
             return None
         path = chooser.choice(found)

@@ -12,13 +12,14 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from blake3 import blake3
 
-from modelstore.cluster.behind import PART
 from modelstore.cluster.orders import Order, keepers
+from modelstore.cluster.pending import PART
 from modelstore.cluster.pieces import Source
 from modelstore.errors import ModelStoreError, StorageError
 from modelstore.execute.saving import Outcome
@@ -35,7 +36,7 @@ log = logging.getLogger("modelstore")
 
 _REPLACED = 5.0  # seconds to wait for the host that takes the place of one that died
 _LOOK = 0.1  # seconds between two looks for it
-_HOLD = 5.0  # seconds for which the storage may keep an answer waiting
+_HOLD = 15.0  # seconds for which the storage may keep an answer waiting
 _ROOM = 5.0  # seconds to wait for room in hosts, before an object goes to the storage itself
 _ANSWER = 30.0  # seconds that a host may take for one request
 _UNDER_WAY = 2  # parts that are sent at once
@@ -139,7 +140,7 @@ def save(
             raise UnkeptError('ack="memory" wants hosts on two nodes, and this cluster has them on fewer now')
         kept = KeptStorage(storage, hosts, id_, source, pair)
         outcome = store(kept)
-        _hold(storage, model, id_, outcome, kept.keys)
+        _hold(storage, model, id_, outcome, partial(_coming, hosts, pair, id_, kept.keys))
         order = Order(id_, source, model, outcome.entry, tag, began, after, tuple(pair), tuple(kept.keys), note)
         committed = [hosts.keep(member, "commit", order) for member in pair]
         taken = [future for future in committed if _problem(future) is None]
@@ -183,7 +184,13 @@ def _pair(hosts: Hosts, here: Sequence[str], model: str) -> list[str]:
         members = hosts.view(fresh=True)
 
 
-def _hold(storage: Storage, model: str, save: str, outcome: Outcome, coming: Collection[str]) -> None:
+def _coming(hosts: Hosts, pair: Sequence[str], save: str, keys: Collection[str]) -> set[str]:
+    """Which objects of a save its hosts have yet to store; the others may have been collected since."""
+    stored = _answers([hosts.keep(member, "stored", save) for member in pair])
+    return set(keys).difference(*stored)
+
+
+def _hold(storage: Storage, model: str, save: str, outcome: Outcome, coming: Callable[[], Collection[str]]) -> None:
     """Keep garbage collection away from what a save relies on until it is published; `UnkeptError` where it came before.
 
     A storage that takes nothing now is not waited for: no collection runs on it either.
@@ -200,6 +207,8 @@ def _hold(storage: Storage, model: str, save: str, outcome: Outcome, coming: Col
     threading.Thread(target=act, daemon=True, name="modelstore-hold").start()
     try:
         done.result(timeout=_HOLD)
+    except UnkeptError:
+        raise
     except GoneError as error:
         raise UnkeptError(str(error)) from error
     except (TimeoutError, StorageError) as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import threading
 import time
@@ -19,22 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from blake3 import blake3
 
 from modelstore.cluster.orders import Order, PendingStats, keepers
+from modelstore.cluster.pending import Kept, Parts, digest_of, write_part
 from modelstore.cluster.pieces import Source
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError
-from modelstore.format.buffers import Bytes, view
+from modelstore.format.buffers import Bytes
 from modelstore.plan.placement import View
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
-from modelstore.store.relying import release
+from modelstore.store.relying import GoneError, release
 
 log = logging.getLogger("modelstore")
 
 Tell = Callable[..., Any]  # (member, method, *arguments): what another host's `Behind` answers
 
-PART = 32 << 20  # bytes of an object that are sent, or read, at once
 _STORING = 4  # objects on their way to the storage at once
 _AGAIN = 0.2, 5.0  # seconds until a failed write is tried again: at first, at most
 _REMEMBERED = 1000  # saves whose version is still known after they are durable
@@ -42,22 +40,15 @@ _FORGOTTEN = 600.0  # seconds without a word after which a save that was not com
 
 
 @dataclass(slots=True)
-class _Object:
-    path: Path
-    size: int
-    whole: bool = False
-    storing: bool = False
-
-
-@dataclass(slots=True)
 class _Save:
     source: Source
     leads: bool
     other: str
-    objects: dict[str, _Object] = field(default_factory=dict)
+    objects: dict[str, Kept] = field(default_factory=dict)
     stored: set[str] = field(default_factory=set)
     order: Order | None = None
     publishing: bool = False
+    stuck: bool = False  # what it relies on is gone: later saves do not wait for it
     heard: float = field(default_factory=time.monotonic)
 
 
@@ -91,7 +82,7 @@ class Behind:
             if key in found.objects:
                 return True
             self._count += 1
-            found.objects[key] = _Object(self._folder / f"{self._count}", size)
+            found.objects[key] = Kept(self._folder / f"{self._count}", size)
             self._stats.bytes += size
         return True
 
@@ -111,8 +102,8 @@ class Behind:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         right = True
         with contextlib.suppress(FileNotFoundError):  # dropped between two steps
-            _write(there, start, data)
-            right = digest is None or _digest(there) == digest
+            write_part(there, start, data)
+            right = digest is None or digest_of(there) == digest
         with self._changed:
             if found.objects.get(key) is not there:
                 there.path.unlink(missing_ok=True)
@@ -151,6 +142,12 @@ class Behind:
             found = self._saves.get(save)
             if found is not None and found.order is None:
                 self._remove(save)
+
+    def stored(self, save: str) -> set[str]:
+        """The objects of a save that its keepers have stored already, and keep no longer."""
+        with self._changed:
+            found = self._saves.get(save)
+            return set(found.stored) if found is not None else set()
 
     def versions(self, saves: Sequence[str]) -> dict[str, int]:
         """Of these saves those taken over here: the version that each became, 0 while it is not durable."""
@@ -245,16 +242,18 @@ class Behind:
     def _is_next(self, order: Order) -> bool:
         """Whether no earlier save of the same model waits here: versions come in the order in which saves were acknowledged."""
         mine = (order.source.url, order.model)
-        waiting = (found.order for found in self._saves.values() if found.leads and found.order is not None)
+        waiting = (
+            found.order for found in self._saves.values() if found.leads and found.order is not None and not found.stuck
+        )
         return all(
             (other.began, other.save) >= (order.began, order.save)
             for other in waiting
             if (other.source.url, other.model) == mine
         )
 
-    def _store(self, save: str, found: _Save, key: str, there: _Object) -> None:
+    def _store(self, save: str, found: _Save, key: str, there: Kept) -> None:
         def put(storage: Storage) -> None:
-            storage.put(key, _Parts(there), there.size)
+            storage.put(key, Parts(there), there.size)
 
         if self._try(found.source, put, key):
             self.drop(save, key)
@@ -271,7 +270,12 @@ class Behind:
             release(storage, order.save)
 
         versions: list[int] = []
-        if self._try(found.source, publish, "the record of a new version", order.model):
+        try:
+            done = self._try(found.source, publish, "the record of a new version", order.model)
+        except GoneError as error:  # `repair` may bring it back: it is tried again, and holds up nobody meanwhile
+            self._set_aside(save, found, str(error))
+            return
+        if done:
             self.finish(save, versions[0])
             self._say(found.other, "finish", save, versions[0])
 
@@ -281,6 +285,8 @@ class Behind:
         while not self._closed.is_set():
             try:
                 act(_storage(source))
+            except GoneError:
+                raise
             except (ModelStoreError, OSError) as error:
                 log.warning(
                     "could not store %s yet, and try again: %s", what, error, extra={"object": what, "model": model}
@@ -295,6 +301,20 @@ class Behind:
             pause = min(2 * pause, longest)
         return False
 
+    def _set_aside(self, save: str, found: _Save, problem: str) -> None:
+        """Let later saves of the model pass one that cannot be published now, and try it again in a while."""
+        log.warning("could not publish a save yet, and try again: %s", problem, extra={"save": save})
+        with self._changed:
+            self._stats.problem = problem
+            found.stuck, found.publishing = True, False
+            others = [other for other, one in self._saves.items() if one.order is not None and other != save]
+        for other in others:
+            self._store_some(other)
+        again = threading.Timer(_AGAIN[1], self._store_some, [save])
+        again.daemon = True
+        if not self._closed.is_set():
+            again.start()
+
     def _copy(self, save: str, order: Order, member: str) -> None:
         """Let another host keep what is not stored yet, too, in the place of one that is gone."""
         with self._changed:
@@ -308,9 +328,9 @@ class Behind:
             for key, there in objects.items():
                 if self._tell(member, "reserve", save, found.source, pair, key, there.size, 1.0):
                     with contextlib.suppress(FileNotFoundError):  # stored meanwhile
-                        digest = _digest(there)
+                        digest = digest_of(there)
                         at = 0
-                        for part in _Parts(there):
+                        for part in Parts(there):
                             last = at + len(part) == there.size
                             self._tell(member, "write", save, key, at, part, digest if last else None)
                             at += len(part)
@@ -339,7 +359,7 @@ class Behind:
             self._free(there)
         self._changed.notify_all()
 
-    def _free(self, there: _Object) -> None:
+    def _free(self, there: Kept) -> None:
         there.path.unlink(missing_ok=True)
         self._stats.bytes -= there.size
         self._changed.notify_all()
@@ -354,38 +374,3 @@ def _storage(source: Source) -> Storage:
     from modelstore.cluster.models import storage_of
 
     return storage_of(source)[0]
-
-
-class _Parts(Sequence[bytes]):
-    """A kept object's bytes, read as they are wanted; may be gone through again."""
-
-    def __init__(self, there: _Object) -> None:
-        self._there = there
-
-    def __len__(self) -> int:
-        return -(-self._there.size // PART)
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        with self._there.path.open("rb") as file:
-            file.seek(index * PART)
-            return file.read(PART)
-
-
-def _write(there: _Object, start: int, data: Bytes) -> None:
-    fd = os.open(there.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        at, rest = start, view(data)
-        while rest:
-            done = os.pwrite(fd, rest, at)
-            at, rest = at + done, rest[done:]
-    finally:
-        os.close(fd)
-
-
-def _digest(there: _Object) -> bytes:
-    hasher = blake3()
-    for part in _Parts(there):
-        hasher.update(part)
-    return hasher.digest()

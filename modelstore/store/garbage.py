@@ -141,7 +141,7 @@ def _mark(
     """Keys of every manifest and pack that a record needs, or needed until after `limit`; `live` gets those it needs now."""
     marked: set[str] = set()
     for one in needed_manifests(storage, catalog, manifests, limit, doubt):
-        keys = {rec.manifest_key(one.model, one.digest), rec.pack_key(one.copy)}
+        keys = {rec.manifest_key(one.model, one.digest), *map(rec.pack_key, one.copies)}
         keys |= {rec.pack_key(pack) for pack in one.manifest.packs}
         marked |= keys
         if live is not None and one.live:

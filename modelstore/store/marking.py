@@ -27,18 +27,19 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 _AHEAD = 64  # manifests read at a time
 _LONGEST_CHAIN = 1000  # manifests of deltas upon one another; far beyond what is ever written
 
-_Named = dict[
-    tuple[str, str], str | None
-]  # (model, manifest) → the pack that is its copy, None where no record says so
+_Named = dict[tuple[str, str], tuple[str, ...]]  # (model, manifest) → the packs that are its copies, as records say
 
 
 @dataclass(frozen=True)
 class Needed:
-    """A manifest that is needed, and the pack that is its copy. `live`: the newest record of some version needs it."""
+    """A manifest that is needed, and the packs that are its copies. `live`: the newest record of some version needs it.
+
+    It has several where the model had another name when a version was saved: a copy says whose it is.
+    """
 
     model: str
     digest: str
-    copy: str
+    copies: tuple[str, ...]
     manifest: Manifest
     live: bool
 
@@ -68,7 +69,7 @@ def needed_manifests(
     recent: _Named = {}
     with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:
         for found, given_up in pool.map(lambda model: _needed(storage, model, limit, doubt), catalog.models()):
-            live |= found
+            live |= {name: tuple(dict.fromkeys((*copies, *given_up.get(name, ())))) for name, copies in found.items()}
             recent |= given_up
         seen: set[tuple[str, str]] = set()
         for needed, is_live in ((live, True), (recent, False)):
@@ -86,10 +87,10 @@ def needed_manifests(
                                     raise one
                                 doubt.add(one, model, everything=True)
                             continue  # it was given up, and swept by an earlier collection of a shorter grace
-                        manifest, copy = one
-                        yield Needed(model, digest, copy, manifest, is_live)
+                        manifest, copies = one
+                        yield Needed(model, digest, copies, manifest, is_live)
                         if manifest.base is not None:
-                            bases[manifest.base.model, manifest.base.manifest] = None
+                            bases[manifest.base.model, manifest.base.manifest] = ()
                 if not bases:
                     break
                 needed = bases
@@ -114,11 +115,11 @@ def _all(storage: Storage, model: str) -> _Named:
     """Every manifest of a model that there is, and those that are lost but for their copies."""
     prefix = rec.manifests_prefix(model)
     names = [info.key[len(prefix) :].removesuffix(".json.zst") for info in storage.list(prefix)]
-    found: _Named = {
-        (model, name): None for name in names if rec.manifest_key(model, name) == f"{prefix}{name}.json.zst"
-    }
-    found |= {(model, digest): copy for of, digest, copy in manifest_copies(storage) if of == model}
-    return {name: copy for name, copy in found.items() if _DIGEST.fullmatch(name[1])}
+    found: _Named = {(model, name): () for name in names if rec.manifest_key(model, name) == f"{prefix}{name}.json.zst"}
+    for of, digest, copy in manifest_copies(storage):
+        if of == model:
+            found[model, digest] = (*found.get((model, digest), ()), copy)
+    return {name: copies for name, copies in found.items() if _DIGEST.fullmatch(name[1])}
 
 
 def _named(storage: Storage, model: str, limit: float) -> tuple[_Named, _Named]:
@@ -139,25 +140,24 @@ def _named(storage: Storage, model: str, limit: float) -> tuple[_Named, _Named]:
                 break
             found = live if superseded == math.inf and not record.deleted else recent
             for entry in record.variants.values():
-                found.setdefault((model, entry.manifest), entry.copy)
+                copies = found.get((model, entry.manifest), ())
+                found[model, entry.manifest] = copies if entry.copy in copies else (*copies, entry.copy)
             superseded = info.modified
     return live, recent
 
 
 def _manifest(
-    storage: Storage, manifests: Manifests, name: tuple[str, str], copy: str | None
-) -> tuple[Manifest, str] | CorruptionError:
-    """A manifest, from its copy if need be, and the digest of the pack that is its copy; an error where there is none."""
+    storage: Storage, manifests: Manifests, name: tuple[str, str], copies: tuple[str, ...]
+) -> tuple[Manifest, tuple[str, ...]] | CorruptionError:
+    """A manifest, from a copy if need be, and the digests of the packs that are its copies; an error where there is none."""
     model, digest = name
     try:
         manifest = manifests.read(model, digest)
-        if copy is not None:
-            return manifest, copy
-        return manifest, copy_of(storage, model, digest, manifest).digest
+        return manifest, copies or (copy_of(storage, model, digest, manifest).digest,)
     except CorruptionError as error:
-        if copy is not None:
+        for copy in copies:
             with suppress(NotFoundError, CorruptionError, FormatError):
-                return read_copy(storage, copy, digest)[0], copy
+                return read_copy(storage, copy, digest)[0], copies
         return CorruptionError(
             f"nothing was swept, because what it refers to is not known: {error}", model=model, object=error.object
         )

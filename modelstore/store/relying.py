@@ -176,10 +176,13 @@ class Reliance:
         self._needed = self._need()
 
 
-def hold(storage: Storage, model: str, id: str, needed: Mapping[str, int], coming: Collection[str]) -> None:
-    """Keep what a record relies on whose number is not known yet, until `release`; `coming` are objects yet to be stored.
+def hold(
+    storage: Storage, model: str, id: str, needed: Mapping[str, int], coming: Callable[[], Collection[str]]
+) -> None:
+    """Keep what a record relies on whose number is not known yet, until `release`.
 
-    `GoneError` where some of it is gone, or about to be removed; nothing is held then.
+    `coming` says, once all is announced, which objects are yet to be stored: all others have to be there. `GoneError` where
+    some of it is gone, or about to be removed; nothing is held then.
     """
     key = hs.intent_key(id)
     storage.create(key, hs.encode(Intent(FORMAT, tuple(sorted(needed)))))
@@ -187,7 +190,8 @@ def hold(storage: Storage, model: str, id: str, needed: Mapping[str, int], comin
         taken = condemned_among(storage, needed)
         if taken:
             raise _gone(model, sorted(taken), missing=False)
-        check_there(storage, model, {key: size for key, size in needed.items() if key not in coming})
+        later = coming()
+        check_there(storage, model, {key: size for key, size in needed.items() if key not in later})
     except BaseException:
         release(storage, id)
         raise

@@ -205,7 +205,7 @@ class _Repair:
                 at = (manifest.base.model, manifest.base.manifest, "") if manifest.base else None
         coming = {key for key, size in needed.items() if not size or any(_has(at, key, size) for at in copies)}
         try:
-            relying.hold(self.storage, record.model, id, needed, coming)
+            relying.hold(self.storage, record.model, id, needed, lambda: coming)
         except relying.GoneError as error:
             why = f"object {error.object} is missing, too short, or being removed"
         except (FormatError, CorruptionError) as error:

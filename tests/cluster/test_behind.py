@@ -14,7 +14,7 @@ import torch
 from blake3 import blake3
 
 import modelstore as ms
-from modelstore.cluster import acknowledge, models
+from modelstore.cluster import acknowledge, behind, models
 from modelstore.cluster.behind import Behind
 from modelstore.cluster.orders import keepers
 from modelstore.cluster.pieces import Source
@@ -27,6 +27,7 @@ from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
 from modelstore.storage.wrapping import Verb, WrappingStorage
 from modelstore.store.manifests import Manifests
+from modelstore.store.relying import GoneError
 
 MODEL = {f"layer.{i}.weight": torch.full((257, 65), float(i)) for i in range(6)}
 
@@ -350,3 +351,45 @@ def test_keepers_are_on_nodes_of_their_own() -> None:
         assert keepers(view, model, None) == keepers(view, model, None)
     draining = View(1, (Member("x0", "x", draining=True), Member("y0", "y")))
     assert keepers(draining, "m", "x0") == ["y0"]
+
+
+def test_what_was_collected_between_its_storing_and_the_announcement_is_saved_again(
+    nodes: Nodes, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = acknowledge._hold
+
+    def late(storage: Storage, model: str, id: str, outcome: saving.Outcome, coming: Any) -> None:
+        while not any(host.stored(id) for host in nodes.hosts.values()):
+            threading.Event().wait(0.01)
+        for host in nodes.hosts.values():
+            for key in host.stored(id):
+                gate.inner.delete(key)
+        hold(storage, model, id, outcome, coming)
+
+    monkeypatch.setattr(acknowledge, "_hold", late)
+    assert save(nodes, gate).version == 1
+    assert equal(gate, "m")
+    assert ms.open(gate.url).verify(deep=True).ok
+
+
+def test_a_save_that_cannot_be_published_holds_up_no_other(
+    nodes: Nodes, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, blocked = behind.Catalog.publish_version, threading.Event()
+
+    def refused(self: Any, model: str, writer: str, *rest: Any, **named: Any) -> Any:
+        if not blocked.is_set() and writer == first.order.save:
+            raise GoneError("something is missing", model=model, object="packs/x", missing=True)
+        return publish(self, model, writer, *rest, **named)
+
+    monkeypatch.setattr(behind, "_AGAIN", (0.01, 0.02))
+    gate.open.clear()
+    first = save(nodes, gate)
+    others = [save(nodes, gate, {"x": torch.full((9,), float(n))}) for n in range(6)]
+    monkeypatch.setattr(behind.Catalog, "publish_version", refused)
+    gate.open.set()
+    assert durable(nodes, gate, *others) == [1, 2, 3, 4, 5, 6]
+    assert "missing" in str(nodes.hosts["a"].stats().problem)
+    blocked.set()
+    assert durable(nodes, gate, first) == [7]
+    assert equal(gate, "m@7")

@@ -315,3 +315,15 @@ def test_temporary_files_of_killed_writers_go(tmp_path: Path) -> None:
     store.gc(dry_run=False, grace=3600)
     assert not temporary.exists()
     assert list(store.load("m"))
+
+
+def test_every_copy_of_a_manifest_stays_that_a_record_names() -> None:
+    small = Small.new()
+    small.store.save("a", weights(1))
+    small.store.rename("a", "d")
+    small.store.save("d", weights(1))  # the same manifest, whose copy says another name
+    small.sweep(grace=0)
+    assert small.store.verify().ok
+    small.store.delete("d@2")
+    small.sweep(grace=0)
+    assert small.store.verify().ok

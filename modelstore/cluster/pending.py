@@ -1,0 +1,62 @@
+"""Objects of saves that are under way, in files of shared memory, until the storage has them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from modelstore.format.buffers import Bytes, view
+
+PART = 32 << 20  # bytes of an object that are sent, or read, at once
+
+
+@dataclass(slots=True)
+class Kept:
+    """An object, and whether all of it is there, and on its way to the storage."""
+
+    path: Path
+    size: int
+    whole: bool = False
+    storing: bool = False
+
+
+class Parts(Sequence[bytes]):
+    """A kept object's bytes, read as they are wanted; may be gone through again."""
+
+    def __init__(self, there: Kept) -> None:
+        self._there = there
+
+    def __len__(self) -> int:
+        return -(-self._there.size // PART)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        with self._there.path.open("rb") as file:
+            file.seek(index * PART)
+            return file.read(PART)
+
+
+def write_part(there: Kept, start: int, data: Bytes) -> None:
+    """Keep bytes of an object from `start` on."""
+    fd = os.open(there.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        at, rest = start, view(data)
+        while rest:
+            done = os.pwrite(fd, rest, at)
+            at, rest = at + done, rest[done:]
+    finally:
+        os.close(fd)
+
+
+def digest_of(there: Kept) -> bytes:
+    """The BLAKE3 of an object's bytes."""
+    hasher = blake3()
+    for part in Parts(there):
+        hasher.update(part)
+    return hasher.digest()
