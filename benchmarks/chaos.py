@@ -185,9 +185,8 @@ def account(tally: Tally, folder: Path, store: ms.Store) -> None:
         with contextlib.suppress(NotFoundError):
             store.describe(f"{model}@{version}")
             tally.findings["undeleted"].append(f"{model}@{version}")
-    told = {
-        (line["model"], line["seed"]) for line in ledger.lines() if line["what"] == "saved"
-    }  # and maybe deleted since
+    # What became a version was looked at by its number, unless it was deleted since.
+    told = {(line["model"], line["seed"]) for line in ledger.lines() if line["what"] == "saved"}
     for line in ledger.lines():
         acknowledged = line["what"] == "acknowledged" and (line["model"], line["seed"]) not in told
         if acknowledged and not is_there(store, line["model"], line["seed"], promised.saved):

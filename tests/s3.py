@@ -1,6 +1,7 @@
 """An S3 server for tests: the one that AWS_ENDPOINT_URL names, or one of this process.
 
-Fixtures: `s3_url`, a fresh and empty `s3://bucket/prefix`, with what reaches it in AWS_* of the environment; `s3_is_real`.
+Fixtures: `s3_url`, a fresh and empty `s3://bucket/prefix`, with what reaches it in AWS_* of the environment; `s3_is_real`;
+`proxy`, one before the server that fails on command.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+
+from tests.storage.proxy import Proxy
 
 BUCKET = "modelstore-tests"
 
@@ -59,3 +62,11 @@ def s3_url(s3_server: str) -> Iterator[str]:
     yield f"s3://{BUCKET}/{prefix}"
     bucket = boto3.resource("s3", endpoint_url=s3_server).Bucket(BUCKET)
     bucket.objects.filter(Prefix=f"{prefix}/").delete()
+
+
+@pytest.fixture
+def proxy(s3_server: str) -> Iterator[Proxy]:
+    """A proxy before the server, that drops, stalls or cuts requests on command."""
+    proxy = Proxy(s3_server)
+    yield proxy
+    proxy.close()

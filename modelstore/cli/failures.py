@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +19,15 @@ import typer
 from typer.core import TyperGroup
 
 from modelstore.cli import output
+from modelstore.cli.interrupts import INTERRUPTED, end_at_once
 from modelstore.errors import ModelStoreError
 from modelstore.paths import explained
 from modelstore.text import json_line
 
 # What a command that was stopped has done is not done again by these.
 RESUMING = frozenset({"save", "load", "export", "compress", "copy", "rename", "repair", "gc"})
-FAILED, USAGE, UNREAD, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
-PATIENCE = (
-    5.0  # seconds from Ctrl-C to the end of a command, and from that to the end of the process, whatever they wait for
-)
+FAILED, USAGE, UNREAD, BROKEN_PIPE = 1, 2, 3, 141
+PATIENCE = 5.0  # seconds from Ctrl-C to the end of a command, and from that to the end of the process
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # Typer exports this one class of its error tree only
 
@@ -113,7 +111,7 @@ class Stopped:
         is stopped at any point can be done again.
         """
         before = signal.getsignal(signal.SIGINT)
-        if getattr(before, "__name__", "") == "end_at_once":  # of the command's start, which is over
+        if before is end_at_once:  # of the command's start, which is over
             before = signal.default_int_handler
         if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
             yield
@@ -148,12 +146,9 @@ class Stopped:
 
 def end_soon() -> None:
     """End this process, of which a command was stopped, where it waits at its end for threads that wait for a server."""
-
-    def end() -> None:
-        time.sleep(PATIENCE)
-        os._exit(INTERRUPTED)
-
-    threading.Thread(target=end, name="modelstore-end", daemon=True).start()
+    end = threading.Timer(PATIENCE, os._exit, [INTERRUPTED])
+    end.daemon = True
+    end.start()
 
 
 def _tell_stopped(given: Sequence[str], as_json: bool) -> None:

@@ -61,12 +61,8 @@ class StorageActor:
         try:
             check(settings)
             self._begin(member, settings, view, device)
-        except (
-            ModelStoreError,
-            ValueError,
-            OSError,
-        ) as error:  # said by `member`: Ray would say only that the actor died
-            self._problem = error
+        except (ModelStoreError, ValueError, OSError) as error:
+            self._problem = error  # said by `member`: Ray would say only that the actor died
 
     def _begin(self, member: Member, settings: ClusterSettings, view: View, device: str | None) -> None:
         private_folder(Path(settings.root), "remove it")

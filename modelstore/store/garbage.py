@@ -242,16 +242,19 @@ def _manifests(storage: Storage) -> Iterator[ObjectInfo]:
 
 def _packs(storage: Storage) -> Iterable[ObjectInfo]:
     """Every pack; many of them folder by folder, side by side."""
+    return (info for info in _under_packs(storage) if _PACK.fullmatch(info.key))
+
+
+def _under_packs(storage: Storage) -> list[ObjectInfo]:
     few = list(storage.list(rec.PACKS, limit=_ONE_LISTING))
     if len(few) < _ONE_LISTING:
-        return [info for info in few if _PACK.fullmatch(info.key)]
+        return few
 
     def folder(name: str) -> list[ObjectInfo]:
         return list(storage.list(f"{rec.PACKS}{name}/"))
 
     with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:
-        found = [info for infos in pool.map(folder, storage.folders(rec.PACKS)) for info in infos]
-    return [info for info in found if _PACK.fullmatch(info.key)]
+        return [info for infos in pool.map(folder, storage.folders(rec.PACKS)) for info in infos]
 
 
 def _sweep(storage: Storage, info: ObjectInfo, limit: float) -> SweptObject | None:

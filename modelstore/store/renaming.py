@@ -103,15 +103,16 @@ class _Renaming:
     ) -> None:
         """Make a version; where its number is taken, as a collection does with one that was about to come, this one and all
         newer ones get numbers above all that there are, so that their order stays."""
-        if self._publish(record, number):
-            self._note(record.version, number)
-            return
-        if next(rounds, None) is None:
-            raise ConflictError(f"{_ROUNDS} writers of model {self._new!r} came first: try again", model=self._new)
-        up = self._catalog.highest(self._new) + 1 - record.version
-        for again in records:
-            if again.version >= record.version:
-                self._make(again, again.version + up, records, rounds)
+        left = [(record, number)]  # the last one is made next
+        while left:
+            one, number = left.pop()
+            if self._publish(one, number):
+                self._note(one.version, number)
+                continue
+            if next(rounds, None) is None:
+                raise ConflictError(f"{_ROUNDS} writers of model {self._new!r} came first: try again", model=self._new)
+            up = self._catalog.highest(self._new) + 1 - one.version
+            left += [(newer, newer.version + up) for newer in reversed(records) if newer.version >= one.version]
 
     def _publish(self, record: VersionRecord, number: int) -> bool:
         """Make a version under the new name; False where the number is another's."""

@@ -124,7 +124,7 @@ class Shelf:
         for pack, parts in inside.items():
             places = {part.digest: [known[part.digest]] for part in parts if part.digest in known}
             try:
-                if not is_good(self._storage, pack) and remake(self._storage, pack, parts, places):
+                if remake(self._storage, pack, parts, places):
                     log.warning("object %s of %s was made again: it is whole", pack_key(pack), self._storage.url)
             except ModelStoreError as error:
                 log.warning("object %s of %s could not be made again: %s", pack_key(pack), self._storage.url, error)

@@ -164,13 +164,6 @@ def test_bytes_that_change_on_disk(disks: Path, url: str) -> None:
     while_four_read(url, flip)
 
 
-@pytest.fixture
-def proxy(s3_server: str) -> Iterator[Proxy]:
-    proxy = Proxy(s3_server)
-    yield proxy
-    proxy.close()
-
-
 @pytest.mark.s3
 @pytest.mark.parametrize("fault", ["drop", "stall", "cut"])
 def test_an_object_storage_that_fails_now_and_then_while_it_is_read_cold(

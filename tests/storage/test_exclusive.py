@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,12 +24,10 @@ WEIGHTS = {"w": torch.arange(64.0).reshape(8, 8)}
 
 
 @pytest.fixture
-def proxy(s3_server: str) -> Iterator[Proxy]:
+def proxy(proxy: Proxy) -> Proxy:
     """One that takes the condition out of every request."""
-    proxy = Proxy(s3_server)
     proxy.strip = b"if-none-match"
-    yield proxy
-    proxy.close()
+    return proxy
 
 
 PATHS: dict[str, Callable[[Store], object]] = {

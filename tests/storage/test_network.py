@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from modelstore.errors import StorageError
@@ -15,13 +13,6 @@ from tests.storage.proxy import Proxy
 pytestmark = pytest.mark.s3
 STALL = 0.5
 ENGINES = ["obstore", "s3fs"]
-
-
-@pytest.fixture
-def proxy(s3_server: str) -> Iterator[Proxy]:
-    proxy = Proxy(s3_server)
-    yield proxy
-    proxy.close()
 
 
 def behind(proxy: Proxy, url: str, engine: str) -> Storage:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -27,13 +26,6 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         with self._lock:
             self.now += seconds
-
-
-@pytest.fixture
-def proxy(s3_server: str) -> Iterator[Proxy]:
-    proxy = Proxy(s3_server)
-    yield proxy
-    proxy.close()
 
 
 def behind(proxy: Proxy, url: str, clock: Clock) -> Store:
