@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -153,7 +153,10 @@ def end_soon() -> None:
 
 def _tell_stopped(given: Sequence[str], as_json: bool) -> None:
     goes_on = bool(given) and given[0] in RESUMING
-    _say("stopped" + "; the same command goes on from what is finished" * goes_on, kind="cancelled", as_json=as_json)
+    with suppress(OSError):  # nobody reads it: what was stopped ends all the same
+        _say(
+            "stopped" + "; the same command goes on from what is finished" * goes_on, kind="cancelled", as_json=as_json
+        )
 
 
 def _interrupted(given: Sequence[str], as_json: bool) -> Exception:
