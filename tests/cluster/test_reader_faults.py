@@ -73,7 +73,11 @@ def chunks(*folders: Path | str) -> list[Path]:
 
 
 def are_right(paths: Iterable[Path]) -> bool:
-    return all(blake3(path.read_bytes()).hexdigest() == path.name for path in paths)
+    """Whether all are there with the bytes of their names; one that a host takes away meanwhile is not."""
+    try:
+        return all(blake3(path.read_bytes()).hexdigest() == path.name for path in paths)
+    except FileNotFoundError:
+        return False
 
 
 def kill_host(member: str) -> None:
