@@ -21,14 +21,15 @@ VERSIONS = 10_000
 
 
 def made(url: str) -> int:
-    """A store whose newest version has that many tensors, of random digests; how many chunks it has. The packs are missing."""
+    """A store whose newest version has that many tensors, of random digests; how many chunks it has. The packs are holes."""
     from modelstore.format import grid
     from modelstore.format.manifest import FORMAT, CodecSpec, Manifest, Plane, Tensor, chunk_table
-    from modelstore.format.record import VariantEntry
+    from modelstore.format.record import VariantEntry, pack_key
     from modelstore.plan.write import plan_tensor
     from modelstore.storage.open import open_storage
     from modelstore.store.catalog import Catalog
     from modelstore.store.manifests import Manifests
+    from modelstore.store.shelf import Shelf
 
     spec = CodecSpec("lossless")
     chunk = plan_tensor("x", "bfloat16", SHAPE, spec).chunk
@@ -49,7 +50,12 @@ def made(url: str) -> int:
     storage = open_storage(url, None, None)
     catalog = Catalog(storage)
     catalog.open(create=True)
-    name, copy = Manifests(storage, ()).write("bench", manifest, 0)
+    for pack in packs:  # what is published is proved to be there
+        path = Path(url, pack_key(pack))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.truncate(path, 4096 + 50 * length)
+    name, copy = Manifests(storage, ()).write("bench", manifest, Shelf(storage))
     entry = VariantEntry(name, copy, manifest.nbytes, manifest.stored, TENSORS, "lossless", time.time())
     catalog.publish_version("bench", "bench", entry)
     return len(rows)

@@ -137,9 +137,9 @@ def fresh(
 ) -> dict[str, Any]:
     """Run a case in a new process, of another `python` where one is given; what it returned."""
     command = [str(python or sys.executable), "-m", "benchmarks.measure", case, json.dumps(arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, timeout=LIMIT
-    )
+    compiled = {"PYTHONDONTWRITEBYTECODE": ""}  # modules are compiled once, as installed ones are
+    variables = {**os.environ, **compiled, **(environment or {})}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=LIMIT)
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
 from modelstore.format.dtypes import DTYPES, DType
-from modelstore.format.names import check_file, check_model, check_tensor
+from modelstore.format.names import check_file, check_model, check_tensors
 from modelstore.format.region import Shape
 
 FORMAT = 1
@@ -39,6 +40,7 @@ MAX_ELEMENTS = 1 << 60
 MAX_DIMENSIONS = 63  # NumPy's 64, less one for the bytes of an element
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+_Digest = Annotated[str, msgspec.Meta(min_length=64, max_length=64)]  # one of many, whose digits are looked at together
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
@@ -64,7 +66,7 @@ class Tensor(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     shape: tuple[Count, ...]
     chunk: tuple[Count, ...]
     codec: Count
-    digest: Digest
+    digest: _Digest
     planes: tuple[Plane, ...]
 
     @property
@@ -107,7 +109,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     """
 
     format: int
-    packs: tuple[Digest, ...]
+    packs: tuple[_Digest, ...]
     codecs: tuple[CodecSpec, ...]
     tensors: tuple[Tensor, ...]
     files: tuple[Tensor, ...]
@@ -257,37 +259,52 @@ def first_problem(manifest: Manifest) -> str | None:
         return f"the chunk table names pack {int(manifest.pack.max())} of {len(manifest.packs)}"
     if rows and (int(manifest.offset.max()) >= 1 << 50 or int(manifest.length.max()) > 2 * MAX_CHUNK):
         return "the chunk table has an offset or a length out of bounds"
-    seen: set[str] = set()
-    for tensor in manifest.tensors:
-        problem = _problem_of(tensor, rows, len(manifest.codecs))
-        if problem or tensor.name in seen:
-            return f"tensor {tensor.name[:80]!r}: {problem or 'stands there twice'}"
-        seen.add(tensor.name)
-    paths: set[str] = set()
+    digests = (*manifest.packs, *(tensor.digest for tensor in (*manifest.tensors, *manifest.files)))
+    if _other_than_hex("".join(digests)):
+        wrong = next(filter(_other_than_hex, digests))
+        return f"digest {wrong!r} has other characters than 0-9 and a-f"
+    names = {tensor.name for tensor in manifest.tensors}
+    paths = {file.name for file in manifest.files}
+    problem = _problem_of_names(manifest, names, paths) or _problem_of_rows(manifest, rows)
+    if problem:
+        return problem
+    for alias, name in manifest.aliases.items():
+        if name not in names or alias in names:
+            return f"alias {alias[:80]!r} stands for {name[:80]!r}, which is not there, or hides a tensor"
+    return None
+
+
+def _other_than_hex(text: str) -> bool:
+    return bool(text.encode("utf-8", "replace").translate(None, b"0123456789abcdef"))
+
+
+def _problem_of_names(manifest: Manifest, names: set[str], paths: set[str]) -> str | None:
+    for kind, entries, distinct in (("tensor", manifest.tensors, names), ("file", manifest.files, paths)):
+        if len(distinct) < len(entries):
+            name, _ = Counter(entry.name for entry in entries).most_common(1)[0]
+            return f"{kind} {name[:80]!r}: stands there twice"
     for file in manifest.files:
-        problem = _problem_of(file, rows, len(manifest.codecs))
-        if problem or file.name in paths or file.dtype != "uint8" or len(file.shape) != 1:
-            return f"file {file.name[:80]!r}: {problem or 'stands there twice, or is not a run of bytes'}"
-        paths.add(file.name)
+        if file.dtype != "uint8" or len(file.shape) != 1:
+            return f"file {file.name[:80]!r}: is not a run of bytes"
     try:
-        for name in (*seen, *manifest.aliases):
-            check_tensor(name)
+        check_tensors([*names, *manifest.aliases])
         for path in paths:
             check_file(path)
         if manifest.base is not None:
             check_model(manifest.base.model)
     except (FormatError, ValueError) as error:
         return str(error)
-    for alias, name in manifest.aliases.items():
-        if name not in seen or alias in seen:
-            return f"alias {alias[:80]!r} stands for {name[:80]!r}, which is not there, or hides a tensor"
-    return _problem_of_rows(manifest)
+    return None
 
 
-def _problem_of_rows(manifest: Manifest) -> str | None:
-    """Whether each plane has rows of its own, and none of them more bytes than its chunks can take."""
+def _problem_of_rows(manifest: Manifest, rows: int) -> str | None:
+    """Whether tensors are cut as they can be, and each plane has rows of its own, of no more bytes than its chunks can take."""
     tensors = (*manifest.tensors, *manifest.files)
     cuts = [_cut(tensor.dtype, tensor.shape, tensor.chunk) for tensor in tensors]
+    for tensor, (problem, _, _) in zip(tensors, cuts, strict=True):
+        if problem or tensor.codec >= len(manifest.codecs) or not tensor.planes:
+            problem = problem or f"codec {tensor.codec} of {len(manifest.codecs)}, in {len(tensor.planes)} planes"
+            return f"tensor {tensor.name[:80]!r}: {problem}"
     # Columns of numbers, not rows of tuples: these would be looked through by the garbage collector again and again.
     begin = np.array([plane.first for tensor in tensors for plane in tensor.planes], np.int64)
     planes = [len(tensor.planes) for tensor in tensors]
@@ -295,32 +312,24 @@ def _problem_of_rows(manifest: Manifest) -> str | None:
         np.repeat(np.array(column, np.int64), planes)
         for column in ([cut[1] for cut in cuts], [cut[2] for cut in cuts], range(len(tensors)))
     )
+
+    def named(wrong: NDArray[np.bool_]) -> str:
+        return repr(tensors[owner[int(wrong.argmax())]].name[:80])
+
+    beyond = (begin > rows) | (count > rows - begin)
+    if beyond.any():
+        return f"tensor {named(beyond)}: its chunks reach beyond the {rows} rows of the chunk table"
     order = np.lexsort((begin + count, begin))
     order = order[count[order] > 0]
     if not len(order):
         return None
-    first, stop, limit = begin[order], (begin + count)[order], most[order].astype(np.uint64)
-
-    def named(wrong: NDArray[np.bool_]) -> str:
-        return repr(tensors[owner[order[int(wrong.argmax())]]].name[:80])
-
+    first, stop, limit, owner = begin[order], (begin + count)[order], most[order].astype(np.uint64), owner[order]
     shared = first[1:] < stop[:-1]
     if shared.any():
         return f"tensor {named(shared)} shares rows of the chunk table with another plane"
     long = np.maximum.reduceat(manifest.length, first) > limit
     if long.any():
         return f"tensor {named(long)} has a chunk that is too long for its shape"
-    return None
-
-
-def _problem_of(tensor: Tensor, rows: int, codecs: int) -> str | None:
-    problem, chunks, _ = _cut(tensor.dtype, tensor.shape, tensor.chunk)
-    if problem:
-        return problem
-    if tensor.codec >= codecs:
-        return f"codec {tensor.codec} of {codecs}"
-    if not tensor.planes or any([p.first + chunks > rows for p in tensor.planes]):  # noqa: C419 - a list is quicker
-        return f"its chunks reach beyond the {rows} rows of the chunk table"
     return None
 
 

