@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, Reference
 from modelstore.format.record import VariantEntry
 from modelstore.format.results import Exported, Saved
+from modelstore.plan.layout import Share
 from modelstore.storage.base import Storage
 from modelstore.storage.options import without_secrets
 from modelstore.store.catalog import Catalog
@@ -44,6 +45,17 @@ def warn(damaged: Iterable[ModelStoreError]) -> None:
     """Say what cannot be read, where the work goes on without."""
     for error in damaged:
         log.warning("%s", error)
+
+
+def check_part(model: Model, shares: Mapping[str, Share]) -> None:
+    """`ValueError` where a part that is to be written holds nothing of a model; a warning names the tensors of which it does."""
+    held = [name for name, share in shares.items() if 0 not in share.shape]
+    empty = [name for name, share in shares.items() if 0 in share.shape and model.tensor(name).nbytes]
+    if not held and (empty or not shares):
+        raise ValueError(f"this part holds nothing of model {model.name!r}, so nothing is written: give another part")
+    if empty:
+        named = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+        log.warning("this part holds no element of %d tensors, which are written empty: %s", len(empty), named)
 
 
 class Base:

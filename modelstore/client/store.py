@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.client.arguments import MAX_SHARD, check_export, checked
-from modelstore.client.base import warn
+from modelstore.client.base import check_part, warn
 from modelstore.client.checkpoints import Checkpoints
 from modelstore.client.clustered import Clustered, saved
 from modelstore.client.compressing import Compressing
@@ -300,7 +300,9 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         if format != "safetensors" and (names is not None or shard is not None):
             raise ValueError(f'names and shard are for format="safetensors": {format!r} is of whole models')
         model = self._readable(parse_reference(ref))
-        shares = None if names is None and shard is None else model.shares(as_layout(shard), names)
+        shares = None
+        if names is not None or shard is not None:
+            check_part(model, shares := model.shares(as_layout(shard), names))
         metered, limits = meter(progress, model.nbytes(shares), f"exporting {ref}"), self._limits()
         write: Callable[..., results.Exported]
         dense = False

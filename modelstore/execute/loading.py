@@ -128,10 +128,11 @@ class Model:
         """
         every = self.manifest.by_name
         chosen = list(every) if names is None else list(dict.fromkeys(n for name in names for n in self._named(name)))
-        shapes = {name: self.manifest.by_name[name].shape for name in chosen}
         if shard is None:
-            return {name: whole(shape) for name, shape in shapes.items()}
-        return shard.shares(self.config(), shapes)
+            return {name: whole(every[name].shape) for name in chosen}
+        # A rank's part is that of the model, whichever tensors are read of it: its layers and experts are counted.
+        held = shard.shares(self.config(), {name: tensor.shape for name, tensor in every.items()})
+        return {name: held[name] for name in chosen if name in held}
 
     def stream(
         self,

@@ -92,10 +92,11 @@ def check(region: Region, shape: Sequence[int]) -> None:
             raise ValueError(f"region {region} does not lie within shape {tuple(shape)}")
 
 
-def from_index(index: Any, shape: Sequence[int]) -> tuple[Region, tuple[int, ...]]:
+def from_index(index: Any, shape: Sequence[int], *, exact: bool = False) -> tuple[Region, tuple[int, ...]]:
     """A NumPy-like index (ints, slices of step 1, `...`) as a region, and the dimensions that ints drop.
 
-    `IndexError` where an int lies outside, `TypeError` for steps, arrays and other kinds of index.
+    `IndexError` where an int lies outside, and with `exact` also where a slice reaches beyond the dimension, which
+    otherwise ends with it; `TypeError` for steps, arrays and other kinds of index.
     """
     items = index if isinstance(index, tuple) else (index,)
     if sum(item is Ellipsis for item in items) > 1:
@@ -113,6 +114,10 @@ def from_index(index: Any, shape: Sequence[int]) -> tuple[Region, tuple[int, ...
             a, b, step = item.indices(n)
             if step != 1:
                 raise TypeError(f"index {index!r} has step {step}: only steps of 1 are read; slice the result instead")
+            ends = [end for end in (item.start, item.stop) if end is not None]
+            if exact and (a > b or not all(-n <= end <= n for end in ends)):
+                written = ":".join("" if end is None else str(end) for end in (item.start, item.stop))
+                raise IndexError(f"{written} does not lie within dimension {axis}, which is {n} long: give 0 to {n}")
             region.append((a, max(a, b)))
         elif hasattr(item, "__index__") and not isinstance(item, bool):
             i = item.__index__()

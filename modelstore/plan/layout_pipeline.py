@@ -45,7 +45,9 @@ class Layers(Combines):
         layers = _layers(tensors)
         count = max(layers.values(), default=-1) + 1
         if self.stop > count:
-            raise ValueError(f"layers {self.start} to {self.stop} of a model that has {count}")
+            raise ValueError(f"layers {self.start} to {self.stop} of a model that has {count}: give 0 to {count}")
+        if not count and tensors:
+            raise ValueError("the model has no numbered layers: give Regions with what is to be held, or all of it")
         return _held(tensors, layers, range(self.start, self.stop), self.start == 0, self.stop == count, config)
 
 
@@ -70,6 +72,8 @@ class PipelineStage(Combines):
         """The tensors of this stage, whole."""
         layers = _layers(tensors)
         count = max(layers.values(), default=-1) + 1
+        if self.stages > 1 and not count and tensors:
+            raise ValueError(f"{self.stages} stages of a model that has no numbered layers: give Regions, or all of it")
         if self.stages > max(count, 1):
             raise ValueError(f"{self.stages} stages of a model that has {count} layers: give no more than {count}")
         each, more = divmod(count, self.stages)

@@ -164,7 +164,7 @@ def _region(name: str, index: Any, shape: Shape) -> Region:
             region: Region = tuple((int(a), int(b)) for a, b in index)
             check(region, shape)
             return region
-        region, dropped = from_index(index, shape)
+        region, dropped = from_index(index, shape, exact=True)
     except (IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
     if dropped:

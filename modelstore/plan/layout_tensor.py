@@ -30,6 +30,7 @@ class TensorParallel(Combines):
     `experts="parallel"` gives each rank whole experts instead of a slice of every expert.
 
     `ValueError` where a tensor cannot be cut in `size` (attention heads, features; the message says which sizes work),
+    or where several ranks would each hold all of the model, because no tensor of it has a name that is cut,
     `UnsupportedError` for an architecture that is not in the table and no plan.
     """
 
@@ -47,7 +48,8 @@ class TensorParallel(Combines):
         """Every tensor, cut or whole; none is missing unless `experts="parallel"`."""
         rules = _Rules(config, self.plan)
         experts = ExpertParallel(self.rank, self.size).shares(config, tensors) if self.experts == "parallel" else {}
-        held = {}
+        held: dict[str, Share] = {}
+        cuts = 0
         for name, shape in tensors.items():
             if self.experts == "parallel" and _EXPERT.search(name):
                 if name in experts:
@@ -61,6 +63,13 @@ class TensorParallel(Combines):
                 raise ValueError(f"{name} has shape {shape}: it has no axis {rule.axis} to cut")
             axis = rule.axis % len(shape)
             held[name] = cut(shape, axis, _ranges(name, shape[axis], rule.parts, self, rules))
+            cuts += 1
+        replicated = any(axis is None for axis in (self.plan or {}).values())  # which was asked for
+        if self.size > 1 and held and not cuts and not replicated and not experts:
+            raise ValueError(
+                f"no tensor of the model is cut, so each of {self.size} ranks would hold all of it: give "
+                f"plan={{pattern: axis}} with its tensors' names, Regions, or no tensor parallelism"
+            )
         return held
 
 
@@ -69,8 +78,8 @@ class ExpertParallel(Combines):
     """Rank `rank` of `size` expert-parallel ranks: whole experts are divided, everything else is replicated.
 
     Experts stay in order; where they do not divide evenly the first ranks hold one more. Works for every architecture
-    that names its experts `….experts.<n>.…`, or stacks them along axis 0 of `….experts.<parameter>`; a model without
-    experts is replicated.
+    that names its experts `….experts.<n>.…`, or stacks them along axis 0 of `….experts.<parameter>`. `ValueError` for
+    a model without experts, of which each of several ranks would hold all.
     """
 
     rank: int
@@ -81,6 +90,10 @@ class ExpertParallel(Combines):
 
     def shares(self, config: Config | None, tensors: Tensors) -> dict[str, Share]:  # noqa: ARG002
         """Every tensor but those of other ranks' experts."""
+        if self.size > 1 and tensors and not any(map(_EXPERT.search, tensors)):
+            raise ValueError(
+                f"the model has no experts, so each of {self.size} ranks would hold all of it: leave expert parallelism out"
+            )
         single: dict[str, tuple[str, int]] = {}  # name → (its block of experts, its number there)
         count: dict[str, int] = {}
         for name in tensors:

@@ -146,6 +146,35 @@ def test_load_of_a_part_is_what_python_loads(
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        (["--shard", "model.norm.weight[900:1000]"], "900:1000 does not lie within dimension 0, which is 16 long"),
+        (["--shard", "model.norm.weight[8:17]"], "8:17 does not lie within dimension 0"),
+        (["--shard", "model.norm.weight[4:4]"], "this part holds nothing of model 'llama'"),
+        (["--shard", "ep=0/2"], "the model has no experts"),
+        (["--shard", "layers=1:1", "--names", "*.mlp.*"], "this part holds nothing"),
+        (["--shard", "pp=0/3"], "3 stages of a model that has 1 layers"),
+    ],
+)
+def test_a_part_that_holds_nothing_is_not_written(
+    run: Command, llama: Path, tmp_path: Path, parts: list[str], says: str
+) -> None:
+    run("save", llama, "llama")
+    assert says in run("load", "llama", "-o", tmp_path / "out.safetensors", *parts, code=2).stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == []
+
+
+def test_a_part_of_which_a_tensor_is_empty_says_so(
+    run: Command, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("save", llama, "llama")
+    parts = ("--shard", "model.norm.weight[4:4]", "--shard", "lm_head.weight[0:2]")
+    run("load", "llama", "-o", tmp_path / "out.safetensors", *parts)
+    assert "no element of 1 tensors, which are written empty: model.norm.weight" in caplog.text
+    assert load_file(tmp_path / "out.safetensors")["lm_head.weight"].shape == (2, 16)
+
+
 @pytest.mark.parametrize("text", ["3/8", "tp=3", "tp=8/8", "x[1]", "x[::2]", "layers=a:b", ""])
 def test_a_part_that_cannot_be_is_wrong_usage(run: Command, llama: Path, tmp_path: Path, text: str) -> None:
     run("save", llama, "llama")

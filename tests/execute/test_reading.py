@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
 
 from modelstore.client import Store
+from modelstore.cluster.delivery import batches, read_batch, tensors_of
+from modelstore.format.names import parse_reference
+from modelstore.plan.layout import ExpertParallel, Layers, Layout, PipelineStage
 from modelstore.storage.faults import CountingStorage
 from modelstore.storage.local import LocalStorage
 
@@ -26,3 +30,36 @@ def test_a_job_of_runs_and_columns_fetches_each_chunk_once(tmp_path: Path, codec
     assert torch.equal(loaded["d"], tensors["d"][:256])
     stored = sum(tensor.stored for tensor in store.describe("m").tensors)
     assert counting.bytes["read"] <= stored
+
+
+EXPERTS = {f"model.layers.{i}.mlp.experts.{n}.up_proj.weight": torch.randn(4, 4) for i in range(2) for n in range(4)}
+
+
+@pytest.mark.parametrize("shard", [PipelineStage(1, 2), ExpertParallel(1, 2), Layers(1, 2)])
+def test_a_part_of_some_tensors_is_what_the_part_of_the_model_holds_of_them(tmp_path: Path, shard: Layout) -> None:
+    store = Store(LocalStorage(tmp_path))
+    store.save("m", EXPERTS)
+    held = store.load("m", shard=shard)
+    for names in (["*.layers.0.*"], ["*.layers.1.*"], ["*.experts.2.*"], ["*.experts.0.*", "*.experts.1.*"]):
+        wanted = {name for name in held if any(fnmatchcase(name, pattern) for pattern in names)}
+        assert store.load("m", shard=shard, names=names).keys() == wanted
+
+
+def test_regions_of_several_tensors_are_read_of_one(tmp_path: Path) -> None:
+    store = Store(LocalStorage(tmp_path))
+    store.save("m", {"a": torch.arange(4.0), "b": torch.arange(4.0)})
+    assert store.load("m", shard={"a": ((0, 2),), "b": None}, names=["a"])["a"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("layout", [PipelineStage(1, 2), ExpertParallel(1, 2)])
+def test_a_part_comes_in_batches_of_the_model_s_part(tmp_path: Path, layout: Layout) -> None:
+    store = Store(LocalStorage(tmp_path))
+    store.save("m", EXPERTS)
+    model = store._readable(parse_reference("m"))
+    found: dict[str, torch.Tensor] = {}
+    for entries in batches(model, model.shares(layout, None), size=64):
+        assert len(entries) == 1
+        found.update(tensors_of(read_batch(model, layout, entries, None)))
+    wanted = store.load("m", shard=layout)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

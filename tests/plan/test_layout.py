@@ -413,6 +413,41 @@ def test_regions() -> None:
             Regions({"a": bad}).shares(None, shapes)
 
 
+@pytest.mark.parametrize("index", [np.s_[900:1000], np.s_[2:5], np.s_[-5:], np.s_[3:1], np.s_[..., :7], np.s_[:, 5:-3]])
+def test_a_slice_that_reaches_beyond_its_tensor_is_refused(index: object) -> None:
+    with pytest.raises(ValueError, match=r"a: .* does not lie within dimension \d, which is \d long"):
+        Regions({"a": index}).shares(None, {"a": (4, 6)})
+
+
+DENSE = {"model.layers.0.mlp.up_proj.weight": (4, 4), "model.norm.weight": (4,)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "shapes", "says"),
+    [
+        (ExpertParallel(0, 2), DENSE, "no experts"),
+        (TensorParallel(0, 2, experts="parallel"), DENSE, "no experts"),
+        (PipelineStage(0, 2), {"a": (4,)}, "no numbered layers"),
+        (Layers(0, 0), {"a": (4,)}, "no numbered layers"),
+        (TensorParallel(0, 2), {"body.up.weight": (4, 4)}, "no tensor of the model is cut"),
+        (
+            TensorParallel(1, 2, plan={"*.proj_inn.weight": 0}),
+            {"body.proj_in.weight": (4, 4)},
+            "no tensor of the model",
+        ),
+        (PipelineStage(0, 1) & ExpertParallel(0, 2), DENSE, "no experts"),
+    ],
+)
+def test_a_layout_that_divides_nothing_is_refused(layout: Layout, shapes: dict[str, Shape], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        layout.shares({"model_type": "llama", "num_attention_heads": 4}, shapes)
+
+
+@pytest.mark.parametrize("layout", [ExpertParallel(0, 1), TensorParallel(0, 1), PipelineStage(0, 1)])
+def test_one_rank_holds_all_of_any_model(layout: Layout) -> None:
+    assert layout.shares({"model_type": "llama"}, {"a": (4,)}) == {"a": whole((4,))}
+
+
 RANGES = st.lists(st.integers(0, 12), max_size=6, unique=True).map(
     lambda points: tuple(zip(*[iter(sorted(points))] * 2, strict=False)) or ((0, 0),)
 )
