@@ -31,7 +31,7 @@ from modelstore.format.note import note
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Shard, as_layout
 from modelstore.sources.choosing import Choice
-from modelstore.sources.open import open_source
+from modelstore.sources.open import check_holds, open_source
 from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
 from modelstore.storage.pool import Pool
@@ -135,6 +135,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
             raise ValueError('ack="memory" keeps the weights alone: leave it out, or include="all"')
         opened = open_source(source, files=files, choice=choice)
         try:
+            check_holds(opened, source, files)
             self._catalog.open(create=True)
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in opened.tensors)
             metered = meter(progress, total, f"saving {name}")

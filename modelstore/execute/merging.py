@@ -144,6 +144,8 @@ def publish(
     page = parts[0].page
     model, session = page.model, page.session
     merge = plan_merge(parts, files.files)
+    if not (merge.tensors or merge.files or files.files):
+        raise ConflictError(f"no rank's part of session {session!r} holds a tensor: save the parts again", model=model)
     shelf = Shelf(storage)
     # The session goes on: garbage collection keeps what its pages name.
     storage.create(f"{session_prefix(model, session)}publishing-{uuid.uuid4().hex}.json", b"{}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modelstore.errors import FormatError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
 from modelstore.format.checkpoint import PIPELINE
+from modelstore.format.given import told
 from modelstore.format.names import check_file
 from modelstore.format.region import Region
 from modelstore.paths import explained
@@ -51,6 +52,15 @@ def open_source(
     extra = checked_files(files or {})
     source = open_chosen(what, choice or Choice()) or _dispatch(what)
     return _WithFiles(source, extra) if extra else source
+
+
+def check_holds(source: Source, what: Any, files: Mapping[str, Any] | None) -> None:
+    """Refuse a source without a tensor, as what is meant lies elsewhere; `files` that were given make a version by themselves."""
+    if source.tensors or files:
+        return
+    if isinstance(what, (str, Path)):
+        raise FormatError(f"{what} holds no tensor, so there is nothing to save: give {_ACCEPTED}", object=str(what))
+    raise ValueError(f"source is {told(what)} and holds no tensor, so there is nothing to save: give {_ACCEPTED}")
 
 
 def _dispatch(what: Any) -> Source:

@@ -6,13 +6,15 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import modelstore as ms
 from modelstore.cli.main import app
 from modelstore.client import Store
+from modelstore.errors import ConflictError, FormatError
 
 CONFIG = {
     "model_type": "llama",
@@ -33,6 +35,44 @@ def store(tmp_path: Path) -> Store:
     weights["model.embed_tokens.weight"] = torch.randn(64, 256).bfloat16()
     store.save("m", weights, files={"config.json": json.dumps(CONFIG).encode()})
     return store
+
+
+@pytest.mark.parametrize("kind", ["dict", "module", "arrays", "safetensors", "folder", "torch"])
+def test_a_source_without_a_tensor_makes_no_version(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    for path in ("one.safetensors", "folder/model.safetensors"):
+        save_file({}, tmp_path / path)
+    torch.save({}, tmp_path / "one.pt")
+    source, error = {
+        "dict": ({}, ValueError),
+        "module": (torch.nn.ReLU(), ValueError),
+        "arrays": (dict[str, np.ndarray](), ValueError),
+        "safetensors": (tmp_path / "one.safetensors", FormatError),
+        "folder": (tmp_path / "folder", FormatError),
+        "torch": (tmp_path / "one.pt", FormatError),
+    }[kind]
+    made = ms.open(tmp_path / "store")
+    with pytest.raises(error, match="no tensor|no state dict"):
+        made.save("m", source)
+    assert not (tmp_path / "store").exists()
+
+
+def test_files_that_are_given_make_a_version_by_themselves(tmp_path: Path) -> None:
+    made = ms.open(tmp_path / "store")
+    made.save("tokenizer", {}, files={"tokenizer.json": b"{}"})
+    assert made.file("tokenizer", "tokenizer.json") == b"{}"
+    assert made.load("tokenizer") == {}
+
+
+def test_parts_without_a_tensor_make_no_version(tmp_path: Path) -> None:
+    made = ms.open(tmp_path / "store")
+    for rank in range(2):
+        made.save_part("m", {}, session="s", rank=rank, ranks=2)
+    with pytest.raises(ConflictError, match="no rank's part"):
+        made.publish("m", "s", ranks=2)
+    made.save_part("m", {"a": torch.ones(2)}, session="s", rank=1, ranks=2)
+    assert made.publish("m", "s", ranks=2).tensors == 1
 
 
 @pytest.mark.parametrize("option", ["include", "skip"])

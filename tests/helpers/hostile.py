@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 import zstandard
 from blake3 import blake3
 
@@ -70,7 +71,7 @@ def readings(store: Store, ref: str, folder: Path) -> dict[str, Callable[[], obj
         "describe": lambda: store.describe(ref),
         "diff": lambda: store.diff(ref, "good"),
         "export": lambda: store.export(ref, folder / "export", overwrite=True),
-        "parent": lambda: store.save("child", {}, parent=ref),
+        "parent": lambda: store.save("child", {"one": torch.ones(1)}, parent=ref),
     }
 
 
