@@ -25,7 +25,7 @@ from modelstore.paths import explained
 from modelstore.text import json_line
 
 # What a command that was stopped has done is not done again by these.
-RESUMING = frozenset({"save", "load", "export", "compress", "copy", "rename", "repair", "gc"})
+RESUMING = frozenset({"save", "export", "compress", "copy", "rename", "repair", "gc"})
 FAILED, USAGE, UNREAD, BROKEN_PIPE = 1, 2, 3, 141
 PATIENCE = 5.0  # seconds from Ctrl-C to the end of a command, and from that to the end of the process
 
@@ -141,7 +141,18 @@ class Stopped:
                     telling = threading.Thread(target=self._tell, daemon=True)  # nobody may read what it says
                     telling.start()
                     telling.join(PATIENCE)
+                    _abandon()
                     os._exit(INTERRUPTED)
+
+
+def _abandon() -> None:
+    """Remove the file that is half-written, if one is: the thread that would do so does not come to it."""
+    if "modelstore.execute.export_target" in sys.modules:
+        from modelstore.execute.export_target import abandon
+
+        removing = threading.Thread(target=abandon, daemon=True)  # a disk may not answer either
+        removing.start()
+        removing.join(PATIENCE)
 
 
 def end_soon() -> None:
@@ -152,7 +163,9 @@ def end_soon() -> None:
 
 
 def _tell_stopped(given: Sequence[str], as_json: bool) -> None:
-    goes_on = bool(given) and given[0] in RESUMING
+    command = given[0] if given else ""
+    one_file = command == "export" and any(word.endswith(("gguf", "safetensors")) for word in given)
+    goes_on = command in RESUMING and not one_file
     with suppress(OSError):  # nobody reads it: what was stopped ends all the same
         _say(
             "stopped" + "; the same command goes on from what is finished" * goes_on, kind="cancelled", as_json=as_json

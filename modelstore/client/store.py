@@ -284,7 +284,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         storage_options: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> results.Exported:
-        """Write a variant to files; a target that is there is refused unless `overwrite`. Local ones go on if interrupted.
+        """Write a variant to files; a target that is there is refused unless `overwrite`. Local folders go on if interrupted.
 
         `path` is a local path, or a URL as `open` takes it (`storage_options` are fsspec's for it): files are written in the
         folder for temporary files first, which needs room for all of them, and what makes the target complete is sent last.

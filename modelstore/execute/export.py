@@ -53,7 +53,7 @@ def export(
     The bytes of every tensor are those of the store, but of those `packed`, for "hf", which are written in parts; `instead` are
     files by name that are written with other bytes; `shares`, for "safetensors", are the only tensors to write, each as far
     as its share goes. Nothing is visible under its name before all files are whole and
-    durable; what an interrupted export finished is found again by the next one to the same place. A target that is
+    durable; of a folder, what an interrupted export finished is found again by the next one to the same place. A target that is
     there and not empty is a `ConflictError`, unless `overwrite`: files of the same names, and other weights, are
     replaced then, and anything else stays. `StorageError` where the disk is too small, `UnsupportedError` for tensors
     that safetensors cannot hold: both before anything is written.

@@ -41,11 +41,21 @@ class _State(msgspec.Struct):
     placing: str = ""
 
 
+_under_way: set[Target] = set()  # files that are being written by this process
+
+
+def abandon() -> None:
+    """Remove what is written of single files, as the process ends now, whatever its threads wait for."""
+    for target in list(_under_way):
+        target.remove_staged()
+
+
 class Target:
     """The files of one export, on their way to `root`. A context manager: it keeps other exports out of the same place.
 
     Below `root` no link is followed. What lies in the hidden folder is not believed: what an earlier run left there goes on
-    only if its bytes have the digests of the tensors (`verify`), or is written anew.
+    only if its bytes have the digests of the tensors (`verify`), or is written anew. Where the export fails or is stopped, a
+    folder's stays, to go on from; that of a single file goes: only a process that was killed leaves one.
     """
 
     def __init__(self, path: Path, outputs: Sequence[OutFile], *, single: bool, overwrite: bool) -> None:
@@ -80,15 +90,25 @@ class Target:
         except BaseException:
             os.close(self._lock)
             raise
+        if self._single:
+            _under_way.add(self)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if self._unwritten:
+            _under_way.discard(self)
+            if kind is not None and self._single:
+                self.remove_staged()
+            elif self._unwritten:
                 with writing(self.path), contextlib.suppress(FileNotFoundError):
                     self._write_state()
         finally:
             os.close(self._lock)
+
+    def remove_staged(self) -> None:
+        """Remove what is not whole; while the lock is held, so that all of it is this export's own."""
+        with contextlib.suppress(OSError), paths.folder(self.root) as at:
+            paths.remove_in(at, self._staging)
 
     def open_staged(self, output: OutFile, *, fresh: bool) -> int:
         """The file where it lies while it is not whole, for reading and writing; a `fresh` one is empty and new."""
@@ -363,7 +383,5 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in _FULL
-        what = (
-            "its disk is full: free some space and export again, which goes on from there" if full else error.strerror
-        )
+        what = "its disk is full: free some space and export again" if full else error.strerror
         raise StorageError(f"cannot write {path}: {what}", object=str(path)) from error

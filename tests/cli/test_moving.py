@@ -165,6 +165,20 @@ def test_a_part_that_holds_nothing_is_not_written(
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == []
 
 
+@pytest.mark.parametrize("command", ["load", "checkpoint"])
+def test_what_is_damaged_leaves_nothing_half_written(run: Command, tmp_path: Path, command: str) -> None:
+    torch.save({"state_dict": {n: torch.randn(300, 300) for n in "ab"}, "epoch": 1}, tmp_path / "run.pt")
+    run("save", tmp_path / "run.pt", "m", "--include", "all")
+    for pack in (tmp_path / "store" / "packs").rglob("*.safetensors"):
+        data = bytearray(pack.read_bytes())
+        data[len(data) // 2] ^= 1
+        pack.write_bytes(data)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    out = tmp_path / ("out.safetensors" if command == "load" else "out.pt")
+    run(command, "m", "-o", out, code=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 def test_a_part_of_which_a_tensor_is_empty_says_so(
     run: Command, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

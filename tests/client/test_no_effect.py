@@ -53,7 +53,7 @@ def test_a_source_without_a_tensor_makes_no_version(tmp_path: Path, kind: str) -
         "torch": (tmp_path / "one.pt", FormatError),
     }[kind]
     made = ms.open(tmp_path / "store")
-    with pytest.raises(error, match="no tensor|no state dict"):
+    with pytest.raises(error, match=r"no tensor|no state dict"):
         made.save("m", source)
     assert not (tmp_path / "store").exists()
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modelstore.errors import ConflictError, FormatError, StorageError, UnsupportedError
-from modelstore.execute import export_target, export_write
+from modelstore.errors import ConflictError, CorruptionError, FormatError, StorageError, UnsupportedError
+from modelstore.execute import export_layout, export_target, export_write
 from modelstore.execute.export import export
 from modelstore.execute.export_layout import STAGING, blocks, directory
 from modelstore.execute.fetch import Fetcher
@@ -344,19 +344,53 @@ def test_it_goes_on_within_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(export_write, "Pool", AtOnce)
     values = torch.arange(16_000_000, dtype=torch.int32).reshape(4000, 4000)
     reader = stored({"big": values})
-    path = tmp_path / "x.safetensors"
+    path = tmp_path / "model.safetensors"
     one = Limits(LIMITS.memory, threads=1)  # blocks come in order
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, cut)
         with pytest.raises(Killed):
-            export(reader, path, format="safetensors", limits=one)
+            export(reader, tmp_path, format="hf", limits=one)
     assert not path.exists()
     with pytest.MonkeyPatch.context() as patch:
         written = killed_at(patch, -1)
-        export(reader, path, format="safetensors", limits=one)
+        export(reader, tmp_path, format="hf", limits=one)
     assert written() < len(list(blocks(reader.manifest.tensors[0], 4 << 20)))
     check_same(load_file(path), {"big": values})
-    assert everything(tmp_path) == {"x.safetensors"}
+    assert everything(tmp_path) == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("error", [CorruptionError("a chunk is damaged"), KeyboardInterrupt(), OSError(28, "full")])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_one_file_nothing_half_written_stays(
+    reader: Reader, tmp_path: Path, error: BaseException, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    if overwrite:
+        path.write_bytes(b"as it was")
+    before = everything(tmp_path)
+    read = export_write._Writer.put
+    puts: list[int] = []
+
+    def put(*args: Any) -> None:
+        read(*args)
+        puts.append(1)
+        if len(puts) > 2:
+            raise error
+
+    monkeypatch.setattr(export_write._Writer, "put", put)
+    with pytest.raises(type(error)):
+        export(reader, path, format="safetensors", limits=LIMITS, overwrite=overwrite)
+    assert puts
+    assert everything(tmp_path) == before
+
+
+def test_an_export_that_found_another_one_at_work_leaves_its_file_alone(reader: Reader, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    outputs = [export_layout.one_file(reader.manifest, path.name, None)]
+    with export_target.Target(path, outputs, single=True, overwrite=False):
+        with pytest.raises(ConflictError):
+            export(reader, path, format="safetensors", limits=LIMITS)
+        assert (tmp_path / ".x.safetensors.partial" / "lock").exists()
 
 
 def test_killed_while_files_take_their_names(reader: Reader, tmp_path: Path) -> None:
