@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 
-from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, UnsupportedError
+from modelstore.errors import ConflictError, CorruptionError, ModelStoreError, NotFoundError, UnsupportedError
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
 from modelstore.format.names import ORIGINAL, is_word
@@ -42,14 +43,25 @@ class Catalog(Lookup):
         return self._info
 
     def _open(self, create: bool) -> StoreInfo:
-        try:
+        with suppress(NotFoundError):
             return rec.parse(self._storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
-        except NotFoundError:
-            if not create:
-                raise NotFoundError(
-                    f"there is no store at {self._storage.url}: save a model to make one, or check the address",
+        models = None
+        with suppress(ModelStoreError):  # not everything that can be read can be listed
+            models = self.models()
+        if models:  # and so was the store's own record, before them
+            try:
+                return rec.parse(self._storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
+            except NotFoundError:
+                raise CorruptionError(
+                    f"the store at {self._storage.url} has models and no {rec.STORE_KEY}, so it was removed or is not copied "
+                    f"yet: run 'modelstore repair', which makes it again",
                     object=rec.STORE_KEY,
                 ) from None
+        if not create:
+            raise NotFoundError(
+                f"there is no store at {self._storage.url}: save a model to make one, or check the address",
+                object=rec.STORE_KEY,
+            )
         self._check_place()
         self._storage.create(rec.STORE_KEY, seal(StoreInfo(FORMAT, uuid.uuid4().hex)))
         return rec.parse(self._storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)

@@ -261,7 +261,7 @@ def _copy(sources: Sequence[Storage], key: str, parse: Callable[[bytes, str], ob
 
 
 def mend_store(storage: Storage, sources: Sequence[Storage], models: Callable[[], list[str]]) -> bool:
-    """Put `modelstore.json` right where it is damaged; whether it was.
+    """Put `modelstore.json` right where it is damaged, or missing though there are models; whether it was.
 
     It says the format, which every record says too, and the store's id, which is random: where no copy has it, a new one is
     made. `FormatError` where nothing tells the format.
@@ -269,11 +269,13 @@ def mend_store(storage: Storage, sources: Sequence[Storage], models: Callable[[]
     try:
         rec.parse(storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
         return False
-    except (NotFoundError, UnsupportedError):
+    except UnsupportedError:
         return False
-    except DAMAGED as error:
+    except (NotFoundError, *DAMAGED) as error:
         copy = _copy(sources, rec.STORE_KEY, lambda data, key: rec.parse(data, StoreInfo, key))
         found = models()
+        if isinstance(error, NotFoundError) and not found:
+            return False  # there is no store
         if copy is None and found and not any(one.good for model in found for one in series(storage, model)):
             raise FormatError(
                 f"{error}; no record in {storage.url} can be read either", object=rec.STORE_KEY

@@ -10,7 +10,7 @@ import pytest
 
 import modelstore
 from modelstore.client import Store
-from modelstore.errors import ConflictError, FormatError, ModelStoreError
+from modelstore.errors import ConflictError, CorruptionError, FormatError, ModelStoreError, NotFoundError
 from modelstore.format import record as rec
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
@@ -109,6 +109,32 @@ def test_a_copy_of_the_store_has_it(key: str, storage: MemoryStorage) -> None:
     put(storage, key, b"")
     assert open_on(storage, mirrors=[good]).repair().ok
     assert storage.get(key) == good.get(key)
+
+
+def test_a_store_that_lost_its_own_record_says_so_and_gets_it_again(storage: MemoryStorage) -> None:
+    before = all_bits(open_on(storage).load("m@1"))
+    storage.delete(rec.STORE_KEY)
+    for act in (
+        lambda: open_on(storage).load("m"),
+        lambda: open_on(storage).models(),
+        lambda: open_on(storage).gc(),
+        lambda: open_on(storage).save("m", weights(9)),
+    ):
+        with pytest.raises(CorruptionError, match=r"has models and no modelstore\.json.*run 'modelstore repair'"):
+            act()
+    assert [p.object for p in open_on(storage).verify().problems] == [rec.STORE_KEY]
+    report = open_on(storage).repair()
+    assert report.ok
+    assert report.repaired == (rec.STORE_KEY,)
+    assert all_bits(open_on(storage).load("m@1")) == before
+
+
+def test_where_there_is_no_store_none_is_made_by_repair() -> None:
+    empty = MemoryStorage(uuid.uuid4().hex)
+    put(empty, "packs/ab/x", b"of another program")
+    with pytest.raises(NotFoundError, match="there is no store"):
+        open_on(empty).repair()
+    assert keys(empty) == {"packs/ab/x"}
 
 
 def test_a_tag(storage: MemoryStorage) -> None:
