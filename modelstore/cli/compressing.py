@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstore.cli import output, units
+from modelstore.cli import output, swapped, units
 from modelstore.cli.failures import usage
 from modelstore.cli.options import AsJson, Cluster, Debug, Memory, Quiet, Reference, StoreUrl, open_store
 
 if TYPE_CHECKING:
+    from modelstore.client import Store
     from modelstore.format.results import CompressionPlan
 
 Recipe = Annotated[
@@ -78,7 +80,7 @@ def compress(
     The original stays exact. A compression that was interrupted goes on when it is started again.
     """
     opened = open_store(store, memory=memory, cluster=cluster)
-    with output.progress(quiet=quiet) as report:
+    with output.progress(quiet=quiet) as report, _told_apart(opened, "compress", ref, recipe):
         done = opened.compress(
             ref,
             _recipe(recipe),
@@ -124,9 +126,9 @@ def plan_compress(
 
     Only the model's manifest is read.
     """
-    found = open_store(store).plan_compression(
-        ref, _recipe(recipe), codes=codes, include=include or (), skip=skip or ()
-    )
+    opened = open_store(store)
+    with _told_apart(opened, "plan compress", ref, recipe):
+        found = opened.plan_compression(ref, _recipe(recipe), codes=codes, include=include or (), skip=skip or ())
     output.result(found, _plan_lines(found), as_json=json)
 
 
@@ -159,6 +161,15 @@ def _plan_lines(found: CompressionPlan) -> Iterator[str]:
         f"{len(found.compressed)} of {units.count(len(found.choices), 'tensor')} would be compressed: "
         f"{units.size(found.bytes)}, stored in {units.size(found.stored)} now, in about {units.size(found.expected)} then"
     )
+
+
+def _told_apart(opened: Store, command: str, ref: str, text: str) -> AbstractContextManager[None]:
+    import modelstore as ms
+
+    def names_recipe(one: str) -> bool:
+        return one.endswith(".json") or one in ms.presets()
+
+    return swapped.told(opened, command, (ref, text), ("REF", "RECIPE"), second=names_recipe)
 
 
 def _codec(name: str, params: dict[str, Any]) -> str:

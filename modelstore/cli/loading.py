@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 import sys
+from contextlib import nullcontext
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
-from modelstore.cli import output, units
+from modelstore.cli import output, swapped, units
 from modelstore.cli.layouts import layout_of
 from modelstore.cli.options import (
     AsJson,
@@ -106,7 +107,9 @@ def cat(
     debug: Debug = False,
 ) -> None:
     """Write one of the model's files to stdout, as it is; on a terminal, with what would steer it shown as escapes."""
-    pieces = open_store(store, memory=memory, mirrors=mirror).cat(ref, path)
+    opened = open_store(store, memory=memory, mirrors=mirror)
+    with swapped.told(opened, "cat", (ref, path), ("REF", "FILE")):
+        pieces = opened.cat(ref, path)
     if sys.stdout.isatty():
         decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         for piece in pieces:
@@ -192,7 +195,8 @@ def _export(
         raise typer.BadParameter("memory:// ends with this command: give a folder, or a URL like s3://bucket/folder")
     opened = open_store(store, memory=memory, mirrors=mirrors, cluster=cluster)
     limits: dict[str, Any] = {} if max_shard is None else {"max_shard_bytes": max_shard}
-    with output.progress(quiet=quiet) as report:
+    told = swapped.told(opened, "export", (ref, path), ("REF", "PATH")) if part is None else nullcontext()
+    with output.progress(quiet=quiet) as report, told:
         done = opened.export(
             ref,
             path,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstore.cli import complete, output, units
+from modelstore.cli import complete, output, swapped, units
 from modelstore.cli.failures import usage
 from modelstore.cli.options import AsJson, Debug, Memory, Mirrors, ModelName, Quiet, StoreUrl, open_store
 
@@ -53,7 +53,7 @@ def copy(
         raise usage("copy takes a reference and a store, copy REF DEST; or with --all a store alone")
     ref, target = (what[0], what[1]) if len(what) == 2 else (None, what[0])
     opened = open_store(store, memory=memory, mirrors=mirror)
-    with output.progress(quiet=quiet) as report:
+    with output.progress(quiet=quiet) as report, swapped.told(opened, "copy", (ref, target), ("REF", "DEST")):
         done = opened.copy(ref, target, name=name, variants=variants, tags=tags, all=everything, progress=report)
     output.result(done, _copied(done), as_json=json)
     for said in done.left_out:

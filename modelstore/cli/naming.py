@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import complete, output
+from modelstore.cli import complete, output, swapped
 from modelstore.cli.options import AsJson, Debug, ModelName, Reference, StoreUrl, open_store
+from modelstore.format.names import is_model, is_word
 
 
 def tag(
@@ -21,7 +22,9 @@ def tag(
 
     A tag that names another version of the model moves to this one.
     """
-    open_store(store).tag(ref, tag)
+    opened = open_store(store)
+    with swapped.told(opened, "tag", (ref, tag), ("REF", "TAG"), second=is_word):
+        opened.tag(ref, tag)
     output.result({"ref": ref, "tag": tag}, [f"{tag} names {ref}"], as_json=json)
 
 
@@ -35,5 +38,7 @@ def untag(
     debug: Debug = False,
 ) -> None:
     """Remove a tag. The version it named stays."""
-    open_store(store).untag(name, tag)
+    opened = open_store(store)
+    with swapped.told(opened, "untag", (name, tag), ("NAME", "TAG"), first=is_model, second=is_word):
+        opened.untag(name, tag)
     output.result({"name": name, "untagged": tag}, [f"removed the tag {tag} of {name}"], as_json=json)

@@ -218,6 +218,53 @@ def test_a_source_and_a_name_that_are_swapped_are_told_apart(saved: Command, mod
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("tag", "prod", "acme/toy@1"), "REF and TAG are swapped: write modelstore tag acme/toy@1 prod"),
+        (("tag", "prod", "plain"), "write modelstore tag plain prod"),
+        (("tag", "prod", "acme/missing@1"), "write modelstore tag acme/missing@1 prod"),
+        (("untag", "prod", "acme/toy"), "NAME and TAG are swapped: write modelstore untag acme/toy prod"),
+        (("compress", "int4", "acme/toy"), "REF and RECIPE are swapped: write modelstore compress acme/toy int4"),
+        (("compress", "int4", "plain"), "write modelstore compress plain int4"),
+        (("plan", "compress", "int4", "acme/toy@1"), "write modelstore plan compress acme/toy@1 int4"),
+        (("copy", "./backup", "acme/toy"), "REF and DEST are swapped: write modelstore copy acme/toy ./backup"),
+        (("copy", "memory://b", "acme/toy@1"), "write modelstore copy acme/toy@1 memory://b"),
+        (("copy", "backup", "plain"), "write modelstore copy plain backup"),
+        (("cat", "config.json", "acme/toy"), "REF and FILE are swapped: write modelstore cat acme/toy config.json"),
+        (("export", "./out", "acme/toy@1"), "REF and PATH are swapped: write modelstore export acme/toy@1 ./out"),
+    ],
+)
+def test_arguments_that_are_swapped_are_told_apart(
+    saved: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], said: str
+) -> None:
+    saved("save", model, "plain")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    error = saved(*given, code=2).stderr
+    assert said in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        (("tag", "acme/missing", "prod"), 1),
+        (("tag", "acme/toy@9", "prod"), 1),
+        (("tag", "acme/toy", "a b"), 2),
+        (("compress", "acme/toy", "acme/toy"), 2),
+        (("compress", "acme/toy", "int44"), 2),
+        (("copy", "missing", "./backup"), 1),
+        (("cat", "acme/toy", "missing.json"), 1),
+        (("untag", "acme/toy", "missing"), 1),
+    ],
+)
+def test_arguments_in_their_places_are_not_said_to_be_swapped(
+    saved: Command, given: tuple[str, ...], code: int
+) -> None:
+    assert "swapped" not in saved(*given, code=code).stderr
+
+
 def test_only_of_latest_is_said_what_it_means(saved: Command) -> None:
     assert "always means the newest version" in saved("tag", "acme/toy", "latest", code=2).stderr
     assert "latest" not in saved("tag", "acme/toy", "a b", code=2).stderr
