@@ -192,3 +192,21 @@ def test_no_failure_is_swallowed() -> None:
             if node.type is None or (silent and caught & {"Exception", "BaseException"}):
                 wrong.append(f"{where(path)}:{node.lineno}")
     assert not wrong, "bare or silent except:\n" + "\n".join(wrong)
+
+
+def test_structs_are_prepared_before_they_are_decoded() -> None:
+    """See `format/decoding.py`: otherwise two threads that decode one for the first time end the process."""
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(parse(path)):
+            if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("msgspec."):
+                continue
+            kinds = [key.value for key in node.keywords if key.arg == "type"]
+            if node.func.attr in ("convert", "Decoder"):  # type: ignore[union-attr]
+                kinds += node.args[-1:]
+            if path.name != "decoding.py":
+                named = [ast.unparse(kind) for kind in kinds]
+                wrong += [
+                    f"{where(path)}:{node.lineno}: {n}" for n in named if not n.startswith(("prepared(", "_MEMBERS"))
+                ]
+    assert not wrong, "type=prepared(…):\n" + "\n".join(wrong)

@@ -10,6 +10,7 @@ from modelstore.cluster.pieces import Source
 from modelstore.cluster.reading import ClusterFetching, Holding
 from modelstore.execute.fetch import Fetcher
 from modelstore.execute.loading import Model
+from modelstore.format.decoding import prepared
 from modelstore.storage.base import Storage
 from modelstore.store.manifests import Manifests
 
@@ -32,5 +33,5 @@ def storage_of(source: Source) -> tuple[Storage, Manifests]:
 
 @lru_cache(maxsize=16)
 def _store(source: bytes) -> tuple[Storage, Manifests]:
-    storage = msgspec.json.decode(source, type=Source).open()
+    storage = msgspec.json.decode(source, type=prepared(Source)).open()
     return storage, Manifests(storage)

@@ -21,6 +21,7 @@ import msgspec
 from modelstore.cluster.certificates import issue, new_authority, own_address
 from modelstore.cluster.private import find_file, read_private, run_folder, temporary_folder, write_private
 from modelstore.errors import StorageError
+from modelstore.format.decoding import prepared
 
 log = logging.getLogger("modelstore")
 
@@ -71,7 +72,7 @@ def noted() -> Running | None:
     """What `start_node` noted here, as far as it was this user who did; it may have ended since."""
     file = state_file()
     with contextlib.suppress(msgspec.MsgspecError):
-        return msgspec.json.decode(read_private(file) or b"", type=Running) if file else None
+        return msgspec.json.decode(read_private(file) or b"", type=prepared(Running)) if file else None
     return None
 
 

@@ -26,6 +26,7 @@ from modelstore.cluster.channel import TLS, Greeting, deadline, exactly, fill, g
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.errors import ModelStoreError, StorageError
 from modelstore.format.buffers import Bytes, view
+from modelstore.format.decoding import prepared
 
 log = logging.getLogger("modelstore")
 
@@ -134,7 +135,7 @@ class PieceClient:
         """One request, after which the connection is kept; it is closed where that fails: it could bring anything."""
         try:
             send(connection, [_SIZE.pack(len(request)), request])
-            answer = msgspec.msgpack.decode(_message(connection), type=_Answer)
+            answer = msgspec.msgpack.decode(_message(connection), type=prepared(_Answer))
             found = _receive(connection, parts, answer.given) if answer.error is None else []
         except BaseException:
             connection.close()
@@ -213,7 +214,7 @@ def in_thread(work: Callable[[], Any]) -> Future[Any]:
 
 def _answer(connection: socket.socket, read: Read, fetching: threading.BoundedSemaphore) -> None:
     """One request's answer. `EOFError` when there are no more."""
-    request = msgspec.msgpack.decode(_request(connection), type=_Request)
+    request = msgspec.msgpack.decode(_request(connection), type=prepared(_Request))
     found: Sequence[Bytes | None] = []
     try:
         with fetching if request.fetch else contextlib.nullcontext():

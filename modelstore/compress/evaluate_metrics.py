@@ -10,6 +10,7 @@ import msgspec
 
 from modelstore.errors import ConflictError
 from modelstore.execute.saving import store_manifest
+from modelstore.format.decoding import prepared
 from modelstore.format.names import Reference
 from modelstore.format.results import Measured
 from modelstore.storage.base import Storage
@@ -29,7 +30,7 @@ def evaluations(metrics: Mapping[str, Any]) -> list[Measured]:
     earlier = metrics.get(EARLIER)
     for item in [metrics.get(EVALUATION), *(earlier if isinstance(earlier, list) else ())]:
         try:
-            found.append(msgspec.convert(item, Measured))
+            found.append(msgspec.convert(item, prepared(Measured)))
         except msgspec.ValidationError:
             continue
     return found

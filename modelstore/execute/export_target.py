@@ -17,6 +17,7 @@ from modelstore import paths
 from modelstore.errors import ConflictError, StorageError
 from modelstore.execute.export_layout import STAGING, OutFile
 from modelstore.format.checkpoint import Weights
+from modelstore.format.decoding import prepared
 
 _RECORD_EVERY = 0.25  # seconds; many small files share a record
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -336,7 +337,7 @@ class Target:
     def _read_state(self) -> _State:
         try:
             with os.fdopen(paths.open_file(self.root, f"{self._staging}/state.json"), "rb") as file:
-                return msgspec.json.decode(file.read(_MAX_STATE), type=_State)
+                return msgspec.json.decode(file.read(_MAX_STATE), type=prepared(_State))
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # none, or not ours
             return _State()
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
+from modelstore.format.decoding import prepared
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.names import check_file, check_model, check_tensors
 from modelstore.format.region import Shape
@@ -178,7 +179,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
 
 _SKIPPED = 0x184D2A50  # begins a frame of zstd that decoders pass over
 _encoder = msgspec.json.Encoder(order="deterministic")
-_decoder = msgspec.json.Decoder(Manifest)
+_decoder = msgspec.json.Decoder(prepared(Manifest))
 
 
 def encode(manifest: Manifest) -> tuple[str, bytes]:

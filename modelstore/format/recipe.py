@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from modelstore.format.decoding import prepared
 from modelstore.format.manifest import CodecSpec
 
 Kind = Literal["linear", "convolution", "embedding", "head", "router", "norm", "bias", "other"]
@@ -61,7 +62,7 @@ def matches(target: str, tensor: str, kind: str) -> bool:
 def recipe(value: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data, as JSON has it; `ValueError` says what is wrong with it."""
     try:
-        made = msgspec.convert(dict(value), Recipe)
+        made = msgspec.convert(dict(value), prepared(Recipe))
     except msgspec.ValidationError as error:
         raise ValueError(f"the recipe is not valid: {error}") from None
     check(made)

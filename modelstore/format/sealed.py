@@ -14,9 +14,11 @@ import msgspec
 from blake3 import blake3
 
 from modelstore.errors import FormatError
+from modelstore.format.decoding import prepared
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+_MEMBERS = dict[str, msgspec.Raw]
 _encoder = msgspec.json.Encoder(order="deterministic")
 _SEAL = re.compile(rb',?"blake3":"([0-9a-f]{64})"\}')
 _LONGEST = len(b',"blake3":""}') + 64
@@ -47,8 +49,8 @@ def unseal(
     if found is not None and sealed and blake3(data[: found.start()]).hexdigest().encode() != found[1]:
         raise wrong("its bytes do not match its digest")
     try:
-        value = msgspec.json.decode(data, type=kind)
-        strange = [] if sealed else msgspec.json.decode(data, type=dict[str, msgspec.Raw]).keys() - _members(kind)
+        value = msgspec.json.decode(data, type=prepared(kind))
+        strange = [] if sealed else msgspec.json.decode(data, type=_MEMBERS).keys() - _members(kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise wrong(error if data else "it is empty") from None
     if strange:
@@ -62,7 +64,7 @@ def intact(data: bytes) -> bool:
     if found is not None and found.end() == len(data):
         return blake3(data[: found.start()]).hexdigest().encode() == found[1]
     try:
-        return "blake3" not in msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        return "blake3" not in msgspec.json.decode(data, type=_MEMBERS)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return False
 

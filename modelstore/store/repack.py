@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from modelstore.errors import CorruptionError, NotFoundError
 from modelstore.format.buffers import Buffer, Bytes, Pieces, view
+from modelstore.format.decoding import prepared
 from modelstore.format.manifest import DIGEST_BYTES, FORMAT
 from modelstore.format.record import pack_key
 from modelstore.format.safetensors import Entry
@@ -179,7 +180,7 @@ def _within(entries: Sequence[Entry], data_start: int, places: Places) -> NDArra
 def _note(text: str) -> PackNote:
     """What a pack says of its tensors; nothing where that cannot be read, for it is a help and not needed."""
     try:
-        return msgspec.json.decode(text, type=PackNote)
+        return msgspec.json.decode(text, type=prepared(PackNote))
     except msgspec.MsgspecError:
         return PackNote(FORMAT)
 
