@@ -102,6 +102,7 @@ class Catalog(Lookup):
         reliance = Reliance(self._storage, model, {ORIGINAL: entry, **(others or {})})
         for _ in range(_RACES):
             version += 1
+            self._check_number(model, version)
             record = VersionRecord(FORMAT, model, version, 1, writer, time.time(), reliance.entries, note=note)
             made = reliance.create(record, self._create_version)
             if made is not None:
@@ -116,6 +117,7 @@ class Catalog(Lookup):
 
         False where that number is taken by another record.
         """
+        self._check_number(record.model, record.version)
         if record.deleted:
             return self._create_version(record)
         return Reliance(self._storage, record.model, record.variants).create(record, self._create_version) is not None
@@ -280,6 +282,14 @@ class Catalog(Lookup):
         raise self._busy(model)
 
     # ------------------------------------------------------------------ within
+
+    @staticmethod
+    def _check_number(model: str, version: int) -> None:
+        if version > rec.LAST:
+            raise ConflictError(
+                f"model {model!r} has version {rec.LAST:,} already, the last that there can be: save it under another name",
+                model=model,
+            )
 
     def _create_version(self, record: VersionRecord) -> bool:
         """The one write that makes a version or variant visible; True also where it was ours and its answer was lost."""

@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
 
-from modelstore.errors import ModelStoreError, NotFoundError
+from modelstore.errors import ModelStoreError, NotFoundError, UnsupportedError
 from modelstore.format import record as rec
 from modelstore.format.names import Reference, is_model, is_word
 from modelstore.format.record import TagRecord, VariantEntry, VersionRecord
 from modelstore.format.suggest import suggestion
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.pool import Pool
-from modelstore.store.damage import Damaged, naming, noting
+from modelstore.store.condemned import never_was
+from modelstore.store.damage import DAMAGED, Damaged, naming, noting
 
+_DOUBTFUL = 10_000_000  # a version from which on is looked at before its number counts: no model comes to have so many
 _NEWEST = 64  # keys listed to find the newest live version; more are listed only where those are all of deleted ones
 
 
@@ -68,8 +70,30 @@ class Lookup:
         raise self._no_model(model)
 
     def highest(self, model: str) -> int:
-        """The highest number that a version of a model ever had, 0 where it never had one."""
-        return next((version for version, _ in self._heads(model, 1)), 0)
+        """The highest number that a version of a model ever had, 0 where it never had one.
+
+        Told by the keys alone, so that a damaged record's number is not used again. One that is so high that it would end the
+        numbering counts only if a valid record tells that it was a version.
+        """
+        highest = next((version for version, _ in self._heads(model, 1)), 0)
+        return highest if highest < _DOUBTFUL else self._highest_made(model)
+
+    def _highest_made(self, model: str) -> int:
+        prefix = rec.versions_prefix(model)
+        keys = self._keys(prefix, None)
+        for folder, group in groupby(keys, key=lambda key: key[len(prefix) :].partition("/")[0]):
+            version = rec.ascending(folder)
+            if version is not None and (version < _DOUBTFUL or (version <= rec.LAST and any(map(self._made, group)))):
+                return version
+        return 0
+
+    def _made(self, key: str) -> bool:
+        """Whether a record is of a version that was there: one that was deleted unread, or voided, has its number alone."""
+        try:
+            record = self._version_at(key)
+        except (NotFoundError, UnsupportedError, *DAMAGED):
+            return False
+        return bool(record.variants) and not never_was(record)
 
     def first(self, model: str, version: int) -> VersionRecord:
         """The record by which a version became visible."""

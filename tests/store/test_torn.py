@@ -7,16 +7,21 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
+from msgspec import structs
 
 import modelstore
 from modelstore.client import Store
 from modelstore.errors import ConflictError, CorruptionError, FormatError, ModelStoreError, NotFoundError
+from modelstore.format import handshake as hs
 from modelstore.format import record as rec
+from modelstore.format.manifest import FORMAT
+from modelstore.format.sealed import seal
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.catalog import Catalog
 from modelstore.store.compaction import clean
-from modelstore.store.condemned import Condemnation
+from modelstore.store.condemned import VOID, Condemnation
 from modelstore.store.manifests import Manifests
 from tests.helpers.stores import all_bits, copy_all, keys, open_on, overwrite, shrink, weights
 
@@ -387,3 +392,53 @@ def test_a_folder_in_the_place_of_a_manifest_or_a_record(tmp_path: Path) -> None
     assert (tmp_path / key).read_bytes() == good
     (tmp_path / V2).mkdir(parents=True)  # where the next version's record will lie
     assert modelstore.open(tmp_path).save("m", weights(3)).version == 3  # the number is taken, and no more
+
+
+ABSURD = (rec.LAST, rec.LAST + 1, rec.LAST - 5)
+
+
+@pytest.mark.parametrize("version", ABSURD)
+@pytest.mark.parametrize("kind", ["damaged", "moved", "deleted unread", "voided"])
+def test_an_absurd_number_that_is_no_version_s_does_not_end_the_numbering(
+    storage: MemoryStorage, version: int, kind: str
+) -> None:
+    good = rec.parse_version(storage.get(V1), V1)
+    planted = {
+        "damaged": b"garbage",
+        "moved": storage.get(V1),
+        "deleted unread": seal(structs.replace(good, version=version, variants={}, deleted=True)),
+        "voided": seal(structs.replace(good, version=version, deleted=True, writer=f"{VOID}x")),
+    }[kind]
+    put(storage, rec.version_key("m", version, 1), planted)
+    store = open_on(storage)
+    assert [store.save("m", weights(n)).version for n in (4, 5)] == [4, 5]
+    assert all_bits(store.load("m@5")) == all_bits(weights(5))
+    for rank in range(2):
+        store.save_part("m", {f"part{rank}": torch.ones(3)}, session="s", rank=rank, ranks=2)
+    assert store.publish("m", "s", ranks=2).version == 6
+    if version <= rec.LAST and kind in ("damaged", "moved"):
+        store.delete(f"m@{version}")
+        assert store.save("m", weights(7)).version == 7
+        assert all_bits(store.load("m")) == all_bits(weights(7))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_intent_of_an_absurd_version_does_not_end_the_numbering(storage: MemoryStorage, whole: bool) -> None:
+    good = structs.replace(rec.parse_version(storage.get(V1), V1), version=rec.LAST)
+    claim = hs.Claim("m", rec.LAST, 1, good.variants)
+    data = hs.encode(hs.Intent(FORMAT, (), claim)) if whole else b"garbage"
+    put(storage, hs.intent_key("ab" * 16, good), data)
+    store = open_on(storage)
+    store.gc(dry_run=False, grace=0)
+    assert store.save("m", weights(4)).version == 4
+    assert all_bits(store.load("m")) == all_bits(weights(4))
+
+
+def test_after_the_last_number_there_is_none(storage: MemoryStorage) -> None:
+    good = rec.parse_version(storage.get(V1), V1)
+    put(storage, rec.version_key("m", rec.LAST, 1), seal(structs.replace(good, version=rec.LAST)))
+    before = keys(storage, "intents/")
+    with pytest.raises(ConflictError, match="the last that there can be: save it under another name"):
+        open_on(storage).save("m", weights(4))
+    assert keys(storage, "intents/") == before
+    assert all_bits(open_on(storage).load("m")) == all_bits(weights(1))
