@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from modelstore.storage.keys import TEMPORARY, check_key, check_prefix, key_prob
 OPEN_FILES = 128
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _LOOKS = 256  # objects of a folder that a listing looks at in one go
+_RECORD = re.compile(r"[0-9]{8}\.json/")  # a folder in the place of a record: no key has others below such a name
 _FOLDER = "a folder lies in its place; move it away, then run 'modelstore repair'"
 _FOLDER_TRIES = 100  # a folder can be pruned by a concurrent delete each time we have made it
 
@@ -173,6 +175,8 @@ class LocalStorage(Storage):
         for is_folder, names in groupby(named, key=lambda name: name.endswith("/")):
             if is_folder:
                 for name in names:
+                    if _RECORD.fullmatch(name):  # where it hides the record, which is damage: it is listed as one
+                        yield ObjectInfo(prefix + name.rstrip("/"), 0, 0.0, "")
                     yield from self._descend(prefix + name)
                 continue
             while batch := list(islice(names, _LOOKS)):
@@ -201,7 +205,7 @@ class LocalStorage(Storage):
             except PermissionError:  # who reads below it is told that this cannot be read: it is not taken for missing
                 return True
             found = [entry for entry in every if not entry.name.startswith(TEMPORARY)]
-            return any(e.kind != "folder" for e in found) or any(
+            return any(e.kind != "folder" or _RECORD.fullmatch(e.name + "/") for e in found) or any(
                 self._holds_object(f"{folder}/{e.name}", e.kind) for e in found
             )
         return False

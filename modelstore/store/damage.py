@@ -6,13 +6,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from modelstore.errors import CorruptionError, FormatError, ModelStoreError, StorageError, UnsupportedError
+from modelstore.errors import (
+    CorruptionError,
+    FormatError,
+    ModelStoreError,
+    NotFoundError,
+    StorageError,
+    UnsupportedError,
+)
+from modelstore.storage.base import SMALL, Storage
 
 T = TypeVar("T")
 
 DAMAGED = (FormatError, CorruptionError)  # something else is there than should be; not read is not damaged
 Damaged = list[ModelStoreError]
 UNREADABLE = (FormatError, CorruptionError, StorageError, UnsupportedError)
+
+
+def listed(storage: Storage, key: str) -> bytes:
+    """The bytes of a record that a listing has, and that nobody removes: what is not to be had is damaged."""
+    try:
+        return storage.get(key, SMALL)
+    except NotFoundError as error:
+        raise CorruptionError(str(error), object=key) from error
 
 
 @contextmanager

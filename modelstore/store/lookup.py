@@ -17,7 +17,7 @@ from modelstore.format.suggest import suggestion
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.condemned import never_was
-from modelstore.store.damage import DAMAGED, Damaged, naming, noting
+from modelstore.store.damage import DAMAGED, Damaged, listed, naming, noting
 
 _DOUBTFUL = 10_000_000  # a version from which on is looked at before its number counts: no model comes to have so many
 _NEWEST = 64  # keys listed to find the newest live version; more are listed only where those are all of deleted ones
@@ -97,7 +97,9 @@ class Lookup:
 
     def first(self, model: str, version: int) -> VersionRecord:
         """The record by which a version became visible."""
-        return self._version_at(rec.version_key(model, version, 1))
+        key = rec.version_key(model, version, 1)
+        with naming(f"version {version}", model):
+            return rec.parse_version(self._storage.get(key, SMALL), key)
 
     def version(self, model: str, version: int) -> VersionRecord:
         """The newest record of one version, deleted or not."""
@@ -170,7 +172,7 @@ class Lookup:
     def _first(self, model: str, version: int) -> VersionRecord | None:
         """The record that made a version visible, None where it cannot be read, or that number was left out by a copy."""
         with suppress(NotFoundError):
-            return noting([], lambda: self._version_at(rec.version_key(model, version, 1)))
+            return noting([], lambda: self.first(model, version))
         return None
 
     def _heads(self, model: str, limit: int | None) -> Iterator[tuple[int, str]]:
@@ -191,14 +193,15 @@ class Lookup:
         return self._keys(prefix, None)
 
     def _version_at(self, key: str) -> VersionRecord:
+        """The record at a key that was listed."""
         model, _, rest = key.removeprefix(rec.MODELS).rpartition("/versions/")
         with naming(f"version {rec.ascending(rest.partition('/')[0])}", model):
-            return rec.parse_version(self._storage.get(key, SMALL), key)
+            return rec.parse_version(listed(self._storage, key), key)
 
     def _tag_head(self, model: str, tag: str) -> TagRecord | None:
         for key in self._keys(rec.tag_prefix(model, tag), 1):
             with naming(f"tag {tag!r}", model):
-                return rec.parse_tag(self._storage.get(key, SMALL), key)
+                return rec.parse_tag(listed(self._storage, key), key)
         return None
 
     def _tag_number(self, model: str, tag: str) -> int:

@@ -13,10 +13,10 @@ from modelstore.errors import CorruptionError, FormatError, ModelStoreError, Not
 from modelstore.format import record as rec
 from modelstore.format.manifest import Manifest
 from modelstore.format.results import Problem
-from modelstore.storage.base import SMALL, Storage
+from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
-from modelstore.store.damage import DAMAGED
+from modelstore.store.damage import DAMAGED, listed
 from modelstore.store.describe import problem
 from modelstore.store.manifests import Manifests
 from modelstore.store.packs import manifest_copies
@@ -135,7 +135,7 @@ def _named(storage: Storage, model: str, limit: float) -> tuple[_Named, _Named]:
                 continue  # not ours
             if superseded <= limit:
                 break
-            record = rec.parse_version(storage.get(info.key, SMALL), info.key)
+            record = rec.parse_version(listed(storage, info.key), info.key)
             if record.deleted and info.modified <= limit:
                 break
             found = live if superseded == math.inf and not record.deleted else recent

@@ -27,7 +27,7 @@ from modelstore.format.results import Problem
 from modelstore.format.sealed import intact, seal
 from modelstore.storage.base import LARGEST, SMALL, Storage
 from modelstore.storage.pool import Pool
-from modelstore.store.damage import DAMAGED
+from modelstore.store.damage import DAMAGED, listed
 
 _THREADS = 16
 _JOURNAL = re.compile(r"(jobs/[0-9a-f]{32}/|intents/|condemned/).*\.json")  # anything else there is not ours
@@ -82,7 +82,7 @@ def _read(
         key = numbered[number]
         for last in (False, True):  # what is wrong only once was wrong on its way here
             try:
-                return parse(storage.get(key, SMALL), key)
+                return parse(listed(storage, key), key)
             except ModelStoreError as error:
                 if last or not isinstance(error, DAMAGED):
                     return error
@@ -176,7 +176,7 @@ class _Mending:
     def record(self, number: int) -> None:
         """Mend one damaged record."""
         one, key, error = self.one, self.one.keys[number], self.one.bad[number]
-        if not isinstance(error, DAMAGED):  # not read is not damaged
+        if not isinstance(error, DAMAGED) or self.storage.info(key) is None:  # not read; or a folder lies there
             self.made.problems.append(one.problem(number))
             return
         parse: Callable[[bytes, str], Record] = rec.parse_version if "/versions/" in key else rec.parse_tag

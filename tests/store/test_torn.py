@@ -394,6 +394,41 @@ def test_a_folder_in_the_place_of_a_manifest_or_a_record(tmp_path: Path) -> None
     assert modelstore.open(tmp_path).save("m", weights(3)).version == 3  # the number is taken, and no more
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_folder_in_the_place_of_the_newest_record_is_damage(tmp_path: Path, inside: bool) -> None:
+    store = modelstore.open(tmp_path)
+    for n in (1, 2):
+        store.save("m", weights(n))
+        store.tag(f"m@{n}", "prod")
+    store.save("other", weights(3))
+    of_other = rec.version_key("other", 1, 1)
+    good = {key: (tmp_path / key).read_bytes() for key in (V2, PROD, of_other)}
+    for key in good:
+        (tmp_path / key).unlink()
+        (tmp_path / key).mkdir()
+        if inside:
+            (tmp_path / key / "x").write_bytes(b"")
+    store = modelstore.open(tmp_path)
+    for ref in ("m", "m@2", "m@prod", "other"):
+        with pytest.raises(CorruptionError, match="a folder lies in its place; move it away"):
+            store.load(ref)
+    assert all_bits(store.load("m@1")) == all_bits(weights(1))
+    assert {info.name: bool(info.problems) for info in store.models()} == {"m": True, "other": True}
+    for report in (store.verify(), store.repair()):
+        assert {p.object for p in report.problems} == set(good)
+    assert store.gc(dry_run=False, grace=0).problems
+    assert store.save("m", weights(4)).version == 3
+    for key, data in good.items():
+        for left in (tmp_path / key).iterdir():
+            left.unlink()
+        (tmp_path / key).rmdir()
+        (tmp_path / key).write_bytes(data)
+    store = modelstore.open(tmp_path)
+    assert store.verify(deep=True).ok
+    assert all_bits(store.load("m@2")) == all_bits(weights(2))
+    assert all_bits(store.load("m@prod")) == all_bits(weights(2))
+
+
 ABSURD = (rec.LAST, rec.LAST + 1, rec.LAST - 5)
 
 
