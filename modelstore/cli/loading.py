@@ -48,6 +48,12 @@ class GgufType(StrEnum):
     Q4_1 = "Q4_1"
 
 
+class Activations(StrEnum):
+    """What engines round activations to."""
+
+    int8 = "int8"
+
+
 def load(
     ref: Reference,
     out: Annotated[
@@ -151,6 +157,14 @@ def export(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="hf: write a compressed variant dense, not packed for engines.")
     ] = False,
+    activations: Annotated[
+        Activations | None,
+        typer.Option(
+            "--activations",
+            show_default=False,
+            help="hf: write an int8 variant for engines that round activations to int8 too, token by token (W8A8).",
+        ),
+    ] = None,
     max_shard: Annotated[
         int | None,
         typer.Option(
@@ -172,7 +186,10 @@ def export(
 ) -> None:
     """Write a model as files that other programs load."""
     kind = None if gguf_type is None else gguf_type.value
-    _export(ref, path, format, overwrite, max_shard, store, mirror, memory, json, quiet, kind, dequantize, cluster)
+    beside: dict[str, Any] = {} if activations is None else {"activations": activations.value}
+    _export(
+        ref, path, format, overwrite, max_shard, store, mirror, memory, json, quiet, kind, dequantize, cluster, beside
+    )
 
 
 def _export(

@@ -318,8 +318,18 @@ MEANINGS: dict[str, Check] = {
 MAX_SHARD = 5_000_000_000  # bytes of one file of an exported folder
 
 
-def check_export(format: str, path: str, gguf_type: str | None, dequantize: bool, max_shard_bytes: int) -> None:
+def check_export(
+    format: str,
+    path: str,
+    gguf_type: str | None,
+    dequantize: bool,
+    max_shard_bytes: int,
+    activations: str | None = None,
+) -> None:
     """`ValueError` for what would have no effect on an export, or makes a folder where a file is meant."""
+    if activations is not None and (format != "hf" or dequantize):
+        what = "dequantize=True writes dense weights" if format == "hf" else f"format={format!r} is always dense"
+        raise ValueError(f"activations={activations!r} is for packed weights, and {what}: leave one of the two out")
     if format != "gguf" and gguf_type is not None:
         raise ValueError(f"gguf_type={gguf_type!r} is for format='gguf', and this is {format!r}: leave it out")
     if format != "hf" and dequantize:

@@ -277,6 +277,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         format: Literal["hf", "safetensors", "zarr", "gguf"] = "hf",
         gguf_type: str | None = None,
         dequantize: bool = False,
+        activations: Literal["int8"] | None = None,
         overwrite: bool = False,
         max_shard_bytes: int = MAX_SHARD,
         names: Iterable[str] | None = None,
@@ -290,14 +291,15 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         folder for temporary files first, which needs room for all of them, and what makes the target complete is sent last.
 
         "hf": a compressed variant that engines have a layout for is written packed, as compressed-tensors has it; any other,
-        and with `dequantize` every one, dense in its own dtype, as are all in the other formats. "gguf": one file, whose
+        and with `dequantize` every one, dense in its own dtype, as are all in the other formats. With `activations="int8"` an
+        int8 variant is written for engines that round activations to int8 too (W8A8), token by token. "gguf": one file, whose
         matrices are of `gguf_type`: "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1" (default: BF16 or F16, by the model).
         "safetensors": one file, of these `names` only, and of a rank's `shard`, as for `load`.
         """
         from modelstore.execute.export import export
         from modelstore.execute.export_remote import deliver
 
-        check_export(format, os.fspath(path), gguf_type, dequantize, max_shard_bytes)
+        check_export(format, os.fspath(path), gguf_type, dequantize, max_shard_bytes, activations)
         if format != "safetensors" and (names is not None or shard is not None):
             raise ValueError(f'names and shard are for format="safetensors": {format!r} is of whole models')
         model = self._readable(parse_reference(ref))
@@ -320,7 +322,7 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
             if format == "hf" and not dequantize:
                 from modelstore.compress.engine_export import engine_layout
 
-                layout = engine_layout(model.reader, model.config())
+                layout = engine_layout(model.reader, model.config(), activations)
             dense = format == "hf" and layout is None and not dequantize
             write = partial(
                 export,

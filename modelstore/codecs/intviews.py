@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from modelstore.codecs import scaled
 from modelstore.codecs.intplanes import Layout, scale_dtype
-from modelstore.codecs.weight import Part, is_convolution, matrix
+from modelstore.codecs.weight import EngineView, Part, is_convolution, matrix
 from modelstore.errors import UnsupportedError
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
@@ -109,6 +109,31 @@ class PackedView:
         out = np.zeros((len(codes), -(-codes.shape[1] * self.layout.bits // 32) * 4), np.uint8)
         bits.kernels()[0](np.ascontiguousarray(codes), self.layout.bits, out)
         return out.view(np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8View(PackedView):
+    """int-quantized: `weight` in int8, `weight_scale` [rows, 1]; engines take it beside int8 activations only."""
+
+    @property
+    def format(self) -> str:
+        """As `EngineView.format`."""
+        return "int-quantized"
+
+    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, Part]:
+        """As `EngineView.parts`."""
+        self.cells(shape)
+        weight = Part("int8", shape, _raw(arrays["codes"] ^ np.uint8(128)))
+        return {"weight": weight, "weight_scale": self._scale(arrays, shape, dtype)}
+
+
+def beside_int8(view: EngineView) -> EngineView | None:
+    """The same weights as engines take them beside int8 activations; None where these are not 8 bits, symmetric, by channel."""
+    scheme = view.scheme()
+    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    if not isinstance(view, PackedView) or any(scheme[key] != value for key, value in wanted.items()):
+        return None
+    return Int8View(view.layout)
 
 
 def _raw(array: NDArray[Any]) -> Bytes:

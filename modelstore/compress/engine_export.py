@@ -7,18 +7,19 @@ config as not quantized. The parts of a weight are known before it is read, and 
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.codecs.weight import EngineView, Part, WeightCodec, matrix
+from modelstore.codecs.intviews import beside_int8
+from modelstore.codecs.weight import EngineView, Part, WeightCodec
 from modelstore.compress.engine import Assembly, part_name, units
-from modelstore.compress.kinds import kind_of
+from modelstore.compress.engine_choice import choose
+from modelstore.compress.engine_modules import modules_of
 from modelstore.errors import UnsupportedError
 from modelstore.execute.export_layout import Packing
 from modelstore.execute.reading import Reader
@@ -30,17 +31,9 @@ from modelstore.format.region import Region, Shape, nbytes
 from modelstore.plan.layout import Share
 from modelstore.plan.read import Want, plan_read
 
-log = logging.getLogger("modelstore")
-
 _WORD = (
     32  # rows of codes that are packed down the columns fill whole words of 32 bits after so many, whatever their width
 )
-_TRANSPOSED = (
-    "gpt2",
-    "openai-gpt",
-    "imagegpt",
-    "decision_transformer",
-)  # Conv1D: [in, out], which engines take for [out, in]
 _SHAPE = "weight_shape"
 _DENSE = "export it with dequantize=True"
 
@@ -53,13 +46,19 @@ class EngineLayout:
     config: bytes
 
 
-def engine_layout(reader: Reader, config: Mapping[str, Any] | None) -> EngineLayout | None:
+def engine_layout(
+    reader: Reader, config: Mapping[str, Any] | None, activations: Literal["int8"] | None = None
+) -> EngineLayout | None:
     """The layout of a compressed variant for engines; None where none of its codecs has one, and it is exported dense.
 
-    `UnsupportedError` where engines have no layout for weights that their codec could give them: stacked experts, GPT-2's
-    transposed weights, rows that are no whole groups in every layer, a model without a config or quantized when it came.
+    `activations`: "int8" for weights of 8 bits that engines multiply with activations rounded to int8, token by token.
+    `UnsupportedError` where engines would not load what is written: weights that no layer of theirs takes packed, experts in a
+    scheme that transformers does not take apart, a model without a config or quantized when it came; for "int8" also weights
+    that are compressed otherwise than to 8 bits, symmetric, with a scale a channel.
     """
     views = {t.name: view for t in reader.manifest.tensors if (view := _view(reader, t)) is not None}
+    if activations is not None:
+        views = dict(_beside_int8(reader, views))
     if not views:
         return None
     if config is None:
@@ -70,70 +69,29 @@ def engine_layout(reader: Reader, config: Mapping[str, Any] | None) -> EngineLay
         raise UnsupportedError(
             f"the model was quantized before it was saved, and its config.json can speak of one scheme only: {_DENSE}"
         )
-    if config.get("model_type") in _TRANSPOSED:
-        raise UnsupportedError(
-            f"{config['model_type']} keeps its weights transposed, which engines have no packed layout for: {_DENSE}"
-        )
-    packed: dict[str, Packed] = {}
-    kept: list[str] = []
-    reasons: list[str] = []
-    for tensor in reader.manifest.tensors:
-        view = views.get(tensor.name)
-        kind = kind_of(tensor.name, tensor.dtype, tensor.shape, config)
-        if view is not None and len(tensor.shape) == 3 and kind == "linear":
-            raise UnsupportedError(
-                f"tensor {tensor.name!r} is a stack of {tensor.shape[0]} matrices, such as experts, which engines have no "
-                f"packed layout for: {_DENSE}",
-                tensor=tensor.name,
-            )
-        if kind not in ("linear", "head", "router") or not tensor.name.endswith(".weight"):
-            continue
-        reason = _unfit(view, tensor.shape) if view is not None else "it is not compressed"
-        if reason is None and view is not None:
-            packed[tensor.name] = Packed(reader, tensor, view)
-            continue
-        kept.append(tensor.name.removesuffix(".weight"))
-        if view is not None:
-            reasons.append(f"tensor {tensor.name!r} is exported dense: {reason}")
-    if not packed:
-        raise UnsupportedError(
-            f"no weight can be packed for engines ({reasons[0] if reasons else 'none is linear'}): {_DENSE}"
-        )
-    if reasons:
-        log.warning("%s%s", reasons[0], f" (and {len(reasons) - 1} more like it)" if len(reasons) > 1 else "")
-    kept += [name.removesuffix(".weight") for name in reader.manifest.aliases if name.endswith(".weight")]
-    if "lm_head.weight" not in packed and "lm_head" not in kept:
-        kept.append("lm_head")  # tied, and then made by the engine
-    made = {**config, "quantization_config": quantization_config(packed, kept)}
+    choice = choose(reader.manifest, views, config, modules_of(config, len(reader.manifest.tensors)))
+    packed = {name: Packed(reader, reader.manifest.by_name[name], view) for name, view in choice.packed.items()}
+    made = {**config, "quantization_config": choice.quantization}
     return EngineLayout(packed, json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def quantization_config(packed: Mapping[str, Packed], kept: Sequence[str]) -> dict[str, Any]:
-    """compressed-tensors' account of the packed weights: a group for each scheme; `kept` are modules that are dense."""
-    groups: dict[str, tuple[EngineView, list[str]]] = {}
-    for name, weight in packed.items():
-        view = weight.view
-        key = json.dumps([view.format, view.scheme()], sort_keys=True)
-        groups.setdefault(key, (view, []))[1].append(name.removesuffix(".weight"))
-    formats = {view.format for view, _ in groups.values()}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "ignore": list(kept),
-        "config_groups": {
-            f"group_{at}": {
-                "targets": ["Linear"] if len(groups) == 1 else modules,
-                "weights": view.scheme(),
-                "input_activations": None,
-                "output_activations": None,
-                "format": view.format,
-            }
-            for at, (view, modules) in enumerate(groups.values())
-        },
-    }
+def _beside_int8(reader: Reader, views: Mapping[str, EngineView]) -> Iterator[tuple[str, EngineView]]:
+    """The views of weights for int8 activations; all that is compressed must have one."""
+    compressed = [t for t in reader.manifest.tensors if not reader.codec(t).exact]
+    if not compressed:
+        raise UnsupportedError(
+            "activations='int8' is for a variant of 8 bits, and nothing is compressed here: name one"
+        )
+    for tensor in compressed:
+        view = views.get(tensor.name)
+        beside = beside_int8(view) if view is not None else None
+        if beside is None:
+            raise UnsupportedError(
+                f"activations='int8' is for weights of 8 bits, symmetric, with a scale a channel, and tensor {tensor.name!r} is "
+                f"stored otherwise (codec {reader.codec(tensor).name!r}): compress with the preset int8, or leave it out",
+                tensor=tensor.name,
+            )
+        yield tensor.name, beside
 
 
 class Packed:
@@ -232,18 +190,3 @@ def _kinds(reader: Reader, tensor: Tensor, view: EngineView) -> dict[str, np.dty
 def _view(reader: Reader, tensor: Tensor) -> EngineView | None:
     codec = reader.codec(tensor)
     return codec.view if isinstance(codec, WeightCodec) and not codec.exact else None
-
-
-def _unfit(view: EngineView, shape: Shape) -> str | None:
-    """Why engines do not take a weight of that shape packed."""
-    if len(shape) != 2:
-        return f"it is {len(shape)}-d"
-    try:
-        view.cells(shape)
-    except UnsupportedError as error:
-        return str(error)
-    group = view.scheme().get("group_size")
-    columns = matrix(shape)[1]
-    if isinstance(group, int) and group > 0 and columns % group:
-        return f"its {columns} columns are not whole groups of {group}"
-    return None

@@ -24,6 +24,13 @@ def test_packed_or_dense(run: Command, tmp_path: Path) -> None:
     run("compress", "acme/llama", "int4-rtn")
     run("export", "acme/llama:int4-rtn", tmp_path / "packed")
     run("export", "acme/llama:int4-rtn", tmp_path / "dense", "--dequantize")
+    run("compress", "acme/llama", "int8")
+    run("export", "acme/llama:int8", tmp_path / "w8a8", "--activations", "int8")
+    assert (
+        json.loads((tmp_path / "w8a8" / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"
+    )
+    done = run("export", "acme/llama:int4-rtn", tmp_path / "no", "--activations", "int8", code=1)
+    assert "weights of 8 bits" in " ".join(done.output.split())
     packed = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert packed["quantization_config"]["format"] == "pack-quantized"
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())

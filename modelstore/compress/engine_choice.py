@@ -1,0 +1,224 @@
+"""Decides which weights of a variant engines get packed, which dense, and how config.json says so: nothing is written here.
+
+The rule is what transformers and compressed-tensors load, and vLLM's config reader takes: a packed weight is that of an untied
+linear layer whose shape its codec has a layout for. Weights that transformers makes one parameter of while it loads, such
+as experts, are dequantized then, all of a model by one scheme, and for a few schemes only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelstore.codecs.weight import EngineView, matrix
+from modelstore.compress.engine_modules import Modules, Place
+from modelstore.compress.kinds import kind_of
+from modelstore.errors import UnsupportedError
+from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.region import Shape
+
+log = logging.getLogger("modelstore")
+
+_WEIGHT = ".weight"
+_DENSE = "export it with dequantize=True"
+# What vLLM's kernels for int8 weights want to be told of activations: rounded token by token, when they are there.
+_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+_UNPACKED = ("float-quantized", "int-quantized")  # a layer's codes are its `weight`
+_LOADED = "compress with int4, int8, fp8 or mxfp4"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The views of the weights that are packed, by name; what config.json says of it."""
+
+    packed: Mapping[str, EngineView]
+    quantization: Mapping[str, Any]
+
+
+@dataclass
+class _Found:
+    """The weights of a checkpoint, sorted."""
+
+    packed: dict[str, EngineView] = field(default_factory=dict)
+    modules: set[str] = field(default_factory=set)
+    fused: dict[str, dict[str, EngineView | None]] = field(default_factory=dict)  # parameter → its tensors
+    dense: list[str] = field(default_factory=list)  # modules that "Linear" could mean
+    reasons: list[tuple[int, str]] = field(default_factory=list)  # bytes of a tensor, why it is dense
+
+
+def choose(manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[str, Any], modules: Modules) -> Choice:
+    """Which weights are packed. `UnsupportedError` where engines could not load the whole as it would be written."""
+    found = _sorted(manifest, views, config, modules)
+    why = min(found.reasons)[1] if found.reasons else "none is linear"
+    if not found.packed:
+        raise UnsupportedError(f"no weight can be packed for engines ({why}): {_DENSE}")
+    together = {name for members in found.fused.values() for name in members}
+    groups = _grouped(found.packed, together)
+    _check_fused(found, together)
+    if len(groups) > 1 and not all(view.scheme().get("symmetric", True) for view, _ in groups):
+        raise UnsupportedError(
+            f"the variant has weights with zero points beside other ones, which transformers takes for one scheme: {_DENSE}"
+        )
+    if not all(view.scheme().get("symmetric", True) for view, _ in groups):
+        log.warning(
+            "transformers loads weights with zero points with quantization_config=CompressedTensorsConfig(dequantize=True) only"
+        )
+    if found.reasons:
+        more = f" (and {len(found.reasons) - 1} more like it)" if len(found.reasons) > 1 else ""
+        log.warning("%s%s", why, more)
+    return Choice(found.packed, _quantization(groups, _ignored(found, manifest, modules), modules))
+
+
+def _sorted(manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[str, Any], modules: Modules) -> _Found:
+    found = _Found()
+    for tensor in manifest.tensors:
+        view = views.get(tensor.name)
+        kind = kind_of(tensor.name, tensor.dtype, tensor.shape, config)
+        if view is not None and _is_stack_of_experts(tensor, config):
+            raise UnsupportedError(
+                f"tensor {tensor.name!r} is a stack of {tensor.shape[0]} matrices, such as experts, which engines have no "
+                f"packed layout for: {_DENSE}",
+                tensor=tensor.name,
+            )
+        place = modules.place(tensor.name, tensor.shape) if tensor.name.endswith(_WEIGHT) else None
+        reason = _reason(tensor, view, place)
+        if view is not None and place is not None and reason is None:
+            found.packed[tensor.name] = view
+            found.modules.add(place.module)
+        else:
+            if place is not None and kind in ("linear", "head", "router"):
+                found.dense.append(tensor.name.removesuffix(_WEIGHT))
+            if view is not None:
+                found.reasons.append((-tensor.nbytes, f"tensor {tensor.name!r} is exported dense: it {reason}"))
+        if place is not None and place.fused is not None:
+            members = found.fused.setdefault(place.fused, {})
+            members[tensor.name] = found.packed.get(tensor.name)
+    return found
+
+
+def _reason(tensor: Tensor, view: EngineView | None, place: Place | None) -> str | None:
+    """Why a tensor is not packed, as the end of "it …"; None where it is, or is not compressed."""
+    if view is None:
+        return None
+    if place is None:
+        return "is no layer's weight"
+    if place.needed and view.format not in _UNPACKED:
+        return "is looked at by transformers before it is unpacked"
+    return place.why or _unfit(view, tensor.shape)
+
+
+def _is_stack_of_experts(tensor: Tensor, config: Mapping[str, Any]) -> bool:
+    if len(tensor.shape) != 3 or kind_of(tensor.name, tensor.dtype, tensor.shape, config) != "linear":
+        return False
+    return "expert" in tensor.name or (tensor.shape[0] > 1 and tensor.shape[1] > 1)
+
+
+def _unfit(view: EngineView, shape: Shape) -> str | None:
+    """Why engines do not take a weight of that shape packed, as the end of "it …"."""
+    if len(shape) != 2:
+        return f"is {len(shape)}-d"
+    try:
+        view.cells(shape)
+    except UnsupportedError as error:
+        return f"does not fit: {error}"
+    group = view.scheme().get("group_size")
+    columns = matrix(shape)[1]
+    if isinstance(group, int) and group > 0 and columns % group:
+        return f"has {columns} columns, which are not whole groups of {group}"
+    return None
+
+
+def _loaded_in_one(view: EngineView) -> bool:
+    """Whether transformers takes weights of that scheme apart before it makes one parameter of them."""
+    scheme = view.scheme()
+    if view.format == "pack-quantized":
+        return bool(scheme["symmetric"])
+    return view.format == "mxfp4-pack-quantized" or (
+        view.format == "float-quantized" and scheme["strategy"] in ("channel", "tensor")
+    )
+
+
+def _check_fused(found: _Found, together: set[str]) -> None:
+    """`UnsupportedError` where transformers would not load weights that it makes one parameter of."""
+    views = {_key(view): view for name in together if (view := found.packed.get(name)) is not None}
+    if len(views) > 1:
+        raise UnsupportedError(
+            f"the experts are compressed in {len(views)} ways, and transformers takes those of a model in one: give all of them "
+            f"one codec, or {_DENSE}"
+        )
+    for view in views.values():
+        if not _loaded_in_one(view):
+            scheme = view.scheme()
+            name = next(name for name in together if name in found.packed)
+            how = "with zero points" if not scheme["symmetric"] else f"by {scheme['strategy']}"
+            raise UnsupportedError(
+                f"transformers makes one parameter of tensors such as {name!r} while it loads them, and does not take those of "
+                f"format {view.format} {how} apart: {_LOADED}, or {_DENSE}",
+                tensor=name,
+            )
+    first = next(iter(views.values()), next(iter(found.packed.values())))
+    for target, members in found.fused.items():
+        dense = [name for name, view in members.items() if view is None]
+        if dense and (first.format != "float-quantized" or len(dense) < len(members)):
+            raise UnsupportedError(
+                f"transformers makes parameter {target!r} of tensors such as {dense[0]!r} while it loads them, and takes them "
+                f"packed only, as the others are: compress them too, or {_DENSE}",
+                tensor=dense[0],
+            )
+
+
+def _key(view: EngineView) -> str:
+    return json.dumps([view.format, view.scheme()], sort_keys=True)
+
+
+def _grouped(packed: Mapping[str, EngineView], first: set[str]) -> list[tuple[EngineView, list[str]]]:
+    """Weights by scheme; that of experts first, since transformers takes the first group for theirs."""
+    groups: dict[str, tuple[EngineView, list[str]]] = {}
+    for name, view in packed.items():
+        groups.setdefault(_key(view), (view, []))[1].append(name)
+    return sorted(groups.values(), key=lambda group: first.isdisjoint(group[1]))
+
+
+def _ignored(found: _Found, manifest: Manifest, modules: Modules) -> list[str]:
+    """All modules that "Linear" could mean and that are dense, by the names that engines look for them."""
+    names = [called for name in found.dense for called in modules.called(name)]
+    for alias in manifest.aliases:
+        if alias.endswith(_WEIGHT) and alias not in found.packed:
+            names += modules.called(alias.removesuffix(_WEIGHT))
+    names += [called for name in modules.linears if name not in found.modules for called in modules.called(name)]
+    if "lm_head.weight" not in found.packed:
+        names.append("lm_head")  # tied, and then made by the engine
+    return list(dict.fromkeys(names))
+
+
+def _quantization(
+    groups: Sequence[tuple[EngineView, list[str]]], ignored: Sequence[str], modules: Modules
+) -> dict[str, Any]:
+    """compressed-tensors' account of the packed weights: a group for each scheme."""
+    formats = {view.format for view, _ in groups}
+
+    def targets(names: Sequence[str]) -> Iterator[str]:
+        for name in names:
+            yield from modules.called(name.removesuffix(_WEIGHT))
+
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": list(ignored),
+        "config_groups": {
+            f"group_{at}": {
+                "targets": ["Linear"] if len(groups) == 1 else list(dict.fromkeys(targets(names))),
+                "weights": view.scheme(),
+                "input_activations": _TOKENS if view.format == "int-quantized" else None,
+                "output_activations": None,
+                "format": view.format,
+            }
+            for at, (view, names) in enumerate(groups)
+        },
+    }
