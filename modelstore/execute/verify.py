@@ -121,13 +121,19 @@ class _Verification:
         """A manifest, from elsewhere if it is damaged here, so that the rest can be checked; None where there is none."""
         found: list[Manifest] = []
         key = manifest_key(model, digest)
-        ways: list[Callable[[], Manifest]] = [lambda: decode(self.storage.get(key), digest, key)]
-        ways += [lambda: read_copy(self.storage, copy, digest)[0]] if copy else []
-        for way in ways:
+        ways: list[tuple[str, str, Callable[[], Manifest]]] = [
+            ("manifest", key, lambda: decode(self.storage.get(key), digest, key))
+        ]
+        if copy:
+            ways.append(("copy of the manifest", pack_key(copy), lambda: read_copy(self.storage, copy, digest)[0]))
+        for what, at, way in ways:
             try:
                 found.append(way())
-            except _BAD as error:
+            except StorageError as error:  # which does not say that anything is damaged
                 self.problems.append(problem(error, model))
+            except _BAD as error:
+                text = f"the {what} of model {model!r}, {at}, is damaged ({error}): run 'modelstore repair {model}'"
+                self.problems.append(Problem(error.kind, text, model=model, object=at))
         if found:
             return found[0]
         try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from modelstore.errors import ModelStoreError
+from modelstore.errors import ModelStoreError, StorageError
 from modelstore.format.history import LogEntry
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.names import ORIGINAL
@@ -36,8 +36,11 @@ def model_info(
 
 
 def problem(error: ModelStoreError, model: str) -> Problem:
-    """What an error says, as an entry of a report."""
-    return Problem(error.kind, str(error), error.model or model or None, error.tensor, error.chunk, error.object)
+    """What an error says, as an entry of a report; it names the model that this is of."""
+    text, of = str(error), error.model or model
+    if of and repr(of) not in text and not isinstance(error, StorageError):  # a network is of no model
+        text = f"of model {of!r}: {text}"
+    return Problem(error.kind, text, of or None, error.tensor, error.chunk, error.object)
 
 
 def version_info(record: VersionRecord, tags: Mapping[str, int]) -> VersionInfo:

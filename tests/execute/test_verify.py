@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
+import modelstore
 from modelstore.execute.reading import Limits
 from modelstore.execute.verify import verify
 from modelstore.format import grid
@@ -235,3 +237,24 @@ def test_a_tensor_larger_than_memory_is_decoded_in_parts() -> None:
     assert report.ok
     assert sum(heard) == sum(t.nbytes for t in tensors.values())
     assert max(heard) <= 64 << 10
+
+
+@pytest.mark.parametrize("damage", ["flipped", "empty", "gone"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_every_problem_names_its_model(tmp_path: Path, damage: str, deep: bool) -> None:
+    modelstore.open(tmp_path).save("acme/m", {"a": torch.randn(40)}, files={"config.json": b"{}"})
+    files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file() and path.name != "modelstore.json"]
+    assert len(files) == 4  # the pack, the manifest and its copy, the record
+    for path in files:
+        good = path.read_bytes()
+        bad = good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]
+        path.unlink() if damage == "gone" else path.write_bytes(b"" if damage == "empty" else bad)
+        problems = modelstore.open(tmp_path).verify(deep=deep).problems
+        assert problems or (damage == "gone" and "versions" in path.parts)  # nothing tells of that version then
+        for problem in problems:
+            assert problem.model == "acme/m"
+            assert "model 'acme/m'" in problem.message
+            assert problem.object
+            assert "modelstore repair" in problem.message
+        path.write_bytes(good)
+    assert modelstore.open(tmp_path).verify(deep=deep).ok

@@ -384,7 +384,7 @@ def test_a_folder_in_the_place_of_a_manifest_or_a_record(tmp_path: Path) -> None
         modelstore.open(tmp_path).load("m")
     assert f"no object {what}" in str(caught.value)
     report = modelstore.open(tmp_path).repair()
-    assert [(p.object, p.message) for p in report.problems] == [(key, f"cannot write {what}")]
+    assert [(p.object, p.message) for p in report.problems] == [(key, f"of model 'm': cannot write {what}")]
     assert report.repaired == (other,)
     (tmp_path / key / "x").rmdir()
     (tmp_path / key).rmdir()
