@@ -45,6 +45,13 @@ def explained(error: OSError) -> str:
     return f"{said}: {advice}" if advice else said
 
 
+def in_the_way(path: Path) -> str | None:
+    """Why a file cannot take its name from what is there: a folder, or a pipe or a device, as /dev/null is; None where it can."""
+    if path.is_dir():
+        return f"{path} is a folder: give the file to write"
+    return f"{path} is a pipe or a device: give another place" if path.exists() and not path.is_file() else None
+
+
 class LinkError(OSError):
     """A folder below the one that was named is a link, which is not followed."""
 

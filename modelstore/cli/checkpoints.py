@@ -26,6 +26,7 @@ from modelstore.cli.options import (
     StoreUrl,
     open_store,
 )
+from modelstore.paths import in_the_way
 
 
 def checkpoint(
@@ -53,10 +54,10 @@ def checkpoint(
     if "://" in out:
         raise usage(f"{out} is a URL: give a file on this machine")
     path, started = Path(out).expanduser().absolute(), time.monotonic()
-    if path.is_dir() or not path.parent.is_dir():
-        raise usage(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}")
-    if path.exists() and not path.is_file():  # it would make room for the file, as /dev/null would
-        raise usage(f"{path} is a pipe or a device: give another place")
+    if problem := in_the_way(path):
+        raise usage(problem)
+    if not path.parent.is_dir():
+        raise usage(f"there is no folder {path.parent}")
     taken = ConflictError(f"{path} exists: give another place, or overwrite it (--overwrite)", object=str(path))
     if not overwrite and os.path.lexists(path):
         raise taken  # before anything is read

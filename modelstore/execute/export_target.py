@@ -218,10 +218,8 @@ class Target:
         if self._state.placing == self._identity:
             self._placed = {output.path for output in self._outputs if self._is_there(output)}
         if self._single:
-            if self.path.is_dir():
-                raise ConflictError(f"{self.path} is a folder: give the file to write", object=str(self.path))
-            if self.path.exists() and not self.path.is_file():
-                raise ConflictError(f"{self.path} is a pipe or a device: give another place", object=str(self.path))
+            if problem := paths.in_the_way(self.path):
+                raise ConflictError(problem, object=str(self.path))
             names = [self.path.name] if self.path.exists() or self.path.is_symlink() else []
         else:
             if self.path.exists() and not self.path.is_dir():

@@ -20,10 +20,9 @@ from modelstore.format.manifest_builder import Location
 from modelstore.format.record import pack_key
 from modelstore.storage.base import Storage
 from modelstore.store.packs import FILE, PackBuilder, TensorNote
+from modelstore.store.runs import Span, read, runs
 
 _LARGEST_HEADER = 64 << 20  # bytes
-_PIECE = 8 << 20  # bytes that are read at once, but for a larger chunk
-_GAP = 32 << 10  # bytes between what is wanted that are read rather than asked around
 
 Elsewhere = Mapping[bytes, Iterable[Location]]  # digest of a chunk → where it may lie
 
@@ -59,7 +58,7 @@ def remake(storage: Storage, pack: str, parts: Sequence[Part], elsewhere: Elsewh
 
         def pieces(header: bytes = header) -> Iterator[bytes]:
             yield header
-            for run in _runs(found):
+            for run in runs(found, _span):
                 for (part, place), data in zip(run, _read(storage, run), strict=True):
                     if data is None:
                         raise _wrong(part, place)
@@ -141,7 +140,7 @@ def _find(storage: Storage, pack: str, parts: Sequence[Part], elsewhere: Elsewhe
                 wanted.append((i, parts[i], place))
         wanted.sort(key=lambda item: item[2])
         numbers = iter([i for i, _, _ in wanted])
-        for run in _runs([(part, place) for _, part, place in wanted]):
+        for run in runs([(part, place) for _, part, place in wanted], _span):
             for (_, place), data in zip(run, _read(storage, run), strict=True):
                 i = next(numbers)
                 if data is not None:
@@ -150,30 +149,17 @@ def _find(storage: Storage, pack: str, parts: Sequence[Part], elsewhere: Elsewhe
     return [place for place in found if place is not None]
 
 
-def _runs(placed: Iterable[Placed]) -> Iterator[list[Placed]]:
-    """Parts whose places follow each other in one pack, with little between them, as many as are read at once."""
-    run: list[Placed] = []
-    for part, place in placed:
-        if run:
-            pack, start, _ = run[0][1]
-            end = run[-1][1][1] + run[-1][1][2]
-            if place[0] != pack or not 0 <= place[1] - end <= _GAP or place[1] + place[2] - start > _PIECE:
-                yield run
-                run = []
-        run.append((part, place))
-    if run:
-        yield run
+def _span(placed: Placed) -> Span:
+    pack, at, n = placed[1]
+    return Span(pack, at, at + n)
 
 
 def _read(storage: Storage, run: Sequence[Placed]) -> list[bytes | None]:
     """The chunks of a run; None for one that has other bytes."""
-    pack, start, _ = run[0][1]
-    data = np.empty(run[-1][1][1] + run[-1][1][2] - start, np.uint8)
     try:
-        storage.read(pack_key(pack), start, view(data))
+        chunks = read(storage, [_span(placed) for placed in run])
     except (NotFoundError, CorruptionError):  # it was changed meanwhile
         return [None] * len(run)
-    chunks = [data[at - start : at - start + n] for _, (_, at, n) in run]
     return [
         chunk.tobytes() if blake3(view(chunk)).digest() == part.digest else None
         for chunk, (part, _) in zip(chunks, run, strict=True)

@@ -24,13 +24,13 @@ from modelstore.storage.base import Storage
 from modelstore.store import packs
 from modelstore.store.packs import METADATA_KEY, PackBuilder, PackNote
 from modelstore.store.rehouse import NONCE
+from modelstore.store.runs import PIECE, Span, read, runs
 
 PLACE = np.dtype([("offset", "<u8"), ("length", "<u8"), ("digest", f"S{DIGEST_BYTES}")])
 SHARD_BYTES = 4 << 30  # of packs of whole tensors
-_PIECE = 8 << 20
-_GAP = 32 << 10  # bytes between what is wanted that are read rather than asked around
 
 Progress = Callable[[int], None]
+_Segment = tuple[Span, bytes | None]  # bytes of a pack, and the digest that they are to have
 Places = NDArray[np.void]  # of PLACE, each once, in the order of their offsets
 
 
@@ -137,7 +137,7 @@ def write(storage: Storage, mirrors: Sequence[Storage], new: New, hold: int, pro
 
     def data() -> Iterator[Buffer]:
         yield header
-        for old, entries in _runs(new.parts):
+        for old, entries in _by_pack(new.parts):
             yield from _checked((storage, *mirrors), old, entries)
 
     held = list(data()) if size <= hold else None
@@ -193,7 +193,7 @@ def _tensor(old: Old, entry: Entry) -> str | None:
     return None
 
 
-def _runs(parts: Iterable[tuple[Old, Entry]]) -> Iterator[tuple[Old, list[Entry]]]:
+def _by_pack(parts: Iterable[tuple[Old, Entry]]) -> Iterator[tuple[Old, list[Entry]]]:
     """Entries that follow one another out of the same pack."""
     last: Old | None = None
     entries: list[Entry] = []
@@ -210,19 +210,16 @@ def _runs(parts: Iterable[tuple[Old, Entry]]) -> Iterator[tuple[Old, list[Entry]
 
 def _checked(storages: Sequence[Storage], old: Old, entries: Sequence[Entry]) -> Iterator[Bytes]:
     """The bytes of entries, in order, of which every live chunk matches its digest."""
-    job: list[tuple[int, int, bytes | None]] = []
-    for segment in _segments(old, entries):
-        start, stop, _ = segment
-        if job and (start < job[-1][1] or start - job[-1][1] > _GAP or stop - job[0][0] > _PIECE):
-            yield from _read(storages, old, job)
-            job = []
-        job.append(segment)
-    if job:
-        yield from _read(storages, old, job)
+    for run in runs(_segments(old, entries), lambda segment: segment[0]):
+        yield from _read(storages, old, run)
 
 
-def _segments(old: Old, entries: Sequence[Entry]) -> Iterator[tuple[int, int, bytes | None]]:
-    """(first byte, end, digest) of the live chunks in entries, and of the bytes between them, which have no digest."""
+def _segments(old: Old, entries: Sequence[Entry]) -> Iterator[_Segment]:
+    """The live chunks in entries with their digests, and the bytes between them, which have none."""
+
+    def gap(start: int, stop: int) -> Iterator[_Segment]:
+        return ((Span(old.digest, a, min(stop, a + PIECE)), None) for a in range(start, stop, PIECE))
+
     offsets = old.places["offset"]
     for entry in entries:
         at, stop = old.start + entry.start, old.start + entry.stop
@@ -231,30 +228,28 @@ def _segments(old: Old, entries: Sequence[Entry]) -> Iterator[tuple[int, int, by
             a, n = int(place["offset"]), int(place["length"])
             if a < at or not n:
                 continue  # over another chunk, as no writer here makes them: readers check it
-            yield from ((b, min(a, b + _PIECE), None) for b in range(at, a, _PIECE))
-            yield a, a + n, place["digest"].ljust(DIGEST_BYTES, b"\0")
+            yield from gap(at, a)
+            yield Span(old.digest, a, a + n), place["digest"].ljust(DIGEST_BYTES, b"\0")
             at = a + n
-        yield from ((b, min(stop, b + _PIECE), None) for b in range(at, stop, _PIECE))
+        yield from gap(at, stop)
 
 
-def _read(storages: Sequence[Storage], old: Old, job: Sequence[tuple[int, int, bytes | None]]) -> Iterator[Bytes]:
-    """Read a job's range from the first store that has it right; what lies between the segments is left out."""
-    start, stop = job[0][0], job[-1][1]
+def _read(storages: Sequence[Storage], old: Old, run: Sequence[_Segment]) -> Iterator[Bytes]:
+    """Read a run from the first store that has it right."""
+    spans = [span for span, _ in run]
     reasons = []
     for storage in storages:
-        data = np.empty(stop - start, np.uint8)
         try:
-            storage.read(pack_key(old.digest), start, view(data))
+            found = read(storage, spans)
         except (NotFoundError, CorruptionError) as error:
             reasons.append(str(error))
             continue
-        found = [data[a - start : b - start] for a, b, _ in job]
-        if all(digest in (None, blake3(view(one)).digest()) for one, (_, _, digest) in zip(found, job, strict=True)):
+        if all(digest in (None, blake3(view(one)).digest()) for one, (_, digest) in zip(found, run, strict=True)):
             yield from found
             return
         reasons.append(f"the bytes in {storage.url} do not match their digest")
     raise DamagedPackError(
-        f"bytes {start} to {stop} of {pack_key(old.digest)} are wrong ({'; '.join(reasons)}): it stays as it is; run "
-        f"'modelstore verify' to see what needs them",
+        f"bytes {spans[0].start} to {spans[-1].stop} of {pack_key(old.digest)} are wrong ({'; '.join(reasons)}): it stays as it "
+        f"is; run 'modelstore verify' to see what needs them",
         old.digest,
     )
