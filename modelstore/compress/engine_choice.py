@@ -107,7 +107,7 @@ def _reason(tensor: Tensor, view: EngineView | None, place: Place | None) -> str
         return "is no layer's weight"
     if place.needed and view.format not in _UNPACKED:
         return "is looked at by transformers before it is unpacked"
-    return place.why or _unfit(view, tensor.shape)
+    return _unfit(view, tensor.shape) or place.why
 
 
 def _is_stack_of_experts(tensor: Tensor, config: Mapping[str, Any]) -> bool:
