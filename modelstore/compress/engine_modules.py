@@ -76,6 +76,7 @@ def modules_of(config: Mapping[str, Any], tensors: int) -> Modules:
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    _refuse_split(converters)
 
     def rename(name: str, known: dict[str, Any]) -> tuple[str, str | None]:
         found = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
@@ -231,6 +232,16 @@ def _built(transformers: Any, config: Mapping[str, Any], tensors: int) -> Any:
             f"transformers cannot build {name} from config.json, so that nobody here knows which of its layers engines take "
             f"packed ({type(error).__name__}: {str(error)[:200]}): {_DENSE}"
         ) from error
+
+
+def _refuse_split(converters: Sequence[Any]) -> None:
+    """Beside packed weights transformers makes such a converter one of many sources, which may not have many targets."""
+    for one in converters:
+        if len(one.target_patterns) > 1 and all(source.endswith(_WEIGHT) for source in one.source_patterns):
+            raise UnsupportedError(
+                f"transformers makes several weights of tensors such as {one.source_patterns[0]!r} while it loads them, which it "
+                f"does in checkpoints of dense weights only: {_DENSE}"
+            )
 
 
 def _floats(value: Any) -> Any:

@@ -297,6 +297,17 @@ def test_configs_of_no_model(store: ms.Store, tmp_path: Path, change: dict[str, 
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_transformers_splits(store: ms.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    halves = WeightConverter(["mlp.both.weight"], ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)])
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: [halves])
+    store.compress("llama", recipe(FORMATS["int4"]), variant="split")
+    with pytest.raises(UnsupportedError, match=r"makes several weights of tensors such as 'mlp\.both\.weight'"):
+        store.export("llama:split", tmp_path / "out")
+
+
 def test_without_transformers(store: ms.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for model in ("tied", "mixtral"):
         store.compress(model, recipe(FORMATS["int4"]), variant="alone")
