@@ -97,7 +97,19 @@ def load(
     """Read a model's tensors, or a part of them, into one .safetensors file."""
     part = {"names": names or None, "shard": layout_of(shard) if shard else None}
     _export(
-        ref, out, Format.safetensors, overwrite, None, store, mirror, memory, json, quiet, cluster=cluster, part=part
+        ref,
+        out,
+        Format.safetensors,
+        overwrite,
+        None,
+        store,
+        mirror,
+        memory,
+        json,
+        quiet,
+        cluster=cluster,
+        part=part,
+        swappable=False,  # the file is an option
     )
 
 
@@ -207,12 +219,14 @@ def _export(
     dequantize: bool = False,
     cluster: str | None = None,
     part: dict[str, Any] | None = None,
+    *,
+    swappable: bool = True,
 ) -> None:
     if path.startswith("memory://"):
         raise typer.BadParameter("memory:// ends with this command: give a folder, or a URL like s3://bucket/folder")
     opened = open_store(store, memory=memory, mirrors=mirrors, cluster=cluster)
     limits: dict[str, Any] = {} if max_shard is None else {"max_shard_bytes": max_shard}
-    told = swapped.told(opened, "export", (ref, path), ("REF", "PATH")) if part is None else nullcontext()
+    told = swapped.told(opened, "export", (ref, path), ("REF", "PATH")) if swappable else nullcontext()
     with output.progress(quiet=quiet) as report, told:
         done = opened.export(
             ref,
