@@ -27,6 +27,7 @@ _DENSE = "export it with dequantize=True"
 # What vLLM's kernels for int8 weights want to be told of activations: rounded token by token, when they are there.
 _TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 _UNPACKED = ("float-quantized", "int-quantized")  # a layer's codes are its `weight`
+_BFLOAT16 = ("mxfp4-pack-quantized", "nvfp4-pack-quantized")  # what layers of other models could not multiply
 _LOADED = "compress with int4, int8, fp8 or mxfp4"
 
 
@@ -107,6 +108,8 @@ def _reason(tensor: Tensor, view: EngineView | None, place: Place | None) -> str
         return "is no layer's weight"
     if place.needed and view.format not in _UNPACKED:
         return "is looked at by transformers before it is unpacked"
+    if view.format in _BFLOAT16 and tensor.dtype != "bfloat16":
+        return f"is {tensor.dtype}, and compressed-tensors unpacks {view.format} to bfloat16 only"
     return _unfit(view, tensor.shape) or place.why
 
 

@@ -166,6 +166,20 @@ def test_packed_is_dense_or_refused(store: ms.Store, tmp_path: Path, model: str,
     assert format == "W8A8" or torch.equal(packed, dense)
 
 
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4"])
+def test_floats_of_four_bits_are_unpacked_to_bfloat16(store: ms.Store, tmp_path: Path, format: str) -> None:
+    wide = {name: tensor.float() for name, tensor in store.load("llama").items()}
+    name = f"wide-{format}"
+    store.save(name, wide, files={"config.json": b"".join(store.cat("llama", "config.json"))})
+    store.compress(name, recipe(FORMATS[format]), variant="v")
+    if format == "int4":
+        store.export(f"{name}:v", tmp_path / "out")
+        return
+    with pytest.raises(UnsupportedError, match=r"is float32, and compressed-tensors unpacks .* to bfloat16 only"):
+        store.export(f"{name}:v", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------- experts
 
 
