@@ -10,10 +10,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelstore.client.arguments import checked
-from modelstore.errors import ModelStoreError, NotFoundError, UnsupportedError
+from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, UnsupportedError
 from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.loading import Model
 from modelstore.execute.memory import budget
@@ -22,7 +22,7 @@ from modelstore.execute.saving import Against
 from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, Reference
-from modelstore.format.record import VariantEntry
+from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.results import Exported, Saved
 from modelstore.plan.layout import Share
 from modelstore.storage.base import Storage
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from modelstore.cluster.pieces import Source
     from modelstore.cluster.session import Session
     from modelstore.compress.fly import FlyReader
+
+T = TypeVar("T")
 
 log = logging.getLogger("modelstore")
 _LOOKED_AT = 8  # newest versions of a model of which one is to be readable, so that its chunks are not stored again
@@ -136,19 +138,32 @@ class Base:
         return Limits(budget(self._memory), self._threads)
 
     def _manifest(self, ref: Reference) -> Manifest:
-        self._catalog.open()
-        return self._manifests.entry(ref.name, self._catalog.entry(ref)[1])
+        return self._as_it_is(
+            ref, lambda record: self._manifests.entry(ref.name, self._catalog.variant(record, ref.variant))
+        )
 
     def _model(self, ref: Reference) -> Model:
+        return self._as_it_is(ref, lambda record: self._opened(ref.name, self._catalog.variant(record, ref.variant)))
+
+    def _as_it_is(self, ref: Reference, opened: Callable[[VersionRecord], T]) -> T:
+        """What `opened` makes of a version's record; again where a compaction has replaced its manifests meanwhile."""
         self._catalog.open()
-        return self._opened(ref.name, self._catalog.entry(ref)[1])
+        record = self._catalog.resolve(ref)
+        while True:
+            try:
+                return opened(record)
+            except CorruptionError:
+                before, record = record, self._catalog.resolve(ref)
+                if record == before:
+                    raise
 
     def _readable(self, ref: Reference) -> Model:
         """As `_model`; a variant that is not stored but has a preset's name is made while it is read, and said to be."""
+        return self._as_it_is(ref, partial(self._stored_or_made, ref))
+
+    def _stored_or_made(self, ref: Reference, record: VersionRecord) -> Model:
         from modelstore.compress.presets import PRESETS
 
-        self._catalog.open()
-        record = self._catalog.resolve(ref)
         if ref.variant in record.variants or ref.variant not in PRESETS:
             return self._opened(ref.name, self._catalog.variant(record, ref.variant))
         from modelstore.compress.fly import unstored

@@ -19,6 +19,7 @@ from modelstore.format.record import pack_key
 from modelstore.plan.read import Range, ReadJob, Want
 from modelstore.storage.base import Storage
 from modelstore.store.heal import replace_pack
+from modelstore.store.moved import moved
 
 log = logging.getLogger("modelstore")
 
@@ -32,6 +33,7 @@ class Fetcher:
     storage: Storage
     mirrors: Sequence[Storage] = ()
     bytes_read: int = 0  # encoded bytes that came from the storage, a mirror or hosts, gaps between ranges among them
+    _moved: Manifest | None = None  # that of the same chunks in other packs, where compaction has taken them
     _healed: set[int] = field(default_factory=set)
     _lock: Lock = field(default_factory=Lock)
     _scratch: threading.local = field(default_factory=threading.local)
@@ -79,16 +81,22 @@ class Fetcher:
             out[:] = self.recover(row, tensor, chunk)
 
     def recover(self, row: int, tensor: str, chunk: int) -> Bytes:
-        """A row's bytes from any good copy; the bad one is replaced. `CorruptionError` where there is none."""
+        """A row's bytes from any good copy; the bad one is replaced. `CorruptionError` where there is none.
+
+        Packs that a compaction has emptied may be gone while somebody still reads by the manifest of before it: the chunks
+        are then where live records say.
+        """
         manifest = self.manifest
         pack, start, n = int(manifest.pack[row]), int(manifest.offset[row]), int(manifest.length[row])
         key = pack_key(manifest.packs[pack])
         data = np.empty(n, np.uint8)
         reasons = []
+        gone = False
         for storage in (self.storage, *self.mirrors):
             try:
                 storage.read(key, start, view(data))
             except (NotFoundError, CorruptionError, StorageError) as error:
+                gone |= isinstance(error, NotFoundError)
                 reasons.append(str(error))
                 continue
             self.count(n)
@@ -97,6 +105,8 @@ class Fetcher:
                     self._heal(pack, storage)
                 return data
             reasons.append(f"the bytes in {storage.url} do not match their digest")
+        if gone and self._read_where_moved(row, data):
+            return data
         raise CorruptionError(
             f"chunk {chunk} of tensor {tensor!r} of model {self.model!r} is lost: "
             f"bytes {start} to {start + n} of {key} are wrong "
@@ -106,6 +116,23 @@ class Fetcher:
             chunk=chunk,
             object=key,
         )
+
+    def _read_where_moved(self, row: int, out: Bytes) -> bool:
+        """Whether a row's bytes were found where live records say that its chunk lies by now."""
+        for look_again in (False, True):
+            with self._lock:
+                if look_again or self._moved is None:
+                    self._moved = moved(self.storage, self.model, self.manifest)
+                there = self._moved
+            if there is None:
+                return False
+            try:
+                self.storage.read(pack_key(there.packs[there.pack[row]]), int(there.offset[row]), view(out))
+            except (NotFoundError, CorruptionError):
+                continue  # moved once more
+            self.count(len(out))
+            return blake3(view(out)).digest() == self.manifest.digest(row)
+        return False
 
     def count(self, nbytes: int) -> None:
         """So many bytes were read."""
