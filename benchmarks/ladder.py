@@ -75,7 +75,7 @@ def _raw(tensor: Any) -> Any:
 
 def chunks(model: str) -> Iterator[tuple[Any, tuple[int, int]]]:
     """Raw bytes and shape of pieces of linear weights: whole rows, about as large as a store's chunks."""
-    from modelstore.compress.kinds import kind_of
+    from modelstore.architecture.kinds import kind_of
 
     left = SAMPLE
     for name, tensor in weights(model).items():

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
+from modelstore.architecture.parallel import axes
 from modelstore.compress.job import encoder
 from modelstore.compress.plan import plan_compression, tensor_plan, weight_codec
 from modelstore.errors import UnsupportedError
@@ -24,7 +25,6 @@ from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.recipe import Recipe
 from modelstore.format.region import Region, extent, shift, size, slices
-from modelstore.plan.layout import axes
 from modelstore.plan.read import ChunkRead, ReadJob, Want
 
 T = TypeVar("T")

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from modelstore.architecture.parallel import axes
 from modelstore.codecs.ladder import Ladder
 from modelstore.codecs.loss import Loss
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
@@ -37,7 +38,6 @@ from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region, extent, shift, slices
 from modelstore.format.results import Choice, CompressionPlan
-from modelstore.plan.layout import axes
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.describe import variant_infos

@@ -7,10 +7,11 @@ from typing import Any
 
 import msgspec
 
+from modelstore.architecture.fused import fused
+from modelstore.architecture.kinds import kind_of
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.codes import Given
-from modelstore.compress.kinds import fused, kind_of
 from modelstore.compress.presets import preset
 from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor

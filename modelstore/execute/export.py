@@ -8,24 +8,22 @@ export_write    the work itself
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from modelstore.execute.export_layout import OutFile, Packing, directory, one_file
 from modelstore.execute.export_share import cuts
 from modelstore.execute.export_target import Target
 from modelstore.execute.export_write import write
+from modelstore.execute.model_files import json_object, model_config
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format import checkpoint, results
-from modelstore.format.manifest import Manifest
 from modelstore.plan.layout import Share
 
 MAX_SHARD = 5_000_000_000
-_MAX_CONFIG = 16 << 20
 
 
 def export(
@@ -69,8 +67,8 @@ def export(
     elif format == "hf":
         if max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")
-        places = checkpoint.places({file.name for file in manifest.files}, _json(reader, manifest, checkpoint.PIPELINE))
-        outputs = directory(manifest, model_config(reader, manifest), places, max_shard_bytes, packed, instead)
+        places = checkpoint.places({file.name for file in manifest.files}, json_object(reader, checkpoint.PIPELINE))
+        outputs = directory(manifest, model_config(reader), places, max_shard_bytes, packed, instead)
     else:
         raise ValueError(f"format {format!r} is not known: hf and safetensors are")
     with Target(path, outputs, single=format == "safetensors", overwrite=overwrite) as target:
@@ -82,20 +80,3 @@ def export(
         sum(output.size for output in outputs),
         time.monotonic() - started,
     )
-
-
-def model_config(reader: Reader, manifest: Manifest) -> Mapping[str, Any] | None:
-    """The model's config.json, None where it has none that can be read."""
-    return _json(reader, manifest, checkpoint.CONFIG)
-
-
-def _json(reader: Reader, manifest: Manifest, name: str) -> Mapping[str, Any] | None:
-    """A file of the model that holds a JSON object; None where there is none of that name that can be read."""
-    for file in manifest.files:
-        if file.name == name and file.nbytes <= _MAX_CONFIG:
-            try:
-                table = json.loads(reader.region(file, ((0, file.shape[0]),)).tobytes())
-            except (ValueError, RecursionError):
-                return None
-            return table if isinstance(table, dict) else None
-    return None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
 
+from modelstore.architecture.ties import tied
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
@@ -230,20 +231,16 @@ def _block(tensor: Tensor, limit: int) -> Shape:
 
 def _names(manifest: Manifest) -> Iterator[tuple[Tensor, list[str]]]:
     """Every tensor with all its names, its own first."""
-    tied: dict[str, list[str]] = {}
+    aliases: dict[str, list[str]] = {}
     for alias, name in manifest.aliases.items():
-        tied.setdefault(name, []).append(alias)
+        aliases.setdefault(name, []).append(alias)
     for tensor in manifest.tensors:
-        yield tensor, [tensor.name, *tied.get(tensor.name, ())]
+        yield tensor, [tensor.name, *aliases.get(tensor.name, ())]
 
 
 def _left_out(manifest: Manifest, config: Mapping[str, Any] | None) -> set[str]:
     """Tied names that the loaders tie again by themselves, because the config says so in so many words."""
-    if config is None:
-        return set()
-    text = config.get("text_config")
-    said = [part.get("tie_word_embeddings") for part in (config, text) if isinstance(part, Mapping)]
-    if True not in said or False in said:
+    if not tied(config):
         return set()
     found: set[str] = set()
     for _, names in _names(manifest):

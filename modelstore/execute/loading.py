@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from modelstore.architecture.config import Config
 from modelstore.errors import FormatError, NotFoundError
 from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.memory import Arena
+from modelstore.execute.model_files import model_config
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import LONGEST_CHAIN
 from modelstore.format import grid
@@ -82,15 +83,9 @@ class Model:
         known = ", ".join(f.name for f in self.manifest.files[:10]) or "none"
         raise NotFoundError(f"model {self.name!r} has no file {path!r}: it has {known}", model=self.name)
 
-    def config(self) -> dict[str, Any] | None:
-        """The model's config.json, None where it has none or it is not a JSON object."""
-        if not any(file.name == "config.json" for file in self.manifest.files):
-            return None
-        try:
-            config = json.loads(self.file("config.json"))
-        except (ValueError, RecursionError):
-            return None
-        return config if isinstance(config, dict) else None
+    def config(self) -> Config | None:
+        """The model's config.json, None where it has none that can be read."""
+        return model_config(self.reader)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its name, or a tied one's; `NotFoundError` where there is none."""

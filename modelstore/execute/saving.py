@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from modelstore.architecture.config import MAX_CONFIG, parse
+from modelstore.architecture.parallel import axes
 from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError, UnsupportedError
@@ -21,6 +21,7 @@ from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.whole import WholeWriter
 from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks
 from modelstore.format.buffers import Buffer, Bytes
+from modelstore.format.checkpoint import CONFIG
 from modelstore.format.dtypes import DType
 from modelstore.format.manifest import (
     MAX_DIMENSIONS,
@@ -37,7 +38,6 @@ from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, 
 from modelstore.format.region import Region, extent
 from modelstore.format.results import LeftOut
 from modelstore.format.structure import CHECKPOINT
-from modelstore.plan.layout import axes
 from modelstore.plan.write import FILE_CODEC, plan_tensor
 from modelstore.sources.base import Source
 from modelstore.sources.reading import read_whole
@@ -51,7 +51,6 @@ from modelstore.store.shelf import Shelf
 ACKS = ("storage", "memory")
 CODECS = ("lossless", "raw", "delta")
 GRIDS = ("auto", "whole")
-MAX_CONFIG = 16 << 20  # bytes of a config.json that is looked into
 LONGEST_CHAIN = 8  # deltas of deltas: each link is another read
 _LADDER = "ladder"
 
@@ -237,13 +236,13 @@ def _stored_before(
 
 def tensor_axes(files: Mapping[str, Path | bytes]) -> Callable[[str], int | None] | None:
     """Along which axis ranks will slice each tensor, where config.json names an architecture that is known."""
-    content = files.get("config.json")
+    content = files.get(CONFIG)
     if content is None:
         return None
     try:
-        config: Any = json.loads(content if isinstance(content, bytes) else read_whole(content, MAX_CONFIG))
-        return axes(config) if isinstance(config, dict) else None
-    except (ValueError, UnsupportedError, FormatError, RecursionError):
+        config = parse(content if isinstance(content, bytes) else read_whole(content, MAX_CONFIG))
+        return axes(config) if config is not None else None
+    except (ValueError, UnsupportedError, FormatError):
         return None  # the grid is then cut without a hint; the file itself is kept as it is
 
 

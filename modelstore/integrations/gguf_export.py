@@ -15,10 +15,10 @@ import numpy as np
 
 from modelstore.codecs.numbers import to_float32
 from modelstore.errors import FormatError, UnsupportedError
-from modelstore.execute.export import model_config
 from modelstore.execute.export_layout import OutFile, Placed
 from modelstore.execute.export_target import Target
 from modelstore.execute.export_write import write
+from modelstore.execute.model_files import model_config
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format import results
 from modelstore.format.buffers import Bytes
@@ -72,7 +72,7 @@ def export_gguf(
             write(reader, [output], target, limits, progress)
             target.place()
         return results.Exported(str(path), (path.name,), output.size, time.monotonic() - started)
-    model = gguf_model(manifest, model_config(reader, manifest))
+    model = gguf_model(manifest, model_config(reader))
     output = _layout(reader, model, path.name, name, gguf_type or _default(model))
     with Target(path, [output], single=True, overwrite=overwrite) as target:
         write(reader, [output], target, limits, progress)

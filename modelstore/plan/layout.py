@@ -1,16 +1,13 @@
 """Layouts: which part of each tensor a rank holds. Pure functions over names, shapes and `config.json`.
 
-    held = (PipelineStage(1, 4) & TensorParallel(3, 8)).shares(config, {name: shape})     # {name: Share}
-    for source, target in held["model.layers.9.mlp.down_proj.weight"].pieces():           # regions: whole → rank's
-        ...
-
-`axes(config)` says along which axis tensor parallelism would cut a tensor, for the chunk grid.
+held = (PipelineStage(1, 4) & TensorParallel(3, 8)).shares(config, {name: shape})     # {name: Share}
+for source, target in held["model.layers.9.mlp.down_proj.weight"].pieces():           # regions: whole → rank's
+    ...
 """
 
 from modelstore.plan.layout_pipeline import Layers, PipelineStage
 from modelstore.plan.layout_share import (
     Both,
-    Config,
     Layout,
     Regions,
     Shard,
@@ -19,11 +16,10 @@ from modelstore.plan.layout_share import (
     as_layout,
     whole,
 )
-from modelstore.plan.layout_tensor import ExpertParallel, TensorParallel, axes, tensor_parallel_axis
+from modelstore.plan.layout_tensor import ExpertParallel, TensorParallel
 
 __all__ = [
     "Both",
-    "Config",
     "ExpertParallel",
     "Layers",
     "Layout",
@@ -34,7 +30,5 @@ __all__ = [
     "TensorParallel",
     "Tensors",
     "as_layout",
-    "axes",
-    "tensor_parallel_axis",
     "whole",
 ]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from modelstore.architecture.config import Config, architectures
+from modelstore.architecture.parallel_table import BESIDE
+from modelstore.architecture.ties import tied
 from modelstore.errors import UnsupportedError
 from modelstore.format import given
-from modelstore.plan.layout_share import Combines, Config, Share, Tensors, whole
-from modelstore.plan.layout_table import BESIDE
+from modelstore.plan.layout_share import Combines, Share, Tensors, whole
 
 _LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|layer|h|blocks|block))\.(\d+)\.")
 _HEAD = re.compile(
@@ -116,12 +118,7 @@ def _held(
 
 def _is_tied(tensors: Tensors, config: Config | None) -> bool:
     """Whether the head is the embedding: a language model whose head is not stored apart."""
-    config = config or {}
-    if any(_HEAD_WEIGHT.search(name) for name in tensors):
+    if any(_HEAD_WEIGHT.search(name) for name in tensors) or tied(config) is False:
         return False
-    inner = config.get("text_config")
-    for settings in (config, inner if isinstance(inner, dict) else {}):
-        if settings.get("tie_word_embeddings") is False:
-            return False
-    names = config.get("architectures") or ["LMHead"]
-    return any(re.search(r"CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining", str(name)) for name in names)
+    names = architectures(config or {}) or ["LMHead"]
+    return any(re.search(r"CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining", name) for name in names)

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from modelstore.architecture.config import Config
 from modelstore.errors import NotFoundError
 from modelstore.format.given import told
 from modelstore.format.region import Region, Shape, check, from_index, full
 
-Config = Mapping[str, Any]
 Tensors = Mapping[str, Shape]
 Range = tuple[int, int]
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import translate
 from typing import Literal
 
-from modelstore.errors import FormatError, UnsupportedError
+from modelstore.architecture.config import Config
+from modelstore.architecture.parallel import Cuts, Plan
+from modelstore.architecture.parallel_table import Kind
 from modelstore.format import given
-from modelstore.plan.layout_share import Combines, Config, Range, Share, Tensors, cut, whole
-from modelstore.plan.layout_table import ARCHITECTURES, BESIDE, Architecture, Cut, Kind
-
-Plan = Mapping[str, int | None]
+from modelstore.plan.layout_share import Combines, Range, Share, Tensors, cut, whole
 
 _EXPERT = re.compile(r"\.experts\.(?:(\d+)\.|[a-z_]+$)")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class TensorParallel(Combines):
 
     def shares(self, config: Config | None, tensors: Tensors) -> dict[str, Share]:
         """Every tensor, cut or whole; none is missing unless `experts="parallel"`."""
-        rules = _Rules(config, self.plan)
+        rules = Cuts(config, self.plan)
         experts = ExpertParallel(self.rank, self.size).shares(config, tensors) if self.experts == "parallel" else {}
         held: dict[str, Share] = {}
         cuts = 0
@@ -115,105 +112,7 @@ class ExpertParallel(Combines):
         return held
 
 
-def axes(config: Config | None, plan: Plan | None = None) -> Callable[[str], int | None]:
-    """The axis along which tensor parallelism would cut a tensor of that name; None where it is replicated.
-
-    Resolved once, then a dictionary lookup a name. For an unknown architecture without a plan the answer is always
-    None; an axis that comes from the plan is returned as it is given there.
-    """
-    rules = _Rules(config, plan, strict=False)
-
-    def axis(name: str) -> int | None:
-        rule = rules.find(name)
-        return None if rule is None else rule.axis
-
-    return axis
-
-
-def tensor_parallel_axis(config: Config | None, name: str) -> int | None:
-    """`axes(config)(name)`, for one name."""
-    return axes(config)(name)
-
-
-class _Rules:
-    """Finds the cut of a tensor from its name. Names that differ in numbers only are looked up once."""
-
-    def __init__(self, config: Config | None, plan: Plan | None, strict: bool = True) -> None:
-        kind, architecture, inner = _architecture(config)
-        if architecture is None and plan is None and strict:
-            raise UnsupportedError(
-                f"no tensor-parallel layout is known for model type {kind!r}: give plan={{pattern: axis}} to "
-                f"TensorParallel, or Regions; known are {', '.join(ARCHITECTURES)}"
-            )
-        self.strict = strict
-        self.cuts: Mapping[str, Cut] = architecture.cuts if architecture else {}
-        self.heads: dict[Kind, int] = {}
-        if architecture:
-            query = _count(inner, ("num_attention_heads", "n_head", "n_heads", "num_heads")) or architecture.heads
-            key = _count(inner, ("num_key_value_heads", "num_kv_heads")) or architecture.key_heads or query
-            self.heads = {"query": query, "key": key}
-        self.plan = [
-            (re.compile(translate(pattern)), None if axis is None else Cut(axis, ("vocabulary",)))
-            for pattern, axis in (plan or {}).items()
-        ]
-        self.found: dict[str, Cut | None] = {}
-
-    def find(self, name: str) -> Cut | None:
-        """The cut of that tensor, its axis being that of this tensor (a bias has one only); None: replicated."""
-        for pattern, planned in self.plan:
-            if pattern.match(name):
-                return planned
-        general = _NUMBER.sub("*", name)
-        if general not in self.found:
-            self.found[general] = self._look_up(general)
-        return self.found[general]
-
-    def _look_up(self, name: str) -> Cut | None:
-        parts = name.split(".")
-        if any(part in BESIDE for part in parts):
-            return None
-        module, parameter = (parts[:-1], parts[-1]) if parts[-1] in ("weight", "bias") else (parts, "")
-        rule = self._longest(module)
-        if rule is None and not parameter and self.strict and (above := self._longest(parts[:-1])):
-            raise UnsupportedError(
-                f"{name} belongs to a module that is cut along axis {above.axis}, and nothing is known of how "
-                f"{parts[-1]!r} is cut with it: give plan={{{name!r}: axis}}, or None as the axis to replicate it",
-                tensor=name,
-            )
-        if rule is None or parameter != "bias":
-            return rule
-        return Cut(0, rule.parts) if rule.bias else None
-
-    def _longest(self, module: Sequence[str]) -> Cut | None:
-        suffixes = (".".join(module[i:]) for i in range(len(module)))
-        return next((self.cuts[suffix] for suffix in suffixes if suffix in self.cuts), None)
-
-
-def _architecture(config: Config | None) -> tuple[str | None, Architecture | None, Config]:
-    """(model type, its entry or None, the config of the language model, which is nested in a multimodal one)."""
-    if config is None:
-        return None, None, {}
-    kind = config.get("model_type")
-    inner = config.get("text_config")
-    if not isinstance(inner, Mapping):
-        return kind, ARCHITECTURES.get(str(kind)), config
-    known = ARCHITECTURES.get(str(inner.get("model_type"))) or ARCHITECTURES.get(str(kind))
-    return kind, known, inner
-
-
-def _count(config: Config, keys: Sequence[str]) -> int | None:
-    """The first of those entries that the config has, as a positive number."""
-    for key in keys:
-        value = config.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise FormatError(f"config.json has {key} = {value!r}: expected a positive whole number")
-        return value
-    return None
-
-
-def _ranges(name: str, length: int, parts: Sequence[Kind], layout: TensorParallel, rules: _Rules) -> list[Range]:
+def _ranges(name: str, length: int, parts: Sequence[Kind], layout: TensorParallel, rules: Cuts) -> list[Range]:
     """The ranges of an axis that a rank holds; each part is cut by itself, in units that stay whole."""
     if parts == ("vocabulary",):
         step = -(-length // layout.size)
@@ -241,7 +140,7 @@ def _ranges(name: str, length: int, parts: Sequence[Kind], layout: TensorParalle
     return ranges
 
 
-def _units(name: str, part: Kind, count: int, layout: TensorParallel, rules: _Rules) -> Range:
+def _units(name: str, part: Kind, count: int, layout: TensorParallel, rules: Cuts) -> Range:
     """Which of `count` units of a part a rank holds: as many to each, or one where heads of k and v are repeated."""
     rank, size = layout.rank, layout.size
     if count % size == 0:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import modelstore as ms
-from modelstore.compress.kinds import fused, kind_of
+from modelstore.architecture.fused import fused
+from modelstore.architecture.kinds import kind_of
 from modelstore.compress.plan import resolve
 from modelstore.format.recipe import matches, recipe
 

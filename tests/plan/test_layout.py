@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelstore.architecture.parallel import axes
+from modelstore.architecture.parallel_table import ARCHITECTURES
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.format.region import Shape, extent, slices
 from modelstore.plan.layout import (
@@ -20,11 +22,8 @@ from modelstore.plan.layout import (
     Regions,
     Share,
     TensorParallel,
-    axes,
-    tensor_parallel_axis,
     whole,
 )
-from modelstore.plan.layout_table import ARCHITECTURES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -267,8 +266,8 @@ def test_unknown_parameter_of_a_cut_module() -> None:
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"
     with pytest.raises(UnsupportedError, match="weight_scale_inv"):
         TensorParallel(0, 2).shares({"model_type": "llama"}, {name: (2, 2)})
-    assert tensor_parallel_axis({"model_type": "llama"}, name) is None
-    assert tensor_parallel_axis({"model_type": "llama"}, "model.layers.0.mlp.up_proj.weight") == 0
+    assert axes({"model_type": "llama"})(name) is None
+    assert axes({"model_type": "llama"})("model.layers.0.mlp.up_proj.weight") == 0
 
 
 def test_nested_config_and_vision_tower() -> None:
@@ -394,7 +393,7 @@ def test_pipeline_and_tensor_parallel() -> None:
     ]
     for name, shape in shapes.items():
         held = reassembled([rank[name] for rank in grid if name in rank], shape)
-        expected = 1 if tensor_parallel_axis(config, name) is not None else 2
+        expected = 1 if axes(config)(name) is not None else 2
         assert (held == expected).all(), name
 
 

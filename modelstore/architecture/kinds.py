@@ -1,9 +1,9 @@
-"""What each tensor of a model is for, by its name, its shape and the model's config; and which ones engines fuse."""
+"""What each tensor of a model is for, by its name, its shape and the model's config."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from modelstore.codecs.weight import FLOATS, is_convolution
@@ -21,16 +21,6 @@ _ROUTER = re.compile(r".*\.(?:gate|router|router\.\w+|gate\.wg|shared_expert_gat
 _NORM = re.compile(r".*(?:norm|ln_?\w*|layernorm|bn\d*)(?:\.(?:weight|bias|gamma|beta))?", re.IGNORECASE)
 _SCALE = re.compile(r".*(?:_scale|_scale_inv|_zero_point|_shape|_packed|qzeros|scales|qweight|g_idx|inv_freq)")
 _STEM = re.compile(r"(?:.*\.)?(?:patch_embed\w*|conv_proj)\..*")
-
-# Layers that engines run as one, and that therefore need one scheme.
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
-_MEMBER = {member: group for group in FUSED for member in group}
 
 
 def kind_of(name: str, dtype: str, shape: Shape, config: Mapping[str, Any] | None = None) -> Kind:
@@ -52,16 +42,3 @@ def kind_of(name: str, dtype: str, shape: Shape, config: Mapping[str, Any] | Non
     if len(shape) == 2 and isinstance(vocabulary, int) and vocabulary > 1024 and shape[0] == vocabulary:
         return "head"
     return "convolution" if is_convolution(shape) else "linear"
-
-
-def fused(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Weights that engines run as one, two or more together, in the order of the names."""
-    groups: dict[tuple[str, tuple[str, ...], str], list[str]] = {}
-    for name in names:
-        parts = name.split(".")
-        for at in range(len(parts) - 1, -1, -1):
-            if parts[at] in _MEMBER:
-                key = (".".join(parts[:at]), _MEMBER[parts[at]], ".".join(parts[at + 1 :]))
-                groups.setdefault(key, []).append(name)
-                break
-    return [tuple(group) for group in groups.values() if len(group) > 1]
