@@ -75,12 +75,13 @@ def _raw(tensor: Any) -> Any:
 
 def chunks(model: str) -> Iterator[tuple[Any, tuple[int, int]]]:
     """Raw bytes and shape of pieces of linear weights: whole rows, about as large as a store's chunks."""
-    from modelstore.architecture.kinds import kind_of
+    from modelstore.architecture.kinds import Its, kinds
 
     left = SAMPLE
     for name, tensor in weights(model).items():
         shape = tuple(tensor.shape)
-        if kind_of(name, str(tensor.dtype).removeprefix("torch."), shape) != "linear" or left <= 0:
+        its = Its(str(tensor.dtype).removeprefix("torch."), shape)
+        if kinds({name: its})[name] != "linear" or left <= 0:
             continue
         rows = max(1, CHUNK // (2 * shape[1]))
         for start in range(0, shape[0], rows):

@@ -1,44 +1,103 @@
-"""What each tensor of a model is for, by its name, its shape and the model's config."""
+"""What each tensor of a model is for, by its name, its shape and the tensors beside it.
+
+The names are those of the classes of transformers (each of its architectures is built and compared in the tests), of timm
+and of the checkpoints that were published beside them. A matrix is a linear layer's only where it is called `….weight`, or is
+one that is known by its name, such as a stack of experts; a parameter of another name is a table, a token, a bias or the
+state of a recurrence far more often.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
+from modelstore.architecture.config import Config, count, language
+from modelstore.architecture.quantized import quantized
 from modelstore.codecs.weight import FLOATS, is_convolution
+from modelstore.errors import FormatError
 from modelstore.format.recipe import Kind
 from modelstore.format.region import Shape
 
+# What follows is matched with the whole name of the module that owns a `weight`, or of the parameter itself.
 _EMBEDDING = re.compile(
-    r"(?:.*[._])?(?:wte|wpe|shared|tok_embeddings|(?:\w+_)?embed(?:ding|dings|_tokens|_positions|_in|der)?|pos_embed|cls_token"
-    r"|relative_attention_bias)(?:\.weight)?"
+    r"(?:.*[._])?(?:wte|wpe|shared|\w*emb(?:ed|eds|edding|eddings|edder|s)?(?:_\w+|\d+)?|Hash\w*Embedder_\d+|codebook|\w*_tokens?"
+    r"|relative_attention_bias|bias_values|reference_points|quer(?:y_feat|ies_features)|pe_k|rel_pos_[hw])(?:\.[\d*]+)?"
 )
+_TABLE_OWNER = re.compile(r"(?:transformer\.)?w|query")  # CTRL's words, VideoMT's queries
+_STEM = re.compile(r"(?:.*\.)?(?:patch_embed\w*|conv_proj)(?:\..*)?")
 _HEAD = re.compile(
-    r"(?:.*\.)?(?:lm_head|embed_out|output|score|classifier|qa_outputs|decoder\.bias|head|fc_out)(?:\.weight)?"
+    r"(?:.*\.)?(?:lm_head|embed_out|score|classifier|qa_outputs|decoder|head|(?<!mlp\.)fc_out|(?![qkv]_)\w+_head)|(?:model\.)?output"
 )
-_ROUTER = re.compile(r".*\.(?:gate|router|router\.\w+|gate\.wg|shared_expert_gate|feed_forward\.gate)(?:\.weight)?")
-_NORM = re.compile(r".*(?:norm|ln_?\w*|layernorm|bn\d*)(?:\.(?:weight|bias|gamma|beta))?", re.IGNORECASE)
-_SCALE = re.compile(r".*(?:_scale|_scale_inv|_zero_point|_shape|_packed|qzeros|scales|qweight|g_idx|inv_freq)")
-_STEM = re.compile(r"(?:.*\.)?(?:patch_embed\w*|conv_proj)\..*")
+_ROUTER = re.compile(r".*\.(?:gate|router|router\.\w+|gate\.wg|shared_expert_gate|feed_forward\.gate)")
+_NORM = re.compile(r"(?:.*[._])?(?:\w*norm\w*|ln_?\w*|bn\d*|grn)(?:\.(?:weight|bias|gamma|beta|scale|shift))*", re.I)
+_BIAS = re.compile(r"(?:.*[._])?(?:bias(?:es)?(?:_\w+)?|b|b\d)")
+_TABLE = re.compile(r"(?:.*[._])?(?:scale|shift|objective)")
+# Stacks of matrices, one an expert, and matrices of other names than `weight`.
+_STACK = re.compile(
+    r"(?:.*\.)?(?:experts|shared_experts)\.(?:\w+\.)?(?:gate_up_proj|down_proj|up_proj|gate_proj|w[123])(?:\.weight)?"
+)
+_PARALLEL = re.compile(r"(?:.*\.)?(?:input_linear|output_linear)")  # granite's and JetMoE's experts
+_MATRIX = re.compile(r"(?:.*\.)?(?:in_proj_weight|mm_input_projection_weight)")
 
 
-def kind_of(name: str, dtype: str, shape: Shape, config: Mapping[str, Any] | None = None) -> Kind:
-    """What a tensor is for. Only "linear" and "convolution" are compressed unless a recipe asks for more."""
-    if dtype not in FLOATS or _SCALE.fullmatch(name):
+class Its(NamedTuple):
+    """What kinds are told by, beside the name."""
+
+    dtype: str
+    shape: Shape
+
+
+def kinds(tensors: Mapping[str, Its], config: Config | None = None) -> dict[str, Kind]:
+    """What each tensor is for. Presets compress "linear" and "convolution" only; "unknown" is what nothing is known of."""
+    already = quantized({name: its.dtype for name, its in tensors.items()})
+    vocabulary = _vocabulary(config)
+    return {name: "quantized" if name in already else _kind(name, its, vocabulary) for name, its in tensors.items()}
+
+
+def _kind(name: str, its: Its, vocabulary: int | None) -> Kind:
+    if its.dtype not in FLOATS:
         return "other"
-    if len(shape) < 2:
-        last = name.rpartition(".")[2]
-        return "norm" if _NORM.fullmatch(name) else "bias" if "bias" in last or last == "b" else "other"
-    if _EMBEDDING.fullmatch(name) or _STEM.fullmatch(name):
+    owner, _, last = name.rpartition(".")
+    weight = last == "weight"
+    if len(its.shape) < 2:
+        return "norm" if _NORM.fullmatch(name) else "bias" if _BIAS.fullmatch(name) else "other"
+    what = owner if weight else name
+    for kind, pattern in _NAMED:
+        if pattern.fullmatch(what):
+            return kind
+    if _STACK.fullmatch(name) or _MATRIX.fullmatch(name):
+        return "linear"
+    if weight and _TABLE_OWNER.fullmatch(owner):
         return "embedding"
-    if _HEAD.fullmatch(name):
-        return "head"
-    if _ROUTER.fullmatch(name):
-        return "router"
-    if _NORM.fullmatch(name):
-        return "norm"
-    vocabulary = (config or {}).get("vocab_size")
-    if len(shape) == 2 and isinstance(vocabulary, int) and vocabulary > 1024 and shape[0] == vocabulary:
-        return "head"
-    return "convolution" if is_convolution(shape) else "linear"
+    if not weight:
+        return "bias" if _BIAS.fullmatch(name) else "unknown"
+    if len(its.shape) == 2:
+        return "head" if vocabulary and its.shape[0] == vocabulary else "linear"
+    return _kernel(owner, its.shape)
+
+
+_NAMED: tuple[tuple[Kind, re.Pattern[str]], ...] = (
+    ("embedding", _EMBEDDING),
+    ("embedding", _STEM),
+    ("head", _HEAD),
+    ("router", _ROUTER),
+    ("norm", _NORM),
+    ("unknown", _TABLE),
+)
+
+
+def _kernel(owner: str, shape: Shape) -> Kind:
+    """Of [out, in, *kernel], or of a stack of matrices."""
+    if not is_convolution(shape):
+        return "linear" if _PARALLEL.fullmatch(owner) else "unknown"
+    return "depthwise" if shape[1] == 1 and shape[0] > 1 else "convolution"
+
+
+def _vocabulary(config: Config | None) -> int | None:
+    """How many words the config says there are, where they are so many that a matrix of as many rows is no other one."""
+    try:
+        found = count(language(config), "vocab_size") if config is not None else None
+    except FormatError:
+        return None
+    return found if found and found > 1024 else None

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from modelstore.architecture.kinds import Its, kinds
 from modelstore.codecs.weight import EngineView, matrix
 from modelstore.compress.engine_modules import Modules, Place
-from modelstore.compress.kinds import kind_of
 from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.recipe import Kind
 from modelstore.format.region import Shape
 
 log = logging.getLogger("modelstore")
@@ -75,10 +76,11 @@ def choose(manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[
 
 def _sorted(manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[str, Any], modules: Modules) -> _Found:
     found = _Found()
+    its = kinds({t.name: Its(t.dtype, t.shape) for t in manifest.tensors}, config)
     for tensor in manifest.tensors:
         view = views.get(tensor.name)
-        kind = kind_of(tensor.name, tensor.dtype, tensor.shape, config)
-        if view is not None and _is_stack_of_experts(tensor, config):
+        kind = its[tensor.name]
+        if view is not None and _is_stack_of_experts(tensor, kind):
             raise UnsupportedError(
                 f"tensor {tensor.name!r} is a stack of {tensor.shape[0]} matrices, such as experts, which engines have no "
                 f"packed layout for: {_DENSE}",
@@ -113,8 +115,8 @@ def _reason(tensor: Tensor, view: EngineView | None, place: Place | None) -> str
     return _unfit(view, tensor.shape) or place.why
 
 
-def _is_stack_of_experts(tensor: Tensor, config: Mapping[str, Any]) -> bool:
-    if len(tensor.shape) != 3 or kind_of(tensor.name, tensor.dtype, tensor.shape, config) != "linear":
+def _is_stack_of_experts(tensor: Tensor, kind: Kind) -> bool:
+    if len(tensor.shape) != 3 or kind not in ("linear", "unknown"):
         return False
     return "expert" in tensor.name or (tensor.shape[0] > 1 and tensor.shape[1] > 1)
 

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from modelstore.architecture.fused import fused
-from modelstore.architecture.kinds import kind_of
+from modelstore.architecture.kinds import Its, kinds
+from modelstore.architecture.quantized import method
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.codes import Given
@@ -35,37 +36,62 @@ def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, chose
     differ, that of the first one is taken for all, and where one is kept, all are.
     `ValueError` where the recipe compresses nothing.
     """
-    kinds = {t.name: kind_of(t.name, t.dtype, t.shape, config) for t in manifest.tensors}
+    found = kinds({t.name: Its(t.dtype, t.shape) for t in manifest.tensors}, config)
+    already = method(config) or ("another tool" if "quantized" in found.values() else None)
     specs: dict[str, CodecSpec | None] = {}
     reasons: dict[str, str] = {}
     for tensor in manifest.tensors:
-        rule = chosen.rule(tensor.name, kinds[tensor.name])
-        spec = rule.codec if rule else None
-        refusal = weight_codec(spec).refuses(tensor.shape, tensor.kind) if spec else None
-        specs[tensor.name] = None if refusal else spec
-        if refusal:
-            reasons[tensor.name] = f"it {refusal}"
-        elif spec is None:
-            reasons[tensor.name] = (
-                "the recipe keeps it" if rule else f"recipes leave {kinds[tensor.name]} tensors as they are"
-            )
+        specs[tensor.name], reasons[tensor.name] = _spec(tensor, found[tensor.name], chosen, already)
     for group in fused(specs):
         _share_one_scheme(group, specs, reasons)
     choices = tuple(
-        _choice(manifest, t, kinds[t.name], specs[t.name], reasons.get(t.name, ""), chosen.prune)
-        for t in manifest.tensors
+        _choice(manifest, t, found[t.name], specs[t.name], reasons[t.name], chosen.prune) for t in manifest.tensors
     )
     if not any(choice.codec for choice in choices):
-        raise ValueError(
-            f"recipe {chosen.name!r} compresses none of the {len(choices)} tensors: let its targets name kinds of tensors "
-            f"that the model has, or patterns of their names"
-        )
+        raise ValueError(_nothing(choices, chosen, already))
     return CompressionPlan(
         chosen.name,
         choices,
         **_sums(choices),
         needs_threshold=chosen.prune is not None,
     )
+
+
+def _spec(tensor: Tensor, kind: Kind, chosen: Recipe, already: str | None) -> tuple[CodecSpec | None, str]:
+    """The codec of a tensor, or None and why it is kept."""
+    rule = chosen.rule(tensor.name, kind)
+    if rule is None:
+        return None, _LEFT.get(kind, f"recipes leave {kind} tensors as they are")
+    if rule.codec is None:
+        return None, "the recipe keeps it"
+    named = any(matches(target, tensor.name, kind) for target in rule.targets if target not in KINDS)
+    if already and not named:
+        return None, f"the checkpoint is quantized already, by {already}, and is kept exactly"
+    codec = weight_codec(rule.codec)
+    refusal = codec.refuses(tensor.shape, tensor.kind)
+    if refusal:
+        return None, f"it {refusal}"
+    if not codec.exact and not named and not chosen.prune and codec.size(tensor.shape, tensor.kind) >= tensor.nbytes:
+        return None, "it would not shrink"
+    return rule.codec, ""
+
+
+_LEFT: Mapping[str, str] = {
+    "unknown": "nothing is known of it: it is compressed where it is named",
+    "quantized": "it is quantized already",
+}
+
+
+def _nothing(choices: Sequence[Choice], chosen: Recipe, already: str | None) -> str:
+    """Why a recipe compresses nothing of a model."""
+    unknown = next((choice.name for choice in choices if choice.kind == "unknown"), None)
+    if already:
+        why = f"the checkpoint is quantized already, by {already}, and is kept exactly unless tensors are named (include=[…])"
+    elif unknown is not None:
+        why = f"nothing is known of tensors such as {unknown!r}: name what is to be compressed (include=[{unknown!r}])"
+    else:
+        why = "let its targets name kinds of tensors that the model has, or patterns of their names"
+    return f"recipe {chosen.name!r} compresses none of the {len(choices)} tensors: {why}"
 
 
 def check_targets(plan: CompressionPlan, given: Mapping[str, Sequence[str]]) -> None:

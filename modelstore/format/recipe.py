@@ -12,7 +12,19 @@ import msgspec
 from modelstore.format.decoding import prepared
 from modelstore.format.manifest import CodecSpec
 
-Kind = Literal["linear", "convolution", "embedding", "head", "router", "norm", "bias", "other"]
+Kind = Literal[
+    "linear",
+    "convolution",
+    "depthwise",
+    "embedding",
+    "head",
+    "router",
+    "norm",
+    "bias",
+    "quantized",
+    "unknown",
+    "other",
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 _EXPRESSION = "re:"
 

@@ -7,7 +7,7 @@ import torch
 
 import modelstore as ms
 from modelstore.architecture.fused import fused
-from modelstore.architecture.kinds import kind_of
+from modelstore.architecture.kinds import Its, kinds
 from modelstore.compress.plan import resolve
 from modelstore.format.recipe import matches, recipe
 
@@ -30,20 +30,29 @@ SHAPE = (64, 32)
         ("model.layers.0.input_layernorm.weight", (64,), "norm"),
         ("encoder.layer.0.output.LayerNorm.bias", (64,), "norm"),
         ("encoder.layer.0.output.dense.bias", (64,), "bias"),
-        ("blocks.0.0.conv_dw.weight", (32, 1, 3, 3), "convolution"),
+        ("blocks.0.0.conv_dw.weight", (32, 1, 3, 3), "depthwise"),
+        ("model.layers.0.mamba.conv1d.weight", (64, 1, 4), "depthwise"),
+        ("model.layers.0.mamba.A_log", SHAPE, "unknown"),
+        ("model.layers.0.mlp.experts.gate_up_proj_bias", SHAPE, "bias"),
+        ("model.language_model.embed_tokens_per_layer.weight", SHAPE, "embedding"),
+        ("decoder.embed_tokens.3.weight", SHAPE, "embedding"),
+        ("attn.in_proj_weight", SHAPE, "linear"),
+        ("w", SHAPE, "unknown"),
         ("conv.weight", (32, 16, 3), "convolution"),
         ("rotary.inv_freq", (32,), "other"),
-        ("model.layers.0.q_proj.weight_scale", SHAPE, "other"),
+        ("model.layers.0.q_proj.weight_scale", SHAPE, "unknown"),
     ],
 )
 def test_kinds(name: str, shape: tuple[int, ...], kind: str) -> None:
-    assert kind_of(name, "bfloat16", shape) == kind
+    assert kinds({name: Its("bfloat16", shape)}) == {name: kind}
 
 
 def test_a_matrix_as_wide_as_the_vocabulary_is_a_head() -> None:
-    assert kind_of("something.weight", "float32", (30522, 64), {"vocab_size": 30522}) == "head"
-    assert kind_of("something.weight", "float32", (30522, 64)) == "linear"
-    assert kind_of("ids", "int64", SHAPE) == "other"
+    its = {"something.weight": Its("float32", (30522, 64))}
+    assert kinds(its, {"vocab_size": 30522}) == {"something.weight": "head"}
+    assert kinds(its, {"text_config": {"vocab_size": 30522}}) == {"something.weight": "head"}
+    assert kinds(its) == kinds(its, {"vocab_size": -1}) == {"something.weight": "linear"}
+    assert kinds({"ids": Its("int64", SHAPE)}) == {"ids": "other"}
 
 
 def test_fused_layers() -> None:
