@@ -58,6 +58,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(root / "hf_folder", root / name)
         torch.manual_seed(len(name))
         transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(root / name)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_local_experts": 8}
+    mixtral = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=1, **heads
+    )
+    transformers.MixtralForCausalLM(mixtral).save_pretrained(root / "mixtral")
     return root
 
 
@@ -96,9 +101,9 @@ def test_python_runs_in_order(page: str, names: dict[str, Any], models: Path) ->
     at = uuid.uuid4().hex
     if page not in ("README.md", "docs/guide.md"):
         names["store"] = store = ms.open("store" if page != "docs/live.md" else f"memory://{at}-bucket-models")
-        for model in ("acme/llama", "acme/mixtral"):
-            store.save(model, models / "hf_folder", tag="prod")
-            store.save(model, models / "finetune")
+        store.save("acme/llama", models / "hf_folder", tag="prod")
+        store.save("acme/llama", models / "finetune")
+        store.save("acme/mixtral", models / "mixtral")
         config = {"config.json": models / "hf_folder" / "config.json"}
         for _ in range(2):
             store.save("acme/policy", names["model"].state_dict(), files=config, tag="serving")
