@@ -186,16 +186,18 @@ class Model:
     ) -> None:
         """Fill a module's parameters and buffers, in place; those on the meta device are given memory.
 
-        Host tensors are decoded straight into their own memory. `ValueError` where names or shapes do not fit, before
-        anything is changed.
+        Host tensors are decoded straight into their own memory. `ValueError` where names or shapes do not fit, or a buffer
+        would stay on the meta device, before anything is changed.
         """
         import torch
 
         from modelstore.execute import tensors as ten
+        from modelstore.execute.module import targets_of
+        from modelstore.execute.unsaved import made_again
+        from modelstore.sources.torch import unwrapped
 
-        targets = {
-            name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)
-        }
+        module = unwrapped(module)
+        targets = targets_of(module)
         shares = self.shares(shard, None)
         stored = {name: (self.tensor(name).dtype, share.shape) for name, share in shares.items()}
         tied = {id(value): name for name, value in targets.items() if name in stored}
@@ -203,6 +205,7 @@ class Model:
             n: v for n, v in targets.items() if n in stored or id(v) not in tied
         }  # a tied name the checkpoint leaves out
         ten.check_targets(wanted, stored, strict)
+        buffers = made_again(module, strict)
         names = [name for name in shares if name in targets]
         wants = [Want(self.tensor(name), shares[name]) for name in names]
         direct = [self._own_memory(targets[name], want) for name, want in zip(names, wants, strict=True)]
@@ -225,6 +228,8 @@ class Model:
                     target.copy_(value)
         if made:
             _materialize(module, made)
+        for (part, key, _), values in buffers.items():
+            part._buffers[key] = values
 
     @staticmethod
     def _own_memory(target: torch.Tensor, want: Want) -> Bytes | None:

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 import torch
 
 from modelstore.execute.tensors import check_targets
+from modelstore.sources.torch import unwrapped
+
+
+def targets_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's parameters and buffers by their names, as they are; `ValueError` where they are shards."""
+    targets = {n: value for n, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    apart = sys.modules.get("torch.distributed.tensor")  # a DTensor can only exist once this is imported
+    for name, value in targets.items():
+        if apart is not None and isinstance(value, apart.DTensor):
+            raise ValueError(
+                f"{name!r} is a DTensor, of which each rank holds a part: load the module before it is sharded, or each rank's "
+                f"part with shard=modelstore.Regions(…)"
+            )
+    fully = sys.modules.get("torch.distributed.fsdp")
+    if fully is not None and any(isinstance(part, fully.FullyShardedDataParallel) for part in module.modules()):
+        raise ValueError(
+            "the state_dict of a FullyShardedDataParallel module is a copy: load the module before it is wrapped"
+        )
+    return targets
 
 
 class ModuleSlots:
@@ -16,9 +36,8 @@ class ModuleSlots:
     """
 
     def __init__(self, module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._targets = {
-            name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)
-        }
+        module = unwrapped(module)
+        self._targets = targets_of(module)
         tied = {id(value) for name, value in self._targets.items() if name in tensors}
         # A tied name that the checkpoint leaves out is filled through the other.
         self._wanted = {n: v for n, v in self._targets.items() if n in tensors or id(v) not in tied}

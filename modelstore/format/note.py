@@ -6,7 +6,7 @@ import getpass
 import os
 import re
 import socket
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -78,5 +78,7 @@ def _named(source: object) -> str:
             .encode(errors="replace")
             .decode()
         )
-    count = f" of {len(source)}" if isinstance(source, Sized) else ""
+    count = (
+        f" of {len(source)}" if isinstance(source, Mapping) else ""
+    )  # not of whatever has a length: a wrapped module may have none
     return f"{type(source).__name__}{count} in memory"[:MAX_VALUE]

@@ -134,7 +134,7 @@ def open_module(module: torch.nn.Module, *, files: Mapping[str, Path | bytes] | 
 
 def module_state(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, bytes]]:
     """A module's parameters and persistent buffers by the model's own names, and its configuration as files."""
-    module = _unwrapped(module)
+    module = unwrapped(module)
     return module.state_dict(keep_vars=True), _configs(module)
 
 
@@ -193,7 +193,8 @@ def _refusal(name: str, value: Any) -> str:
     return f"{name!r} is a {type(value).__name__}, not a tensor: leave it out, or make it a tensor"
 
 
-def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module within `torch.compile`, DataParallel and DistributedDataParallel, whose names are those of checkpoints."""
     while True:
         inner = getattr(module, "_orig_mod", None)  # torch.compile
         if isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):

@@ -36,7 +36,7 @@ PATHS: dict[str, Callable[[Store], object]] = {
     "tag": lambda s: s.tag("m@1", "x"),
     "untag": lambda s: s.untag("m", "prod"),
     "delete": lambda s: s.delete("m@2"),
-    "compress": lambda s: s.compress("m@1", "int8"),
+    "compress": lambda s: s.compress("m@1", "int8", include=["*"]),
     "gc": lambda s: s.gc(dry_run=False, grace=0),
     "save_part": lambda s: s.save_part("m", WEIGHTS, session="s", rank=0, ranks=1),
     "together": lambda s: s.together("s", rank=0, ranks=1)(True),

@@ -63,7 +63,7 @@ def do(store, folder, work):
         store.export(folder, root / "out" / folder / "zarr", format="zarr")
     elif work.startswith("compress-"):
         preset = work.removeprefix("compress-")
-        store.compress(folder + "-raw" * (preset == "ladder"), preset)  # a ladder's int8 is not the other one
+        store.compress(folder + "-raw" * (preset == "ladder"), preset, include=["*"])  # a ladder's int8 is not the other one
     elif work == "repair":
         assert store.repair(folder).ok
     else:

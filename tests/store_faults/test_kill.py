@@ -104,8 +104,8 @@ WORKS = {
     "untag": Work(two, lambda store, _: store.untag("acme/m", "prod"), 1),
     "delete-version": Work(two, lambda store, _: store.delete("acme/m@2"), 1),
     "publish-variant": Work(first, publish_variant, 1),
-    "compress": Work(first, lambda store, _: store.compress("acme/m", "int8"), 4),
-    "ladder": Work(first, lambda store, _: store.compress("acme/m", "ladder"), 6),
+    "compress": Work(first, lambda store, _: store.compress("acme/m", "int8", include=["large"]), 4),
+    "ladder": Work(first, lambda store, _: store.compress("acme/m", "ladder", include=["large"]), 6),
     "gc": Work(retired, lambda store, _: store.gc(dry_run=False, grace=0), 5),
 }
 

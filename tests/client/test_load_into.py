@@ -1,0 +1,120 @@
+"""Modules as they are: wrapped, compiled, without memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import modelstore as ms
+from tests.helpers.stores import all_bits
+
+CONFIG = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.fixture
+def store() -> ms.Store:
+    return ms.open(f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda module: nn.DataParallel(module),
+        lambda module: torch.compile(module),
+        lambda module: nn.DataParallel(torch.compile(module)),
+        lambda module: nn.parallel.DistributedDataParallel(module),
+        lambda module: torch.compile(nn.parallel.DistributedDataParallel(module)),
+    ],
+    ids=["DataParallel", "compiled", "both", "DDP", "compiled DDP"],
+)
+def test_a_wrapped_module_is_loaded_as_it_was_saved(store: ms.Store, group: None, wrap: object) -> None:
+    given = layers()
+    store.save("m", wrap(given))  # type: ignore[operator]
+    inner = layers()
+    module = wrap(inner)  # type: ignore[operator]
+    store.load_into(module, "m")
+    assert all_bits(inner.state_dict()) == all_bits(given.state_dict())
+    assert all_bits(store.load("m")) == all_bits(given.state_dict())
+
+
+def test_what_is_sharded_is_refused(store: ms.Store, group: None) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    store.save("m", layers())
+    with pytest.raises(ValueError, match=r"DTensor.*before it is sharded"):
+        store.load_into(fully_shard(layers(), mesh=torch.distributed.init_device_mesh("cpu", (1,))), "m")
+    with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*before it is wrapped"):
+        store.load_into(FullyShardedDataParallel(layers(), device_id=torch.device("cpu")), "m")
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mixtral", "Gemma2", "Bert"])
+def test_a_model_of_transformers_on_the_meta_device_computes(store: ms.Store, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    more = {"num_local_experts": 2} if kind == "Mixtral" else {"head_dim": 8} if kind in ("Qwen3", "Gemma2") else {}
+    keys = {} if kind == "Bert" else {"num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**CONFIG, **keys, **more)
+    cls = getattr(transformers, f"{kind}ForMaskedLM" if kind == "Bert" else f"{kind}ForCausalLM")
+    torch.manual_seed(0)
+    given = cls(config).eval()
+    store.save("m", given)
+    with torch.device("meta"):
+        module = cls(config).eval()
+    store.load_into(module, "m")
+    assert not [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(module(tokens).logits, given(tokens).logits)
+
+
+class Table(nn.Module):
+    """A table that its class does not make again, or makes at random."""
+
+    def __init__(self, random: bool) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.register_buffer("table", torch.ones(4), persistent=False)
+        self.random = random
+
+    def _init_weights(self, part: nn.Module) -> None:
+        if self.random and hasattr(part, "table"):
+            nn.init.normal_(part.table)
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_a_buffer_that_nobody_makes_is_refused(store: ms.Store, random: bool, caplog: pytest.LogCaptureFixture) -> None:
+    store.save("m", Table(random))
+    with torch.device("meta"):
+        module = Table(random)
+    with pytest.raises(ValueError, match=r"buffers table are on the meta device.*nothing was changed"):
+        store.load_into(module, "m")
+    assert module.proj.weight.is_meta
+    assert module.table.is_meta
+    with caplog.at_level(logging.WARNING, "modelstore"):
+        store.load_into(module, "m", strict=False)
+    assert "table" in caplog.text
+    assert not module.proj.weight.is_meta
