@@ -1,7 +1,7 @@
 """A deterministic scheduler: actors on one storage, of which each operation is a step that is granted to it, one at a time.
 
-`explore` runs every interleaving of actors that differs from the others in more than the order of steps that have nothing to do
-with each other (sleep sets); `at_random` runs one that a seed chooses, in which actors may be killed.
+`explore` goes from every state that interleavings lead to, once: what is stored, and what each actor has been answered, which is
+all that tells what it does next. `at_random` runs one interleaving that a seed chooses, in which actors may be killed.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import random
 import secrets
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
+from blake3 import blake3
 
 import modelstore.client  # noqa: F401  all that has threads
 from modelstore.format.handshake import CONDEMNED
@@ -36,16 +38,6 @@ class Op(NamedTuple):
 
     verb: Verb
     key: str
-
-
-def independent(a: Op, b: Op) -> bool:
-    """Whether two steps give the same in either order."""
-    if a.verb not in WRITES and b.verb not in WRITES:
-        return True
-    for one, other in ((a, b), (b, a)):
-        if one.verb in ("list", "folders") and other.verb in WRITES:
-            return other.key.startswith(CLOCK) or not other.key.startswith(one.key)
-    return a.key != b.key
 
 
 class Inline:
@@ -102,7 +94,13 @@ class Stepping(WrappingStorage):
 
     def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:
         self._actor.step(Op(verb, key))
-        return act()
+        try:
+            answer = act()
+        except Exception as error:
+            self._actor.heard(verb, key, repr(error))
+            raise
+        self._actor.heard(verb, key, self.inner.get(key) if verb == "read" else answer)
+        return answer
 
     def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
         yield from self.around("list", prefix, lambda: list(self.inner.list(prefix, limit=limit, after=after)))
@@ -118,6 +116,8 @@ class Actor:
     killed: bool = False
     result: Any = None
     error: BaseException | None = None
+    name: str = "actor"
+    answers: Any = field(default_factory=blake3)  # of its operations, in order
     _go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     _parked: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
@@ -132,8 +132,12 @@ class Actor:
             self.over, self.waiting = True, None
             self._parked.release()
 
-        threading.Thread(target=run, daemon=True).start()
+        threading.Thread(target=run, name=self.name, daemon=True).start()
         self._park()
+
+    def heard(self, verb: Verb, key: str, answer: Any) -> None:
+        """Note what an operation gave."""
+        self.answers.update(f"{verb} {key} {_plain(answer)}\n".encode())
 
     def step(self, op: Op) -> None:
         """To be called by the actor's own thread before an operation."""
@@ -160,6 +164,15 @@ class Actor:
         assert self._parked.acquire(timeout=_PATIENCE), f"hangs after {self.waiting}"
 
 
+def _plain(answer: Any) -> str:
+    """An answer without what is another one in each run: identities and times."""
+    if isinstance(answer, bytes):
+        return blake3(answer).hexdigest()
+    if isinstance(answer, ObjectInfo):
+        return f"{answer.key} {answer.size}"
+    return repr([_plain(item) for item in answer]) if isinstance(answer, list | tuple) else repr(answer)
+
+
 Check = Callable[[Storage], None]
 Setup = Callable[[], Storage]
 
@@ -172,11 +185,25 @@ def inline(patch: pytest.MonkeyPatch) -> None:
                 patch.setattr(module, pool, Inline)
 
 
-def seeded(patch: pytest.MonkeyPatch, seed: int) -> None:
-    """Let names that are random be the same in each run."""
-    names = random.Random(seed)
-    patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=names.getrandbits(128)))
-    patch.setattr(secrets, "token_hex", lambda n=16: names.getrandbits(8 * n).to_bytes(n, "big").hex())
+def seeded(patch: pytest.MonkeyPatch) -> None:
+    """Let what is random, and the time, be the same in each run: an actor's names do not depend on the others."""
+    names: dict[str, random.Random] = {}
+
+    def bits(count: int) -> int:
+        me = threading.current_thread().name
+        return names.setdefault(me, random.Random(me)).getrandbits(count)
+
+    patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=bits(128)))
+    patch.setattr(secrets, "token_hex", lambda n=16: bits(8 * n).to_bytes(n, "big").hex())
+    patch.setattr(time, "time", lambda: NOW)
+
+
+class Explored(NamedTuple):
+    """How many runs there were, to how many states they led, and whether to all that there are."""
+
+    runs: int
+    states: int
+    all: bool
 
 
 def explore(
@@ -185,62 +212,68 @@ def explore(
     check: Check,
     finish: Callable[[Storage, list[Actor]], None],
     limit: int,
-) -> int:
-    """Run all interleavings, or `limit` of them chosen all over: how many were run. `check` looks at it after each write."""
-    todo: list[tuple[list[int], Mapping[int, Op]]] = [([], {})]
+) -> Explored:
+    """Run all interleavings, each up to a state that another one led to; or `limit` of them chosen all over (0: no limit).
+
+    `check` looks at what is stored after each write, `finish` at the end of a run that no other one was the same as.
+    """
+    todo: list[list[int]] = [[]]
+    seen: set[bytes] = set()
     runs, choose = 0, random.Random(0)
-    while todo and runs < limit:
-        prefix, sleep = todo.pop(choose.randrange(len(todo)))
+    while todo and (not limit or runs < limit):
+        prefix = todo.pop(choose.randrange(len(todo)) if limit else -1)
         runs += 1
         with pytest.MonkeyPatch.context() as patch:
-            seeded(patch, 0)
-            todo += _run(setup(), works, prefix, dict(sleep), check, finish)
-    return runs
+            seeded(patch)
+            todo += _run(setup(), works, prefix, seen, check, finish)
+    return Explored(runs, len(seen), not todo)
 
 
 def _run(
     storage: Storage,
     works: list[Callable[[Storage], Any]],
     prefix: list[int],
-    sleep: dict[int, Op],
+    seen: set[bytes],
     check: Check,
     finish: Callable[[Storage, list[Actor]], None],
-) -> list[tuple[list[int], Mapping[int, Op]]]:
+) -> list[list[int]]:
     """One interleaving that begins with `prefix`; the others that branch off after that."""
-    actors = [Actor(work) for work in works]
-    branches: list[tuple[list[int], Mapping[int, Op]]] = []
+    actors = [Actor(work, name=f"actor {number}") for number, work in enumerate(works)]
+    branches: list[list[int]] = []
     path: list[int] = []
     try:
         for actor in actors:
             actor.start(storage)
-        while True:
-            enabled = {i: actor.waiting for i, actor in enumerate(actors) if actor.waiting is not None}
-            if not enabled:
-                break
+        while enabled := [i for i, actor in enumerate(actors) if actor.waiting is not None]:
             if len(path) < len(prefix):
                 chosen = prefix[len(path)]
             else:
-                awake = [i for i in enabled if i not in sleep]
-                if not awake:
-                    return branches  # the same as another one
-                awake.sort(key=lambda i: not path or i != path[-1])
-                chosen = awake[0]
-                before = {**sleep, chosen: enabled[chosen]}
-                for other in awake[1:]:
-                    mine = enabled[other]
-                    branches.append(([*path, other], {i: op for i, op in before.items() if independent(op, mine)}))
-                    before[other] = mine
-                sleep = {i: op for i, op in sleep.items() if independent(op, enabled[chosen])}
-            op = enabled[chosen]  # the same as in the run that this one branched off from
+                state = _state(storage, actors)
+                if state in seen:
+                    return branches
+                seen.add(state)
+                chosen, *others = sorted(enabled, key=lambda i: not path or i != path[-1])
+                branches += [[*path, other] for other in others]
+            op = actors[chosen].waiting  # the same as in the run that this one branched off from
             path.append(chosen)
             actors[chosen].grant()
-            if op.verb in WRITES:
+            if op is not None and op.verb in WRITES and len(path) >= len(prefix):
                 check(storage)
         finish(storage, actors)
     finally:
         for actor in actors:
             actor.kill()
     return branches
+
+
+def _state(storage: Storage, actors: list[Actor]) -> bytes:
+    """What is stored, what each actor has been answered, and what it waits for."""
+    hasher = blake3()
+    for item in storage.list(""):
+        hasher.update(f"{item.key} {blake3(storage.get(item.key)).hexdigest()}\n".encode())
+    for actor in actors:
+        hasher.update(f"{actor.waiting} {actor.over} ".encode() + actor.answers.digest())
+    return hasher.digest()
 
 
 def at_random(

@@ -75,7 +75,7 @@ def changed(data: st.DataObject, model: dict[str, torch.Tensor]) -> dict[str, to
             other[name] = data.draw(tensors(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
         elif kind == "other":
             other[name] = data.draw(tensors())
-    return other
+    return other or {"new": torch.zeros(1)}  # a model without a tensor is none
 
 
 def saved(data: st.DataObject, model: dict[str, torch.Tensor]) -> Store:

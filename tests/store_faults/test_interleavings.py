@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from modelstore.client import Store
-from modelstore.errors import ConflictError, CorruptionError, ModelStoreError, NotFoundError
-from modelstore.format.record import MODELS, pack_key
+from modelstore.errors import ConflictError, CorruptionError, ModelStoreError, NotFoundError, StorageError
+from modelstore.format.record import pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.faults import Killed
 from modelstore.storage.memory import MemoryStorage
@@ -27,7 +27,7 @@ from modelstore.store.compaction import clean
 from modelstore.store.garbage import collect
 from modelstore.store.manifests import Manifests
 from modelstore.store.relying import check_there, relied_on
-from tests.helpers.interleaving import NOW, Actor, Aged, Op, at_random, explore, independent, inline
+from tests.helpers.interleaving import NOW, Actor, Aged, at_random, explore, inline
 from tests.helpers.stores import copy_all, keys, open_on
 
 RUNS = int(os.environ.get("MODELSTORE_TEST_RUNS", "60"))
@@ -128,7 +128,7 @@ def acknowledged_is_there(seeds: list[int | None], deleted: set[int] = frozenset
     """A check for the end: the version of each save that gave one is exact, also after a collection without grace.
 
     Every variant that is live then can be loaded, and no intent is left. A work may have been killed, or have ended with one
-    of the errors that say that another was quicker or something is gone.
+    of the errors that say that another was quicker or something is gone, also what tells the time (no grace spares that).
     """
 
     def finish(storage: Storage, actors: list[Actor]) -> None:
@@ -136,7 +136,12 @@ def acknowledged_is_there(seeds: list[int | None], deleted: set[int] = frozenset
         for seed, actor in zip(seeds, actors, strict=True):
             expected = Killed, ConflictError, NotFoundError
             # A work that saves nothing may read a version that is deleted, and collected with no grace, meanwhile.
-            if actor.error and not isinstance(actor.error, expected if seed else (*expected, CorruptionError)):
+            swept = isinstance(actor.error, StorageError) and "as soon as it was made" in str(actor.error)
+            if (
+                actor.error
+                and not swept
+                and not isinstance(actor.error, expected if seed else (*expected, CorruptionError))
+            ):
                 raise actor.error
         for _ in range(2):
             for seed, actor in zip(seeds, actors, strict=True):
@@ -206,7 +211,9 @@ CASES: dict[str, tuple[Callable[[], Storage], list[Work], list[int | None]]] = {
 def test_interleavings(case: tuple[Callable[[], Storage], list[Work], list[int | None]]) -> None:
     setup, works, seeds = case
     runs = RUNS // 3 if compacting in works else RUNS  # of these each takes longer
-    assert explore(setup, works, visible_is_whole, acknowledged_is_there(seeds), runs) > 1
+    found = explore(setup, works, visible_is_whole, acknowledged_is_there(seeds), runs)
+    print(f"{found.runs:,} runs, {found.states:,} states{'' if found.all else ', not all'}")
+    assert found.runs > 1
 
 
 def test_there_is_something_to_compact() -> None:
@@ -229,15 +236,6 @@ def test_interleavings_of_three_at_random(hours: float, monkeypatch: pytest.Monk
             visible_is_whole,
             acknowledged_is_there([first, None, None]),
         )
-
-
-def test_steps_that_have_nothing_to_do_with_each_other() -> None:
-    assert independent(Op("get", "a"), Op("info", "a"))
-    assert independent(Op("put", "packs/a"), Op("put", "packs/b"))
-    assert independent(Op("list", MODELS), Op("put", "packs/b"))
-    assert not independent(Op("list", "packs/"), Op("put", "packs/b"))
-    assert not independent(Op("create", "a"), Op("create", "a"))
-    assert not independent(Op("info", "a"), Op("delete", "a"))
 
 
 def test_the_checker_finds_a_handshake_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
