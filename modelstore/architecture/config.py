@@ -11,9 +11,7 @@ from modelstore.errors import FormatError
 Config = Mapping[str, Any]
 
 MAX_CONFIG = 16 << 20  # bytes of JSON that are looked into; the largest ones of the hub, with 21,000 labels, have 2 MB
-MAX_MEMBERS = (
-    1 << 18
-)  # names, values and elements: each takes some hundred bytes in memory, whatever it takes in the file
+MAX_MEMBERS = 1 << 18  # names, values and elements: each takes some hundred bytes of memory, however short it is
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 _DEEPEST = 4
 

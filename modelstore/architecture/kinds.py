@@ -16,6 +16,7 @@ from modelstore.architecture.config import Config, count, language
 from modelstore.architecture.quantized import quantized
 from modelstore.codecs.weight import FLOATS, is_convolution
 from modelstore.errors import FormatError
+from modelstore.format.manifest import Manifest
 from modelstore.format.recipe import Kind
 from modelstore.format.region import Shape
 
@@ -53,6 +54,11 @@ def kinds(tensors: Mapping[str, Its], config: Config | None = None) -> dict[str,
     already = quantized({name: its.dtype for name, its in tensors.items()})
     vocabulary = _vocabulary(config)
     return {name: "quantized" if name in already else _kind(name, its, vocabulary) for name, its in tensors.items()}
+
+
+def kinds_in(manifest: Manifest, config: Config | None) -> dict[str, Kind]:
+    """`kinds` of a manifest's tensors."""
+    return kinds({tensor.name: Its(tensor.dtype, tensor.shape) for tensor in manifest.tensors}, config)
 
 
 def _kind(name: str, its: Its, vocabulary: int | None) -> Kind:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelstore.architecture.kinds import Its, kinds
+from modelstore.architecture.kinds import kinds_in
 from modelstore.codecs.weight import EngineView, matrix
 from modelstore.compress.engine_modules import Modules, Place
 from modelstore.errors import UnsupportedError
@@ -76,10 +76,10 @@ def choose(manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[
 
 def _sorted(manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[str, Any], modules: Modules) -> _Found:
     found = _Found()
-    its = kinds({t.name: Its(t.dtype, t.shape) for t in manifest.tensors}, config)
+    kinds = kinds_in(manifest, config)
     for tensor in manifest.tensors:
         view = views.get(tensor.name)
-        kind = its[tensor.name]
+        kind = kinds[tensor.name]
         if view is not None and _is_stack_of_experts(tensor, kind):
             raise UnsupportedError(
                 f"tensor {tensor.name!r} is a stack of {tensor.shape[0]} matrices, such as experts, which engines have no "

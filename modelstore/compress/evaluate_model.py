@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from modelstore.architecture.config import architectures
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.execute.loading import Model
 from modelstore.execute.reading import Limits
@@ -63,7 +64,7 @@ def language_config(model: Model) -> Any:
                 f"({_short(error)}): use a version that knows it",
                 model=model.name,
             ) from None
-    named = [name for name in content.get("architectures") or () if isinstance(name, str)]
+    named = architectures(content)
     causal = any(name.endswith(("CausalLM", "LMHeadModel")) for name in named)
     encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not causal
     if encoder or config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:

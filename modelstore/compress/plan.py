@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from modelstore.architecture.fused import fused
-from modelstore.architecture.kinds import Its, kinds
+from modelstore.architecture.kinds import kinds_in
 from modelstore.architecture.quantized import method
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.codecs.weight import WeightCodec
@@ -36,7 +36,7 @@ def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, chose
     differ, that of the first one is taken for all, and where one is kept, all are.
     `ValueError` where the recipe compresses nothing.
     """
-    found = kinds({t.name: Its(t.dtype, t.shape) for t in manifest.tensors}, config)
+    found = kinds_in(manifest, config)
     already = method(config) or ("another tool" if "quantized" in found.values() else None)
     specs: dict[str, CodecSpec | None] = {}
     reasons: dict[str, str] = {}

@@ -192,7 +192,7 @@ class Model:
         import torch
 
         from modelstore.execute import tensors as ten
-        from modelstore.execute.module import targets_of
+        from modelstore.execute.module import targets_of, to_fill
         from modelstore.execute.unsaved import made_again
         from modelstore.sources.torch import unwrapped
 
@@ -200,11 +200,7 @@ class Model:
         targets = targets_of(module)
         shares = self.shares(shard, None)
         stored = {name: (self.tensor(name).dtype, share.shape) for name, share in shares.items()}
-        tied = {id(value): name for name, value in targets.items() if name in stored}
-        wanted = {
-            n: v for n, v in targets.items() if n in stored or id(v) not in tied
-        }  # a tied name the checkpoint leaves out
-        ten.check_targets(wanted, stored, strict)
+        ten.check_targets(to_fill(targets, stored), stored, strict)
         buffers = made_again(module, strict)
         names = [name for name in shares if name in targets]
         wants = [Want(self.tensor(name), shares[name]) for name in names]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 
 from modelstore.execute.tensors import check_targets
+from modelstore.sources.slices import is_dtensor
 from modelstore.sources.torch import unwrapped
 
 
 def targets_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A module's parameters and buffers by their names, as they are; `ValueError` where they are shards."""
     targets = {n: value for n, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
-    apart = sys.modules.get("torch.distributed.tensor")  # a DTensor can only exist once this is imported
     for name, value in targets.items():
-        if apart is not None and isinstance(value, apart.DTensor):
+        if is_dtensor(value):
             raise ValueError(
                 f"{name!r} is a DTensor, of which each rank holds a part: load the module before it is sharded, or each rank's "
                 f"part with shard=modelstore.Regions(…)"
@@ -29,6 +29,12 @@ def targets_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return targets
 
 
+def to_fill(targets: Mapping[str, torch.Tensor], stored: Container[str]) -> dict[str, torch.Tensor]:
+    """The targets that a checkpoint has to hold: a tied name that it leaves out is filled through the other."""
+    tied = {id(value) for name, value in targets.items() if name in stored}
+    return {name: value for name, value in targets.items() if name in stored or id(value) not in tied}
+
+
 class ModuleSlots:
     """Where a module's tensors go, by the names in a model; ties of the module stay ties.
 
@@ -38,9 +44,7 @@ class ModuleSlots:
     def __init__(self, module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         module = unwrapped(module)
         self._targets = targets_of(module)
-        tied = {id(value) for name, value in self._targets.items() if name in tensors}
-        # A tied name that the checkpoint leaves out is filled through the other.
-        self._wanted = {n: v for n, v in self._targets.items() if n in tensors or id(v) not in tied}
+        self._wanted = to_fill(self._targets, tensors)
         self.check(tensors)
         self._places: dict[str, list[tuple[torch.nn.Module, str, bool]]] = {}
         names = {id(value): name for name, value in reversed(self._wanted.items())}

@@ -41,7 +41,9 @@ def made_again(module: torch.nn.Module, strict: bool) -> dict[Buffer, torch.Tens
     """
     buffers = unsaved(module)
     make = getattr(module, "_init_weights", None)
-    tries = [list(_tried(buffers, low, make)) for low in (0, 1)] if callable(make) else [[None] * len(buffers)] * 2
+    tries = (
+        [list(_tried(buffers, number, make)) for number in (0, 1)] if callable(make) else [[None] * len(buffers)] * 2
+    )
     found = {
         buffer: one
         for buffer, one, other in zip(buffers, *tries, strict=True)

@@ -78,7 +78,6 @@ def _named(source: object) -> str:
             .encode(errors="replace")
             .decode()
         )
-    count = (
-        f" of {len(source)}" if isinstance(source, Mapping) else ""
-    )  # not of whatever has a length: a wrapped module may have none
+    # Not of whatever has a length: `len` of a wrapped module may fail.
+    count = f" of {len(source)}" if isinstance(source, Mapping) else ""
     return f"{type(source).__name__}{count} in memory"[:MAX_VALUE]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from modelstore.architecture.config import architectures
 from modelstore.codecs.numbers import Floats
 from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import Manifest, Tensor
@@ -57,10 +58,10 @@ class GgufModel:
 
 def gguf_model(manifest: Manifest, config: Mapping[str, Any] | None) -> GgufModel:
     """How a model is written as GGUF; `UnsupportedError` where it is none that is known, and says why."""
-    names = (config or {}).get("architectures") or [None]
-    known = ARCHITECTURES.get(names[0])
+    name = next(iter(architectures(config or {})), None)
+    known = ARCHITECTURES.get(name) if name is not None else None
     if config is None or known is None:
-        what = f"the architecture {names[0]!r}" if config is not None else "a model without a config.json"
+        what = f"the architecture {name!r}" if config is not None else "a model without a config.json"
         raise UnsupportedError(f"{what} has no GGUF export: {', '.join(ARCHITECTURES)} have")
     arch, neighbours = known
     heads = _int(config, "num_attention_heads")

@@ -1,8 +1,12 @@
 """Layouts: which part of each tensor a rank holds. Pure functions over names, shapes and `config.json`.
 
-held = (PipelineStage(1, 4) & TensorParallel(3, 8)).shares(config, {name: shape})     # {name: Share}
-for source, target in held["model.layers.9.mlp.down_proj.weight"].pieces():           # regions: whole → rank's
-    ...
+For example:
+
+    held = (PipelineStage(1, 4) & TensorParallel(3, 8)).shares(config, {name: shape})     # {name: Share}
+    for source, target in held["model.layers.9.mlp.down_proj.weight"].pieces():           # regions: whole → rank's
+        ...
+
+`modelstore.architecture.parallel` knows how an architecture is cut.
 """
 
 from modelstore.plan.layout_pipeline import Layers, PipelineStage

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from modelstore.errors import UnsupportedError
 from modelstore.format.region import Region, Shape, extent, full
@@ -80,10 +80,15 @@ def open_part(what: Openable, *, files: Mapping[str, str | Path | bytes] | None 
     return PartSource(StateDictSource(state, files=extra, apart=places), places)
 
 
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Whether a value is a DTensor, told without an import of what they are made of."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # a DTensor can only exist once this is imported
+    return distributed is not None and isinstance(value, distributed.DTensor)
+
+
 def _held(name: str, value: Any) -> tuple[Any, Place | None] | None:
     """The values of an entry and where they lie (None: they are the whole tensor); None where another rank gives them."""
-    distributed = sys.modules.get("torch.distributed.tensor")  # a DTensor can only exist once this is imported
-    if distributed is not None and isinstance(value, distributed.DTensor):
+    if is_dtensor(value):
         return _of_dtensor(name, value)
     if not isinstance(value, Slice):
         return value, None
