@@ -43,6 +43,24 @@ def until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
     raise AssertionError("it did not come true in time")
 
 
+def until_it_holds(check: Callable[[], None], seconds: float = 60.0) -> None:
+    """Wait until `check` raises no AssertionError; the last one, if it always does."""
+    said: list[AssertionError] = []
+
+    def holds() -> bool:
+        try:
+            check()
+        except AssertionError as error:
+            said[:] = [error]
+            return False
+        return True
+
+    try:
+        until(holds, seconds)
+    except AssertionError:
+        raise said[0] from None
+
+
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
