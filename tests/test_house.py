@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from functools import cache
 from pathlib import Path
 
@@ -126,6 +127,27 @@ def test_imports_go_one_way() -> None:
             if LAYERS[there] > LAYERS[here] or (LAYERS[there] == LAYERS[here] and not {here, there} <= EDGES):
                 wrong.append(f"{where(path)}:{line}: {here} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_is_imported_by_what_it_imports() -> None:
+    """Also when a function asks for it later: a circle is one room with two doors."""
+    files = {
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
+    }
+    needs = {name: {module for module in names(parse(path)) if module in files} for name, path in files.items()}
+    try:
+        list(graphlib.TopologicalSorter(needs).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle: {' ← '.join(error.args[1])}")
+
+
+def names(tree: ast.AST) -> set[str]:
+    """The modules that a tree may import: `from a import b` may be of a or a.b."""
+    found = {module for module, _ in imports(tree)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found - {"modelstore"}
 
 
 def test_heavy_packages_stay_at_the_edges() -> None:

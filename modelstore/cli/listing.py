@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ from modelstore.cli.options import AsJson, Debug, ModelName, Reference, StoreUrl
 
 if TYPE_CHECKING:
     from modelstore.client import Store
+    from modelstore.format import results
 
 
 def ls(
@@ -113,49 +114,50 @@ def show(
         evaluating.plot(opened.quality(at), at, plot)
         output.remark(f"drew {plot}", quiet=json)
 
-    def lines() -> Iterator[str]:
-        chunks = sum(t.chunks for t in about.tensors)
-        facts = {
-            "model": f"{about.model}@{about.version}:{about.variant}",
-            "created": units.moment(about.created),
-            "tags": ", ".join(about.tags),
-            "size": units.size(about.bytes),
-            "stored": f"{units.size(about.stored)} ({units.share(about.stored, about.bytes)})",
-            "tensors": f"{len(about.tensors):,} in {units.count(chunks, 'chunk')}",
-            "dtypes": ", ".join(sorted({t.dtype for t in about.tensors})),
-            "codecs": ", ".join(sorted({t.codec for t in about.tensors})),
-            "tied": ", ".join(f"{alias} = {name}" for alias, name in about.aliases.items()),
-            "files": ", ".join(file.path for file in about.files),
-            "parent": about.parent or "",
-            "by": about.by,
-            "from": about.source,
-            "message": about.message,
-            "meta": ", ".join(f"{key}={value}" for key, value in about.meta.items()),
-        }
-        yield from output.facts(facts)
-        worth = opened.quality(at)
-        if len(worth) > 1 or any(one.measured for one in worth):
-            yield ""
-            yield from evaluating.table(worth)
-        if tensors:
-            rows = [
-                (
-                    t.name,
-                    t.dtype,
-                    "×".join(map(str, t.shape)) or "scalar",
-                    t.codec,
-                    units.size(t.bytes),
-                    units.size(t.stored),
-                    str(t.chunks),
-                )
-                for t in about.tensors
-            ]
-            yield ""
-            yield from output.table(
-                rows, ("TENSOR", "DTYPE", "SHAPE", "CODEC", "SIZE", "STORED", "CHUNKS"), right=(4, 5, 6)
-            )
+    output.result(about, _details(about, tensors, lambda: opened.quality(at)), as_json=json)
 
-    output.result(about, lines(), as_json=json)
+
+def _details(about: results.Description, tensors: bool, quality: Callable[[], list[results.Quality]]) -> Iterator[str]:
+    chunks = sum(t.chunks for t in about.tensors)
+    facts = {
+        "model": f"{about.model}@{about.version}:{about.variant}",
+        "created": units.moment(about.created),
+        "tags": ", ".join(about.tags),
+        "size": units.size(about.bytes),
+        "stored": f"{units.size(about.stored)} ({units.share(about.stored, about.bytes)})",
+        "tensors": f"{len(about.tensors):,} in {units.count(chunks, 'chunk')}",
+        "dtypes": ", ".join(sorted({t.dtype for t in about.tensors})),
+        "codecs": ", ".join(sorted({t.codec for t in about.tensors})),
+        "tied": ", ".join(f"{alias} = {name}" for alias, name in about.aliases.items()),
+        "files": ", ".join(file.path for file in about.files),
+        "parent": about.parent or "",
+        "by": about.by,
+        "from": about.source,
+        "message": about.message,
+        "meta": ", ".join(f"{key}={value}" for key, value in about.meta.items()),
+    }
+    yield from output.facts(facts)
+    worth = quality()
+    if len(worth) > 1 or any(one.measured for one in worth):
+        yield ""
+        yield from evaluating.table(worth)
+    if tensors:
+        rows = [
+            (
+                t.name,
+                t.dtype,
+                "×".join(map(str, t.shape)) or "scalar",
+                t.codec,
+                units.size(t.bytes),
+                units.size(t.stored),
+                str(t.chunks),
+            )
+            for t in about.tensors
+        ]
+        yield ""
+        yield from output.table(
+            rows, ("TENSOR", "DTYPE", "SHAPE", "CODEC", "SIZE", "STORED", "CHUNKS"), right=(4, 5, 6)
+        )
 
 
 def log(

@@ -116,14 +116,9 @@ def start(
 
     token = _token(token_file)
     joined = address is None or (address != "auto" and not nodes.is_member(address))
-    ignored = [
-        ("--port", port, address is None),
-        ("--tls", tls or None, address is None),
-        ("--host", host, joined),
-        ("--token-file", token_file, joined),
-        ("--tls-file", tls_file, joined),
-    ]
-    if wrong := [name for name, value, fits in ignored if value is not None and not fits]:
+    says: dict[str, tuple[object, bool]] = {"--port": (port, address is None), "--tls": (tls or None, address is None)}
+    says |= {"--host": (host, joined), "--token-file": (token_file, joined), "--tls-file": (tls_file, joined)}
+    if wrong := [name for name, (value, fits) in says.items() if value is not None and not fits]:
         raise usage(f"{', '.join(wrong)} says nothing for a cluster that runs already: leave it out")
     chosen = {
         "memory": memory,
@@ -159,14 +154,19 @@ def start(
         raise
     output.result(found, state_lines(found), as_json=json)
     if block:
-        try:
-            if not nodes.wait_for_end():
-                raise StorageError(
-                    "the Ray node of this machine ended by itself: look at Ray's logs, and start it again"
-                )
-        finally:
-            if joined:
-                nodes.stop_node()
+        _stay(stop=joined)
+
+
+def _stay(*, stop: bool) -> None:
+    """Wait until the node of this machine ends; with `stop`, or this command."""
+    from modelstore.cluster import nodes
+
+    try:
+        if not nodes.wait_for_end():
+            raise StorageError("the Ray node of this machine ended by itself: look at Ray's logs, and start it again")
+    finally:
+        if stop:
+            nodes.stop_node()
 
 
 def _tell_ports(session: int, *, quiet: bool) -> None:

@@ -178,20 +178,14 @@ def start_node(
         secure = issue(authority, run / _TLS, [host or _ALONE])
     if join:
         probe(join, token, secure)
-        if is_alone(join):
-            raise ValueError(
-                f"the cluster at {join} is of one machine alone: begin it with 'modelstore cluster start --host IP', by the "
-                f"address at which others reach that machine"
-            )
+        _check_open(join)
     elif _listens(host or _ALONE, port):
         raise ValueError(f"port {port} of {host or _ALONE} is taken: give another one by --port")
     token_file = run / "token"
     write_private(token_file, token.encode())
     folder = temporary_folder()
     command = [_ray(), "start", "--block", "--disable-usage-stats", f"--object-store-memory={object_store}"]
-    command += ["--head", f"--port={port}", "--include-dashboard=false"] if not join else []
-    command += [f"--temp-dir={folder}/{_RAYS_OWN}", *([f"--address={join}"] if join else [])]
-    command += [f"--node-ip-address={host or _ALONE}"] if host or not join else []
+    command += [f"--temp-dir={folder}/{_RAYS_OWN}", *_place(join, host, port)]
     command += [f"--num-cpus={cpus}"] if cpus is not None else []
     command += ["--labels=" + ",".join(f"{k}={v}" for k, v in labels.items())] if labels else []
     environment = {**os.environ, **FAST_HEALTH, **PROMPT, **KEEP_STORES, **QUIET, **auth(token)}
@@ -219,6 +213,21 @@ def start_node(
         raise
     write_private(run / "node.json", msgspec.json.encode(made))
     return made
+
+
+def _check_open(address: str) -> None:
+    if is_alone(address):
+        raise ValueError(
+            f"the cluster at {address} is of one machine alone: begin it with 'modelstore cluster start --host IP', by the "
+            f"address at which others reach that machine"
+        )
+
+
+def _place(join: str | None, host: str | None, port: int) -> list[str]:
+    """The options of `ray start` that say where a node is."""
+    if join:
+        return [f"--address={join}", *([f"--node-ip-address={host}"] if host else [])]
+    return ["--head", f"--port={port}", "--include-dashboard=false", f"--node-ip-address={host or _ALONE}"]
 
 
 def stop_node() -> Running | None:

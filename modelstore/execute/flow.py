@@ -1,10 +1,10 @@
-"""Runs read jobs in parallel, in order, within a budget, and hands out what they fill as it becomes ready."""
+"""A scheduler: runs read jobs in parallel, in order, within a budget, and hands out what they fill as it becomes ready."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from modelstore.plan.read import ReadJob
 from modelstore.storage.pool import Pool
@@ -27,62 +27,89 @@ def flow(
     `jobs` come in the order of the wants, of which `costs` has the bytes. What is begun and not yet taken costs at most
     `memory` (None: any amount), except that one want above it is let through alone. `run` works in `threads` threads.
     """
-    targets: dict[int, T] = {}
-    left: dict[int, int] = {}  # chunks not finished, of the wants begun
-    last = -1  # the highest want of which a chunk was submitted; those below it have no more to come
-    held = 0
+    wants = _Wants(costs, begin)
     pending: dict[Future[None], ReadJob] = {}
-
-    def start(index: int) -> None:
-        nonlocal held
-        targets[index] = begin(index)
-        left[index] = 0
-        held += costs[index]
-
     pool = Pool(threads, thread_name_prefix="modelstore-read")
     try:
         job = next(jobs, None)
-        ended = False
         while True:
-            while job is not None and len(pending) < 2 * threads:
-                fresh = {c.want for c in job.chunks} - targets.keys()
-                cost = sum(costs[i] for i in fresh)
-                busy = pending or any(n == 0 and i < last for i, n in left.items())  # else waiting would never end
-                if memory is not None and fresh and busy and held + cost > memory:
-                    break
-                upto = job.chunks[-1].want
-                for index in range(last + 1, upto + 1):
-                    start(index)
-                last = max(last, upto)
-                for chunk in job.chunks:
-                    left[chunk.want] += 1
-                pending[pool.submit(run, job, targets)] = job
+            while job is not None and len(pending) < 2 * threads and wants.fits(job, memory, running=bool(pending)):
+                wants.begin(job)
+                pending[pool.submit(run, job, wants.targets)] = job
                 job = next(jobs, None)
-            if job is None and not ended:
-                ended = True
-                for index in range(last + 1, len(costs)):
-                    start(index)
-                last = len(costs)
-            ready = [i for i, n in left.items() if n == 0 and i < last]
+            if job is None:
+                wants.begin_rest()
+            ready = wants.ready()
             for index in ready:
-                del left[index]
-                target = targets.pop(index)
-                yield index, target
-                del target
-                held -= costs[index]
+                yield index, wants.targets.pop(index)
+                wants.taken(index)
             if ready:
                 continue
             if not pending:
-                assert not left, "a tensor was not finished"
+                assert not wants.left, "a tensor was not finished"
                 return
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
                 finished = pending.pop(future)
                 future.result()
-                for chunk in finished.chunks:
-                    left[chunk.want] -= 1
+                wants.finish(finished)
                 if progress:
                     progress(finished.nbytes)
     finally:
         pool.give_up()
         pool.shutdown()
+
+
+class _Wants(Generic[T]):
+    """What is begun and not yet taken, and what it costs."""
+
+    def __init__(self, costs: Sequence[int], begin: Callable[[int], T]) -> None:
+        self.targets: dict[int, T] = {}
+        self.left: dict[int, int] = {}  # chunks not finished, of the wants begun
+        self._costs = costs
+        self._begin = begin
+        self._next = 0  # the lowest want that is not begun
+        self._complete = 0  # wants below it have no more chunks to come
+        self._held = 0
+
+    def fits(self, job: ReadJob, memory: int | None, *, running: bool) -> bool:
+        """Whether a job may begin, of which the wants are held in memory; one alone always may."""
+        fresh = {chunk.want for chunk in job.chunks} - self.targets.keys()
+        busy = running or any(n == 0 and i < self._complete for i, n in self.left.items())  # else waiting never ends
+        return memory is None or not fresh or not busy or self._held + sum(self._costs[i] for i in fresh) <= memory
+
+    def begin(self, job: ReadJob) -> None:
+        """Begin all wants up to a job's last, and count its chunks."""
+        highest = job.chunks[-1].want
+        self._start(highest + 1)
+        self._complete = max(self._complete, highest)
+        for chunk in job.chunks:
+            self.left[chunk.want] += 1
+
+    def begin_rest(self) -> None:
+        """Begin the wants after those of the last job: they have no chunks."""
+        self._start(len(self._costs))
+        self._complete = len(self._costs)
+
+    def finish(self, job: ReadJob) -> None:
+        """Count off a job's chunks."""
+        for chunk in job.chunks:
+            self.left[chunk.want] -= 1
+
+    def ready(self) -> list[int]:
+        """The wants of which all is there; each is given once."""
+        found = [i for i, n in self.left.items() if n == 0 and i < self._complete]
+        for index in found:
+            del self.left[index]
+        return found
+
+    def taken(self, index: int) -> None:
+        """Give back the budget of a want that was handed out."""
+        self._held -= self._costs[index]
+
+    def _start(self, end: int) -> None:
+        for index in range(self._next, end):
+            self.targets[index] = self._begin(index)
+            self.left[index] = 0
+            self._held += self._costs[index]
+        self._next = max(self._next, end)

@@ -182,24 +182,35 @@ def _open(
                 specs.append(TensorSpec(name, ref.dtype, ref.shape))
                 pieces[name] = (Piece(whole, archive.place(ref)),)
             check_expansion(str(path), specs[taken:], archive.size)
+        files = [*shards.items(), *kept.items()]
         if not everything:
-            state_of = fingerprint([*shards.items(), *kept.items()], opened)
+            state_of = fingerprint(files, opened)
             return PickledSource(Found(specs, pieces, aliases, kept, metadata, state_of, left, sizes), opened)
         data, further = beside_state(saved, chosen, Pickled(), aliases, archive.size)
-        arrays = {name: value for name, value in further.items() if isinstance(value, np.ndarray)}
-        for name, value in further.items():
-            if isinstance(value, np.ndarray):
-                specs.append(TensorSpec(name, dtype_of(name, value.dtype), value.shape))
-            else:
-                specs.append(TensorSpec(name, value.dtype, value.shape))
-                pieces[name] = (Piece(regions.full(value.shape), archive.place(value)),)
+        arrays = _add_beside(further, archive, specs, pieces)
         check_expansion(str(path), specs, archive.size)
-        state_of = fingerprint([*shards.items(), *kept.items()], opened, {STRUCTURE: data})
+        state_of = fingerprint(files, opened, {STRUCTURE: data})
         found = Found(specs, pieces, aliases, {**kept, STRUCTURE: data}, metadata, state_of, left, sizes)
         return PickledSource(found, opened, arrays, frozenset({*further, STRUCTURE}))
     except BaseException:
         opened.close()
         raise
+
+
+def _add_beside(
+    further: Mapping[str, Any],
+    archive: Archive | LegacyArchive,
+    specs: list[TensorSpec],
+    pieces: dict[str, tuple[Piece[Placed], ...]],
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Add what lies beside the state to the tensors; those of them that are arrays already."""
+    for name, value in further.items():
+        if isinstance(value, np.ndarray):
+            specs.append(TensorSpec(name, dtype_of(name, value.dtype), value.shape))
+        else:
+            specs.append(TensorSpec(name, value.dtype, value.shape))
+            pieces[name] = (Piece(regions.full(value.shape), archive.place(value)),)
+    return {name: value for name, value in further.items() if isinstance(value, np.ndarray)}
 
 
 class Pickled:

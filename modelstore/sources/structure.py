@@ -123,8 +123,6 @@ class Outline:
             return [kind.__name__, *self._many(value, path, depth)]
         if kind in (set, frozenset):
             return [kind.__name__, *self._many(list(value), path, depth)]
-        if kind is Size or (kind.__module__, kind.__name__) == ("torch", "Size"):
-            return ["size", *value]
         if kind in (Ordered, collections.OrderedDict):
             state = (
                 value.state if kind is Ordered else {k: v for k, v in vars(value).items() if k == "_metadata"} or None
@@ -148,12 +146,8 @@ class Outline:
             return [kind.__name__, *(self._node(n, path, depth) for n in (value.start, value.stop, value.step))]
         if isinstance(value, np.generic) and _NUMBERS.fullmatch(value.dtype.str):
             return ["scalar", value.dtype.str, self._text(base64.b64encode(value.tobytes()).decode())]
-        if isinstance(value, DType):
-            return ["dtype", value.name]
-        if kind.__module__ == "torch" and kind.__name__ == "dtype" and str(value).removeprefix("torch.") in DTYPES:
-            return ["dtype", str(value).removeprefix("torch.")]
-        if kind.__module__ == "torch" and kind.__name__ == "device":
-            return ["device", str(value)]
+        if (word := _word(value)) is not None:
+            return word
         if isinstance(value, Named):
             return ["object", self._text(f"class {value.kind}"), [], None, [], []]
         storage = isinstance(value, Storage) or kind.__module__ == "torch.storage"
@@ -245,6 +239,19 @@ class Outline:
             self._known[view.identity] = name
             self._views.setdefault(view.memory, []).append((name, view))
         return self._text(name)
+
+
+def _word(value: Any) -> list[Any] | None:
+    """A dtype, device or size as it is written; None for what is none of these."""
+    kind = type(value)
+    torchs = kind.__name__ if kind.__module__ == "torch" else ""
+    if isinstance(value, DType):
+        return ["dtype", value.name]
+    if torchs == "dtype" and str(value).removeprefix("torch.") in DTYPES:
+        return ["dtype", str(value).removeprefix("torch.")]
+    if torchs == "device":
+        return ["device", str(value)]
+    return ["size", *value] if kind is Size or torchs == "Size" else None
 
 
 def beside_state(
