@@ -44,6 +44,10 @@ class ClusterFetcher(Fetcher):
     def local(self) -> bool:
         return False
 
+    @property
+    def elsewhere(self) -> bool:
+        return True
+
     def over(self, manifest: Manifest) -> Fetcher:
         return ClusterFetcher(
             self.model, manifest, self.storage, self.mirrors, holding=self.holding, source=self.source

@@ -28,7 +28,7 @@ from modelstore.execute.encoding import Encoder, EncodeRegion, Input, ReadRegion
 from modelstore.execute.journal import Journal, job_id, resume
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import store_manifest
-from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks, packs_without
+from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks, require_others
 from modelstore.format import grid, results
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
@@ -164,7 +164,7 @@ def compress(
     writer = PackWriter(storage, Limits(limits.memory, threads), known, shelf, progress, work.journal.note, tally)
     written = work.written | writer.write(left)
     _prove(parent, variants, plan, written)
-    shelf.require(model, packs_without(parent.manifest, written))
+    require_others(shelf, parent.reader, written)
     entries, measured = {}, {}
     for at, variant in enumerate(variants):
         manifest = _manifest(parent, variants, at, inputs, written, recorded)

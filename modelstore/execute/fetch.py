@@ -46,6 +46,11 @@ class Fetcher:
         """Whether the packs are read as local files."""
         return self.storage.path("x") is not None
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether bytes may come from elsewhere than the store, and say nothing of what lies in it."""
+        return bool(self.mirrors)
+
     def over(self, manifest: Manifest) -> Fetcher:
         """The same for another manifest of the model."""
         return Fetcher(self.model, manifest, self.storage, self.mirrors)

@@ -67,6 +67,11 @@ class Reader:
         return self._fetcher
 
     @property
+    def base(self) -> Reader | None:
+        """What deltas are decoded against."""
+        return self._base
+
+    @property
     def bytes_read(self) -> int:
         """Encoded bytes that were read so far, with those of the bases that deltas are decoded against."""
         return self._fetcher.bytes_read + (self._base.bytes_read if self._base is not None else 0)

@@ -19,7 +19,7 @@ from modelstore.execute.encoding import Encoder, Input, ReadRegion
 from modelstore.execute.journal import Journal, resume
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.whole import WholeWriter
-from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks
+from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks, require_bases
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.checkpoint import CONFIG
 from modelstore.format.dtypes import DType
@@ -131,6 +131,11 @@ def store(
         written |= WholeWriter(storage, known, shelf, metadata, progress, note, tally).write(whole)
     cut = [item for item in left if not item.plan.whole]
     written |= PackWriter(storage, limits, known, shelf, progress, note, tally).write(cut)
+    if base is not None:
+        # What was encoded now was read from it; a journal's tensors were not, and a copy of the store tells nothing of this one.
+        looked = cut if not base.reader.fetcher.elsewhere else []
+        based = {item.plan.name for item in inputs if item.plan.codec.name == "delta"}
+        require_bases(shelf, base.reader, based.difference(item.plan.name for item in looked))
     source.opened.check()
     shelf.heal(earlier_manifests, known)
     beside: frozenset[str] = getattr(source, "beside", frozenset())

@@ -15,11 +15,11 @@ from blake3 import blake3
 
 from modelstore.codecs.loss import Loss
 from modelstore.execute.encoding import Encoded, Input, encode_step
-from modelstore.execute.reading import Limits
+from modelstore.execute.reading import Limits, Reader
 from modelstore.format import grid
 from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.manifest import Manifest
+from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.manifest_builder import Location
 from modelstore.plan.write import Step, plan_steps
 from modelstore.storage.base import Storage
@@ -305,7 +305,27 @@ def known_chunks(stored: Iterable[Manifest]) -> dict[bytes, Location]:
     return known
 
 
-def packs_without(manifest: Manifest, names: Collection[str]) -> list[str]:
-    """The packs that hold a manifest's files, and its tensors but for those of these names."""
-    kept = [manifest.rows(one) for one in (*manifest.files, *manifest.tensors) if one.name not in names]
-    return [manifest.packs[i] for i in np.unique(manifest.pack[np.concatenate(kept)]).tolist()] if kept else []
+def require_others(shelf: Shelf, reader: Reader, names: Collection[str]) -> None:
+    """`CorruptionError` unless the store has, whole, all that a model is read from, but for its tensors of these names."""
+    manifest = reader.manifest
+    kept = [tensor for tensor in manifest.tensors if tensor.name not in names]
+    shelf.require(reader.fetcher.model, _packs_of(manifest, [*manifest.files, *kept]))
+    require_bases(shelf, reader.base, _deltas(manifest, kept))
+
+
+def require_bases(shelf: Shelf, base: Reader | None, names: Collection[str]) -> None:
+    """`CorruptionError` unless the store has, whole, what deltas of tensors of these names are decoded against."""
+    while base is not None and names:
+        manifest = base.manifest
+        under = [tensor for tensor in manifest.tensors if tensor.name in names]
+        shelf.require(base.fetcher.model, _packs_of(manifest, under))
+        base, names = base.base, _deltas(manifest, under)
+
+
+def _packs_of(manifest: Manifest, tensors: Sequence[Tensor]) -> list[str]:
+    rows = [manifest.rows(tensor) for tensor in tensors]
+    return [manifest.packs[i] for i in np.unique(manifest.pack[np.concatenate(rows)]).tolist()] if rows else []
+
+
+def _deltas(manifest: Manifest, tensors: Iterable[Tensor]) -> set[str]:
+    return {tensor.name for tensor in tensors if manifest.codecs[tensor.codec].name == "delta"}

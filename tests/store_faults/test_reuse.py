@@ -21,7 +21,7 @@ from modelstore.storage.faults import CountingStorage, FaultyStorage, Killed
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.wrapping import Verb, WrappingStorage
-from tests.helpers.stores import all_bits, keys, open_on, overwrite, pack_sizes, shrink, weights
+from tests.helpers.stores import all_bits, copy_all, keys, open_on, overwrite, pack_sizes, shrink, weights
 
 Damage = Callable[[Storage, str], None]
 T = TypeVar("T")
@@ -316,3 +316,49 @@ def test_what_is_no_record_at_a_records_key_takes_its_number_and_no_more(tmp_pat
     store.save("m", {"w": torch.arange(10.0)})
     (tmp_path / "s" / version_key("m", 2, 1)).mkdir(parents=True)
     assert store.save("m", {"w": torch.arange(11.0)}).version == 3
+
+
+def finetuned() -> dict[str, torch.Tensor]:
+    """The same model after some steps."""
+    return {name: tensor * 1.001 for name, tensor in weights(1).items()}
+
+
+def test_an_interrupted_delta_does_not_rely_on_a_base_that_was_damaged_since(storage: Storage, tmp_path: Path) -> None:
+    open_on(storage).save("base", weights(1))
+    open_on(storage).save("m", finetuned(), codec="delta", parent="base")
+    below = {pack for name in ("base", "m") for pack in open_on(storage)._manifest(parse_reference(name)).packs}
+    tuned = {name: tensor * 1.002 for name, tensor in weights(1).items()}
+    save_file(tuned, tmp_path / "m.safetensors")
+    with pytest.raises(Killed):  # when all is stored but the manifest
+        open_on(FaultyStorage(storage, kill_at=5)).save("m", tmp_path / "m.safetensors", codec="delta", parent="m")
+    for pack in sorted(below):
+        copy = MemoryStorage(uuid.uuid4().hex)
+        copy_all(storage, copy)
+        flip(copy, pack_key(pack))
+        try:
+            saved = open_on(copy).save("m", tmp_path / "m.safetensors", codec="delta", parent="m")
+        except CorruptionError:
+            continue
+        assert all_bits(open_on(copy).load(f"m@{saved.version}")) == all_bits(tuned)
+
+
+def test_a_delta_does_not_rely_on_a_base_that_only_a_mirror_has_whole(storage: Storage) -> None:
+    open_on(storage).save("m", weights(1))
+    mirror = MemoryStorage(uuid.uuid4().hex)
+    copy_all(storage, mirror)
+    key = pack_key(open_on(storage)._manifest(parse_reference("m")).packs[0])
+    flip(storage, key)
+    flip(mirror, key, 12)  # where it is of no chunk, but the pack is not good
+    with pytest.raises(CorruptionError, match="damaged"):
+        open_on(storage, mirrors=[mirror]).save("m", finetuned(), codec="delta", parent="m")
+
+
+def test_a_variant_of_a_delta_is_not_published_over_a_damaged_base(storage: Storage) -> None:
+    tensors = {"a.weight": torch.randn(64, 128), "norm": torch.randn(9000)}
+    open_on(storage).save("m", tensors)
+    tuned = {name: tensor * 1.001 for name, tensor in tensors.items()}
+    open_on(storage).save("m", tuned, codec="delta", parent="m")
+    base, norm = open_on(storage)._manifest(parse_reference("m@1")), "norm"
+    flip(storage, pack_key(base.packs[base.pack[base.rows(base.by_name[norm])[-1]]]))
+    with pytest.raises(CorruptionError):
+        open_on(storage).compress("m@2", "int8", skip=[norm])
