@@ -163,7 +163,7 @@ class Compressing(Base):
     def _earlier_entries(self, record: VersionRecord, variants: tuple[str, ...]) -> list[VariantEntry]:
         """All variants of this version, and these of the version before."""
         entries = list(record.variants.values())
-        for before in reversed(self._catalog.live(record.model)):
+        for before in self._catalog.readable(record.model):
             if before.version < record.version:
                 entries += [before.variants[name] for name in variants if name in before.variants]
                 break

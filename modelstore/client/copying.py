@@ -46,8 +46,9 @@ class Copying(Base):
         model `ref`, or with None every model, with all variants and tags.
 
         Packs are streamed, several at once as far as the memory allows, and checked against their digests on the way. What is
-        there is checked and not sent, so that an interrupted copy goes on when it is called again. What deltas are stored
-        against comes along. A version keeps its number, where that was never used there; else it takes the next, and is known
+        there is read, and not sent where it is right, so that an interrupted copy goes on when it is called again. (With
+        `all`, packs of versions that are there already are looked at by their sizes alone; `verify` reads them.) What deltas
+        are stored against comes along. A version keeps its number, where that was never used there; else it takes the next, and is known
         again by later copies. Where it is there already, variants that were stored anew since, or have other metrics, are
         replaced. With `all`, what was deleted there, or is damaged here, is left out and said.
 
@@ -96,7 +97,8 @@ class Copying(Base):
         from modelstore.store.usage import usage
 
         self._catalog.open()
-        if name is not None and not self._catalog.live(check_model(name)):
+        damaged: list[ModelStoreError] = []
+        if name is not None and not self._catalog.live(check_model(name), damaged) and not damaged:
             self._catalog.newest(name)  # says what is wrong
         return usage(self._storage, self._catalog, self._manifests, name)
 

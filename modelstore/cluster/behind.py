@@ -27,6 +27,7 @@ from modelstore.format.buffers import Bytes
 from modelstore.plan.placement import View
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
+from modelstore.store.damage import DAMAGED
 from modelstore.store.relying import GoneError, release
 
 log = logging.getLogger("modelstore")
@@ -35,6 +36,7 @@ Tell = Callable[..., Any]  # (member, method, *arguments): what another host's `
 
 _STORING = 4  # objects on their way to the storage at once
 _AGAIN = 0.2, 5.0  # seconds until a failed write is tried again: at first, at most
+_MENDABLE = (GoneError, *DAMAGED)  # what keeps a save from being published until something is mended
 _REMEMBERED = 1000  # saves whose version is still known after they are durable
 _FORGOTTEN = 600.0  # seconds without a word after which a save that was not committed is dropped
 
@@ -264,28 +266,39 @@ class Behind:
         def publish(storage: Storage) -> None:
             catalog = Catalog(storage)
             record = catalog.publish_version(order.model, order.save, order.entry, after=order.after, note=order.note)
-            if order.tag is not None and catalog.tags(order.model).get(order.tag) != record.version:
-                catalog.set_tag(order.model, order.tag, record.version, order.save)
+            if order.tag is not None and catalog.tags(order.model, []).get(order.tag) != record.version:
+                with contextlib.suppress(NotFoundError):  # the version was deleted since
+                    catalog.set_tag(order.model, order.tag, record.version, order.save)
             versions.append(record.version)
             release(storage, order.save)
 
         versions: list[int] = []
         try:
-            done = self._try(found.source, publish, "the record of a new version", order.model)
-        except GoneError as error:  # `repair` may bring it back: it is tried again, and holds up nobody meanwhile
+            done = self._try(found.source, publish, "the record of a new version", order.model, _MENDABLE)
+        except _MENDABLE as error:  # `repair` may put it right: it is tried again, and holds up nobody meanwhile
             self._set_aside(save, found, str(error))
             return
         if done:
             self.finish(save, versions[0])
             self._say(found.other, "finish", save, versions[0])
 
-    def _try(self, source: Source, act: Callable[[Storage], None], what: str, model: str | None = None) -> bool:
-        """Do it until it is done, or this host is closed: whether it was done. A storage that fails is only late."""
+    def _try(
+        self,
+        source: Source,
+        act: Callable[[Storage], None],
+        what: str,
+        model: str | None = None,
+        raised: tuple[type[ModelStoreError], ...] = (),
+    ) -> bool:
+        """Do it until it is done, or this host is closed: whether it was done. A storage that fails is only late.
+
+        Errors of the kinds `raised` are not tried again.
+        """
         pause, longest = _AGAIN
         while not self._closed.is_set():
             try:
                 act(_storage(source))
-            except GoneError:
+            except raised:
                 raise
             except (ModelStoreError, OSError) as error:
                 log.warning(

@@ -241,7 +241,7 @@ class _Copying:
     def tag(self, plan: Plan, version: int) -> list[str]:
         """Let the version's tags name it there, too."""
         name, catalog = plan.wanted.name, self._target.catalog
-        known = catalog.tags(name) if plan.wanted.tags else {}
+        known = catalog.tags(name, []) if plan.wanted.tags else {}
         for tag in plan.wanted.tags:
             if known.get(tag) != version:
                 catalog.set_tag(name, tag, version, uuid.uuid4().hex)

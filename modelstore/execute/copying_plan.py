@@ -14,8 +14,10 @@ from modelstore.format.record import PACKS, VariantEntry, VersionRecord, pack_ke
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
-from modelstore.store.damage import UNREADABLE
+from modelstore.store.damage import DAMAGED, UNREADABLE
 from modelstore.store.manifests import Manifests
+from modelstore.store.relying import GoneError, relied_on
+from modelstore.store.shelf import is_good
 
 _ONE_LISTING = 256  # packs from which one listing is quicker than a look at each
 
@@ -86,19 +88,22 @@ class Planner:
             at = f"{wanted.name}@{there.version}"
             said = f"{wanted.at}: {at} was deleted in {self._target.storage.url}"
             return Plan(wanted, there, left_out=(said,), nothing=True)
-        entries, left_out = [], []
+        entries, again, left_out = [], [], []
         for variant in wanted.variants:
             entry = wanted.record.variants[variant]
             old = there.variants.get(variant) if there else None
+            same = old is not None and old.manifest == entry.manifest
             try:
-                if old is None or (old.manifest != entry.manifest and self._differs(wanted, variant, entry, old)):
+                if old is None or (not same and self._differs(wanted, variant, entry, old)):
                     entries.append(variant)
+                elif not self._is_whole(wanted.name, old, same=same):
+                    (again if same else entries).append(variant)
             except ConflictError as error:
                 if not self._everything:
                     raise
                 left_out.append(f"{wanted.at}:{variant}: {error}")
         needs: list[tuple[str, str, str]] = []
-        for variant in entries:
+        for variant in (*entries, *again):
             needs += self._needs(wanted, wanted.record.variants[variant].manifest)
         return Plan(wanted, there, tuple(entries), tuple(dict.fromkeys(needs)), tuple(left_out))
 
@@ -115,11 +120,7 @@ class Planner:
             return same
         deleted = None
         for version in range(highest, 0, -1):
-            try:
-                first = catalog.first(wanted.name, version)
-            except NotFoundError:
-                continue  # numbers that a copy left out
-            if first.writer == self.writer(record):
+            if catalog.maker(wanted.name, version) == self.writer(record):
                 head = catalog.version(wanted.name, version)
                 if not head.deleted:
                     return head
@@ -131,7 +132,7 @@ class Planner:
         mine, others = record.variants[ORIGINAL], one.variants[ORIGINAL]
         if mine.manifest == others.manifest:
             return True
-        if self._target.catalog.first(name, one.version).writer == self.writer(record):
+        if self._target.catalog.maker(name, one.version) == self.writer(record):
             return True
         try:
             a = self._source.manifests.entry(record.model, mine)
@@ -140,6 +141,26 @@ class Planner:
             return False
         files = [{(file.name, file.digest) for file in m.files} for m in (a, b)]
         return a.content == b.content and files[0] == files[1]
+
+    def _is_whole(self, model: str, entry: VariantEntry, *, same: bool) -> bool:
+        """Whether all is there of a variant that the other store has already, with the sizes that its chunks need.
+
+        Where it is copied as one of many that is enough; else its bytes are looked at too: with those of the packs that are
+        to be sent, where they are the `same` ones.
+        """
+        if same and not self._everything:
+            return False
+        try:
+            needed = relied_on(self._target.storage, model, [entry])
+        except (GoneError, *DAMAGED):
+            return False
+        packs = {
+            key.rpartition("/")[2].partition(".")[0]: size for key, size in needed.items() if key.startswith(PACKS)
+        }
+        if self._everything:
+            sizes = self._sizes((self._target.storage,), list(packs))
+            return all((sizes[pack] or 0) >= size for pack, size in packs.items())
+        return all(is_good(self._target.storage, pack) for pack in packs)
 
     def _differs(self, wanted: Wanted, variant: str, entry: VariantEntry, old: VariantEntry) -> bool:
         """Whether a variant that is there is to be replaced by this one, of the same values in other chunks or with other

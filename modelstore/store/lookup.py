@@ -167,6 +167,11 @@ class Lookup:
         prefix = rec.versions_prefix(model) if tag is None else rec.tag_prefix(model, tag)
         return next(iter(self._keys(prefix, 1)), None)
 
+    def maker(self, model: str, version: int) -> str | None:
+        """Who made a version visible, None where that cannot be said: it is damaged, or there is no such version."""
+        record = self._first(model, version)
+        return record.writer if record is not None else None
+
     # ------------------------------------------------------------------ within
 
     def _first(self, model: str, version: int) -> VersionRecord | None:

@@ -71,7 +71,7 @@ class _Renaming:
         highest = self._catalog.highest(self._old)
         writers = {self._writer(number): number for number in range(1, highest + 1)}
         for record in self._catalog.live(self._new):
-            found[record.version] = writers.get(self._catalog.first(self._new, record.version).writer, 0)
+            found[record.version] = writers.get(self._catalog.maker(self._new, record.version) or "", 0)
         for now, before in sorted(found.items()):
             if before:
                 self._note(before, now)
@@ -127,7 +127,7 @@ class _Renaming:
         )
         if self._catalog.publish_made(made):
             return True
-        same = self._catalog.first(self._new, number).writer == made.writer  # the same renaming, started twice
+        same = self._catalog.maker(self._new, number) == made.writer  # the same renaming, started twice
         return same and not self._catalog.version(self._new, number).deleted
 
     def _note(self, before: int, now: int) -> None:

@@ -54,7 +54,7 @@ class Watch(Iterator[VersionInfo]):
         if record.version == self._last:
             self._seen = seen
             return None
-        info = version_info(record, self._catalog.tags(ref.name))
+        info = version_info(record, self._catalog.tags(ref.name, []))
         self._last, self._seen = record.version, seen
         return info
 

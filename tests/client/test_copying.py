@@ -211,6 +211,41 @@ def test_what_is_there_is_checked_before_it_is_relied_upon(full: Small, change: 
     assert torch.equal(other.store.load("again")["mlp.up"], linear(1)["mlp.up"])
 
 
+@pytest.mark.parametrize("all_", [False, True])
+@pytest.mark.parametrize("change", [flip(-1), cut])
+def test_a_version_that_is_there_is_looked_at_again(
+    full: Small, change: Callable[[bytearray], None], all_: bool
+) -> None:
+    there = Small.new()
+    ref = "org/m" if all_ else "org/m@1"
+    full.store.copy(ref, there.store, all=all_)
+    entry = full.store._catalog.version("org/m", 1).variants["original"]
+    packs = [pack_key(pack) for pack in full.manifest("org/m@1").packs]
+    copies = [pack_key(entry.copy)]
+    if all_:  # of many, packs are looked at by the sizes that their chunks need
+        packs, copies = (packs if change is cut else []), []
+    for key in (*packs, *copies, manifest_key("org/m", entry.manifest)):
+        other = there.copied()
+        other.damage(key, change)
+        full.store.copy(ref, other.store, all=all_)
+        assert open_on(other.storage).verify("org/m@1").ok, key
+
+
+@pytest.mark.parametrize("all_", [False, True])
+def test_a_version_that_lies_there_in_other_packs_is_looked_at_again(all_: bool) -> None:
+    one, other = Small.new(), Small.new()
+    for wide in (90, 10):
+        one.store.save("m", {"kept": torch.arange(900.0), "changed": torch.randn(wide, 99)}, codec="raw")
+    one.store.copy("m@2", other.store)
+    one.store.delete("m@1")
+    compaction = one.store.gc(dry_run=False, grace=0, compact=True).compaction
+    assert compaction and compaction.variants
+    for pack in sorted(pack_sizes(other.storage)):
+        other.damage(pack, cut)
+    one.store.copy("m" if all_ else "m@2", open_on(other.storage), all=all_)
+    assert open_on(other.storage).verify().ok
+
+
 def test_a_collection_in_the_other_store_at_any_moment(full: Small) -> None:
     class Collected(WrappingStorage):
         """One in which garbage is collected at the `at`-th write, whatever its age."""

@@ -21,13 +21,16 @@ from modelstore.cluster.pieces import Source
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.execute import saving
 from modelstore.execute.reading import Limits
+from modelstore.format.record import tag_key
 from modelstore.plan.placement import Member, View
 from modelstore.sources.open import open_source
 from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
 from modelstore.storage.wrapping import Verb, WrappingStorage
+from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 from modelstore.store.relying import GoneError
+from tests.helpers.stores import open_on, overwrite
 
 MODEL = {f"layer.{i}.weight": torch.full((257, 65), float(i)) for i in range(6)}
 
@@ -393,3 +396,26 @@ def test_a_save_that_cannot_be_published_holds_up_no_other(
     blocked.set()
     assert durable(nodes, gate, first) == [7]
     assert equal(gate, "m@7")
+
+
+def test_a_torn_tag_holds_up_no_save(nodes: Nodes, gate: Gate) -> None:
+    store = open_on(gate.inner)
+    store.save("m", {"x": torch.zeros(3)}, tag="old")
+    overwrite(gate.inner, tag_key("m", "old", 1), lambda data: data.clear())
+    assert durable(nodes, gate, save(nodes, gate, tag="best"), seconds=5.0) == [2]
+    assert store.describe("m@best").version == 2
+
+
+def test_a_version_that_is_deleted_before_it_is_tagged_holds_up_no_save(
+    nodes: Nodes, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_tag = Catalog.set_tag
+
+    def deleted(self: Any, model: str, tag: str, version: int, *rest: Any, **named: Any) -> Any:
+        if tag == "late":
+            self.delete(model, version, None, "another")
+        return set_tag(self, model, tag, version, *rest, **named)
+
+    monkeypatch.setattr(Catalog, "set_tag", deleted)
+    assert durable(nodes, gate, save(nodes, gate, tag="late"), seconds=5.0) == [1]
+    assert durable(nodes, gate, save(nodes, gate), seconds=5.0) == [2]

@@ -101,6 +101,21 @@ def test_the_only_record_of_a_version(storage: MemoryStorage) -> None:
     is_sound(storage)
 
 
+@pytest.mark.parametrize("key", [V2, PROD])
+def test_works_on_other_versions_and_tags(key: str, storage: MemoryStorage) -> None:
+    put(storage, key, b"")
+    store = open_on(storage)
+    store.compress("m@3", "int4", include=["*"])
+    assert {one.name for one in store.du("m").versions} == {"m@1", "m@3"} | ({"m@2"} if key == PROD else set())
+    assert next(store.watch("m")).version == 3
+    store.tag("m@1", "best")
+    source = open_on(MemoryStorage(uuid.uuid4().hex))
+    for n in (5, 6, 7, 8):
+        source.save("m", weights(n), tag=f"t{n}")
+    assert [one.version for one in source.copy("m@1", store, tags=True).versions] == [4]  # its number is another's
+    assert [one.version for one in source.copy("m@1", store, tags=True).versions] == [4]
+
+
 @pytest.mark.parametrize("key", [V2, rec.version_key("m", 3, 2), PROD, rec.STORE_KEY])
 def test_a_copy_of_the_store_has_it(key: str, storage: MemoryStorage) -> None:
     good = MemoryStorage(uuid.uuid4().hex)
