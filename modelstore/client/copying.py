@@ -48,9 +48,9 @@ class Copying(Base):
         Packs are streamed, several at once as far as the memory allows, and checked against their digests on the way. What is
         there is read, and not sent where it is right, so that an interrupted copy goes on when it is called again. (With
         `all`, packs of versions that are there already are looked at by their sizes alone; `verify` reads them.) What deltas
-        are stored against comes along. A version keeps its number, where that was never used there; else it takes the next, and is known
-        again by later copies. Where it is there already, variants that were stored anew since, or have other metrics, are
-        replaced. With `all`, what was deleted there, or is damaged here, is left out and said.
+        are stored against comes along. A version keeps its number, where that was never used there; else it takes the next, and
+        is known again by later copies. Where it is there already, variants that were stored anew since, or have other metrics,
+        are replaced. With `all`, what was deleted there, or is damaged here, is left out and said.
 
         `ConflictError` where a variant of that name there has other values, `CorruptionError` where packs are damaged here.
         """

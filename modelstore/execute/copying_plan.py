@@ -88,7 +88,9 @@ class Planner:
             at = f"{wanted.name}@{there.version}"
             said = f"{wanted.at}: {at} was deleted in {self._target.storage.url}"
             return Plan(wanted, there, left_out=(said,), nothing=True)
-        entries, again, left_out = [], [], []
+        entries: list[str] = []
+        again: list[str] = []
+        left_out: list[str] = []
         for variant in wanted.variants:
             entry = wanted.record.variants[variant]
             old = there.variants.get(variant) if there else None

@@ -239,7 +239,8 @@ def test_a_version_that_lies_there_in_other_packs_is_looked_at_again(all_: bool)
     one.store.copy("m@2", other.store)
     one.store.delete("m@1")
     compaction = one.store.gc(dry_run=False, grace=0, compact=True).compaction
-    assert compaction and compaction.variants
+    assert compaction
+    assert compaction.variants
     for pack in sorted(pack_sizes(other.storage)):
         other.damage(pack, cut)
     one.store.copy("m" if all_ else "m@2", open_on(other.storage), all=all_)
