@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 MAX_KEY_BYTES = 800  # S3, GCS and Azure allow 1,024 with the prefix of the store
 MAX_PART_BYTES = 255  # of a file's name, on every common file system
 TEMPORARY = ".tmp-"  # names of files being written; never a key
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def key_problem(key: str) -> str | None:
@@ -17,7 +20,7 @@ def key_problem(key: str) -> str | None:
         return f"it is longer than {MAX_KEY_BYTES} bytes"
     if "\\" in key:
         return "it contains a backslash"
-    if any(character < " " or character == "\x7f" for character in key):
+    if _CONTROL.search(key):
         return "it contains a control character"
     for part in key.split("/"):
         if part in ("", ".", ".."):

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
@@ -73,6 +74,10 @@ class Inline:
 class Aged(MemoryStorage):
     """A storage in which everybody has always slept for longer than any grace: whatever was written, it was long ago."""
 
+    def contents(self) -> list[tuple[str, bytes]]:
+        """All objects, in the order of their keys."""
+        return sorted((key, data) for key, (data, _) in self._shelf.objects.items())
+
     def info(self, key: str) -> ObjectInfo | None:
         info = super().info(key)
         return info and _aged(info)
@@ -118,8 +123,8 @@ class Actor:
     error: BaseException | None = None
     name: str = "actor"
     answers: Any = field(default_factory=blake3)  # of its operations, in order
-    _go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    _parked: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _go: threading.Lock = field(default_factory=lambda: _held())  # let go by another thread than the one that waits
+    _parked: threading.Lock = field(default_factory=lambda: _held())
 
     def start(self, storage: Storage) -> None:
         """Begin, up to the first operation."""
@@ -164,17 +169,23 @@ class Actor:
         assert self._parked.acquire(timeout=_PATIENCE), f"hangs after {self.waiting}"
 
 
+def _held() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 def _plain(answer: Any) -> str:
     """An answer without what is another one in each run: identities and times."""
     if isinstance(answer, bytes):
-        return blake3(answer).hexdigest()
+        return _digest(answer)
     if isinstance(answer, ObjectInfo):
         return f"{answer.key} {answer.size}"
     return repr([_plain(item) for item in answer]) if isinstance(answer, list | tuple) else repr(answer)
 
 
 Check = Callable[[Storage], None]
-Setup = Callable[[], Storage]
+Setup = Callable[[], Aged]
 
 
 def inline(patch: pytest.MonkeyPatch) -> None:
@@ -198,6 +209,14 @@ def seeded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(time, "time", lambda: NOW)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What was looked at before: states of all, and what was stored in them."""
+
+    states: set[bytes] = field(default_factory=set)
+    stored: set[bytes] = field(default_factory=set)
+
+
 class Explored(NamedTuple):
     """How many runs there were, to how many states they led, and whether to all that there are."""
 
@@ -218,22 +237,25 @@ def explore(
     `check` looks at what is stored after each write, `finish` at the end of a run that no other one was the same as.
     """
     todo: list[list[int]] = [[]]
-    seen: set[bytes] = set()
+    seen = Seen()
     runs, choose = 0, random.Random(0)
     while todo and (not limit or runs < limit):
         prefix = todo.pop(choose.randrange(len(todo)) if limit else -1)
         runs += 1
         with pytest.MonkeyPatch.context() as patch:
             seeded(patch)
-            todo += _run(setup(), works, prefix, seen, check, finish)
-    return Explored(runs, len(seen), not todo)
+            storage = setup()
+            todo += _run(storage, works, prefix, seen, check, finish)
+            for key, _ in storage.contents():
+                storage.delete(key)
+    return Explored(runs, len(seen.states), not todo)
 
 
 def _run(
-    storage: Storage,
+    storage: Aged,
     works: list[Callable[[Storage], Any]],
     prefix: list[int],
-    seen: set[bytes],
+    seen: Seen,
     check: Check,
     finish: Callable[[Storage, list[Actor]], None],
 ) -> list[list[int]]:
@@ -248,29 +270,43 @@ def _run(
             if len(path) < len(prefix):
                 chosen = prefix[len(path)]
             else:
-                state = _state(storage, actors)
-                if state in seen:
+                if _is_known(_state(storage, actors), seen.states):
                     return branches
-                seen.add(state)
                 chosen, *others = sorted(enabled, key=lambda i: not path or i != path[-1])
                 branches += [[*path, other] for other in others]
             op = actors[chosen].waiting  # the same as in the run that this one branched off from
             path.append(chosen)
             actors[chosen].grant()
-            if op is not None and op.verb in WRITES and len(path) >= len(prefix):
+            if op is not None and op.verb in WRITES and not _is_known(_stored(storage), seen.stored):
                 check(storage)
-        finish(storage, actors)
+        if not _is_known(_state(storage, actors), seen.states):
+            finish(storage, actors)
     finally:
         for actor in actors:
             actor.kill()
     return branches
 
 
-def _state(storage: Storage, actors: list[Actor]) -> bytes:
+def _is_known(digest: bytes, seen: set[bytes]) -> bool:
+    """Whether it was seen before; it is from now on."""
+    count = len(seen)
+    seen.add(digest)
+    return len(seen) == count
+
+
+def _stored(storage: Aged) -> bytes:
+    """What is stored, whenever it was."""
+    return blake3("".join(f"{key} {_digest(data)}\n" for key, data in storage.contents()).encode()).digest()
+
+
+@lru_cache(4096)
+def _digest(data: bytes) -> str:
+    return blake3(data).hexdigest()
+
+
+def _state(storage: Aged, actors: list[Actor]) -> bytes:
     """What is stored, what each actor has been answered, and what it waits for."""
-    hasher = blake3()
-    for item in storage.list(""):
-        hasher.update(f"{item.key} {blake3(storage.get(item.key)).hexdigest()}\n".encode())
+    hasher = blake3(_stored(storage))
     for actor in actors:
         hasher.update(f"{actor.waiting} {actor.over} ".encode() + actor.answers.digest())
     return hasher.digest()

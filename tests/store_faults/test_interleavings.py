@@ -88,7 +88,7 @@ def damaging_intents(storage: Storage) -> None:
         storage.put(key, [b""], 0)
 
 
-def made(*steps: Work) -> Callable[[], Storage]:
+def made(*steps: Work) -> Callable[[], Aged]:
     """What makes storages on which these works were done before, each another one."""
     template = MemoryStorage(uuid.uuid4().hex)
     for step in steps:
@@ -96,7 +96,7 @@ def made(*steps: Work) -> Callable[[], Storage]:
 
     runs = itertools.count()
 
-    def setup() -> Storage:
+    def setup() -> Aged:
         # Another address: what this process remembers of one storage is not taken for the next.
         storage = Aged(f"{template.url.removeprefix('memory://')}-{next(runs)}")
         copy_all(template, storage)
@@ -159,7 +159,7 @@ def acknowledged_is_there(seeds: list[int | None], deleted: set[int] = frozenset
     return finish
 
 
-CASES: dict[str, tuple[Callable[[], Storage], list[Work], list[int | None]]] = {
+CASES: dict[str, tuple[Callable[[], Aged], list[Work], list[int | None]]] = {
     "a save of content that was deleted, and a collection": (
         made(saving(1), saving(2), deleting(1)),
         [saving(1), collecting()],
@@ -208,7 +208,7 @@ CASES: dict[str, tuple[Callable[[], Storage], list[Work], list[int | None]]] = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_interleavings(case: tuple[Callable[[], Storage], list[Work], list[int | None]]) -> None:
+def test_interleavings(case: tuple[Callable[[], Aged], list[Work], list[int | None]]) -> None:
     setup, works, seeds = case
     runs = RUNS // 3 if compacting in works else RUNS  # of these each takes longer
     found = explore(setup, works, visible_is_whole, acknowledged_is_there(seeds), runs)
