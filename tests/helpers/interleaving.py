@@ -31,7 +31,7 @@ from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 T = TypeVar("T")
 CLOCK = "jobs/clock-"
 NOW = 1e9
-_PATIENCE = 60.0  # seconds of real time after which a step is thought to hang
+_PATIENCE = 300.0  # seconds of real time after which a step is thought to hang; a first one may compile
 
 
 class Op(NamedTuple):
