@@ -6,6 +6,7 @@ listing: finding it takes one request, however many there are.
 
 from __future__ import annotations
 
+import re
 from typing import TypeVar
 
 import msgspec
@@ -22,6 +23,13 @@ STORE_KEY = "modelstore.json"
 PACKS = "packs/"
 JOBS = "jobs/"
 MODELS = "models/"
+_OWN = re.compile(
+    r"packs/([0-9a-f]{2})/\1[0-9a-f]{62}\.safetensors"
+    r"|models/.+/manifests/[0-9a-f]{64}\.json\.zst"
+    r"|jobs/(?:clock-)?[0-9a-f]{32}/.+|jobs/probe-[0-9a-f]{16}\.json"
+    r"|intents/[0-9a-f]{32}(?:-[0-9]{1,8}-[0-9]{1,8}-.+)?\.json"
+    r"|condemned/[0-9a-f]{32}/(?:candidates|verdict)\.json"
+)
 FOLDERS = (PACKS, JOBS, MODELS, "intents/", "condemned/")  # all that a store has
 
 
@@ -171,6 +179,14 @@ def manifests_prefix(model: str) -> str:
 def manifest_key(model: str, digest: str) -> str:
     """The key of the manifest with that digest."""
     return f"{manifests_prefix(model)}{digest}.json.zst"
+
+
+def is_own(key: str) -> bool:
+    """Whether a key is one that is given to what a store holds for a time: packs, manifests, notes of works and collections.
+
+    What lies in the store's folders under other names is not the store's, and is left alone.
+    """
+    return _OWN.fullmatch(key) is not None
 
 
 def pack_key(digest: str) -> str:

@@ -27,6 +27,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _LOOKS = 256  # objects of a folder that a listing looks at in one go
 _RECORD = re.compile(r"[0-9]{8}\.json/")  # a folder in the place of a record: no key has others below such a name
 _FOLDER = "a folder lies in its place; move it away, then run 'modelstore repair'"
+_TEMPORARY = re.compile(re.escape(TEMPORARY) + "[0-9]+-[0-9a-f]{16}")  # other names were not made here
 _FOLDER_TRIES = 100  # a folder can be pruned by a concurrent delete each time we have made it
 
 
@@ -150,7 +151,7 @@ class LocalStorage(Storage):
             relative = f"{folder}/{entry.name}".lstrip("/")
             if entry.kind == "folder":
                 yield from self._sweep(relative, before, dry_run)
-            elif entry.name.startswith(TEMPORARY):
+            elif _TEMPORARY.fullmatch(entry.name):
                 with suppress(FileNotFoundError), paths.folder(self.root, folder) as at:
                     if paths.status_in(at, entry.name).st_mtime > before:
                         continue

@@ -47,7 +47,7 @@ class Catalog(Lookup):
             return rec.parse(self._storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
         models = None
         with suppress(ModelStoreError):  # not everything that can be read can be listed
-            models = self.models()
+            models = self.recorded()
         if models:  # and so was the store's own record, before them
             try:
                 return rec.parse(self._storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)

@@ -93,7 +93,7 @@ def forget_dead(storage: Storage, now: float) -> None:
 
     Until then they stay in force, since a collection that only sleeps may go on with what it has announced.
     """
-    listed = storage.list(hs.CONDEMNED)
+    listed = (info for info in storage.list(hs.CONDEMNED) if rec.is_own(info.key))
     for _, group in groupby(listed, key=lambda info: info.key[len(hs.CONDEMNED) :].partition("/")[0]):
         infos = list(group)  # the candidates before the verdict, as they are listed
         if max(info.modified for info in infos) <= now - FORGOTTEN:
@@ -116,7 +116,7 @@ def held_by_writers(
     that is, the intent's key tells too: one that is damaged is voided like any other, and until then the list gets it.
     """
     held: set[str] = set()
-    for info in list(storage.list(hs.INTENTS)):
+    for info in [info for info in storage.list(hs.INTENTS) if rec.is_own(info.key)]:
         wrong: ModelStoreError | None = None
         try:
             intent = hs.parse(storage.get(info.key), Intent, info.key)

@@ -34,7 +34,6 @@ _THREADS = 16
 _ROUNDS = 5  # how often a collection begins anew that writers have stopped
 _BATCH = 256  # objects removed between two looks at whether that is still allowed
 _ONE_LISTING = 1000  # packs up to which one listing is quicker than one a folder
-_PACK = re.compile(r"packs/(?:[0-9a-f]{2}/)?[^/]+")  # anything else there, such as a store of its own, is not ours
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 Progress = Callable[[int], None]
@@ -194,7 +193,9 @@ def _unmarked(storage: Storage, marked: set[str], live: set[str], limit: float, 
     found = _Found((jobs, [], []))
     listed = storage.list(rec.JOBS)
     for _, group in groupby(listed, key=lambda info: info.key[len(rec.JOBS) :].partition("/")[0]):
-        job = list(group)
+        job = [info for info in group if rec.is_own(info.key)]
+        if not job:
+            continue
         if any(info.key.endswith(f"/{rec.STORE_KEY}") for info in job):
             found.kept += len(job)  # a store of its own
         elif max(info.modified for info in job) <= limit:
@@ -237,12 +238,12 @@ def _manifests(storage: Storage) -> Iterator[ObjectInfo]:
                 prefix = rec.manifests_prefix(check_model(name))
             except ValueError:
                 continue  # no folder of a model: not ours
-            yield from storage.list(prefix)
+            yield from (info for info in storage.list(prefix) if rec.is_own(info.key))
 
 
 def _packs(storage: Storage) -> Iterable[ObjectInfo]:
     """Every pack; many of them folder by folder, side by side."""
-    return (info for info in _under_packs(storage) if _PACK.fullmatch(info.key))
+    return (info for info in _under_packs(storage) if rec.is_own(info.key))
 
 
 def _under_packs(storage: Storage) -> list[ObjectInfo]:

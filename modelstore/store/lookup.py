@@ -39,6 +39,10 @@ class Lookup:
             found += [f"{first}/{second}" for second in inner - {"versions", "tags", "manifests"}]
         return sorted(filter(is_model, found))
 
+    def recorded(self) -> list[str]:
+        """Those of them of which there is a record: in a folder that is no store others may have such names."""
+        return [model for model in self.models() if self.head(model) is not None]
+
     def versions(self, model: str, damaged: Damaged | None = None) -> list[VersionRecord]:
         """The newest record of every version of a model, deleted ones too, oldest version first.
 

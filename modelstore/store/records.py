@@ -8,7 +8,6 @@ needs, and what earlier records name is collected then.
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -30,7 +29,6 @@ from modelstore.storage.pool import Pool
 from modelstore.store.damage import DAMAGED, listed
 
 _THREADS = 16
-_JOURNAL = re.compile(r"(jobs/[0-9a-f]{32}/|intents/|condemned/).*\.json")  # anything else there is not ours
 
 Record = VersionRecord | TagRecord
 # Why what a record names cannot be relied on, "" where all of it is there; it stays there until the end of the block.
@@ -105,6 +103,10 @@ def damage(storage: Storage, models: Sequence[str], *, journals: bool) -> list[P
     return found
 
 
+def _is_note(key: str) -> bool:
+    return key.endswith(".json") and rec.is_own(key)
+
+
 def torn_journals(storage: Storage, keys: Sequence[str] | None = None) -> list[ModelStoreError]:
     """The journals, and what writers and collections tell each other, that cannot be read: of those at `keys` or of all."""
     if keys is None:
@@ -125,7 +127,7 @@ def torn_journals(storage: Storage, keys: Sequence[str] | None = None) -> list[M
         return FormatError(f"object {key} is damaged: {advice}", object=key)
 
     with Pool(_THREADS, thread_name_prefix="modelstore-records") as pool:
-        return [error for error in pool.map(look, filter(_JOURNAL.fullmatch, keys)) if error is not None]
+        return [error for error in pool.map(look, filter(_is_note, keys)) if error is not None]
 
 
 # ---------------------------------------------------------------------- mending

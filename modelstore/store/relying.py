@@ -21,7 +21,7 @@ from modelstore.format import handshake as hs
 from modelstore.format import manifest as man
 from modelstore.format.handshake import Claim, Condemned, Intent
 from modelstore.format.manifest import FORMAT, Manifest
-from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
+from modelstore.format.record import VariantEntry, VersionRecord, is_own, manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.damage import DAMAGED
@@ -208,7 +208,7 @@ def condemned_among(storage: Storage, needed: Collection[str]) -> set[str]:
     So is one whose candidates are damaged; a damaged verdict is taken to name all its candidates, of which it is a part.
     """
     found: set[str] = set()
-    listed = list(storage.list(hs.CONDEMNED))
+    listed = [info for info in storage.list(hs.CONDEMNED) if is_own(info.key)]
     for id_, group in groupby(listed, key=lambda info: info.key[len(hs.CONDEMNED) :].partition("/")[0]):
         keys = {info.key for info in group}
         verdict, candidates = hs.verdict_key(id_), hs.candidates_key(id_)

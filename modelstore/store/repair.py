@@ -58,7 +58,7 @@ def repair(
     """
     work = _Repair(storage, catalog, manifests, source)
     copies = [*([source] if source is not None else []), *mirrors]
-    if records.mend_store(storage, copies, catalog.models):
+    if records.mend_store(storage, copies, catalog.recorded):
         work.repaired.append(rec.STORE_KEY)
     catalog.open()
     names = [ref.name] if ref else catalog.models()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from modelstore.errors import ModelStoreError
 from modelstore.format.inventory import StoreUsage, Usage
 from modelstore.format.manifest import Manifest
-from modelstore.format.record import MODELS, PACKS, VersionRecord, manifest_key, pack_key
+from modelstore.format.record import JOBS, MODELS, PACKS, VersionRecord, is_own, manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
@@ -101,7 +101,7 @@ class _Counting:
                     gaps.append((info[0], info[1] - int(live[number])))
             elif info[0] in self.needed:
                 manifests += info[1]
-            elif info[0].startswith(PACKS) or "/manifests/" in info[0]:
+            elif is_own(info[0]) and not info[0].startswith(JOBS):
                 unused += info[1]
         with Pool(_THREADS, thread_name_prefix="modelstore-du") as pool:
             starts = pool.map(lambda gap: data_start(self.storage, gap[0]), gaps)
@@ -109,7 +109,7 @@ class _Counting:
         return int(live.sum()), dead, unused, manifests, total
 
     def _objects(self) -> Iterator[tuple[str, int]]:
-        for prefix in (PACKS, MODELS, "jobs/"):
+        for prefix in (PACKS, MODELS, JOBS):
             yield from ((info.key, info.size) for info in self.storage.list(prefix))
 
 

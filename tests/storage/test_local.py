@@ -78,7 +78,7 @@ def test_delete_prunes_empty_folders_only(tmp_path: Path) -> None:
 def test_temporaries_are_hidden_and_swept(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.create("a/1", b"x")
-    old, new = tmp_path / "a/.tmp-1-dead", tmp_path / "left/.tmp-2-dead"
+    old, new = tmp_path / "a/.tmp-1-dddddddddddddddd", tmp_path / "left/.tmp-2-dddddddddddddddd"
     new.parent.mkdir()
     old.write_bytes(b"half")
     new.write_bytes(b"half")
@@ -104,7 +104,7 @@ def test_a_file_that_a_writer_holds_is_not_swept(tmp_path: Path) -> None:
     storage.put("a/1", pieces(), 2)
     assert swept == [()]
     assert storage.get("a/1") == b"xy"
-    left = tmp_path / "a/.tmp-1-dead"
+    left = tmp_path / "a/.tmp-1-dddddddddddddddd"
     left.touch()
     assert storage.remove_temporaries(time.time() + 9) == (left,)
 
@@ -322,8 +322,8 @@ def outside(tmp_path: Path) -> Path:
     folder = tmp_path / "outside"
     folder.mkdir()
     (folder / "x").write_bytes(b"precious")
-    (folder / ".tmp-1-old").write_bytes(b"precious")
-    os.utime(folder / ".tmp-1-old", (0, 0))
+    (folder / ".tmp-1-0000000000000000").write_bytes(b"precious")
+    os.utime(folder / ".tmp-1-0000000000000000", (0, 0))
     return folder
 
 
@@ -351,7 +351,7 @@ def test_no_folder_is_reached_through_a_link(tmp_path: Path, outside: Path, at: 
     storage.delete(at)
     assert [info.key for info in storage.list("")] == ["kept/x"]
     assert (outside / "x").read_bytes() == b"precious"
-    assert (outside / ".tmp-1-old").exists()
+    assert (outside / ".tmp-1-0000000000000000").exists()
 
 
 @pytest.mark.parametrize("to", ["outside/x", "outside", "store/a/loop", "nowhere", "/dev/zero"])

@@ -21,6 +21,7 @@ from modelstore.store import garbage
 from tests.store.helpers import Small, cut, weights
 
 T = TypeVar("T")
+JUNK, JOB = pack_key("0" * 64), "0" * 32
 
 
 def two_versions() -> Small:
@@ -106,9 +107,9 @@ def test_a_delta_keeps_what_it_is_stored_against_also_of_another_model() -> None
 def test_what_a_killed_save_left_goes_with_its_journal_when_it_is_old() -> None:
     small = two_versions()
     stale = {
-        "jobs/abc/1.json": b"{}",
+        f"jobs/{JOB}/1.json": b"{}",
         f"packs/00/{'0' * 64}.safetensors": b"x",
-        f"models/new/manifests/{'0' * 64}": b"y",
+        f"models/new/manifests/{'0' * 64}.json.zst": b"y",
     }
     for key, data in stale.items():
         small.storage.put(key, [data], len(data))
@@ -117,15 +118,50 @@ def test_what_a_killed_save_left_goes_with_its_journal_when_it_is_old() -> None:
     assert {one.key for one in small.sweep().objects} == set(stale)
 
 
+OTHERS = [
+    "notes.txt",
+    ".tmp-notes",
+    "packs/notes.txt",
+    "packs/ab/model.safetensors",
+    f"packs/ab/{'0' * 64}.safetensors",
+    "models/bert/checkpoints/1.pt",
+    "models/bert/manifests/1.json",
+    "models/org/m/manifests/notes.json.zst",
+    "jobs/train.json",
+    "jobs/1/log.json",
+    "intents/greet.json",
+    "condemned/1/verdict.json",
+    "condemned/1/candidates.json",
+]
+
+
+def test_what_others_keep_in_its_folders_is_left_alone_and_holds_nothing_up(tmp_path: Path) -> None:
+    for name in OTHERS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    store = modelstore.client.open(str(tmp_path), memory="64MiB", threads=2)
+    for seed in (1, 2):
+        store.save("org/m", weights(seed))
+    store.delete("org/m@1")
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    swept = store.gc(dry_run=False, grace=0)
+    assert swept.objects
+    assert not swept.problems
+    assert store.verify().ok
+    assert store.repair().ok
+    assert [(tmp_path / name).read_text() for name in OTHERS] == ["mine"] * len(OTHERS)
+
+
 def test_a_work_that_goes_on_keeps_its_old_pages_and_all_that_they_name() -> None:
     small = two_versions()
     pack = pack_key("a" * 64)
-    for key, data in {"jobs/abc/1.json": b'["' + b"a" * 64 + b'"]', "jobs/abc/2.json": b"{}", pack: b"x"}.items():
+    for key, data in {f"jobs/{JOB}/1.json": b'["' + b"a" * 64 + b'"]', f"jobs/{JOB}/2.json": b"{}", pack: b"x"}.items():
         small.storage.put(key, [data], len(data))
-    small.age(1000, "jobs/abc/1.json", pack)
+    small.age(1000, f"jobs/{JOB}/1.json", pack)
     assert small.sweep().objects == ()
-    small.age(1000, "jobs/abc/2.json")
-    assert {one.key for one in small.sweep().objects} == {"jobs/abc/1.json", "jobs/abc/2.json", pack}
+    small.age(1000, f"jobs/{JOB}/2.json")
+    assert {one.key for one in small.sweep().objects} == {f"jobs/{JOB}/1.json", f"jobs/{JOB}/2.json", pack}
 
 
 @pytest.mark.parametrize("grace", [-1, -1e-9, math.nan])
@@ -151,29 +187,29 @@ class Shifted(WrappingStorage):
 
 def test_the_clock_is_the_storages() -> None:
     small = two_versions()
-    small.storage.put("packs/00/x", [b"x"], 1)
+    small.storage.put(JUNK, [b"x"], 1)
     assert small.sweep(on=Shifted(small.storage)).objects == ()
     small.age(101)
-    assert [one.key for one in small.sweep(on=Shifted(small.storage)).objects] == ["packs/00/x"]
+    assert [one.key for one in small.sweep(on=Shifted(small.storage)).objects] == [JUNK]
 
 
 def test_a_dry_run_on_a_store_open_for_reading_only() -> None:
     small = two_versions()
-    small.storage.put("packs/00/x", [b"x"], 1)
+    small.storage.put(JUNK, [b"x"], 1)
     small.age(1000)
     swept = small.sweep(dry_run=True, on=ReadOnlyStorage(small.storage))
-    assert [one.key for one in swept.objects] == ["packs/00/x"]
+    assert [one.key for one in swept.objects] == [JUNK]
 
 
 def test_a_lost_manifest_is_read_from_its_copy_and_without_one_all_packs_are_kept() -> None:
     small = two_versions()
-    small.storage.put("packs/00/x", [b"x"], 1)
+    small.storage.put(JUNK, [b"x"], 1)
     small.age(1000)
     entry = small.entry("org/m@1")
     small.storage.delete(manifest_key("org/m", entry.manifest))
-    assert [one.key for one in small.sweep().objects] == ["packs/00/x"]
+    assert [one.key for one in small.sweep().objects] == [JUNK]
     small.damage(pack_key(entry.copy), cut)
-    small.storage.put("packs/00/x", [b"x"], 1)
+    small.storage.put(JUNK, [b"x"], 1)
     small.age(1000)
     before = small.objects()
     swept = small.sweep()
@@ -184,12 +220,12 @@ def test_a_lost_manifest_is_read_from_its_copy_and_without_one_all_packs_are_kep
 
 def test_of_a_damaged_record_all_is_kept_that_it_may_name() -> None:
     small = two_versions()
-    small.storage.put("packs/00/x", [b"x"], 1)
+    small.storage.put(JUNK, [b"x"], 1)
     small.age(1000)
     key = next(k for k in sorted(small.objects()) if "/versions/" in k)
     small.damage(key, cut)
     swept = small.sweep()
-    assert [one.key for one in swept.objects] == ["packs/00/x"]
+    assert [one.key for one in swept.objects] == [JUNK]
     assert [one.object for one in swept.problems] == [key]
 
 
@@ -293,17 +329,17 @@ def test_a_failure_to_remove_is_told() -> None:
 
 def test_many_packs_are_listed_folder_by_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     small = two_versions()
-    small.storage.put("packs/00/x", [b"x"], 1)
+    small.storage.put(JUNK, [b"x"], 1)
     small.age(1000)
     monkeypatch.setattr(garbage, "_ONE_LISTING", 2)
-    assert [one.key for one in small.sweep().objects] == ["packs/00/x"]
+    assert [one.key for one in small.sweep().objects] == [JUNK]
 
 
 def test_temporary_files_of_killed_writers_go(tmp_path: Path) -> None:
     store = modelstore.client.open(tmp_path / "s", memory="64MiB")
     store.save("m", weights(1))
     folder = next((tmp_path / "s" / "packs").iterdir())
-    temporary = folder / f"{TEMPORARY}1-abc"
+    temporary = folder / f"{TEMPORARY}1-{16 * 'a'}"
     temporary.write_bytes(b"12345")
     assert store.gc(dry_run=False, grace=3600).objects == ()
 

@@ -21,6 +21,8 @@ from modelstore.storage.wrapping import WRITES, T, Verb, WrappingStorage
 from modelstore.store.condemned import FORGOTTEN, Condemnation
 from tests.store.helpers import Small, weights
 
+X, Y = "a" * 32, "b" * 32
+
 
 class At(WrappingStorage):
     """Does something once, before the first operation that `when` chooses, as if this client slept meanwhile."""
@@ -211,12 +213,12 @@ def test_for_an_intent_that_is_damaged_everything_is_kept_and_it_is_named() -> N
     small.store.save("m", weights(1))
     small.store.delete("m@1")
     small.age(1e6)
-    small.storage.create(hs.intent_key("x"), b"{")
+    small.storage.create(hs.intent_key(X), b"{")
     before = {key for key in small.objects() if key.startswith(("packs/", "models/"))}
     swept = small.sweep(grace=0)
-    assert [one.object for one in swept.problems] == ["intents/x.json"]
+    assert [one.object for one in swept.problems] == [hs.intent_key(X)]
     assert {key for key in small.objects() if key.startswith(("packs/", "models/"))} == before
-    assert [one.object for one in small.store.verify().problems] == ["intents/x.json"]
+    assert [one.object for one in small.store.verify().problems] == [hs.intent_key(X)]
 
 
 def asleep_with_a_damaged_intent(small: Small, act: Callable[[], Any]) -> At:
@@ -272,22 +274,22 @@ def test_the_damaged_intent_of_a_variant_is_voided_too() -> None:
 def test_a_damaged_intent_that_names_no_record_is_forgotten_after_a_month() -> None:
     small = Small.new()
     small.store.save("m", weights(1))
-    small.storage.create(hs.intent_key("x"), b"{")
+    small.storage.create(hs.intent_key(X), b"{")
     small.age(FORGOTTEN - 3600)
     problems = small.sweep(grace=0).problems
     assert "30 days ago" in problems[0].message
     small.age(2 * 3600)
     assert small.sweep(grace=0, dry_run=True).problems
     assert not small.sweep(grace=0).problems
-    assert hs.intent_key("x") not in small.objects()
+    assert hs.intent_key(X) not in small.objects()
 
 
 def test_every_damaged_intent_is_named() -> None:
     small = Small.new()
     small.store.save("m", weights(1))
-    for id in "xy":
+    for id in (X, Y):
         small.storage.create(hs.intent_key(id), b"{")
-    assert [one.object for one in small.sweep(grace=0).problems] == ["intents/x.json", "intents/y.json"]
+    assert [one.object for one in small.sweep(grace=0).problems] == [hs.intent_key(X), hs.intent_key(Y)]
 
 
 @pytest.mark.parametrize("model", ["m", "org/m", "a" * 96 + "/" + "b" * 96])
@@ -318,7 +320,7 @@ def test_an_intent_of_what_cannot_be_is_not_made_a_record() -> None:
     small.store.save("m", weights(1))
     for version, number in ((10**8, 1), (2, 1), (1, 9)):
         claim = hs.Claim("m", version, number, {})
-        small.storage.create(hs.intent_key(f"{version}-{number}"), hs.encode(Intent(FORMAT, ("packs/x",), claim)))
+        small.storage.create(hs.intent_key(f"{version + number:032x}"), hs.encode(Intent(FORMAT, ("packs/x",), claim)))
     small.age(1e6)
     small.sweep(grace=0)
     assert small.store.save("m", weights(2)).version == 2
@@ -328,8 +330,8 @@ def test_a_damaged_verdict_is_taken_to_name_all_that_was_thought_of() -> None:
     small = Small.new()
     small.store.save("m", weights(1))
     condemned = tuple(key for key in small.objects() if key.startswith(("packs/", "models/m/manifests/")))
-    small.storage.create(hs.candidates_key("x"), hs.encode(Condemned(FORMAT, "x", condemned)))
-    small.storage.create(hs.verdict_key("x"), b"")
+    small.storage.create(hs.candidates_key(X), hs.encode(Condemned(FORMAT, "x", condemned)))
+    small.storage.create(hs.verdict_key(X), b"")
     assert small.store.save("m", weights(1)).version == 2
     for key in condemned:
         small.storage.delete(key)
@@ -338,23 +340,23 @@ def test_a_damaged_verdict_is_taken_to_name_all_that_was_thought_of() -> None:
 
 def test_a_collection_whose_candidates_are_damaged_is_stopped() -> None:
     small = Small.new()
-    small.storage.create(hs.candidates_key("x"), b"{")
+    small.storage.create(hs.candidates_key(X), b"{")
     assert small.store.save("m", weights(1)).version == 1
-    verdict = hs.parse(small.storage.get(hs.verdict_key("x")), Condemned, hs.verdict_key("x"))
+    verdict = hs.parse(small.storage.get(hs.verdict_key(X)), Condemned, hs.verdict_key(X))
     assert verdict.objects == ()
 
 
 def test_a_condemnation_of_which_nothing_can_be_read_stops_what_would_rely_on_it() -> None:
     small = Small.new()
     small.store.save("m", weights(1))
-    small.storage.create(hs.candidates_key("x"), b"")
-    small.storage.create(hs.verdict_key("x"), b"")
-    with pytest.raises(FormatError, match=r"condemned/x/candidates\.json"):
+    small.storage.create(hs.candidates_key(X), b"")
+    small.storage.create(hs.verdict_key(X), b"")
+    with pytest.raises(FormatError, match=rf"condemned/{X}/candidates\.json"):
         small.store.save("m", weights(2))
     assert small.store.versions("m")[-1].version == 1
 
 
 def test_a_verdict_without_candidates_is_of_a_collection_that_is_over() -> None:
     small = Small.new()
-    small.storage.create(hs.verdict_key("x"), b"")
+    small.storage.create(hs.verdict_key(X), b"")
     assert small.store.save("m", weights(1)).version == 1

@@ -209,12 +209,13 @@ def test_garbage_collection_keeps_what_a_torn_record_may_name_and_sweeps_the_res
 
 @pytest.mark.parametrize("data", [b"", b'{"format":1,"blake3":"' + b"0" * 64 + b'"}'])
 def test_a_torn_page_of_a_work_under_way_keeps_every_pack(data: bytes, storage: MemoryStorage) -> None:
-    put(storage, "packs/00/old.safetensors", b"x")
+    old = rec.pack_key("0" * 64)
+    put(storage, old, b"x")
     put(storage, f"{rec.JOBS}{'ab' * 16}/page.json", data)
     swept = open_on(storage).gc(dry_run=False, grace=-0.0)
-    assert "packs/00/old.safetensors" in {one.key for one in swept.objects}  # with no grace the work counts as given up
-    put(storage, "packs/00/old.safetensors", b"x")
-    storage._shelf.objects["packs/00/old.safetensors"] = (b"x", 0.0)
+    assert old in {one.key for one in swept.objects}  # with no grace the work counts as given up
+    put(storage, old, b"x")
+    storage._shelf.objects[old] = (b"x", 0.0)
     put(storage, f"{rec.JOBS}{'ab' * 16}/page.json", data)
     swept = open_on(storage).gc(dry_run=False, grace=60)
     assert swept.objects == ()
