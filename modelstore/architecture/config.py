@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ _NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 _DEEPEST = 4
 
 
-def parse(content: bytes) -> Config | None:
+def parse(content: bytes, most_bytes: int = MAX_CONFIG, most_members: int = MAX_MEMBERS) -> Config | None:
     """The JSON object in a file of a model; None where it is none, or has more bytes or members than are looked into."""
-    if len(content) > MAX_CONFIG or sum(map(content.count, (b"{", b"[", b",", b":"))) > MAX_MEMBERS:
+    if len(content) > most_bytes or sum(map(content.count, (b"{", b"[", b",", b":"))) > most_members:
         return None
     try:
         found = json.loads(content)
@@ -50,9 +51,50 @@ def count(config: Config, *keys: str) -> int | None:
         if value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 40:
-            raise FormatError(f"config.json has {key} = {str(value)[:80]!r}: expected a positive whole number")
+            raise absurd(key, value, "a positive whole number")
         return value
     return None
+
+
+def number(config: Config, key: str) -> float | None:
+    """An entry that is a real number, None where the config has none; `FormatError` where it is anything else."""
+    value = config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value):
+        return float(value)
+    raise absurd(key, value, "a number")
+
+
+def flag(config: Config, key: str) -> bool | None:
+    """An entry that is true or false, None where the config has none; `FormatError` where it is anything else."""
+    value = config.get(key)
+    if value is None or isinstance(value, bool):
+        return value
+    raise absurd(key, value, "true or false")
+
+
+def word(config: Config, key: str) -> str | None:
+    """An entry that is text, None where the config has none; `FormatError` where it is anything else."""
+    value = config.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    raise absurd(key, value, "text")
+
+
+def part(config: Config, key: str) -> Config:
+    """An entry that is an object, an empty one where the config has none; `FormatError` where it is anything else."""
+    value = config.get(key)
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return value
+    raise absurd(key, value, "an object")
+
+
+def absurd(key: str, value: object, expected: str) -> FormatError:
+    """The error for an entry that cannot be."""
+    return FormatError(f"config.json has {key} = {str(value)[:80]!r}: expected {expected}")
 
 
 def architectures(config: Config) -> Sequence[str]:

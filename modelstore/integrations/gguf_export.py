@@ -26,7 +26,7 @@ from modelstore.format.gguf import parse_header
 from modelstore.format.region import Region, extent
 from modelstore.integrations.gguf_model import GgufModel, Named, gguf_model, rows_in_order, type_of
 from modelstore.integrations.gguf_quants import TYPES, quantize, row_bytes
-from modelstore.integrations.gguf_vocab import add_tokenizer
+from modelstore.integrations.gguf_vocab import Files, Vocabulary, add_tokenizer, read_vocabulary
 from modelstore.sources.gguf import CONTENT, HEADER, SIZE
 
 if TYPE_CHECKING:
@@ -72,8 +72,10 @@ def export_gguf(
             write(reader, [output], target, limits, progress)
             target.place()
         return results.Exported(str(path), (path.name,), output.size, time.monotonic() - started)
-    model = gguf_model(manifest, model_config(reader))
-    output = _layout(reader, model, path.name, name, gguf_type or _default(model))
+    config = model_config(reader)
+    model = gguf_model(manifest, config)
+    vocabulary = read_vocabulary(_files(reader), config or {}, int(model.values[".vocab_size"]))
+    output = layout(model, vocabulary, path.name, name, gguf_type or _default(model))
     with Target(path, [output], single=True, overwrite=overwrite) as target:
         write(reader, [output], target, limits, progress)
         target.place()
@@ -117,7 +119,8 @@ class _Rows:
 
 def _again(reader: Reader, path: str) -> OutFile:
     """The file whose blocks were saved: the header that it had, and each tensor where it lay."""
-    raw = _file(reader)(HEADER)
+    files = _files(reader)
+    raw = files.read(HEADER) if HEADER in files.sizes else None
     size = reader.manifest.metadata.get(SIZE, "")
     if raw is None or not (size.isascii() and size.isdigit() and len(size) < 19):
         raise FormatError(f"the model lacks {HEADER}, which it was saved with: restore it, or save the file again")
@@ -135,7 +138,8 @@ def _again(reader: Reader, path: str) -> OutFile:
     return OutFile(path, raw.ljust(first, b"\0"), tuple(placed), int(size))
 
 
-def _layout(reader: Reader, model: GgufModel, path: str, name: str, kind: str) -> OutFile:
+def layout(model: GgufModel, vocabulary: Vocabulary | None, path: str, name: str, kind: str) -> OutFile:
+    """The file of a model named `name`: its header, and where each tensor goes, as `kind` where it is a matrix."""
     import gguf
 
     writer = gguf.GGUFWriter(None, model.arch)
@@ -145,7 +149,7 @@ def _layout(reader: Reader, model: GgufModel, path: str, name: str, kind: str) -
         _add(writer, f"{model.arch}{key}" if key.startswith(".") else key, value)
     writer.add_file_type(_FILE_TYPE[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, _file(reader), int(model.values[".vocab_size"]))
+    add_tokenizer(writer, vocabulary)
     for constant, numbers in model.constants.items():
         writer.add_tensor_info(constant, numbers.shape, numbers.dtype, numbers.nbytes, gguf.GGMLQuantizationType.F32)
     sizes, kinds = [], []
@@ -193,13 +197,13 @@ def _add(writer: gguf.GGUFWriter, key: str, value: int | float | str | bool) -> 
         writer.add_string(key, value)
 
 
-def _file(reader: Reader) -> Callable[[str], bytes | None]:
+def _files(reader: Reader) -> Files:
     files = {file.name: file for file in reader.manifest.files}
 
-    def read(name: str) -> bytes | None:
-        return reader.region(files[name], ((0, files[name].shape[0]),)).tobytes() if name in files else None
+    def read(name: str) -> bytes:
+        return reader.region(files[name], ((0, files[name].shape[0]),)).tobytes()
 
-    return read
+    return Files({name: file.nbytes for name, file in files.items()}, read)
 
 
 def _default(model: GgufModel) -> str:

@@ -1,35 +1,26 @@
-"""What llama.cpp calls a model's parts: architecture, hyperparameters and tensor names, from a transformers config.
+"""A model in llama.cpp's terms: its metadata, and where each of its tensors goes.
 
-The architectures are those whose exports are proven to compute what transformers does; their tensor names come from the `gguf`
-package's maps.
+Every tensor that the config promises has a place with a shape; a model is written where its tensors are those, and no others.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from modelstore.architecture.config import architectures
+from modelstore.architecture.config import Config
+from modelstore.architecture.quantized import method
 from modelstore.codecs.numbers import Floats
 from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.region import Shape
 from modelstore.integrations.gguf_quants import BLOCK
+from modelstore.integrations.gguf_settings import Settings, Value, settings
 
-# transformers' architecture → llama.cpp's, and whether that rotates neighbours rather than halves of a head (rope).
-ARCHITECTURES = {
-    "LlamaForCausalLM": ("llama", True),
-    "MistralForCausalLM": ("llama", True),
-    "Qwen2ForCausalLM": ("qwen2", False),
-    "Qwen3ForCausalLM": ("qwen3", False),
-}
-_WIDEST = 1 << 16
-_SKIPPED = (".rotary_emb.inv_freq", ".attn.masked_bias")  # computed again by every loader
+_SKIPPED = ".rotary_emb.inv_freq"  # computed again by every loader
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -51,55 +42,32 @@ class GgufModel:
     """A model in llama.cpp's terms. `values`: metadata without its architecture's prefix, where the key begins with a dot."""
 
     arch: str
-    values: dict[str, int | float | str | bool]
+    values: Mapping[str, Value]
     tensors: tuple[Named, ...]
     constants: dict[str, Floats] = field(default_factory=dict)  # tensors that are made, not read
 
 
-def gguf_model(manifest: Manifest, config: Mapping[str, Any] | None) -> GgufModel:
-    """How a model is written as GGUF; `UnsupportedError` where it is none that is known, and says why."""
-    name = next(iter(architectures(config or {})), None)
-    known = ARCHITECTURES.get(name) if name is not None else None
-    if config is None or known is None:
-        what = f"the architecture {name!r}" if config is not None else "a model without a config.json"
-        raise UnsupportedError(f"{what} has no GGUF export: {', '.join(ARCHITECTURES)} have")
-    arch, neighbours = known
-    heads = _int(config, "num_attention_heads")
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    hidden = _int(config, "hidden_size")
-    width = int(config.get("head_dim") or hidden // heads)
-    if width > _WIDEST:
-        raise UnsupportedError(
-            f"config.json says heads of {width} numbers, where {_WIDEST} is the limit: it does not fit"
-        )
-    most = max((tensor.shape[0] for tensor in manifest.tensors if tensor.shape), default=0)
-    if _int(config, "vocab_size") > most:
-        raise UnsupportedError(
-            f"config.json says vocab_size {config['vocab_size']}, and no tensor has as many rows: it does not fit"
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedError(
-            f"llama.cpp's {arch} computes with silu, and this model with {config['hidden_act']!r}: it has no GGUF export"
-        )
-    rope, factors = _rope(config, width)
-    context = _int(config, "max_position_embeddings")
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    values: dict[str, int | float | str | bool] = {
-        ".context_length": min(context, int(window)) if window else context,  # windows are not known for these
-        ".embedding_length": hidden,
-        ".block_count": _int(config, "num_hidden_layers"),
-        ".feed_forward_length": _int(config, "intermediate_size"),
-        ".attention.head_count": heads,
-        ".attention.head_count_kv": kv_heads,
-        ".attention.key_length": width,
-        ".attention.value_length": width,
-        ".attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
-        ".vocab_size": _int(config, "vocab_size"),
-        ".rope.dimension_count": width,
-        **rope,
-    }
-    tensors = _tensors(manifest, config, arch, width if neighbours else 0)
-    return GgufModel(arch, values, tensors, {} if factors is None else {"rope_freqs.weight": factors})
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor goes: its name in the file, its sizes and what the config calls them, the rows of a head to turn."""
+
+    name: str
+    sizes: tuple[tuple[str, int], ...]
+    head: int = 0
+
+
+def gguf_model(manifest: Manifest, config: Config | None) -> GgufModel:
+    """How a model is written as GGUF; where it cannot be written right, an error says why."""
+    if config is None:
+        there = any(file.name == "config.json" for file in manifest.files)
+        what = "a config.json that can be read (a JSON object of at most 16 MiB)" if there else "a config.json"
+        raise UnsupportedError(f"a model without {what} has no GGUF export: save it with its config.json")
+    said = settings(config, len(manifest.tensors))
+    how = method(config)
+    if how is not None and any(tensor.kind.itemsize == 1 for tensor in manifest.tensors):
+        raise UnsupportedError(f"the model was quantized before it was saved ({how[:80]}), and has no GGUF export")
+    constants = {} if said.factors is None else {"rope_freqs.weight": said.factors}
+    return GgufModel(said.family.arch, said.values, _tensors(manifest, said), constants)
 
 
 def rows_in_order(rows: int, head: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -120,96 +88,94 @@ def type_of(named: Named, kind: str) -> str:
     return "Q8_0" if named.name in ("token_embd.weight", "output.weight") else kind
 
 
-def _tensors(manifest: Manifest, config: Mapping[str, Any], arch: str, head: int) -> tuple[Named, ...]:
-    import gguf
+def _places(said: Settings) -> Iterator[tuple[str, _Place]]:
+    """For each tensor of transformers' class where it goes."""
+    hidden, middle = ("hidden_size", said.hidden), ("intermediate_size", said.intermediate)
+    vocabulary, width = ("vocab_size", said.vocabulary), ("head_dim", said.width)
+    queries = ("num_attention_heads × head_dim", said.heads * said.width)
+    keys = ("num_key_value_heads × head_dim", said.kv_heads * said.width)
+    yield _EMBEDDING, _Place("token_embd.weight", (vocabulary, hidden))
+    yield "model.norm.weight", _Place("output_norm.weight", (hidden,))
+    yield _HEAD, _Place("output.weight", (vocabulary, hidden))
+    turned = said.width if said.family.neighbours else 0
+    weights = {
+        "self_attn.q_proj": ("attn_q", (queries, hidden), turned),
+        "self_attn.k_proj": ("attn_k", (keys, hidden), turned),
+        "self_attn.v_proj": ("attn_v", (keys, hidden), 0),
+        "self_attn.o_proj": ("attn_output", (hidden, queries), 0),
+        "mlp.gate_proj": ("ffn_gate", (middle, hidden), 0),
+        "mlp.up_proj": ("ffn_up", (middle, hidden), 0),
+        "mlp.down_proj": ("ffn_down", (hidden, middle), 0),
+        "input_layernorm": ("attn_norm", (hidden,), 0),
+        "post_attention_layernorm": ("ffn_norm", (hidden,), 0),
+    }
+    if said.family.norms:
+        weights |= {"self_attn.q_norm": ("attn_q_norm", (width,), 0), "self_attn.k_norm": ("attn_k_norm", (width,), 0)}
+    for layer in range(said.layers):
+        for name, (made, sizes, head) in weights.items():
+            yield f"model.layers.{layer}.{name}.weight", _Place(f"blk.{layer}.{made}.weight", sizes, head)
+            if name.rsplit(".", 1)[-1] in said.biases:
+                yield f"model.layers.{layer}.{name}.bias", _Place(f"blk.{layer}.{made}.bias", sizes[:1], head)
 
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    table = gguf.get_tensor_name_map(number, _int(config, "num_hidden_layers", len(manifest.tensors)))
-    find: Callable[[str], str | None] = lambda name: table.get_name(name, try_suffixes=(".weight", ".bias"))  # noqa: E731
-    found: list[Named] = []
-    aliases: dict[str, list[str]] = {}
+
+def _tensors(manifest: Manifest, said: Settings) -> tuple[Named, ...]:
+    places = dict(_places(said))
+    named: dict[str, list[str]] = {tensor.name: [tensor.name] for tensor in manifest.tensors}
     for alias, name in manifest.aliases.items():
-        aliases.setdefault(name, []).append(alias)
+        named[name].append(alias)
+    at: dict[str, Tensor] = {}
     for tensor in manifest.tensors:
-        names = [tensor.name, *aliases.get(tensor.name, ())]
-        known = {made for made in map(find, names) if made is not None}
-        if not known:
-            if tensor.name.endswith(_SKIPPED):
-                continue
+        known = [name for name in (_whole(name, places) for name in named[tensor.name]) if name in places]
+        if not known and not tensor.name.endswith(_SKIPPED):
             raise UnsupportedError(
-                f"tensor {tensor.name!r} has no place in llama.cpp's {arch}: the model has no GGUF export",
+                f"tensor {tensor.name!r} has no place in a {said.name} of {said.layers} layers as this config.json says it is: "
+                f"the model has no GGUF export",
                 tensor=tensor.name,
             )
-        made = "token_embd.weight" if "token_embd.weight" in known else min(known)  # a tied head is made from it
-        if made == "output.weight" and config.get("tie_word_embeddings") is True:
-            continue
-        _check(tensor, made)
-        turned = head if ".attn_q." in made or ".attn_k." in made else 0
-        if turned and tensor.shape[0] % turned:
-            raise UnsupportedError(
-                f"tensor {tensor.name!r} has {tensor.shape[0]} rows, no multiple of a head's {turned}: config.json does not fit",
-                tensor=tensor.name,
-            )
-        found.append(Named(tensor, made, turned))
-    twice = [name for name, times in Counter(named.name for named in found).items() if times > 1]
-    if twice:
-        raise UnsupportedError(f"several tensors would be {min(twice)!r} in the GGUF: the model has no GGUF export")
+        for name in known:
+            if name in at:
+                raise UnsupportedError(f"the model has {name!r} twice: it has no GGUF export", tensor=tensor.name)
+            at[name] = tensor
+    _tie(at, said)
+    missing = [name for name in places if name not in at and not (name == _HEAD and said.tied)]
+    if missing:
+        raise UnsupportedError(
+            f"the model lacks {missing[0]!r}, which a {said.name} of this config.json has: it has no GGUF export",
+            tensor=missing[0],
+        )
+    found = []
+    for name, tensor in at.items():
+        place = places[name]
+        _check(tensor, place)
+        found.append(Named(tensor, place.name, place.head))
     return tuple(found)
 
 
-def _check(tensor: Tensor, made: str) -> None:
-    shape: Shape = tensor.shape
-    if tensor.kind.kind != "float" or tensor.dtype.startswith("float4") or not 1 <= len(shape) <= 2 or 0 in shape:
+def _whole(name: str, places: Mapping[str, _Place]) -> str:
+    """The name in a model with a head; those saved without it lack the prefix."""
+    return f"model.{name}" if name not in places and f"model.{name}" in places else name
+
+
+def _tie(at: dict[str, Tensor], said: Settings) -> None:
+    """Leave a head out that is the embedding, which llama.cpp then takes for both, as transformers does."""
+    embedding, head = at.get(_EMBEDDING), at.get(_HEAD)
+    if said.tied and embedding is None and head is not None:
+        at[_EMBEDDING] = head
+    elif embedding is None or head is None or (head is not embedding and head.digest != embedding.digest):
+        return  # transformers does not tie what a checkpoint has two of
+    del at[_HEAD]
+
+
+def _check(tensor: Tensor, place: _Place) -> None:
+    if tensor.kind.kind != "float" or tensor.dtype.startswith("float4"):
         raise UnsupportedError(
-            f"tensor {tensor.name!r} ({tensor.dtype}, shape {list(shape)}) cannot be {made!r} in a GGUF: "
-            f"export floating-point weights",
+            f"tensor {tensor.name!r} ({tensor.dtype}) cannot be {place.name!r} in a GGUF: export floating-point weights",
             tensor=tensor.name,
         )
-
-
-def _rope(config: Mapping[str, Any], width: int) -> tuple[dict[str, int | float | str | bool], Floats | None]:
-    """Metadata of the rotary embedding, and Llama 3's factors by frequency."""
-    said = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = float(said.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    values: dict[str, int | float | str | bool] = {".rope.freq_base": base}
-    kind = said.get("rope_type") or said.get("type") or "default"
-    if kind == "default":
-        return values, None
-    if kind == "linear":
-        return values | {".rope.scaling.type": "linear", ".rope.scaling.factor": float(said["factor"])}, None
-    if kind == "yarn":
-        original = said.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        scaling: dict[str, int | float | str | bool] = {
-            ".rope.scaling.type": "yarn",
-            ".rope.scaling.factor": float(said["factor"]),
-            ".rope.scaling.original_context_length": int(original),
-        }
-        return values | scaling, None
-    if kind == "llama3":
-        return values, _llama3(said, base, width, int(config["max_position_embeddings"]))
-    raise UnsupportedError(
-        f"rotary embeddings of the type {kind!r} have no GGUF export: default, linear, yarn, llama3 have"
-    )
-
-
-def _llama3(said: Mapping[str, Any], base: float, width: int, context: int) -> Floats:
-    """By what each frequency is divided (Llama 3.1): nothing for short waves, `factor` for long ones, smoothly between."""
-    factor, low, high = (float(said[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = float(said.get("original_max_position_embeddings") or context)
-    factors = []
-    for i in range(0, width, 2):
-        wave = 2 * math.pi * base ** (i / width)
-        smooth = (original / wave - low) / (high - low)
-        factors.append(1 / ((1 - min(1.0, max(0.0, smooth))) / factor + min(1.0, max(0.0, smooth))))
-    return np.array(factors, np.float32)
-
-
-def _int(config: Mapping[str, Any], key: str, most: int = 1 << 31) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnsupportedError(f"config.json has no {key!r} that is a positive number: the model has no GGUF export")
-    if value > most:
+    if tensor.shape != tuple(size for _, size in place.sizes):
+        sizes = ", ".join(f"{name} {size}" for name, size in place.sizes)
         raise UnsupportedError(
-            f"config.json says {key} {value}, more than the model's {most} tensors allow: it does not fit"
+            f"tensor {tensor.name!r} has the shape {list(tensor.shape)}, and config.json says {sizes}: "
+            f"save the model with its own config.json",
+            tensor=tensor.name,
         )
-    return value
