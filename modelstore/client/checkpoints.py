@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.client.base import Base
 from modelstore.errors import NotFoundError
-from modelstore.execute.progress import Progress, meter
 from modelstore.execute.saving import Against
 from modelstore.format.names import ORIGINAL, Reference, parse_reference
+from modelstore.format.progress import Progress, meter
 from modelstore.format.structure import CHECKPOINT, FILE, structure
 from modelstore.plan.layout import as_layout
 

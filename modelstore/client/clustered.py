@@ -12,11 +12,11 @@ import msgspec
 from modelstore.client.base import Base
 from modelstore.errors import NotFoundError
 from modelstore.execute.loading import Model
-from modelstore.execute.progress import Progress, meter
 from modelstore.execute.saving import Outcome
 from modelstore.format import results
 from modelstore.format.names import ORIGINAL, Reference, parse_reference
 from modelstore.format.note import Note
+from modelstore.format.progress import Progress, meter
 from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.layout import Shard, Share, as_layout
 from modelstore.store.manifests import Manifests

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.client.base import Base
 from modelstore.errors import NotFoundError
-from modelstore.execute.progress import Progress, meter
 from modelstore.format import results
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, check_word, parse_reference
+from modelstore.format.progress import Advance, Progress, meter
 from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
 
@@ -80,9 +80,7 @@ class Compressing(Base):
             )
             return outcome.result(plan, time.monotonic() - started)
 
-    def _spread(
-        self, parent: Parent, variants: tuple[str, ...], progress: Callable[[int], None] | None
-    ) -> Spread | None:
+    def _spread(self, parent: Parent, variants: tuple[str, ...], progress: Advance | None) -> Spread | None:
         """How a cluster's workers take a job's tensors; None without a cluster."""
         if self._session is None or self._source is None:
             return None

@@ -12,9 +12,9 @@ from modelstore.client.base import Base
 from modelstore.errors import ModelStoreError, NotFoundError
 from modelstore.execute.copying import copy
 from modelstore.execute.copying_plan import Place, Wanted
-from modelstore.execute.progress import Progress, meter
 from modelstore.format import inventory
 from modelstore.format.names import ORIGINAL, Reference, check_model, check_word, parse_reference
+from modelstore.format.progress import Progress, meter
 from modelstore.format.record import VersionRecord
 from modelstore.format.structure import CHECKPOINT
 from modelstore.storage.open import open_storage

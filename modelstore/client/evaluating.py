@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 from modelstore.client.base import Base
-from modelstore.execute.progress import Progress
 from modelstore.format import results
 from modelstore.format.names import Reference, of_version, parse_reference
+from modelstore.format.progress import Progress
 from modelstore.store.describe import variant_infos, weights_of
 
 if TYPE_CHECKING:

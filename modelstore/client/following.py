@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from modelstore.client.base import Base
-from modelstore.execute.progress import Progress
 from modelstore.execute.together import Together
 from modelstore.format.names import check_model, check_word, parse_reference
+from modelstore.format.progress import Progress
 from modelstore.plan.layout import Shard, as_layout
 from modelstore.store.watch import Watch
 

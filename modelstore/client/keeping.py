@@ -6,9 +6,9 @@ import uuid
 from contextlib import suppress
 
 from modelstore.client.base import Base, log
-from modelstore.execute.progress import Progress, meter
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, of_version, parse_reference
+from modelstore.format.progress import Progress, meter
 from modelstore.storage.open import open_storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.damage import DAMAGED

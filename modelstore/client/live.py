@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from modelstore.errors import CancelledError, NotFoundError
 from modelstore.execute.live import Held, advance, plan
 from modelstore.execute.loading import Model
-from modelstore.execute.progress import Progress, meter
 from modelstore.execute.readers import Readers
 from modelstore.format import results
 from modelstore.format.locks import Lock
+from modelstore.format.progress import Progress, meter
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Layout
 from modelstore.plan.update import Slot, slots

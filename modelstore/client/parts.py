@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from modelstore.client.base import Base
-from modelstore.execute.progress import Progress, meter
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.note import note
+from modelstore.format.progress import Progress, meter
 from modelstore.format.region import nbytes
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ from modelstore.client.keeping import Keeping
 from modelstore.client.parts import Parts
 from modelstore.errors import ModelStoreError
 from modelstore.execute.loading import LazyTensor
-from modelstore.execute.progress import Progress, meter
 from modelstore.execute.saving import Outcome, check_options, publish, store
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, of_version, parse_reference
 from modelstore.format.note import note
+from modelstore.format.progress import Progress, meter
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Shard, as_layout
 from modelstore.sources.choosing import Choice

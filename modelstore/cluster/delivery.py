@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from modelstore.errors import ConflictError, CorruptionError, StorageError
 from modelstore.execute.loading import Model
 from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes, view
+from modelstore.format.progress import Advance
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Layout, Share
 from modelstore.plan.read import Want
@@ -153,7 +154,7 @@ def deliver(
     transport: str | None,
     device: str,
     gpus: float,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> tuple[int, int, str]:
     """Call `method` of every worker with its tensors, batch by batch: bytes handed over, senders, the transport.
 
@@ -310,7 +311,7 @@ def _moved(method: Any, transport: str) -> Any:
     return method if transport == "object_store" else method.options(tensor_transport=transport)
 
 
-def _settle(open_: deque[tuple[Any, int]], leave: int, progress: Callable[[int], None] | None) -> int:
+def _settle(open_: deque[tuple[Any, int]], leave: int, progress: Advance | None) -> int:
     """Wait until at most so many hand-overs are open; bytes of those that ended."""
     done = 0
     while len(open_) > leave:

@@ -7,7 +7,7 @@ whoever starts the same job again, after the death of a worker, a node or the dr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -25,6 +25,7 @@ from modelstore.errors import CancelledError, ModelStoreError, StorageError
 from modelstore.execute.reading import Limits
 from modelstore.format.manifest import CodecSpec, Manifest
 from modelstore.format.names import ORIGINAL
+from modelstore.format.progress import Advance
 from modelstore.format.record import manifest_key
 from modelstore.format.results import JobStatus
 from modelstore.plan.placement import View, holders
@@ -100,7 +101,7 @@ class Job:
         self._config = dict(config) if config else None
         self._earlier = tuple(earlier)
 
-    def run(self, portion: Portion, manifest: Manifest, progress: Callable[[int], None] | None = None) -> int:
+    def run(self, portion: Portion, manifest: Manifest, progress: Advance | None = None) -> int:
         """Have workers encode a portion's tensors; bytes that they stored anew.
 
         `CancelledError` where somebody cancelled the job; a worker's error, where it failed again and again. What is finished

@@ -13,6 +13,7 @@ from modelstore.cluster.pieces import Piece, Source, pieces, section_keys
 from modelstore.errors import StorageError
 from modelstore.format import results
 from modelstore.format.manifest import Manifest
+from modelstore.format.progress import Advance
 from modelstore.plan.placement import View, holders
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def prefetch(
     tier: str,
     replicas: int | None,
     pin: str | None,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> results.Prefetched:
     """Have every holder hold its chunks; where hosts die meanwhile, those that take their place.
 
@@ -83,7 +84,7 @@ def prefetch(
 
 
 def _round(
-    view: View, copies: int, parts: Sequence[Piece], hold: Hold, progress: Callable[[int], None] | None
+    view: View, copies: int, parts: Sequence[Piece], hold: Hold, progress: Advance | None
 ) -> tuple[int, set[str]]:
     """Ask every holder once: bytes that they hold, and which of them are gone."""
     open_: dict[Future[int], tuple[int, str, int]] = {}

@@ -89,7 +89,7 @@ def compare(
     *,
     memory: int,
     vocabulary: int,
-    count: Callable[[int], None] | None = None,
+    count: Advance | None = None,
 ) -> tuple[Score | None, list[Score]]:
     """The score of the original, where one is given, and of each variant against it.
 
@@ -123,7 +123,7 @@ def _alone(
     model: torch.nn.Module,
     tokens: Sequence[int],
     work: Sequence[Sequence[Window]],
-    count: Callable[[int], None] | None,
+    count: Advance | None,
 ) -> Score:
     predicted, surprise = 0, 0.0
     for answers, targets in _answers(model, tokens, work, count):
@@ -137,7 +137,7 @@ def _against(
     model: torch.nn.Module,
     tokens: Sequence[int],
     work: Sequence[Sequence[Window]],
-    count: Callable[[int], None] | None,
+    count: Advance | None,
 ) -> Score:
     import torch
 
@@ -156,7 +156,7 @@ def _answers(
     model: torch.nn.Module,
     tokens: Sequence[int],
     work: Sequence[Sequence[Window]],
-    count: Callable[[int], None] | None,
+    count: Advance | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of each batch: log p of every token of the vocabulary, float32 (predictions, vocabulary); and the tokens that came."""
     import torch

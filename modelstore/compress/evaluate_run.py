@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from modelstore.compress import evaluate as ev
 from modelstore.compress.evaluate_metrics import known, publish
 from modelstore.compress.evaluate_model import language_config, language_model, tokens
 from modelstore.execute.loading import Model
-from modelstore.execute.progress import Progress, meter
 from modelstore.execute.reading import Limits
 from modelstore.format.names import ORIGINAL
+from modelstore.format.progress import Advance, Progress, meter
 from modelstore.format.results import Measured
 
 __all__ = ["Choice", "Found", "evaluate", "publish"]
@@ -149,9 +149,7 @@ def _rounded(value: float | None) -> float | None:
     return float(f"{value:.{_DIGITS}g}") if value is not None and math.isfinite(value) else None
 
 
-def _counter(
-    progress: Progress | None, per_token: float, predictions: int, variants: Sequence[str]
-) -> Callable[[int], None] | None:
+def _counter(progress: Progress | None, per_token: float, predictions: int, variants: Sequence[str]) -> Advance | None:
     """Tells of bytes of text, so that a bar has the unit of all others."""
     count = meter(progress, round(predictions * per_token), f"evaluating {', '.join(variants) or ORIGINAL}")
     return None if count is None else lambda predicted: count(round(predicted * per_token))

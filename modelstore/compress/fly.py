@@ -23,6 +23,7 @@ from modelstore.execute.reading import Limits, Reader
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.progress import Advance
 from modelstore.format.recipe import Recipe
 from modelstore.format.region import Region, extent, shift, size, slices
 from modelstore.plan.read import ChunkRead, ReadJob, Want
@@ -86,7 +87,7 @@ class FlyReader(Reader):
         run: Callable[[ReadJob, dict[int, T]], None],
         *,
         bounded: bool = True,
-        progress: Callable[[int], None] | None = None,
+        progress: Advance | None = None,
     ) -> Iterator[tuple[int, T]]:
         """As `Reader.flow`. What codecs found in whole tensors is let go tensor by tensor, except where one is read alone."""
         less = replace(limits, memory=limits.memory // 3)  # a thread holds the original's chunks, and a slab of it, too

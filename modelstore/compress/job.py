@@ -34,6 +34,7 @@ from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.manifest_builder import ManifestBuilder
 from modelstore.format.names import ORIGINAL
+from modelstore.format.progress import Advance
 from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region, extent, shift, slices
@@ -121,7 +122,7 @@ def compress(
     codes: Codes | None = None,
     earlier: Iterable[Manifest] = (),
     limits: Limits,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
     spread: Spread | None = None,
 ) -> Outcome:
     """Make a plan's variants of one version and publish them together.

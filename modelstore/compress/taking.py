@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from modelstore.execute.memory import Arena
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Tensor
+from modelstore.format.progress import Advance
 from modelstore.plan.layout import Share
 from modelstore.plan.read import ReadJob, Want
 
@@ -64,7 +65,7 @@ def stream_parts(
     *,
     device: str | torch.device = "cpu",
     bounded: bool = True,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of `shares` as engines take them: (name, tensor) pairs as they become ready, a weight's parts together.
 
@@ -84,7 +85,7 @@ def load_parts(
     limits: Limits,
     *,
     device: str | torch.device = "cpu",
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> dict[str, torch.Tensor]:
     """All that `stream_parts` gives, in the order of `shares`."""
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in shares}
@@ -99,7 +100,7 @@ def _stream(
     limits: Limits,
     device: str | torch.device,
     bounded: bool,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> Iterator[tuple[str, str, torch.Tensor]]:
     """(name of the weight, name of the part, the part); what can be refused is refused before the first is asked for."""
     groups: dict[tuple[str, Share], list[str]] = {}
@@ -150,7 +151,7 @@ def _read(
     views: list[EngineView | None],
     limits: Limits,
     bounded: bool,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> Iterator[tuple[int, Mapping[str, Part]]]:
     """Each want's place in the list, and its parts."""
     arena = Arena()

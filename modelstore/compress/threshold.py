@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -13,6 +12,7 @@ from modelstore.codecs.pruning import global_threshold, magnitudes
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format import grid
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.progress import Advance
 from modelstore.format.results import Choice, CompressionPlan
 
 _PER_THREAD = 24 << 20  # bytes: a chunk, and what it is decoded of
@@ -26,7 +26,7 @@ def with_threshold(
     manifest: Manifest,
     reader: Reader,
     limits: Limits,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> CompressionPlan:
     """The plan with the threshold that prunes `share` of all weights it compresses, the smallest of all tensors together.
 
@@ -48,7 +48,7 @@ def with_threshold(
     return msgspec.structs.replace(plan, choices=choices, needs_threshold=False)
 
 
-def _counts(reader: Reader, tensor: Tensor, progress: Callable[[int], None] | None) -> Counts:
+def _counts(reader: Reader, tensor: Tensor, progress: Advance | None) -> Counts:
     """How often each number occurs in a tensor, chunk by chunk, as it lies in the store."""
     counts = histogram.empty(tensor.kind)
     for chunk in range(tensor.chunks):

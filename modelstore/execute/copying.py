@@ -19,6 +19,7 @@ from modelstore.format import manifest as man
 from modelstore.format.buffers import Pieces
 from modelstore.format.inventory import Copied, CopiedVersion
 from modelstore.format.locks import Lock
+from modelstore.format.progress import Advance
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.storage.pool import Pool
 from modelstore.store import packs
@@ -31,8 +32,6 @@ _PER_PACK = 96 << 20  # working memory of a pack on its way: parts of an upload 
 _AT_ONCE = 8
 _RACES = 1000
 
-Progress = Callable[[int], None]
-
 
 def copy(
     source: Place,
@@ -41,7 +40,7 @@ def copy(
     *,
     everything: bool,
     limits: Limits,
-    meter: Callable[[int], Progress | None],
+    meter: Callable[[int], Advance | None],
 ) -> Copied:
     """Copy versions, in this order. `everything`: as one of many, so that what was deleted there stays so, and what does not
     fit is left out and said; else it is copied anew, or an error.
@@ -106,7 +105,7 @@ class _Copying:
         self.sent = 0
         self.sent_packs = 0
 
-    def bad(self, there: Mapping[str, int], limits: Limits, report: Progress | None) -> list[str]:
+    def bad(self, there: Mapping[str, int], limits: Limits, report: Advance | None) -> list[str]:
         """Of the packs that are there those whose bytes are not right: they are sent again, before anything relies on them."""
 
         def good(pack: str) -> bool:
@@ -125,7 +124,7 @@ class _Copying:
         threads = max(1, min(_AT_ONCE, limits.threads or _AT_ONCE, limits.memory // _PER_PACK))
         return Pool(threads, thread_name_prefix="modelstore-copy")
 
-    def send(self, missing: Iterable[str], limits: Limits, report: Progress | None) -> None:
+    def send(self, missing: Iterable[str], limits: Limits, report: Advance | None) -> None:
         """Send packs."""
         with self._pool(limits) as pool:
             sending = [pool.submit(self._send, pack, report) for pack in missing]
@@ -136,7 +135,7 @@ class _Copying:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _send(self, pack: str, report: Progress | None) -> None:
+    def _send(self, pack: str, report: Advance | None) -> None:
         """Stream a pack, from the first copy that gives the bytes that its name stands for."""
         key = pack_key(pack)
         reasons = []
@@ -161,7 +160,7 @@ class _Copying:
             object=key,
         )
 
-    def _told(self, pieces: Iterable[bytes], report: Progress | None) -> Iterator[bytes]:
+    def _told(self, pieces: Iterable[bytes], report: Advance | None) -> Iterator[bytes]:
         for piece in pieces:
             yield piece
             if report:

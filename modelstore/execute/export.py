@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from modelstore.execute.export_write import write
 from modelstore.execute.model_files import json_object, model_config
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format import checkpoint, results
+from modelstore.format.progress import Advance
 from modelstore.plan.layout import Share
 
 MAX_SHARD = 5_000_000_000
@@ -37,7 +38,7 @@ def export(
     packed: Mapping[str, Packing] | None = None,
     instead: Mapping[str, bytes] | None = None,
     shares: Mapping[str, Share] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> results.Exported:
     """Write all tensors to local files; `progress` hears of raw bytes as they are written.
 

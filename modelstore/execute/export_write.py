@@ -16,6 +16,7 @@ from modelstore.execute.export_layout import OutFile, Placed
 from modelstore.execute.export_target import Done, Target, writing
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format.buffers import Bytes, view
+from modelstore.format.progress import Advance
 from modelstore.format.region import Region, extent, is_contiguous, offset
 from modelstore.plan.layout import Share
 from modelstore.plan.read import Want
@@ -47,9 +48,7 @@ class _Block:
     region: Region
 
 
-def write(
-    reader: Reader, outputs: Sequence[OutFile], target: Target, limits: Limits, progress: Callable[[int], None] | None
-) -> None:
+def write(reader: Reader, outputs: Sequence[OutFile], target: Target, limits: Limits, progress: Advance | None) -> None:
     """Write all files to where they are staged, going on from what an earlier run left."""
     limit = max(2 << 20, min(16 << 20, limits.memory // 16))
     found = [(output, target.done(output, limit)) for output in outputs]
@@ -67,7 +66,7 @@ def _write_all(
     target: Target,
     limits: Limits,
     limit: int,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> None:
     writer = _Writer(target, limit)
     wanted: list[_Block] = []

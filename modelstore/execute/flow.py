@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Generic, TypeVar
 
+from modelstore.format.progress import Advance
 from modelstore.plan.read import ReadJob
 from modelstore.storage.pool import Pool
 
@@ -20,7 +21,7 @@ def flow(
     *,
     threads: int,
     memory: int | None,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> Iterator[tuple[int, T]]:
     """Each want's place in the list and what was made for it by `begin` and filled by `run`, as they become ready.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -20,6 +20,7 @@ from modelstore.format import grid
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import FORMAT, Digest
 from modelstore.format.manifest_builder import Location
+from modelstore.format.progress import Advance
 from modelstore.format.record import JOBS, pack_key
 from modelstore.format.sealed import seal, unseal
 from modelstore.storage.base import Storage
@@ -122,7 +123,7 @@ def resume(
     inputs: Sequence[Input],
     shelf: Shelf,
     tally: Tally,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> Resumed:
     """The journal of this very work, and those of its inputs that an earlier run stored; they are added to the tally.
 

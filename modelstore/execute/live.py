@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from modelstore.execute.pages import Image, Overlay
 from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.progress import Advance
 from modelstore.format.region import Region, extent, slices
 from modelstore.plan.layout import Share
 from modelstore.plan.read import Want
@@ -57,7 +58,7 @@ def advance(
     limits: Limits,
     *,
     device: torch.device,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> Held:
     """The version that `update` makes of `old`, whose own values stay as they are."""
     before = old.cells if old is not None else {}
@@ -77,7 +78,7 @@ def _begin_on_host(
     update: Update,
     limits: Limits,
     device: torch.device,  # noqa: ARG001
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> dict[Slot, Cell]:
     by_name = model.manifest.by_name
     overlays: dict[int, Overlay] = {}
@@ -140,7 +141,7 @@ def _begin_on_device(
     update: Update,
     limits: Limits,
     device: torch.device,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> dict[Slot, Cell]:
     cells = {slot: Cell(before[source].tensor.clone()) for slot, (source, _) in update.patched.items()}
     names: dict[str, list[Slot]] = {slot[0]: [] for slot in update.read}
@@ -162,7 +163,7 @@ def _patch(
     model: Model,
     update: Update,
     limits: Limits,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> None:
     """Read what changed of tensors that changed in part, into their place."""
     wants: list[Want] = []

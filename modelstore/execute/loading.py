@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from modelstore.execute.saving import LONGEST_CHAIN
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.progress import Advance
 from modelstore.format.region import from_index, nbytes
 from modelstore.format.suggest import suggestion
 from modelstore.plan.layout import Layout, Share, whole
@@ -27,7 +28,6 @@ from modelstore.store.manifests import Manifests
 if TYPE_CHECKING:
     import torch
 
-Progress = Callable[[int], None]
 
 PATTERN = "*?["  # what makes a pattern of a name
 
@@ -136,7 +136,7 @@ class Model:
         *,
         device: str | torch.device = "cpu",
         bounded: bool = True,
-        progress: Progress | None = None,
+        progress: Advance | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors by name, as they become ready; tied ones are one tensor under each of their names."""
         import torch
@@ -163,7 +163,7 @@ class Model:
         limits: Limits,
         *,
         device: str | torch.device = "cpu",
-        progress: Progress | None = None,
+        progress: Advance | None = None,
     ) -> dict[str, torch.Tensor]:
         """All of `shares`, in their order."""
         found = dict(self.stream(shares, limits, device=device, bounded=str(device) != "cpu", progress=progress))
@@ -182,7 +182,7 @@ class Model:
         return {name: made[self.tensor(name).name, share] for name, share in shares.items()}
 
     def load_into(
-        self, module: torch.nn.Module, limits: Limits, *, shard: Layout | None, strict: bool, progress: Progress | None
+        self, module: torch.nn.Module, limits: Limits, *, shard: Layout | None, strict: bool, progress: Advance | None
     ) -> None:
         """Fill a module's parameters and buffers, in place; those on the meta device are given memory.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.manifest_builder import Location, ManifestBuilder
 from modelstore.format.note import Note
+from modelstore.format.progress import Advance
 from modelstore.format.record import VersionRecord, pack_key
 from modelstore.format.region import Region, Shape, extent, full, intersect, shift, slices
 from modelstore.format.sealed import seal
@@ -134,7 +135,7 @@ def publish(
     note: Note,
     fetching: Fetching,
     limits: Limits,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> tuple[VersionRecord, Manifest]:
     """Publish the parts of all ranks as the next version; a session that was published already is not published again.
 
@@ -302,7 +303,7 @@ def _digests(
     tensors: Mapping[str, tuple[Sequence[Held], Shape]],
     readers: Mapping[int, Reader],
     limits: Limits,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> dict[str, str]:
     """BLAKE3 of the raw bytes of tensors that came in slices, several tensors side by side."""
     threads = max(1, min(limits.threads or os.cpu_count() or 1, len(tensors) or 1))

@@ -7,7 +7,7 @@ they are in a job's folder, what they name is kept by garbage collection as long
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from modelstore.execute.saving import Against, manifest_of, plan_inputs
 from modelstore.execute.writing import PackWriter, Placed, Tally, Written, known_chunks
 from modelstore.format.manifest import FORMAT, MAX_MANIFEST, CodecSpec, Count, Manifest, first_problem
 from modelstore.format.manifest_builder import Location
+from modelstore.format.progress import Advance
 from modelstore.format.record import JOBS, ascending, descending, pack_key
 from modelstore.format.region import Shape, check, extent
 from modelstore.format.sealed import seal, unseal
@@ -105,7 +106,7 @@ def save_part(
     after: int,
     earlier: Sequence[Against],
     limits: Limits,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
 ) -> tuple[PartPage, Tally]:
     """Store one rank's tensors and its page; what was written. Nothing is visible before the session is published.
 

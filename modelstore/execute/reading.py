@@ -18,6 +18,7 @@ from modelstore.execute.flow import flow
 from modelstore.execute.memory import Arena
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.progress import Advance
 from modelstore.format.region import Region, extent, full, rows, size, slices
 from modelstore.plan.layout import Share
 from modelstore.plan.read import ChunkRead, ReadJob, Want, plan_read, read_job
@@ -100,7 +101,7 @@ class Reader:
         *,
         allocate: Allocate | None = None,
         bounded: bool = True,
-        progress: Callable[[int], None] | None = None,
+        progress: Advance | None = None,
     ) -> Iterator[tuple[int, Bytes]]:
         """Each want's place in the list and its raw bytes, as they become ready.
 
@@ -126,7 +127,7 @@ class Reader:
         run: Callable[[ReadJob, dict[int, T]], None],
         *,
         bounded: bool = True,
-        progress: Callable[[int], None] | None = None,
+        progress: Advance | None = None,
     ) -> Iterator[tuple[int, T]]:
         """As `stream`, where `begin` makes what a want is read into, and `run` reads a job's chunks into these."""
         return flow(

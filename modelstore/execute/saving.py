@@ -34,6 +34,7 @@ from modelstore.format.manifest import (
 from modelstore.format.manifest_builder import ManifestBuilder
 from modelstore.format.names import ORIGINAL, check_file, check_tensor
 from modelstore.format.note import Note
+from modelstore.format.progress import Advance
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.region import Region, extent
 from modelstore.format.results import LeftOut
@@ -103,7 +104,7 @@ def store(
     parent: Against | None,
     previous: Against | None,
     limits: Limits,
-    progress: Callable[[int], None] | None,
+    progress: Advance | None,
     resumable: bool = True,
 ) -> Outcome:
     """Store a source's tensors and files, and a manifest of them; nothing is visible before that is published.

@@ -23,6 +23,7 @@ from modelstore.format import grid
 from modelstore.format.buffers import view
 from modelstore.format.manifest import DIGEST_BYTES, Manifest, Tensor, decode
 from modelstore.format.names import Reference
+from modelstore.format.progress import Advance
 from modelstore.format.record import VariantEntry, manifest_key, pack_key
 from modelstore.format.results import Problem, Report
 from modelstore.plan.read import GAP, JOB_BYTES
@@ -43,7 +44,6 @@ _WINDOW = 4  # parts of a large tensor decoded at a time
 
 T = TypeVar("T")
 U = TypeVar("U")
-Progress = Callable[[int], None]
 Rows = NDArray[np.int64]
 
 
@@ -55,7 +55,7 @@ def verify(
     *,
     deep: bool,
     limits: Limits,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Report:
     """Check the variant that a reference names, or all that is live, and what its deltas are stored against.
 
@@ -87,7 +87,7 @@ class _Verification:
     storage: Storage
     manifests: Manifests
     limits: Limits
-    progress: Progress | None
+    progress: Advance | None
     problems: list[Problem] = field(default_factory=list)
     damaged: list[ModelStoreError] = field(default_factory=list)  # records
     chunks: int = 0

@@ -19,6 +19,7 @@ from modelstore.execute.writing import Placed, Tally, Written
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, Pieces, view
 from modelstore.format.manifest_builder import Location
+from modelstore.format.progress import Advance
 from modelstore.storage.base import Storage
 from modelstore.store.packs import Pack, PackBuilder, TensorNote
 from modelstore.store.shelf import Shelf
@@ -40,7 +41,7 @@ class WholeWriter:
     known: dict[bytes, Location]
     shelf: Shelf
     metadata: Mapping[str, str]
-    progress: Callable[[int], None] | None = None
+    progress: Advance | None = None
     finished: Callable[[dict[str, Written], Sequence[Placed]], None] | None = None
     tally: Tally = field(default_factory=Tally)
     _own: set[str] = field(default_factory=set)  # packs that were stored here

@@ -21,6 +21,7 @@ from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.manifest_builder import Location
+from modelstore.format.progress import Advance
 from modelstore.plan.write import Step, plan_steps
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
@@ -100,7 +101,7 @@ class PackWriter:
     limits: Limits
     known: dict[bytes, Location]
     shelf: Shelf
-    progress: Callable[[int], None] | None = None
+    progress: Advance | None = None
     finished: Callable[[dict[str, Written], Sequence[Placed]], None] | None = None
     tally: Tally = field(default_factory=Tally)
 

@@ -23,6 +23,7 @@ from modelstore.execute.reading import Limits, Reader
 from modelstore.format import results
 from modelstore.format.buffers import Bytes
 from modelstore.format.gguf import parse_header
+from modelstore.format.progress import Advance
 from modelstore.format.region import Region, extent
 from modelstore.integrations.gguf_model import GgufModel, Named, gguf_model, rows_in_order, type_of
 from modelstore.integrations.gguf_quants import TYPES, quantize, row_bytes
@@ -44,7 +45,7 @@ def export_gguf(
     gguf_type: str | None = None,
     limits: Limits,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> results.Exported:
     """Write a model as one GGUF (v3) file, which takes its name when it is whole; goes on if interrupted.
 

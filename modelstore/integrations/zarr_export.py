@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from modelstore.execute.reading import Limits, Reader
 from modelstore.format import grid, results
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
+from modelstore.format.progress import Advance
 from modelstore.format.region import Shape, slices
 from modelstore.integrations.zarr_nodes import METADATA, Node, Nodes
 from modelstore.integrations.zarr_values import widen
@@ -59,7 +60,7 @@ def export_zarr(
     *,
     limits: Limits,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> results.Exported:
     """Write every tensor as an array of a Zarr v3 group; `progress` hears of raw bytes as they are written.
 
@@ -188,9 +189,7 @@ def _chunks(nodes: Nodes, reader: Reader) -> Iterator[_Chunk]:
             yield _Chunk(node, index, "/".join((path, "c", *map(str, index))), counts)
 
 
-def _write_chunks(
-    reader: Reader, nodes: Nodes, staging: Path, limits: Limits, progress: Callable[[int], None] | None
-) -> int:
+def _write_chunks(reader: Reader, nodes: Nodes, staging: Path, limits: Limits, progress: Advance | None) -> int:
     """Write the chunks that are missing; bytes of all of them."""
     size = 0
     room = max(1, limits.memory // 16)  # raw bytes on their way: widened and compressed they are five times as much

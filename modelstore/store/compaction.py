@@ -18,6 +18,7 @@ import numpy as np
 from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError
 from modelstore.format.inventory import Compaction
 from modelstore.format.manifest import DIGEST_BYTES, Base, Manifest, first_problem, form
+from modelstore.format.progress import Advance
 from modelstore.format.record import PACKS, VariantEntry, pack_key
 from modelstore.format.results import Swept
 from modelstore.storage.base import Storage
@@ -33,8 +34,6 @@ LIVE_SHARE = 0.8  # below it a pack is rewritten
 _THREADS = 16
 _HEADER = 50  # a gap of less than a fiftieth of a pack is its header: whether something in it is dead is not looked at
 
-Progress = Callable[[int], None]
-
 
 def clean(
     storage: Storage,
@@ -46,7 +45,7 @@ def clean(
     grace: float,
     bound: float,
     hold: int,
-    meter: Callable[[int], Progress | None],
+    meter: Callable[[int], Advance | None],
 ) -> Swept:
     """Compact packs of which less than `bound` is live (0: none), then collect garbage; what is dead in packs is said."""
     limit = now_of(storage, dry_run) - grace
@@ -134,7 +133,7 @@ def compact(
     *,
     hold: int,
     dry_run: bool,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Compaction:
     """Rewrite packs, and what refers to them. `hold`: bytes of a pack that may be held in memory.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -17,6 +17,7 @@ from itertools import groupby
 from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, UnsupportedError
 from modelstore.format import record as rec
 from modelstore.format.names import check_model
+from modelstore.format.progress import Advance
 from modelstore.format.results import Swept, SweptObject
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.local import LocalStorage
@@ -36,8 +37,6 @@ _BATCH = 256  # objects removed between two looks at whether that is still allow
 _ONE_LISTING = 1000  # packs up to which one listing is quicker than one a folder
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
-Progress = Callable[[int], None]
-
 
 def collect(
     storage: Storage,
@@ -46,7 +45,7 @@ def collect(
     *,
     dry_run: bool,
     grace: float,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Swept:
     """Remove the objects that nothing refers to and that are at least `grace` seconds old; with `dry_run` only say which.
 
@@ -84,7 +83,7 @@ def _remove(
     limit: float,
     now_: float,
     doubt: Doubt,
-    progress: Progress | None,
+    progress: Advance | None,
 ) -> list[SweptObject]:
     """Remove what can go, but for what writers turn out to rely on."""
     found.spare_in(doubt)
@@ -102,7 +101,7 @@ def _remove(
 
 
 def _sweep_all(
-    storage: Storage, condemned: Condemnation | None, found: _Found, limit: float, progress: Progress | None
+    storage: Storage, condemned: Condemnation | None, found: _Found, limit: float, progress: Advance | None
 ) -> list[SweptObject]:
     gone = []
     with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:

@@ -6,7 +6,7 @@ files that can be mapped. Nothing here knows of manifests: live *places* (offset
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,6 +18,7 @@ from modelstore.errors import CorruptionError, NotFoundError
 from modelstore.format.buffers import Buffer, Bytes, Pieces, view
 from modelstore.format.decoding import prepared
 from modelstore.format.manifest import DIGEST_BYTES, FORMAT
+from modelstore.format.progress import Advance
 from modelstore.format.record import pack_key
 from modelstore.format.safetensors import Entry
 from modelstore.storage.base import Storage
@@ -29,7 +30,6 @@ from modelstore.store.runs import PIECE, Span, read, runs
 PLACE = np.dtype([("offset", "<u8"), ("length", "<u8"), ("digest", f"S{DIGEST_BYTES}")])
 SHARD_BYTES = 4 << 30  # of packs of whole tensors
 
-Progress = Callable[[int], None]
 _Segment = tuple[Span, bytes | None]  # bytes of a pack, and the digest that they are to have
 Places = NDArray[np.void]  # of PLACE, each once, in the order of their offsets
 
@@ -127,7 +127,7 @@ def arrange(olds: Iterable[Old]) -> list[New]:
     return done
 
 
-def write(storage: Storage, mirrors: Sequence[Storage], new: New, hold: int, progress: Progress | None) -> str:
+def write(storage: Storage, mirrors: Sequence[Storage], new: New, hold: int, progress: Advance | None) -> str:
     """Write a new pack; its name. Held in memory up to `hold` bytes, above that read twice: for its name, then to be written.
 
     `DamagedPackError` where a live chunk has no good copy.

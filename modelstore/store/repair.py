@@ -20,6 +20,7 @@ from modelstore.format.buffers import view
 from modelstore.format.manifest import Manifest
 from modelstore.format.manifest_builder import Location
 from modelstore.format.names import ORIGINAL, Reference
+from modelstore.format.progress import Advance
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.results import Problem, Report
 from modelstore.storage.base import Storage
@@ -37,8 +38,6 @@ _THREADS = 4
 _LARGEST_COPY = 1 << 30  # bytes of a compressed manifest
 _LOST = (NotFoundError, CorruptionError, FormatError, StorageError)
 
-Progress = Callable[[int], None]
-
 
 def repair(
     storage: Storage,
@@ -48,7 +47,7 @@ def repair(
     source: Storage | None,
     *,
     mirrors: Sequence[Storage] = (),
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Report:
     """Mend what a reference names, or all that is live: records, then manifests, then every pack that they refer to.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
+Progress = Callable[[int, int, str], None]  # whom a caller gives: bytes done, bytes in all, what is being done
+Advance = Callable[[int], None]  # whom a work tells: bytes done since it told last
 
 
-def meter(progress: Progress | None, total: int, what: str) -> Callable[[int], None] | None:
+def meter(progress: Progress | None, total: int, what: str) -> Advance | None:
     """A counter of bytes that reports the sum so far; None where nobody listens."""
     if progress is None:
         return None
