@@ -8,6 +8,7 @@ that are read along make the difference.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from benchmarks.load import store
 from benchmarks.measure import Row, Setting
@@ -26,8 +27,8 @@ def rows(setting: Setting) -> list[Row]:
     for kind in ("lossless", "raw"):
         opened = ms.open(store(setting, kind))
         manifest = opened._manifest(parse_reference("bench"))
-        counting = CountingStorage(opened._storage)
-        model = Model(counting, (), opened._manifests, "bench", manifest)
+        counting = CountingStorage(opened.repo.storage)
+        model = Model(replace(opened.repo, storage=counting), "bench", manifest)
         for rank, size in SIZES:
             shares = model.shares(ms.TensorParallel(rank=rank, size=size), None)
             counting.reset()

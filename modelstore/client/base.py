@@ -27,9 +27,8 @@ from modelstore.format.results import Exported, Saved
 from modelstore.plan.layout import Share
 from modelstore.storage.base import Storage
 from modelstore.storage.options import without_secrets
-from modelstore.store.catalog import Catalog
 from modelstore.store.damage import UNREADABLE
-from modelstore.store.manifests import Manifests
+from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
     from modelstore.cluster.orders import Order
@@ -80,10 +79,7 @@ class Base:
         cluster: str | None = None,
     ) -> None:
         budget(memory)
-        self._storage = storage
-        self._mirrors = mirrors
-        self._catalog = Catalog(self._storage)
-        self._manifests = Manifests(self._storage, self._mirrors)
+        self.repo = Repo.on(storage, mirrors)
         self._memory = memory
         self._threads = threads
         self._joined = session
@@ -98,7 +94,15 @@ class Base:
         source = self._source
         if source is not None:
             source = type(source)(source.url, without_secrets(source.options)[0], source.engine)
-        return _again, (type(self), self._storage, self._mirrors, self._memory, self._threads, source, self._cluster)
+        return _again, (
+            type(self),
+            self.repo.storage,
+            self.repo.mirrors,
+            self._memory,
+            self._threads,
+            source,
+            self._cluster,
+        )
 
     @property
     def _session(self) -> Session | None:
@@ -129,7 +133,7 @@ class Base:
     @property
     def url(self) -> str:
         """Where the store lies, without credentials."""
-        return self._storage.url
+        return self.repo.storage.url
 
     def __repr__(self) -> str:
         return f"modelstore.open({self.url!r})"
@@ -139,21 +143,23 @@ class Base:
 
     def _manifest(self, ref: Reference) -> Manifest:
         return self._as_it_is(
-            ref, lambda record: self._manifests.entry(ref.name, self._catalog.variant(record, ref.variant))
+            ref, lambda record: self.repo.manifests.entry(ref.name, self.repo.catalog.variant(record, ref.variant))
         )
 
     def _model(self, ref: Reference) -> Model:
-        return self._as_it_is(ref, lambda record: self._opened(ref.name, self._catalog.variant(record, ref.variant)))
+        return self._as_it_is(
+            ref, lambda record: self._opened(ref.name, self.repo.catalog.variant(record, ref.variant))
+        )
 
     def _as_it_is(self, ref: Reference, opened: Callable[[VersionRecord], T]) -> T:
         """What `opened` makes of a version's record; again where a compaction has replaced its manifests meanwhile."""
-        self._catalog.open()
-        record = self._catalog.resolve(ref)
+        self.repo.catalog.open()
+        record = self.repo.catalog.resolve(ref)
         while True:
             try:
                 return opened(record)
             except CorruptionError:
-                before, record = record, self._catalog.resolve(ref)
+                before, record = record, self.repo.catalog.resolve(ref)
                 if record == before:
                     raise
 
@@ -165,7 +171,7 @@ class Base:
         from modelstore.compress.presets import PRESETS
 
         if ref.variant in record.variants or ref.variant not in PRESETS:
-            return self._opened(ref.name, self._catalog.variant(record, ref.variant))
+            return self._opened(ref.name, self.repo.catalog.variant(record, ref.variant))
         from modelstore.compress.fly import unstored
 
         at = f"{ref.name}@{record.version}"
@@ -184,7 +190,7 @@ class Base:
         """Say where a compressed variant takes as much outside the store as its original does."""
         if ref.variant == ORIGINAL:
             return
-        original = self._catalog.entry(replace(ref, variant=ORIGINAL))[1]
+        original = self.repo.catalog.entry(replace(ref, variant=ORIGINAL))[1]
         if done.bytes >= original.nbytes:
             log.warning(
                 "%s was written dense, as no engine has a layout for it: %s bytes, where its original has %s",
@@ -204,12 +210,12 @@ class Base:
         return partial(MakingReader, makers=self._session, variant=variant)
 
     def _opened(self, name: str, entry: VariantEntry) -> Model:
-        manifest = self._manifests.entry(name, entry)
-        return Model(self._storage, self._mirrors, self._manifests, name, manifest, fetching=self._fetching)
+        manifest = self.repo.manifests.entry(name, entry)
+        return Model(self.repo, name, manifest, fetching=self._fetching)
 
     def _against(self, ref: Reference) -> Against:
-        self._catalog.open()
-        entry = self._catalog.entry(ref)[1]
+        self.repo.catalog.open()
+        entry = self.repo.catalog.entry(ref)[1]
         model = self._opened(ref.name, entry)
         return Against(ref.name, entry.manifest, model.manifest, model.reader, model.chain)
 
@@ -221,7 +227,7 @@ class Base:
             return None
         except UNREADABLE as error:  # a record, or the manifest that it names
             warn([error])
-        for record in islice(self._catalog.readable(name), _LOOKED_AT):
+        for record in islice(self.repo.catalog.readable(name), _LOOKED_AT):
             with suppress(NotFoundError, *UNREADABLE):
                 return self._against(Reference(name, version=record.version))
         return None

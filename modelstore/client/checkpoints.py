@@ -28,8 +28,8 @@ class Checkpoints(Base):
         parsed = parse_reference(ref)
         if parsed.variant not in (ORIGINAL, CHECKPOINT):
             raise ValueError(f"{ref!r} names a variant: give the version, such as {parsed.name!r}")
-        self._catalog.open()
-        record = self._catalog.resolve(parsed)
+        self.repo.catalog.open()
+        record = self.repo.catalog.resolve(parsed)
         if CHECKPOINT not in record.variants:
             raise NotFoundError(
                 f"{parsed.name}@{record.version} holds the weights alone: what was beside them is kept by "

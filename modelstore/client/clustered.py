@@ -19,7 +19,7 @@ from modelstore.format.note import Note
 from modelstore.format.progress import Progress, meter
 from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.layout import Shard, Share, as_layout
-from modelstore.store.manifests import Manifests
+from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ class Clustered(Base):
         assert self._source is not None
         started = time.monotonic()
         parsed = parse_reference(ref)
-        entry = self._catalog.entry(parsed)[1]
+        entry = self.repo.catalog.entry(parsed)[1]
         model = self._opened(parsed.name, entry)
         if shards is not None and len(shards) != len(workers):
             raise ValueError(f"there are {len(shards)} shards for {len(workers)} workers: give each worker one")
@@ -169,7 +169,7 @@ class Clustered(Base):
 
         pending = dict(self._pending)
         orders = [order for order, _ in pending.values()]
-        found = wait_durable(self._in_cluster(), self._storage, orders, timeout)
+        found = wait_durable(self._in_cluster(), self.repo.storage, orders, timeout)
         for save in pending:
             self._pending.pop(save, None)
         return [msgspec.structs.replace(done, version=found[save], durable=True) for save, (_, done) in pending.items()]
@@ -185,11 +185,11 @@ class Clustered(Base):
         result = acknowledge.save(
             session,
             session.here(),
-            self._storage,
+            self.repo.storage,
             self._source,
             name,
             tag,
-            lambda storage: store_to(storage, Manifests(storage), resumable=False),
+            lambda storage: store_to(Repo.on(storage), resumable=False),
             note,
         )
         done = saved(name, result.version, result.outcome, time.monotonic() - started)
@@ -205,7 +205,7 @@ class Clustered(Base):
         session = self._in_cluster()
         assert self._source is not None
         try:
-            return mapped(session, self._source, model, self._catalog.entry(ref)[1].manifest, shares)
+            return mapped(session, self._source, model, self.repo.catalog.entry(ref)[1].manifest, shares)
         except GoneError as problem:
             log.warning("model %r is loaded without a map: %s", ref.name, problem)
             return None

@@ -65,9 +65,7 @@ class Compressing(Base):
             total = passes * sum(choice.bytes for choice in plan.compressed)
             metered = meter(progress, total, f"compressing {ref} to {', '.join(variants)}")
             outcome = compress(
-                self._storage,
-                self._catalog,
-                self._manifests,
+                self.repo,
                 parent,
                 variants,
                 plan,
@@ -145,8 +143,8 @@ class Compressing(Base):
             raise ValueError(
                 f"{ref!r} names a variant: variants are made of a version's original, give {parsed.name!r}"
             )
-        self._catalog.open()
-        record, entry = self._catalog.entry(parsed)
+        self.repo.catalog.open()
+        record, entry = self.repo.catalog.entry(parsed)
         model = self._opened(parsed.name, entry)
         plan = plan_compression(model.manifest, model.config(), recipe)
         check_targets(plan, {"include": include, "skip": skip})
@@ -156,12 +154,12 @@ class Compressing(Base):
 
     def _earlier(self, record: VersionRecord, variants: tuple[str, ...]) -> list[Manifest]:
         """Manifests whose chunks a compression may find again."""
-        return [self._manifests.entry(record.model, entry) for entry in self._earlier_entries(record, variants)]
+        return [self.repo.manifests.entry(record.model, entry) for entry in self._earlier_entries(record, variants)]
 
     def _earlier_entries(self, record: VersionRecord, variants: tuple[str, ...]) -> list[VariantEntry]:
         """All variants of this version, and these of the version before."""
         entries = list(record.variants.values())
-        for before in self._catalog.readable(record.model):
+        for before in self.repo.catalog.readable(record.model):
             if before.version < record.version:
                 entries += [before.variants[name] for name in variants if name in before.variants]
                 break

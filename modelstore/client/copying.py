@@ -11,15 +11,14 @@ import msgspec
 from modelstore.client.base import Base
 from modelstore.errors import ModelStoreError, NotFoundError
 from modelstore.execute.copying import copy
-from modelstore.execute.copying_plan import Place, Wanted
+from modelstore.execute.copying_plan import Wanted
 from modelstore.format import inventory
 from modelstore.format.names import ORIGINAL, Reference, check_model, check_word, parse_reference
 from modelstore.format.progress import Progress, meter
 from modelstore.format.record import VersionRecord
 from modelstore.format.structure import CHECKPOINT
 from modelstore.storage.open import open_storage
-from modelstore.store.catalog import Catalog
-from modelstore.store.manifests import Manifests
+from modelstore.store.repo import Repo
 
 
 class Copying(Base):
@@ -55,11 +54,11 @@ class Copying(Base):
         `ConflictError` where a variant of that name there has other values, `CorruptionError` where packs are damaged here.
         """
         target = self._destination(destination, storage_options)
-        self._catalog.open()
+        self.repo.catalog.open()
         damaged: list[ModelStoreError] = []
         wanted = self._everything(ref, name, variants, tags, damaged) if all else [self._one(ref, name, variants, tags)]
         target.catalog.open(create=True)
-        source = Place(self._storage, self._catalog, self._manifests, self._mirrors)
+        source = self.repo
         what = f"copying {ref or 'everything'}"
         done = copy(
             source,
@@ -84,9 +83,9 @@ class Copying(Base):
         from modelstore.store.relying import again
         from modelstore.store.renaming import rename
 
-        self._catalog.open()
+        self.repo.catalog.open()
         names = check_model(old), check_model(new)
-        return again(lambda: rename(self._storage, self._catalog, *names))
+        return again(lambda: rename(self.repo, *names))
 
     def du(self, name: str | None = None) -> inventory.StoreUsage:
         """What models, versions and variants take, in bytes as stored: all that each holds, and what nothing else holds.
@@ -96,20 +95,19 @@ class Copying(Base):
         """
         from modelstore.store.usage import usage
 
-        self._catalog.open()
+        self.repo.catalog.open()
         damaged: list[ModelStoreError] = []
-        if name is not None and not self._catalog.live(check_model(name), damaged) and not damaged:
-            self._catalog.newest(name)  # says what is wrong
-        return usage(self._storage, self._catalog, self._manifests, name)
+        if name is not None and not self.repo.catalog.live(check_model(name), damaged) and not damaged:
+            self.repo.catalog.newest(name)  # says what is wrong
+        return usage(self.repo, name)
 
     @staticmethod
-    def _destination(where: str | os.PathLike[str] | Base, options: Mapping[str, Any] | None) -> Place:
+    def _destination(where: str | os.PathLike[str] | Base, options: Mapping[str, Any] | None) -> Repo:
         if isinstance(where, Base):
             if options:
                 raise ValueError("storage_options go with a URL: the destination is an open store, which has its own")
-            return Place(where._storage, where._catalog, where._manifests)
-        storage = open_storage(where, options)
-        return Place(storage, Catalog(storage), Manifests(storage))
+            return where.repo
+        return Repo.on(open_storage(where, options))
 
     def _one(
         self, ref: str | None, name: str | None, variants: bool | Iterable[str], tags: bool | Iterable[str]
@@ -117,14 +115,14 @@ class Copying(Base):
         if ref is None:
             raise ValueError("copy needs the reference of a version, or all=True to copy every model")
         parsed = parse_reference(ref)
-        record = self._catalog.resolve(parsed)
-        self._catalog.variant(record, parsed.variant)
+        record = self.repo.catalog.resolve(parsed)
+        self.repo.catalog.variant(record, parsed.variant)
         named = _named(variants, record.variants, "variant")
         for variant in named:
-            self._catalog.variant(record, variant)
+            self.repo.catalog.variant(record, variant)
         saved = (ORIGINAL, CHECKPOINT) if CHECKPOINT in record.variants else (ORIGINAL,)  # not made, so not made again
         chosen = dict.fromkeys((*saved, parsed.variant, *named))
-        known = self._catalog.tags(parsed.name) if tags else {}
+        known = self.repo.catalog.tags(parsed.name) if tags else {}
         mine = [tag for tag, version in known.items() if version == record.version]
         wanted = _named(tags, mine, "tag")
         for tag in wanted:
@@ -154,11 +152,11 @@ class Copying(Base):
         if ref is not None and parse_reference(ref) != Reference(ref):
             raise ValueError(f"all=True copies every version of a model: give its name alone, not {ref!r}")
         wanted: list[Wanted] = []
-        for model in self._catalog.models() if ref is None else [ref]:
-            live = self._catalog.live(model, damaged)
+        for model in self.repo.catalog.models() if ref is None else [ref]:
+            live = self.repo.catalog.live(model, damaged)
             if not live and ref is not None:
-                self._catalog.newest(model)  # says what is wrong
-            by_version = _by_version(self._catalog.tags(model, damaged)) if live else {}
+                self.repo.catalog.newest(model)  # says what is wrong
+            by_version = _by_version(self.repo.catalog.tags(model, damaged)) if live else {}
             wanted += [
                 Wanted(record, _all(record), check_model(name or model), tuple(by_version.get(record.version, ())))
                 for record in live

@@ -93,7 +93,7 @@ class Evaluating(Base):
         choice.check()
         name, content = _text(text)
         started = time.monotonic()
-        self._catalog.open()
+        self.repo.catalog.open()
         pinned = self._pinned(refs)
         models: dict[str, Model] = {}
         for one in (*pinned, Reference(pinned[0].name, version=pinned[0].version)):
@@ -104,9 +104,7 @@ class Evaluating(Base):
         if keep:
             for variant, measured in found.fresh.items():
                 at = Reference(pinned[0].name, version=pinned[0].version, variant=variant)
-                run.publish(
-                    self._storage, self._catalog, self._manifests, at, models[variant].manifest.content, measured
-                )
+                run.publish(self.repo, at, models[variant].manifest.content, measured)
         seconds = time.monotonic() - started
         made = [
             results.Evaluation(
@@ -129,10 +127,10 @@ class Evaluating(Base):
         from modelstore.compress.evaluate_metrics import evaluations, settings, shared
 
         parsed = of_version(ref, f"quality is told of all variants of a version: write {ref.partition(':')[0]!r}")
-        self._catalog.open()
-        record = self._catalog.resolve(parsed)
+        self.repo.catalog.open()
+        record = self.repo.catalog.resolve(parsed)
         names = [info.variant for info in variant_infos(record)]
-        manifests = {name: self._manifests.entry(parsed.name, record.variants[name]) for name in names}
+        manifests = {name: self.repo.manifests.entry(parsed.name, record.variants[name]) for name in names}
         measured = {name: evaluations(manifest.metrics) for name, manifest in manifests.items()}
         chosen = shared(measured.values())
         made = []
@@ -158,7 +156,7 @@ class Evaluating(Base):
             raise ValueError("nothing to evaluate: name a variant")
         found = []
         for one in refs:
-            record, _ = self._catalog.entry(one)
+            record, _ = self.repo.catalog.entry(one)
             found.append(Reference(one.name, version=record.version, variant=one.variant))
         if len({(one.name, one.version) for one in found}) > 1:
             named = ", ".join(sorted({f"{one.name}@{one.version}" for one in found}))

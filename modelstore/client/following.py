@@ -32,7 +32,7 @@ class Following(Base):
         check_model(name)
         if tag is not None:
             check_word(tag, "tag")
-        return Watch(self._catalog, name, tag, poll, since)
+        return Watch(self.repo.catalog, name, tag, poll, since)
 
     def follow(
         self,
@@ -59,8 +59,8 @@ class Following(Base):
         def resolve(version: int | None) -> int:
             if version is not None and not isinstance(version, int):
                 raise TypeError(f"a version is a number, not {version!r}")
-            self._catalog.open()
-            return self._catalog.resolve(
+            self.repo.catalog.open()
+            return self.repo.catalog.resolve(
                 parsed if version is None else replace(parsed, version=version, tag=None)
             ).version
 
@@ -85,6 +85,6 @@ class Following(Base):
         `session` names this swap among all ranks, such as f"swap-{version}", and is used for no other, nor for a second
         attempt. A rank that dies, or is not ready within `timeout` seconds, keeps all from it.
         """
-        vote = Together(self._storage, session, rank=rank, ranks=ranks, timeout=timeout)
-        self._catalog.open()
+        vote = Together(self.repo.storage, session, rank=rank, ranks=ranks, timeout=timeout)
+        self.repo.catalog.open()
         return vote

@@ -18,11 +18,11 @@ class History(Base):
 
         What earlier releases saved says neither who nor of what. Of versions that cannot be read a warning says so.
         """
-        self._catalog.open()
+        self.repo.catalog.open()
         damaged: list[ModelStoreError] = []
-        records = [one for one in self._catalog.versions(check_model(name), damaged) if not never_was(one)]
+        records = [one for one in self.repo.catalog.versions(check_model(name), damaged) if not never_was(one)]
         if not records:
-            self._catalog.newest(name)  # says what is wrong
-        tags = self._catalog.tags(name, damaged)
+            self.repo.catalog.newest(name)  # says what is wrong
+        tags = self.repo.catalog.tags(name, damaged)
         warn(damaged)
         return [log_entry(record, tags) for record in reversed(records) if record.variants]

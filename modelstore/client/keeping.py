@@ -27,14 +27,12 @@ class Keeping(Base):
         from modelstore.execute.verify import verify
 
         try:
-            self._catalog.open()
+            self.repo.catalog.open()
         except DAMAGED as error:  # its own record is damaged, and one of the things that are reported
             log.warning("%s", error)
         metered = meter(progress, 0, "verifying")
         return verify(
-            self._storage,
-            self._catalog,
-            self._manifests,
+            self.repo,
             parse_reference(ref) if ref else None,
             deep=deep,
             limits=self._limits(),
@@ -57,27 +55,24 @@ class Keeping(Base):
                 Catalog(other).open()
         metered = meter(progress, 0, "repairing")
         return repair(
-            self._storage,
-            self._catalog,
-            self._manifests,
+            self.repo,
             parse_reference(ref) if ref else None,
             other,
-            mirrors=self._mirrors,
             progress=metered,
         )
 
     def tag(self, ref: str, tag: str) -> None:
         """Let a tag name a version, with all its variants; readers of the tag find it from then on."""
         named = of_version(ref, f"a tag names a version with all its variants: tag {ref.partition(':')[0]!r}")
-        self._catalog.open()
-        record = self._catalog.resolve(named)
-        self._catalog.set_tag(record.model, check_word(tag, "tag"), record.version, uuid.uuid4().hex)
+        self.repo.catalog.open()
+        record = self.repo.catalog.resolve(named)
+        self.repo.catalog.set_tag(record.model, check_word(tag, "tag"), record.version, uuid.uuid4().hex)
 
     def untag(self, name: str, tag: str) -> None:
         """Remove a tag; the version stays."""
-        self._catalog.open()
-        self._catalog.tag(check_model(name), check_word(tag, "tag"))  # says so where there is none
-        self._catalog.set_tag(name, tag, 0, uuid.uuid4().hex)
+        self.repo.catalog.open()
+        self.repo.catalog.tag(check_model(name), check_word(tag, "tag"))  # says so where there is none
+        self.repo.catalog.set_tag(name, tag, 0, uuid.uuid4().hex)
 
     def delete(self, ref: str, *, all: bool = False) -> None:
         """Delete a version ("name@3"), one variant of it ("name@3:int8"), or with `all` every version of a model ("name").
@@ -85,17 +80,17 @@ class Keeping(Base):
         It is gone for readers at once; its bytes are freed by `gc`. A tagged version is refused, unless `all` is given.
         """
         parsed = parse_reference(ref)
-        self._catalog.open()
+        self.repo.catalog.open()
         writer = uuid.uuid4().hex
         if all:
             if not parsed.is_newest or parsed.variant != "original":
                 raise ValueError(f"all=True deletes a whole model: give its name alone, not {ref!r}")
-            self._catalog.delete_model(parsed.name, writer)
+            self.repo.catalog.delete_model(parsed.name, writer)
             return
         if parsed.is_newest:
             raise ValueError(f"{ref!r} names no version: write {parsed.name}@VERSION, or all=True for the whole model")
-        version = parsed.version or self._catalog.tag(parsed.name, parsed.tag or "")
-        self._catalog.delete(parsed.name, version, parsed.variant if ":" in ref else None, writer)
+        version = parsed.version or self.repo.catalog.tag(parsed.name, parsed.tag or "")
+        self.repo.catalog.delete(parsed.name, version, parsed.variant if ":" in ref else None, writer)
 
     def gc(
         self,
@@ -116,12 +111,9 @@ class Keeping(Base):
         from modelstore.store.compaction import LIVE_SHARE, clean
 
         bound = LIVE_SHARE if compact is True else float(compact)
-        self._catalog.open()
+        self.repo.catalog.open()
         return clean(
-            self._storage,
-            self._mirrors,
-            self._catalog,
-            self._manifests,
+            self.repo,
             dry_run=dry_run,
             grace=grace,
             bound=bound,

@@ -57,17 +57,17 @@ class Parts(Base):
         against = self._against(parse_reference(parent)) if parent is not None else None
         part = open_part(source, files=files)
         try:
-            self._catalog.open(create=True)
+            self.repo.catalog.open(create=True)
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in part.source.tensors)
             page, tally = save_part(
-                self._storage,
+                self.repo.storage,
                 name,
                 part,
                 session=session,
                 rank=rank,
                 ranks=ranks,
                 codec=codec,
-                after=self._catalog.highest(name),
+                after=self.repo.catalog.highest(name),
                 earlier=[one for one in (self._newest(name), against) if one is not None],
                 limits=self._limits(),
                 progress=meter(progress, total, f"saving {name}, rank {rank} of {ranks}"),
@@ -108,20 +108,17 @@ class Parts(Base):
         if tag is not None:
             check_word(tag, "tag")
         noted = note(message, meta, f"{ranks} ranks' parts" if ranks > 1 else "one rank's part")
-        self._catalog.open()
-        version = published(self._storage, name, session)
+        self.repo.catalog.open()
+        version = published(self.repo.storage, name, session)
         stored = reused = 0
         if version is None:
-            parts = read_parts(self._storage, name, session, ranks)
+            parts = read_parts(self.repo.storage, name, session, ranks)
             previous = self._newest(name)
             added = open_source({}, files=files)
             total = sum(part.page.manifest.nbytes for part in parts)
             try:
                 record, manifest = publish(
-                    self._storage,
-                    self._mirrors,
-                    self._catalog,
-                    self._manifests,
+                    self.repo,
                     parts,
                     files=added,
                     previous=previous,
@@ -137,9 +134,9 @@ class Parts(Base):
             reused = manifest.stored_in(old)
             stored = manifest.stored - reused
         else:
-            record = self._catalog.version(name, version)
+            record = self.repo.catalog.version(name, version)
         if tag is not None:
-            self._catalog.set_tag(name, tag, record.version, uuid.uuid4().hex)
+            self.repo.catalog.set_tag(name, tag, record.version, uuid.uuid4().hex)
         entry = record.variants["original"]
         return results.Saved(
             name,

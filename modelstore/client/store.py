@@ -32,13 +32,12 @@ from modelstore.format.region import nbytes
 from modelstore.plan.layout import Shard, as_layout
 from modelstore.sources.choosing import Choice
 from modelstore.sources.open import check_holds, open_source
-from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
 from modelstore.storage.pool import Pool
 from modelstore.store.compare import diff
 from modelstore.store.describe import describe, model_info, variant_infos, version_info
-from modelstore.store.manifests import Manifests
 from modelstore.store.relying import again
+from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
     import torch
@@ -136,14 +135,13 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         opened = open_source(source, files=files, choice=choice)
         try:
             check_holds(opened, source, files)
-            self._catalog.open(create=True)
+            self.repo.catalog.open(create=True)
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in opened.tensors)
             metered = meter(progress, total, f"saving {name}")
 
-            def store_to(storage: Storage, manifests: Manifests, *, resumable: bool = True) -> Outcome:
+            def store_to(repo: Repo, *, resumable: bool = True) -> Outcome:
                 return store(
-                    storage,
-                    manifests,
+                    repo,
                     name,
                     opened,
                     codec=codec,
@@ -157,14 +155,12 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
 
             if ack == "memory":
                 return self._acknowledged(name, tag, store_to, started, noted)
-            record, outcome = again(
-                lambda: publish(self._catalog, name, store_to(self._storage, self._manifests), noted)
-            )
+            record, outcome = again(lambda: publish(self.repo.catalog, name, store_to(self.repo), noted))
             version = record.version
         finally:
             opened.close()
         if tag is not None:
-            self._catalog.set_tag(name, tag, version, uuid.uuid4().hex)
+            self.repo.catalog.set_tag(name, tag, version, uuid.uuid4().hex)
         return saved(name, version, outcome, time.monotonic() - started)
 
     # ------------------------------------------------------------------ loading
@@ -343,24 +339,24 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
 
     def models(self) -> list[results.ModelInfo]:
         """All models that have a live version, by name; and those of which something cannot be read, which they name."""
-        self._catalog.open()
+        self.repo.catalog.open()
         with Pool(8) as pool:
-            return [info for info in pool.map(self._info, self._catalog.models()) if info.versions or info.problems]
+            return [info for info in pool.map(self._info, self.repo.catalog.models()) if info.versions or info.problems]
 
     def _info(self, name: str) -> results.ModelInfo:
         damaged: list[ModelStoreError] = []
-        live, tags = self._catalog.live(name, damaged), self._catalog.tags(name, damaged)
+        live, tags = self.repo.catalog.live(name, damaged), self.repo.catalog.tags(name, damaged)
         warn(damaged)
         return model_info(name, live, tags, damaged)
 
     def versions(self, name: str) -> list[results.VersionInfo]:
         """The live versions of a model, oldest first; of those that cannot be read a warning says so."""
-        self._catalog.open()
+        self.repo.catalog.open()
         damaged: list[ModelStoreError] = []
-        records = self._catalog.live(check_model(name), damaged)
+        records = self.repo.catalog.live(check_model(name), damaged)
         if not records:
-            self._catalog.newest(name)  # says what is wrong
-        tags = self._catalog.tags(name, damaged)
+            self.repo.catalog.newest(name)  # says what is wrong
+        tags = self.repo.catalog.tags(name, damaged)
         warn(damaged)
         return [version_info(record, tags) for record in records]
 
@@ -369,19 +365,21 @@ class Store(Checkpoints, Clustered, Compressing, Copying, Evaluating, Following,
         named = of_version(
             ref, f"variants are those of a version: write {ref.partition(':')[0]!r}, or describe({ref!r})"
         )
-        self._catalog.open()
-        return variant_infos(self._catalog.resolve(named))
+        self.repo.catalog.open()
+        return variant_infos(self.repo.catalog.resolve(named))
 
     def describe(self, ref: str) -> results.Description:
         """All that is known of a variant: sizes, every tensor, files, provenance."""
         parsed = parse_reference(ref)
-        self._catalog.open()
-        record, entry = self._catalog.entry(parsed)
+        self.repo.catalog.open()
+        record, entry = self.repo.catalog.entry(parsed)
         damaged: list[ModelStoreError] = []
-        named = self._catalog.tags(parsed.name, damaged)
+        named = self.repo.catalog.tags(parsed.name, damaged)
         warn(damaged)
         tags = [tag for tag, version in named.items() if version == record.version]
-        return describe(record, parsed.variant, entry, tuple(sorted(tags)), self._manifests.entry(parsed.name, entry))
+        return describe(
+            record, parsed.variant, entry, tuple(sorted(tags)), self.repo.manifests.entry(parsed.name, entry)
+        )
 
     def diff(self, a: str, b: str) -> results.Diff:
         """What differs between two variants: tensors by name, chunks, and bytes that only the second one has."""

@@ -384,6 +384,6 @@ def _is_whole(found: _Save, key: str) -> bool:
 
 
 def _storage(source: Source) -> Storage:
-    from modelstore.cluster.models import storage_of
+    from modelstore.cluster.models import repo_of
 
-    return storage_of(source)[0]
+    return repo_of(source).storage

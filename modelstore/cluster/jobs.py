@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modelstore.cluster.calls import DIRECTORY, actor, ask_directory
-from modelstore.cluster.models import opened, storage_of
+from modelstore.cluster.models import opened, repo_of
 from modelstore.cluster.pieces import Source, pieces, section_keys
 from modelstore.cluster.session import Session
 from modelstore.compress.devices import gains
@@ -176,14 +176,21 @@ def _encode(
     earlier: tuple[tuple[str, str], ...],
 ) -> int:
     """A worker's part: read, encode, write packs, note them. Bytes stored anew."""
-    storage, manifests = storage_of(source)
+    repo = repo_of(source)
     # Each chunk is read once: hosts would only copy what a file system gives.
-    local = storage.path(manifest_key(model, digest)) is not None
+    local = repo.storage.path(manifest_key(model, digest)) is not None
     original = opened(None if local else Session(), source, model, digest)
-    known = [manifests.read(name, manifest) for name, manifest in earlier]
+    known = [repo.manifests.read(name, manifest) for name, manifest in earlier]
     limits = Limits(WORKER_MEMORY, threads=1)
     written = encode(
-        storage, portion, original.manifest, original.reader, config, earlier=known, limits=limits, device=_device()
+        repo.storage,
+        portion,
+        original.manifest,
+        original.reader,
+        config,
+        earlier=known,
+        limits=limits,
+        device=_device(),
     )
     return written.stored
 

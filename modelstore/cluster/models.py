@@ -11,8 +11,7 @@ from modelstore.cluster.reading import ClusterFetching, Holding
 from modelstore.execute.fetch import Fetcher
 from modelstore.execute.loading import Model
 from modelstore.format.decoding import prepared
-from modelstore.storage.base import Storage
-from modelstore.store.manifests import Manifests
+from modelstore.store.repo import Repo
 
 
 def opened(holding: Holding | None, source: Source, name: str, digest: str) -> Model:
@@ -20,18 +19,17 @@ def opened(holding: Holding | None, source: Source, name: str, digest: str) -> M
 
     Storages and manifests are kept for the next time.
     """
-    storage, manifests = storage_of(source)
-    manifest = manifests.read(name, digest)
+    repo = repo_of(source)
+    manifest = repo.manifests.read(name, digest)
     fetching = Fetcher if holding is None else ClusterFetching(holding, source)
-    return Model(storage, (), manifests, name, manifest, fetching=fetching)
+    return Model(repo, name, manifest, fetching=fetching)
 
 
-def storage_of(source: Source) -> tuple[Storage, Manifests]:
-    """A store's storage and manifests, opened once in this process."""
+def repo_of(source: Source) -> Repo:
+    """A store, opened once in this process."""
     return _store(msgspec.json.encode(source))
 
 
 @lru_cache(maxsize=16)
-def _store(source: bytes) -> tuple[Storage, Manifests]:
-    storage = msgspec.json.decode(source, type=prepared(Source)).open()
-    return storage, Manifests(storage)
+def _store(source: bytes) -> Repo:
+    return Repo.on(msgspec.json.decode(source, type=prepared(Source)).open())

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from modelstore.format.progress import Advance
+
 if TYPE_CHECKING:
     import torch
 

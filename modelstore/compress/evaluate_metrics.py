@@ -13,9 +13,7 @@ from modelstore.execute.saving import store_manifest
 from modelstore.format.decoding import prepared
 from modelstore.format.names import Reference
 from modelstore.format.results import Measured
-from modelstore.storage.base import Storage
-from modelstore.store.catalog import Catalog
-from modelstore.store.manifests import Manifests
+from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
 EVALUATION = "evaluation"  # the newest one
@@ -68,9 +66,7 @@ def with_evaluation(metrics: Mapping[str, Any], made: Measured) -> dict[str, Any
     return found | ({EARLIER: [msgspec.to_builtins(one) for one in others]} if others else {})
 
 
-def publish(
-    storage: Storage, catalog: Catalog, manifests: Manifests, ref: Reference, content: str, made: Measured
-) -> str:
+def publish(repo: Repo, ref: Reference, content: str, made: Measured) -> str:
     """Keep an evaluation in the manifest of a variant; the digest of the manifest that has it.
 
     `content` is that of the manifest that was evaluated: where the variant holds other values by now, `ConflictError`.
@@ -79,8 +75,8 @@ def publish(
     version = ref.version
     assert version is not None, "an evaluation is of one version"
     for _ in range(_RACES):
-        record, entry = catalog.entry(ref)
-        manifest = manifests.entry(ref.name, entry)
+        record, entry = repo.catalog.entry(ref)
+        manifest = repo.manifests.entry(ref.name, entry)
         if manifest.content != content:
             raise ConflictError(
                 f"{ref.name}@{version}:{ref.variant} was made anew while it was evaluated: evaluate it again",
@@ -90,10 +86,10 @@ def publish(
         if metrics == manifest.metrics:
             return entry.manifest
         changed = msgspec.structs.replace(manifest, metrics=metrics)
-        fresh = store_manifest(manifests, ref.name, changed, entry.codec, Shelf(storage))
+        fresh = store_manifest(repo.manifests, ref.name, changed, entry.codec, Shelf(repo.storage))
         fresh = msgspec.structs.replace(fresh, created=entry.created)  # the variant's values are as old as before
         try:
-            catalog.replace_entry(
+            repo.catalog.replace_entry(
                 ref.name, record.version, ref.variant, uuid.uuid4().hex, fresh, instead_of=entry.manifest
             )
         except ConflictError:

@@ -43,6 +43,7 @@ from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.describe import variant_infos
 from modelstore.store.manifests import Manifests
+from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
 LADDER_VIEWS = (ORIGINAL, "int8", "int4")
@@ -111,9 +112,7 @@ def variants_of(plan: CompressionPlan, name: str) -> tuple[str, ...]:
 
 
 def compress(
-    storage: Storage,
-    catalog: Catalog,
-    manifests: Manifests,
+    repo: Repo,
     parent: Parent,
     variants: tuple[str, ...],
     plan: CompressionPlan,
@@ -134,7 +133,7 @@ def compress(
     """
     model = parent.record.model
     recorded = _recorded(recipe, plan, codes.check(parent.manifest) if codes else None)
-    before = _made_before(manifests, parent, variants, recorded)
+    before = _made_before(repo.manifests, parent, variants, recorded)
     if before is None:
         _check_free(parent.record, variants)
         if recipe.prune is not None:
@@ -142,7 +141,7 @@ def compress(
     axis = axes(parent.config) if parent.config else None
     inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed]
     tally = Tally()
-    shelf = Shelf(storage)
+    shelf = Shelf(repo.storage)
     identity = (
         "compress",
         model,
@@ -150,28 +149,28 @@ def compress(
         *variants,
         msgspec.json.encode(recorded, order="sorted").decode(),
     )
-    work = resume(storage, identity, inputs, shelf, tally, progress)
+    work = resume(repo.storage, identity, inputs, shelf, tally, progress)
     if spread is not None and before is None:
         rest = {c.name: c.codec for c in plan.compressed if c.codec and c.name not in work.written}
         if rest:
             tally.stored += spread(Portion(job_id(identity), variants, rest))
-            work = resume(storage, identity, inputs, shelf, Tally(), None)
+            work = resume(repo.storage, identity, inputs, shelf, Tally(), None)
     if before is not None:  # and the journal of the run that made it could not be removed
         work.journal.clear()
         return before
     known = known_chunks((parent.manifest, *earlier)) | work.known
     left = [item for item in inputs if item.plan.name not in work.written]
     threads = limits.threads or (None if parent.reader.local else _REMOTE_THREADS)
-    writer = PackWriter(storage, Limits(limits.memory, threads), known, shelf, progress, work.journal.note, tally)
+    writer = PackWriter(repo.storage, Limits(limits.memory, threads), known, shelf, progress, work.journal.note, tally)
     written = work.written | writer.write(left)
     _prove(parent, variants, plan, written)
     require_others(shelf, parent.reader, written)
     entries, measured = {}, {}
     for at, variant in enumerate(variants):
         manifest = _manifest(parent, variants, at, inputs, written, recorded)
-        entries[variant] = store_manifest(manifests, model, manifest, recipe.name, shelf)
+        entries[variant] = store_manifest(repo.manifests, model, manifest, recipe.name, shelf)
         measured[variant] = manifest.metrics
-    record = _publish(catalog, parent, entries)
+    record = _publish(repo.catalog, parent, entries)
     work.journal.clear()
     return Outcome(record, measured, tally)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import msgspec
 
 from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError, StorageError
-from modelstore.execute.copying_plan import Place, Plan, Planner, Wanted
+from modelstore.execute.copying_plan import Plan, Planner, Wanted
 from modelstore.execute.reading import Limits
 from modelstore.format import manifest as man
 from modelstore.format.buffers import Pieces
@@ -25,6 +25,7 @@ from modelstore.storage.pool import Pool
 from modelstore.store import packs
 from modelstore.store.heal import checked_pieces, pack_is_good
 from modelstore.store.relying import GoneError, again
+from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
 _LOST = (NotFoundError, CorruptionError, FormatError, StorageError)
@@ -34,8 +35,8 @@ _RACES = 1000
 
 
 def copy(
-    source: Place,
-    target: Place,
+    source: Repo,
+    target: Repo,
     wanted: Sequence[Wanted],
     *,
     everything: bool,
@@ -96,7 +97,7 @@ def copy(
 class _Copying:
     """One copy, and what it did so far."""
 
-    def __init__(self, source: Place, target: Place, planner: Planner) -> None:
+    def __init__(self, source: Repo, target: Repo, planner: Planner) -> None:
         self._source = source
         self._target = target
         self._planner = planner

@@ -13,23 +13,12 @@ from modelstore.format.names import ORIGINAL
 from modelstore.format.record import PACKS, VariantEntry, VersionRecord, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
-from modelstore.store.catalog import Catalog
 from modelstore.store.damage import DAMAGED, UNREADABLE
-from modelstore.store.manifests import Manifests
 from modelstore.store.relying import GoneError, relied_on
+from modelstore.store.repo import Repo
 from modelstore.store.shelf import is_good
 
 _ONE_LISTING = 256  # packs from which one listing is quicker than a look at each
-
-
-@dataclass(frozen=True)
-class Place:
-    """A store that is copied from or to; `mirrors` are read where the bytes of the first are wrong or gone."""
-
-    storage: Storage
-    catalog: Catalog
-    manifests: Manifests
-    mirrors: tuple[Storage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,7 @@ class Planner:
     `everything`: they are many, and what was deleted there, or does not fit, is left out.
     """
 
-    def __init__(self, source: Place, target: Place, everything: bool) -> None:
+    def __init__(self, source: Repo, target: Repo, everything: bool) -> None:
         self._source = source
         self._target = target
         self._everything = everything

@@ -22,8 +22,8 @@ from modelstore.format.region import from_index, nbytes
 from modelstore.format.suggest import suggestion
 from modelstore.plan.layout import Layout, Share, whole
 from modelstore.plan.read import Want
-from modelstore.storage.base import Storage
 from modelstore.store.manifests import Manifests
+from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +37,7 @@ class Model:
 
     def __init__(
         self,
-        storage: Storage,
-        mirrors: tuple[Storage, ...],
-        manifests: Manifests,
+        repo: Repo,
         model: str,
         manifest: Manifest,
         *,
@@ -53,16 +51,16 @@ class Model:
             )
         base: Reader | None = None
         if manifest.base is not None:
-            under = manifests.read(manifest.base.model, manifest.base.manifest)
+            under = repo.manifests.read(manifest.base.model, manifest.base.manifest)
             name = manifest.base.model
-            base = Model(storage, mirrors, manifests, name, under, fetching=fetching, depth=depth + 1).reader
-            self.chain = 1 + _chain(manifests, under)
+            base = Model(repo, name, under, fetching=fetching, depth=depth + 1).reader
+            self.chain = 1 + _chain(repo.manifests, under)
         else:
             self.chain = 0
         self.name = model
         self.manifest = manifest
-        self.reader: Reader = Reader(fetching(model, manifest, storage, mirrors), base)
-        self._storage = storage
+        self.reader: Reader = Reader(fetching(model, manifest, repo.storage, repo.mirrors), base)
+        self._storage = repo.storage
 
     def variant(self, reader: Reader) -> Model:
         """The same model as another reader gives its tensors: its manifest is the reader's."""

@@ -38,10 +38,9 @@ from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.base import Source
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
-from modelstore.store.catalog import Catalog
 from modelstore.store.heal import replace_pack
-from modelstore.store.manifests import Manifests
 from modelstore.store.packs import FILE
+from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
 _THREADS = 16
@@ -124,10 +123,7 @@ def plan_merge(parts: Sequence[Stored], replaced: Collection[str] = ()) -> Merge
 
 
 def publish(
-    storage: Storage,
-    mirrors: tuple[Storage, ...],
-    catalog: Catalog,
-    manifests: Manifests,
+    repo: Repo,
     parts: Sequence[Stored],
     *,
     files: Source,
@@ -147,11 +143,12 @@ def publish(
     merge = plan_merge(parts, files.files)
     if not (merge.tensors or merge.files or files.files):
         raise ConflictError(f"no rank's part of session {session!r} holds a tensor: save the parts again", model=model)
+    storage = repo.storage
     shelf = Shelf(storage)
     # The session goes on: garbage collection keeps what its pages name.
     storage.create(f"{session_prefix(model, session)}publishing-{uuid.uuid4().hex}.json", b"{}")
     _refresh(storage, parts, set(previous.manifest.packs) if previous else set(), shelf)
-    readers = {p.page.rank: Reader(fetching(model, p.page.manifest, storage, mirrors), None) for p in parts}
+    readers = {p.page.rank: Reader(fetching(model, p.page.manifest, storage, repo.mirrors), None) for p in parts}
     by_rank = {p.page.rank: p.page.manifest for p in parts}
     cut = {name: common_chunk([h.piece for h in pieces]) for name, pieces in merge.tensors.items()}
     anew = [_input(name, merge.tensors[name], readers, previous) for name, chunk in cut.items() if chunk is None]
@@ -184,9 +181,9 @@ def publish(
     manifest = builder.build(
         tensors, [*others, *own], aliases=dict(merge.aliases), metadata={**merge.metadata, **files.metadata}
     )
-    entry = store_manifest(manifests, model, manifest, merge.codec, shelf)
+    entry = store_manifest(repo.manifests, model, manifest, merge.codec, shelf)
     after = min(part.page.after for part in parts)
-    record = catalog.publish_version(model, session_id(model, session), entry, after=after, note=note)
+    record = repo.catalog.publish_version(model, session_id(model, session), entry, after=after, note=note)
     storage.create(published_key(model, session), seal(Published(record.version)))
     forget(storage, model, session)
     return record, manifest

@@ -42,11 +42,11 @@ from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.write import FILE_CODEC, plan_tensor
 from modelstore.sources.base import Source
 from modelstore.sources.reading import read_whole
-from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 from modelstore.store.packs import FILE
 from modelstore.store.relying import base_objects, objects_of
+from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
 ACKS = ("storage", "memory")
@@ -94,8 +94,7 @@ def check_options(codec: str, grid: str, parent: object | None, ack: str = "stor
 
 
 def store(
-    storage: Storage,
-    manifests: Manifests,
+    repo: Repo,
     model: str,
     source: Source,
     *,
@@ -115,7 +114,7 @@ def store(
     base = parent if codec == "delta" and parent is not None and parent.chain < LONGEST_CHAIN else None
     earlier_manifests = [a.manifest for a in (previous, parent) if a is not None]
     inputs = plan_inputs(source, codec, grid, base, earlier_manifests)
-    tally = Tally()
+    tally, storage = Tally(), repo.storage
     shelf = Shelf(storage)
     work = None
     if resumable and source.fingerprint is not None:  # else it could not be recognised again
@@ -141,12 +140,12 @@ def store(
     shelf.heal(earlier_manifests, known)
     beside: frozenset[str] = getattr(source, "beside", frozenset())
     manifest = manifest_of(source, inputs, written, base, without=beside)
-    entry = store_manifest(manifests, model, manifest, codec, shelf)
+    entry = store_manifest(repo.manifests, model, manifest, codec, shelf)
     relied = {manifest_key(model, entry.manifest): 1, pack_key(entry.copy): 1, **objects_of(manifest)}
     others = {}
     if beside:
         everything = manifest_of(source, inputs, written, base)
-        whole_of = others[CHECKPOINT] = store_manifest(manifests, model, everything, codec, shelf)
+        whole_of = others[CHECKPOINT] = store_manifest(repo.manifests, model, everything, codec, shelf)
         relied |= {manifest_key(model, whole_of.manifest): 1, pack_key(whole_of.copy): 1, **objects_of(everything)}
     if base is not None:
         relied = {**base_objects(storage, base.model, base.digest), **relied}

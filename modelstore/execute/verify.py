@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -29,13 +29,12 @@ from modelstore.format.results import Problem, Report
 from modelstore.plan.read import GAP, JOB_BYTES
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
-from modelstore.store.catalog import Catalog
 from modelstore.store.damage import noting
 from modelstore.store.describe import problem
-from modelstore.store.manifests import Manifests
 from modelstore.store.packs import open_pack
 from modelstore.store.records import damage
 from modelstore.store.repair import live, read_copy
+from modelstore.store.repo import Repo
 from modelstore.store.unread import told_once
 
 _BAD = (NotFoundError, CorruptionError, FormatError, StorageError)
@@ -48,9 +47,7 @@ Rows = NDArray[np.int64]
 
 
 def verify(
-    storage: Storage,
-    catalog: Catalog,
-    manifests: Manifests,
+    repo: Repo,
     ref: Reference | None,
     *,
     deep: bool,
@@ -62,19 +59,19 @@ def verify(
     `deep` decodes every tensor as well, within the memory of `limits` whatever its size. `progress` hears of the stored
     bytes checked, and of the raw bytes decoded. A chunk that several variants share is read once, or deep once for each.
     """
-    work = _Verification(storage, manifests, limits, progress)
+    work = _Verification(repo, limits, progress)
     if ref is not None:
-        found = damage(storage, [ref.name], journals=False)
-        entry = noting(work.damaged, lambda: catalog.entry(ref)[1])
+        found = damage(repo.storage, [ref.name], journals=False)
+        entry = noting(work.damaged, lambda: repo.catalog.entry(ref)[1])
         if entry is not None:
             work.variant(ref.name, entry, deep)
     else:
-        models = catalog.models()
-        found = damage(storage, models, journals=True)
+        models = repo.catalog.models()
+        found = damage(repo.storage, models, journals=True)
         for model in models:
-            for _, _, entry in live(catalog, model, None, []):
+            for _, _, entry in live(repo.catalog, model, None, []):
                 work.variant(model, entry, deep)
-        noting(work.damaged, catalog.open)
+        noting(work.damaged, repo.catalog.open)
     told = {one.object for one in found}
     found += [problem(error, ref.name if ref else "") for error in work.damaged if error.object not in told]
     return Report(work.chunks, work.nbytes, work.tensors, told_once([*found, *work.problems]))
@@ -84,8 +81,7 @@ def verify(
 class _Verification:
     """One verification: what it has seen so far."""
 
-    storage: Storage
-    manifests: Manifests
+    repo: Repo
     limits: Limits
     progress: Advance | None
     problems: list[Problem] = field(default_factory=list)
@@ -122,10 +118,10 @@ class _Verification:
         found: list[Manifest] = []
         key = manifest_key(model, digest)
         ways: list[tuple[str, str, Callable[[], Manifest]]] = [
-            ("manifest", key, lambda: decode(self.storage.get(key), digest, key))
+            ("manifest", key, lambda: decode(self.repo.storage.get(key), digest, key))
         ]
         if copy:
-            ways.append(("copy of the manifest", pack_key(copy), lambda: read_copy(self.storage, copy, digest)[0]))
+            ways.append(("copy of the manifest", pack_key(copy), lambda: read_copy(self.repo.storage, copy, digest)[0]))
         for what, at, way in ways:
             try:
                 found.append(way())
@@ -137,7 +133,7 @@ class _Verification:
         if found:
             return found[0]
         try:
-            return self.manifests.read(model, digest)  # a mirror's
+            return self.repo.manifests.read(model, digest)  # a mirror's
         except CorruptionError:
             return None  # told above
 
@@ -155,7 +151,7 @@ class _Verification:
         def check(job: list[int]) -> list[tuple[int, ModelStoreError | None]]:
             if self._silent >= _PATIENCE:
                 return [(row, StorageError("it was not asked for any more")) for row in job]
-            return _check(self.storage, manifest, job)
+            return _check(self.repo.storage, manifest, job)
 
         for results in _mapped(check, _jobs(manifest, fresh), self._threads(), 2):
             refused = all(isinstance(error, StorageError) for _, error in results)
@@ -209,7 +205,7 @@ class _Verification:
         return np.concatenate(fresh or [np.zeros(0, np.int64)])
 
     def _threads(self) -> int:
-        return self.limits.reading_threads(self.storage.path("x") is not None)
+        return self.limits.reading_threads(self.repo.storage.path("x") is not None)
 
     def _check_headers(self, model: str, manifest: Manifest) -> None:
         """See that what makes each pack a safetensors file is whole; packs with bad chunks, and lost ones, are told already."""
@@ -219,7 +215,7 @@ class _Verification:
 
         def check(digest: str) -> ModelStoreError | None:
             try:
-                open_pack(self.storage, pack_key(digest))
+                open_pack(self.repo.storage, pack_key(digest))
             except _BAD as error:
                 return error
             return None
@@ -239,7 +235,7 @@ class _Verification:
         """Decode everything and compare; chunk by chunk only where something is bad, so that all of it is named."""
         wrong: set[int] | None = None
         try:
-            reader = Model(self.storage, (), self.manifests, model, manifest).reader
+            reader = Model(replace(self.repo, mirrors=()), model, manifest).reader
         except ModelStoreError as error:
             self.problems.append(problem(error, model))
             self._check_chunks(model, manifest)

@@ -25,9 +25,9 @@ from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
 from modelstore.store.garbage import collect, now_of
-from modelstore.store.manifests import Manifests
 from modelstore.store.marking import Doubt, Needed, needed_manifests
 from modelstore.store.repack import PLACE, DamagedPackError, Moved, Old, Places, arrange, moved, old_pack, write
+from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
 LIVE_SHARE = 0.8  # below it a pack is rewritten
@@ -36,10 +36,7 @@ _HEADER = 50  # a gap of less than a fiftieth of a pack is its header: whether s
 
 
 def clean(
-    storage: Storage,
-    mirrors: Sequence[Storage],
-    catalog: Catalog,
-    manifests: Manifests,
+    repo: Repo,
     *,
     dry_run: bool,
     grace: float,
@@ -48,9 +45,9 @@ def clean(
     meter: Callable[[int], Advance | None],
 ) -> Swept:
     """Compact packs of which less than `bound` is live (0: none), then collect garbage; what is dead in packs is said."""
-    limit = now_of(storage, dry_run) - grace
-    found = survey(storage, catalog, manifests, limit)
-    opened = dead_packs(storage, found)
+    limit = now_of(repo.storage, dry_run) - grace
+    found = survey(repo, limit)
+    opened = dead_packs(repo.storage, found)
     dead = dead_bytes(opened)
     done = None
     if bound:
@@ -58,10 +55,8 @@ def clean(
         if found.doubt.problems:  # records that cannot be read would go on naming the old places
             olds, left = [], [f"nothing is rewritten: {one.message}" for one in found.doubt.problems.values()]
         report = None if dry_run else meter(sum(old.moved for old in olds))
-        done = compact(
-            storage, mirrors, catalog, manifests, found, olds, left, hold=hold, dry_run=dry_run, progress=report
-        )
-    swept = collect(storage, catalog, manifests, dry_run=dry_run, grace=grace)
+        done = compact(repo, found, olds, left, hold=hold, dry_run=dry_run, progress=report)
+    swept = collect(repo, dry_run=dry_run, grace=grace)
     return msgspec.structs.replace(swept, dead=dead, compaction=done)
 
 
@@ -84,15 +79,15 @@ class Survey:
         ]
 
 
-def survey(storage: Storage, catalog: Catalog, manifests: Manifests, limit: float) -> Survey:
+def survey(repo: Repo, limit: float) -> Survey:
     """What records need, or needed until after `limit` (Unix seconds by the storage's clock), of each pack."""
     found = Survey()
-    for needed in needed_manifests(storage, catalog, manifests, limit, found.doubt):
+    for needed in needed_manifests(repo, limit, found.doubt):
         found.manifests.append(needed)
         for pack, places in _places(needed.manifest):
             before = found.places.get(pack)
             found.places[pack] = places if before is None else np.unique(np.concatenate([before, places]))
-    found.sizes = {info.key.rpartition("/")[2].partition(".")[0]: info.size for info in storage.list(PACKS)}
+    found.sizes = {info.key.rpartition("/")[2].partition(".")[0]: info.size for info in repo.storage.list(PACKS)}
     return found
 
 
@@ -123,10 +118,7 @@ def victims(opened: Mapping[str, Old | None], bound: float) -> tuple[list[Old], 
 
 
 def compact(
-    storage: Storage,
-    mirrors: Sequence[Storage],
-    catalog: Catalog,
-    manifests: Manifests,
+    repo: Repo,
     found: Survey,
     olds: Sequence[Old],
     left: Sequence[str],
@@ -143,18 +135,18 @@ def compact(
     before = sum(old.size for old in chosen)
     if dry_run or not chosen:
         after = sum(len(new.builder.header(new.metadata)) + new.builder.size for new in arrange(chosen))
-        variants = _touched(catalog, found.manifests, {old.digest for old in chosen})
+        variants = _touched(repo.catalog, found.manifests, {old.digest for old in chosen})
         return Compaction(len(chosen), before, after, variants, tuple(said), dry_run)
     while True:
         news = arrange(chosen)
         try:
-            names = [write(storage, mirrors, new, hold, progress) for new in news]
+            names = [write(repo, new, hold, progress) for new in news]
             break
         except DamagedPackError as error:
             said.append(str(error))
             chosen = [old for old in chosen if old.digest != error.pack]
     places, packs = moved(chosen, news, names)
-    work = _Following(storage, catalog, manifests, places, packs)
+    work = _Following(repo, places, packs)
     changed = work.follow(found.manifests)
     before = sum(old.size for old in chosen)
     after = sum(len(new.builder.header(new.metadata)) + new.builder.size for new in news)
@@ -188,17 +180,15 @@ class _Following:
 
     def __init__(
         self,
-        storage: Storage,
-        catalog: Catalog,
-        manifests: Manifests,
+        repo: Repo,
         places: Mapping[str, Moved],
         packs: Sequence[str],
     ) -> None:
-        self._catalog = catalog
-        self._manifests = manifests
+        self._catalog = repo.catalog
+        self._manifests = repo.manifests
         self._places = places
         self._packs = packs
-        self._shelf = Shelf(storage)
+        self._shelf = Shelf(repo.storage)
         self._made: dict[tuple[str, str], tuple[str, str]] = {}  # (model, manifest) → the new one, and its copy
         self.left: list[str] = []
 

@@ -23,13 +23,12 @@ from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.pool import Pool
 from modelstore.storage.wrapping import WrappingStorage
-from modelstore.store.catalog import Catalog
 from modelstore.store.clock import now
 from modelstore.store.condemned import Condemnation, forget_dead, held_by_writers
 from modelstore.store.damage import DAMAGED
-from modelstore.store.manifests import Manifests
 from modelstore.store.marking import Doubt, needed_manifests
 from modelstore.store.records import torn_journals
+from modelstore.store.repo import Repo
 
 _THREADS = 16
 _ROUNDS = 5  # how often a collection begins anew that writers have stopped
@@ -39,9 +38,7 @@ _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
 def collect(
-    storage: Storage,
-    catalog: Catalog,
-    manifests: Manifests,
+    repo: Repo,
     *,
     dry_run: bool,
     grace: float,
@@ -57,28 +54,26 @@ def collect(
     """
     if not grace >= 0:
         raise ValueError(f"grace={grace} is not a number of seconds from 0 on")
-    now_ = now_of(storage, dry_run)
+    now_ = now_of(repo.storage, dry_run)
     limit = now_ - grace
     doubt = Doubt()
     live: set[str] = set()
-    marked = _mark(storage, catalog, manifests, limit, doubt, live)
-    found = _unmarked(storage, marked, live, limit, doubt)
+    marked = _mark(repo, limit, doubt, live)
+    found = _unmarked(repo.storage, marked, live, limit, doubt)
     if dry_run:
-        found.spare(_held(storage, limit, now_, doubt, dry_run=True))
+        found.spare(_held(repo.storage, limit, now_, doubt, dry_run=True))
         found.spare_in(doubt)
         gone = [SweptObject(info.key, info.size) for stage in found.stages for info in stage]
     else:
-        forget_dead(storage, now_)
-        gone = _remove(storage, catalog, manifests, found, limit, now_, doubt, progress)
-    gone += _temporaries(storage, limit, dry_run)
+        forget_dead(repo.storage, now_)
+        gone = _remove(repo, found, limit, now_, doubt, progress)
+    gone += _temporaries(repo.storage, limit, dry_run)
     freed = sum(one.size for one in gone)
     return Swept(tuple(gone), freed, found.kept, dry_run, tuple(doubt.problems.values()), young=found.young)
 
 
 def _remove(
-    storage: Storage,
-    catalog: Catalog,
-    manifests: Manifests,
+    repo: Repo,
     found: _Found,
     limit: float,
     now_: float,
@@ -88,15 +83,15 @@ def _remove(
     """Remove what can go, but for what writers turn out to rely on."""
     found.spare_in(doubt)
     if not found.condemned:
-        _held(storage, limit, now_, doubt)
-        return _sweep_all(storage, None, found, limit, progress)
+        _held(repo.storage, limit, now_, doubt)
+        return _sweep_all(repo.storage, None, found, limit, progress)
     for _ in range(_ROUNDS):
-        with Condemnation(storage, found.condemned) as condemned:
-            held = _held(storage, limit, now_, doubt)
-            found.spare(held | _mark(storage, catalog, manifests, limit, doubt))
+        with Condemnation(repo.storage, found.condemned) as condemned:
+            held = _held(repo.storage, limit, now_, doubt)
+            found.spare(held | _mark(repo, limit, doubt))
             found.spare_in(doubt)
             if condemned.pronounce(found.condemned):
-                return _sweep_all(storage, condemned, found, limit, progress)
+                return _sweep_all(repo.storage, condemned, found, limit, progress)
     raise ConflictError("saves under way rely on what was to be removed: nothing was removed; run it again")
 
 
@@ -129,16 +124,14 @@ def now_of(storage: Storage, dry_run: bool) -> float:
 
 
 def _mark(
-    storage: Storage,
-    catalog: Catalog,
-    manifests: Manifests,
+    repo: Repo,
     limit: float,
     doubt: Doubt,
     live: set[str] | None = None,
 ) -> set[str]:
     """Keys of every manifest and pack that a record needs, or needed until after `limit`; `live` gets those it needs now."""
     marked: set[str] = set()
-    for one in needed_manifests(storage, catalog, manifests, limit, doubt):
+    for one in needed_manifests(repo, limit, doubt):
         keys = {rec.manifest_key(one.model, one.digest), *map(rec.pack_key, one.copies)}
         keys |= {rec.pack_key(pack) for pack in one.manifest.packs}
         marked |= keys

@@ -15,12 +15,11 @@ from modelstore.format.manifest import Manifest
 from modelstore.format.results import Problem
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
-from modelstore.store.catalog import Catalog
 from modelstore.store.damage import DAMAGED, listed
 from modelstore.store.describe import problem
-from modelstore.store.manifests import Manifests
 from modelstore.store.packs import manifest_copies
 from modelstore.store.repair import copy_of, read_copy
+from modelstore.store.repo import Repo
 
 _THREADS = 16
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -57,9 +56,7 @@ class Doubt:
         self.everything = self.everything or everything
 
 
-def needed_manifests(
-    storage: Storage, catalog: Catalog, manifests: Manifests, limit: float, doubt: Doubt | None = None
-) -> Iterator[Needed]:
+def needed_manifests(repo: Repo, limit: float, doubt: Doubt | None = None) -> Iterator[Needed]:
     """Every manifest that a record needs, or needed until after `limit` (Unix seconds by the storage's clock), each once.
 
     An error where a record, or a live manifest and its copy, cannot be read: what it refers to is not known then. With `doubt` it
@@ -68,7 +65,9 @@ def needed_manifests(
     live: _Named = {}
     recent: _Named = {}
     with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:
-        for found, given_up in pool.map(lambda model: _needed(storage, model, limit, doubt), catalog.models()):
+        for found, given_up in pool.map(
+            lambda model: _needed(repo.storage, model, limit, doubt), repo.catalog.models()
+        ):
             live |= {name: tuple(dict.fromkeys((*copies, *given_up.get(name, ())))) for name, copies in found.items()}
             recent |= given_up
         seen: set[tuple[str, str]] = set()
@@ -79,10 +78,10 @@ def needed_manifests(
                 seen |= {name for name, _ in fresh}
                 for start in range(0, len(fresh), _AHEAD):
                     some = fresh[start : start + _AHEAD]
-                    read = pool.map(lambda item: _manifest(storage, manifests, item[0], item[1]), some)
+                    read = pool.map(lambda item: _manifest(repo, item[0], item[1]), some)
                     for ((model, digest), _), one in zip(some, read, strict=True):
                         if isinstance(one, CorruptionError):
-                            if is_live or storage.info(rec.manifest_key(model, digest)):
+                            if is_live or repo.storage.info(rec.manifest_key(model, digest)):
                                 if doubt is None:
                                     raise one
                                 doubt.add(one, model, everything=True)
@@ -147,17 +146,17 @@ def _named(storage: Storage, model: str, limit: float) -> tuple[_Named, _Named]:
 
 
 def _manifest(
-    storage: Storage, manifests: Manifests, name: tuple[str, str], copies: tuple[str, ...]
+    repo: Repo, name: tuple[str, str], copies: tuple[str, ...]
 ) -> tuple[Manifest, tuple[str, ...]] | CorruptionError:
     """A manifest, from a copy if need be, and the digests of the packs that are its copies; an error where there is none."""
     model, digest = name
     try:
-        manifest = manifests.read(model, digest)
-        return manifest, copies or (copy_of(storage, model, digest, manifest).digest,)
+        manifest = repo.manifests.read(model, digest)
+        return manifest, copies or (copy_of(repo.storage, model, digest, manifest).digest,)
     except CorruptionError as error:
         for copy in copies:
             with suppress(NotFoundError, CorruptionError, FormatError):
-                return read_copy(storage, copy, digest)[0], copies
+                return read_copy(repo.storage, copy, digest)[0], copies
         return CorruptionError(
             f"nothing was swept, because what it refers to is not known: {error}", model=model, object=error.object
         )

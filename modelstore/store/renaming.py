@@ -18,13 +18,12 @@ from modelstore.errors import ConflictError, CorruptionError, NotFoundError
 from modelstore.format import manifest as man
 from modelstore.format.inventory import Renamed
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key
-from modelstore.storage.base import Storage
-from modelstore.store.catalog import Catalog
+from modelstore.store.repo import Repo
 
 _ROUNDS = 1000  # how often what others did meanwhile is looked for again
 
 
-def rename(storage: Storage, catalog: Catalog, old: str, new: str) -> Renamed:
+def rename(repo: Repo, old: str, new: str) -> Renamed:
     """Give all live versions of `old`, and its tags, to `new`.
 
     Versions keep their numbers where `new` was never used, else all move up by as much as is needed. `ConflictError` where
@@ -32,16 +31,16 @@ def rename(storage: Storage, catalog: Catalog, old: str, new: str) -> Renamed:
     """
     if old == new:
         raise ValueError(f"model {old!r} has that name already: give another")
-    work = _Renaming(storage, catalog, old, new)
-    live = catalog.live(old)
+    work = _Renaming(repo, old, new)
+    live = repo.catalog.live(old)
     made = work.made()
     if not live and not made:
-        catalog.newest(old)  # says what is wrong
+        repo.catalog.newest(old)  # says what is wrong
     if live and made and not any(record.version in work.moved for record in live):
         raise ConflictError(f"there is a model {new!r} already: choose another name, or delete it first", model=new)
     tags: dict[str, None] = {}
     for _ in range(_ROUNDS):
-        live = catalog.live(old)
+        live = repo.catalog.live(old)
         if not live:
             return Renamed(old, new, dict(sorted(work.moved.items())), tuple(sorted(tags)))
         work.make(live)
@@ -53,12 +52,12 @@ def rename(storage: Storage, catalog: Catalog, old: str, new: str) -> Renamed:
 class _Renaming:
     """One renaming, and the versions that it made so far, as {before: now}."""
 
-    def __init__(self, storage: Storage, catalog: Catalog, old: str, new: str) -> None:
-        self._storage = storage
-        self._catalog = catalog
+    def __init__(self, repo: Repo, old: str, new: str) -> None:
+        self._storage = repo.storage
+        self._catalog = repo.catalog
         self._old = old
         self._new = new
-        self._id = catalog.open().id
+        self._id = repo.catalog.open().id
         self.moved: dict[int, int] = {}
         self._highest = 0  # number of the new name, before what this renaming made was looked for
         self._up: int | None = None  # by how much numbers change, unless they are taken

@@ -25,6 +25,7 @@ from modelstore.storage.base import Storage
 from modelstore.store import packs
 from modelstore.store.packs import METADATA_KEY, PackBuilder, PackNote
 from modelstore.store.rehouse import NONCE
+from modelstore.store.repo import Repo
 from modelstore.store.runs import PIECE, Span, read, runs
 
 PLACE = np.dtype([("offset", "<u8"), ("length", "<u8"), ("digest", f"S{DIGEST_BYTES}")])
@@ -127,7 +128,7 @@ def arrange(olds: Iterable[Old]) -> list[New]:
     return done
 
 
-def write(storage: Storage, mirrors: Sequence[Storage], new: New, hold: int, progress: Advance | None) -> str:
+def write(repo: Repo, new: New, hold: int, progress: Advance | None) -> str:
     """Write a new pack; its name. Held in memory up to `hold` bytes, above that read twice: for its name, then to be written.
 
     `DamagedPackError` where a live chunk has no good copy.
@@ -138,7 +139,7 @@ def write(storage: Storage, mirrors: Sequence[Storage], new: New, hold: int, pro
     def data() -> Iterator[Buffer]:
         yield header
         for old, entries in _by_pack(new.parts):
-            yield from _checked((storage, *mirrors), old, entries)
+            yield from _checked((repo.storage, *repo.mirrors), old, entries)
 
     held = list(data()) if size <= hold else None
     hasher = blake3()
@@ -146,7 +147,7 @@ def write(storage: Storage, mirrors: Sequence[Storage], new: New, hold: int, pro
         hasher.update(view(np.frombuffer(piece, np.uint8)))
     digest = hasher.hexdigest()
     # Also where one of that name is there: it was left by another compaction, and nobody has looked at its bytes since.
-    storage.put(pack_key(digest), held if held is not None else Pieces(data), size)
+    repo.storage.put(pack_key(digest), held if held is not None else Pieces(data), size)
     if progress:
         progress(new.builder.size)
     return digest

@@ -30,8 +30,8 @@ from modelstore.store.catalog import Catalog
 from modelstore.store.damage import noting
 from modelstore.store.describe import problem
 from modelstore.store.heal import pack_is_good, replace_pack
-from modelstore.store.manifests import Manifests
 from modelstore.store.remake import Elsewhere, Part, contents, locations, remake
+from modelstore.store.repo import Repo
 from modelstore.store.unread import told_once
 
 _THREADS = 4
@@ -40,13 +40,10 @@ _LOST = (NotFoundError, CorruptionError, FormatError, StorageError)
 
 
 def repair(
-    storage: Storage,
-    catalog: Catalog,
-    manifests: Manifests,
+    repo: Repo,
     ref: Reference | None,
     source: Storage | None,
     *,
-    mirrors: Sequence[Storage] = (),
     progress: Advance | None = None,
 ) -> Report:
     """Mend what a reference names, or all that is live: records, then manifests, then every pack that they refer to.
@@ -55,16 +52,18 @@ def repair(
     store; without one, manifests, their copies, and packs whose chunks all lie in other packs too, can be mended. `progress`
     hears of the bytes of packs checked.
     """
-    work = _Repair(storage, catalog, manifests, source)
-    copies = [*([source] if source is not None else []), *mirrors]
-    if records.mend_store(storage, copies, catalog.recorded):
+    work = _Repair(repo, source)
+    copies = [*([source] if source is not None else []), *repo.mirrors]
+    if records.mend_store(repo.storage, copies, repo.catalog.recorded):
         work.repaired.append(rec.STORE_KEY)
-    catalog.open()
-    names = [ref.name] if ref else catalog.models()
-    mended = records.mend(storage, copies, names, journals=ref is None, keep=lambda record: work.kept(record, copies))
+    repo.catalog.open()
+    names = [ref.name] if ref else repo.catalog.models()
+    mended = records.mend(
+        repo.storage, copies, names, journals=ref is None, keep=lambda record: work.kept(record, copies)
+    )
     work.repaired += mended.repaired
-    for model in [ref.name] if ref else catalog.models():
-        for record, variant, entry in live(catalog, model, ref, work.problems):
+    for model in [ref.name] if ref else repo.catalog.models():
+        for record, variant, entry in live(repo.catalog, model, ref, work.problems):
             work.variant(record, variant, entry)
     with Pool(_THREADS, thread_name_prefix="modelstore-repair") as pool:
         for size in pool.map(work.pack, work.packs):
@@ -135,9 +134,7 @@ def _has(storage: Storage, key: str, size: int) -> bool:
 class _Repair:
     """One repair: what it found and did so far."""
 
-    storage: Storage
-    catalog: Catalog
-    manifests: Manifests
+    repo: Repo
     source: Storage | None
     writer: str = field(default_factory=lambda: uuid.uuid4().hex)
     problems: list[Problem] = field(default_factory=list)
@@ -204,7 +201,7 @@ class _Repair:
                 at = (manifest.base.model, manifest.base.manifest, "") if manifest.base else None
         coming = {key for key, size in needed.items() if not size or any(_has(at, key, size) for at in copies)}
         try:
-            relying.hold(self.storage, record.model, id, needed, lambda: coming)
+            relying.hold(self.repo.storage, record.model, id, needed, lambda: coming)
         except relying.GoneError as error:
             why = f"object {error.object} is missing, too short, or being removed"
         except (FormatError, CorruptionError) as error:
@@ -213,7 +210,7 @@ class _Repair:
             try:
                 yield ""
             finally:
-                relying.release(self.storage, id)
+                relying.release(self.repo.storage, id)
             return
         yield why
 
@@ -224,7 +221,7 @@ class _Repair:
         if manifest is not None:
             if reasons:
                 try:
-                    self.storage.put(key, [data], len(data))
+                    self.repo.storage.put(key, [data], len(data))
                     self.repaired.append(key)
                 except (StorageError, CorruptionError) as error:  # all else is mended nevertheless
                     self.problems.append(problem(error, model))
@@ -244,19 +241,19 @@ class _Repair:
         key = manifest_key(model, digest)
 
         def from_mirror() -> tuple[Manifest, bytes]:
-            manifest = self.manifests.read(model, digest)
+            manifest = self.repo.manifests.read(model, digest)
             return manifest, man.encode(manifest)[1]
 
         def from_object(storage: Storage) -> tuple[Manifest, bytes]:
             data = storage.get(key)
             return man.decode(data, digest, key), data
 
-        ways: list[Callable[[], tuple[Manifest, bytes]]] = [lambda: from_object(self.storage)]
-        both = [self.storage] if self.source is None else [self.storage, self.source]
+        ways: list[Callable[[], tuple[Manifest, bytes]]] = [lambda: from_object(self.repo.storage)]
+        both = [self.repo.storage] if self.source is None else [self.repo.storage, self.source]
         ways += [lambda at=at: read_copy(at, copy, digest) for at in both if copy]  # type: ignore[misc]
         if self.source is not None:
             ways.append(lambda source=self.source: from_object(source))  # type: ignore[misc]
-        ways += [from_mirror, lambda: read_copy(self.storage, self._search().get(digest, digest), digest)]
+        ways += [from_mirror, lambda: read_copy(self.repo.storage, self._search().get(digest, digest), digest)]
         reasons: list[str] = []
         for way in ways:
             try:
@@ -270,8 +267,8 @@ class _Repair:
     def _copy(self, record: VersionRecord, variant: str, entry: VariantEntry, data: bytes) -> None:
         """See that the entry's copy is a good one; a lost one is made again."""
         try:
-            if pack_is_good(self.storage, entry.copy):
-                read_copy(self.storage, entry.copy, entry.manifest)
+            if pack_is_good(self.repo.storage, entry.copy):
+                read_copy(self.repo.storage, entry.copy, entry.manifest)
                 return
         except (NotFoundError, CorruptionError, FormatError):
             pass  # a good pack, of something else: the entry is wrong
@@ -279,22 +276,22 @@ class _Repair:
             self.problems.append(problem(error, record.model))
             return
         made = packs.copy_pack(record.model, entry.manifest, data)
-        self.storage.put(pack_key(made.digest), made.pieces, made.size)
+        self.repo.storage.put(pack_key(made.digest), made.pieces, made.size)
         self.repaired.append(pack_key(made.digest))
         if made.digest != entry.copy:
             pointed = msgspec.structs.replace(entry, copy=made.digest)
-            self.catalog.replace_entry(record.model, record.version, variant, self.writer, pointed)
+            self.repo.catalog.replace_entry(record.model, record.version, variant, self.writer, pointed)
 
     def _search(self) -> dict[str, str]:
         """The copies of manifests among all packs, found by what their headers say; looked for once, as a last resort."""
         if self._copies is None:
-            self._copies = {digest: copy for _, digest, copy in packs.manifest_copies(self.storage)}
+            self._copies = {digest: copy for _, digest, copy in packs.manifest_copies(self.repo.storage)}
         return self._copies
 
     def pack(self, digest: str) -> int:
         """Check a pack; its size where it is good. One that is not is noted as bad."""
         try:
-            if not pack_is_good(self.storage, digest):
+            if not pack_is_good(self.repo.storage, digest):
                 self.bad.append(digest)
                 return 0
         except _LOST as error:
@@ -311,7 +308,7 @@ class _Repair:
     def _readable(self) -> Iterator[Manifest]:
         for model, digest in self._noted:
             with suppress(*_LOST):
-                yield self.manifests.read(model, digest)
+                yield self.repo.manifests.read(model, digest)
 
     def mend(self, digest: str, parts: Sequence[Part], elsewhere: Elsewhere) -> int:
         """Replace a bad pack: made again of its chunks, else from the other copy of the store; its size."""
@@ -319,7 +316,7 @@ class _Repair:
             if not self._remade(digest, parts, elsewhere):
                 if self.source is None:
                     raise CorruptionError("it is missing or its bytes are not those that its name stands for")
-                replace_pack(self.storage, self.source, digest)
+                replace_pack(self.repo.storage, self.source, digest)
             self.repaired.append(pack_key(digest))
         except _LOST as error:
             self._told(digest, error)
@@ -327,7 +324,7 @@ class _Repair:
 
     def _remade(self, digest: str, parts: Sequence[Part], elsewhere: Elsewhere) -> bool:
         try:
-            return remake(self.storage, digest, parts, elsewhere)
+            return remake(self.repo.storage, digest, parts, elsewhere)
         except _LOST:
             if self.source is None:
                 raise
@@ -342,7 +339,7 @@ class _Repair:
 
     def _size(self, digest: str) -> int:
         try:
-            info = self.storage.info(pack_key(digest))
+            info = self.repo.storage.info(pack_key(digest))
         except StorageError:  # told already
             return 0
         return info.size if info else 0

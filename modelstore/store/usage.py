@@ -13,13 +13,11 @@ from modelstore.errors import ModelStoreError
 from modelstore.format.inventory import StoreUsage, Usage
 from modelstore.format.manifest import Manifest
 from modelstore.format.record import JOBS, MODELS, PACKS, VersionRecord, is_own, manifest_key, pack_key
-from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
-from modelstore.store.catalog import Catalog
 from modelstore.store.damage import noting
-from modelstore.store.manifests import Manifests
 from modelstore.store.packs import data_start
 from modelstore.store.repair import copy_of
+from modelstore.store.repo import Repo
 
 _THREADS = 16
 _HEADER = 50  # a gap of less than a fiftieth of a pack is its header: whether something in it is dead is not looked at
@@ -27,15 +25,15 @@ _HEADER = 50  # a gap of less than a fiftieth of a pack is its header: whether s
 Places = NDArray[np.uint64]  # lines of pack, offset, length
 
 
-def usage(storage: Storage, catalog: Catalog, manifests: Manifests, model: str | None = None) -> StoreUsage:
+def usage(repo: Repo, model: str | None = None) -> StoreUsage:
     """What is held in a store; versions and variants, and the models listed, are those of `model` where one is given.
 
     Manifests of everything live are read, and all objects listed; no weights are.
     """
-    work = _Counting(storage, manifests)
+    work = _Counting(repo)
     damaged: list[ModelStoreError] = []
-    for name in catalog.models():
-        for record in catalog.live(name, damaged):
+    for name in repo.catalog.models():
+        for record in repo.catalog.live(name, damaged):
             noting(damaged, partial(work.add, record))
     found = work.held(model)
     return StoreUsage(*found, *work.totals(), tuple(map(str, damaged)))
@@ -45,8 +43,7 @@ def usage(storage: Storage, catalog: Catalog, manifests: Manifests, model: str |
 class _Counting:
     """The places that each live variant holds; packs have numbers."""
 
-    storage: Storage
-    manifests: Manifests
+    repo: Repo
     packs: dict[str, int] = field(default_factory=dict)
     needed: set[str] = field(default_factory=set)  # keys of manifests and of their copies
     variants: list[tuple[str, int, str]] = field(default_factory=list)
@@ -55,14 +52,14 @@ class _Counting:
     def add(self, record: VersionRecord) -> None:
         """Note what the variants of a version hold."""
         for variant, entry in record.variants.items():
-            manifest = self.manifests.entry(record.model, entry)
+            manifest = self.repo.manifests.entry(record.model, entry)
             self.needed |= {manifest_key(record.model, entry.manifest), pack_key(entry.copy)}
             held = [self._places(manifest)]
             while manifest.base is not None:
                 base = manifest.base
-                manifest = self.manifests.read(base.model, base.manifest)
+                manifest = self.repo.manifests.read(base.model, base.manifest)
                 if manifest_key(base.model, base.manifest) not in self.needed:
-                    copy = copy_of(self.storage, base.model, base.manifest, manifest)
+                    copy = copy_of(self.repo.storage, base.model, base.manifest, manifest)
                     self.needed |= {manifest_key(base.model, base.manifest), pack_key(copy.digest)}
                 held.append(self._places(manifest))
             self.variants.append((record.model, record.version, variant))
@@ -104,13 +101,13 @@ class _Counting:
             elif is_own(info[0]) and not info[0].startswith(JOBS):
                 unused += info[1]
         with Pool(_THREADS, thread_name_prefix="modelstore-du") as pool:
-            starts = pool.map(lambda gap: data_start(self.storage, gap[0]), gaps)
+            starts = pool.map(lambda gap: data_start(self.repo.storage, gap[0]), gaps)
             dead = sum(max(0, gap - start) for (_, gap), start in zip(gaps, starts, strict=True))
         return int(live.sum()), dead, unused, manifests, total
 
     def _objects(self) -> Iterator[tuple[str, int]]:
         for prefix in (PACKS, MODELS, JOBS):
-            yield from ((info.key, info.size) for info in self.storage.list(prefix))
+            yield from ((info.key, info.size) for info in self.repo.storage.list(prefix))
 
 
 _NONE: Places = np.zeros((0, 3), np.uint64)

@@ -318,7 +318,7 @@ class Counting(WrappingStorage):
 def test_packs_of_any_size_are_streamed(tmp_path: Path) -> None:
     small = Small.new()
     small.store.save("m", {"w": torch.zeros(24 << 20, dtype=torch.uint8)}, codec="raw", grid="whole")
-    source, target = Counting(small.storage), Counting(modelstore.client.open(tmp_path / "s")._storage)
+    source, target = Counting(small.storage), Counting(modelstore.client.open(tmp_path / "s").repo.storage)
     open_on(source).copy("m", open_on(target))
     assert 0 < source.largest <= 8 << 20
     assert 0 < target.largest <= 8 << 20

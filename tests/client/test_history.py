@@ -50,10 +50,10 @@ def test_the_log_tells_who_made_what_newest_first(store: Store, tmp_path: Path) 
 def test_records_of_earlier_releases_say_nothing(store: Store) -> None:
     store.save("m", weights(1), message="x")
     key = rec.version_key("m", 1, 1)
-    record = msgspec.json.decode(store._storage.get(key))
+    record = msgspec.json.decode(store.repo.storage.get(key))
     del record["note"], record["blake3"]
     data = msgspec.json.encode(record)
-    store._storage.put(key, [data], len(data))
+    store.repo.storage.put(key, [data], len(data))
     (entry,) = store.log("m")
     assert (entry.by, entry.message, entry.meta, entry.source) == ("", "", {}, "")
 
@@ -73,7 +73,7 @@ BAD: dict[str, dict[str, Any]] = {
 def test_what_is_too_much_is_refused_before_anything_is_written(given: dict[str, Any], store: Store) -> None:
     with pytest.raises(ValueError, match=r"message|meta"):
         store.save("m", weights(1), **given)
-    assert not list(store._storage.list(""))
+    assert not list(store.repo.storage.list(""))
 
 
 def test_an_entry_of_another_type_is_refused(store: Store) -> None:

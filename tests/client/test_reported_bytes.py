@@ -73,7 +73,7 @@ def chunks(store: Store, *refs: str) -> Places:
 
 def copies(store: Store, *refs: str) -> set[str]:
     """The packs of the copies of manifests."""
-    return {pack_key(store._catalog.entry(parse_reference(ref))[1].copy) for ref in refs}
+    return {pack_key(store.repo.catalog.entry(parse_reference(ref))[1].copy) for ref in refs}
 
 
 @pytest.mark.parametrize("deep", [False, True])

@@ -28,8 +28,8 @@ from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
 from modelstore.storage.wrapping import Verb, WrappingStorage
 from modelstore.store.catalog import Catalog
-from modelstore.store.manifests import Manifests
 from modelstore.store.relying import GoneError
+from modelstore.store.repo import Repo
 from tests.helpers.stores import open_on, overwrite
 
 MODEL = {f"layer.{i}.weight": torch.full((257, 65), float(i)) for i in range(6)}
@@ -111,7 +111,7 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
     url = str(tmp_path / "store")
     ms.open(url).save("other", {"x": torch.zeros(3)})
     made = Gate(open_storage(url))
-    monkeypatch.setattr(models, "_store", lambda source: (made, Manifests(made)))  # noqa: ARG005
+    monkeypatch.setattr(models, "_store", lambda source: Repo.on(made))  # noqa: ARG005
     return made
 
 
@@ -130,8 +130,7 @@ def save(nodes: Nodes, gate: Gate, tensors: Any = None, *, model: str = "m", tag
 
     def store(storage: Storage) -> saving.Outcome:
         return saving.store(
-            storage,
-            Manifests(storage),
+            Repo.on(storage),
             model,
             source,
             codec="lossless",

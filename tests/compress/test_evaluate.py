@@ -59,8 +59,8 @@ def add_variant(store: ms.Store, variant: str, changed: Mapping[str, torch.Tenso
     manifest = msgspec.structs.replace(
         store._manifest(parse_reference("source")), recipe={"name": variant}, parent=original.content
     )
-    entry = store_manifest(store._manifests, "m", manifest, variant, Shelf(store._storage))
-    store._catalog.publish_variants("m", store.versions("m")[-1].version, {variant: entry}, uuid.uuid4().hex)
+    entry = store_manifest(store.repo.manifests, "m", manifest, variant, Shelf(store.repo.storage))
+    store.repo.catalog.publish_variants("m", store.versions("m")[-1].version, {variant: entry}, uuid.uuid4().hex)
 
 
 def answers(model: Any, ids: list[int], context: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,7 +154,7 @@ def _counting(loaded: list[bool]) -> Any:
 def test_what_is_known_is_not_computed_again(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     add_variant(store, "half", {NORM: store.load("m")[NORM] / 2})
     first = store.eval("m:half", text=TEXT, context=CONTEXT)
-    digests = {info.variant: store._catalog.entry(Reference("m", variant=info.variant))[1].manifest
+    digests = {info.variant: store.repo.catalog.entry(Reference("m", variant=info.variant))[1].manifest
                for info in store.variants("m")}  # fmt: skip
     assert not first.known
     run: list[str] = []
@@ -171,7 +171,7 @@ def test_what_is_known_is_not_computed_again(store: ms.Store, monkeypatch: pytes
     assert original.known
     assert original.measured.perplexity == first.measured.baseline_perplexity
     assert not run
-    assert digests == {v: store._catalog.entry(Reference("m", variant=v))[1].manifest for v in digests}
+    assert digests == {v: store.repo.catalog.entry(Reference("m", variant=v))[1].manifest for v in digests}
     add_variant(store, "other", {NORM: store.load("m")[NORM] / 4})
     alone = store.eval("m:other", text=TEXT, context=CONTEXT, baseline=False).measured
     assert run == ["other"]
@@ -199,9 +199,9 @@ def test_metrics_survive_verification_collection_and_repair(folder: Path) -> Non
     tuned = {name: tensor * 1.01 if tensor.is_floating_point() else tensor for name, tensor in store.load("m").items()}
     store.save("tuned", tuned, codec="delta", parent="m@1")  # its base is the manifest from before the evaluation
     created = [info.created for info in store.variants("m")]
-    before = store._catalog.entry(Reference("m"))[1].manifest
+    before = store.repo.catalog.entry(Reference("m"))[1].manifest
     made = store.eval("m:half", text=TEXT, context=CONTEXT).measured
-    assert store._catalog.entry(Reference("m"))[1].manifest != before
+    assert store.repo.catalog.entry(Reference("m"))[1].manifest != before
     for key, (data, modified) in list(storage._shelf.objects.items()):
         storage._shelf.objects[key] = data, modified - 1e6
     assert store.gc(dry_run=False, grace=0).kept
@@ -224,8 +224,8 @@ def test_metrics_survive_verification_collection_and_repair(folder: Path) -> Non
 
 
 def test_evaluations_at_the_same_time_are_both_kept(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = open_on(store._storage)
-    publish = store._catalog.replace_entry
+    other = open_on(store.repo.storage)
+    publish = store.repo.catalog.replace_entry
     raced: list[bool] = []
 
     def late(*args: Any, **rest: Any) -> Any:
@@ -234,7 +234,7 @@ def test_evaluations_at_the_same_time_are_both_kept(store: ms.Store, monkeypatch
             other.eval("m", text=TEXT, context=16)
         return publish(*args, **rest)
 
-    monkeypatch.setattr(store._catalog, "replace_entry", late)
+    monkeypatch.setattr(store.repo.catalog, "replace_entry", late)
     store.eval("m", text=TEXT, context=32)
     assert [one.context for one in evaluations(store.describe("m").metrics)] == [32, 16]
 
@@ -292,7 +292,7 @@ def test_a_file_and_its_content_are_the_same_text(store: ms.Store, tmp_path: Pat
 
 
 def test_nothing_is_kept_where_that_is_not_wanted(store: ms.Store) -> None:
-    before = store._storage
+    before = store.repo.storage
     keys = {info.key for info in before.list("")}
     store.eval("m", text=TEXT, context=CONTEXT, keep=False)
     assert {info.key for info in before.list("")} == keys

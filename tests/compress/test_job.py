@@ -68,7 +68,7 @@ def test_the_same_bytes_whatever_the_threads() -> None:
         store = open_on(storage, threads=threads)
         store.save("m", model())
         store.compress("m", "int4")
-        made.append((pack_sizes(storage), store._catalog.newest("m").variants["int4"].manifest))
+        made.append((pack_sizes(storage), store.repo.catalog.newest("m").variants["int4"].manifest))
     assert made[0] == made[1] == made[2]
 
 

@@ -33,8 +33,7 @@ from modelstore.format.region import is_contiguous, slices
 from modelstore.sources.open import open_source
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.pool import Pool
-from modelstore.store.catalog import Catalog
-from modelstore.store.manifests import Manifests
+from modelstore.store.repo import Repo
 
 LIMITS = Limits(64 << 20, 2)
 CONFIG = json.dumps({"model_type": "toy"}).encode()
@@ -43,12 +42,11 @@ CONFIG = json.dumps({"model_type": "toy"}).encode()
 def stored(source: Any, *, codec: str = "lossless", grid: str = "auto", files: Any = None) -> Reader:
     """A reader of a source that was saved."""
     storage = MemoryStorage(uuid.uuid4().hex)
-    catalog, manifests = Catalog(storage), Manifests(storage)
-    catalog.open(create=True)
+    repo = Repo.on(storage)
+    repo.catalog.open(create=True)
     opened = open_source(source, files=files)
     done = store(
-        storage,
-        manifests,
+        repo,
         "toy",
         opened,
         codec=codec,
@@ -58,7 +56,7 @@ def stored(source: Any, *, codec: str = "lossless", grid: str = "auto", files: A
         limits=LIMITS,
         progress=None,
     )
-    return Model(storage, (), manifests, "toy", manifests.entry("toy", done.entry)).reader
+    return Model(repo, "toy", repo.manifests.entry("toy", done.entry)).reader
 
 
 def with_manifest(reader: Reader, **changes: Any) -> Reader:

@@ -19,8 +19,7 @@ from modelstore.execute.reading import Limits
 from modelstore.execute.saving import store
 from modelstore.sources.open import open_source
 from modelstore.storage.memory import MemoryStorage
-from modelstore.store.catalog import Catalog
-from modelstore.store.manifests import Manifests
+from modelstore.store.repo import Repo
 
 zarr = pytest.importorskip("zarr")
 
@@ -35,11 +34,11 @@ LIMITS = Limits(64 << 20, 2)
 def stored(source: dict[str, torch.Tensor]) -> Model:
     """A mapping of tensors, saved and opened."""
     storage = MemoryStorage(uuid.uuid4().hex)
-    catalog, manifests = Catalog(storage), Manifests(storage)
-    catalog.open(create=True)
+    repo = Repo.on(storage)
+    repo.catalog.open(create=True)
     options: dict[str, Any] = {"codec": "lossless", "grid": "auto", "parent": None, "previous": None, "progress": None}
-    done = store(storage, manifests, "toy", open_source(source), limits=LIMITS, **options)
-    return Model(storage, (), manifests, "toy", manifests.entry("toy", done.entry))
+    done = store(repo, "toy", open_source(source), limits=LIMITS, **options)
+    return Model(repo, "toy", repo.manifests.entry("toy", done.entry))
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:

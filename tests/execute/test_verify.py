@@ -19,8 +19,8 @@ from modelstore.format.record import manifest_key, pack_key
 from modelstore.format.results import Report
 from modelstore.storage.base import Storage
 from modelstore.storage.faults import CountingStorage
-from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
+from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 from tests.store.helpers import LIMITS, Small, cut, flip, weights
 
@@ -47,7 +47,7 @@ def look(small: Small, ref: str | None = "org/m", *, deep: bool, on: Storage | N
     """Verify, as a new process would."""
     storage = on or small.storage
     wanted = parse_reference(ref) if ref else None
-    return verify(storage, Catalog(storage), Manifests(storage), wanted, deep=deep, limits=LIMITS)
+    return verify(Repo.on(storage), wanted, deep=deep, limits=LIMITS)
 
 
 def places(small: Small, ref: str, tensor: str) -> list[tuple[str, int, int]]:
@@ -66,9 +66,7 @@ def test_a_good_store(codec: str, deep: bool) -> None:
     heard: list[int] = []
     storage = small.storage
     report = verify(
-        storage,
-        Catalog(storage),
-        Manifests(storage),
+        Repo.on(storage),
         None,
         deep=deep,
         limits=LIMITS,
@@ -178,7 +176,7 @@ def test_a_wrong_tensor_of_good_chunks_is_found_by_decoding_only() -> None:
     lie = msgspec.structs.replace(manifest, tensors=(msgspec.structs.replace(first, digest="0" * 64), *others))
     digest, copy = Manifests(small.storage).write("org/m", lie, Shelf(small.storage))
     wrong = msgspec.structs.replace(entry, manifest=digest, copy=copy)
-    small.store._catalog.replace_entry("org/m", 1, "original", "w", wrong)
+    small.store.repo.catalog.replace_entry("org/m", 1, "original", "w", wrong)
     assert look(small, deep=False).ok
     assert [(p.kind, p.tensor) for p in look(small, deep=True).problems] == [("corruption", first.name)]
 
@@ -204,7 +202,7 @@ def test_a_chunk_that_cannot_be_decoded_is_named_and_the_rest_is_checked() -> No
     )
     digest, copy = Manifests(small.storage).write("org/m", lie, Shelf(small.storage))
     entry = msgspec.structs.replace(small.entry("org/m"), manifest=digest, copy=copy)
-    small.store._catalog.replace_entry("org/m", 1, "original", "w", entry)
+    small.store.repo.catalog.replace_entry("org/m", 1, "original", "w", entry)
     assert look(small, deep=False).ok
     assert {p.tensor for p in look(small, deep=True).problems} == {"mlp.bias"}
 
@@ -233,7 +231,7 @@ def test_a_tensor_larger_than_memory_is_decoded_in_parts() -> None:
     heard: list[int] = []
     storage = small.storage
     tight = Limits(64 << 10, 2)
-    report = verify(storage, Catalog(storage), Manifests(storage), None, deep=True, limits=tight, progress=heard.append)
+    report = verify(Repo.on(storage), None, deep=True, limits=tight, progress=heard.append)
     assert report.ok
     assert sum(heard) == sum(t.nbytes for t in tensors.values())
     assert max(heard) <= 64 << 10

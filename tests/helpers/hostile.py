@@ -39,8 +39,8 @@ def little_memory(room: int = ROOM) -> Iterator[None]:
 
 def manifest_of(store: Store, model: str) -> Any:
     """A model's manifest as plain data."""
-    digest = store._catalog.newest(model).variants["original"].manifest
-    stored = store._storage.get(manifest_key(model, digest))
+    digest = store.repo.catalog.newest(model).variants["original"].manifest
+    stored = store.repo.storage.get(manifest_key(model, digest))
     return msgspec.json.decode(zstandard.ZstdDecompressor().decompress(stored))
 
 
@@ -51,7 +51,7 @@ def plant(storage: Storage, manifest: Any, *, model: str = "bad", stored: bytes 
     data = zstandard.ZstdCompressor().compress(text) if stored is None else stored
     storage.put(manifest_key(model, digest), [data], len(data))
     entry = VariantEntry(digest, "0" * 64, 1, 1, 1, "lossless", 0.0)
-    catalog = open_on(storage)._catalog
+    catalog = open_on(storage).repo.catalog
     record = VersionRecord(FORMAT, model, catalog.highest(model) + 1, 1, "attacker", time.time(), {"original": entry})
     catalog.open(create=True)
     assert catalog._create_version(record)  # unlike a save, without a look at what it names

@@ -270,7 +270,7 @@ def test_bases_upon_bases(storage: MemoryStorage) -> None:
     manifest = manifest_of(open_on(storage), "delta")
     for _ in range(30):
         plant(storage, manifest)
-        digest = open_on(storage)._catalog.newest("bad").variants["original"].manifest
+        digest = open_on(storage).repo.catalog.newest("bad").variants["original"].manifest
         manifest = copy.deepcopy(manifest) | {"base": {"model": "bad", "manifest": digest}}
     with little_memory():
         errors = read_all(open_on(storage), "bad")
@@ -282,7 +282,7 @@ def test_bases_upon_bases(storage: MemoryStorage) -> None:
 def test_a_delta_on_a_base_that_does_not_fit(lacking: bool, storage: MemoryStorage) -> None:
     store = open_on(storage)
     store.save("other", {"norm": weights()["norm"]} if lacking else {"large": weights()["large"][:64]})
-    digest = store._catalog.newest("other").variants["original"].manifest
+    digest = store.repo.catalog.newest("other").variants["original"].manifest
     manifest = manifest_of(store, "delta") | {"base": {"model": "other", "manifest": digest}}
     plant(storage, manifest)
     errors = read_all(open_on(storage), "bad")
@@ -299,7 +299,7 @@ def test_a_base_of_other_values_is_not_believed(storage: MemoryStorage) -> None:
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
         store.save("other", weights(9))
-    digest = store._catalog.newest("other").variants["original"].manifest
+    digest = store.repo.catalog.newest("other").variants["original"].manifest
     plant(storage, manifest_of(store, "delta") | {"base": {"model": "other", "manifest": digest}})
     assert not open_on(storage).verify("bad", deep=True).ok
 
@@ -319,7 +319,7 @@ def test_many_tensors_in_few_bytes(storage: MemoryStorage) -> None:
 @given(data=st.data(), model=st.sampled_from(["good", "raw", "delta"]))
 def test_mutated_bytes(source: MemoryStorage, data: st.DataObject, model: str) -> None:
     store = open_on(source)
-    digest = store._catalog.newest(model).variants["original"].manifest
+    digest = store.repo.catalog.newest(model).variants["original"].manifest
     text = bytearray(zstandard.ZstdDecompressor().decompress(source.get(manifest_key(model, digest))))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(text) - 1))

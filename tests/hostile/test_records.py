@@ -252,7 +252,7 @@ PACKS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("data", PACKS.values(), ids=PACKS)
 def test_a_lost_manifest_is_found_among_strange_packs(data: bytes, storage: MemoryStorage) -> None:
-    entry = open_on(storage)._catalog.newest("acme/m").variants["original"]
+    entry = open_on(storage).repo.catalog.newest("acme/m").variants["original"]
     put(storage, rec.pack_key("ab" * 32), data)
     storage.delete(rec.manifest_key("acme/m", entry.manifest))
     variants = msgspec.json.decode(storage.get(VERSION))["variants"]

@@ -222,20 +222,20 @@ class AgainstDict(RuleBasedStateMachine):
         copies = {
             (name, entry.manifest): entry.copy
             for name in self.lines
-            for record in store._catalog.versions(name)
+            for record in store.repo.catalog.versions(name)
             for entry in record.variants.values()
         }
         needed: set[str] = set()
         for name, version in self.live:
-            digest = store._catalog.version(name, version).variants["original"].manifest
-            manifest: Manifest | None = store._manifests.read(name, digest)
+            digest = store.repo.catalog.version(name, version).variants["original"].manifest
+            manifest: Manifest | None = store.repo.manifests.read(name, digest)
             while manifest is not None:
                 needed |= {*map(pack_key, manifest.packs), pack_key(copies[name, digest])}
                 base = manifest.base
                 assert manifest_key(name, digest) in keys(self.storage)
                 if base is not None:
                     name, digest = base.model, base.manifest
-                manifest = store._manifests.read(name, digest) if base is not None else None
+                manifest = store.repo.manifests.read(name, digest) if base is not None else None
         return needed
 
 

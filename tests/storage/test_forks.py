@@ -151,7 +151,7 @@ def test_a_lock_that_a_thread_held_is_free_in_the_child(tmp_path: Path) -> None:
     store.save("m", WEIGHTS)
     total(store)
     held, release = threading.Event(), threading.Event()
-    locks = [store._manifests._lock, store._storage._files._lock]  # type: ignore[attr-defined]
+    locks = [store.repo.manifests._lock, store.repo.storage._files._lock]  # type: ignore[attr-defined]
     assert all(isinstance(lock, Lock) for lock in locks)
 
     def hold() -> None:

@@ -30,7 +30,7 @@ class Clock:
 
 def behind(proxy: Proxy, url: str, clock: Clock) -> Store:
     store = modelstore.open(url, storage_options={"endpoint_url": proxy.endpoint}, memory="64MiB", threads=2)
-    storage = store._storage
+    storage = store.repo.storage
     assert isinstance(storage, RetryingStorage)
     storage._sleep, storage._clock = clock.sleep, lambda: clock.now
     return store
@@ -70,5 +70,5 @@ def test_a_save_outlasts_an_outage(
         {"best": 2},
     )
     assert direct.verify(deep=True).ok
-    assert not journal(direct._storage)
-    assert contents(open_on(direct._storage)) == contents(store)
+    assert not journal(direct.repo.storage)
+    assert contents(open_on(direct.repo.storage)) == contents(store)

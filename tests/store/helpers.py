@@ -20,6 +20,7 @@ from modelstore.store.catalog import Catalog
 from modelstore.store.garbage import collect
 from modelstore.store.manifests import Manifests
 from modelstore.store.repair import repair
+from modelstore.store.repo import Repo
 
 LIMITS = Limits(64 << 20, 2)
 
@@ -84,12 +85,12 @@ class Small:
     def sweep(self, *, grace: float = 100.0, dry_run: bool = False, on: Storage | None = None) -> results.Swept:
         """Collect garbage, as a new process would."""
         storage = on or self.storage
-        return collect(storage, Catalog(storage), Manifests(storage), dry_run=dry_run, grace=grace)
+        return collect(Repo.on(storage), dry_run=dry_run, grace=grace)
 
     def mend(self, source: Small | None = None, ref: Reference | None = None) -> results.Report:
         """Repair, as a new process would."""
         other = source.storage if source else None
-        return repair(self.storage, Catalog(self.storage), Manifests(self.storage), ref, other)
+        return repair(Repo.on(self.storage), ref, other)
 
     def check(self, ref: str, tensors: dict[str, torch.Tensor]) -> None:
         """See that a variant loads with exactly these values, in a new process's eyes."""

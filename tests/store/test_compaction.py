@@ -50,7 +50,7 @@ def _made() -> tuple[Small, dict[str, Tensors]]:
     small.store.save("tuned", {**tuned, "b": torch.ones(7).bfloat16()}, codec="delta", parent="tuned@1")
     small.store.save("whole", tensors(5), codec="raw", grid="whole")
     small.store.save("whole", {**tensors(5, "a", "e"), "f": torch.ones(3)}, codec="raw", grid="whole")
-    catalog = small.store._catalog
+    catalog = small.store.repo.catalog
     catalog.publish_variants("m", 2, {"twin": small.entry("m@2")}, "w")
     small.store.delete("m@1")
     small.store.delete("whole@1")

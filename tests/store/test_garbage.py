@@ -76,7 +76,7 @@ def test_a_deleted_version_goes_when_its_deletion_is_older_than_the_grace_period
 def test_a_deleted_variant_goes_by_the_same_rule() -> None:
     small = two_versions()
     other = small.entry("org/m@2")
-    catalog = small.store._catalog
+    catalog = small.store.repo.catalog
     catalog.publish_variants("org/m", 1, {"twin": other}, "w")
     catalog.delete("org/m", 2, None, "w")
     small.age(101)

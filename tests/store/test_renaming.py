@@ -113,7 +113,7 @@ def test_a_save_a_tag_and_a_variant_beside_it_are_not_lost(at: int) -> None:
             fresh(small).tag("org/m@2", "late")
         with contextlib.suppress(NotFoundError):
             entry = small.entry("org/m@2")
-            fresh(small)._catalog.publish_variants("org/m", 2, {"twin": entry}, "w")
+            fresh(small).repo.catalog.publish_variants("org/m", 2, {"twin": entry}, "w")
         fresh(small).save("org/m", weights(9))
 
     open_on(Beside(small.storage, at, others)).rename("org/m", "new")

@@ -14,9 +14,9 @@ from modelstore.format.names import parse_reference
 from modelstore.format.record import manifest_key, pack_key
 from modelstore.storage.faults import CountingStorage, FaultyStorage, Killed
 from modelstore.storage.wrapping import Verb, WrappingStorage
-from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 from modelstore.store.repair import repair
+from modelstore.store.repo import Repo
 from tests.store.helpers import Small, cut, flip, weights
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ def one() -> Small:
 def test_a_good_store_is_not_written_to() -> None:
     small = one()
     counting = CountingStorage(small.storage)
-    report = repair(counting, Catalog(counting), Manifests(counting), None, None)
+    report = repair(Repo.on(counting), None, None)
     assert report.ok
     assert report.repaired == ()
     assert (report.tensors, report.chunks > 0, report.bytes > 0) == (3, True, True)
@@ -71,7 +71,7 @@ def test_an_entry_that_points_at_the_wrong_copy_is_mended_by_what_packs_say(lost
     small = one()
     entry = small.entry("org/m")
     wrong = msgspec.structs.replace(entry, copy=small.manifest("org/m").packs[0])
-    small.store._catalog.replace_entry("org/m", 1, "original", "w", wrong)
+    small.store.repo.catalog.replace_entry("org/m", 1, "original", "w", wrong)
     if lost_manifest:
         small.storage.delete(manifest_key("org/m", entry.manifest))
     report = small.mend()
@@ -144,7 +144,7 @@ def test_a_pack_comes_from_the_source_where_its_chunks_elsewhere_cannot_be_read(
             return act()
 
     shut = Closed(small.storage)
-    report = repair(shut, Catalog(shut), Manifests(shut), None, whole.storage)
+    report = repair(Repo.on(shut), None, whole.storage)
     assert report.repaired == (key,)
     assert small.storage.get(key) == whole.storage.get(key)
 
@@ -214,7 +214,7 @@ def test_killed_at_any_write_a_rerun_finishes() -> None:
         small.damage(pack_key(small_pack(whole)), flip())
         faulty = FaultyStorage(small.storage, kill_at=at, kill_after=bool(at % 2))
         try:
-            repair(faulty, Catalog(faulty), Manifests(faulty), None, whole.storage)
+            repair(Repo.on(faulty), None, whole.storage)
         except Killed:
             assert small.mend(whole).ok
             small.check("org/m", weights(1))

@@ -19,10 +19,10 @@ from modelstore.format.manifest import FORMAT
 from modelstore.format.sealed import seal
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
-from modelstore.store.catalog import Catalog
 from modelstore.store.compaction import clean
 from modelstore.store.condemned import VOID, Condemnation
 from modelstore.store.manifests import Manifests
+from modelstore.store.repo import Repo
 from tests.helpers.stores import all_bits, copy_all, keys, open_on, overwrite, shrink, weights
 
 TORN: dict[str, bytes] = {"empty": b"", "garbage": b"\x00\xffgarbage", "another type": b"[1, 2]"}
@@ -191,7 +191,7 @@ def test_a_whole_model_can_be_deleted_whatever_is_torn(storage: MemoryStorage) -
 def test_garbage_collection_keeps_what_a_torn_record_may_name_and_sweeps_the_rest(storage: MemoryStorage) -> None:
     key = rec.version_key("m", 3, 2)
     store = open_on(storage)
-    variant = store._catalog.version("m", 3).variants["int8"]
+    variant = store.repo.catalog.version("m", 3).variants["int8"]
     store.save("gone", weights(7))
     store.delete("gone", all=True)
     good = storage.get(key)
@@ -308,8 +308,7 @@ def test_a_record_whose_objects_were_collected_does_not_stand_in_for_the_newest(
     store.save("m", weights(1))
     store.save("m", {**weights(2), "head": weights(1)["head"]})
     store.delete("m@1")
-    works = (storage, (), Catalog(storage), Manifests(storage))
-    clean(*works, dry_run=False, grace=0, bound=1.0, hold=1 << 20, meter=lambda _: None)
+    clean(Repo.on(storage), dry_run=False, grace=0, bound=1.0, hold=1 << 20, meter=lambda _: None)
     first = rec.parse_version(storage.get(V2), V2).variants["original"]
     key, manifest = rec.version_key("m", 2, 2), rec.manifest_key("m", first.manifest)
     good = storage.get(key)
@@ -331,7 +330,7 @@ def test_a_record_whose_objects_were_collected_does_not_stand_in_for_the_newest(
 def test_the_newest_record_that_is_whole_stands_in(how: str, storage: MemoryStorage) -> None:
     store = open_on(storage)
     store.compress("m@3", "ternary", include=["*"])
-    key, entries = rec.version_key("m", 3, 3), store._catalog.version("m", 3).variants
+    key, entries = rec.version_key("m", 3, 3), store.repo.catalog.version("m", 3).variants
     put(storage, key, b"")
     original, int8 = (set(Manifests(storage).entry("m", entries[name]).packs) for name in ("original", "int8"))
     pack = rec.pack_key((int8 - original).pop())
@@ -389,8 +388,8 @@ def test_a_folder_in_the_place_of_a_manifest_or_a_record(tmp_path: Path) -> None
     store = modelstore.open(tmp_path)
     store.save("m", weights(1))
     store.save("other", weights(2))
-    key = next(iter(keys(store._storage, "models/m/manifests/")))
-    other = next(iter(keys(store._storage, "models/other/manifests/")))
+    key = next(iter(keys(store.repo.storage, "models/m/manifests/")))
+    other = next(iter(keys(store.repo.storage, "models/other/manifests/")))
     good = (tmp_path / key).read_bytes()
     (tmp_path / other).write_bytes(b"")
     (tmp_path / key).unlink()

@@ -54,8 +54,8 @@ def at_once(works: list[Callable[[], Any]], race: Store | None = None) -> list[A
     """Results, or the errors, of works that begin at the same moment; in `race`, all want the same record before one has it."""
     ready = threading.Barrier(len(works))
     if race is not None:
-        assert isinstance(race._storage, Meeting)
-        race._storage.barrier = threading.Barrier(len(works))
+        assert isinstance(race.repo.storage, Meeting)
+        race.repo.storage.barrier = threading.Barrier(len(works))
 
     def run(work: Callable[[], Any]) -> Any:
         ready.wait(60)
@@ -93,7 +93,7 @@ def test_savers_of_the_same_file(savers: int, store: Store, tmp_path: Path, monk
     assert len({one.digest for one in saved}) == 1  # and so they share all they can
     for one in saved:
         assert all_bits(store.load(f"m@{one.version}")) == all_bits(weights(1))
-    assert not journal(store._storage)
+    assert not journal(store.repo.storage)
 
 
 # Each process tells when it is ready, and saves when it is told to.
@@ -161,42 +161,42 @@ def test_eight_savers_in_processes_on_s3(s3_url: str, s3_is_real: bool) -> None:
 def entry(store: Store, seed: int) -> VariantEntry:
     """The entry of some stored manifest, to publish as a variant."""
     saved = store.save("other", weights(seed))
-    found = store._catalog.version("other", saved.version).variants["original"]
-    data = store._storage.get(manifest_key("other", found.manifest))
-    store._storage.put(manifest_key("m", found.manifest), [data], len(data))
+    found = store.repo.catalog.version("other", saved.version).variants["original"]
+    data = store.repo.storage.get(manifest_key("other", found.manifest))
+    store.repo.storage.put(manifest_key("m", found.manifest), [data], len(data))
     return found
 
 
 def test_variants_of_other_names_are_rebased(store: Store) -> None:
     store.save("m", weights(0))
     entries = [entry(store, seed) for seed in range(8)]
-    publish = store._catalog.publish_variants
+    publish = store.repo.catalog.publish_variants
     at_once([lambda i=i: publish("m", 1, {f"v{i}": entries[i]}, f"writer{i}") for i in range(8)], race=store)
-    variants = store._catalog.newest("m").variants
+    variants = store.repo.catalog.newest("m").variants
     assert {name: variants[name] for name in variants if name != "original"} == {f"v{i}": entries[i] for i in range(8)}
 
 
 def test_variants_of_one_name_conflict(store: Store) -> None:
     store.save("m", weights(0))
     entries = [entry(store, seed) for seed in range(8)]
-    publish = store._catalog.publish_variants
+    publish = store.repo.catalog.publish_variants
     ended = at_once([lambda i=i: publish("m", 1, {"int8": entries[i]}, f"writer{i}") for i in range(8)], race=store)
     lost = [one for one in ended if isinstance(one, ConflictError)]
     assert len(lost) == 7
     assert all("has a variant 'int8' already" in str(error) and error.model == "m" for error in lost)
     (winner,) = (i for i, one in enumerate(ended) if not isinstance(one, ConflictError))
-    assert store._catalog.newest("m").variants["int8"] == entries[winner]
+    assert store.repo.catalog.newest("m").variants["int8"] == entries[winner]
 
 
 def test_a_variant_of_a_version_that_goes_away(store: Store) -> None:
     store.save("m", weights(0))
     some = entry(store, 1)
     works: list[Callable[[], Any]] = [
-        lambda i=i: store._catalog.publish_variants("m", 1, {f"v{i}": some}, f"writer{i}") for i in range(4)
+        lambda i=i: store.repo.catalog.publish_variants("m", 1, {f"v{i}": some}, f"writer{i}") for i in range(4)
     ]
     ended = at_once([*works, lambda: store.delete("m@1")], race=store)
     assert ended[-1] is None
-    assert store._catalog.version("m", 1).deleted  # whoever came first, what is deleted stays deleted
+    assert store.repo.catalog.version("m", 1).deleted  # whoever came first, what is deleted stays deleted
     for one in ended[:-1]:
         assert not isinstance(one, Exception) or (isinstance(one, ConflictError) and "was deleted" in str(one))
     with pytest.raises(NotFoundError):
@@ -212,7 +212,7 @@ def test_tags_at_once(store: Store) -> None:
     prod = info.tags.pop("prod")
     assert info.tags == {f"own{i}": i for i in range(1, 9)}
     assert all_bits(store.load("m@prod")) == all_bits(weights(prod - 1))
-    assert len(list(store._storage.list("models/m/tags/prod/"))) == 8  # none was lost: one record each
+    assert len(list(store.repo.storage.list("models/m/tags/prod/"))) == 8  # none was lost: one record each
 
 
 def test_deletes_at_once(store: Store) -> None:

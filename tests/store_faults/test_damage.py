@@ -32,7 +32,7 @@ class Place:
         self.copy = MemoryStorage(uuid.uuid4().hex)
         self.store.save("acme/m", MODEL, files={"config.json": b"{}"}, **how)  # type: ignore[arg-type]
         copy_all(self.storage, self.copy)
-        entry = self.store._catalog.newest("acme/m").variants["original"]
+        entry = self.store.repo.catalog.newest("acme/m").variants["original"]
         self.manifest_key = manifest_key("acme/m", entry.manifest)
         self.copy_key = pack_key(entry.copy)
         self.manifest: Manifest = self.store._manifest(parse_reference("acme/m"))

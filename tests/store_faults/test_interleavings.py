@@ -25,8 +25,8 @@ from modelstore.storage.memory import MemoryStorage
 from modelstore.store.catalog import Catalog
 from modelstore.store.compaction import clean
 from modelstore.store.garbage import collect
-from modelstore.store.manifests import Manifests
 from modelstore.store.relying import check_there, relied_on
+from modelstore.store.repo import Repo
 from tests.helpers.interleaving import NOW, Actor, Aged, at_random, explore, inline
 from tests.helpers.stores import copy_all, keys, open_on
 
@@ -52,13 +52,12 @@ def saving(seed: int, name: str = "m", **how: Any) -> Work:
 
 def collecting(grace: float = 0) -> Work:
     """Collect garbage."""
-    return lambda storage: collect(storage, Catalog(storage), Manifests(storage), dry_run=False, grace=grace)
+    return lambda storage: collect(Repo.on(storage), dry_run=False, grace=grace)
 
 
 def compacting(storage: Storage) -> Any:
     """Compact packs of which any part is dead, and collect garbage, with no grace."""
-    works = (storage, (), Catalog(storage), Manifests(storage))
-    return clean(*works, dry_run=False, grace=0, bound=1.0, hold=1 << 20, meter=lambda _: None).compaction
+    return clean(Repo.on(storage), dry_run=False, grace=0, bound=1.0, hold=1 << 20, meter=lambda _: None).compaction
 
 
 def deleting(version: int, then: Work | None = None) -> Work:

@@ -76,8 +76,8 @@ def retired(store: Store, files: Path) -> None:
 
 
 def publish_variant(store: Store, files: Path) -> None:
-    record = store._catalog.newest("acme/m")
-    store._catalog.publish_variants("acme/m", 1, {"half": record.variants["original"]}, uuid.uuid4().hex)
+    record = store.repo.catalog.newest("acme/m")
+    store.repo.catalog.publish_variants("acme/m", 1, {"half": record.variants["original"]}, uuid.uuid4().hex)
 
 
 def nothing(store: Store, files: Path) -> None:

@@ -72,7 +72,7 @@ def test_the_same_source_saved_again_heals_what_was_damaged(
     storage: Storage, damage: Damage, how: dict[str, Any]
 ) -> None:
     open_on(storage).save("m", weights(1), **how)
-    copy = pack_key(open_on(storage)._catalog.newest("m").variants["original"].copy)
+    copy = pack_key(open_on(storage).repo.catalog.newest("m").variants["original"].copy)
     for key in sorted(pack_sizes(storage).keys() - {copy}):
         good = pack_sizes(storage)
         for name in ("m", f"other-{key[-20:-15]}"):
@@ -88,7 +88,7 @@ def test_the_same_source_saved_again_heals_what_was_damaged(
 @pytest.mark.parametrize("lost", ["manifest", "copy", "both"])
 def test_a_damaged_manifest_is_healed_too(storage: Storage, damage: Damage, lost: str) -> None:
     open_on(storage).save("m", weights(1))
-    entry = open_on(storage)._catalog.newest("m").variants["original"]
+    entry = open_on(storage).repo.catalog.newest("m").variants["original"]
     for what, key in (("copy", pack_key(entry.copy)), ("manifest", manifest_key("m", entry.manifest))):
         if lost in (what, "both"):
             damage(storage, key)
@@ -119,7 +119,7 @@ def test_a_version_with_changes_heals_older_packs_of_which_it_has_every_chunk(
     of = packs_of(store)
     whole = pack_sizes(storage)
     for tensor in ("head", "norm"):
-        for key in sorted(packs - of[tensor] - {pack_key(store._catalog.newest("m").variants["original"].copy)}):
+        for key in sorted(packs - of[tensor] - {pack_key(store.repo.catalog.newest("m").variants["original"].copy)}):
             if how.get("grid") == "whole" and damage not in (flip,):
                 continue  # its header is not known from the manifest
             changed = weights(1)
@@ -129,14 +129,14 @@ def test_a_version_with_changes_heals_older_packs_of_which_it_has_every_chunk(
             assert pack_sizes(storage)[key] == whole[key]
             assert all_bits(open_on(storage).load("m@1")) == all_bits(weights(1))
             assert open_on(storage).verify("m@1", deep=True).ok
-            store.delete(f"m@{store._catalog.newest('m').version}")
+            store.delete(f"m@{store.repo.catalog.newest('m').version}")
     assert how.get("grid") == "whole" or "was made again" in caplog.text
 
 
 def test_repair_makes_a_pack_of_chunks_that_lie_elsewhere(storage: Storage) -> None:
     store = open_on(storage)
     packs = open_and_keys(store, weights(1))
-    key = sorted(packs - {pack_key(store._catalog.newest("m").variants["original"].copy)})[0]
+    key = sorted(packs - {pack_key(store.repo.catalog.newest("m").variants["original"].copy)})[0]
     remove(storage, key)
     store.save("other", {"more": torch.randn(900), **weights(1)})  # cut at other places
     assert storage.info(key) is None
@@ -150,7 +150,7 @@ def beside(storage: Storage) -> tuple[str, dict[str, torch.Tensor]]:
     """A model is saved, and its pack damaged; the pack, and a model that has its chunks, and makes other packs of them."""
     small = {f"w{i}": torch.full((40,), float(i)) for i in range(150)}
     open_on(storage).save("m", small, codec="raw")
-    copy = pack_key(open_on(storage)._catalog.newest("m").variants["original"].copy)
+    copy = pack_key(open_on(storage).repo.catalog.newest("m").variants["original"].copy)
     key = next(iter(sorted(pack_sizes(storage).keys() - {copy})))
     flip(storage, key)
     return key, {"first": torch.ones(900), **small}
@@ -217,7 +217,7 @@ def packs_of(store: Store) -> dict[str, set[str]]:
 def open_and_keys(store: Store, tensors: dict[str, torch.Tensor], **how: Any) -> set[str]:
     """Save, and the keys of the packs."""
     store.save("m", tensors, **how)
-    return set(pack_sizes(store._storage))
+    return set(pack_sizes(store.repo.storage))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -267,7 +267,7 @@ def test_a_variant_is_not_published_over_damage(storage: Storage, damage: Damage
 
 def test_repairs_advice_works(storage: Storage) -> None:
     open_on(storage).save("m", weights(1))
-    copy = pack_key(open_on(storage)._catalog.newest("m").variants["original"].copy)
+    copy = pack_key(open_on(storage).repo.catalog.newest("m").variants["original"].copy)
     key = min(pack_sizes(storage).keys() - {copy})
     remove(storage, key)
     with pytest.raises(CorruptionError):

@@ -62,8 +62,8 @@ def cycle(store: Store, files: Path) -> None:
     store.delete("acme/m", all=True)
     store.gc(dry_run=False, grace=0)
     assert contents(store) == {}
-    assert not pack_sizes(store._storage)
-    assert not journal(store._storage)
+    assert not pack_sizes(store.repo.storage)
+    assert not journal(store.repo.storage)
 
 
 @pytest.fixture
