@@ -184,7 +184,7 @@ def killed_control(nodes: Nodes) -> Callable[[], bool]:
 
 
 def changed_memory(nodes: Nodes) -> Callable[[], bool]:
-    session = nodes.store._session
+    session = nodes.store.cluster.session
     assert session is not None
     for path in Path(session.settings.root).glob("*/??/*"):
         with contextlib.suppress(OSError), path.open("r+b") as file:
@@ -201,7 +201,7 @@ def evicted(nodes: Nodes) -> Callable[[], bool]:
 
 
 def full_memory(nodes: Nodes) -> Callable[[], bool]:
-    session = nodes.store._session
+    session = nodes.store.cluster.session
     assert session is not None
     filler = Path(session.settings.root) / "filler"
     nodes.store.evict()
@@ -233,7 +233,7 @@ def read(url: str, address: str, remote: bool) -> None:
 
     wanted = tensors()
     store = ms.open(url, cluster=address, memory=BUDGET)
-    session = store._session
+    session = store.cluster.session
     assert session is not None
     if remote:
         session.here = list  # type: ignore[method-assign]

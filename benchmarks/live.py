@@ -50,14 +50,13 @@ def changes(url: str, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, t
     """The two ways in which 1 % of a model changes, by the names in `CASES`."""
     import modelstore as ms
     from modelstore.format import grid
-    from modelstore.format.names import parse_reference
     from modelstore.format.region import slices
 
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     some = dict(tensors)
     for name in changed_names(list(tensors), sizes):
         some[name] = moved(tensors[name])
-    manifest = ms.open(url)._manifest(parse_reference("bench@1"))
+    manifest = ms.open(url)["bench@1"].opened().manifest
     every = [(tensor, chunk) for tensor in manifest.tensors for chunk in range(tensor.chunks) if len(tensor.shape) > 1]
     spread = dict(tensors)
     for tensor, chunk in every[SHARE // 2 :: SHARE]:

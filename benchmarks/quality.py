@@ -41,20 +41,13 @@ def speeds(store: ms.Store, plan: CompressionPlan, repeat: int) -> dict[str, flo
             break
         assert choice.codec is not None
         codec, dtype = weight_codec(choice.codec), DTYPES[choice.dtype]
-        model = store._model(ms_reference("m"))
+        model = store["m"].opened()
         raw = model.reader.region(model.tensor(choice.name), full(choice.shape))
         nbytes += raw.nbytes
         took = [one_round(codec, raw, choice.shape, dtype) for _ in range(repeat)]
         encode += min(seconds for seconds, _ in took)
         decode += min(seconds for _, seconds in took)
     return {"encode_mb_s": round(nbytes / encode / 1e6), "decode_mb_s": round(nbytes / decode / 1e6)}
-
-
-def ms_reference(text: str) -> Any:
-    """A parsed reference."""
-    from modelstore.format.names import parse_reference
-
-    return parse_reference(text)
 
 
 def one_round(codec: WeightCodec, raw: Any, shape: tuple[int, ...], dtype: Any) -> tuple[float, float]:

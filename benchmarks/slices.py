@@ -19,16 +19,16 @@ SIZES = ((3, 8), (1, 2), (2, 4))
 def rows(setting: Setting) -> list[Row]:
     """Rank 3 of 8, and smaller groups."""
     import modelstore as ms
-    from modelstore.execute.loading import Model
-    from modelstore.format.names import parse_reference
+    from modelstore.execute.loading import Variant
+    from modelstore.execute.reading import Limits
     from modelstore.storage.faults import CountingStorage
 
     made = []
     for kind in ("lossless", "raw"):
         opened = ms.open(store(setting, kind))
-        manifest = opened._manifest(parse_reference("bench"))
+        manifest = opened["bench"].opened().manifest
         counting = CountingStorage(opened.repo.storage)
-        model = Model(replace(opened.repo, storage=counting), "bench", manifest)
+        model = Variant(replace(opened.repo, storage=counting), "bench", manifest)
         for rank, size in SIZES:
             shares = model.shares(ms.TensorParallel(rank=rank, size=size), None)
             counting.reset()
@@ -37,7 +37,7 @@ def rows(setting: Setting) -> list[Row]:
                 tensor = manifest.by_name[name]
                 stored = int(manifest.length[manifest.rows(tensor)].sum())
                 needed += stored * math.prod(share.shape) / math.prod(tensor.shape)
-            for _ in model.stream(shares, opened._limits()):
+            for _ in model.stream(shares, Limits(1 << 30)):
                 pass
             fetched = counting.bytes["read"]
             made.append(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modelstore import errors
-    from modelstore.client import Store, open
+    from modelstore.client import Cluster, Model, Store, open
     from modelstore.compress.presets import presets
     from modelstore.format.manifest import CodecSpec
     from modelstore.format.recipe import Recipe, Rule
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Cluster",
     "CodecSpec",
     "ExpertParallel",
     "Inert",
     "Layers",
+    "Model",
     "PipelineStage",
     "Recipe",
     "Regions",
@@ -50,8 +52,7 @@ _HOMES = {
     "Rule": "modelstore.format.recipe",
     "presets": "modelstore.compress.presets",
     "Slice": "modelstore.sources.slices",
-    "Store": "modelstore.client",
-    "open": "modelstore.client",
+    **dict.fromkeys(("Cluster", "Model", "Store", "open"), "modelstore.client"),
     **dict.fromkeys(
         ("ExpertParallel", "Layers", "PipelineStage", "Regions", "TensorParallel"), "modelstore.plan.layout"
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from functools import cache
 from pathlib import Path
 
@@ -233,3 +234,17 @@ def test_structs_are_prepared_before_they_are_decoded() -> None:
                     f"{where(path)}:{node.lineno}: {n}" for n in named if not n.startswith(("prepared(", "_MEMBERS"))
                 ]
     assert not wrong, "type=prepared(…):\n" + "\n".join(wrong)
+
+
+def test_nobody_reaches_into_a_store() -> None:
+    """Tests and benchmarks stand where users stand: `store.repo`, `store[ref]` and `store.cluster` are what they need."""
+    wrong = []
+    for folder in ("tests", "benchmarks"):
+        for path in sorted((ROOT.parent / folder).rglob("*.py")):
+            for node in ast.walk(parse(path)):
+                if not isinstance(node, ast.Attribute) or not re.match(r"_[a-z]", node.attr):
+                    continue
+                text = ast.unparse(node.value)
+                if re.search(r"(^|\.)store$|(^|\.)(open_on|open|Store)\(.*\)$", text):
+                    wrong.append(f"{where(path)}:{node.lineno}: {text}.{node.attr}")
+    assert not wrong, "\n".join(wrong)

@@ -10,6 +10,7 @@ import typer
 
 from modelstore.cli import complete, units
 from modelstore.cli.failures import usage
+from modelstore.format.units import parse_size
 
 if TYPE_CHECKING:
     from modelstore.client import Store
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def size_of(text: str | int) -> int:
     """The value of an option that takes a size."""
     try:
-        return units.parse_size(str(text))
+        return parse_size(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -1,45 +1,17 @@
-"""Sizes, times and shares as people write and read them."""
+"""Times as people write them; sizes, times and shares as they read them."""
 
 from __future__ import annotations
 
-import re
 from datetime import UTC, datetime
 
-_BYTES = {
-    "": 1,
-    "B": 1,
-    "K": 1000,
-    "KB": 1000,
-    "KIB": 1 << 10,
-    "M": 1000**2,
-    "MB": 1000**2,
-    "MIB": 1 << 20,
-    "G": 1000**3,
-    "GB": 1000**3,
-    "GIB": 1 << 30,
-    "T": 1000**4,
-    "TB": 1000**4,
-    "TIB": 1 << 40,
-}
+from modelstore.format.units import NUMBER
+
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as '8GiB', '512MB' or '1000000'; `ValueError` saying what is accepted."""
-    match = _NUMBER.fullmatch(text)
-    unit = _BYTES.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise ValueError(f"{text!r} is not a size: write a number and a unit, such as 8GiB or 512MB")
-    size = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
-    if size <= 0:
-        raise ValueError(f"{text!r} is no size to work with: it must be at least one byte")
-    return size
 
 
 def parse_duration(text: str) -> int:
     """Seconds of a duration such as '90s', '12h', '7d' or '3600'; `ValueError` saying what is accepted."""
-    match = _NUMBER.fullmatch(text)
+    match = NUMBER.fullmatch(text)
     unit = _SECONDS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise ValueError(f"{text!r} is not a duration: write a number and a unit of s, m, h, d or w, such as 12h or 7d")

@@ -1,5 +1,7 @@
-"""The store as a user sees it: one object, everything by name."""
+"""What a user holds: the store, its models, its cluster."""
 
+from modelstore.client.cluster import Cluster
+from modelstore.client.model import Model
 from modelstore.client.store import Store, open
 
-__all__ = ["Store", "open"]
+__all__ = ["Cluster", "Model", "Store", "open"]

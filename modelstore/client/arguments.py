@@ -10,11 +10,13 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, Literal, TypeVar, get_args
 
 from modelstore.format import given
 from modelstore.format.given import told
 from modelstore.format.names import check_model, check_word, parse_reference
+from modelstore.format.units import parse_size
 from modelstore.plan.layout import as_layout
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,7 +24,6 @@ Check = Callable[[str, Any], Any]
 
 LEAST = {  # the least that a number may be
     "threads": 1,
-    "max_shard_bytes": 1,
     "replicas": 1,
     "grace": 0,
     "timeout": 0,
@@ -58,6 +59,15 @@ def checked(function: F) -> F:
         return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]
+
+
+class Checked:
+    """Public methods of its heirs have their arguments checked."""
+
+    def __init_subclass__(cls) -> None:
+        for name, value in list(vars(cls).items()):
+            if isinstance(value, FunctionType) and not name.startswith("_"):
+                setattr(cls, name, checked(value))
 
 
 def _refuse_swapped(
@@ -214,6 +224,15 @@ def _memory(name: str, value: Any) -> Any:
     return value
 
 
+def _size(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f"{name} is a number of bytes or a text such as '1GiB', not {told(value)}")
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def _recipe(name: str, value: Any) -> Any:
     from modelstore.format.recipe import Recipe
 
@@ -258,6 +277,7 @@ ANNOTATIONS: dict[str, Check] = {
     "bool": given.flag,
     "bool | float": _share,
     "int | str": _memory,
+    "Size": _size,
     "str | os.PathLike[str]": _path,
     "str | PathLike[str]": _path,
     "str | Path": _path,

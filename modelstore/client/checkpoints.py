@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.client.base import Base
 from modelstore.errors import NotFoundError
-from modelstore.execute.saving import Against
-from modelstore.format.names import ORIGINAL, Reference, parse_reference
+from modelstore.format.names import ORIGINAL, parse_reference
 from modelstore.format.progress import Progress, meter
 from modelstore.format.structure import CHECKPOINT, FILE, structure
 from modelstore.plan.layout import as_layout
@@ -36,14 +35,9 @@ class Checkpoints(Base):
                 'include="all" (--include all) of a save',
                 model=parsed.name,
             )
-        model = self._opened(parsed.name, record.variants[CHECKPOINT])
+        model = self._access.opened(parsed.name, record.variants[CHECKPOINT])
         metered = meter(progress, model.manifest.nbytes, f"loading {ref}")
-        tensors = model.load(model.shares(as_layout(None), None), self._limits(), device=device, progress=metered)
+        tensors = model.load(
+            model.shares(as_layout(None), None), self._access.limits(), device=device, progress=metered
+        )
         return structure(model.file(FILE), tensors)
-
-    def _previous(self, name: str) -> Against | None:
-        """The newest version, with what was beside its weights, whose chunks are not stored again."""
-        try:
-            return self._against(Reference(name, variant=CHECKPOINT))
-        except NotFoundError:
-            return self._newest(name)

@@ -65,7 +65,7 @@ class Copying(Base):
             target,
             wanted,
             everything=all,
-            limits=self._limits(),
+            limits=self._access.limits(),
             meter=lambda total: meter(progress, total, what),
         )
         return msgspec.structs.replace(done, left_out=(*map(str, damaged), *done.left_out))

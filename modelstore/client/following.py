@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from modelstore.client.live import Live
-    from modelstore.execute.loading import Model
+    from modelstore.execute.loading import Variant
 
 
 class Following(Base):
@@ -64,14 +64,14 @@ class Following(Base):
                 parsed if version is None else replace(parsed, version=version, tag=None)
             ).version
 
-        def opened(version: int) -> Model:
-            return self._model(replace(parsed, version=version, tag=None))
+        def opened(version: int) -> Variant:
+            return self._access.stored(replace(parsed, version=version, tag=None))
 
         return Live(
             parsed.name,
             resolve,
             opened,
-            self._limits,
+            self._access.limits,
             shard=as_layout(shard),
             names=names,
             device=torch.device(device),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import uuid
 from contextlib import suppress
 
-from modelstore.client.base import Base, log
+from modelstore.client.access import log
+from modelstore.client.base import Base
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, of_version, parse_reference
 from modelstore.format.progress import Progress, meter
@@ -35,7 +36,7 @@ class Keeping(Base):
             self.repo,
             parse_reference(ref) if ref else None,
             deep=deep,
-            limits=self._limits(),
+            limits=self._access.limits(),
             progress=metered,
         )
 
@@ -117,6 +118,6 @@ class Keeping(Base):
             dry_run=dry_run,
             grace=grace,
             bound=bound,
-            hold=self._limits().memory // 6,
+            hold=self._access.limits().memory // 6,
             meter=lambda total: meter(progress, total, "compacting"),
         )

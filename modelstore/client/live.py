@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from modelstore.errors import CancelledError, NotFoundError
 from modelstore.execute.live import Held, advance, plan
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.readers import Readers
 from modelstore.format import results
 from modelstore.format.locks import Lock
@@ -49,7 +49,7 @@ class Live:
         self,
         name: str,
         resolve: Callable[[int | None], int],
-        opened: Callable[[int], Model],
+        opened: Callable[[int], Variant],
         limits: Callable[[], Limits],
         *,
         shard: Layout | None,
@@ -183,7 +183,7 @@ class Live:
         )
 
 
-def _raw(model: Model, slot: Slot) -> int:
+def _raw(model: Variant, slot: Slot) -> int:
     """Raw bytes of a slot."""
     name, share = slot
     return nbytes(share.shape, model.manifest.by_name[name].kind.itemsize)

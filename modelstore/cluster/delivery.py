@@ -23,7 +23,7 @@ from modelstore.cluster.models import opened
 from modelstore.cluster.pieces import Source
 from modelstore.cluster.session import Session
 from modelstore.errors import ConflictError, CorruptionError, StorageError
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.progress import Advance
@@ -63,7 +63,7 @@ class Batch:
     entries: tuple[Entry, ...]
 
 
-def batches(model: Model, shares: Mapping[str, Share], size: int = BATCH) -> Iterator[list[Entry]]:
+def batches(model: Variant, shares: Mapping[str, Share], size: int = BATCH) -> Iterator[list[Entry]]:
     """A model's shares in batches of about `size` bytes, in order; tied names are one tensor. Pure."""
     groups: dict[tuple[str, Share], list[str]] = {}
     for name, share in shares.items():
@@ -120,7 +120,7 @@ class Sender:
         return read_batch(self._model, layout, entries, self._device)
 
 
-def read_batch(model: Model, layout: Layout | None, entries: Sequence[Entry], device: str | None) -> Batch:
+def read_batch(model: Variant, layout: Layout | None, entries: Sequence[Entry], device: str | None) -> Batch:
     """Decode a batch into a tensor on a device, or into an array; each chunk is checked, and each tensor gets its digest."""
     import torch
 
@@ -143,7 +143,7 @@ def read_batch(model: Model, layout: Layout | None, entries: Sequence[Entry], de
 
 
 def deliver(
-    model: Model,
+    model: Variant,
     source: Source,
     digest: str,
     workers: Sequence[Any],

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from modelstore.errors import CorruptionError, UnsupportedError
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.reading import Limits, whole_want
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
@@ -59,7 +59,7 @@ class Images:
         """Bytes of all images."""
         return sum(self._held.values())
 
-    def make(self, model: Model, limits: Limits) -> Path:
+    def make(self, model: Variant, limits: Limits) -> Path:
         """The image of a model, made where it is not there; one at a time, however many ask for it.
 
         `UnsupportedError` where there is no room for it even with all others gone that are not pinned.
@@ -128,7 +128,7 @@ class Images:
             self._held[name] = size
 
 
-def _decode(model: Model, limits: Limits, path: Path, size: int) -> None:
+def _decode(model: Variant, limits: Limits, path: Path, size: int) -> None:
     """Decode a model's tensors straight into a file, which gets its name when all of it is there."""
     offsets, _ = places(model.manifest)
     partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")

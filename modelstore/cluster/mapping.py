@@ -9,7 +9,7 @@ from modelstore.cluster.calls import GoneError
 from modelstore.cluster.images import open_image
 from modelstore.cluster.pieces import Source
 from modelstore.errors import UnsupportedError
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.memory import fault_ahead
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import slices
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def mapped(
-    session: Session, source: Source, model: Model, digest: str, shares: Mapping[str, Share]
+    session: Session, source: Source, model: Variant, digest: str, shares: Mapping[str, Share]
 ) -> dict[str, torch.Tensor]:
     """Tensors, or ranks' shares of them, as views of the node's image; a write to one stays in this process.
 

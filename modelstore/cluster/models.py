@@ -9,12 +9,12 @@ import msgspec
 from modelstore.cluster.pieces import Source
 from modelstore.cluster.reading import ClusterFetching, Holding
 from modelstore.execute.fetch import Fetcher
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.format.decoding import prepared
 from modelstore.store.repo import Repo
 
 
-def opened(holding: Holding | None, source: Source, name: str, digest: str) -> Model:
+def opened(holding: Holding | None, source: Source, name: str, digest: str) -> Variant:
     """The model of a manifest, whose chunks come through `holding`, or from the storage itself without one.
 
     Storages and manifests are kept for the next time.
@@ -22,7 +22,7 @@ def opened(holding: Holding | None, source: Source, name: str, digest: str) -> M
     repo = repo_of(source)
     manifest = repo.manifests.read(name, digest)
     fetching = Fetcher if holding is None else ClusterFetching(holding, source)
-    return Model(repo, name, manifest, fetching=fetching)
+    return Variant(repo, name, manifest, fetching=fetching)
 
 
 def repo_of(source: Source) -> Repo:

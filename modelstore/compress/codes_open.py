@@ -14,7 +14,7 @@ from modelstore.codecs.weight import EngineView, WeightCodec
 from modelstore.compress.codes import Codes, Given, PackedCodes, unpacked
 from modelstore.compress.engine import Assembly
 from modelstore.errors import FormatError
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import Manifest
@@ -43,7 +43,7 @@ class DirectoryCodes(PackedCodes):
 class VariantCodes:
     """The codes of a variant that `compress` made, of any codec whose engine view is packed, symmetric int4 in groups."""
 
-    def __init__(self, origin: str, model: Model) -> None:
+    def __init__(self, origin: str, model: Variant) -> None:
         self._origin, self._model = origin, model
         self._views: dict[str, EngineView] = {}
         self._given: dict[str, Given] = {}
@@ -108,7 +108,7 @@ class VariantCodes:
         """Nothing is held here."""
 
 
-def of_model(origin: str, model: Model) -> Codes:
+def of_model(origin: str, model: Variant) -> Codes:
     """The codes that a stored variant holds: its own, or those of packed tensors that were saved as they are."""
     made = VariantCodes(origin, model)
     if made.given:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.architecture.config import architectures
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.reading import Limits
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _LARGEST = 256 << 20  # bytes of a file that a tokenizer is made of
 
 
-def language_config(model: Model) -> Any:
+def language_config(model: Variant) -> Any:
     """transformers' config of a model that predicts next tokens.
 
     `UnsupportedError` where it does not, where transformers does not know it, or where its weights are quantized by another
@@ -76,7 +76,7 @@ def language_config(model: Model) -> Any:
     return config
 
 
-def tokens(model: Model, text: str) -> list[int]:
+def tokens(model: Variant, text: str) -> list[int]:
     """A text as the model's own tokenizer cuts it, with what it puts before a text; `NotFoundError` where it has none."""
     transformers = _transformers()
     files = [
@@ -102,7 +102,7 @@ def tokens(model: Model, text: str) -> list[int]:
     return [int(token) for token in found]
 
 
-def language_model(model: Model, config: Any, limits: Limits, *, dtype: str, device: str) -> torch.nn.Module:
+def language_model(model: Variant, config: Any, limits: Limits, *, dtype: str, device: str) -> torch.nn.Module:
     """The model with its stored weights, ready to predict. The whole of it is in memory, as `dtype`.
 
     `FormatError` where tensors that the architecture needs are missing or have another shape.

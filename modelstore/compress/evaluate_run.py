@@ -13,7 +13,7 @@ from blake3 import blake3
 from modelstore.compress import evaluate as ev
 from modelstore.compress.evaluate_metrics import known, publish
 from modelstore.compress.evaluate_model import language_config, language_model, tokens
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.reading import Limits
 from modelstore.format.names import ORIGINAL
 from modelstore.format.progress import Advance, Progress, meter
@@ -59,7 +59,7 @@ class Found:
 
 
 def evaluate(
-    models: Mapping[str, Model],
+    models: Mapping[str, Variant],
     variants: Sequence[str],
     name: str,
     text: str,

@@ -18,7 +18,7 @@ from modelstore.compress.job import encoder
 from modelstore.compress.plan import plan_compression, tensor_plan, weight_codec
 from modelstore.errors import UnsupportedError
 from modelstore.execute.encoding import Encoder
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.locks import Lock
@@ -33,7 +33,9 @@ _LADDER = "ladder"
 _SLAB = 32 << 20  # bytes of a tensor that are kept while a codec looks at it, at most
 
 
-def unstored(original: Model, recipe: Recipe, reader: Callable[[Manifest, Reader], FlyReader] | None = None) -> Model:
+def unstored(
+    original: Variant, recipe: Recipe, reader: Callable[[Manifest, Reader], FlyReader] | None = None
+) -> Variant:
     """A variant of a model, opened for reading though it is not stored. `reader` makes its reader, if not here.
 
     `UnsupportedError` for a recipe that needs the whole model before its first chunk, or that stores the original anew;
@@ -47,7 +49,7 @@ def unstored(original: Model, recipe: Recipe, reader: Callable[[Manifest, Reader
             f"it {why}: make it with compress({original.name!r}, {recipe.name!r})",
             model=original.name,
         )
-    return original.variant(
+    return original.read_by(
         (reader or FlyReader)(planned(original.manifest, original.config(), recipe), original.reader)
     )
 

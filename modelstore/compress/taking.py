@@ -11,7 +11,7 @@ import numpy as np
 from modelstore.codecs.weight import EngineView, Part, WeightCodec
 from modelstore.compress.engine import Assembly, check_slice, part_name
 from modelstore.errors import UnsupportedError
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.memory import Arena
 from modelstore.execute.reading import Limits, Reader
 from modelstore.format.buffers import Bytes
@@ -59,7 +59,7 @@ def engine_views(reader: Reader, tensors: Sequence[Tensor]) -> list[EngineView |
 
 
 def stream_parts(
-    model: Model,
+    model: Variant,
     shares: Mapping[str, Share],
     limits: Limits,
     *,
@@ -80,7 +80,7 @@ def stream_parts(
 
 
 def load_parts(
-    model: Model,
+    model: Variant,
     shares: Mapping[str, Share],
     limits: Limits,
     *,
@@ -95,7 +95,7 @@ def load_parts(
 
 
 def _stream(
-    model: Model,
+    model: Variant,
     shares: Mapping[str, Share],
     limits: Limits,
     device: str | torch.device,

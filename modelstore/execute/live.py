@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.pages import Image, Overlay
 from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes
@@ -45,7 +45,7 @@ class Held:
     cells: Mapping[Slot, Cell] = field(default_factory=dict)
 
 
-def plan(old: Held | None, model: Model, wanted: Iterable[Slot]) -> Update:
+def plan(old: Held | None, model: Variant, wanted: Iterable[Slot]) -> Update:
     """What is to be read of `model`, where `old` is held."""
     slots = tuple(dict.fromkeys(wanted))
     return plan_update(old.manifest, old.cells, model.manifest, slots) if old is not None else Update(read=slots)
@@ -53,7 +53,7 @@ def plan(old: Held | None, model: Model, wanted: Iterable[Slot]) -> Update:
 
 def advance(
     old: Held | None,
-    model: Model,
+    model: Variant,
     update: Update,
     limits: Limits,
     *,
@@ -74,7 +74,7 @@ def advance(
 
 def _begin_on_host(
     before: Mapping[Slot, Cell],
-    model: Model,
+    model: Variant,
     update: Update,
     limits: Limits,
     device: torch.device,  # noqa: ARG001
@@ -137,7 +137,7 @@ def _imaged(slots: Iterable[Slot], by_name: Mapping[str, Tensor]) -> dict[Slot, 
 
 def _begin_on_device(
     before: Mapping[Slot, Cell],
-    model: Model,
+    model: Variant,
     update: Update,
     limits: Limits,
     device: torch.device,
@@ -160,7 +160,7 @@ def _begin_on_device(
 
 def _patch(
     cells: Mapping[Slot, Cell],
-    model: Model,
+    model: Variant,
     update: Update,
     limits: Limits,
     progress: Advance | None,

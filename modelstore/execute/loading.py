@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PATTERN = "*?["  # what makes a pattern of a name
 
 
-class Model:
+class Variant:
     """One variant of one version, open for reading."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Model:
         if manifest.base is not None:
             under = repo.manifests.read(manifest.base.model, manifest.base.manifest)
             name = manifest.base.model
-            base = Model(repo, name, under, fetching=fetching, depth=depth + 1).reader
+            base = Variant(repo, name, under, fetching=fetching, depth=depth + 1).reader
             self.chain = 1 + _chain(repo.manifests, under)
         else:
             self.chain = 0
@@ -62,7 +62,7 @@ class Model:
         self.reader: Reader = Reader(fetching(model, manifest, repo.storage, repo.mirrors), base)
         self._storage = repo.storage
 
-    def variant(self, reader: Reader) -> Model:
+    def read_by(self, reader: Reader) -> Variant:
         """The same model as another reader gives its tensors: its manifest is the reader's."""
         made = copy(self)
         made.manifest, made.reader = reader.manifest, reader
@@ -239,7 +239,7 @@ class LazyTensor:
     `shape` is a tuple, `dtype` torch's name, `nbytes` the raw size. An index is made of ints, slices of step 1 and `...`.
     """
 
-    def __init__(self, model: Model, name: str, limits: Limits) -> None:
+    def __init__(self, model: Variant, name: str, limits: Limits) -> None:
         self._model = model
         self._tensor = model.tensor(name)
         self._limits = limits

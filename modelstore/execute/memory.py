@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import mmap
 import os
-import re
 import sys
 import threading
 import weakref
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from modelstore.format.buffers import Bytes
+from modelstore.format.units import Size, parse_size
 
 MAX_DEFAULT = 4 << 30
 FAULT_AHEAD = "modelstore-fault-ahead"  # the name of threads
@@ -23,34 +23,6 @@ _ALIGN = 64
 _HUGE = 2 << 20
 _ARENA = 32 << 20
 _POPULATE_READ = 22  # MADV_POPULATE_READ
-_UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
-
-
-def parse_size(size: int | str) -> int:
-    """A size in bytes from a number or a text such as '1GiB' or '500 MB'; `ValueError` where it is neither."""
-    if isinstance(size, bool) or not isinstance(size, int | str):
-        raise TypeError(f"a size is a number of bytes or a text such as '1GiB', not {size!r}")
-    if isinstance(size, int):
-        number, unit = float(size), ""
-    else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
-        if not match or match[2].lower() not in _UNITS:
-            raise ValueError(f"size {size!r} is not valid: write a number and a unit, such as '512MiB' or '8GB'")
-        number, unit = float(match[1]), match[2].lower()
-    if number <= 0:
-        raise ValueError(f"size {size!r} is not positive")
-    return int(number * _UNITS[unit])
 
 
 def free_memory() -> int:
@@ -68,7 +40,7 @@ def free_memory() -> int:
     return max(pages, 1)
 
 
-def budget(memory: int | str | None) -> int:
+def budget(memory: Size | None) -> int:
     """Working memory in bytes: what was asked for, else a quarter of what is free and at most 4 GiB."""
     if memory is not None:
         asked = parse_size(memory)

@@ -17,7 +17,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError, StorageError
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.reading import Limits, Reader, whole_want
 from modelstore.format import grid
 from modelstore.format.buffers import view
@@ -235,7 +235,7 @@ class _Verification:
         """Decode everything and compare; chunk by chunk only where something is bad, so that all of it is named."""
         wrong: set[int] | None = None
         try:
-            reader = Model(replace(self.repo, mirrors=()), model, manifest).reader
+            reader = Variant(replace(self.repo, mirrors=()), model, manifest).reader
         except ModelStoreError as error:
             self.problems.append(problem(error, model))
             self._check_chunks(model, manifest)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Region, Shape
 
@@ -21,7 +21,7 @@ class _Array:
 class ModelReader:
     """One open variant; called from several threads at once."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Variant) -> None:
         self._model = model
         self._tensors = {
             name: _Array(tensor.kind, tensor.shape, tensor.chunk) for name, tensor in model.manifest.by_name.items()

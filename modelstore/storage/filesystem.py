@@ -23,10 +23,11 @@ _EXCLUSIVE = {("s3fs.core", "S3FileSystem")}
 
 
 def require_exclusive_create(filesystem: Any, protocol: str) -> None:
-    """`UnsupportedError`, with what to use instead, unless the file system is known to create exclusively."""
-    if not any((kind.__module__, kind.__name__) in _EXCLUSIVE for kind in type(filesystem).__mro__):
+    """`UnsupportedError`, with what to use instead, unless the file system, or its class, is known to create exclusively."""
+    made = filesystem if isinstance(filesystem, type) else type(filesystem)
+    if not any((kind.__module__, kind.__name__) in _EXCLUSIVE for kind in made.__mro__):
         raise UnsupportedError(
-            f"{protocol}:// cannot hold a store: {type(filesystem).__name__} is not known to create a file exclusively,"
+            f"{protocol}:// cannot hold a store: {made.__name__} is not known to create a file exclusively,"
             " so that two writers could overwrite each other: use s3://, gs://, az:// or a local folder, or open it for reading"
             " with read_only=True"
         )

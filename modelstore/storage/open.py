@@ -12,10 +12,12 @@ from urllib.parse import unquote, urlsplit
 
 from blake3 import blake3
 
-from modelstore.errors import UnsupportedError
+from modelstore.errors import ModelStoreError, StorageError, UnsupportedError
 from modelstore.storage.address import is_url
 from modelstore.storage.base import Storage
+from modelstore.storage.causes import cause_of
 from modelstore.storage.exclusive import ProvedStorage
+from modelstore.storage.failures import TransientStorageError
 from modelstore.storage.filesystem import FsspecStorage, require_exclusive_create
 from modelstore.storage.forks import OpenedAnew
 from modelstore.storage.keys import check_prefix
@@ -196,6 +198,8 @@ def _filesystem(
 
     def opened() -> Storage:
         try:
+            if not read_only:  # before anything is connected
+                require_exclusive_create(fsspec.get_filesystem_class(scheme.rpartition("::")[2]), scheme)
             filesystem, root = fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
             raise UnsupportedError(f"{scheme}:// needs another package: {error}") from error
@@ -204,6 +208,16 @@ def _filesystem(
             raise ValueError(
                 f"invalid URL {_shown(url)!r}: {str(error)[:1].lower()}{str(error)[1:]}: {known}"
             ) from error
+        except TypeError as error:  # what the file system's class is made of
+            raise ValueError(
+                f"{scheme}:// cannot be opened with these options ({str(error)[:200]}): give storage_options as fsspec names them"
+            ) from error
+        except ModelStoreError:
+            raise
+        except Exception as error:  # of a client that connects when it is made
+            cause = cause_of(error)
+            kind = TransientStorageError if cause.passes else StorageError
+            raise kind(f"cannot open {_shown(url)}: {cause}") from error
         if not read_only:
             require_exclusive_create(filesystem, scheme)
         return FsspecStorage(filesystem, root, _shown(url))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelstore.cli import units
+from modelstore.format.units import parse_size
 
 
 @pytest.mark.parametrize(
@@ -22,13 +23,13 @@ from modelstore.cli import units
     ],
 )
 def test_sizes_are_read(text: str, expected: int) -> None:
-    assert units.parse_size(text) == expected
+    assert parse_size(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GB", "0", "0.1B", "1 GiBs", "1e9", "one", "1,5GB", "１GB"])
 def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match="size"):
-        units.parse_size(text)
+        parse_size(text)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_sizes_are_written(count: int, text: str) -> None:
 
 @given(st.integers(min_value=1, max_value=10**18))
 def test_a_written_size_is_read_as_nearly_the_same(count: int) -> None:
-    assert units.parse_size(units.size(count)) == pytest.approx(count, rel=0.006)
+    assert parse_size(units.size(count)) == pytest.approx(count, rel=0.006)
 
 
 def test_times_and_shares_are_written() -> None:

@@ -60,6 +60,7 @@ WRONG: dict[str, list[Any]] = {  # by annotation, None aside
     "int": ["1", "x", 1.5, True, [1], torch.ones(3), WEIGHTS, -(10**9)],
     "float": ["1", "x", True, [1], float("nan"), torch.ones(3), WEIGHTS, -1.0],
     "int | str": [1.5, True, [1], "lots", "", "-1GiB", 3, 0, -5, "64"],
+    "Size": [1.5, True, [1], "lots", "", "-1GiB", 0, -5, -(10**40), 10**40, "9" * 400, "1e5"],
     "bool | float": ["80%", [1], float("nan"), -0.1, 1.1, 80, torch.ones(3)],
     "str | os.PathLike[str]": [WEIGHTS, 3, "", b"x", True],
     "str | PathLike[str]": [WEIGHTS, 3, "", b"x"],
@@ -92,7 +93,6 @@ MEANT: dict[str, list[Any]] = {  # by name
     "variant": ["4bit", "a/b"],
     "threads": [0],
     "session": ["x" * 2000],
-    "max_shard_bytes": [0],
     "url": [" ./store", "./store\n"],
 }
 

@@ -219,7 +219,7 @@ def test_a_version_that_is_there_is_looked_at_again(
     there = Small.new()
     ref = "org/m" if all_ else "org/m@1"
     full.store.copy(ref, there.store, all=all_)
-    entry = full.store._catalog.version("org/m", 1).variants["original"]
+    entry = full.store.repo.catalog.version("org/m", 1).variants["original"]
     packs = [pack_key(pack) for pack in full.manifest("org/m@1").packs]
     copies = [pack_key(entry.copy)]
     if all_:  # of many, packs are looked at by the sizes that their chunks need

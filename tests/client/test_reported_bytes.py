@@ -64,7 +64,7 @@ def chunks(store: Store, *refs: str) -> Places:
     """Where the distinct chunks of variants lie."""
     places: Places = {}
     for ref in refs:
-        manifest = store._model(parse_reference(ref)).manifest
+        manifest = store[ref].opened().manifest
         packs = [pack_key(manifest.packs[i]) for i in manifest.pack.tolist()]
         at = zip(packs, manifest.offset.tolist(), strict=True)
         places |= dict(zip(at, manifest.length.tolist(), strict=True))

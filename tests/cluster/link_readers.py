@@ -25,8 +25,8 @@ def main(url: str, address: str) -> None:
 
     def read() -> None:
         store = ms.open(url, cluster=address)
-        assert store._session is not None
-        store._session.here = list  # type: ignore[method-assign]  # all over the network, nothing from the node's own files
+        assert store.cluster is not None
+        store.cluster.session.here = list  # type: ignore[method-assign]  # all over the network, nothing from the node's own files
         first, last = True, False
         while not last:
             last = over.is_set()
@@ -39,7 +39,7 @@ def main(url: str, address: str) -> None:
             if first:
                 began.wait(60)
                 first = False
-        sources.update(name for name, nbytes in store._session.counts.bytes.items() if nbytes)
+        sources.update(name for name, nbytes in store.cluster.session.counts.bytes.items() if nbytes)
 
     threads = [threading.Thread(target=read) for _ in range(READERS)]
     for thread in threads:

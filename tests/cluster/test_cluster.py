@@ -21,7 +21,6 @@ from modelstore.cluster.calls import host_name
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.wire import PieceClient, PieceClients
 from modelstore.format.buffers import Bytes
-from modelstore.format.names import parse_reference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -104,8 +103,8 @@ def test_a_precision_that_is_not_stored_comes_over_the_wire_made(store: ms.Store
     plain.compress("m", preset, variant="stored")
     wanted = plain.load("m:stored")
     assert equal(store.load(f"m:{preset}"), wanted), "the bits that compress stores"
-    assert store._session is not None
-    received = {who: n for who, n in store._session.counts.bytes.items() if n}
+    assert store.cluster is not None
+    received = {who: n for who, n in store.cluster.session.counts.bytes.items() if n}
     stored = plain.describe("m:stored").stored
     assert 0.9 * stored <= sum(received.values()) <= 1.1 * stored, "and no more bytes than it would store"
 
@@ -159,8 +158,8 @@ def test_mapped_models_share_the_memory_of_the_node(store: ms.Store) -> None:
 
 def test_a_pinned_model_stays_decoded(store: ms.Store) -> None:
     def images() -> list[Path]:
-        assert store._session is not None
-        return list(Path(store._session.settings.root).glob("*/images/*"))
+        assert store.cluster is not None
+        return list(Path(store.cluster.session.settings.root).glob("*/images/*"))
 
     store.pin("m")
     store.load("m", mmap=True)
@@ -212,8 +211,8 @@ def test_a_stopped_host_does_not_stop_readers(store: ms.Store) -> None:
 def test_wrong_bytes_are_never_handed_out(store: ms.Store) -> None:
     store.load("m")
     until(lambda: held(store) >= 1.9 * store.describe("m").stored)
-    assert store._session is not None
-    root = Path(store._session.settings.root)
+    assert store.cluster is not None
+    root = Path(store.cluster.session.settings.root)
     for path in root.glob("*/??/*"):
         data = bytearray(path.read_bytes())
         if data:
@@ -221,7 +220,7 @@ def test_wrong_bytes_are_never_handed_out(store: ms.Store) -> None:
             path.write_bytes(data)
     assert equal(store.load("m"), tensors())
     until(lambda: sum(h.stats["wrong"] for h in store.cluster_status().hosts if h.stats) > 0)
-    assert store._session.counts.wrong > 0
+    assert store.cluster.session.counts.wrong > 0
 
 
 def test_bytes_that_change_on_the_wire_are_found_out(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,19 +235,19 @@ def test_bytes_that_change_on_the_wire_are_found_out(store: ms.Store, monkeypatc
                 changed.append(data)
         return found
 
-    assert store._session is not None
-    monkeypatch.setattr(store._session, "here", list)  # nothing from the node's own files
+    assert store.cluster is not None
+    monkeypatch.setattr(store.cluster.session, "here", list)  # nothing from the node's own files
     monkeypatch.setattr(PieceClient, "read", read)
     assert equal(store.load("m"), tensors())
     assert changed
-    assert store._session.counts.wrong > 0
+    assert store.cluster.session.counts.wrong > 0
 
 
 def test_hosts_that_cannot_be_reached_over_tcp_are_read_through_ray(
     store: ms.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.load("m")
-    session = store._session
+    session = store.cluster.session
     assert session is not None
     monkeypatch.setattr(session, "here", list)
     assert all(member.address for member in session.view().members)
@@ -282,7 +281,7 @@ def layers(count: int = 12) -> dict[str, torch.Tensor]:
 
 
 def manifest_of(store: ms.Store, ref: str) -> Any:
-    return store._manifest(parse_reference(ref))
+    return store[ref].opened().manifest
 
 
 @pytest.fixture
@@ -405,7 +404,7 @@ def test_a_save_acknowledged_from_memory_outlives_a_host(nodes: Any, url: str, v
     said: Any = {"message": "the best", "meta": {"loss": 0.5}}
     saved = store.save("n", tensors(5), tag="best", ack="memory", progress=block, **said)
     assert (saved.durable, saved.version) == (False, 0)
-    ((order, _),) = store._pending.values()
+    ((order, _),) = store.cluster.pending.values()
     if victim != "nobody":
         name = order.keepers[victim == "second"]
         ray.kill(ray.get_actor(host_name(name), namespace="modelstore"))

@@ -13,7 +13,6 @@ from modelstore.cluster import jobs
 from modelstore.cluster.pieces import pieces
 from modelstore.compress.job import Portion
 from modelstore.format.manifest import CodecSpec
-from modelstore.format.names import parse_reference
 from modelstore.plan.placement import Member, View
 
 INT = CodecSpec("int", {"bits": 8, "granularity": "channel"})
@@ -26,7 +25,7 @@ def tensors(layers: int = 12) -> dict[str, torch.Tensor]:
 
 
 def manifest_of(store: ms.Store, ref: str) -> Any:
-    return store._manifest(parse_reference(ref))
+    return store[ref].opened().manifest
 
 
 @pytest.fixture

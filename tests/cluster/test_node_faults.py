@@ -269,7 +269,7 @@ def whole(store: ms.Store) -> bool:
 
 def test_saves_and_maps_while_hosts_are_replaced(nodes: Any, store: ms.Store, url: str) -> None:
     """Never an error, however few hosts there are just now; what was not acknowledged from memory is durable."""
-    session = store._session
+    session = store.cluster.session
     assert session is not None
     count = 0
     for dead in (2, 3):

@@ -101,13 +101,13 @@ def test_a_killed_host(store: ms.Store, url: str, where: str) -> None:
 
     while_four_read(url, kill)
     assert fetched(store) <= count, "copies came from hosts, not from the storage"
-    assert store._session is not None
-    assert not Path(store._session.settings.folder(victim)).exists(), "what it held in shared memory is removed"
+    assert store.cluster is not None
+    assert not Path(store.cluster.session.settings.folder(victim)).exists(), "what it held in shared memory is removed"
 
 
 def test_bytes_that_change_in_memory(store: ms.Store, url: str) -> None:
-    assert store._session is not None
-    folders = [store._session.settings.folder(h.member) for h in store.cluster_status().hosts]
+    assert store.cluster is not None
+    folders = [store.cluster.session.settings.folder(h.member) for h in store.cluster_status().hosts]
     wrong = found_wrong(store)
 
     def flip() -> None:
@@ -124,8 +124,8 @@ def test_bytes_that_change_in_one_copy(store: ms.Store, url: str) -> None:
 
     here = ray.get_runtime_context().get_node_id()
     victim = next(h.member for h in store.cluster_status().hosts if h.node != here)
-    assert store._session is not None
-    folder = store._session.settings.folder(victim)
+    assert store.cluster is not None
+    folder = store.cluster.session.settings.folder(victim)
     wrong = found_wrong(store)
 
     def flip() -> None:
@@ -225,8 +225,8 @@ def test_an_object_storage_that_is_gone_for_what_is_held(nodes: Any, s3_url: str
 
 
 def test_hosts_that_were_killed_leave_nothing_when_the_cluster_is_stopped_at_once(store: ms.Store) -> None:
-    assert store._session is not None
-    root = Path(store._session.settings.root)
+    assert store.cluster is not None
+    root = Path(store.cluster.session.settings.root)
     for host in store.cluster_status().hosts:
         kill_host(host.member)
     try:

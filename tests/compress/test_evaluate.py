@@ -19,7 +19,7 @@ from modelstore.compress.evaluate_metrics import evaluations, with_evaluation
 from modelstore.compress.evaluate_model import language_model
 from modelstore.errors import ConflictError, FormatError, NotFoundError, UnsupportedError
 from modelstore.execute.saving import store_manifest
-from modelstore.format.names import Reference, parse_reference
+from modelstore.format.names import Reference
 from modelstore.format.results import Measured
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.shelf import Shelf
@@ -55,9 +55,9 @@ def store(folder: Path) -> ms.Store:
 def add_variant(store: ms.Store, variant: str, changed: Mapping[str, torch.Tensor]) -> None:
     """A variant of m whose tensors differ from the original's by these."""
     store.save("source", store.load("m") | dict(changed))
-    original = store._manifest(parse_reference("m"))
+    original = store["m"].opened().manifest
     manifest = msgspec.structs.replace(
-        store._manifest(parse_reference("source")), recipe={"name": variant}, parent=original.content
+        store["source"].opened().manifest, recipe={"name": variant}, parent=original.content
     )
     entry = store_manifest(store.repo.manifests, "m", manifest, variant, Shelf(store.repo.storage))
     store.repo.catalog.publish_variants("m", store.versions("m")[-1].version, {variant: entry}, uuid.uuid4().hex)

@@ -15,7 +15,6 @@ import modelstore as ms
 from modelstore.compress.engine_export import Packed, engine_layout
 from modelstore.errors import UnsupportedError
 from modelstore.execute import export_write
-from modelstore.format.names import parse_reference
 from tests.compress.llama import CONFIG, LAYER, llama
 
 pytest.importorskip("compressed_tensors")
@@ -219,7 +218,7 @@ def test_parts_are_those_that_load_gives(tmp_path: Path, name: str) -> None:
 def test_bands_make_the_same_bytes(tmp_path: Path, affine: bool) -> None:
     store = saved(tmp_path)
     store.compress("m", recipe("int", bits=3, group_size=64, symmetric=not affine), variant="v")
-    model = store._model(parse_reference("m:v"))
+    model = store["m:v"].opened()
     layout = engine_layout(model.reader, model.config())
     assert layout is not None
     packed = layout.packed[f"{LAYER}mlp.gate_proj.weight"]

@@ -143,7 +143,8 @@ def test_the_ladder(dtype: torch.dtype) -> None:
     assert sqnr(saved[name], store.load("m:int8")[name]) > 40
     assert 15 < sqnr(saved[name], store.load("m:int4")[name]) < 30
     manifests = {
-        v: {p.name for t in store._manifest(ms_reference(v)).tensors if t.name == name for p in t.planes} for v in VIEWS
+        v: {p.name for t in store[f"m:{v}"].opened().manifest.tensors if t.name == name for p in t.planes}
+        for v in VIEWS
     }
     assert manifests["int4"] < manifests["int8"] < manifests["original"]
     store.gc(dry_run=False, grace=0)  # the original's old packs are garbage now
@@ -156,13 +157,6 @@ def test_the_ladder(dtype: torch.dtype) -> None:
 
 
 VIEWS = ("original", "int8", "int4")
-
-
-def ms_reference(variant: str) -> ms.format.names.Reference:  # type: ignore[name-defined]
-    """`m:variant`."""
-    from modelstore.format.names import parse_reference
-
-    return parse_reference(f"m:{variant}")
 
 
 def test_values_that_are_not_finite_are_counted() -> None:

@@ -50,7 +50,7 @@ def memory() -> str:
 def test_what_is_loaded_is_what_the_codec_decodes(recipe: str) -> None:
     store, specs = saved(memory(), recipe)
     loaded, original = store.load(f"m:{recipe}"), llama()
-    chunks = {t.name: t.chunk for t in store._manifest(ms.client.store.parse_reference(f"m:{recipe}")).tensors}
+    chunks = {t.name: t.chunk for t in store[f"m:{recipe}"].opened().manifest.tensors}
     dtype = DTYPES["bfloat16"]
     for name, spec in specs.items():
         raw = original[name].view(torch.uint8).numpy()

@@ -56,9 +56,8 @@ def test_the_smallest_of_all_weights_go(share: float) -> None:
 
 
 def _codecs(store: ms.Store, ref: str) -> tuple[ms.CodecSpec, ...]:
-    from modelstore.format.names import parse_reference
 
-    return store._manifest(parse_reference(ref)).codecs
+    return store[ref].opened().manifest.codecs
 
 
 def test_made_again_it_is_recognised() -> None:

@@ -23,7 +23,7 @@ from modelstore.execute import export_layout, export_target, export_write
 from modelstore.execute.export import export
 from modelstore.execute.export_layout import STAGING, blocks, directory
 from modelstore.execute.fetch import Fetcher
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.saving import store
 from modelstore.format import grid
@@ -56,7 +56,7 @@ def stored(source: Any, *, codec: str = "lossless", grid: str = "auto", files: A
         limits=LIMITS,
         progress=None,
     )
-    return Model(repo, "toy", repo.manifests.entry("toy", done.entry)).reader
+    return Variant(repo, "toy", repo.manifests.entry("toy", done.entry)).reader
 
 
 def with_manifest(reader: Reader, **changes: Any) -> Reader:

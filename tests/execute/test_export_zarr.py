@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from modelstore.errors import ConflictError, StorageError
-from modelstore.execute.loading import Model
+from modelstore.execute.loading import Variant
 from modelstore.execute.reading import Limits
 from modelstore.execute.saving import store
 from modelstore.sources.open import open_source
@@ -31,14 +31,14 @@ from modelstore.integrations.zarr_reader import ModelReader  # noqa: E402
 LIMITS = Limits(64 << 20, 2)
 
 
-def stored(source: dict[str, torch.Tensor]) -> Model:
+def stored(source: dict[str, torch.Tensor]) -> Variant:
     """A mapping of tensors, saved and opened."""
     storage = MemoryStorage(uuid.uuid4().hex)
     repo = Repo.on(storage)
     repo.catalog.open(create=True)
     options: dict[str, Any] = {"codec": "lossless", "grid": "auto", "parent": None, "previous": None, "progress": None}
     done = store(repo, "toy", open_source(source), limits=LIMITS, **options)
-    return Model(repo, "toy", repo.manifests.entry("toy", done.entry))
+    return Variant(repo, "toy", repo.manifests.entry("toy", done.entry))
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -63,11 +63,11 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> Variant:
     return stored(weights())
 
 
-def check_same(path: Path, model: Model) -> None:
+def check_same(path: Path, model: Variant) -> None:
     """Every array on the disk is the view's, its attributes too, and nothing else lies there."""
     found, view = zarr.open_group(path, mode="r"), zarr.open_group(ModelArrays(ModelReader(model)), mode="r")
     assert found.metadata.consolidated_metadata is not None
@@ -105,7 +105,7 @@ def killed_at(patch: pytest.MonkeyPatch, n: int) -> list[int]:
     return count
 
 
-def test_zarr_reads_it(model: Model, tmp_path: Path) -> None:
+def test_zarr_reads_it(model: Variant, tmp_path: Path) -> None:
     seen: list[int] = []
     done = export_zarr(model.reader, tmp_path / "out.zarr", limits=LIMITS, progress=seen.append)
     check_same(tmp_path / "out.zarr", model)
@@ -126,7 +126,7 @@ def test_it_can_be_saved_again(tmp_path: Path) -> None:
     source.close()
 
 
-def test_it_goes_on_where_it_was_killed(model: Model, tmp_path: Path) -> None:
+def test_it_goes_on_where_it_was_killed(model: Variant, tmp_path: Path) -> None:
     out = tmp_path / "g"
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, 8)
@@ -143,7 +143,7 @@ def test_it_goes_on_where_it_was_killed(model: Model, tmp_path: Path) -> None:
     check_same(out, model)
 
 
-def test_what_was_planted_is_not_believed(model: Model, tmp_path: Path) -> None:
+def test_what_was_planted_is_not_believed(model: Variant, tmp_path: Path) -> None:
     export_zarr(model.reader, tmp_path / "whole", limits=LIMITS)
     outside, staging = tmp_path / "outside", tmp_path / ".g.partial"
     outside.mkdir()
@@ -168,7 +168,7 @@ def test_what_was_planted_is_not_believed(model: Model, tmp_path: Path) -> None:
     assert {path.read_text() for path in outside.iterdir()} == {"precious"}
 
 
-def test_a_target_that_is_a_link_is_the_users_choice(model: Model, tmp_path: Path) -> None:
+def test_a_target_that_is_a_link_is_the_users_choice(model: Variant, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "g").symlink_to(tmp_path / "real")
     export_zarr(model.reader, tmp_path / "g", limits=LIMITS)
@@ -176,7 +176,7 @@ def test_a_target_that_is_a_link_is_the_users_choice(model: Model, tmp_path: Pat
     check_same(tmp_path / "real", model)
 
 
-def test_what_lies_there_of_another_export_is_not_used(model: Model, tmp_path: Path) -> None:
+def test_what_lies_there_of_another_export_is_not_used(model: Variant, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, 8)
         with pytest.raises(Killed):
@@ -185,7 +185,7 @@ def test_what_lies_there_of_another_export_is_not_used(model: Model, tmp_path: P
     check_same(tmp_path / "g", model)
 
 
-def test_what_is_there_is_kept(model: Model, tmp_path: Path) -> None:
+def test_what_is_there_is_kept(model: Variant, tmp_path: Path) -> None:
     out = tmp_path / "g"
     out.mkdir()
     (out / "mine").write_text("mine")
@@ -203,7 +203,7 @@ def test_what_is_there_is_kept(model: Model, tmp_path: Path) -> None:
         export_zarr(model.reader, tmp_path / "f", limits=LIMITS, overwrite=True)
 
 
-def test_a_disk_without_room(model: Model, tmp_path: Path) -> None:
+def test_a_disk_without_room(model: Variant, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=10, f_frsize=4096))
         with pytest.raises(StorageError, match="free some"):

@@ -10,7 +10,6 @@ import torch
 
 from modelstore.client import Store
 from modelstore.cluster.delivery import batches, read_batch, tensors_of
-from modelstore.format.names import parse_reference
 from modelstore.plan.layout import ExpertParallel, Layers, Layout, PipelineStage
 from modelstore.storage.faults import CountingStorage
 from modelstore.storage.local import LocalStorage
@@ -55,7 +54,7 @@ def test_regions_of_several_tensors_are_read_of_one(tmp_path: Path) -> None:
 def test_a_part_comes_in_batches_of_the_model_s_part(tmp_path: Path, layout: Layout) -> None:
     store = Store(LocalStorage(tmp_path))
     store.save("m", EXPERTS)
-    model = store._readable(parse_reference("m"))
+    model = store["m"].opened()
     found: dict[str, torch.Tensor] = {}
     for entries in batches(model, model.shares(layout, None), size=64):
         assert len(entries) == 1

@@ -407,10 +407,11 @@ class TestContract(StoreTests[ModelArrays, cpu.Buffer]):
 
     def test_store_context_manager(self, store_kwargs: dict[str, Any]) -> None:
         with sync(ModelArrays.open(**store_kwargs)) as store:
-            assert store._is_open
+            arrays = store
+            assert arrays._is_open
             with pytest.raises(ValueError, match="already open"):
-                sync(store._open())
-        assert not store._is_open
+                sync(arrays._open())
+        assert not arrays._is_open
 
     def test_get(self, store_kwargs: dict[str, Any]) -> None:
         store = ModelArrays(**store_kwargs)
@@ -421,8 +422,9 @@ class TestContract(StoreTests[ModelArrays, cpu.Buffer]):
             sync(store.get("foo/c/0", default_buffer_prototype(), (0, 2)))  # type: ignore[arg-type]
 
     def test_get_json_sync(self, store: ModelArrays) -> None:
-        assert store._get_json_sync("foo/zarr.json", prototype=default_buffer_prototype())["node_type"] == "array"
-        assert json.loads(store._get_bytes_sync("zarr.json", prototype=default_buffer_prototype()))["zarr_format"] == 3
+        arrays = store
+        assert arrays._get_json_sync("foo/zarr.json", prototype=default_buffer_prototype())["node_type"] == "array"
+        assert json.loads(arrays._get_bytes_sync("zarr.json", prototype=default_buffer_prototype()))["zarr_format"] == 3
 
     def test_is_empty(self, store: ModelArrays) -> None:
         assert not sync(store.is_empty("foo"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modelstore.errors import NotFoundError, UnsupportedError
+from modelstore.errors import NotFoundError, StorageError, UnsupportedError
 from modelstore.storage.filesystem import require_exclusive_create
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
@@ -90,6 +90,20 @@ def test_no_exclusive_create_is_refused(url: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **_: (Pretender(), url))
     with pytest.raises(UnsupportedError, match=r"not known to create a file exclusively.*read_only=True"):
         open_storage(url)
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1:1/store", "ftp://no.such.host.invalid/store"])
+def test_a_client_that_connects_when_it_is_made(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match=r"cannot open ftp://"):
+        open_storage(url, read_only=True)
+    monkeypatch.setattr("ftplib.FTP.connect", lambda *_, **__: pytest.fail("it was connected to"))
+    with pytest.raises(UnsupportedError, match=r"not known to create a file exclusively"):
+        open_storage(url)
+
+
+def test_options_that_a_file_system_does_not_take() -> None:
+    with pytest.raises(ValueError, match=r"github://.*options"):
+        open_storage("github://owner:repo@main/x", {"nonsense": 1, "org": 3}, read_only=True)
 
 
 def test_pretended_exclusive_creates_are_refused() -> None:

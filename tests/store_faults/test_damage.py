@@ -13,7 +13,6 @@ import modelstore as ms
 from modelstore.client import Store
 from modelstore.errors import CorruptionError, ModelStoreError
 from modelstore.format.manifest import Manifest
-from modelstore.format.names import parse_reference
 from modelstore.format.record import manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.local import LocalStorage
@@ -35,7 +34,7 @@ class Place:
         entry = self.store.repo.catalog.newest("acme/m").variants["original"]
         self.manifest_key = manifest_key("acme/m", entry.manifest)
         self.copy_key = pack_key(entry.copy)
-        self.manifest: Manifest = self.store._manifest(parse_reference("acme/m"))
+        self.manifest: Manifest = self.store["acme/m"].opened().manifest
 
     @property
     def store(self) -> Store:

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 import modelstore
 from modelstore.client import Store
 from modelstore.errors import CorruptionError, StorageError
-from modelstore.format.names import parse_reference
 from modelstore.format.record import manifest_key, pack_key, version_key
 from modelstore.storage.base import Storage
 from modelstore.storage.faults import CountingStorage, FaultyStorage, Killed
@@ -210,7 +209,7 @@ def test_repair_reads_manifests_no_more_often_for_many_bad_packs(
 
 def packs_of(store: Store) -> dict[str, set[str]]:
     """The packs that each tensor lies in."""
-    manifest = store._manifest(parse_reference("m"))
+    manifest = store["m"].opened().manifest
     return {t.name: {pack_key(manifest.packs[manifest.pack[r]]) for r in manifest.rows(t)} for t in manifest.tensors}
 
 
@@ -326,7 +325,7 @@ def finetuned() -> dict[str, torch.Tensor]:
 def test_an_interrupted_delta_does_not_rely_on_a_base_that_was_damaged_since(storage: Storage, tmp_path: Path) -> None:
     open_on(storage).save("base", weights(1))
     open_on(storage).save("m", finetuned(), codec="delta", parent="base")
-    below = {pack for name in ("base", "m") for pack in open_on(storage)._manifest(parse_reference(name)).packs}
+    below = {pack for name in ("base", "m") for pack in open_on(storage)[name].opened().manifest.packs}
     tuned = {name: tensor * 1.002 for name, tensor in weights(1).items()}
     save_file(tuned, tmp_path / "m.safetensors")
     with pytest.raises(Killed):  # when all is stored but the manifest
@@ -346,7 +345,7 @@ def test_a_delta_does_not_rely_on_a_base_that_only_a_mirror_has_whole(storage: S
     open_on(storage).save("m", weights(1))
     mirror = MemoryStorage(uuid.uuid4().hex)
     copy_all(storage, mirror)
-    key = pack_key(open_on(storage)._manifest(parse_reference("m")).packs[0])
+    key = pack_key(open_on(storage)["m"].opened().manifest.packs[0])
     flip(storage, key)
     flip(mirror, key, 12)  # where it is of no chunk, but the pack is not good
     with pytest.raises(CorruptionError, match="damaged"):
@@ -358,7 +357,7 @@ def test_a_variant_of_a_delta_is_not_published_over_a_damaged_base(storage: Stor
     open_on(storage).save("m", tensors)
     tuned = {name: tensor * 1.001 for name, tensor in tensors.items()}
     open_on(storage).save("m", tuned, codec="delta", parent="m")
-    base, norm = open_on(storage)._manifest(parse_reference("m@1")), "norm"
+    base, norm = open_on(storage)["m@1"].opened().manifest, "norm"
     flip(storage, pack_key(base.packs[base.pack[base.rows(base.by_name[norm])[-1]]]))
     with pytest.raises(CorruptionError):
         open_on(storage).compress("m@2", "int8", skip=[norm])

@@ -1,4 +1,4 @@
-"""Saving from many processes: each its own part of a version, then one publish that makes it visible."""
+"""Saving models: whole, in parts from many processes, to the memory of two nodes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,106 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
+
 from modelstore.client.base import Base
+from modelstore.client.clustered import acknowledged, in_cluster, saved
+from modelstore.execute.saving import Outcome, check_options, publish, store
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.note import note
 from modelstore.format.progress import Progress, meter
 from modelstore.format.region import nbytes
+from modelstore.sources.choosing import Choice
+from modelstore.sources.open import check_holds, open_source
+from modelstore.store.relying import again
+from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
     from modelstore.sources.open import Openable
 
 
-class Parts(Base):
-    """The part of a store that takes versions in parts."""
+class Saving(Base):
+    """The part of a store that saves."""
+
+    def save(
+        self,
+        name: str,
+        source: Openable,
+        *,
+        codec: Literal["lossless", "raw", "delta"] = "lossless",
+        grid: Literal["auto", "whole"] = "auto",
+        tag: str | None = None,
+        parent: str | None = None,
+        files: Mapping[str, str | Path | bytes] | None = None,
+        include: Literal["model", "all"] = "model",
+        key: str | None = None,
+        gguf: Literal["dequantize", "blocks"] | None = None,
+        ack: Literal["storage", "memory"] = "storage",
+        message: str | None = None,
+        meta: Mapping[str, str | int | float | bool] | None = None,
+        progress: Progress | None = None,
+    ) -> results.Saved:
+        """Save a source as the next version of a model; it is visible when this returns, and not before.
+
+        `source`: a Hugging Face directory, safetensors files, a file of `torch.save`, a DCP or Zarr directory, a GGUF, a
+        mapping of tensors, or a module. `codec`: "lossless" (exact and smaller), "raw" (the bytes as they are), "delta"
+        (the difference to `parent`, exact). `grid="whole"` with "raw" keeps each tensor in one piece, to be mapped, or
+        read from the packs by any safetensors loader. `parent` names a version whose chunks are not stored again; the
+        model's newest always counts. `tag` will name the new version. `files` are added to the source's own: path → local
+        path or bytes.
+
+        Of a checkpoint that holds more than weights, the model's state dict is saved (`docs/sources.md` says which dict that
+        is; `key`, such as "ema.state_dict", names another), and `left_out` of the answer names the rest. `include="all"`
+        keeps that too, optimizer states and plain values, as the variant "checkpoint", which `checkpoint` gives back.
+        `gguf`: of a GGUF file, "dequantize" (default) saves the numbers that its blocks stand for, "blocks" the blocks.
+        An interrupted save of files goes on where it stopped when it is called again. `message` and `meta` are kept in the
+        version's record, and `log` shows them.
+
+        `ack="memory"`, in a cluster of two nodes or more: returns when hosts on two nodes have all of it, which then store
+        it; it is visible, and has its version, when it is in the storage, which `flush` waits for. Where two cannot have it,
+        as while a host is being replaced, it returns when it is durable, and a warning says so.
+        """
+        started = time.monotonic()
+        check_model(name)
+        check_options(codec, grid, parent, ack)
+        if tag is not None:
+            check_word(tag, "tag")
+        against = self._access.against(parse_reference(parent)) if parent is not None else None
+        noted = note(message, meta, source, parent or "")
+        choice = Choice(key, include, gguf)
+        if choice.everything and ack == "memory":
+            raise ValueError('ack="memory" keeps the weights alone: leave it out, or include="all"')
+        opened = open_source(source, files=files, choice=choice)
+        try:
+            check_holds(opened, source, files)
+            self.repo.catalog.open(create=True)
+            total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in opened.tensors)
+            metered = meter(progress, total, f"saving {name}")
+
+            def store_to(repo: Repo, *, resumable: bool = True) -> Outcome:
+                return store(
+                    repo,
+                    name,
+                    opened,
+                    codec=codec,
+                    grid=grid,
+                    parent=against,
+                    previous=self._access.previous(name) if choice.everything else self._access.newest(name),
+                    limits=self._access.limits(),
+                    progress=metered,
+                    resumable=resumable,
+                )
+
+            if ack == "memory":
+                return acknowledged(self._access, name, tag, store_to, started, noted)
+            record, outcome = again(lambda: publish(self.repo.catalog, name, store_to(self.repo), noted))
+            version = record.version
+        finally:
+            opened.close()
+        if tag is not None:
+            self.repo.catalog.set_tag(name, tag, version, uuid.uuid4().hex)
+        return saved(name, version, outcome, time.monotonic() - started)
 
     def save_part(
         self,
@@ -54,7 +141,7 @@ class Parts(Base):
             raise ValueError(f"rank={rank} of ranks={ranks} is not valid: ranks are counted from 0, up to {MAX_RANKS}")
         if codec not in CODECS:
             raise ValueError(f"codec {codec!r} is not one of {', '.join(CODECS)}")
-        against = self._against(parse_reference(parent)) if parent is not None else None
+        against = self._access.against(parse_reference(parent)) if parent is not None else None
         part = open_part(source, files=files)
         try:
             self.repo.catalog.open(create=True)
@@ -68,8 +155,8 @@ class Parts(Base):
                 ranks=ranks,
                 codec=codec,
                 after=self.repo.catalog.highest(name),
-                earlier=[one for one in (self._newest(name), against) if one is not None],
-                limits=self._limits(),
+                earlier=[one for one in (self._access.newest(name), against) if one is not None],
+                limits=self._access.limits(),
                 progress=meter(progress, total, f"saving {name}, rank {rank} of {ranks}"),
             )
         finally:
@@ -113,7 +200,7 @@ class Parts(Base):
         stored = reused = 0
         if version is None:
             parts = read_parts(self.repo.storage, name, session, ranks)
-            previous = self._newest(name)
+            previous = self._access.newest(name)
             added = open_source({}, files=files)
             total = sum(part.page.manifest.nbytes for part in parts)
             try:
@@ -123,8 +210,8 @@ class Parts(Base):
                     files=added,
                     previous=previous,
                     note=noted,
-                    fetching=self._fetching,
-                    limits=self._limits(),
+                    fetching=self._access.fetching,
+                    limits=self._access.limits(),
                     progress=meter(progress, total, f"publishing {name}"),
                 )
             finally:
@@ -149,6 +236,21 @@ class Parts(Base):
             time.monotonic() - started,
             entry.manifest,
         )
+
+    def flush(self, timeout: float | None = None) -> list[results.Saved]:
+        """Wait until every save of this object with `ack="memory"` is in the storage: those saves, with their versions.
+
+        `StorageError` where that takes longer than `timeout` seconds; hosts go on trying, and it can be waited for again.
+        Also where both hosts of one are gone.
+        """
+        from modelstore.cluster.acknowledge import wait_durable
+
+        pending = dict(self._access.pending)
+        orders = [order for order, _ in pending.values()]
+        found = wait_durable(in_cluster(self._access)[0], self.repo.storage, orders, timeout)
+        for save in pending:
+            self._access.pending.pop(save, None)
+        return [msgspec.structs.replace(done, version=found[save], durable=True) for save, (_, done) in pending.items()]
 
 
 def _check_session(session: str) -> None:

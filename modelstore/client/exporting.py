@@ -1,0 +1,105 @@
+"""Writing a variant to files of another format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from modelstore.client.access import Access, log
+from modelstore.client.arguments import check_export
+from modelstore.execute.loading import Variant
+from modelstore.format import results
+from modelstore.format.progress import Progress, meter
+from modelstore.format.units import Size, parse_size
+from modelstore.plan.layout import Shard, Share, as_layout
+
+if TYPE_CHECKING:
+    from modelstore.client.model import Model
+
+
+def export(
+    access: Access,
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    format: Literal["hf", "safetensors", "zarr", "gguf"],
+    gguf_type: str | None,
+    dequantize: bool,
+    activations: Literal["int8"] | None,
+    overwrite: bool,
+    max_shard_bytes: Size,
+    names: Iterable[str] | None,
+    shard: Shard | None,
+    storage_options: Mapping[str, Any] | None,
+    progress: Progress | None,
+) -> results.Exported:
+    """Write a variant to files, as `Model.export` says."""
+    from modelstore.execute.export_remote import deliver
+
+    limit = parse_size(max_shard_bytes)
+    check_export(format, os.fspath(path), gguf_type, dequantize, limit, activations)
+    if format != "safetensors" and (names is not None or shard is not None):
+        raise ValueError(f'names and shard are for format="safetensors": {format!r} is of whole models')
+    opened = model.opened()
+    shares = None
+    if names is not None or shard is not None:
+        _check_part(opened, shares := opened.shares(as_layout(shard), names))
+    write: Callable[..., results.Exported]
+    dense = False
+    if format == "zarr":
+        from modelstore.integrations.zarr_export import export_zarr
+
+        write = partial(export_zarr, opened.reader)
+    elif format == "gguf":
+        from modelstore.integrations.gguf_export import export_gguf
+
+        write = partial(export_gguf, opened.reader, name=model.name, gguf_type=gguf_type)
+    else:
+        write, dense = _safetensors(opened, format, dequantize, activations, limit, shares)
+    metered = meter(progress, opened.nbytes(shares), f"exporting {model.asked}")
+    write = partial(write, limits=access.limits(), overwrite=overwrite, progress=metered)
+    done = deliver(path, storage_options, format=format, overwrite=overwrite, export=write)
+    if dense:
+        access.tell_dense(model.reference, done)
+    return done
+
+
+def _safetensors(
+    opened: Variant,
+    format: Literal["hf", "safetensors"],
+    dequantize: bool,
+    activations: Literal["int8"] | None,
+    limit: int,
+    shares: Mapping[str, Share] | None,
+) -> tuple[Callable[..., results.Exported], bool]:
+    """What writes a folder or one file, and whether a compressed variant is written dense though nobody asked for that."""
+    from modelstore.execute.export import export as write
+
+    layout = None
+    if format == "hf" and not dequantize:
+        from modelstore.compress.engine_export import engine_layout
+
+        layout = engine_layout(opened.reader, opened.config(), activations)
+    written = partial(
+        write,
+        opened.reader,
+        format=format,
+        max_shard_bytes=limit,
+        packed=layout.packed if layout else None,
+        instead={"config.json": layout.config} if layout else None,
+        shares=shares,
+    )
+    return written, format == "hf" and layout is None and not dequantize
+
+
+def _check_part(model: Variant, shares: Mapping[str, Share]) -> None:
+    """`ValueError` where a part that is to be written holds nothing of a model; a warning names the tensors of which it does."""
+    held = [name for name, share in shares.items() if 0 not in share.shape]
+    empty = [name for name, share in shares.items() if 0 in share.shape and model.tensor(name).nbytes]
+    if not held and (empty or not shares):
+        raise ValueError(f"this part holds nothing of model {model.name!r}, so nothing is written: give another part")
+    if empty:
+        named = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+        log.warning("this part holds no element of %d tensors, which are written empty: %s", len(empty), named)

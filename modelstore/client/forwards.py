@@ -1,0 +1,245 @@
+"""Methods of a store that are one of its models' or its cluster's: `store.load(ref)` is `store[ref].load()`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+from modelstore.client.arguments import MAX_SHARD
+from modelstore.client.base import Base
+from modelstore.client.evaluating import DTypeName, evaluate
+from modelstore.client.model import Model
+from modelstore.execute.loading import LazyTensor
+from modelstore.format import results
+from modelstore.format.names import parse_reference
+from modelstore.format.progress import Progress
+from modelstore.format.recipe import Recipe
+from modelstore.format.units import Size
+from modelstore.plan.layout import Shard
+
+if TYPE_CHECKING:
+    import torch
+
+    from modelstore.integrations.zarr import ModelArrays
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def told_by(method: Callable[..., Any], called: str) -> Callable[[F], F]:
+    """Give a forward the docstring of what it calls, with the reference among its arguments."""
+
+    def told(function: F) -> F:
+        text = method.__doc__ or ""
+        if function.__code__.co_varnames[1:2] == ("ref",) and "Args:" not in text:
+            text = text.replace("\n        Returns:", "\n        Args:\n\n        Returns:", 1)
+        if "            ref: " not in text:
+            text = text.replace(
+                "Args:\n", "Args:\n            ref: Which one, as `name[@version-or-tag][:variant]`.\n", 1
+            )
+        function.__doc__ = f"The same as `{called}`. {text}"
+        return function
+
+    return told
+
+
+class OfModels(Base):
+    """The part of a store that is its models'."""
+
+    @told_by(Model.load, "store[ref].load(…)")
+    def load(
+        self,
+        ref: str,
+        *,
+        device: str | torch.device = "cpu",
+        shard: Shard | None = None,
+        names: Iterable[str] | None = None,
+        mmap: bool = False,
+        dequantize: bool = True,
+        progress: Progress | None = None,
+    ) -> dict[str, torch.Tensor]:
+        return self._at(ref).load(
+            device=device, shard=shard, names=names, mmap=mmap, dequantize=dequantize, progress=progress
+        )
+
+    @told_by(Model.stream, "store[ref].stream(…)")
+    def stream(
+        self,
+        ref: str,
+        *,
+        device: str | torch.device = "cpu",
+        shard: Shard | None = None,
+        names: Iterable[str] | None = None,
+        dequantize: bool = True,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._at(ref).stream(device=device, shard=shard, names=names, dequantize=dequantize)
+
+    @told_by(Model.load_into, "store[ref].load_into(…)")
+    def load_into(
+        self,
+        module: torch.nn.Module,
+        ref: str,
+        *,
+        shard: Shard | None = None,
+        strict: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        self._at(ref).load_into(module, shard=shard, strict=strict, progress=progress)
+
+    @told_by(Model.tensor, "store[ref].tensor(…)")
+    def tensor(self, ref: str, name: str) -> LazyTensor:
+        return self._at(ref).tensor(name)
+
+    @told_by(Model.zarr, "store[ref].zarr(…)")
+    def zarr(self, ref: str, *, bits: bool = False) -> ModelArrays:
+        return self._at(ref).zarr(bits=bits)
+
+    @told_by(Model.file, "store[ref].file(…)")
+    def file(self, ref: str, path: str) -> bytes:
+        return self._at(ref).file(path)
+
+    @told_by(Model.cat, "store[ref].cat(…)")
+    def cat(self, ref: str, path: str) -> Iterator[bytes]:
+        return self._at(ref).cat(path)
+
+    @told_by(Model.export, "store[ref].export(…)")
+    def export(
+        self,
+        ref: str,
+        path: str | os.PathLike[str],
+        *,
+        format: Literal["hf", "safetensors", "zarr", "gguf"] = "hf",
+        gguf_type: str | None = None,
+        dequantize: bool = False,
+        activations: Literal["int8"] | None = None,
+        overwrite: bool = False,
+        max_shard_bytes: Size = MAX_SHARD,
+        names: Iterable[str] | None = None,
+        shard: Shard | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> results.Exported:
+        return self._at(ref).export(
+            path,
+            format=format,
+            gguf_type=gguf_type,
+            dequantize=dequantize,
+            activations=activations,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            names=names,
+            shard=shard,
+            storage_options=storage_options,
+            progress=progress,
+        )
+
+    @told_by(Model.describe, "store[ref].describe(…)")
+    def describe(self, ref: str) -> results.Description:
+        return self._at(ref).describe()
+
+    @told_by(Model.compress, "store[ref].compress(…)")
+    def compress(
+        self,
+        ref: str,
+        recipe: str | Recipe | Mapping[str, Any],
+        *,
+        variant: str | None = None,
+        codes: str | os.PathLike[str] | None = None,
+        include: Iterable[str] = (),
+        skip: Iterable[str] = (),
+        progress: Progress | None = None,
+    ) -> results.Compressed:
+        return self._at(ref).compress(
+            recipe, variant=variant, codes=codes, include=include, skip=skip, progress=progress
+        )
+
+    @told_by(Model.plan_compression, "store[ref].plan_compression(…)")
+    def plan_compression(
+        self,
+        ref: str,
+        recipe: str | Recipe | Mapping[str, Any],
+        *,
+        codes: str | os.PathLike[str] | None = None,
+        include: Iterable[str] = (),
+        skip: Iterable[str] = (),
+    ) -> results.CompressionPlan:
+        return self._at(ref).plan_compression(recipe, codes=codes, include=include, skip=skip)
+
+    @overload
+    def eval(
+        self,
+        ref: str,
+        *,
+        text: str | os.PathLike[str],
+        context: int = ...,
+        stride: int | None = ...,
+        limit: int | None = ...,
+        baseline: bool = ...,
+        keep: bool = ...,
+        batch: int | None = ...,
+        device: str = ...,
+        dtype: DTypeName = ...,
+        progress: Progress | None = ...,
+    ) -> results.Evaluation: ...
+
+    @overload
+    def eval(
+        self,
+        ref: list[str] | tuple[str, ...],
+        *,
+        text: str | os.PathLike[str],
+        context: int = ...,
+        stride: int | None = ...,
+        limit: int | None = ...,
+        baseline: bool = ...,
+        keep: bool = ...,
+        batch: int | None = ...,
+        device: str = ...,
+        dtype: DTypeName = ...,
+        progress: Progress | None = ...,
+    ) -> list[results.Evaluation]: ...
+
+    def eval(
+        self,
+        ref: str | list[str] | tuple[str, ...],
+        *,
+        text: str | os.PathLike[str],
+        context: int = 512,
+        stride: int | None = None,
+        limit: int | None = None,
+        baseline: bool = True,
+        keep: bool = True,
+        batch: int | None = None,
+        device: str = "cpu",
+        dtype: DTypeName = "float32",
+        progress: Progress | None = None,
+    ) -> results.Evaluation | list[results.Evaluation]:
+        """How well variants of a language model predict a text. The same as `store[ref].eval(…)`, which tells of the rest.
+
+        Several variants of one version are compared with one run of the original where its predictions fit into half the
+        memory budget.
+
+        Args:
+            ref: A variant, or several of one version.
+
+        Returns:
+            The evaluation, or one for each reference.
+
+        Example:
+            >>> store.eval(["acme/llama:int8", "acme/llama:int4"], text="book.txt")
+        """
+        options: dict[str, Any] = {
+            "text": text,
+            "context": context,
+            "stride": stride,
+            "limit": limit,
+            "baseline": baseline,
+            "keep": keep,
+            "batch": batch,
+            "device": device,
+            "dtype": dtype,
+            "progress": progress,
+        }
+        if isinstance(ref, str):
+            return self._at(ref).eval(**options)
+        return evaluate(self._access, [parse_reference(one) for one in ref], **options)

@@ -1,0 +1,76 @@
+"""What a store holds, and what happened to it."""
+
+from __future__ import annotations
+
+from modelstore.client.access import warn
+from modelstore.client.base import Base
+from modelstore.client.evaluating import quality
+from modelstore.errors import ModelStoreError
+from modelstore.format import results
+from modelstore.format.history import LogEntry
+from modelstore.format.names import check_model, of_version, parse_reference
+from modelstore.storage.pool import Pool
+from modelstore.store.compare import diff
+from modelstore.store.condemned import never_was
+from modelstore.store.describe import log_entry, model_info, variant_infos, version_info
+
+
+class Looking(Base):
+    """The part of a store that tells what it holds."""
+
+    def models(self) -> list[results.ModelInfo]:
+        """All models that have a live version, by name; and those of which something cannot be read, which they name."""
+        self.repo.catalog.open()
+        with Pool(8) as pool:
+            return [info for info in pool.map(self._info, self.repo.catalog.models()) if info.versions or info.problems]
+
+    def _info(self, name: str) -> results.ModelInfo:
+        damaged: list[ModelStoreError] = []
+        live, tags = self.repo.catalog.live(name, damaged), self.repo.catalog.tags(name, damaged)
+        warn(damaged)
+        return model_info(name, live, tags, damaged)
+
+    def versions(self, name: str) -> list[results.VersionInfo]:
+        """The live versions of a model, oldest first; of those that cannot be read a warning says so."""
+        self.repo.catalog.open()
+        damaged: list[ModelStoreError] = []
+        records = self.repo.catalog.live(check_model(name), damaged)
+        if not records:
+            self.repo.catalog.newest(name)  # says what is wrong
+        tags = self.repo.catalog.tags(name, damaged)
+        warn(damaged)
+        return [version_info(record, tags) for record in records]
+
+    def variants(self, ref: str) -> list[results.VariantInfo]:
+        """The variants of a version."""
+        named = of_version(
+            ref, f"variants are those of a version: write {ref.partition(':')[0]!r}, or describe({ref!r})"
+        )
+        self.repo.catalog.open()
+        return variant_infos(self.repo.catalog.resolve(named))
+
+    def diff(self, a: str, b: str) -> results.Diff:
+        """What differs between two variants: tensors by name, chunks, and bytes that only the second one has."""
+        return diff(self._access.manifest(parse_reference(a)), self._access.manifest(parse_reference(b)))
+
+    def log(self, name: str) -> list[LogEntry]:
+        """Every version of a model, newest first, deleted ones too: who made it, when, of what, with which message.
+
+        What earlier releases saved says neither who nor of what. Of versions that cannot be read a warning says so.
+        """
+        self.repo.catalog.open()
+        damaged: list[ModelStoreError] = []
+        records = [one for one in self.repo.catalog.versions(check_model(name), damaged) if not never_was(one)]
+        if not records:
+            self.repo.catalog.newest(name)  # says what is wrong
+        tags = self.repo.catalog.tags(name, damaged)
+        warn(damaged)
+        return [log_entry(record, tags) for record in reversed(records) if record.variants]
+
+    def quality(self, ref: str) -> list[results.Quality]:
+        """The size of each variant of a version beside its quality, as far as it was measured.
+
+        Evaluations are of one text in one way, that of most variants, so that they can be compared.
+        """
+        parsed = of_version(ref, f"quality is told of all variants of a version: write {ref.partition(':')[0]!r}")
+        return quality(self._access, parsed)

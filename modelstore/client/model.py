@@ -1,0 +1,228 @@
+"""One variant of one version of a model, as a user holds it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from modelstore.client.access import Access
+from modelstore.client.arguments import MAX_SHARD
+from modelstore.client.compressing import compress, plan_compression
+from modelstore.client.evaluating import DTypeName, evaluate
+from modelstore.client.exporting import export
+from modelstore.client.reading import Readable
+from modelstore.format import results
+from modelstore.format.progress import Progress
+from modelstore.format.recipe import Recipe
+from modelstore.format.units import Size
+from modelstore.plan.layout import Shard
+
+
+class Model(Readable):
+    """One variant of one version of a model: `store["acme/llama@prod:int4"]`.
+
+    It stays at its version, whatever is saved or tagged later. May be used from many threads, and be pickled.
+    """
+
+    @classmethod
+    def there(cls, access: Access, ref: str) -> Model:
+        """The model that a reference names; `NotFoundError` where there is none."""
+        from modelstore.compress.presets import PRESETS
+
+        model = cls(access, ref)
+        record = model.record()
+        if model.variant not in PRESETS:
+            access.repo.catalog.variant(record, model.variant)
+        model._record = record
+        return model
+
+    def __repr__(self) -> str:
+        return f"Model({self.reference})"
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: Literal["hf", "safetensors", "zarr", "gguf"] = "hf",
+        gguf_type: str | None = None,
+        dequantize: bool = False,
+        activations: Literal["int8"] | None = None,
+        overwrite: bool = False,
+        max_shard_bytes: Size = MAX_SHARD,
+        names: Iterable[str] | None = None,
+        shard: Shard | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> results.Exported:
+        """Write the variant to files. An interrupted export to a local folder goes on when it is called again.
+
+        Args:
+            path: A local path, or a URL as `open` takes it. For a URL the files are written in the folder for temporary
+                files first, which needs room for all of them; what makes the target complete is sent last.
+            format: "hf" is a folder that transformers and vLLM load: a compressed variant that engines have a layout for
+                is written packed, as compressed-tensors has it, any other dense in its own dtype. "safetensors" and "gguf"
+                are one file, "zarr" a group; all of them are dense.
+            gguf_type: What matrices of a GGUF are stored as: "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1" (default: BF16
+                or F16, by the model).
+            dequantize: Write every weight of "hf" dense.
+            activations: "int8" writes an int8 variant for engines that round activations to int8 too (W8A8), token by token.
+            overwrite: Replace a target that is there.
+            max_shard_bytes: The largest file of "hf", in bytes or as a text such as "5GB".
+            names: Of "safetensors", only these tensors.
+            shard: Of "safetensors", only a rank's part, as for `load`.
+            storage_options: fsspec's, for a URL.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Returns:
+            What was written: files, bytes, seconds.
+
+        Raises:
+            NotFoundError: There is no such model, version or variant.
+            ConflictError: The target is there, and `overwrite` is not given.
+            UnsupportedError: The format cannot hold this variant; nothing is written then.
+            StorageError: There is no room for it, or it cannot be written.
+
+        Example:
+            >>> store["acme/llama:int4"].export("out/")
+            >>> store["acme/llama"].export("llama.gguf", format="gguf", gguf_type="Q8_0")
+        """
+        return export(
+            self._access,
+            self,
+            path,
+            format=format,
+            gguf_type=gguf_type,
+            dequantize=dequantize,
+            activations=activations,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            names=names,
+            shard=shard,
+            storage_options=storage_options,
+            progress=progress,
+        )
+
+    def compress(
+        self,
+        recipe: str | Recipe | Mapping[str, Any],
+        *,
+        variant: str | None = None,
+        codes: str | os.PathLike[str] | None = None,
+        include: Iterable[str] = (),
+        skip: Iterable[str] = (),
+        progress: Progress | None = None,
+    ) -> results.Compressed:
+        """Make a compressed variant of this version; the original stays as it is, exact.
+
+        Everything is read and written chunk by chunk within the memory budget. What was interrupted goes on where it stopped
+        when it is called again. "ladder" stores the original itself anew, with int8 and int4 as parts of the same bytes,
+        after proving that every bit comes back.
+
+        Args:
+            recipe: A preset's name (`modelstore.presets()`), a `Recipe`, or one as plain data.
+            variant: The name of what is made (default: the recipe's name).
+            codes: A ladder's int4 codes, found by GPTQ or the like: a directory of compressed-tensors (pack-quantized,
+                symmetric, in groups), or a reference to a stored variant with such. Weights without any are rounded to nearest.
+            include: Further targets to compress by the recipe's first rule: kinds ("embedding", "head", …) or patterns of
+                names.
+            skip: Targets to keep as they are.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Returns:
+            What was made: variants, bytes before and now, quality.
+
+        Raises:
+            ValueError: The recipe or the codes do not fit the model, or this is no original.
+            FormatError: The codes have another layout.
+            ConflictError: There is another variant of that name.
+
+        Example:
+            >>> store["acme/llama"].compress("int4")
+        """
+        return compress(
+            self._access, self, recipe, variant=variant, codes=codes, include=include, skip=skip, progress=progress
+        )
+
+    def plan_compression(
+        self,
+        recipe: str | Recipe | Mapping[str, Any],
+        *,
+        codes: str | os.PathLike[str] | None = None,
+        include: Iterable[str] = (),
+        skip: Iterable[str] = (),
+    ) -> results.CompressionPlan:
+        """Tell what `compress` would do, tensor by tensor. Only manifests and headers are read.
+
+        Args:
+            recipe: As for `compress`.
+            codes: As for `compress`.
+            include: As for `compress`.
+            skip: As for `compress`.
+
+        Returns:
+            The plan: each tensor's codec, or why it is kept, with sizes in bytes.
+
+        Raises:
+            ValueError: The recipe or the codes do not fit the model, or this is no original.
+            FormatError: The codes have another layout.
+
+        Example:
+            >>> store["acme/llama"].plan_compression("int4", skip=["head"]).compressed
+        """
+        return plan_compression(self._access, self, recipe, codes=codes, include=include, skip=skip)
+
+    def eval(
+        self,
+        *,
+        text: str | os.PathLike[str],
+        context: int = 512,
+        stride: int | None = None,
+        limit: int | None = None,
+        baseline: bool = True,
+        keep: bool = True,
+        batch: int | None = None,
+        device: str = "cpu",
+        dtype: DTypeName = "float32",
+        progress: Progress | None = None,
+    ) -> results.Evaluation:
+        """Measure how well this variant of a language model predicts a text, and how far it is from the original.
+
+        A whole model (or two, the original and a variant) is in memory as `dtype`, beyond the memory budget. The
+        architecture is transformers', chosen by the model's own config.json; no code of the model's is run.
+
+        Args:
+            text: A file, or the text itself.
+            context: Tokens of a window.
+            stride: Tokens from one window to the next (default: `context`; less lets every token be predicted from more of
+                the text before it).
+            limit: Only so many tokens of the text.
+            baseline: Run the original too, and compare: KL divergence and agreement.
+            keep: Keep what is found with the variant, and the original; it is not computed again then.
+            batch: Windows that are run at once.
+            device: Where the models run.
+            dtype: What the arithmetic is done in, whatever the weights are stored as.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Returns:
+            The evaluation: perplexity, and beside the original KL divergence (nats) and agreement.
+
+        Raises:
+            NotFoundError: There is no such model or version, or the variant is not stored.
+            UnsupportedError: The model does not predict tokens.
+            ValueError: The text is too short, or `context` is longer than the model's.
+
+        Example:
+            >>> store["acme/llama:int4"].eval(text="book.txt").measured.perplexity
+        """
+        options: dict[str, Any] = {
+            "context": context,
+            "stride": stride,
+            "limit": limit,
+            "batch": batch,
+            "device": device,
+            "dtype": dtype,
+        }
+        return evaluate(
+            self._access, [self.reference], text=text, baseline=baseline, keep=keep, progress=progress, **options
+        )[0]

@@ -1,0 +1,44 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+Size = int | str  # bytes, or a text such as "8GiB"
+
+NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+_BYTES = {
+    "": 1,
+    "B": 1,
+    "K": 1000,
+    "KB": 1000,
+    "KIB": 1 << 10,
+    "M": 1000**2,
+    "MB": 1000**2,
+    "MIB": 1 << 20,
+    "G": 1000**3,
+    "GB": 1000**3,
+    "GIB": 1 << 30,
+    "T": 1000**4,
+    "TB": 1000**4,
+    "TIB": 1 << 40,
+}
+_MOST = 1 << 100
+_LONGEST = 40  # characters of a size: beyond that it is no number that a machine has bytes for
+
+
+def parse_size(size: Size) -> int:
+    """Bytes of a size such as '8GiB', '512MB' or '1000000'; `ValueError` saying what is accepted, `TypeError` for no size."""
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise TypeError(f"a size is a number of bytes or a text such as '1GiB', not {type(size).__name__}")
+    text = str(size)[: _LONGEST + 1] if isinstance(size, str) or abs(size) < _MOST else "…"
+    match = NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
+    unit = _BYTES.get(match[2].upper()) if match else None
+    if isinstance(size, int) and size <= 0:
+        raise ValueError(f"{text!r} is no size to work with: it must be at least one byte")
+    if match is None or unit is None:
+        raise ValueError(f"{text[:_LONGEST]!r} is not a size: write a number and a unit, such as 8GiB or 512MB")
+    found = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+    if found <= 0:
+        raise ValueError(f"{text!r} is no size to work with: it must be at least one byte")
+    return found
