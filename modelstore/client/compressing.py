@@ -18,14 +18,14 @@ from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
 
 if TYPE_CHECKING:
-    from modelstore.client.model import Model
+    from modelstore.client.reading import Readable
     from modelstore.compress.codes import Codes
     from modelstore.compress.job import Parent, Spread
 
 
 def compress(
     access: Access,
-    model: Model,
+    model: Readable,
     value: str | Recipe | Mapping[str, Any],
     *,
     variant: str | None,
@@ -67,7 +67,7 @@ def compress(
 
 def plan_compression(
     access: Access,
-    model: Model,
+    model: Readable,
     value: str | Recipe | Mapping[str, Any],
     *,
     codes: str | PathLike[str] | None,
@@ -81,7 +81,7 @@ def plan_compression(
 
 def _planned(
     access: Access,
-    model: Model,
+    model: Readable,
     value: str | Recipe | Mapping[str, Any],
     codes: Codes | None,
     include: Iterable[str],

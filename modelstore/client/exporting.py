@@ -16,12 +16,12 @@ from modelstore.format.units import Size, parse_size
 from modelstore.plan.layout import Shard, Share, as_layout
 
 if TYPE_CHECKING:
-    from modelstore.client.model import Model
+    from modelstore.client.reading import Readable
 
 
 def export(
     access: Access,
-    model: Model,
+    model: Readable,
     path: str | os.PathLike[str],
     *,
     format: Literal["hf", "safetensors", "zarr", "gguf"],
