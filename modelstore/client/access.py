@@ -185,15 +185,15 @@ class Access:
         variant = variant_of(self.source, ref.name, original.manifest, PRESETS[ref.variant])
         return partial(MakingReader, makers=session, variant=variant)
 
-    def tell_dense(self, ref: Reference, done: Exported) -> None:
-        """Say where a compressed variant takes as much outside the store as its original does."""
+    def tell_dense(self, ref: Reference, asked: str, done: Exported) -> None:
+        """Say where a compressed variant takes as much outside the store as its original does; `asked` is what it is called."""
         if ref.variant == ORIGINAL:
             return
         original = self.repo.catalog.entry(replace(ref, variant=ORIGINAL))[1]
         if done.bytes >= original.nbytes:
             log.warning(
                 "%s was written dense, as no engine has a layout for it: %s bytes, where its original has %s",
-                ref,
+                asked,
                 f"{done.bytes:,}",
                 f"{original.nbytes:,}",
             )

@@ -19,10 +19,26 @@ class Checkpoints(Base):
     """The part of a store that gives checkpoints back."""
 
     def checkpoint(self, ref: str, *, device: str | torch.device = "cpu", progress: Progress | None = None) -> Any:
-        """The structure that was saved with `include="all"`: the model's state dict, the optimizer's, and every plain value.
+        """Give back what was saved with `include="all"`: the model's state dict, the optimizer's, and every plain value.
 
-        Tensors are exact, those that were one are one, and views of one memory share one again. Objects of classes that are
-        no plain data are `modelstore.Inert`. Paths are pure paths. `NotFoundError` where the version was saved without.
+        Tensors are exact, those that were one are one, and views of one memory share one again. Objects of classes that are no
+        plain data are `modelstore.Inert`. Paths are pure paths.
+
+        Args:
+            ref: The version, as `name[@version-or-tag]`.
+            device: Where the tensors are put.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Returns:
+            What was given to `save`.
+
+        Raises:
+            NotFoundError: There is no such version, or it was saved without.
+            CorruptionError: Stored bytes are wrong, and no mirror has good ones.
+
+        Example:
+            >>> state = store.checkpoint("acme/llama@step-1000")
+            >>> optimizer.load_state_dict(state["optimizer"])
         """
         parsed = parse_reference(ref)
         if parsed.variant not in (ORIGINAL, CHECKPOINT):

@@ -38,20 +38,34 @@ class Copying(Base):
     ) -> inventory.Copied:
         """Copy a version to another store, as it is stored; it is visible there when this returns, and not before.
 
-        `destination`: a URL, with `storage_options` as for `open`, or an open store; the first copy makes it. `name`: what the
-        model is called there (default: as here). The original always comes along, and its "checkpoint" where it has one;
-        `variants` are others by name, or with True all that the version has, as does the one that `ref` names. `tags`: names of
-        tags, or True for all that name the version; one that names another version there moves. `all`: every version of the
-        model `ref`, or with None every model, with all variants and tags.
+        The original always comes along, and its "checkpoint" where it has one; so does what deltas are stored against. Packs
+        are streamed, several at once as far as the memory allows, and checked against their digests on the way. What is there
+        is read, and not sent where it is right, so that an interrupted copy goes on when it is called again. (With `all`, packs
+        of versions that are there already are looked at by their sizes alone; `verify` reads them.) A version keeps its number,
+        where that was never used there; else it takes the next, and is known again by later copies. Where it is there already,
+        variants that were stored anew since, or have other metrics, are replaced. With `all`, what was deleted there, or is
+        damaged here, is left out and said.
 
-        Packs are streamed, several at once as far as the memory allows, and checked against their digests on the way. What is
-        there is read, and not sent where it is right, so that an interrupted copy goes on when it is called again. (With
-        `all`, packs of versions that are there already are looked at by their sizes alone; `verify` reads them.) What deltas
-        are stored against comes along. A version keeps its number, where that was never used there; else it takes the next, and
-        is known again by later copies. Where it is there already, variants that were stored anew since, or have other metrics,
-        are replaced. With `all`, what was deleted there, or is damaged here, is left out and said.
+        Args:
+            ref: The version, and with it a variant; with `all`, a model, or None for every model.
+            destination: A URL, or an open store; the first copy makes it.
+            name: What the model is called there (default: as here).
+            variants: Others by name, or True for all that the version has.
+            tags: Names of tags, or True for all that name the version; one that names another version there moves.
+            all: Every version, with all variants and tags.
+            storage_options: As for `open`, for a URL.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
 
-        `ConflictError` where a variant of that name there has other values, `CorruptionError` where packs are damaged here.
+        Returns:
+            What was copied: versions, tags, bytes sent, bytes that were there; what was left out, and why.
+
+        Raises:
+            NotFoundError: There is no such version, variant or tag.
+            ConflictError: A variant of that name there has other values.
+            CorruptionError: Packs are damaged here.
+
+        Example:
+            >>> store.copy("acme/llama@prod", "s3://other/models", variants=True, tags=["prod"]).sent
         """
         target = self._destination(destination, storage_options)
         self.repo.catalog.open()
@@ -75,10 +89,22 @@ class Copying(Base):
 
         Versions keep their numbers where the new name was never used, else they follow its last. Each is there under one name
         or both at every instant, and readers that have opened one go on; a call that was interrupted is finished by the same
-        call. What is stored against the model stays readable. A save of the old name that ends meanwhile comes along, or
-        makes the old name anew; a compression that runs meanwhile ends with `ConflictError`.
+        call. What is stored against the model stays readable. A save of the old name that ends meanwhile comes along, or makes
+        the old name anew; a compression that runs meanwhile ends with `ConflictError`.
 
-        `ConflictError` where there is a model of the new name.
+        Args:
+            old: The model's name.
+            new: Its name from then on.
+
+        Returns:
+            What each version is called now, and the tags.
+
+        Raises:
+            NotFoundError: There is no model of the old name.
+            ConflictError: There is a model of the new name.
+
+        Example:
+            >>> store.rename("acme/llama", "acme/llama-3").versions
         """
         from modelstore.store.relying import again
         from modelstore.store.renaming import rename
@@ -88,10 +114,22 @@ class Copying(Base):
         return again(lambda: rename(self.repo, *names))
 
     def du(self, name: str | None = None) -> inventory.StoreUsage:
-        """What models, versions and variants take, in bytes as stored: all that each holds, and what nothing else holds.
+        """Tell what models, versions and variants take, as stored: all that each holds, and what nothing else holds.
 
-        `name`: of this model only; what it holds alone is always against the whole store. And of the whole store: what is live,
-        what is dead within packs, what nothing uses. Manifests are read, and objects listed; no weights are.
+        And of the whole store: what is live, what is dead within packs, what nothing uses. Manifests are read, and objects
+        listed; no weights are.
+
+        Args:
+            name: Of this model only; what it holds alone is always against the whole store.
+
+        Returns:
+            Sizes in bytes.
+
+        Raises:
+            NotFoundError: There is no such model.
+
+        Example:
+            >>> store.du().live
         """
         from modelstore.store.usage import usage
 

@@ -62,7 +62,7 @@ def export(
     write = partial(write, limits=access.limits(), overwrite=overwrite, progress=metered)
     done = deliver(path, storage_options, format=format, overwrite=overwrite, export=write)
     if dense:
-        access.tell_dense(model.reference, done)
+        access.tell_dense(model.reference, model.asked, done)
     return done
 
 

@@ -24,10 +24,23 @@ class Following(Base):
     """The part of a store that follows models over time."""
 
     def watch(self, name: str, *, tag: str | None = None, poll: float = 1.0, since: int | None = None) -> Watch:
-        """An iterator that gives each version of a model as it becomes the newest, or the one that `tag` names.
+        """Give each version of a model as it becomes the newest, or the one that a tag names.
 
-        It begins with what is there, unless that is version `since`, and blocks until there is another; `close()`, also from
-        another thread, ends it. A look every `poll` seconds, one request each. A model that is not there is waited for.
+        It begins with what is there, unless that is version `since`, and blocks until there is another. A model that is not
+        there is waited for.
+
+        Args:
+            name: The model's name.
+            tag: Follow this tag; without it, the newest version.
+            poll: Seconds between two looks, of one request each.
+            since: The number of a version that is known already.
+
+        Returns:
+            An iterator; its `close()`, also from another thread, ends it.
+
+        Example:
+            >>> for version in store.watch("acme/llama", tag="prod"):
+            ...     live.swap_to(version.version)
         """
         check_model(name)
         if tag is not None:
@@ -44,11 +57,27 @@ class Following(Base):
         into: torch.nn.Module | None = None,
         progress: Progress | None = None,
     ) -> Live:
-        """A variant's tensors in memory, that can be swapped for those of another version: `swap_to`, `rollback`.
+        """Hold a variant's tensors in memory, so that they can be swapped for those of another version. Only stored variants.
 
-        `shard`, `names` and `device` as for `load`, for every version. `into`: a module whose parameters and buffers become
-        these tensors, and are exchanged with each swap; run it within `with live.reading():`. Its parameters become new
-        objects, so optimizers and captured graphs are not for it. Only stored variants can be followed.
+        Args:
+            ref: The variant.
+            shard: A rank's layout, as for `load`, for every version.
+            names: Only these tensors, as for `load`, for every version.
+            device: Where the tensors are put.
+            into: A module whose parameters and buffers become these tensors, and are exchanged with each swap; run it within
+                `with live.reading():`. Its parameters become new objects, so optimizers and captured graphs are not for it.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Returns:
+            The tensors, with `swap_to`, `prepare` and `rollback`.
+
+        Raises:
+            NotFoundError: There is no such model, version, variant or tensor.
+            ValueError: Names or shapes do not fit the module.
+
+        Example:
+            >>> live = store.follow("acme/llama@prod", device="cuda")
+            >>> live.swap_to()
         """
         import torch
 
@@ -80,10 +109,24 @@ class Following(Base):
         )
 
     def together(self, session: str, *, rank: int, ranks: int, timeout: float = 60.0) -> Together:
-        """A vote for `Live.swap_to(…, together=…)`: `ranks` processes swap all, or none does.
+        """Make a vote for `Live.swap_to(…, together=…)`: all of the processes swap, or none does.
 
-        `session` names this swap among all ranks, such as f"swap-{version}", and is used for no other, nor for a second
-        attempt. A rank that dies, or is not ready within `timeout` seconds, keeps all from it.
+        A rank that dies, or is not ready in time, keeps all from it.
+
+        Args:
+            session: Names this swap among all ranks, such as f"swap-{version}"; used for no other, nor for a second attempt.
+            rank: The number of this process, from 0.
+            ranks: How many processes vote.
+            timeout: Seconds in which every rank has to be ready.
+
+        Returns:
+            The vote.
+
+        Raises:
+            ValueError: The rank or the session is not valid.
+
+        Example:
+            >>> live.swap_to(7, together=store.together("swap-7", rank=rank, ranks=8))
         """
         vote = Together(self.repo.storage, session, rank=rank, ranks=ranks, timeout=timeout)
         self.repo.catalog.open()

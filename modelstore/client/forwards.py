@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def told_by(method: Callable[..., Any], called: str) -> Callable[[F], F]:
+def told_by(method: Callable[..., Any], called: str, more: str = "") -> Callable[[F], F]:
     """Give a forward the docstring of what it calls, with the reference among its arguments."""
 
     def told(function: F) -> F:
@@ -37,7 +37,7 @@ def told_by(method: Callable[..., Any], called: str) -> Callable[[F], F]:
             text = text.replace(
                 "Args:\n", "Args:\n            ref: Which one, as `name[@version-or-tag][:variant]`.\n", 1
             )
-        function.__doc__ = f"The same as `{called}`. {text}"
+        function.__doc__ = f"The same as `{called}`. {more}{text}"
         return function
 
     return told
@@ -199,6 +199,9 @@ class OfModels(Base):
         progress: Progress | None = ...,
     ) -> list[results.Evaluation]: ...
 
+    @told_by(
+        Model.eval, "store[ref].eval(…)", "Several variants of one version are compared with one run of the original. "
+    )
     def eval(
         self,
         ref: str | list[str] | tuple[str, ...],
@@ -214,20 +217,6 @@ class OfModels(Base):
         dtype: DTypeName = "float32",
         progress: Progress | None = None,
     ) -> results.Evaluation | list[results.Evaluation]:
-        """How well variants of a language model predict a text. The same as `store[ref].eval(…)`, which tells of the rest.
-
-        Several variants of one version are compared with one run of the original where its predictions fit into half the
-        memory budget.
-
-        Args:
-            ref: A variant, or several of one version.
-
-        Returns:
-            The evaluation, or one for each reference.
-
-        Example:
-            >>> store.eval(["acme/llama:int8", "acme/llama:int4"], text="book.txt")
-        """
         options: dict[str, Any] = {
             "text": text,
             "context": context,

@@ -21,9 +21,18 @@ class Keeping(Base):
     """The part of a store that keeps it whole and tidy."""
 
     def verify(self, ref: str | None = None, *, deep: bool = False, progress: Progress | None = None) -> results.Report:
-        """Check every stored byte of a variant, or of everything live: each chunk against its digest.
+        """Check every stored byte of a variant, or of everything live: each chunk against its digest. Nothing is mended.
 
-        `deep` decodes as well, and checks every tensor's own digest. Never raises for what it finds: read `problems`.
+        Args:
+            ref: The variant; without it, everything live.
+            deep: Decode as well, and check every tensor's own digest.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Returns:
+            What was checked, and `problems`: what is wrong, each with its place. It never raises for what it finds.
+
+        Example:
+            >>> assert store.verify("acme/llama", deep=True).ok
         """
         from modelstore.execute.verify import verify
 
@@ -43,10 +52,24 @@ class Keeping(Base):
     def repair(
         self, ref: str | None = None, *, source: str | None = None, progress: Progress | None = None
     ) -> results.Report:
-        """Mend what `verify` finds: lost manifests from their copies, damaged packs from `source`, a copy of the store.
+        """Mend what `verify` finds: lost manifests from their copies, damaged packs from another copy of the store.
 
-        Damaged records are taken from `source` or a mirror, else become what an earlier record says of which
-        everything is there: `notes` say what that is now.
+        Damaged records are taken from `source` or a mirror, else become what an earlier record says of which everything is
+        there: `notes` say what that is now.
+
+        Args:
+            ref: What to mend: a model, a version or a variant; without it, everything live.
+            source: The URL of another copy of the store.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Returns:
+            What was checked and mended, and `problems` that are left, with what to do.
+
+        Raises:
+            StorageError: The storage cannot be written.
+
+        Example:
+            >>> store.repair(source="s3://backup/models").problems
         """
         from modelstore.store.repair import repair
 
@@ -63,22 +86,55 @@ class Keeping(Base):
         )
 
     def tag(self, ref: str, tag: str) -> None:
-        """Let a tag name a version, with all its variants; readers of the tag find it from then on."""
+        """Let a tag name a version, with all its variants; readers of the tag find it from then on.
+
+        Args:
+            ref: The version, as `name[@version-or-tag]`.
+            tag: The tag; one that names another version moves.
+
+        Raises:
+            NotFoundError: There is no such version.
+            ValueError: The tag is no word, or a number.
+
+        Example:
+            >>> store.tag("acme/llama@2", "prod")
+        """
         named = of_version(ref, f"a tag names a version with all its variants: tag {ref.partition(':')[0]!r}")
         self.repo.catalog.open()
         record = self.repo.catalog.resolve(named)
         self.repo.catalog.set_tag(record.model, check_word(tag, "tag"), record.version, uuid.uuid4().hex)
 
     def untag(self, name: str, tag: str) -> None:
-        """Remove a tag; the version stays."""
+        """Remove a tag; the version stays.
+
+        Args:
+            name: The model's name.
+            tag: The tag.
+
+        Raises:
+            NotFoundError: There is no such tag.
+
+        Example:
+            >>> store.untag("acme/llama", "prod")
+        """
         self.repo.catalog.open()
         self.repo.catalog.tag(check_model(name), check_word(tag, "tag"))  # says so where there is none
         self.repo.catalog.set_tag(name, tag, 0, uuid.uuid4().hex)
 
     def delete(self, ref: str, *, all: bool = False) -> None:
-        """Delete a version ("name@3"), one variant of it ("name@3:int8"), or with `all` every version of a model ("name").
+        """Delete a version, one of its variants, or a whole model. It is gone for readers at once; `gc` frees its bytes.
 
-        It is gone for readers at once; its bytes are freed by `gc`. A tagged version is refused, unless `all` is given.
+        Args:
+            ref: A version ("name@3"), a variant ("name@3:int8"), or, with `all`, a model ("name").
+            all: Delete every version of the model, tagged ones too.
+
+        Raises:
+            NotFoundError: There is no such version or variant.
+            ConflictError: A tag names the version.
+            ValueError: No version is named, and `all` is not given.
+
+        Example:
+            >>> store.delete("acme/llama@1")
         """
         parsed = parse_reference(ref)
         self.repo.catalog.open()
@@ -101,13 +157,26 @@ class Keeping(Base):
         compact: bool | float = False,
         progress: Progress | None = None,
     ) -> results.Swept:
-        """Remove objects that nothing refers to and that are older than `grace` seconds; by default only say which.
+        """Remove objects that nothing refers to and that are older than the grace period; by default only say which.
 
-        What was deleted less than `grace` seconds ago is kept too: readers and writers at work then lose nothing.
+        What was deleted within the grace period is kept too: readers and writers at work then lose nothing.
 
-        `compact` rewrites packs of which less than a share is live (True: 0.8), before anything is removed: what is live of
-        them moves, as it is stored, to new packs, and versions are read from there. The old packs stay for the grace period,
-        as what was deleted does; until then the store takes more, by what was moved. `progress` hears of bytes moved.
+        Args:
+            dry_run: Only say what would be removed.
+            grace: Seconds for which what nothing refers to is left alone.
+            compact: First rewrite packs of which less than this share is live (True: 0.8): what is live of them moves, as it is
+                stored, to new packs, and versions are read from there. The old packs stay for the grace period, as what was
+                deleted does; until then the store takes more, by what was moved.
+            progress: Called with the bytes moved, the bytes in all, and what is being done.
+
+        Returns:
+            What was, or would be, removed, in bytes; what had to be kept, and why.
+
+        Raises:
+            ConflictError: Writers rely on what was to be removed; nothing was removed then.
+
+        Example:
+            >>> store.gc(dry_run=False, compact=True).bytes
         """
         from modelstore.store.compaction import LIVE_SHARE, clean
 

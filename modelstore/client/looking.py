@@ -19,7 +19,17 @@ class Looking(Base):
     """The part of a store that tells what it holds."""
 
     def models(self) -> list[results.ModelInfo]:
-        """All models that have a live version, by name; and those of which something cannot be read, which they name."""
+        """List the models that have a live version; and those of which something cannot be read, whose `problems` say what.
+
+        Returns:
+            The models by name, with sizes in bytes.
+
+        Raises:
+            NotFoundError: There is no store.
+
+        Example:
+            >>> [model.name for model in store.models()]
+        """
         self.repo.catalog.open()
         with Pool(8) as pool:
             return [info for info in pool.map(self._info, self.repo.catalog.models()) if info.versions or info.problems]
@@ -31,7 +41,20 @@ class Looking(Base):
         return model_info(name, live, tags, damaged)
 
     def versions(self, name: str) -> list[results.VersionInfo]:
-        """The live versions of a model, oldest first; of those that cannot be read a warning says so."""
+        """List the live versions of a model. Of versions that cannot be read a warning says so.
+
+        Args:
+            name: The model's name.
+
+        Returns:
+            The versions, oldest first, with their tags, variants, and sizes in bytes.
+
+        Raises:
+            NotFoundError: There is no such model.
+
+        Example:
+            >>> store.versions("acme/llama")[-1].version
+        """
         self.repo.catalog.open()
         damaged: list[ModelStoreError] = []
         records = self.repo.catalog.live(check_model(name), damaged)
@@ -42,7 +65,20 @@ class Looking(Base):
         return [version_info(record, tags) for record in records]
 
     def variants(self, ref: str) -> list[results.VariantInfo]:
-        """The variants of a version."""
+        """List the variants of a version.
+
+        Args:
+            ref: The version, as `name[@version-or-tag]`.
+
+        Returns:
+            The variants, with sizes in bytes.
+
+        Raises:
+            NotFoundError: There is no such version.
+
+        Example:
+            >>> {one.variant: one.stored for one in store.variants("acme/llama@prod")}
+        """
         named = of_version(
             ref, f"variants are those of a version: write {ref.partition(':')[0]!r}, or describe({ref!r})"
         )
@@ -50,13 +86,40 @@ class Looking(Base):
         return variant_infos(self.repo.catalog.resolve(named))
 
     def diff(self, a: str, b: str) -> results.Diff:
-        """What differs between two variants: tensors by name, chunks, and bytes that only the second one has."""
+        """Tell what differs between two variants.
+
+        Args:
+            a: A variant.
+            b: Another one, of this model or another.
+
+        Returns:
+            Tensors by name, chunks, and the bytes that only the second one has.
+
+        Raises:
+            NotFoundError: There is no such model, version or variant.
+
+        Example:
+            >>> store.diff("acme/llama@1", "acme/llama@2").changed
+        """
         return diff(self._access.manifest(parse_reference(a)), self._access.manifest(parse_reference(b)))
 
     def log(self, name: str) -> list[LogEntry]:
-        """Every version of a model, newest first, deleted ones too: who made it, when, of what, with which message.
+        """Tell the history of a model: who made each version, when, of what, with which message; deleted ones too.
 
         What earlier releases saved says neither who nor of what. Of versions that cannot be read a warning says so.
+
+        Args:
+            name: The model's name.
+
+        Returns:
+            An entry for every version, newest first.
+
+        Raises:
+            NotFoundError: There is no such model.
+
+        Example:
+            >>> for entry in store.log("acme/llama"):
+            ...     print(entry.version, entry.message)
         """
         self.repo.catalog.open()
         damaged: list[ModelStoreError] = []
@@ -68,9 +131,21 @@ class Looking(Base):
         return [log_entry(record, tags) for record in reversed(records) if record.variants]
 
     def quality(self, ref: str) -> list[results.Quality]:
-        """The size of each variant of a version beside its quality, as far as it was measured.
+        """Tell the size of each variant of a version beside its quality, as far as it was measured.
 
         Evaluations are of one text in one way, that of most variants, so that they can be compared.
+
+        Args:
+            ref: The version, as `name[@version-or-tag]`.
+
+        Returns:
+            One entry a variant: bytes, bits a weight, signal to noise (dB), the evaluation.
+
+        Raises:
+            NotFoundError: There is no such version.
+
+        Example:
+            >>> {one.variant: one.bits for one in store.quality("acme/llama")}
         """
         parsed = of_version(ref, f"quality is told of all variants of a version: write {ref.partition(':')[0]!r}")
         return quality(self._access, parsed)

@@ -50,23 +50,44 @@ class Saving(Base):
     ) -> results.Saved:
         """Save a source as the next version of a model; it is visible when this returns, and not before.
 
-        `source`: a Hugging Face directory, safetensors files, a file of `torch.save`, a DCP or Zarr directory, a GGUF, a
-        mapping of tensors, or a module. `codec`: "lossless" (exact and smaller), "raw" (the bytes as they are), "delta"
-        (the difference to `parent`, exact). `grid="whole"` with "raw" keeps each tensor in one piece, to be mapped, or
-        read from the packs by any safetensors loader. `parent` names a version whose chunks are not stored again; the
-        model's newest always counts. `tag` will name the new version. `files` are added to the source's own: path → local
-        path or bytes.
+        An interrupted save of files goes on where it stopped when it is called again.
 
-        Of a checkpoint that holds more than weights, the model's state dict is saved (`docs/sources.md` says which dict that
-        is; `key`, such as "ema.state_dict", names another), and `left_out` of the answer names the rest. `include="all"`
-        keeps that too, optimizer states and plain values, as the variant "checkpoint", which `checkpoint` gives back.
-        `gguf`: of a GGUF file, "dequantize" (default) saves the numbers that its blocks stand for, "blocks" the blocks.
-        An interrupted save of files goes on where it stopped when it is called again. `message` and `meta` are kept in the
-        version's record, and `log` shows them.
+        Args:
+            name: The model's name, `name` or `org/name`.
+            source: A Hugging Face directory, safetensors files, a file of `torch.save`, a DCP or Zarr directory, a GGUF, a
+                mapping of tensors, or a module.
+            codec: "lossless" (exact and smaller), "raw" (the bytes as they are), "delta" (the difference to `parent`, exact).
+            grid: "whole", with "raw", keeps each tensor in one piece, to be mapped, or read from the packs by any safetensors
+                loader.
+            tag: A tag that will name the new version.
+            parent: A version whose chunks are not stored again; the model's newest always counts.
+            files: Files beside the source's own: path → local path or bytes.
+            include: "all" keeps what a checkpoint holds beside weights too, optimizer states and plain values, as the variant
+                "checkpoint", which `checkpoint` gives back. "model" leaves it out, and `left_out` of the answer names it.
+            key: Which dict of a checkpoint is the model's, such as "ema.state_dict" (`docs/sources.md` says which one is by
+                itself).
+            gguf: Of a GGUF file, "dequantize" (default) saves the numbers that its blocks stand for, "blocks" the blocks.
+            ack: "memory", in a cluster of two nodes or more, returns when hosts on two nodes have all of it, which then store
+                it; it is visible, and has its version, when it is in the storage, which `flush` waits for. Where two cannot
+                have it, as while a host is being replaced, it returns when it is durable, and a warning says so.
+            message: What is said of the version; `log` shows it.
+            meta: Plain values that are kept with it, by name.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
 
-        `ack="memory"`, in a cluster of two nodes or more: returns when hosts on two nodes have all of it, which then store
-        it; it is visible, and has its version, when it is in the storage, which `flush` waits for. Where two cannot have it,
-        as while a host is being replaced, it returns when it is durable, and a warning says so.
+        Returns:
+            What was saved: the version, bytes as they are, bytes stored, bytes found again.
+
+        Raises:
+            ValueError: An option does not fit the others, or the source holds nothing.
+            NotFoundError: There is no such file, or parent.
+            FormatError: The source is damaged, or of a format that is not known.
+            UnsupportedError: The source holds what cannot be stored.
+            StorageError: The storage cannot be written.
+
+        Example:
+            >>> saved = store.save("acme/llama", "path/to/hf_dir", tag="prod", message="first")
+            >>> saved.version
+            1
         """
         started = time.monotonic()
         check_model(name)
@@ -122,13 +143,33 @@ class Saving(Base):
         files: Mapping[str, str | Path | bytes] | None = None,
         progress: Progress | None = None,
     ) -> results.Part:
-        """Save what one of `ranks` processes holds of a version that `publish` will make; nothing is visible before that.
+        """Save what one of many processes holds of a version that `publish` will make; nothing is visible before that.
 
-        `source` is what `save` takes, and its values may be `modelstore.Slice`s, or DTensors (FSDP2, tensor parallelism): each
-        rank gives its shard, and of replicas the first rank alone. Every element is to be given once. `session` names
-        this version among all ranks, such as f"step-{step}", and is used for no other. A rank that is run again, as
-        after a crash, goes on from what it stored, and what it gives last counts. `parent` as for `save`. `ConflictError`
-        where the session was published already.
+        Every element is to be given once. A rank that is run again, as after a crash, goes on from what it stored, and what it
+        gives last counts.
+
+        Args:
+            name: The model's name.
+            source: What `save` takes; its values may be `modelstore.Slice`s, or DTensors (FSDP2, tensor parallelism): each rank
+                gives its shard, and of replicas the first rank alone.
+            session: Names this version among all ranks, such as f"step-{step}", and is used for no other.
+            rank: The number of this process, from 0.
+            ranks: How many processes save.
+            codec: "lossless" or "raw", as for `save`.
+            parent: A version whose chunks are not stored again.
+            files: Files beside the source's own: path → local path or bytes.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Returns:
+            What this rank saved, in bytes.
+
+        Raises:
+            ValueError: The rank or the session is not valid.
+            ConflictError: The session was published already.
+            StorageError: The storage cannot be written.
+
+        Example:
+            >>> store.save_part("acme/llama", model.state_dict(), session=f"step-{step}", rank=rank, ranks=8)
         """
         from modelstore.execute.parts import CODECS, MAX_RANKS, save_part
         from modelstore.execute.saving import left_out
@@ -176,12 +217,30 @@ class Saving(Base):
         meta: Mapping[str, str | int | float | bool] | None = None,
         progress: Progress | None = None,
     ) -> results.Saved:
-        """Make the parts of all ranks the next version of a model; called by one process, when all ranks have saved theirs.
+        """Make the parts of all ranks the next version of a model. One process calls it, when all ranks have saved theirs.
 
-        `files` are added to those of the parts. `NotFoundError` names the ranks that have no part; `ConflictError` the
-        tensor, and the ranks whose slices of it overlap, leave something out, or contradict each other: nothing is
-        visible then. Publishing a session again gives the version that it became, with what was said of it first.
-        `message` and `meta` are kept in the version's record, and `log` shows them, as for `save`.
+        Publishing a session again gives the version that it became, with what was said of it first.
+
+        Args:
+            name: The model's name.
+            session: The session that the ranks gave to `save_part`.
+            ranks: How many processes saved.
+            tag: A tag that will name the new version.
+            files: Files beside those of the parts: path → local path or bytes.
+            message: What is said of the version, as for `save`.
+            meta: Plain values that are kept with it, as for `save`.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Returns:
+            What was saved, as for `save`.
+
+        Raises:
+            NotFoundError: Ranks, which are named, have no part.
+            ConflictError: Ranks' slices of a tensor overlap, leave something out, or contradict each other; nothing is visible
+                then.
+
+        Example:
+            >>> store.publish("acme/llama", f"step-{step}", ranks=8, tag="nightly")
         """
         from modelstore.execute.merging import publish
         from modelstore.execute.parts import published, read_parts
@@ -238,10 +297,21 @@ class Saving(Base):
         )
 
     def flush(self, timeout: float | None = None) -> list[results.Saved]:
-        """Wait until every save of this object with `ack="memory"` is in the storage: those saves, with their versions.
+        """Wait until every save of this object with `ack="memory"` is in the storage.
 
-        `StorageError` where that takes longer than `timeout` seconds; hosts go on trying, and it can be waited for again.
-        Also where both hosts of one are gone.
+        Args:
+            timeout: Seconds to wait at most; None waits as long as it takes.
+
+        Returns:
+            Those saves, with their versions.
+
+        Raises:
+            StorageError: It takes longer than `timeout` (hosts go on trying, and it can be waited for again), or both hosts of
+                a save are gone.
+
+        Example:
+            >>> store.save("acme/llama", weights, ack="memory")
+            >>> [saved.version for saved in store.flush(timeout=60)]
         """
         from modelstore.cluster.acknowledge import wait_durable
 

@@ -31,15 +31,30 @@ def open(
     read_only: bool = False,
     cluster: str | None = None,
 ) -> Store:
-    """The store at `url`: a folder, `file://`, `s3://bucket/prefix`, `gs://`, `az://`, `memory://name`, or another of fsspec's.
+    """Open the store at a URL or in a folder. The first save makes it.
 
-    `memory` is the working memory of each call, as bytes or a text like "1GiB" (default: a quarter of what is free, at
-    most 4 GiB); what a call returns comes on top. `threads` (default: the cores; more where requests wait for a network).
-    `mirrors` are copies of the store, read where this one's bytes are wrong or gone, which they then replace.
-    `storage_options` are fsspec's for the protocol; `engine` is the S3 client, "obstore" or "s3fs". The first save makes it.
-    With `read_only` nothing can be written, and protocols that cannot hold a store safely, such as http, are read.
-    `cluster`: read through the hosts of a Ray cluster: "auto" (the one that this machine belongs to), HOST:PORT, or "local"
-    (one of this process's own, which ends with it).
+    Args:
+        url: A folder, `file://`, `s3://bucket/prefix`, `gs://`, `az://`, `memory://name`, or another of fsspec's.
+        memory: The working memory of each call, in bytes or as a text like "1GiB" (default: a quarter of what is free, at
+            most 4 GiB; at least 64 MiB). What a call returns comes on top.
+        threads: Threads of each call (default: the cores; more where requests wait for a network).
+        mirrors: Copies of the store, read where this one's bytes are wrong or gone, which they then replace.
+        storage_options: fsspec's for the protocol.
+        engine: The S3 client, "obstore" or "s3fs".
+        read_only: Write nothing. Protocols that cannot hold a store safely, such as http, can be read so.
+        cluster: Read through the hosts of a Ray cluster: "auto" (the one that this machine belongs to), HOST:PORT, or
+            "local" (one of this process's own, which ends with it).
+
+    Returns:
+        The store. Nothing is asked of the network yet.
+
+    Raises:
+        ValueError: The URL or an option is not valid.
+        UnsupportedError: The protocol cannot hold a store, or needs a package that is not installed.
+        StorageError: A client that connects at once cannot.
+
+    Example:
+        >>> store = ms.open("s3://bucket/models", memory="1GiB")
     """
     copies = tuple(open_storage(mirror, storage_options, read_only=True) for mirror in mirrors)
     storage = open_storage(url, storage_options, engine, read_only=read_only)
