@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 
 ENGINES := .venv-engines
 
-.PHONY: help setup demo test test-fast engines test-engines lint format bench clean
+.PHONY: help setup demo test test-fast engines test-engines lint format docs bench clean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -47,6 +47,10 @@ lint: $(STAMP)  ## check style and types
 format: $(STAMP)  ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## build the site of the pages, build/docs/index.html; a broken link is an error
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 bench: $(STAMP)  ## measure against other tools (installs them)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
