@@ -109,9 +109,9 @@ def newest(url: str) -> dict[str, Any]:
     proxy = Proxy(os.environ["AWS_ENDPOINT_URL"])
     os.environ["AWS_ENDPOINT_URL"] = proxy.url
     from modelstore.format.names import parse_reference
-    from modelstore.storage.faults import CountingStorage
     from modelstore.storage.open import open_storage
     from modelstore.store.catalog import Catalog
+    from modelstore.testing.faults import CountingStorage
 
     with Timer() as timer:
         storage = CountingStorage(open_storage(url, None, None))

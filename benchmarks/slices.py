@@ -21,7 +21,7 @@ def rows(setting: Setting) -> list[Row]:
     import modelstore as ms
     from modelstore.execute.loading import Variant
     from modelstore.execute.reading import Limits
-    from modelstore.storage.faults import CountingStorage
+    from modelstore.testing.faults import CountingStorage
 
     made = []
     for kind in ("lossless", "raw"):

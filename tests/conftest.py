@@ -7,6 +7,7 @@ import signal
 import pytest
 
 pytest_plugins = ["tests.s3"]
+pytest.register_assert_rewrite("modelstore.testing")
 
 
 if (

@@ -36,6 +36,7 @@ LAYERS = {
     "cli": 10,
     "serve": 10,
     "integrations": 10,
+    "testing": 11,  # which nothing else imports
 }
 # Siblings on one level know nothing of each other, with one exception: the edges may use one another.
 EDGES = frozenset({"cli", "serve", "integrations"})
@@ -52,6 +53,8 @@ FOREIGN = {  # packages that only these parts may import when they themselves ar
     "xarray": {"integrations"},
     "obstore": {"storage"},
     "s3fs": {"storage"},
+    "pytest": {"testing"},
+    "hypothesis": {"testing"},
 }
 
 

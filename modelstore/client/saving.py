@@ -35,7 +35,7 @@ class Saving(Base):
         name: str,
         source: Openable,
         *,
-        codec: Literal["lossless", "raw", "delta"] = "lossless",
+        codec: str = "lossless",
         grid: Literal["auto", "whole"] = "auto",
         tag: str | None = None,
         parent: str | None = None,

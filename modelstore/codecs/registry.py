@@ -1,14 +1,17 @@
 """Codecs by name, as manifests and recipes speak of them. A new codec is one row here.
 
 A row names a class as "module:Class", loaded when it is first asked for. The class is a frozen dataclass whose fields are the
-codec's parameters, and which refuses wrong values in `__post_init__` with `ValueError`.
+codec's parameters, and which refuses wrong values in `__post_init__` with `ValueError`. Other packages add codecs by entry points
+of the group `modelstore.codecs`, of the same form; `modelstore.testing` has the tests that each codec must pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import cast
 
@@ -38,9 +41,18 @@ _ROWS = MappingProxyType(
 )
 
 
+_GROUP = "modelstore.codecs"
+
+
+@cache
+def added() -> Mapping[str, str]:
+    """Codecs of other packages that are installed here, each with its place; the names above are taken."""
+    return {point.name: point.value for point in entry_points(group=_GROUP) if point.name not in _ROWS}
+
+
 def names() -> tuple[str, ...]:
     """The names of all codecs."""
-    return tuple(_ROWS)
+    return (*_ROWS, *sorted(added()))
 
 
 def codec(name: str, params: Mapping[str, object] | None = None) -> Codec:
@@ -48,9 +60,10 @@ def codec(name: str, params: Mapping[str, object] | None = None) -> Codec:
 
     `UnsupportedError` where no codec has that name, `ValueError` where it has no such parameter or refuses its value.
     """
-    if name not in _ROWS:
-        raise UnsupportedError(f"codec {name!r} is not known; known are {', '.join(_ROWS)}")
-    module, attribute = _ROWS[name].split(":")
+    place = _ROWS.get(name) or added().get(name)
+    if place is None:
+        raise UnsupportedError(f"codec {name!r} is not known; known are {', '.join(names())}")
+    module, attribute = place.split(":")
     made = getattr(import_module(module), attribute)
     params = params or {}
     known = [field.name for field in dataclasses.fields(made)]

@@ -13,6 +13,7 @@ import numpy as np
 from modelstore.architecture.config import MAX_CONFIG, parse
 from modelstore.architecture.parallel import axes
 from modelstore.codecs.base import Codec
+from modelstore.codecs.registry import added
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.execute.encoding import Encoder, Input, ReadRegion
@@ -83,8 +84,8 @@ def check_options(codec: str, grid: str, parent: object | None, ack: str = "stor
     """`ValueError` where a save's options do not go together."""
     if ack not in ACKS:
         raise ValueError(f"ack {ack!r} is not one of {', '.join(ACKS)}")
-    if codec not in CODECS:
-        raise ValueError(f"codec {codec!r} is not one of {', '.join(CODECS)}")
+    if codec not in CODECS and not (codec in added() and make_codec(codec).exact):
+        raise ValueError(f"codec {codec!r} is not one of {', '.join(CODECS)}, nor an exact one of another package")
     if grid not in GRIDS:
         raise ValueError(f"grid {grid!r} is not one of {', '.join(GRIDS)}")
     if grid == "whole" and codec != "raw":

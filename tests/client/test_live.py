@@ -21,8 +21,8 @@ import modelstore as ms
 from modelstore.client import Store
 from modelstore.errors import CancelledError, CorruptionError, NotFoundError
 from modelstore.execute.pages import Image
-from modelstore.storage.faults import CountingStorage
 from modelstore.storage.memory import MemoryStorage
+from modelstore.testing.faults import CountingStorage
 from tests.helpers.stores import all_bits, open_on, pack_sizes, shrink
 
 ROWS = 64

@@ -11,8 +11,8 @@ import torch
 
 import modelstore as ms
 from modelstore.errors import NotFoundError
-from modelstore.storage.faults import CountingStorage
 from modelstore.storage.memory import MemoryStorage
+from modelstore.testing.faults import CountingStorage
 from tests.helpers.stores import all_bits, open_on, weights
 
 MODEL = {"a.weight": torch.randn(64, 256).bfloat16(), **weights(1)}

@@ -26,8 +26,8 @@ from modelstore.format.record import PACKS, pack_key
 from modelstore.format.region import Region
 from modelstore.plan.parts import Piece, common_chunk, piece_problem, shared_chunk
 from modelstore.storage.base import Storage
-from modelstore.storage.faults import CountingStorage
 from modelstore.storage.memory import MemoryStorage
+from modelstore.testing.faults import CountingStorage
 from tests.helpers.stores import all_bits, bits, contents, keys, open_on, pack_sizes, shrink
 from tests.store.helpers import Small
 

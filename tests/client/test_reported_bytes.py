@@ -15,8 +15,8 @@ from modelstore.format.buffers import Buffer
 from modelstore.format.names import parse_reference
 from modelstore.format.record import PACKS, pack_key
 from modelstore.storage.base import Storage
-from modelstore.storage.faults import CountingStorage
 from modelstore.storage.memory import MemoryStorage
+from modelstore.testing.faults import CountingStorage
 from tests.helpers.stores import open_on, pack_sizes, shrink, weights
 
 Places = dict[tuple[str, int], int]  # pack and offset: length

@@ -28,9 +28,9 @@ from modelstore.format.buffers import Bytes
 from modelstore.format.record import pack_key
 from modelstore.plan.read import GAP
 from modelstore.storage.base import Storage
-from modelstore.storage.faults import FaultyStorage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.wrapping import Verb, WrappingStorage
+from modelstore.testing.faults import FaultyStorage
 from tests.helpers.hostile import little_memory
 
 T = TypeVar("T")

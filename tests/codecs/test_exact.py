@@ -17,8 +17,8 @@ from modelstore.codecs.raw import Raw
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES
-from tests.codecs import contents
-from tests.codecs.contract import ExactCodecContract, room
+from modelstore.testing import contents
+from modelstore.testing.codec import ExactCodecContract, room
 
 BF16 = DTYPES["bfloat16"]
 MIB = 1 << 20

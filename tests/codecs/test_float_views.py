@@ -14,7 +14,7 @@ from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.region import Region, full
-from tests.codecs.weight_contract import cuts, make
+from modelstore.testing.weight_codec import cuts, make
 
 CODECS: list[tuple[str, dict[str, object]]] = [
     ("fp8", {"granularity": "tensor"}),

@@ -17,7 +17,7 @@ from modelstore.codecs.scaled import E4M3, E5M2, Grid
 from modelstore.codecs.weight import WeightCodec
 from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES
-from tests.codecs.weight_contract import WeightContract, make
+from modelstore.testing.weight_codec import WeightContract, make
 
 F32 = DTYPES["float32"]
 

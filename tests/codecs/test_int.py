@@ -13,7 +13,7 @@ from modelstore.codecs.loss import loss_of
 from modelstore.codecs.numbers import numpy_dtype
 from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES
-from tests.codecs.weight_contract import WeightContract, make
+from modelstore.testing.weight_codec import WeightContract, make
 
 BF16 = DTYPES["bfloat16"]
 

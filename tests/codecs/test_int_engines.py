@@ -14,7 +14,7 @@ from modelstore.codecs.weight import Part
 from modelstore.errors import UnsupportedError
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DTYPES, DType
-from tests.codecs.weight_contract import make
+from modelstore.testing.weight_codec import make
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is in the dev extra")
 from compressed_tensors.compressors import BaseCompressor

@@ -12,7 +12,7 @@ from modelstore.codecs.affine import Int
 from modelstore.codecs.affine_torch import Quantized, dequantize, quantize
 from modelstore.format.buffers import as_bytes
 from modelstore.format.dtypes import DTYPES
-from tests.codecs.weight_contract import KINDS, make
+from modelstore.testing.weight_codec import KINDS, make
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

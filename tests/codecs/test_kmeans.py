@@ -13,7 +13,7 @@ from modelstore.codecs.kmeans import KMeans
 from modelstore.codecs.loss import loss_of
 from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES
-from tests.codecs.weight_contract import BF16, WeightContract, make
+from modelstore.testing.weight_codec import BF16, WeightContract, make
 
 
 class TestKMeans(WeightContract):

@@ -23,16 +23,16 @@ from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.region import Shape, slices
-from tests.codecs import contents, weight_contract
-from tests.codecs.contract import hostile, room, split_rows, untouched
-from tests.codecs.weight_contract import KINDS, SHAPES, WeightContract, mutated
+from modelstore.testing import contents, weight_codec
+from modelstore.testing.codec import hostile, room, split_rows, untouched
+from modelstore.testing.weight_codec import KINDS, SHAPES, WeightContract, mutated
 
 NAMES = ("bfloat16", "float16", "float32")
 ORIGINAL, INT8, INT4 = (Ladder(variant) for variant in PLANES)
 
 
 def normal(shape: Shape, dtype: DType, seed: int = 0) -> Bytes:
-    return weight_contract.make("normal", shape, dtype, seed)
+    return weight_codec.make("normal", shape, dtype, seed)
 
 
 def decode(codec: Ladder, planes: Any, shape: Shape, dtype: DType, gap: int = 0, off: int = 0) -> Bytes:
@@ -80,7 +80,7 @@ class _Steps(WeightContract):
     def test_any_shape(self, data: st.DataObject) -> None:
         shape = tuple(data.draw(st.lists(st.integers(1, 40), max_size=4)))
         d = DTYPES[data.draw(st.sampled_from(NAMES))]
-        planes = self.encode(weight_contract.make(data.draw(st.sampled_from(KINDS)), shape, d, 1), shape, d)
+        planes = self.encode(weight_codec.make(data.draw(st.sampled_from(KINDS)), shape, d, 1), shape, d)
         self.decode(planes, shape, d, data.draw(st.integers(0, 9)), data.draw(st.integers(0, 9)))
 
 
@@ -97,12 +97,12 @@ class TestInt4(_Steps):
 @pytest.mark.parametrize("shape", [(260, 300), (2, 130, 256), (96, 40, 3)])
 def test_in_regions_as_in_one(shape: Shape) -> None:
     d = DTYPES["bfloat16"]
-    values = weight_contract.make("outlier", shape, d)
+    values = weight_codec.make("outlier", shape, d)
     box = values.view("V2").reshape(shape)
     planes = ORIGINAL.encode(values, shape, d)
     for codec in (ORIGINAL, INT8, INT4):
         whole = decode(codec, planes[: len(codec.planes(d))], shape, d).view("V2").reshape(shape)
-        for region in weight_contract.cuts(shape, codec.group(shape)):
+        for region in weight_codec.cuts(shape, codec.group(shape)):
             extent = tuple(b - a for a, b in region)
             part = np.ascontiguousarray(box[slices(region)]).reshape(-1).view(np.uint8)
             stored = codec.encode(part, extent, d)[: len(codec.planes(d))]
@@ -112,7 +112,7 @@ def test_in_regions_as_in_one(shape: Shape) -> None:
 def mutate(codec: Ladder, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from([s for s in SHAPES if math.prod(s) < 2000]))
     d = DTYPES[data.draw(st.sampled_from(NAMES))]
-    encoded = codec.encode(weight_contract.make(data.draw(st.sampled_from(KINDS)), shape, d), shape, d)
+    encoded = codec.encode(weight_codec.make(data.draw(st.sampled_from(KINDS)), shape, d), shape, d)
     planes = [as_bytes(p).tobytes() for p in encoded[: len(codec.planes(d))]]
     for _ in range(data.draw(st.integers(1, 3))):
         i = data.draw(st.integers(0, len(planes) - 1))
@@ -168,7 +168,7 @@ def test_every_content_and_shape_is_exact(name: str) -> None:
             assert_exact(contents.make(kind, n * d.itemsize, d, 3), shape, d, 3, 1)
         if n:
             for kind in KINDS:
-                assert_exact(weight_contract.make(kind, shape, d), shape, d)
+                assert_exact(weight_codec.make(kind, shape, d), shape, d)
 
 
 @settings(max_examples=100, deadline=None)
@@ -211,7 +211,7 @@ def expected(planes: Any, shape: Shape, d: DType, bits: int, group: int = 128) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_those_of_the_definition(name: str, kind: str) -> None:
     d, shape = DTYPES[name], (33, 300)
-    values = weight_contract.make(kind, shape, d)
+    values = weight_codec.make(kind, shape, d)
     planes = ORIGINAL.encode(values, shape, d)
     for bits, codec in ((8, INT8), (4, INT4)):
         decoded = decode(codec, planes[: 3 if bits == 8 else 2], shape, d)

@@ -19,10 +19,11 @@ from modelstore.errors import FormatError
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.region import Shape
-from tests.codecs import quantizers, weight_contract
-from tests.codecs.contract import hostile
+from modelstore.testing import weight_codec
+from modelstore.testing.codec import hostile
+from modelstore.testing.weight_codec import KINDS, mutated
+from tests.codecs import quantizers
 from tests.codecs.test_ladder import NAMES, decode, normal
-from tests.codecs.weight_contract import KINDS, mutated
 
 OWN = {variant: Ladder(variant) for variant in GIVEN_PLANES}
 
@@ -106,7 +107,7 @@ def test_any_codes_for_any_values(data: st.DataObject) -> None:
     d = DTYPES[data.draw(st.sampled_from(NAMES))]
     shape = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 300)))
     group = data.draw(st.sampled_from([2, 6, 32, 64, 128, 256, 1000]))
-    values = weight_contract.make(data.draw(st.sampled_from(KINDS)), shape, d, 2)
+    values = weight_codec.make(data.draw(st.sampled_from(KINDS)), shape, d, 2)
     random = np.random.default_rng(data.draw(st.integers(0, 99)))
     codes = random.integers(-8, 8, shape).astype(np.int8)
     exponents = random.integers(-60, 60, (shape[0], -(-shape[1] // group)))

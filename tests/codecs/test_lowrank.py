@@ -10,7 +10,7 @@ from modelstore.codecs.sparse import within
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.region import Shape
-from tests.codecs.weight_contract import WeightContract, make
+from modelstore.testing.weight_codec import WeightContract, make
 
 F32 = DTYPES["float32"]
 

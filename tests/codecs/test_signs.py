@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from modelstore.codecs.signs import Binary, Ternary
 from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES
-from tests.codecs.weight_contract import WeightContract, make
+from modelstore.testing.weight_codec import WeightContract, make
 
 F32 = DTYPES["float32"]
 

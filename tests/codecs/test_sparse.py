@@ -13,7 +13,7 @@ from modelstore.codecs.sparse import Sparse
 from modelstore.errors import FormatError
 from modelstore.format.buffers import as_bytes
 from modelstore.format.dtypes import DTYPES
-from tests.codecs.weight_contract import BF16, WeightContract, make
+from modelstore.testing.weight_codec import BF16, WeightContract, make
 
 F32 = DTYPES["float32"]
 

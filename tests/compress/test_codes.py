@@ -20,8 +20,8 @@ import modelstore as ms
 from modelstore.cli.main import app
 from modelstore.compress.codes import group_size
 from modelstore.errors import ConflictError, FormatError, NotFoundError
-from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.memory import MemoryStorage
+from modelstore.testing.faults import FaultyStorage, Killed
 from tests.codecs import quantizers
 from tests.compress.llama import CONFIG, FILES, LAYER, llama
 from tests.helpers.stores import all_bits, journal, open_on, pack_sizes, shrink

@@ -14,7 +14,7 @@ from modelstore.codecs.weight import matrix
 from modelstore.compress.devices import encode, fit_on, gains
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.region import full
-from tests.codecs.weight_contract import KINDS, make
+from modelstore.testing.weight_codec import KINDS, make
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

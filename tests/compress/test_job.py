@@ -11,8 +11,8 @@ import torch
 
 import modelstore as ms
 from modelstore.errors import ConflictError, CorruptionError
-from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.memory import MemoryStorage
+from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import all_bits, journal, open_on, pack_sizes, shrink
 
 RECIPES = tuple(name for name in ms.presets() if name not in ("ladder", "round"))

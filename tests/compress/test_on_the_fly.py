@@ -15,9 +15,9 @@ from modelstore.client import Store
 from modelstore.codecs.kmeans import KMeans
 from modelstore.compress.presets import PRESETS
 from modelstore.errors import NotFoundError, UnsupportedError
-from modelstore.storage.faults import CountingStorage
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
+from modelstore.testing.faults import CountingStorage
 from tests.compress.llama import FILES, LAYER, llama
 from tests.helpers.stores import all_bits, bits, open_on
 

@@ -11,8 +11,8 @@ import torch
 from modelstore.client import Store
 from modelstore.cluster.delivery import batches, read_batch, tensors_of
 from modelstore.plan.layout import ExpertParallel, Layers, Layout, PipelineStage
-from modelstore.storage.faults import CountingStorage
 from modelstore.storage.local import LocalStorage
+from modelstore.testing.faults import CountingStorage
 
 
 @pytest.mark.parametrize("codec", ["raw", "lossless"])

@@ -18,10 +18,10 @@ from modelstore.format.names import parse_reference
 from modelstore.format.record import manifest_key, pack_key
 from modelstore.format.results import Report
 from modelstore.storage.base import Storage
-from modelstore.storage.faults import CountingStorage
 from modelstore.store.manifests import Manifests
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
+from modelstore.testing.faults import CountingStorage
 from tests.store.helpers import LIMITS, Small, cut, flip, weights
 
 BOTH = pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])

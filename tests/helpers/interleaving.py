@@ -24,9 +24,9 @@ from blake3 import blake3
 import modelstore.client  # noqa: F401  all that has threads
 from modelstore.format.handshake import CONDEMNED
 from modelstore.storage.base import ObjectInfo, Storage
-from modelstore.storage.faults import Killed
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
+from modelstore.testing.faults import Killed
 
 T = TypeVar("T")
 CLOCK = "jobs/clock-"

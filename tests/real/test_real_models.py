@@ -17,7 +17,7 @@ from helpers.stores import open_on
 from safetensors import safe_open
 
 import modelstore as ms
-from modelstore.storage.faults import CountingStorage
+from modelstore.testing.faults import CountingStorage
 
 
 def found() -> list[Path]:

@@ -18,8 +18,8 @@ import modelstore
 from modelstore.errors import ConflictError
 from modelstore.sources import reading
 from modelstore.sources.open import open_source
-from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.memory import MemoryStorage
+from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import all_bits, copy_all, journal, open_on, shrink
 from tests.sources.contract import read
 

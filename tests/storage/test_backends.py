@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from modelstore.storage.base import Storage
-from modelstore.storage.faults import FaultyStorage
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.open import open_storage
 from modelstore.storage.retry import RetryingStorage
-from tests.storage.contract import StorageContract
+from modelstore.testing.faults import FaultyStorage
+from modelstore.testing.storage import StorageContract
 
 
 def mended(storage: Storage) -> Storage:

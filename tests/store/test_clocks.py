@@ -14,9 +14,9 @@ from modelstore.format import record as rec
 from modelstore.format.buffers import Buffer
 from modelstore.format.sealed import seal
 from modelstore.storage.base import Storage
-from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 from modelstore.store.condemned import VOID
+from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import open_on
 from tests.store.helpers import Small, weights
 from tests.store.test_handshake import At, Off

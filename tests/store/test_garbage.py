@@ -14,10 +14,10 @@ import pytest
 import modelstore.client
 from modelstore.format.record import manifest_key, pack_key
 from modelstore.storage.base import ObjectInfo, Storage
-from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.keys import TEMPORARY
 from modelstore.storage.wrapping import ReadOnlyStorage, Verb, WrappingStorage
 from modelstore.store import garbage
+from modelstore.testing.faults import FaultyStorage, Killed
 from tests.store.helpers import Small, cut, weights
 
 T = TypeVar("T")

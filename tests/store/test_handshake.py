@@ -15,10 +15,10 @@ from modelstore.format.handshake import Condemned, Intent
 from modelstore.format.manifest import FORMAT
 from modelstore.format.record import LAST, VersionRecord, pack_key
 from modelstore.storage.base import ObjectInfo, Storage
-from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.keys import key_problem
 from modelstore.storage.wrapping import WRITES, T, Verb, WrappingStorage
 from modelstore.store.condemned import FORGOTTEN, Condemnation
+from modelstore.testing.faults import FaultyStorage, Killed
 from tests.store.helpers import Small, weights
 
 X, Y = "a" * 32, "b" * 32

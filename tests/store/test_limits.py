@@ -16,10 +16,10 @@ from modelstore.client import Store
 from modelstore.errors import FormatError, StorageError, UnsupportedError
 from modelstore.storage.base import ObjectInfo
 from modelstore.storage.failures import TransientStorageError
-from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.wrapping import Verb, WrappingStorage
 from modelstore.store import clock
+from modelstore.testing.faults import FaultyStorage, Killed
 
 T = TypeVar("T")
 

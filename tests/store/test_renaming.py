@@ -14,9 +14,9 @@ import modelstore.client
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError
 from modelstore.format.record import manifest_key, pack_key
 from modelstore.storage.base import Storage
-from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 from modelstore.store.relying import GoneError, again
+from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import open_on, pack_sizes
 from tests.store.helpers import Small, weights
 

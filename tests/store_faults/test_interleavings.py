@@ -20,13 +20,13 @@ from modelstore.client import Store
 from modelstore.errors import ConflictError, CorruptionError, ModelStoreError, NotFoundError, StorageError
 from modelstore.format.record import pack_key
 from modelstore.storage.base import Storage
-from modelstore.storage.faults import Killed
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.catalog import Catalog
 from modelstore.store.compaction import clean
 from modelstore.store.garbage import collect
 from modelstore.store.relying import check_there, relied_on
 from modelstore.store.repo import Repo
+from modelstore.testing.faults import Killed
 from tests.helpers.interleaving import NOW, Actor, Aged, at_random, explore, inline
 from tests.helpers.stores import copy_all, keys, open_on
 

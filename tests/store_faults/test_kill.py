@@ -18,10 +18,10 @@ from modelstore.client import Store
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.format.record import PACKS
 from modelstore.storage.base import Storage
-from modelstore.storage.faults import FaultyStorage, Killed
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.retry import RetryingStorage
+from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import OneFails, bits, contents, copy_all, journal, keys, open_on, pack_sizes, shrink, weights
 
 Disturb = Callable[[Storage, int], Any]  # a storage whose n-th write is disturbed, which counts its `writes`

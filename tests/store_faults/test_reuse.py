@@ -16,10 +16,10 @@ from modelstore.client import Store
 from modelstore.errors import CorruptionError, StorageError
 from modelstore.format.record import manifest_key, pack_key, version_key
 from modelstore.storage.base import Storage
-from modelstore.storage.faults import CountingStorage, FaultyStorage, Killed
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.wrapping import Verb, WrappingStorage
+from modelstore.testing.faults import CountingStorage, FaultyStorage, Killed
 from tests.helpers.stores import all_bits, copy_all, keys, open_on, overwrite, pack_sizes, shrink, weights
 
 Damage = Callable[[Storage, str], None]

@@ -16,10 +16,10 @@ import modelstore as ms
 from modelstore.cli.main import app
 from modelstore.client import Store
 from modelstore.errors import NotFoundError, StorageError
-from modelstore.storage.faults import CountingStorage, FaultyStorage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.open import open_storage
 from modelstore.storage.retry import RetryingStorage
+from modelstore.testing.faults import CountingStorage, FaultyStorage
 from tests.helpers.stores import (
     all_bits,
     bits,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -138,11 +138,15 @@ class StorageContract:
         assert info is not None
         assert info.size == size
         out = np.empty(size, dtype=np.uint8)
-        storage.read("big", 0, memoryview(out))
+        storage.read("big", 0, out.data)
         assert np.array_equal(out, whole)
 
     def test_absent(self, storage: Storage) -> None:
-        for act in (lambda: storage.get("no/such"), lambda: self.read(storage, "no/such", 0, 1)):
+        acts: list[Callable[[], object]] = [
+            lambda: storage.get("no/such"),
+            lambda: self.read(storage, "no/such", 0, 1),
+        ]
+        for act in acts:
             with pytest.raises(NotFoundError, match="no/such") as caught:
                 act()
             assert caught.value.object == "no/such"
@@ -194,7 +198,7 @@ class StorageContract:
 
     @pytest.mark.parametrize("key", HOSTILE)
     def test_hostile_keys(self, storage: Storage, key: str) -> None:
-        acts = [
+        acts: list[Callable[[], object]] = [
             lambda: storage.get(key),
             lambda: self.read(storage, key, 0, 1),
             lambda: storage.create(key, b"x"),

@@ -17,7 +17,7 @@ from modelstore.codecs.base import Codec
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES, DType
-from tests.codecs import contents
+from modelstore.testing import contents
 
 GUARD = 0xA5
 SHAPES = [(), (0,), (3, 0), (1,), (7,), (63,), (64,), (65, 1), (5, 13), (2, 3, 5), (128, 9), (257,), (2049,), (3, 4097)]
@@ -50,6 +50,8 @@ def split_rows(shape: tuple[int, ...], dtype: DType) -> tuple[int, int]:
 
 
 class ExactCodecContract:
+    """Inherit, and give `codec`: one that gives back every bit."""
+
     codec: Codec
 
     def encode(self, values: Bytes, shape: tuple[int, ...], dtype: DType, base: Bytes) -> tuple[Buffer, ...]:
