@@ -20,6 +20,7 @@ ReadValues = Callable[[Region], Bytes]  # a region of the tensor → its raw byt
 Encode = Callable[[Bytes, Region], tuple[Buffer, ...]]  # a region's raw bytes, and where it lies → its planes
 
 FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+_PART = "weight"  # with which the names of a weight's parts begin
 _KERNEL = 11  # a last dimension up to this, of three or more, is a convolution's kernel
 
 
@@ -64,6 +65,13 @@ def group_of(shape: Shape, columns: int, rows: int = 1) -> Shape:
     if rows == 0 or (rows > 1 and len(shape) > 2):  # rows of several matrices never share a block: each is whole
         return (*[1] * (len(shape) - 2), max(1, shape[-2]), last) if rows else (*[max(1, n) for n in shape[:-1]], last)
     return (*[1] * (len(shape) - 2), rows, last)
+
+
+def part_name(tensor: str, part: str) -> str:
+    """The name of a weight's part: `a.weight` and `weight_scale` are `a.weight_scale`, as is `a` and `weight_scale` `a_scale`."""
+    if tensor.endswith(_PART):
+        return tensor.removesuffix(_PART) + part
+    return tensor + part.removeprefix(_PART)
 
 
 class WeightCodec:

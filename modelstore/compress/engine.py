@@ -24,14 +24,6 @@ from modelstore.format.region import Region, Shape, extent, slices
 from modelstore.plan.read import ChunkRead, Want
 
 Cells = Mapping[str, tuple[int, int]]
-_WEIGHT = "weight"
-
-
-def part_name(tensor: str, part: str) -> str:
-    """The name of a weight's part: `a.weight` and `weight_scale` are `a.weight_scale`, as is `a` and `weight_scale` `a_scale`."""
-    if tensor.endswith(_WEIGHT):
-        return tensor.removesuffix(_WEIGHT) + part
-    return tensor + part.removeprefix(_WEIGHT)
 
 
 def units(shape: Shape, cells: Cells) -> Shape:

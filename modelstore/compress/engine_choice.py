@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelstore.architecture.kinds import kinds_in
+from modelstore.architecture.places import Modules, Place
 from modelstore.codecs.weight import EngineView, matrix
-from modelstore.compress.engine_modules import Modules, Place
 from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.recipe import Kind

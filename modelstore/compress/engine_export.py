@@ -15,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from modelstore.architecture.places import modules_of
 from modelstore.codecs.intviews import beside_int8
-from modelstore.codecs.weight import EngineView, Part, WeightCodec
-from modelstore.compress.engine import Assembly, part_name, units
+from modelstore.codecs.weight import EngineView, Part, WeightCodec, part_name
+from modelstore.compress.engine import Assembly, units
 from modelstore.compress.engine_choice import choose
-from modelstore.compress.engine_modules import modules_of
 from modelstore.errors import UnsupportedError
 from modelstore.execute.export_layout import Packing
 from modelstore.execute.reading import Reader

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modelstore.codecs.weight import EngineView, Part, WeightCodec
-from modelstore.compress.engine import Assembly, check_slice, part_name
+from modelstore.codecs.weight import EngineView, Part, WeightCodec, part_name
+from modelstore.compress.engine import Assembly, check_slice
 from modelstore.errors import UnsupportedError
 from modelstore.execute.loading import Variant
 from modelstore.execute.memory import Arena

@@ -1,4 +1,4 @@
-"""Where transformers puts the tensors of a checkpoint: the model of its config.json, built without weights, and looked at.
+"""Where transformers puts the tensors of a checkpoint, and what of it engines take packed.
 
 Which layers a packed weight may stand for, and under which name an engine looks for them, is known to the model's own class
 and to the conversions that transformers makes while it loads (renamed tensors, experts that become one parameter).
@@ -6,26 +6,19 @@ and to the conversions that transformers makes while it loads (renamed tensors, 
 
 from __future__ import annotations
 
-import re
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from modelstore.compress.engine import part_name
+from modelstore.architecture.config import Config, model_type
+from modelstore.architecture.model_class import Built, NotInstalledError, build
+from modelstore.codecs.weight import part_name
 from modelstore.errors import UnsupportedError
 from modelstore.format.region import Shape
-
-if TYPE_CHECKING:
-    import torch
 
 _DENSE = "export it with dequantize=True"
 _WEIGHT = ".weight"
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
-_MOST = 1 << 17  # layers, experts and the like that a config may ask for
-_COUNTS = re.compile(r".*(?:layers?|blocks?|depths?|experts?|heads?|stages?|n_head|n_layer)")
-_MOST_MODULES = (1 << 13, 16)  # that a model may have: so many, and so many more for each tensor
 # Causal models whose checkpoints name each linear layer as transformers and vLLM do; known without transformers.
 _PLAIN = ("gemma", "gemma2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2")
 
@@ -58,33 +51,21 @@ class Modules(Protocol):
         """The names under which engines look for a module: those of the checkpoint, of the model, and of its base model."""
 
 
-def modules_of(config: Mapping[str, Any], tensors: int) -> Modules:
+def modules_of(config: Config, tensors: int) -> Modules:
     """The modules of the model of so many tensors that a config.json describes. `UnsupportedError` where they are not known."""
-    kind = config.get("model_type")
     try:
-        import transformers
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:
-        if kind in _PLAIN:
+        built = build(config, tensors)
+    except NotInstalledError:
+        if model_type(config) in _PLAIN:
             return _Plain()
         raise UnsupportedError(
-            f"which layers of a model of type {kind!r} engines take packed is known to transformers 5, which is not "
-            f"installed: install modelstore[hub], or {_DENSE}"
+            f"which layers of a model of type {model_type(config)!r} engines take packed is known to transformers 5, which is "
+            f"not installed: install modelstore[hub], or {_DENSE}"
         ) from None
-    model = _built(transformers, config, tensors)
-    conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    _refuse_split(converters)
-
-    def rename(name: str, known: dict[str, Any]) -> tuple[str, str | None]:
-        found = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if found[0] not in known and name in known:
-            found = rename_source_key(name, [], [], model.base_model_prefix, known)
-        return found
-
-    return _Built(model, rename, {source: one for one in converters for source in one.source_patterns})
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error}, so nobody here knows which layers engines take packed: {_DENSE}") from error
+    _refuse_split(built.converters.values())
+    return _Built(built)
 
 
 class _Plain:
@@ -104,15 +85,11 @@ class _Plain:
 class _Built:
     """The modules of a model of transformers."""
 
-    def __init__(
-        self,
-        model: Any,
-        rename: Callable[[str, dict[str, Any]], tuple[str, str | None]],
-        converters: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, built: Built) -> None:
         import torch
 
-        self._model, self._rename, self._converters = model, rename, converters
+        model = built.model
+        self._model, self._rename, self._converters = model, built.rename, built.converters
         self._modules = dict(model.named_modules())
         self._tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
         self._linears = [name for name, one in self._modules.items() if isinstance(one, torch.nn.Linear)]
@@ -205,36 +182,7 @@ def _refuse_replaced(modules: Any) -> None:
             )
 
 
-def _built(transformers: Any, config: Mapping[str, Any], tensors: int) -> Any:
-    """The model of a config.json on torch's meta device. `UnsupportedError` where transformers cannot build it."""
-    import torch
-
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        raise UnsupportedError(
-            f"config.json has model type {str(kind)[:80]!r}, which transformers {transformers.__version__} does not know, and "
-            f"with it which of its layers engines take packed: {_DENSE}"
-        )
-    _check_counts(config)
-    names = config.get("architectures")
-    known = transformers.models.auto.modeling_auto
-    name = names[0] if isinstance(names, list) and names else known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    name = str(name or known.MODEL_MAPPING_NAMES.get(kind))[:80]
-    try:
-        made = getattr(transformers, name)
-        if not issubclass(made, transformers.PreTrainedModel):
-            raise TypeError(f"{name} is no model")
-        built = transformers.CONFIG_MAPPING[kind].from_dict(_floats(config))
-        with _bounded(torch, _MOST_MODULES[0] + _MOST_MODULES[1] * tensors), torch.device("meta"), torch.no_grad():
-            return made(built)
-    except Exception as error:
-        raise UnsupportedError(
-            f"transformers cannot build {name} from config.json, so that nobody here knows which of its layers engines take "
-            f"packed ({type(error).__name__}: {str(error)[:200]}): {_DENSE}"
-        ) from error
-
-
-def _refuse_split(converters: Sequence[Any]) -> None:
+def _refuse_split(converters: Iterable[Any]) -> None:
     """Beside packed weights transformers makes such a converter one of many sources, which may not have many targets."""
     for one in converters:
         if len(one.target_patterns) > 1 and all(source.endswith(_WEIGHT) for source in one.source_patterns):
@@ -242,42 +190,3 @@ def _refuse_split(converters: Sequence[Any]) -> None:
                 f"transformers makes several weights of tensors such as {one.source_patterns[0]!r} while it loads them, which it "
                 f"does in checkpoints of dense weights only: {_DENSE}"
             )
-
-
-def _floats(value: Any) -> Any:
-    """A config with the numbers that JSON has no word for, which transformers writes as {"__float__": "Infinity"}."""
-    if isinstance(value, Mapping):
-        if value.keys() == {"__float__"}:
-            return float(value["__float__"])
-        return {key: _floats(one) for key, one in value.items()}
-    return [_floats(one) for one in value] if isinstance(value, list) else value
-
-
-def _check_counts(config: Mapping[str, Any]) -> None:
-    """`UnsupportedError` for more layers or the like than any model has, which would be made one by one."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            _check_counts(value)
-        elif isinstance(value, int) and value > _MOST and _COUNTS.fullmatch(str(key)):
-            raise UnsupportedError(
-                f"config.json says {key} = {value}, more than {_MOST}: mend config.json, or {_DENSE}"
-            )
-
-
-@contextmanager
-def _bounded(torch: Any, most: int) -> Iterator[None]:
-    """Stop this thread where it makes more modules than that."""
-    made, mine = 0, threading.get_ident()
-
-    def count(module: torch.nn.Module, name: str, submodule: torch.nn.Module) -> None:  # noqa: ARG001
-        nonlocal made
-        if threading.get_ident() == mine:
-            made += 1
-            if made > most:
-                raise ValueError(f"more than {most} modules")
-
-    handle = torch.nn.modules.module.register_module_module_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
