@@ -16,8 +16,9 @@ from modelstore.architecture.config import Config, count, language
 from modelstore.architecture.quantized import quantized
 from modelstore.codecs.weight import FLOATS, is_convolution
 from modelstore.errors import FormatError
+from modelstore.format.architecture import Architecture, find
 from modelstore.format.manifest import Manifest
-from modelstore.format.recipe import Kind
+from modelstore.format.recipe import KINDS, Kind
 from modelstore.format.region import Shape
 
 # What follows is matched with the whole name of the module that owns a `weight`, or of the parameter itself.
@@ -49,24 +50,39 @@ class Its(NamedTuple):
     shape: Shape
 
 
-def kinds(tensors: Mapping[str, Its], config: Config | None = None) -> dict[str, Kind]:
-    """What each tensor is for. Presets compress "linear" and "convolution" only; "unknown" is what nothing is known of."""
+def kinds(
+    tensors: Mapping[str, Its], config: Config | None = None, known: Architecture | None = None
+) -> dict[str, Kind]:
+    """What each tensor is for. Presets compress "linear" and "convolution" only; "unknown" is what nothing is known of.
+
+    `known`: what the model's own class says, which counts before names.
+    """
     already = quantized({name: its.dtype for name, its in tensors.items()})
     vocabulary = _vocabulary(config)
-    return {name: "quantized" if name in already else _kind(name, its, vocabulary) for name, its in tensors.items()}
+    said = known.kinds if known else {}
+
+    def kind(name: str, its: Its) -> Kind:
+        if name in already:
+            return "quantized"
+        if its.dtype not in FLOATS:
+            return "other"
+        found = find(said, name)
+        return found if found in KINDS else kind_of(name, its.shape, vocabulary)  # type: ignore[return-value]
+
+    return {name: kind(name, its) for name, its in tensors.items()}
 
 
-def kinds_in(manifest: Manifest, config: Config | None) -> dict[str, Kind]:
-    """`kinds` of a manifest's tensors."""
-    return kinds({tensor.name: Its(tensor.dtype, tensor.shape) for tensor in manifest.tensors}, config)
+def kinds_in(manifest: Manifest, config: Config | None, known: Architecture | None = None) -> dict[str, Kind]:
+    """`kinds` of a manifest's tensors, by what it says of the model where nobody knows more."""
+    tensors = {tensor.name: Its(tensor.dtype, tensor.shape) for tensor in manifest.tensors}
+    return kinds(tensors, config, known or manifest.architecture)
 
 
-def _kind(name: str, its: Its, vocabulary: int | None) -> Kind:
-    if its.dtype not in FLOATS:
-        return "other"
+def kind_of(name: str, shape: Shape, vocabulary: int | None = None) -> Kind:
+    """What a tensor of floats is for, by its name and shape alone; `vocabulary`: rows that only heads have."""
     owner, _, last = name.rpartition(".")
     weight = last == "weight"
-    if len(its.shape) < 2:
+    if len(shape) < 2:
         return "norm" if _NORM.fullmatch(name) else "bias" if _BIAS.fullmatch(name) else "other"
     what = owner if weight else name
     for kind, pattern in _NAMED:
@@ -78,9 +94,14 @@ def _kind(name: str, its: Its, vocabulary: int | None) -> Kind:
         return "embedding"
     if not weight:
         return "bias" if _BIAS.fullmatch(name) else "unknown"
-    if len(its.shape) == 2:
-        return "head" if vocabulary and its.shape[0] == vocabulary else "linear"
-    return _kernel(owner, its.shape)
+    if len(shape) == 2:
+        return "head" if vocabulary and shape[0] == vocabulary else "linear"
+    return _kernel(owner, shape)
+
+
+def is_stem(name: str) -> bool:
+    """Whether a weight makes patches of an image into vectors, as an embedding does."""
+    return _STEM.fullmatch(name.removesuffix(".weight")) is not None
 
 
 _NAMED: tuple[tuple[Kind, re.Pattern[str]], ...] = (

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
 
 from modelstore.architecture.config import Config, count, language, model_type
-from modelstore.architecture.parallel_table import ARCHITECTURES, BESIDE, Architecture, Cut, Kind
+from modelstore.architecture.parallel_table import BESIDE, FAMILIES, KINDS, Cut, Family, Kind
 from modelstore.errors import UnsupportedError
+from modelstore.format.architecture import Architecture, Sliced, find
 
 Plan = Mapping[str, int | None]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def axes(config: Config | None, plan: Plan | None = None) -> Callable[[str], int | None]:
+def axes(
+    config: Config | None, plan: Plan | None = None, known: Architecture | None = None
+) -> Callable[[str], int | None]:
     """The axis along which tensor parallelism would cut a tensor of that name; None where it is replicated.
 
     Resolved once, then a dictionary lookup a name. For an unknown architecture without a plan the answer is always
     None; an axis that comes from the plan is returned as it is given there.
     """
-    rules = Cuts(config, plan, strict=False)
+    rules = Cuts(config, plan, known, strict=False)
 
     def axis(name: str) -> int | None:
         rule = rules.find(name)
@@ -30,22 +34,33 @@ def axes(config: Config | None, plan: Plan | None = None) -> Callable[[str], int
     return axis
 
 
-class Cuts:
-    """Finds the cut of a tensor from its name. Names that differ in numbers only are looked up once."""
+def in_table(config: Config | None) -> bool:
+    """Whether the table has the architecture, so that nobody else needs to be asked."""
+    return _family(config)[1] is not None
 
-    def __init__(self, config: Config | None, plan: Plan | None, strict: bool = True) -> None:
-        kind, architecture, inner = _architecture(config)
-        if architecture is None and plan is None and strict:
+
+class Cuts:
+    """Finds the cut of a tensor from its name. Names that differ in numbers only are looked up once.
+
+    The user's plan counts first, then the table, then what is `known` of the model.
+    """
+
+    def __init__(
+        self, config: Config | None, plan: Plan | None, known: Architecture | None = None, strict: bool = True
+    ) -> None:
+        kind, family, inner = _family(config)
+        self.slices = known.slices if known and family is None else None
+        if family is None and self.slices is None and plan is None and strict:
             raise UnsupportedError(
-                f"no tensor-parallel layout is known for model type {kind!r}: give plan={{pattern: axis}} to "
-                f"TensorParallel, or Regions; known are {', '.join(ARCHITECTURES)}"
+                f"no tensor-parallel layout is known for model type {kind!r}, neither here nor by transformers (where it is "
+                f"installed): give plan={{pattern: axis}} to TensorParallel, or Regions; known are {', '.join(FAMILIES)}"
             )
         self.strict = strict
-        self.cuts: Mapping[str, Cut] = architecture.cuts if architecture else {}
+        self.cuts: Mapping[str, Cut] = family.cuts if family else {}
         self.heads: dict[Kind, int] = {}
-        if architecture:
-            query = count(inner, "num_attention_heads", "n_head", "n_heads", "num_heads") or architecture.heads
-            key = count(inner, "num_key_value_heads", "num_kv_heads") or architecture.key_heads or query
+        if family:
+            query = _heads(inner) or family.heads
+            key = count(inner, "num_key_value_heads", "num_kv_heads") or family.key_heads or query
             self.heads = {"query": query, "key": key}
         self.plan = [
             (re.compile(translate(pattern)), None if axis is None else Cut(axis, ("vocabulary",)))
@@ -58,10 +73,28 @@ class Cuts:
         for pattern, planned in self.plan:
             if pattern.match(name):
                 return planned
+        if self.slices is not None:
+            return self._sliced(name, self.slices)
         general = _NUMBER.sub("*", name)
         if general not in self.found:
             self.found[general] = self._look_up(general)
         return self.found[general]
+
+    def _sliced(self, name: str, slices: Mapping[str, Sliced]) -> Cut | None:
+        """As the model's own class says; what lies beside a weight that is sliced must be spoken of."""
+        said = find(slices, name)
+        if said is not None:
+            parts = tuple(_kind(part) for part, _ in said.parts)
+            return Cut(said.axis, parts, units=tuple(n for _, n in said.parts)) if parts else None
+        module, _, last = name.rpartition(".")
+        weight = find(slices, f"{module}.weight")
+        if weight is not None and last not in ("weight", "bias") and self.strict:
+            raise UnsupportedError(
+                f"{name} belongs to a module that is cut along axis {weight.axis}, and nothing is known of how {last!r} is cut "
+                f"with it: give plan={{{name!r}: axis}}, or None as the axis to replicate it",
+                tensor=name,
+            )
+        return None
 
     def _look_up(self, name: str) -> Cut | None:
         parts = name.split(".")
@@ -84,10 +117,25 @@ class Cuts:
         return next((self.cuts[suffix] for suffix in suffixes if suffix in self.cuts), None)
 
 
-def _architecture(config: Config | None) -> tuple[str | None, Architecture | None, Config]:
+def _heads(inner: Config) -> int | None:
+    """Attention heads; of an encoder and a decoder with different numbers, what divides both."""
+    sides = [found for side in ("encoder", "decoder") if (found := count(inner, f"{side}_attention_heads"))]
+    if sides:
+        return math.gcd(*sides)
+    return count(inner, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+
+
+def _kind(part: str) -> Kind:
+    """What lies along an axis, as a manifest says it."""
+    if part not in KINDS:
+        raise UnsupportedError(f"the manifest says that {part[:40]!r} lies along an axis: use a newer modelstore")
+    return part  # type: ignore[return-value]
+
+
+def _family(config: Config | None) -> tuple[str | None, Family | None, Config]:
     """(model type, its entry or None, the config of the language model, which is nested in a multimodal one)."""
     if config is None:
         return None, None, {}
     inner = language(config)
-    known = ARCHITECTURES.get(model_type(inner)) or ARCHITECTURES.get(model_type(config))
+    known = FAMILIES.get(model_type(inner)) or FAMILIES.get(model_type(config))
     return config.get("model_type"), known, inner

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 Kind = Literal["query", "key", "even", "pair", "vocabulary"]
 """What lies along an axis, and so where it may be cut.
@@ -20,21 +20,26 @@ are fewer than ranks. `even`: features, as many to every rank. `pair`: features 
 """
 
 
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """How one module is cut: the axis of its weight, and the parts that lie along it, each cut by itself.
 
     `bias`: whether the bias is cut too (along its only axis). It is for column-wise modules, whose outputs are
-    divided; a row-wise one is replicated, and added once, after the ranks' partial results are summed.
+    divided; a row-wise one is replicated, and added once, after the ranks' partial results are summed. `units`: how many
+    units each part has, where it is not the config that says so.
     """
 
     axis: int
     parts: tuple[Kind, ...]
     bias: bool = True
+    units: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
+class Family:
     """The cuts of one model type, and how many heads it has where its `config.json` does not say."""
 
     cuts: MappingProxyType[str, Cut]
@@ -140,16 +145,88 @@ _BLOOM = {
 }
 _BERT = {
     "embeddings.word_embeddings": VOCABULARY,
-    "attention.self.query": QUERY,
-    "attention.self.key": QUERY,
-    "attention.self.value": QUERY,
-    "attention.output.dense": OUTPUT,
+    **{
+        f"{attention}.{module}": cut
+        for attention in ("attention", "crossattention")
+        for module, cut in (
+            ("self.query", QUERY),
+            ("self.key", QUERY),
+            ("self.value", QUERY),
+            ("output.dense", OUTPUT),
+        )
+    },
     "intermediate.dense": COLUMN,
     "layer.*.output.dense": ROW,
     "cls.predictions": VOCABULARY,
     "cls.predictions.decoder": VOCABULARY,
     "lm_head": VOCABULARY,
     "lm_head.decoder": VOCABULARY,
+    "generator_lm_head": VOCABULARY,
+}
+# Decoders, and encoders before them; whose attention to the encoder is cut as that to themselves
+_BART = (
+    _OPT
+    | {f"encoder_attn.{module}": QUERY for module in ("q_proj", "k_proj", "v_proj")}
+    | {f"self_attn.{module}": QUERY for module in ("q_proj", "k_proj", "v_proj")}
+    | {f"self_attn.self.{module}": QUERY for module in ("query", "key", "value")}
+    | {
+        "encoder_attn.out_proj": OUTPUT,
+        "self_attn.output": OUTPUT,
+        "shared": VOCABULARY,
+        "proj_out": VOCABULARY,
+        "output_projection": VOCABULARY,
+        "final_logits_bias": Cut(1, ("vocabulary",)),
+    }
+)
+_MODERNBERT = {
+    "tok_embeddings": VOCABULARY,
+    "decoder": VOCABULARY,
+    "attn.Wqkv": Cut(0, ("query", "query", "query")),
+    **{f"attn.{module}": QUERY for module in ("q_proj", "k_proj", "v_proj")},
+    "attn.Wo": OUTPUT,
+    "mlp.Wi": Cut(0, ("even", "even")),
+    "mlp.Wo": ROW,
+}
+_MPT = {
+    "wte": VOCABULARY,
+    "lm_head": VOCABULARY,
+    "attn.Wqkv": Cut(0, ("query", "query", "query")),
+    "attn.out_proj": OUTPUT,
+    "ffn.up_proj": COLUMN,
+    "ffn.down_proj": ROW,
+}
+_GPT_NEO = {
+    "wte": VOCABULARY,
+    "lm_head": VOCABULARY,
+    **{f"attention.{module}": QUERY for module in ("q_proj", "k_proj", "v_proj")},
+    "attention.out_proj": OUTPUT,
+    "mlp.c_fc": COLUMN,
+    "mlp.c_proj": ROW,
+}
+# Rows are [heads, 3, head size]
+_PERSIMMON = _EMBEDDING | {
+    "self_attn.query_key_value": QUERY,
+    "self_attn.dense": OUTPUT,
+    "mlp.dense_h_to_4h": COLUMN,
+    "mlp.dense_4h_to_h": ROW,
+}
+_XLM = {
+    "embeddings": VOCABULARY,
+    "pred_layer.proj": VOCABULARY,
+    **{f"attentions.*.{module}": QUERY for module in ("q_lin", "k_lin", "v_lin")},
+    "attentions.*.out_lin": OUTPUT,
+    "ffns.*.lin1": COLUMN,
+    "ffns.*.lin2": ROW,
+}
+_CPMANT = {
+    "input_embedding": VOCABULARY,
+    "lm_head": VOCABULARY,
+    **{f"self_attention.project_{part}": QUERY for part in "qkv"},
+    "self_attention.attention_out": OUTPUT,
+    "position_bias.relative_attention_bias": Cut(1, ("query",)),
+    "w_in.w_0": COLUMN,
+    "w_in.w_1": COLUMN,
+    "ffn.w_out": ROW,
 }
 _DISTILBERT = {
     "embeddings.word_embeddings": VOCABULARY,
@@ -163,41 +240,70 @@ _DISTILBERT = {
 }
 
 
-def _architecture(cuts: dict[str, Cut], heads: int, key_heads: int | None = None) -> Architecture:
-    return Architecture(MappingProxyType(cuts), heads, key_heads)
+def _family(cuts: dict[str, Cut], heads: int, key_heads: int | None = None) -> Family:
+    return Family(MappingProxyType(cuts), heads, key_heads)
 
 
-ARCHITECTURES = MappingProxyType(
+FAMILIES = MappingProxyType(
     {
-        "llama": _architecture(_LLAMA, 32),
-        "mistral": _architecture(_LLAMA, 32, 8),
-        "qwen2": _architecture(_LLAMA, 32, 32),
-        "qwen3": _architecture(_LLAMA, 32, 32),
-        "gemma": _architecture(_LLAMA, 16, 16),
-        "gemma2": _architecture(_LLAMA, 8, 4),
-        "gemma3": _architecture(_LLAMA, 8, 4),
-        "gemma3_text": _architecture(_LLAMA, 8, 4),
-        "granite": _architecture(_LLAMA, 32),
-        "smollm3": _architecture(_LLAMA, 16, 4),
-        "cohere": _architecture(_LLAMA, 64),
-        "stablelm": _architecture(_LLAMA, 32, 32),
-        "phi": _architecture(_PHI, 32),
-        "phi3": _architecture(_PHI3, 32),
-        "starcoder2": _architecture(_STARCODER2, 24, 2),
-        "opt": _architecture(_OPT, 12),
-        "mixtral": _architecture(_MIXTRAL, 32, 8),
-        "qwen2_moe": _architecture(_QWEN_MOE, 16, 16),
-        "qwen3_moe": _architecture(_QWEN_MOE, 32, 4),
-        "gpt_oss": _architecture(_GPT_OSS, 64, 8),
-        "deepseek_v2": _architecture(_DEEPSEEK, 32),
-        "deepseek_v3": _architecture(_DEEPSEEK, 128),
-        "gpt2": _architecture(_GPT2, 12),
-        "gpt_neox": _architecture(_NEOX, 64),
-        "bloom": _architecture(_BLOOM, 8),
-        "bert": _architecture(_BERT, 12),
-        "roberta": _architecture(_BERT, 12),
-        "xlm-roberta": _architecture(_BERT, 12),
-        "distilbert": _architecture(_DISTILBERT, 12),
+        "llama": _family(_LLAMA, 32),
+        "mistral": _family(_LLAMA, 32, 8),
+        "qwen2": _family(_LLAMA, 32, 32),
+        "qwen3": _family(_LLAMA, 32, 32),
+        "gemma": _family(_LLAMA, 16, 16),
+        "gemma2": _family(_LLAMA, 8, 4),
+        "gemma3": _family(_LLAMA, 8, 4),
+        "gemma3_text": _family(_LLAMA, 8, 4),
+        "granite": _family(_LLAMA, 32),
+        "smollm3": _family(_LLAMA, 16, 4),
+        "cohere": _family(_LLAMA, 64),
+        "stablelm": _family(_LLAMA, 32, 32),
+        "phi": _family(_PHI, 32),
+        "phi3": _family(_PHI3, 32),
+        "starcoder2": _family(_STARCODER2, 24, 2),
+        "opt": _family(_OPT, 12),
+        "mixtral": _family(_MIXTRAL, 32, 8),
+        "qwen2_moe": _family(_QWEN_MOE, 16, 16),
+        "qwen3_moe": _family(_QWEN_MOE, 32, 4),
+        "gpt_oss": _family(_GPT_OSS, 64, 8),
+        "deepseek_v2": _family(_DEEPSEEK, 32),
+        "deepseek_v3": _family(_DEEPSEEK, 128),
+        "gpt2": _family(_GPT2, 12),
+        "gpt_neox": _family(_NEOX, 64),
+        "bloom": _family(_BLOOM, 8),
+        "bert": _family(_BERT, 12),
+        "roberta": _family(_BERT, 12),
+        "xlm-roberta": _family(_BERT, 12),
+        "distilbert": _family(_DISTILBERT, 12),
+        "openai-gpt": _family(_GPT2 | {"tokens_embed": VOCABULARY}, 12),
+        "gpt_neo": _family(_GPT_NEO, 16),
+        "gpt_neox_japanese": _family(_NEOX, 32),
+        "mpt": _family(_MPT, 16),
+        "persimmon": _family(_PERSIMMON, 64),
+        "cpmant": _family(_CPMANT, 32),
+        "xlm": _family(_XLM, 16),
+        "modernbert": _family(_MODERNBERT, 12),
+        "modernbert-decoder": _family(_MODERNBERT, 12),
+        **dict.fromkeys(
+            (
+                *("big_bird", "camembert", "data2vec-text", "ernie", "rembert", "roberta-prelayernorm", "roc_bert"),
+                "roformer",
+            ),
+            _family(_BERT, 12),
+        ),
+        "electra": _family(_BERT, 4),
+        "bert-generation": _family(_BERT, 16),
+        "megatron-bert": _family(_BERT, 16),
+        "xlm-roberta-xl": _family(_BERT, 32),
+        **dict.fromkeys(
+            ("bart", "bigbird_pegasus", "biogpt", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),
+            _family(_BART, 16),
+        ),
+        "blenderbot": _family(_BART, 32),
+        "plbart": _family(_BART, 12),
+        "trocr": _family(_BART, 16),
+        "whisper": _family(_BART, 6),
+        "xglm": _family(_BART, 16),
     }
 )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from modelstore.architecture.config import Config, language
 from modelstore.format.dtypes import DTYPES
 
-_METHODS = ("quantization_config", "compression_config")
+METHODS = ("quantization_config", "compression_config")
 # What belongs together: a name that ends so, where the name with one of these ends instead is there, too.
 _TOGETHER = {
     "qweight": ("scales",),  # GPTQ, AWQ
@@ -49,7 +49,7 @@ def method(config: Config | None) -> str | None:
     if config is None:
         return None
     for part in (config, language(config)):
-        for key in _METHODS:
+        for key in METHODS:
             found = part.get(key)
             if isinstance(found, Mapping) and found:
                 named = found.get("quant_method") or found.get("quantization_method") or found.get("format")

@@ -53,6 +53,14 @@ Codes = Annotated[
     ),
 ]
 
+Requantize = Annotated[
+    bool,
+    typer.Option(
+        "--requantize",
+        help="Compress a checkpoint that is quantized already (float8 with scales, mxfp4) from its dequantized values.",
+    ),
+]
+
 plan = typer.Typer(name="plan", help="Print what a command would do, and do nothing.", no_args_is_help=True)
 
 
@@ -68,6 +76,7 @@ def compress(
     codes: Codes = None,
     include: Include = None,
     skip: Skip = None,
+    requantize: Requantize = False,
     store: StoreUrl = None,
     memory: Memory = None,
     cluster: Cluster = None,
@@ -88,6 +97,7 @@ def compress(
             codes=codes,
             include=include or (),
             skip=skip or (),
+            requantize=requantize,
             progress=report,
         )
 
@@ -118,6 +128,7 @@ def plan_compress(
     codes: Codes = None,
     include: Include = None,
     skip: Skip = None,
+    requantize: Requantize = False,
     store: StoreUrl = None,
     json: AsJson = False,
     debug: Debug = False,
@@ -128,7 +139,9 @@ def plan_compress(
     """
     opened = open_store(store)
     with _told_apart(opened, "plan compress", ref, recipe):
-        found = opened.plan_compression(ref, _recipe(recipe), codes=codes, include=include or (), skip=skip or ())
+        found = opened.plan_compression(
+            ref, _recipe(recipe), codes=codes, include=include or (), skip=skip or (), requantize=requantize
+        )
     output.result(found, _plan_lines(found), as_json=json)
 
 
@@ -161,6 +174,11 @@ def _plan_lines(found: CompressionPlan) -> Iterator[str]:
         f"{len(found.compressed)} of {units.count(len(found.choices), 'tensor')} would be compressed: "
         f"{units.size(found.bytes)}, stored in {units.size(found.stored)} now, in about {units.size(found.expected)} then"
     )
+    if found.requantized:
+        yield (
+            f"the checkpoint is quantized by {found.requantized}: it is compressed from its dequantized values, and the errors "
+            "of both add up"
+        )
 
 
 def _told_apart(opened: Store, command: str, ref: str, text: str) -> AbstractContextManager[None]:

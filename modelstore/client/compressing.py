@@ -20,7 +20,8 @@ from modelstore.format.record import VariantEntry, VersionRecord
 if TYPE_CHECKING:
     from modelstore.client.reading import Readable
     from modelstore.compress.codes import Codes
-    from modelstore.compress.job import Parent, Spread
+    from modelstore.compress.job import Spread
+    from modelstore.compress.parent import Parent
 
 
 def compress(
@@ -32,6 +33,7 @@ def compress(
     codes: str | PathLike[str] | None,
     include: Iterable[str],
     skip: Iterable[str],
+    requantize: bool,
     progress: Progress | None,
 ) -> results.Compressed:
     """Make a variant of a version, as `Model.compress` says."""
@@ -39,7 +41,7 @@ def compress(
 
     started = time.monotonic()
     with _codes(access, codes) as given:
-        parent, plan, wanted = _planned(access, model, value, given, include, skip)
+        parent, plan, wanted = _planned(access, model, value, given, include, skip, requantize)
         name = check_word(variant, "variant") if variant is not None else plan.recipe
         variants = variants_of(plan, name)
         if variant is not None and variants != (name,):
@@ -60,7 +62,7 @@ def compress(
             earlier=[access.repo.manifests.entry(parent.record.model, entry) for entry in entries],
             limits=access.limits(),
             progress=metered,
-            spread=_spread(access, parent, entries, metered) if given is None else None,
+            spread=_spread(access, parent, entries, metered) if given is None and parent.stored is None else None,
         )
         return outcome.result(plan, time.monotonic() - started)
 
@@ -73,10 +75,11 @@ def plan_compression(
     codes: str | PathLike[str] | None,
     include: Iterable[str],
     skip: Iterable[str],
+    requantize: bool,
 ) -> results.CompressionPlan:
     """What `compress` would do."""
     with _codes(access, codes) as given:
-        return _planned(access, model, value, given, include, skip)[1]
+        return _planned(access, model, value, given, include, skip, requantize)[1]
 
 
 def _planned(
@@ -86,12 +89,15 @@ def _planned(
     codes: Codes | None,
     include: Iterable[str],
     skip: Iterable[str],
+    requantize: bool,
 ) -> tuple[Parent, results.CompressionPlan, Recipe]:
-    from modelstore.compress.job import Parent
-    from modelstore.compress.plan import check_targets, give_codes, plan_compression, resolve
+    from modelstore.compress.plan import check_requantize, check_targets, give_codes, plan_compression, resolve
+    from modelstore.compress.requantized import parent_of
 
     include, skip = tuple(include), tuple(skip)
     recipe = resolve(value, include, skip)
+    if requantize:
+        check_requantize(recipe, codes)
     if model.variant != ORIGINAL:
         raise ValueError(
             f"{model.asked!r} names a variant: variants are made of a version's original, give {model.name!r}"
@@ -99,11 +105,12 @@ def _planned(
     record = model.record()
     entry = access.repo.catalog.variant(record, ORIGINAL)
     opened = access.opened(model.name, entry)
-    plan = plan_compression(opened.manifest, opened.config(), recipe)
+    parent, dequantized = parent_of(record, entry.manifest, opened.reader, opened.config(), requantize)
+    plan = plan_compression(parent.manifest, parent.config, recipe, parent.architecture, dequantized)
     check_targets(plan, {"include": include, "skip": skip})
     if codes is not None:
         plan = give_codes(plan, opened.manifest, recipe, codes.given, codes.origin)
-    return Parent(record, entry.manifest, opened.manifest, opened.reader, opened.config()), plan, recipe
+    return parent, plan, recipe
 
 
 def _spread(access: Access, parent: Parent, earlier: Iterable[VariantEntry], progress: Advance | None) -> Spread | None:

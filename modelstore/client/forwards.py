@@ -147,10 +147,17 @@ class OfModels(Base):
         codes: str | os.PathLike[str] | None = None,
         include: Iterable[str] = (),
         skip: Iterable[str] = (),
+        requantize: bool = False,
         progress: Progress | None = None,
     ) -> results.Compressed:
         return self._at(ref).compress(
-            recipe, variant=variant, codes=codes, include=include, skip=skip, progress=progress
+            recipe,
+            variant=variant,
+            codes=codes,
+            include=include,
+            skip=skip,
+            requantize=requantize,
+            progress=progress,
         )
 
     @told_by(Model.plan_compression, "store[ref].plan_compression(…)")
@@ -162,8 +169,9 @@ class OfModels(Base):
         codes: str | os.PathLike[str] | None = None,
         include: Iterable[str] = (),
         skip: Iterable[str] = (),
+        requantize: bool = False,
     ) -> results.CompressionPlan:
-        return self._at(ref).plan_compression(recipe, codes=codes, include=include, skip=skip)
+        return self._at(ref).plan_compression(recipe, codes=codes, include=include, skip=skip, requantize=requantize)
 
     @overload
     def eval(

@@ -111,6 +111,7 @@ class Model(Readable):
         codes: str | os.PathLike[str] | None = None,
         include: Iterable[str] = (),
         skip: Iterable[str] = (),
+        requantize: bool = False,
         progress: Progress | None = None,
     ) -> results.Compressed:
         """Make a compressed variant of this version; the original stays as it is, exact.
@@ -127,6 +128,8 @@ class Model(Readable):
             include: Further targets to compress by the recipe's first rule: kinds ("embedding", "head", …) or patterns of
                 names.
             skip: Targets to keep as they are.
+            requantize: Compress a checkpoint that another tool has quantized (float8 with scales, mxfp4) from its dequantized
+                values. Such a checkpoint is kept exactly otherwise.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
@@ -135,13 +138,22 @@ class Model(Readable):
         Raises:
             ValueError: The recipe or the codes do not fit the model, or this is no original.
             FormatError: The codes have another layout.
+            UnsupportedError: The values of a quantized checkpoint cannot be computed here.
             ConflictError: There is another variant of that name.
 
         Example:
             >>> store["acme/llama"].compress("int4")
         """
         return compress(
-            self._access, self, recipe, variant=variant, codes=codes, include=include, skip=skip, progress=progress
+            self._access,
+            self,
+            recipe,
+            variant=variant,
+            codes=codes,
+            include=include,
+            skip=skip,
+            requantize=requantize,
+            progress=progress,
         )
 
     def plan_compression(
@@ -151,6 +163,7 @@ class Model(Readable):
         codes: str | os.PathLike[str] | None = None,
         include: Iterable[str] = (),
         skip: Iterable[str] = (),
+        requantize: bool = False,
     ) -> results.CompressionPlan:
         """Tell what `compress` would do, tensor by tensor. Only manifests and headers are read.
 
@@ -159,6 +172,7 @@ class Model(Readable):
             codes: As for `compress`.
             include: As for `compress`.
             skip: As for `compress`.
+            requantize: As for `compress`.
 
         Returns:
             The plan: each tensor's codec, or why it is kept, with sizes in bytes.
@@ -170,7 +184,9 @@ class Model(Readable):
         Example:
             >>> store["acme/llama"].plan_compression("int4", skip=["head"]).compressed
         """
-        return plan_compression(self._access, self, recipe, codes=codes, include=include, skip=skip)
+        return plan_compression(
+            self._access, self, recipe, codes=codes, include=include, skip=skip, requantize=requantize
+        )
 
     def eval(
         self,

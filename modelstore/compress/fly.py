@@ -56,7 +56,7 @@ def unstored(
 
 def planned(original: Manifest, config: Mapping[str, Any] | None, recipe: Recipe) -> Manifest:
     """The manifest of a variant as `compress` would cut and encode it; compressed tensors have no planes, for none are stored."""
-    axis = axes(config) if config else None
+    axis = axes(config, known=original.architecture) if config else None
     chosen = {choice.name: choice for choice in plan_compression(original, config, recipe).compressed}
     codecs, tensors = list(original.codecs), []
     for tensor in original.tensors:

@@ -17,10 +17,11 @@ import numpy as np
 
 from modelstore.architecture.parallel import axes
 from modelstore.codecs.ladder import Ladder
-from modelstore.codecs.loss import Loss
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
 from modelstore.compress.codes import Codes, encoder_of
 from modelstore.compress.devices import fit_on
+from modelstore.compress.kept import keep_architecture, metrics
+from modelstore.compress.parent import Parent
 from modelstore.compress.plan import tensor_plan, weight_codec
 from modelstore.compress.threshold import with_threshold
 from modelstore.errors import ConflictError, CorruptionError
@@ -43,23 +44,13 @@ from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.describe import variant_infos
 from modelstore.store.manifests import Manifests
+from modelstore.store.packs import FILE
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
 LADDER_VIEWS = (ORIGINAL, "int8", "int4")
 _LADDER = "ladder"
 _REMOTE_THREADS = 8  # a worker reads what it encodes: where reading waits for a network, more of them
-
-
-@dataclass(frozen=True)
-class Parent:
-    """The original that is compressed: its record, its manifest with its digest, and how its tensors are read."""
-
-    record: VersionRecord
-    digest: str
-    manifest: Manifest
-    reader: Reader
-    config: Mapping[str, Any] | None = None
 
 
 class Portion(msgspec.Struct, frozen=True):
@@ -132,20 +123,20 @@ def compress(
     a tensor read is not what was saved, or does not decode to what it should: nothing is published then.
     """
     model = parent.record.model
-    recorded = _recorded(recipe, plan, codes.check(parent.manifest) if codes else None)
+    recorded = _recorded(recipe, plan, codes.check(parent.manifest) if codes else None, parent.requantized)
     before = _made_before(repo.manifests, parent, variants, recorded)
     if before is None:
         _check_free(parent.record, variants)
         if recipe.prune is not None:
             plan = with_threshold(plan, recipe.prune, parent.manifest, parent.reader, limits, progress)
-    axis = axes(parent.config) if parent.config else None
-    inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed]
+    axis = axes(parent.config, known=parent.manifest.architecture) if parent.config else None
+    inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed] + parent.file_inputs()
     tally = Tally()
     shelf = Shelf(repo.storage)
     identity = (
         "compress",
         model,
-        parent.manifest.content,
+        parent.content,
         *variants,
         msgspec.json.encode(recorded, order="sorted").decode(),
     )
@@ -171,6 +162,8 @@ def compress(
         entries[variant] = store_manifest(repo.manifests, model, manifest, recipe.name, shelf)
         measured[variant] = manifest.metrics
     record = _publish(repo.catalog, parent, entries)
+    if ORIGINAL not in variants and parent.stored is None and parent.architecture != parent.manifest.architecture:
+        keep_architecture(repo, parent.record, parent.manifest, parent.architecture, shelf)
     work.journal.clear()
     return Outcome(record, measured, tally)
 
@@ -190,7 +183,7 @@ def encode(
 
     The packs depend on the portion alone, not on who encodes it, nor on the device. Errors as for `compress`.
     """
-    axis = axes(config) if config else None
+    axis = axes(config, known=parent_manifest.architecture) if config else None
     inputs = [
         _input_of(parent_manifest.by_name[name], spec, reader, portion.variants, axis, device)
         for name, spec in portion.specs.items()
@@ -245,12 +238,11 @@ def encoder(
     return choose
 
 
-def _recorded(recipe: Recipe, plan: CompressionPlan, codes: str | None) -> dict[str, Any]:
+def _recorded(recipe: Recipe, plan: CompressionPlan, codes: str | None, requantized: str) -> dict[str, Any]:
     """What a manifest says of how it was made: the recipe, each tensor's codec where rules alone do not tell it, given codes."""
     resolved = {choice.name: choice.codec for choice in plan.compressed if choice.reason}
-    whole = (
-        msgspec.to_builtins(recipe) | ({"resolved": resolved} if resolved else {}) | ({"codes": codes} if codes else {})
-    )
+    more = {"resolved": resolved, "codes": codes, "requantized": requantized}
+    whole = msgspec.to_builtins(recipe) | {key: value for key, value in more.items() if value}
     plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(whole))  # as a manifest will give it back
     return plain
 
@@ -314,7 +306,7 @@ def _made_before(
         if variant not in record.variants:
             return None
         manifest = parent.manifest if variant == ORIGINAL else manifests.entry(record.model, record.variants[variant])
-        if variant != ORIGINAL and (manifest.recipe != recorded or manifest.parent != parent.manifest.content):
+        if variant != ORIGINAL and (manifest.recipe != recorded or manifest.parent != parent.content):
             return None
         measured[variant] = manifest.metrics
     return Outcome(record, measured, Tally())
@@ -324,7 +316,7 @@ def _prove(parent: Parent, variants: tuple[str, ...], plan: CompressionPlan, wri
     """What was read must be what was saved; and what an exact codec decodes to, too."""
     for choice in plan.compressed:
         saved, done = parent.manifest.by_name[choice.name].digest, written[choice.name]
-        if done.digest != saved:
+        if saved and done.digest != saved:  # what is made of other tensors has no digest; the chunks of these have
             raise CorruptionError(
                 f"tensor {choice.name!r} of model {parent.record.model!r} is not what was saved, though every chunk is good: "
                 f"nothing was published; run 'modelstore verify --deep'",
@@ -350,7 +342,7 @@ def _manifest(
     recorded: dict[str, Any],
 ) -> Manifest:
     variant, manifest = variants[at], parent.manifest
-    losses = {name: done.views[at].loss for name, done in written.items()}
+    losses = {name: done.views[at].loss for name, done in written.items() if done.views}  # files have none
     builder = ManifestBuilder()
     fresh = {item.plan.name: item for item in inputs}
     tensors = []
@@ -369,25 +361,27 @@ def _manifest(
     is_original = variant == ORIGINAL
     return builder.build(
         tensors,
-        [builder.carry(manifest, file) for file in manifest.files],
+        [_file(builder, manifest, file, fresh.get(FILE + file.name), written) for file in manifest.files],
         aliases=manifest.aliases,
         metadata=manifest.metadata,
         base=manifest.base if kept_delta else None,
         recipe={} if is_original else recorded,
-        parent=None if is_original else manifest.content,
+        parent=None if is_original else parent.content,
         metrics=manifest.metrics
         if is_original
         else metrics(losses),  # an original's are of what it predicts: still true
+        architecture=parent.architecture,
     )
 
 
-def metrics(losses: Mapping[str, Loss]) -> dict[str, Any]:
-    """What a manifest keeps of the losses: signal to noise in dB, of all and by tensor, and counts of non-finite values."""
-    total = sum(losses.values(), Loss())
-    strange = {name: loss.nonfinite for name, loss in losses.items() if loss.nonfinite}
-    sqnr = {name: round(loss.sqnr, 2) for name, loss in losses.items() if loss.noise and loss.signal}
-    kept = {"sqnr": round(total.sqnr, 2)} if total.noise and total.signal else {}
-    return kept | ({"tensor_sqnr": sqnr} if sqnr else {}) | ({"nonfinite": strange} if strange else {})
+def _file(
+    builder: ManifestBuilder, manifest: Manifest, file: Tensor, fresh: Input | None, written: Mapping[str, Written]
+) -> Tensor:
+    """The entry of a file of the original, or of what is written instead of it."""
+    if fresh is None:
+        return builder.carry(manifest, file)
+    plan, done = fresh.plan, written[fresh.plan.name]
+    return builder.tensor(file.name, plan.dtype, plan.shape, plan.chunk, plan.codec, done.digest, done.planes)
 
 
 def _publish(catalog: Catalog, parent: Parent, entries: Mapping[str, VariantEntry]) -> VersionRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -15,10 +15,23 @@ from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.codes import Given
 from modelstore.compress.presets import preset
 from modelstore.errors import UnsupportedError
+from modelstore.format.architecture import Architecture
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.recipe import KINDS, Kind, Recipe, Rule, check, matches, recipe
 from modelstore.format.results import Choice, CompressionPlan
 from modelstore.plan.write import TensorPlan, plan_tensor
+
+
+class Dequantized(Protocol):
+    """The weights of a checkpoint that are made of quantized ones."""
+
+    @property
+    def by(self) -> str:
+        """The method by which they are quantized."""
+
+    @property
+    def stored(self) -> Mapping[str, int]:
+        """In how many bytes the codes and scales of each are stored."""
 
 
 def weight_codec(spec: CodecSpec) -> WeightCodec:
@@ -29,14 +42,22 @@ def weight_codec(spec: CodecSpec) -> WeightCodec:
     return made
 
 
-def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, chosen: Recipe) -> CompressionPlan:
-    """Choose a codec for every tensor; nothing is read but the manifest.
+def plan_compression(
+    manifest: Manifest,
+    config: Mapping[str, Any] | None,
+    chosen: Recipe,
+    known: Architecture | None = None,
+    dequantized: Dequantized | None = None,
+) -> CompressionPlan:
+    """Choose a codec for every tensor; nothing is read but the manifest. `known`: what the model's own class says of it.
+
+    `dequantized`: the weights of a manifest that are made of quantized ones, each of which has to be compressed.
 
     Tensors that a codec refuses are kept, and the reason is given. Layers that engines fuse share one scheme: where rules
     differ, that of the first one is taken for all, and where one is kept, all are.
     `ValueError` where the recipe compresses nothing.
     """
-    found = kinds_in(manifest, config)
+    found = kinds_in(manifest, config, known)
     already = method(config) or ("another tool" if "quantized" in found.values() else None)
     specs: dict[str, CodecSpec | None] = {}
     reasons: dict[str, str] = {}
@@ -47,6 +68,8 @@ def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, chose
     choices = tuple(
         _choice(manifest, t, found[t.name], specs[t.name], reasons[t.name], chosen.prune) for t in manifest.tensors
     )
+    if dequantized is not None:
+        choices = tuple(_requantized(choice, dequantized) for choice in choices)
     if not any(choice.codec for choice in choices):
         raise ValueError(_nothing(choices, chosen, already))
     return CompressionPlan(
@@ -54,7 +77,26 @@ def plan_compression(manifest: Manifest, config: Mapping[str, Any] | None, chose
         choices,
         **_sums(choices),
         needs_threshold=chosen.prune is not None,
+        requantized=dequantized.by if dequantized is not None else "",
     )
+
+
+def _requantized(choice: Choice, dequantized: Dequantized) -> Choice:
+    """The choice for a weight that is made of quantized ones; `ValueError` where it would be kept, or be no smaller."""
+    stored = dequantized.stored.get(choice.name)
+    if stored is None:
+        return choice
+    if choice.codec is None:
+        raise ValueError(
+            f"tensor {choice.name!r} is quantized by {dequantized.by}, and would be kept as floats ({choice.reason}), though "
+            f"its config can speak of one quantization only: name it, or what it is, in include="
+        )
+    if choice.expected >= stored:
+        raise ValueError(
+            f"tensor {choice.name!r} has {stored} bytes as it is stored now, quantized by {dequantized.by}, and would have "
+            f"{choice.expected}: choose a recipe of fewer bits, or keep the checkpoint as it is"
+        )
+    return msgspec.structs.replace(choice, stored=stored, reason=f"made of its {dequantized.by} values")
 
 
 def _spec(tensor: Tensor, kind: Kind, chosen: Recipe, already: str | None) -> tuple[CodecSpec | None, str]:
@@ -86,7 +128,10 @@ def _nothing(choices: Sequence[Choice], chosen: Recipe, already: str | None) -> 
     """Why a recipe compresses nothing of a model."""
     unknown = next((choice.name for choice in choices if choice.kind == "unknown"), None)
     if already:
-        why = f"the checkpoint is quantized already, by {already}, and is kept exactly unless tensors are named (include=[…])"
+        why = (
+            f"the checkpoint is quantized already, by {already}, and is kept exactly unless tensors are named (include=[…]), or "
+            f"all is compressed from its dequantized values (requantize=True)"
+        )
     elif unknown is not None:
         why = f"nothing is known of tensors such as {unknown!r}: name what is to be compressed (include=[{unknown!r}])"
     else:
@@ -109,6 +154,14 @@ def check_targets(plan: CompressionPlan, given: Mapping[str, Sequence[str]]) -> 
                 f"{option}={target!r} has no effect: no tensor's whole name fits it, such as {plan.choices[0].name!r}; write a "
                 f"pattern with * and ?, or a kind ({', '.join(KINDS)})"
             )
+
+
+def check_requantize(chosen: Recipe, codes: object | None) -> None:
+    """`ValueError` where a quantized checkpoint cannot be compressed anew so."""
+    if codes is not None:
+        raise ValueError("codes= are of the original's own weights, and requantize=True makes others: give one of them")
+    if any(rule.codec and rule.codec.name == "ladder" for rule in chosen.rules):
+        raise ValueError("a ladder stores the original itself anew, which is quantized: requantize=True makes variants")
 
 
 def give_codes(

@@ -124,7 +124,8 @@ class Variant:
         if shard is None:
             return {name: whole(every[name].shape) for name in chosen}
         # A rank's part is that of the model, whichever tensors are read of it: its layers and experts are counted.
-        held = shard.shares(self.config(), {name: tensor.shape for name, tensor in every.items()})
+        shapes = {name: tensor.shape for name, tensor in every.items()}
+        held = shard.shares(self.config(), shapes, self.manifest.architecture)
         return {name: held[name] for name in chosen if name in held}
 
     def stream(

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 
-from modelstore.architecture.config import MAX_CONFIG, parse
+from modelstore.architecture.config import MAX_CONFIG, Config, parse
+from modelstore.architecture.described import look
 from modelstore.architecture.parallel import axes
 from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import added
@@ -21,6 +23,7 @@ from modelstore.execute.journal import Journal, resume
 from modelstore.execute.reading import Limits, Reader
 from modelstore.execute.whole import WholeWriter
 from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks, require_bases
+from modelstore.format.architecture import Architecture
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.checkpoint import CONFIG
 from modelstore.format.dtypes import DType
@@ -114,7 +117,8 @@ def store(
     """
     base = parent if codec == "delta" and parent is not None and parent.chain < LONGEST_CHAIN else None
     earlier_manifests = [a.manifest for a in (previous, parent) if a is not None]
-    inputs = plan_inputs(source, codec, grid, base, earlier_manifests)
+    architecture = architecture_of(source, earlier_manifests)
+    inputs = plan_inputs(source, codec, grid, base, earlier_manifests, architecture)
     tally, storage = Tally(), repo.storage
     shelf = Shelf(storage)
     work = None
@@ -140,12 +144,12 @@ def store(
     source.opened.check()
     shelf.heal(earlier_manifests, known)
     beside: frozenset[str] = getattr(source, "beside", frozenset())
-    manifest = manifest_of(source, inputs, written, base, without=beside)
+    manifest = manifest_of(source, inputs, written, base, without=beside, known=architecture)
     entry = store_manifest(repo.manifests, model, manifest, codec, shelf)
     relied = {manifest_key(model, entry.manifest): 1, pack_key(entry.copy): 1, **objects_of(manifest)}
     others = {}
     if beside:
-        everything = manifest_of(source, inputs, written, base)
+        everything = manifest_of(source, inputs, written, base, known=architecture)
         whole_of = others[CHECKPOINT] = store_manifest(repo.manifests, model, everything, codec, shelf)
         relied |= {manifest_key(model, whole_of.manifest): 1, pack_key(whole_of.copy): 1, **objects_of(everything)}
     if base is not None:
@@ -180,13 +184,18 @@ def store_manifest(manifests: Manifests, model: str, manifest: Manifest, codec: 
 
 
 def plan_inputs(
-    source: Source, codec: str, grid: str, base: Against | None, earlier: Sequence[Manifest] = ()
+    source: Source,
+    codec: str,
+    grid: str,
+    base: Against | None,
+    earlier: Sequence[Manifest] = (),
+    known: Architecture | None = None,
 ) -> list[Input]:
     """Every tensor and file of a source with its plan, in model order; names are checked.
 
     Tensors that an earlier manifest has in the same shape are cut as they are there.
     """
-    axis = tensor_axes(source.files)
+    axis = tensor_axes(source.files, known)
     storage_spec = CodecSpec("lossless" if codec == "delta" else codec)
     inputs = []
     for spec in source.tensors:
@@ -240,16 +249,45 @@ def _stored_before(
     return None
 
 
-def tensor_axes(files: Mapping[str, Path | bytes]) -> Callable[[str], int | None] | None:
+def tensor_axes(
+    files: Mapping[str, Path | bytes], known: Architecture | None = None
+) -> Callable[[str], int | None] | None:
     """Along which axis ranks will slice each tensor, where config.json names an architecture that is known."""
+    config = config_of(files)
+    try:
+        return axes(config, known=known) if config is not None else None
+    except (ValueError, UnsupportedError, FormatError):
+        return None  # the grid is then cut without a hint; the file itself is kept as it is
+
+
+def config_of(files: Mapping[str, Path | bytes]) -> Config | None:
+    """The config.json among files that are to be stored; None where there is none that can be read."""
     content = files.get(CONFIG)
     if content is None:
         return None
     try:
-        config = parse(content if isinstance(content, bytes) else read_whole(content, MAX_CONFIG))
-        return axes(config) if config is not None else None
-    except (ValueError, UnsupportedError, FormatError):
-        return None  # the grid is then cut without a hint; the file itself is kept as it is
+        return parse(content if isinstance(content, bytes) else read_whole(content, MAX_CONFIG))
+    except (ValueError, FormatError):
+        return None
+
+
+def architecture_of(source: Source, earlier: Sequence[Manifest] = ()) -> Architecture | None:
+    """What is known of a model that is saved: as an earlier version of it says, else as its class says, if that is imported."""
+    config = config_of(source.files)
+    if config is None:
+        return None
+    shapes = {spec.name: spec.shape for spec in source.tensors}
+    shapes |= {name: shapes[of] for name, of in source.aliases.items() if of in shapes}
+    content = source.files[CONFIG]
+    for manifest in (one for one in earlier if one.architecture is not None):
+        before = next((file.digest for file in manifest.files if file.name == CONFIG), None)
+        if {name: tensor.shape for name, tensor in manifest.by_name.items()} == shapes and before == _digest(content):
+            return manifest.architecture
+    return look(config, shapes, imported=True)
+
+
+def _digest(content: Path | bytes) -> str:
+    return blake3(content if isinstance(content, bytes) else read_whole(content, MAX_CONFIG)).hexdigest()
 
 
 def _base_of(base: Against, name: str, shape: tuple[int, ...], dtype: str) -> Callable[[Region], Bytes] | None:
@@ -290,6 +328,7 @@ def manifest_of(
     base: Against | None = None,
     *,
     without: frozenset[str] = frozenset(),
+    known: Architecture | None = None,
 ) -> Manifest:
     """The manifest of a source whose tensors and files are stored, `without` those of these names."""
     builder = ManifestBuilder()
@@ -310,4 +349,5 @@ def manifest_of(
         aliases={name: of for name, of in source.aliases.items() if name not in without and of not in without},
         metadata=dict(source.metadata),
         base=Base(base.model, base.digest) if base else None,
+        architecture=known,
     )

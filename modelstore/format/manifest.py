@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
+from modelstore.format.architecture import Architecture
 from modelstore.format.decoding import prepared
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.names import check_file, check_model, check_tensors
@@ -106,7 +107,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     """All of one variant. Immutable; the same content has the same bytes, hence the same name.
 
     A compressed variant has its `parent`, the `content` of the original it was made of, the `recipe`, and `metrics` of its
-    quality. A `nonce` says nothing, and gives a manifest another name.
+    quality. A `nonce` says nothing, and gives a manifest another name. `architecture` is what the model's own class says of it.
     """
 
     format: int
@@ -122,6 +123,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     parent: Digest | None = None
     metrics: dict[str, Any] = {}
     nonce: str = ""
+    architecture: Architecture | None = None
 
     @cached_property
     def pack(self) -> NDArray[np.uint32]:

@@ -250,7 +250,11 @@ class Choice(Result, frozen=True):
 
 
 class CompressionPlan(Result, frozen=True):
-    """All choices in model order, and their sums in bytes. `needs_threshold`: weights are first looked at as a whole."""
+    """All choices in model order, and their sums in bytes.
+
+    `needs_threshold`: weights are first looked at as a whole. `requantized`: the method by which the original is quantized, where
+    it is compressed from its dequantized values; "" where it is not.
+    """
 
     recipe: str
     choices: tuple[Choice, ...]
@@ -258,6 +262,7 @@ class CompressionPlan(Result, frozen=True):
     stored: int
     expected: int
     needs_threshold: bool
+    requantized: str = ""
 
     @property
     def compressed(self) -> tuple[Choice, ...]:

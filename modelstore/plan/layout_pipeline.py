@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from modelstore.architecture.config import Config, architectures
-from modelstore.architecture.parallel_table import BESIDE
-from modelstore.architecture.ties import tied
+from modelstore.architecture.blocks import blocks, head_tensors
+from modelstore.architecture.config import Config
 from modelstore.errors import UnsupportedError
 from modelstore.format import given
+from modelstore.format.architecture import Architecture
 from modelstore.plan.layout_share import Combines, Share, Tensors, whole
-
-_LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|layer|h|blocks|block))\.(\d+)\.")
-_HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|output_projection|project_out|score|classifier|qa_outputs|vocab_\w+|cls|pooler)(\.|$)"
-)
-_HEAD_WEIGHT = re.compile(
-    r"(^|\.)(lm_head|lm_head\.decoder|cls\.predictions\.decoder|embed_out|output_projection|vocab_projector"
-    r"|score|classifier|qa_outputs)\.weight$"
-)
-_NORM = re.compile(r"(^|\.)(norm|norm_f|ln_f|final_?layer_?norm|final_norm)\.(weight|bias)$")
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -42,15 +31,16 @@ class Layers(Combines):
         if not 0 <= self.start <= self.stop:
             raise ValueError(f"layers {self.start} to {self.stop}: give 0 <= start <= stop")
 
-    def shares(self, config: Config | None, tensors: Tensors) -> dict[str, Share]:
+    def shares(self, config: Config | None, tensors: Tensors, known: Architecture | None = None) -> dict[str, Share]:
         """The tensors of these layers, whole, with what belongs to the model's ends."""
-        layers = _layers(tensors)
+        layers = _layers(tensors, known)
         count = max(layers.values(), default=-1) + 1
         if self.stop > count:
             raise ValueError(f"layers {self.start} to {self.stop} of a model that has {count}: give 0 to {count}")
         if not count and tensors:
             raise ValueError("the model has no numbered layers: give Regions with what is to be held, or all of it")
-        return _held(tensors, layers, range(self.start, self.stop), self.start == 0, self.stop == count, config)
+        mine = range(self.start, self.stop)
+        return _held(tensors, mine, self.start == 0, self.stop == count, config, known)
 
 
 @dataclass(frozen=True)
@@ -70,9 +60,9 @@ class PipelineStage(Combines):
         if self.stages < 1 or not 0 <= self.stage < self.stages:
             raise ValueError(f"stage {self.stage} of {self.stages}: a stage is at least 0 and below their number")
 
-    def shares(self, config: Config | None, tensors: Tensors) -> dict[str, Share]:
+    def shares(self, config: Config | None, tensors: Tensors, known: Architecture | None = None) -> dict[str, Share]:
         """The tensors of this stage, whole."""
-        layers = _layers(tensors)
+        layers = _layers(tensors, known)
         count = max(layers.values(), default=-1) + 1
         if self.stages > 1 and not count and tensors:
             raise ValueError(f"{self.stages} stages of a model that has no numbered layers: give Regions, or all of it")
@@ -82,16 +72,12 @@ class PipelineStage(Combines):
         sizes = [each + (self.stages - 1 - more <= i < self.stages - 1) for i in range(self.stages)]
         start = sum(sizes[: self.stage])
         mine = range(start, start + sizes[self.stage])
-        return _held(tensors, layers, mine, self.stage == 0, self.stage == self.stages - 1, config)
+        return _held(tensors, mine, self.stage == 0, self.stage == self.stages - 1, config, known)
 
 
-def _layers(tensors: Tensors) -> dict[str, int]:
+def _layers(tensors: Tensors, known: Architecture | None) -> Mapping[str, int]:
     """The layer of each tensor that lies in one."""
-    stacks: dict[str, dict[str, int]] = {}
-    for name in tensors:
-        found = _LAYER.match(name)
-        if found and not any(part in BESIDE for part in found[1].split(".")):
-            stacks.setdefault(found[1], {})[name] = int(found[2])
+    stacks = blocks(tensors, known).stacks
     if len(stacks) > 1:
         raise UnsupportedError(
             f"the model has several stacks of layers ({', '.join(sorted(stacks))}): give Regions with what this stage holds"
@@ -100,25 +86,19 @@ def _layers(tensors: Tensors) -> dict[str, int]:
 
 
 def _held(
-    tensors: Tensors, layers: dict[str, int], mine: range, first: bool, last: bool, config: Config | None
+    tensors: Tensors, mine: range, first: bool, last: bool, config: Config | None, known: Architecture | None
 ) -> dict[str, Share]:
-    tied = last and _is_tied(tensors, config)
+    layers = _layers(tensors, known)
+    ends = set(blocks(tensors, known).after)
+    tied = head_tensors(tensors, config, known) if last else set()
     held = {}
     for name, shape in tensors.items():
         if name in layers:
             holds = layers[name] in mine
-        elif _HEAD.search(name) or _NORM.search(name):
+        elif name in ends:
             holds = last
         else:
-            holds = first or (tied and _EMBEDDING.search(name) is not None)
+            holds = first or name in tied
         if holds:
             held[name] = whole(shape)
     return held
-
-
-def _is_tied(tensors: Tensors, config: Config | None) -> bool:
-    """Whether the head is the embedding: a language model whose head is not stored apart."""
-    if any(_HEAD_WEIGHT.search(name) for name in tensors) or tied(config) is False:
-        return False
-    names = architectures(config or {}) or ["LMHead"]
-    return any(re.search(r"CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining", name) for name in names)

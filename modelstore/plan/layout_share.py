@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from modelstore.architecture.config import Config
 from modelstore.errors import NotFoundError
+from modelstore.format.architecture import Architecture
 from modelstore.format.given import told
 from modelstore.format.region import Region, Shape, check, from_index, full
 
@@ -84,12 +85,12 @@ def _placed(ranges: tuple[Range, ...]) -> list[tuple[Range, Range]]:
 class Layout(Protocol):
     """How a model is divided, seen from one rank."""
 
-    def shares(self, config: Config | None, tensors: Tensors) -> dict[str, Share]:
+    def shares(self, config: Config | None, tensors: Tensors, known: Architecture | None = None) -> dict[str, Share]:
         """What this rank holds of a model with that `config.json` and those tensors, in their order.
 
         A tensor that is missing from the answer is not held at all; names are kept as they are. `config` is None
-        where the model has no `config.json`. `UnsupportedError` where the layout cannot be derived, `ValueError`
-        where a tensor cannot be divided this way.
+        where the model has no `config.json`; `known` is what its manifest says of it.
+        `UnsupportedError` where the layout cannot be derived, `ValueError` where a tensor cannot be divided this way.
         """
         ...
 
@@ -112,10 +113,10 @@ class Both(Combines):
     one: Layout
     other: Layout
 
-    def shares(self, config: Config | None, tensors: Tensors) -> dict[str, Share]:
+    def shares(self, config: Config | None, tensors: Tensors, known: Architecture | None = None) -> dict[str, Share]:
         """The tensors that both hold, each cut by both."""
-        mine = self.one.shares(config, tensors)
-        theirs = self.other.shares(config, tensors)
+        mine = self.one.shares(config, tensors, known)
+        theirs = self.other.shares(config, tensors, known)
         return {name: share.within(theirs[name]) for name, share in mine.items() if name in theirs}
 
 
@@ -140,7 +141,12 @@ class Regions(Combines):
 
     __hash__ = None  # type: ignore[assignment]  # holds a dict
 
-    def shares(self, config: Config | None, tensors: Tensors) -> dict[str, Share]:  # noqa: ARG002
+    def shares(
+        self,
+        config: Config | None,  # noqa: ARG002
+        tensors: Tensors,
+        known: Architecture | None = None,  # noqa: ARG002
+    ) -> dict[str, Share]:
         """The listed tensors, in the order of the model."""
         for name in self.regions:
             if name not in tensors:

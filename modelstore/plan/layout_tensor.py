@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from modelstore.architecture.config import Config
-from modelstore.architecture.parallel import Cuts, Plan
-from modelstore.architecture.parallel_table import Kind
+from modelstore.architecture.described import look
+from modelstore.architecture.parallel import Cuts, Plan, in_table
+from modelstore.architecture.parallel_table import Cut, Kind
 from modelstore.format import given
+from modelstore.format.architecture import Architecture
 from modelstore.plan.layout_share import Combines, Range, Share, Tensors, cut, whole
 
 _EXPERT = re.compile(r"\.experts\.(?:(\d+)\.|[a-z_]+$)")
@@ -28,7 +30,8 @@ class TensorParallel(Combines):
 
     `ValueError` where a tensor cannot be cut in `size` (attention heads, features; the message says which sizes work),
     or where several ranks would each hold all of the model, because no tensor of it has a name that is cut,
-    `UnsupportedError` for an architecture that is not in the table and no plan.
+    `UnsupportedError` without a plan for an architecture of which neither the table, nor the model's manifest, nor
+    transformers where it is installed, says how it is cut.
     """
 
     rank: int
@@ -41,9 +44,11 @@ class TensorParallel(Combines):
         if self.experts not in ("tensor", "parallel"):
             raise ValueError(f"experts={self.experts!r} is neither 'tensor' (cut each) nor 'parallel' (whole experts)")
 
-    def shares(self, config: Config | None, tensors: Tensors) -> dict[str, Share]:
+    def shares(self, config: Config | None, tensors: Tensors, known: Architecture | None = None) -> dict[str, Share]:
         """Every tensor, cut or whole; none is missing unless `experts="parallel"`."""
-        rules = Cuts(config, self.plan)
+        if known is None and self.plan is None and config is not None and not in_table(config):
+            known = look(config, tensors)
+        rules = Cuts(config, self.plan, known)
         experts = ExpertParallel(self.rank, self.size).shares(config, tensors) if self.experts == "parallel" else {}
         held: dict[str, Share] = {}
         cuts = 0
@@ -59,7 +64,7 @@ class TensorParallel(Combines):
             if rule.axis >= len(shape) or rule.axis < -len(shape):
                 raise ValueError(f"{name} has shape {shape}: it has no axis {rule.axis} to cut")
             axis = rule.axis % len(shape)
-            held[name] = cut(shape, axis, _ranges(name, shape[axis], rule.parts, self, rules))
+            held[name] = cut(shape, axis, _ranges(name, shape[axis], rule, self, rules))
             cuts += 1
         replicated = any(axis is None for axis in (self.plan or {}).values())  # which was asked for
         if self.size > 1 and held and not cuts and not replicated and not experts:
@@ -85,7 +90,12 @@ class ExpertParallel(Combines):
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.size)
 
-    def shares(self, config: Config | None, tensors: Tensors) -> dict[str, Share]:  # noqa: ARG002
+    def shares(
+        self,
+        config: Config | None,  # noqa: ARG002
+        tensors: Tensors,
+        known: Architecture | None = None,  # noqa: ARG002
+    ) -> dict[str, Share]:
         """Every tensor but those of other ranks' experts."""
         if self.size > 1 and tensors and not any(map(_EXPERT.search, tensors)):
             raise ValueError(
@@ -112,35 +122,39 @@ class ExpertParallel(Combines):
         return held
 
 
-def _ranges(name: str, length: int, parts: Sequence[Kind], layout: TensorParallel, rules: Cuts) -> list[Range]:
+def _ranges(name: str, length: int, rule: Cut, layout: TensorParallel, rules: Cuts) -> list[Range]:
     """The ranges of an axis that a rank holds; each part is cut by itself, in units that stay whole."""
-    if parts == ("vocabulary",):
+    if rule.parts == ("vocabulary",):
         step = -(-length // layout.size)
         return [(min(layout.rank * step, length), min((layout.rank + 1) * step, length))]
     if length == 0:
         return [(0, 0)]
-    if len(parts) == 1:
-        units = {parts[0]: {"even": length, "pair": length // 2}.get(parts[0]) or rules.heads.get(parts[0], length)}
-    elif "even" in parts:
-        units = {"even": length // len(parts)}
-    else:
-        units = {part: rules.heads[part] for part in parts}
-    total = sum(units[part] for part in parts)
+    units = rule.units or _units_of(length, rule.parts, rules)
+    total = sum(units)
     if total == 0 or length % total:
         raise ValueError(
             f"{name} has {length} elements along the axis that is cut, which is no multiple of the {total} "
-            f"{'heads' if 'query' in parts or 'key' in parts else 'features'} expected there: check config.json"
+            f"{'heads' if 'query' in rule.parts or 'key' in rule.parts else 'features'} expected there: check config.json"
         )
     width = length // total  # elements of one unit
     ranges, at = [], 0
-    for part in parts:
-        start, stop = _units(name, part, units[part], layout, rules)
+    for part, count in zip(rule.parts, units, strict=True):
+        start, stop = _held_of(name, part, count, layout, rules)
         ranges.append((at + start * width, at + stop * width))
-        at += units[part] * width
+        at += count * width
     return ranges
 
 
-def _units(name: str, part: Kind, count: int, layout: TensorParallel, rules: Cuts) -> Range:
+def _units_of(length: int, parts: Sequence[Kind], rules: Cuts) -> Sequence[int]:
+    """How many units each part along an axis of that length has: heads as the config says, features as they are."""
+    if len(parts) == 1:
+        return [{"even": length, "pair": length // 2}.get(parts[0]) or rules.heads.get(parts[0], length)]
+    if "even" in parts:
+        return [length // len(parts)] * len(parts)
+    return [rules.heads[part] for part in parts]
+
+
+def _held_of(name: str, part: Kind, count: int, layout: TensorParallel, rules: Cuts) -> Range:
     """Which of `count` units of a part a rank holds: as many to each, or one where heads of k and v are repeated."""
     rank, size = layout.rank, layout.size
     if count % size == 0:
@@ -149,7 +163,7 @@ def _units(name: str, part: Kind, count: int, layout: TensorParallel, rules: Cut
         head = rank * count // size
         return head, head + 1
     works = [n for n in range(1, min(count, 4096) + 1) if count % n == 0]
-    if part in ("query", "key"):  # one size has to do for both
+    if part in ("query", "key") and rules.heads:  # one size has to do for both
         query, key = rules.heads["query"], rules.heads["key"]
         works = [n for n in range(1, min(query, 4096) + 1) if query % n == 0 and (key % n == 0 or n % key == 0)]
     unit = {"query": "attention heads", "key": "key/value heads"}.get(part, "features")

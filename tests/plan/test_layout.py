@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelstore.architecture.parallel import axes
-from modelstore.architecture.parallel_table import ARCHITECTURES
+from modelstore.architecture.parallel_table import FAMILIES
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.format.region import Shape, extent, slices
 from modelstore.plan.layout import (
@@ -49,6 +49,33 @@ SPECIAL: dict[str, dict[str, object]] = {
     "gpt_oss": {"num_local_experts": 8},
     "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 32},
+    **{
+        kind: {
+            **{"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96},
+            **{"encoder_attention_heads": 8, "decoder_attention_heads": 8},
+        }
+        for kind in (
+            *(
+                "bart",
+                "bigbird_pegasus",
+                "blenderbot",
+                "blenderbot-small",
+                "marian",
+                "mbart",
+                "mvp",
+                "pegasus",
+                "plbart",
+            ),
+            *("trocr", "whisper"),
+        )
+    },
+    "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 8},
+    "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 8},
+    "openai-gpt": {"n_embd": 64, "n_layer": 2, "n_head": 8},
+    "gpt_neo": {"num_heads": 8, "attention_types": [[["global"], 3]]},
+    "xlm": {"emb_dim": 64, "n_layers": 2, "n_heads": 8},
+    "cpmant": {"dim_head": 8, "dim_ff": 96},
+    "modernbert": {"global_attn_every_n_layers": 1},
     "deepseek_v2": {"n_routed_experts": 8, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
     "deepseek_v3": {"n_routed_experts": 8, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
 }
@@ -83,7 +110,7 @@ def reassembled(shares: list[Share], shape: Shape) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_ranks_tile_every_tensor(kind: str, size: int) -> None:
     config, shapes, _ = model(kind)
     ranks = [TensorParallel(rank, size).shares(config, shapes) for rank in range(size)]
@@ -107,7 +134,7 @@ def test_ranks_tile_every_tensor(kind: str, size: int) -> None:
     assert cuts > len(shapes) // 5
 
 
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_axes_agree_with_transformers(kind: str) -> None:
     config, shapes, plan = model(kind)
     axis = axes(config)
@@ -130,11 +157,11 @@ def test_axes_agree_with_transformers(kind: str) -> None:
     assert checked or not plan or kind == "gpt_oss"
 
 
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_default_heads_are_those_of_transformers(kind: str) -> None:
     config = transformers.AutoConfig.for_model(kind)
     config = getattr(config, "text_config", None) or config
-    ours = ARCHITECTURES[kind]
+    ours = FAMILIES[kind]
     assert ours.heads == config.num_attention_heads
     if kind not in ("deepseek_v2", "deepseek_v3"):
         assert (ours.key_heads or ours.heads) == (getattr(config, "num_key_value_heads", None) or ours.heads)
@@ -331,7 +358,7 @@ def test_expert_tensors_of_a_rank_compose() -> None:
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-@pytest.mark.parametrize("kind", sorted(set(ARCHITECTURES)))
+@pytest.mark.parametrize("kind", sorted(set(FAMILIES)))
 def test_stages_hold_every_tensor_once(kind: str, stages: int) -> None:
     config, shapes, _ = model(kind)
     held = [PipelineStage(stage, stages).shares(config, shapes) for stage in range(stages)]

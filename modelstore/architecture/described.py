@@ -1,0 +1,76 @@
+"""What is known of a model beyond tables: what its manifest says, or what its own class says here, where it can be asked.
+
+The class is asked by who decides something: what is compressed, or how an architecture that no table has is sliced. Who reads
+believes what is kept. Nobody who saves waits for an import.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from blake3 import blake3
+
+from modelstore.architecture.config import Config
+from modelstore.architecture.model_class import build, is_imported
+from modelstore.errors import UnsupportedError
+from modelstore.format.architecture import Architecture
+from modelstore.format.locks import Lock
+from modelstore.format.manifest import Manifest
+from modelstore.format.region import Shape
+
+log = logging.getLogger("modelstore")
+
+_KEPT = 8  # models of which what was found is remembered
+_lock = Lock()
+_found: dict[str, Architecture | None] = {}
+
+
+def described(manifest: Manifest, config: Config | None) -> Architecture | None:
+    """What is known of a stored model: as its manifest says, else as its class says; None where neither does."""
+    if manifest.architecture is not None or config is None:
+        return manifest.architecture
+    return look(config, {name: tensor.shape for name, tensor in manifest.by_name.items()})
+
+
+def look(config: Config, tensors: Mapping[str, Shape], *, imported: bool = False) -> Architecture | None:
+    """What the model's own class says of these tensors; None where transformers is not here, or does not know the model.
+
+    `imported`: only where this process has imported the class already, since its import takes seconds.
+    """
+    if not tensors or "model_type" not in config or (imported and not is_imported(config)):
+        return None
+    key = _key(config, tensors)
+    with _lock:
+        if key in _found:
+            return _found[key]
+    found = _walked(config, tensors)
+    with _lock:
+        while len(_found) >= _KEPT:
+            _found.pop(next(iter(_found)))
+        _found[key] = found
+    return found
+
+
+def _walked(config: Config, tensors: Mapping[str, Shape]) -> Architecture | None:
+    try:
+        built = build(config, len(tensors))
+    except UnsupportedError as error:
+        log.debug("%s: kinds of tensors are told by their names", error)
+        return None
+    from modelstore.architecture.walk import walk
+
+    try:
+        return walk(built, tensors)
+    except Exception as error:  # whatever a class that was built from a strange config does when it is asked
+        log.debug(
+            "%s cannot be walked (%s): kinds of tensors are told by their names", type(built.model).__name__, error
+        )
+        return None
+
+
+def _key(config: Config, tensors: Mapping[str, Shape]) -> str:
+    said: list[Any] = [config, [[name, *shape] for name, shape in tensors.items()]]
+    return blake3(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,47 @@
+"""What a compression keeps beside the planes: what it cost the values, and what was found out about the model."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from modelstore.codecs.loss import Loss
+from modelstore.errors import ConflictError
+from modelstore.execute.saving import store_manifest
+from modelstore.format.architecture import Architecture
+from modelstore.format.manifest import Manifest
+from modelstore.format.names import ORIGINAL
+from modelstore.format.record import VersionRecord
+from modelstore.store.repo import Repo
+from modelstore.store.shelf import Shelf
+
+
+def metrics(losses: Mapping[str, Loss]) -> dict[str, Any]:
+    """What a manifest keeps of the losses: signal to noise in dB, of all and by tensor, and counts of non-finite values."""
+    total = sum(losses.values(), Loss())
+    strange = {name: loss.nonfinite for name, loss in losses.items() if loss.nonfinite}
+    sqnr = {name: round(loss.sqnr, 2) for name, loss in losses.items() if loss.noise and loss.signal}
+    kept = {"sqnr": round(total.sqnr, 2)} if total.noise and total.signal else {}
+    return kept | ({"tensor_sqnr": sqnr} if sqnr else {}) | ({"nonfinite": strange} if strange else {})
+
+
+def keep_architecture(
+    repo: Repo,
+    record: VersionRecord,
+    original: Manifest,
+    found: Architecture | None,
+    shelf: Shelf,
+) -> None:
+    """Keep what was found out about a model with its original, unless somebody else changes that just now."""
+    before = record.variants[ORIGINAL]
+    made = msgspec.structs.replace(original, architecture=found)
+    entry = store_manifest(repo.manifests, record.model, made, before.codec, shelf)
+    entry = msgspec.structs.replace(entry, created=before.created)  # its values are as old as before
+    with suppress(ConflictError):
+        repo.catalog.replace_entry(
+            record.model, record.version, ORIGINAL, uuid.uuid4().hex, entry, instead_of=before.manifest
+        )
