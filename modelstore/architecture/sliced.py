@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from modelstore.architecture.parallel_table import BESIDE, FAMILIES
 from modelstore.format.architecture import Sliced, general
-
-if TYPE_CHECKING:
-    from modelstore.architecture.walk import Met
+from modelstore.format.region import Shape
 
 # Styles of transformers. Where outputs are gathered, or inputs split, no head need be whole.
 _COLUMNS = ("colwise", "colwise_gather_output", "colwise_rep")
@@ -31,6 +30,22 @@ _GATE_UP = "gate_up_proj"  # rows of the gate, then as many of up
 
 class _NotKnownError(Exception):
     """A tensor of which the plan says that it is sliced, and nobody how."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """A stored tensor, and what it is in the model: the parameter, its module, and the converter's steps that make it, if any."""
+
+    name: str
+    shape: Shape
+    parameter: str
+    owner: Any
+    steps: tuple[str, ...] = ()
+
+    @property
+    def last(self) -> str:
+        """The parameter's name in its module."""
+        return self.parameter.rpartition(".")[2]
 
 
 class Slicer:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from modelstore.architecture import kinds as names
 from modelstore.architecture.model_class import Built
-from modelstore.architecture.sliced import Slicer
+from modelstore.architecture.sliced import Met, Slicer
 from modelstore.format.architecture import Architecture, folded, general
 from modelstore.format.recipe import Kind
 from modelstore.format.region import Shape
@@ -17,22 +16,6 @@ from modelstore.format.region import Shape
 _LINEARS = ("Conv1D", "QuantLinear")  # that are no `torch.nn.Linear`, and multiply by their weight
 _STACKED = re.compile(r".*Experts")
 _NORMS = re.compile(r".*Norm\w*")
-
-
-@dataclass(frozen=True)
-class Met:
-    """A stored tensor, and what it is in the model: the parameter, its module, and the converter's steps that make it, if any."""
-
-    name: str
-    shape: Shape
-    parameter: str
-    owner: Any
-    steps: tuple[str, ...] = ()
-
-    @property
-    def last(self) -> str:
-        """The parameter's name in its module."""
-        return self.parameter.rpartition(".")[2]
 
 
 def walk(built: Built, tensors: Mapping[str, Shape]) -> Architecture | None:

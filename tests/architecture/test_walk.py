@@ -207,7 +207,8 @@ def test_the_class_counts_before_names(store: ms.Store, tmp_path: Path) -> None:
         ({"model_type": ["llama"]}, "does not know"),
     ],
 )
-def test_absurd_configs(change: dict[str, Any], says: str) -> None:
+def test_absurd_configs(change: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelstore.architecture.model_class._MOST_MODULES", (256, 16))
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMALL, **change}
     with pytest.raises(UnsupportedError, match=says):
         build(config, 10)
