@@ -206,7 +206,7 @@ def _recipe(text: str) -> str | dict[str, Any]:
         found = msgspec.json.decode(Path(text).read_bytes())
     except FileNotFoundError:
         raise usage(f"there is no file {text}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise usage(f"{text} is not JSON ({error})") from None
     if not isinstance(found, dict):
         raise usage(f"{text} holds no recipe: write an object with name and rules")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,7 @@ from modelstore.format.names import is_model
 from modelstore.sources.checkpoint import BESIDE
 
 if TYPE_CHECKING:
-    from modelstore.format.results import LeftOut
+    from modelstore.format.results import LeftOut, Saved
 
 _SHOWN = 8  # entries that were left out
 
@@ -174,16 +174,20 @@ def save(
             progress=report,
         )
     what = f"saved {saved.model}@{saved.version}" if saved.durable else f"two nodes have {saved.model}, and store it"
-    lines = [
-        f"{what}: {units.count(saved.tensors, 'tensor')}, {units.size(saved.bytes)} in {units.seconds(saved.seconds)}",
-        f"written {units.size(saved.stored)} ({units.share(saved.stored, saved.bytes)} of the model), "
-        f"already there {units.size(saved.reused)}",
-    ]
-    if saved.left_out:
-        lines.append(f"not saved: {_named(saved.left_out)}")
-    if any(item.why == BESIDE for item in saved.left_out):
-        lines.append("--include all keeps what lies beside a state dict")
+    size = f"{units.count(saved.tensors, 'tensor')}, {units.size(saved.bytes)}"
+    lines = [f"{what}: {size} in {units.seconds(saved.seconds)}"]
+    if not quiet:
+        lines += _remarks(saved)
     output.result(saved, lines, as_json=json)
+
+
+def _remarks(saved: Saved) -> Iterator[str]:
+    written = f"{units.size(saved.stored)} ({units.share(saved.stored, saved.bytes)} of the model)"
+    yield f"written {written}, already there {units.size(saved.reused)}"
+    if saved.left_out:
+        yield f"not saved: {_named(saved.left_out)}"
+    if any(item.why == BESIDE for item in saved.left_out):
+        yield "--include all keeps what lies beside a state dict"
 
 
 def _entry(text: str) -> tuple[str, str]:

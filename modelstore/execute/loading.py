@@ -272,6 +272,22 @@ class LazyTensor:
         values = ten.to_torch(buffer, self.dtype, share.shape)
         return values.reshape([n for axis, n in enumerate(share.shape) if axis not in dropped])
 
+    # numpy and torch would otherwise take it for a sequence, and read it number by number.
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """All of it, read at once: `numpy.asarray(lazy)`. `TypeError` for a dtype that NumPy does not have."""
+        whole = self[...].numpy()
+        return whole if dtype is None else whole.astype(dtype, copy=bool(copy))
+
+    def __dlpack__(self, **how: Any) -> Any:
+        """All of it, read at once: `torch.as_tensor(lazy)`."""
+        return self[...].__dlpack__(**how)
+
+    def __dlpack_device__(self) -> Any:
+        import torch
+
+        return torch.empty(0).__dlpack_device__()
+
     def __repr__(self) -> str:
         return f"LazyTensor({self.name!r}, shape={self.shape}, dtype={self.dtype})"
 

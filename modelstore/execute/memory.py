@@ -53,7 +53,8 @@ def budget(memory: Size | None) -> int:
 class Arena:
     """Hands out zero-filled byte buffers aligned to 64 bytes, cut from maps that ask for huge pages.
 
-    Small buffers share maps of 32 MiB; a map is freed when the last buffer in it is. Not for use by several threads.
+    Small buffers share maps, each twice as large as the one before, up to 32 MiB; a map is freed when the last buffer in
+    it is. So a few bytes that are kept hold little more than themselves. Not for use by several threads.
     """
 
     def __init__(self) -> None:
@@ -65,10 +66,17 @@ class Arena:
         if nbytes >= _ARENA // 4:
             return huge(nbytes)
         if self._at + nbytes > len(self._map):
-            self._map, self._at = huge(_ARENA), 0
+            wanted = max(nbytes, min(2 * len(self._map), _ARENA))
+            self._map, self._at = huge(wanted) if wanted >= _HUGE else _aligned(wanted), 0
         buffer = self._map[self._at : self._at + nbytes]
         self._at += -(-nbytes // _ALIGN) * _ALIGN
         return buffer
+
+
+def _aligned(nbytes: int) -> Bytes:
+    buffer = np.zeros(nbytes + _ALIGN, np.uint8)
+    start = -buffer.ctypes.data % _ALIGN
+    return buffer[start : start + nbytes]
 
 
 def huge(nbytes: int) -> Bytes:

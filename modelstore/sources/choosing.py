@@ -11,6 +11,7 @@ from typing import Any
 from modelstore.errors import UnsupportedError
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source
+from modelstore.sources.folder import check_fetched
 from modelstore.sources.reading import open_regular
 
 INCLUDES = ("model", "all")
@@ -58,6 +59,7 @@ def open_chosen(what: Any, choice: Choice) -> Source | None:
         return open_training(what, choice.key, everything=choice.everything)
     path = Path(what).expanduser() if isinstance(what, (str, Path)) and "://" not in str(what) else None
     if path is not None and path.is_file():
+        check_fetched(path)
         return _open_file(path, choice)
     if path is not None and path.is_dir() and pickled and _holds_pickled(path):
         _only(choice, "a folder", gguf=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.format.names import check_file
+from modelstore.format.record import FOLDERS, STORE_KEY
 from modelstore.paths import explained
 from modelstore.sources.reading import read_whole
 from modelstore.sources.states import State, settle, state_below
@@ -39,6 +40,8 @@ _TWICE = re.compile(
 _ORIGINAL = re.compile(r"consolidated([.-][\w-]+)*\.(pth|pt|safetensors)|consolidated\.safetensors\.index\.json")
 
 MAX_FILES = 200_000
+_LFS = b"version https://git-lfs"
+_LFS_MOST = 1024  # bytes of a pointer
 MAX_INDEX = 64 << 20  # a million tensors
 
 
@@ -73,7 +76,7 @@ def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
 
     Left out: folders of tools (`.git`, caches), litter of downloads, hidden files and folders but for those that belong
     to a model or are in `keep`, symbolic links that lead out of the directory (but into the blobs of the Hugging Face
-    cache it lies in) or to what would be left out, links to directories, and what is no regular file.
+    cache it lies in) or to what would be left out, links to directories, stores, and what is no regular file.
     """
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory", object=str(root))
@@ -85,6 +88,7 @@ def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
         here = Path(folder)
         for name in sorted(folders):
             why = "it is a link to a directory" if (here / name).is_symlink() else hidden((name,), keep)
+            why = why or _of_a_store(here, name)
             if name in _PASSED_OVER or why:
                 folders.remove(name)
             if why and name not in _PASSED_OVER:
@@ -96,7 +100,7 @@ def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
             if _LITTER.fullmatch(name):
                 continue
             real = path.resolve() if path.is_symlink() else allowed[0] / relative
-            why = hidden((name,), keep) or _why_not(path, real, allowed, keep)
+            why = hidden((name,), keep) or _of_a_store(here, name) or _why_not(path, real, allowed, keep)
             try:
                 state = None if why else _state(real, allowed)
             except PermissionError as error:
@@ -104,6 +108,7 @@ def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
             if state is None:
                 skipped[relative] = why or "it is not a regular file"
             else:
+                check_fetched(path)
                 files[check_file(relative)] = path
                 states[path] = state
         if len(files) > MAX_FILES:
@@ -112,6 +117,21 @@ def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
             )
     settle(states.values())
     return Folder(root, dict(sorted(files.items())), skipped, states)
+
+
+def check_fetched(path: Path) -> None:
+    """`FormatError` where a file is the few lines that Git LFS leaves in the place of one that it has not fetched."""
+    if len(_LFS) <= path.stat().st_size <= _LFS_MOST and path.read_bytes().startswith(_LFS):
+        raise FormatError(
+            f"{path} is a pointer of Git LFS, not the file: run 'git lfs pull' where it was cloned", object=str(path)
+        )
+
+
+def _of_a_store(folder: Path, name: str) -> str | None:
+    """Why a name in a folder is left out that belongs to a store, in it or next to the model's files; None for others."""
+    inside = folder / name / STORE_KEY
+    beside = name == STORE_KEY or f"{name}/" in FOLDERS
+    return "it is a store" if inside.is_file() or (beside and (folder / STORE_KEY).is_file()) else None
 
 
 def _blobs(root: Path) -> list[Path]:

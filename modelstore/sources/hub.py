@@ -323,8 +323,8 @@ def _said(hub: Any, name: str, revision: str | None, given: str) -> Iterator[Non
         if not type(error).__module__.startswith(("httpx", "httpcore")):
             raise
         raise StorageError(
-            f"cannot reach {endpoint} for {name} ({str(error) or type(error).__name__}): check HF_ENDPOINT and the network, or"
-            " set HF_HUB_OFFLINE=1 to read the cache",
+            f"there is no folder {name} here, and {endpoint} cannot be reached for it ({str(error) or type(error).__name__}): "
+            "check the path, or HF_ENDPOINT and the network, or set HF_HUB_OFFLINE=1 to read the cache",
             object=name,
         ) from error
 

@@ -34,7 +34,7 @@ def rename(repo: Repo, old: str, new: str) -> Renamed:
     work = _Renaming(repo, old, new)
     live = repo.catalog.live(old)
     made = work.made()
-    if not live and not made:
+    if not live and not any(made.values()):
         repo.catalog.newest(old)  # says what is wrong
     if live and made and not any(record.version in work.moved for record in live):
         raise ConflictError(f"there is a model {new!r} already: choose another name, or delete it first", model=new)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import tracemalloc
 import uuid
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import modelstore as ms
 from modelstore.errors import NotFoundError
+from modelstore.execute.loading import LazyTensor
 from modelstore.storage.memory import MemoryStorage
 from modelstore.testing.faults import CountingStorage
 from tests.helpers.stores import all_bits, open_on, weights
@@ -136,3 +140,34 @@ def test_a_stores_methods_tell_what_its_models_do() -> None:
         text = inspect.getdoc(getattr(ms.Store, name)) or ""
         assert text.startswith(f"The same as `store[ref].{name}(…)`.")
         assert "ref: " in text
+
+
+def test_a_lazy_tensor_becomes_an_array_by_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ms.open(tmp_path)
+    values = torch.arange(5000.0).reshape(50, 100)
+    store.save("m", {"w": values, "half": values.bfloat16()})
+    reads: list[str] = []
+    read = LazyTensor.__getitem__
+    monkeypatch.setattr(LazyTensor, "__getitem__", lambda self, index: (reads.append(self.name), read(self, index))[1])
+    assert torch.equal(torch.as_tensor(store.tensor("m", "w")), values)
+    assert torch.equal(torch.tensor(store.tensor("m", "half")), values.bfloat16())
+    assert np.array_equal(np.asarray(store.tensor("m", "w")), values.numpy())
+    assert np.array_equal(np.asarray(store.tensor("m", "w"), np.float64), values.double().numpy())
+    assert reads == ["w", "half", "w", "w"]
+    with pytest.raises(TypeError, match="BFloat16"):
+        np.asarray(store.tensor("m", "half"))
+
+
+def test_small_slices_that_are_kept_hold_little(tmp_path: Path) -> None:
+    store = ms.open(tmp_path)
+    store.save("m", {"w": torch.arange(1 << 16).reshape(256, 256)})
+    lazy = store.tensor("m", "w")
+    tracemalloc.start()
+    try:
+        rows = [lazy[i] for i in range(256)]
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    mapped = sum(1 for row in rows if row.data_ptr() % (2 << 20) == 0)
+    assert held < 4 * sum(row.nbytes for row in rows)
+    assert mapped == 0, "a map of huge pages each"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import modelstore as ms
 from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.format.dtypes import DTYPES
 from modelstore.sources.open import open_source
@@ -305,3 +306,32 @@ def test_what_is_called_gguf_and_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_text("<html>")
     with pytest.raises(FormatError, match="is no GGUF file"):
         open_source(tmp_path / "x.gguf")
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 269060552\n".format("0" * 64)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf", "tokenizer.json"])
+def test_what_git_lfs_has_not_fetched_is_said(name: str, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / name).write_text(LFS)
+    for given in (tmp_path, tmp_path / name):
+        with pytest.raises(FormatError, match=f"{name} is a pointer of Git LFS.*git lfs pull"):
+            open_source(given)
+
+
+def test_a_store_is_no_part_of_a_model(tmp_path: Path) -> None:
+    """One that lies in the model's folder, or was made of it, is left out and said so: else each save holds all before it."""
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    for place in ("store", "."):
+        ms.open(tmp_path / place).save("m", tmp_path)
+    found = ms.open(tmp_path / "store").save("m", tmp_path)
+    assert found.stored == 0
+    assert {item.name for item in found.left_out} == {"store", "models", "packs", "modelstore.json", *jobs(tmp_path)}
+    assert {item.why for item in found.left_out} == {"it is a store"}
+    assert not ms.open(tmp_path / "store").describe("m").files
+
+
+def jobs(root: Path) -> set[str]:
+    """Folders of a store that come and go."""
+    return {name for name in ("jobs", "intents", "condemned") if (root / name).exists()}

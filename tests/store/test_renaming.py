@@ -202,3 +202,10 @@ def test_what_a_collection_removes_again_and_again_is_not_said_to_be_missing() -
     raised = GoneError("gone", model="m", object="packs/x", missing=True)
     same = pickle.loads(pickle.dumps(raised))
     assert (str(same), same.model, same.object, same.missing) == ("gone", "m", "packs/x", True)
+
+
+def test_a_name_that_never_was_is_not_found_whatever_the_new_one_is() -> None:
+    small = three()
+    for new in ("tuned", "other"):
+        with pytest.raises(NotFoundError, match="'nada'"):
+            small.store.rename("nada", new)
