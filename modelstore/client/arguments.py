@@ -131,6 +131,12 @@ def _path(name: str, value: Any) -> Any:
         raise TypeError(f"{name} is to be a path or a URL, not {told(value)}")
     if not str(value):
         raise ValueError(f"{name} is an empty text: say where")
+    return _no_nul(name, value)
+
+
+def _no_nul(name: str, value: Any) -> Any:
+    if isinstance(value, str | os.PathLike) and "\0" in os.fsdecode(value):
+        raise ValueError(f"{name} has a character with the number 0, as no path has: {told(os.fsdecode(value))}")
     return value
 
 
@@ -161,7 +167,7 @@ def _source(name: str, value: Any) -> Any:
     """What nothing can be saved from; all else is looked at by `open_source`."""
     if value is None or isinstance(value, bool | int | float | bytes):
         raise TypeError(f"{name} is {told(value)}: give a path, a mapping from names to tensors, or a module")
-    return value
+    return _no_nul(name, value)
 
 
 def _module(name: str, value: Any) -> Any:
@@ -315,6 +321,10 @@ def _reference(_: str, value: str) -> str:
 def _session(name: str, value: str) -> str:
     if len(value) > 1024:
         raise ValueError(f"{name} is {told(value)}, {len(value):,} long: give at most 1024 characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {told(value)}, which is not valid Unicode: give another") from None
     return value
 
 

@@ -243,14 +243,14 @@ class Saving(Base):
             >>> store.publish("acme/llama", f"step-{step}", ranks=8, tag="nightly")
         """
         from modelstore.execute.merging import publish
-        from modelstore.execute.parts import published, read_parts
+        from modelstore.execute.parts import MAX_RANKS, published, read_parts
         from modelstore.sources.open import open_source
 
         started = time.monotonic()
         check_model(name)
         _check_session(session)
-        if ranks < 1:
-            raise ValueError(f"ranks={ranks} is not positive")
+        if not 1 <= ranks <= MAX_RANKS:
+            raise ValueError(f"ranks={ranks} is not valid: it is the number of ranks that saved parts, up to {MAX_RANKS}")
         if tag is not None:
             check_word(tag, "tag")
         noted = note(message, meta, f"{ranks} ranks' parts" if ranks > 1 else "one rank's part")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,20 +224,18 @@ def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], shelf: S
     def refresh(item: tuple[str, int]) -> None:
         pack, rank = item
         info = storage.info(pack_key(pack))
-        if info is None:
-            raise NotFoundError(
-                f"pack {pack_key(pack)} of the part of rank {rank} is gone: nothing was published; save that rank again",
-                model=parts[0].page.model,
-                object=pack_key(pack),
-            )
-        if not shelf.good(pack):
-            raise CorruptionError(
-                f"pack {pack_key(pack)} of the part of rank {rank} is damaged: nothing was published; save that rank again",
-                model=parts[0].page.model,
-                object=pack_key(pack),
-            )
-        if pack not in live and not shelf.young(info.modified):
-            replace_pack(storage, storage, pack)
+        if info is not None and shelf.good(pack):
+            with suppress(NotFoundError, CorruptionError):  # removed or changed meanwhile
+                if pack not in live and not shelf.young(info.modified):
+                    replace_pack(storage, storage, pack)
+                return
+        there = storage.info(pack_key(pack)) is not None
+        kind, state = (CorruptionError, "damaged") if there else (NotFoundError, "gone")
+        raise kind(
+            f"pack {pack_key(pack)} of the part of rank {rank} is {state}: nothing was published; save that rank again",
+            model=parts[0].page.model,
+            object=pack_key(pack),
+        )
 
     with Pool(_THREADS, thread_name_prefix="modelstore-parts") as pool:
         list(pool.map(refresh, ranks.items()))

@@ -222,8 +222,11 @@ def published(storage: Storage, model: str, session: str) -> int | None:
 
 def read_parts(storage: Storage, model: str, session: str, ranks: int) -> list[Stored]:
     """The newest page of every rank, in their order; `NotFoundError` names those that have none."""
+    there = set(storage.folders(session_prefix(model, session)))
     with Pool(16, thread_name_prefix="modelstore-parts") as pool:
-        found = list(pool.map(lambda rank: _newest(storage, model, session, rank), range(ranks)))
+        wanted = [rank for rank in range(ranks) if f"{rank:08d}" in there]
+        read = dict(zip(wanted, pool.map(lambda rank: _newest(storage, model, session, rank), wanted), strict=True))
+    found = [read.get(rank) for rank in range(ranks)]
     missing = [str(rank) for rank, one in enumerate(found) if one is None]
     if missing:
         names = f"{', '.join(missing[:8])}{' …' if len(missing) > 8 else ''}"

@@ -57,7 +57,12 @@ def amount(name: str, value: Any, least: float | None = None) -> float:
     """A number that is one; errors as for `whole`."""
     if isinstance(value, bool | str | bytes) or not hasattr(type(value), "__float__") or hasattr(value, "__len__"):
         raise TypeError(f"{name} is to be a number, not {told(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large a number: leave it out, or give a smaller one") from None
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several, or one without values
+        raise TypeError(f"{name} is to be a number, not {told(value)}") from None
     if math.isnan(number) or (least is not None and number < least):
         raise ValueError(f"{name}={number} is not valid: it is to be {least or 0:g} at least")
     return value if isinstance(value, int | float) else number
