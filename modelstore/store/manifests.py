@@ -48,7 +48,7 @@ class Manifests:
             try:
                 data = storage.get(key)
                 manifest = man.decode(data, digest, key)
-            except (NotFoundError, FormatError) as error:
+            except (NotFoundError, CorruptionError, FormatError) as error:
                 problem = problem or error
                 continue
             self._remember(digest, manifest, len(data))

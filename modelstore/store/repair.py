@@ -191,9 +191,9 @@ class _Repair:
             at: tuple[str, str, str] | None = (record.model, entry.manifest, entry.copy)
             while at is not None and manifest_key(*at[:2]) not in needed:
                 key = manifest_key(*at[:2])
-                manifest, _, _ = self._find(*at)
+                manifest, _, reasons = self._find(*at)
                 if manifest is None:
-                    yield f"manifest {key} is lost, and so is its copy"
+                    yield f"neither manifest {key} nor its copy can be had: {reasons[0]}"
                     return
                 needed[key] = 0
                 for pack, size in relying.objects_of(manifest).items():
@@ -226,17 +226,17 @@ class _Repair:
                 except (StorageError, CorruptionError) as error:  # all else is mended nevertheless
                     self.problems.append(problem(error, model))
             return manifest, data
-        self.problems.append(
-            Problem(
-                "corruption",
-                f"manifest {key} of model {model!r} is lost, and so is its copy ({reasons[0]}): {self._advice(model)}",
-                model=model,
-                object=key,
+        unread = next((error for error in reasons if isinstance(error, StorageError)), None)
+        if unread is not None:  # it may be good
+            self.problems.append(problem(unread, model))
+        else:
+            message = (
+                f"manifest {key} of model {model!r} is lost, and so is its copy ({reasons[0]}): {self._advice(model)}"
             )
-        )
+            self.problems.append(Problem("corruption", message, model=model, object=key))
         return None
 
-    def _find(self, model: str, digest: str, copy: str) -> tuple[Manifest | None, bytes, list[str]]:
+    def _find(self, model: str, digest: str, copy: str) -> tuple[Manifest | None, bytes, list[ModelStoreError]]:
         """A good manifest, its stored bytes, and why it is not that of its own object; None where there is none anywhere."""
         key = manifest_key(model, digest)
 
@@ -254,12 +254,12 @@ class _Repair:
         if self.source is not None:
             ways.append(lambda source=self.source: from_object(source))  # type: ignore[misc]
         ways += [from_mirror, lambda: read_copy(self.repo.storage, self._search().get(digest, digest), digest)]
-        reasons: list[str] = []
+        reasons: list[ModelStoreError] = []
         for way in ways:
             try:
                 manifest, data = way()
             except _LOST as error:
-                reasons.append(str(error))
+                reasons.append(error)
                 continue
             return manifest, data, reasons
         return None, b"", reasons

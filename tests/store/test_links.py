@@ -130,3 +130,14 @@ def test_a_map_is_not_made_through_a_link(tmp_path: Path, outside: Path) -> None
         pack.symlink_to(target)
     with pytest.raises(StorageError, match="is a link"):
         store.load("m", mmap=True)
+
+
+@pytest.mark.parametrize("at", ["manifests", "packs"])
+def test_a_link_in_the_place_of_an_object_is_read_from_a_mirror(tmp_path: Path, outside: Path, at: str) -> None:
+    for name in ("store", "copy"):
+        modelstore.open(tmp_path / name).save("m", weights())
+    for path in [p for p in (tmp_path / "store").rglob("*") if p.is_file() and at in p.parts]:
+        path.unlink()
+        path.symlink_to(outside / "a.json")
+    store = modelstore.open(tmp_path / "store", mirrors=[str(tmp_path / "copy")])
+    assert store.load("m").keys() == weights().keys()

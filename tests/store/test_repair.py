@@ -149,6 +149,22 @@ def test_a_pack_comes_from_the_source_where_its_chunks_elsewhere_cannot_be_read(
     assert small.storage.get(key) == whole.storage.get(key)
 
 
+def test_a_manifest_that_cannot_be_read_now_is_not_said_to_be_lost() -> None:
+    small = one()
+    entry = small.entry("org/m")
+
+    class Closed(WrappingStorage):
+        def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:
+            if verb in ("get", "read") and key in (manifest_key("org/m", entry.manifest), pack_key(entry.copy)):
+                raise StorageError("permission denied", object=key)
+            return act()
+
+    shut = Closed(small.storage)
+    report = repair(shut, Catalog(shut), Manifests(shut), None, None)
+    assert [(p.kind, p.object) for p in report.problems] == [("unreadable", manifest_key("org/m", entry.manifest))]
+    assert "lost" not in report.problems[0].message
+
+
 def test_what_the_source_has_no_good_copy_of_stays_a_problem_and_the_rest_is_mended() -> None:
     small = one()
     small.store.save("other", weights(2))
