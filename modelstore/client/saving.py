@@ -250,7 +250,9 @@ class Saving(Base):
         check_model(name)
         _check_session(session)
         if not 1 <= ranks <= MAX_RANKS:
-            raise ValueError(f"ranks={ranks} is not valid: it is the number of ranks that saved parts, up to {MAX_RANKS}")
+            raise ValueError(
+                f"ranks={ranks} is not valid: it is the number of ranks that saved parts, up to {MAX_RANKS}"
+            )
         if tag is not None:
             check_word(tag, "tag")
         noted = note(message, meta, f"{ranks} ranks' parts" if ranks > 1 else "one rank's part")

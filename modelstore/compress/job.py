@@ -147,6 +147,8 @@ def compress(
             tally.stored += spread(Portion(job_id(identity), variants, rest))
             work = resume(repo.storage, identity, inputs, shelf, Tally(), None)
     if before is not None:  # and the journal of the run that made it could not be removed
+        for variant in variants:
+            shelf.require(model, repo.manifests.entry(model, before.record.variants[variant]).packs)
         work.journal.clear()
         return before
     known = known_chunks((parent.manifest, *earlier)) | work.known

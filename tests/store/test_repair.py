@@ -160,7 +160,7 @@ def test_a_manifest_that_cannot_be_read_now_is_not_said_to_be_lost() -> None:
             return act()
 
     shut = Closed(small.storage)
-    report = repair(shut, Catalog(shut), Manifests(shut), None, None)
+    report = repair(Repo.on(shut), None, None)
     assert [(p.kind, p.object) for p in report.problems] == [("unreadable", manifest_key("org/m", entry.manifest))]
     assert "lost" not in report.problems[0].message
 

@@ -361,3 +361,14 @@ def test_a_variant_of_a_delta_is_not_published_over_a_damaged_base(storage: Stor
     flip(storage, pack_key(base.packs[base.pack[base.rows(base.by_name[norm])[-1]]]))
     with pytest.raises(CorruptionError):
         open_on(storage).compress("m@2", "int8", skip=[norm])
+
+
+def test_a_variant_that_is_there_is_looked_at_before_it_is_said_to_be_made(storage: Storage) -> None:
+    open_on(storage).save("m", {"a.weight": torch.randn(64, 128)})
+    before = set(pack_sizes(storage))
+    open_on(storage).compress("m", "int8")
+    open_on(storage).compress("m", "int8")
+    for key in pack_sizes(storage).keys() - before:
+        flip(storage, key)
+    with pytest.raises(CorruptionError, match="damaged"):
+        open_on(storage).compress("m", "int8")
