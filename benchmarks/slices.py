@@ -20,7 +20,7 @@ def rows(setting: Setting) -> list[Row]:
     """Rank 3 of 8, and smaller groups."""
     import modelstore as ms
     from modelstore.execute.loading import Variant
-    from modelstore.execute.reading import Limits
+    from modelstore.plan.work import Limits, Work
     from modelstore.testing.faults import CountingStorage
 
     made = []
@@ -37,7 +37,7 @@ def rows(setting: Setting) -> list[Row]:
                 tensor = manifest.by_name[name]
                 stored = int(manifest.length[manifest.rows(tensor)].sum())
                 needed += stored * math.prod(share.shape) / math.prod(tensor.shape)
-            for _ in model.stream(shares, Limits(1 << 30)):
+            for _ in model.stream(shares, Work(Limits(1 << 30))):
                 pass
             fetched = counting.bytes["read"]
             made.append(

@@ -15,14 +15,16 @@ from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, U
 from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.loading import Variant
 from modelstore.execute.memory import budget
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.execute.saving import Against
 from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, Reference
+from modelstore.format.progress import Progress
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.results import Exported, Saved
 from modelstore.format.structure import CHECKPOINT
+from modelstore.plan.work import Limits, Work
 from modelstore.storage.options import without_secrets
 from modelstore.store.damage import UNREADABLE
 from modelstore.store.repo import Repo
@@ -114,6 +116,10 @@ class Access:
         from modelstore.cluster.reading import ClusterFetching
 
         return ClusterFetching(session, self.source)
+
+    def work(self, progress: Progress | None = None) -> Work:
+        """What a call that begins now may use, and whom it tells how far it is."""
+        return Work(self.limits(), progress=progress)
 
     # ------------------------------------------------------------------ reading
 

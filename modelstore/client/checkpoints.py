@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from modelstore.client.base import Base
 from modelstore.errors import NotFoundError
 from modelstore.format.names import ORIGINAL, parse_reference
-from modelstore.format.progress import Progress, meter
+from modelstore.format.progress import Progress
 from modelstore.format.structure import CHECKPOINT, FILE, structure
 from modelstore.plan.layout import as_layout
 
@@ -52,8 +52,6 @@ class Checkpoints(Base):
                 model=parsed.name,
             )
         model = self._access.opened(parsed.name, record.variants[CHECKPOINT])
-        metered = meter(progress, model.manifest.nbytes, f"loading {ref}")
-        tensors = model.load(
-            model.shares(as_layout(None), None), self._access.limits(), device=device, progress=metered
-        )
+        work = self._access.work(progress).begin(model.manifest.nbytes, f"loading {ref}")
+        tensors = model.load(model.shares(as_layout(None), None), work, device=device)
         return structure(model.file(FILE), tensors)

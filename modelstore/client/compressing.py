@@ -13,9 +13,10 @@ from modelstore.client.access import Access
 from modelstore.errors import NotFoundError
 from modelstore.format import results
 from modelstore.format.names import ORIGINAL, check_word, parse_reference
-from modelstore.format.progress import Advance, Progress, meter
+from modelstore.format.progress import Progress
 from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
+from modelstore.plan.work import Work
 
 if TYPE_CHECKING:
     from modelstore.client.reading import Readable
@@ -50,7 +51,7 @@ def compress(
             )
         passes = 2 if wanted.prune is not None else 1
         total = passes * sum(choice.bytes for choice in plan.compressed)
-        metered = meter(progress, total, f"compressing {model.asked} to {', '.join(variants)}")
+        work = access.work(progress).begin(total, f"compressing {model.asked} to {', '.join(variants)}")
         entries = _earlier(access, parent.record, variants)
         outcome = compress(
             access.repo,
@@ -60,9 +61,8 @@ def compress(
             wanted,
             codes=given,
             earlier=[access.repo.manifests.entry(parent.record.model, entry) for entry in entries],
-            limits=access.limits(),
-            progress=metered,
-            spread=_spread(access, parent, entries, metered) if given is None and parent.stored is None else None,
+            work=work,
+            spread=_spread(access, parent, entries, work) if given is None and parent.stored is None else None,
         )
         return outcome.result(plan, time.monotonic() - started)
 
@@ -113,7 +113,7 @@ def _planned(
     return parent, plan, recipe
 
 
-def _spread(access: Access, parent: Parent, earlier: Iterable[VariantEntry], progress: Advance | None) -> Spread | None:
+def _spread(access: Access, parent: Parent, earlier: Iterable[VariantEntry], work: Work) -> Spread | None:
     """How a cluster's workers take a job's tensors; None without a cluster."""
     if access.session is None or access.source is None:
         return None
@@ -122,7 +122,7 @@ def _spread(access: Access, parent: Parent, earlier: Iterable[VariantEntry], pro
     model = parent.record.model
     before = tuple((model, entry.manifest) for entry in earlier)
     job = Job(access.source, model, parent.record.version, parent.digest, parent.config, before)
-    return lambda portion: job.run(portion, parent.manifest, progress)
+    return lambda portion: job.run(portion, parent.manifest, work.advance)
 
 
 def _earlier(access: Access, record: VersionRecord, variants: tuple[str, ...]) -> list[VariantEntry]:

@@ -14,7 +14,7 @@ from modelstore.execute.copying import copy
 from modelstore.execute.copying_plan import Wanted
 from modelstore.format import inventory
 from modelstore.format.names import ORIGINAL, Reference, check_model, check_word, parse_reference
-from modelstore.format.progress import Progress, meter
+from modelstore.format.progress import Progress
 from modelstore.format.record import VersionRecord
 from modelstore.format.structure import CHECKPOINT
 from modelstore.storage.open import open_storage
@@ -79,8 +79,8 @@ class Copying(Base):
             target,
             wanted,
             everything=all,
-            limits=self._access.limits(),
-            meter=lambda total: meter(progress, total, what),
+            work=self._access.work(progress),
+            what=what,
         )
         return msgspec.structs.replace(done, left_out=(*map(str, damaged), *done.left_out))
 

@@ -44,7 +44,7 @@ def evaluate(
     for one in (*pinned, Reference(pinned[0].name, version=pinned[0].version)):
         models[one.variant] = access.stored(one)
     found = run.evaluate(
-        models, [one.variant for one in pinned], name, content, choice, baseline, access.limits(), progress
+        models, [one.variant for one in pinned], name, content, choice, baseline, access.work(progress)
     )
     if keep:
         for variant, measured in found.fresh.items():

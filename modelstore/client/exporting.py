@@ -11,7 +11,7 @@ from modelstore.client.access import Access, log
 from modelstore.client.arguments import check_export
 from modelstore.execute.loading import Variant
 from modelstore.format import results
-from modelstore.format.progress import Progress, meter
+from modelstore.format.progress import Progress
 from modelstore.format.units import Size, parse_size
 from modelstore.plan.layout import Shard, Share, as_layout
 
@@ -58,8 +58,8 @@ def export(
         write = partial(export_gguf, opened.reader, name=model.name, gguf_type=gguf_type)
     else:
         write, dense = _safetensors(opened, format, dequantize, activations, limit, shares)
-    metered = meter(progress, opened.nbytes(shares), f"exporting {model.asked}")
-    write = partial(write, limits=access.limits(), overwrite=overwrite, progress=metered)
+    work = access.work(progress).begin(opened.nbytes(shares), f"exporting {model.asked}")
+    write = partial(write, work=work, overwrite=overwrite)
     done = deliver(path, storage_options, format=format, overwrite=overwrite, export=write)
     if dense:
         access.tell_dense(model.reference, model.asked, done)

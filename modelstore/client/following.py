@@ -100,7 +100,7 @@ class Following(Base):
             parsed.name,
             resolve,
             opened,
-            self._access.limits,
+            self._access.work,
             shard=as_layout(shard),
             names=names,
             device=torch.device(device),

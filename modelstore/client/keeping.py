@@ -40,13 +40,11 @@ class Keeping(Base):
             self.repo.catalog.open()
         except DAMAGED as error:  # its own record is damaged, and one of the things that are reported
             log.warning("%s", error)
-        metered = meter(progress, 0, "verifying")
         return verify(
             self.repo,
             parse_reference(ref) if ref else None,
             deep=deep,
-            limits=self._access.limits(),
-            progress=metered,
+            work=self._access.work(progress).begin(0, "verifying"),
         )
 
     def repair(
@@ -187,6 +185,5 @@ class Keeping(Base):
             dry_run=dry_run,
             grace=grace,
             bound=bound,
-            hold=self._access.limits().memory // 6,
-            meter=lambda total: meter(progress, total, "compacting"),
+            work=self._access.work(progress),
         )

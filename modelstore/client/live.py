@@ -15,7 +15,7 @@ from modelstore.execute.loading import Variant
 from modelstore.execute.readers import Readers
 from modelstore.format import results
 from modelstore.format.locks import Lock
-from modelstore.format.progress import Progress, meter
+from modelstore.format.progress import Progress
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Layout
 from modelstore.plan.update import Slot, slots
@@ -23,7 +23,7 @@ from modelstore.plan.update import Slot, slots
 if TYPE_CHECKING:
     import torch
 
-    from modelstore.execute.reading import Limits
+    from modelstore.plan.work import Work
 
 Vote = Callable[[bool], bool]
 
@@ -50,7 +50,7 @@ class Live:
         name: str,
         resolve: Callable[[int | None], int],
         opened: Callable[[int], Variant],
-        limits: Callable[[], Limits],
+        work: Callable[[Progress | None], Work],
         *,
         shard: Layout | None,
         names: Iterable[str] | None,
@@ -61,7 +61,7 @@ class Live:
         self._name = name
         self._resolve = resolve  # the version that there is of that number; of None: that the reference names now
         self._opened = opened
-        self._limits = limits
+        self._work = work
         self._shard = shard
         self._names = None if names is None else tuple(names)
         self._device = device
@@ -174,8 +174,8 @@ class Live:
         old = self._now.held if self._now is not None else None
         update = plan(old, model, places.values())
         total = sum(_raw(model, slot) for slot in (*update.read, *update.patched))
-        metered = meter(self._progress, total, f"loading {self._name}@{number}")
-        held = advance(old, model, update, self._limits(), device=self._device, progress=metered)
+        work = self._work(self._progress).begin(total, f"loading {self._name}@{number}")
+        held = advance(old, model, update, work, device=self._device)
         tensors = MappingProxyType({name: held.cells[slot].tensor for name, slot in places.items()})
         counts = len(update.same), len(update.patched), len(update.read)
         return _Version(number, held, tensors), results.Prepared(

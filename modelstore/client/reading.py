@@ -13,7 +13,7 @@ from modelstore.errors import ModelStoreError
 from modelstore.execute.loading import LazyTensor, Variant
 from modelstore.format import results
 from modelstore.format.names import Reference, parse_reference
-from modelstore.format.progress import Progress, meter
+from modelstore.format.progress import Progress
 from modelstore.format.record import VersionRecord
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Shard, as_layout
@@ -133,12 +133,12 @@ class Readable(Checked):
             if found is not None:
                 return found if str(device) == "cpu" else {name: tensor.to(device) for name, tensor in found.items()}
         total = sum(nbytes(share.shape, model.tensor(name).kind.itemsize) for name, share in shares.items())
-        metered = meter(progress, total, f"loading {self.asked}")
+        work = self._access.work(progress).begin(total, f"loading {self.asked}")
         if not dequantize:
             from modelstore.compress.taking import load_parts
 
-            return load_parts(model, shares, self._access.limits(), device=device, progress=metered)
-        return model.load(shares, self._access.limits(), device=device, progress=metered)
+            return load_parts(model, shares, work, device=device)
+        return model.load(shares, work, device=device)
 
     def stream(
         self,
@@ -172,8 +172,8 @@ class Readable(Checked):
         if not dequantize:
             from modelstore.compress.taking import stream_parts
 
-            return stream_parts(model, shares, self._access.limits(), device=device)
-        return model.stream(shares, self._access.limits(), device=device)
+            return stream_parts(model, shares, self._access.work(), device=device)
+        return model.stream(shares, self._access.work(), device=device)
 
     def load_into(
         self,
@@ -202,8 +202,8 @@ class Readable(Checked):
             >>> store["acme/llama"].load_into(module)
         """
         model = self.opened()
-        metered = meter(progress, model.manifest.nbytes, f"loading {self.asked}")
-        model.load_into(module, self._access.limits(), shard=as_layout(shard), strict=strict, progress=metered)
+        work = self._access.work(progress).begin(model.manifest.nbytes, f"loading {self.asked}")
+        model.load_into(module, work, shard=as_layout(shard), strict=strict)
 
     def tensor(self, name: str) -> LazyTensor:
         """A tensor to be sliced. Slicing reads only the chunks that the slice touches.

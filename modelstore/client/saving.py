@@ -16,7 +16,7 @@ from modelstore.execute.saving import Outcome, check_options, publish, store
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.note import note
-from modelstore.format.progress import Progress, meter
+from modelstore.format.progress import Progress
 from modelstore.format.region import nbytes
 from modelstore.sources.choosing import Choice
 from modelstore.sources.open import check_holds, open_source
@@ -104,7 +104,7 @@ class Saving(Base):
             check_holds(opened, source, files)
             self.repo.catalog.open(create=True)
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in opened.tensors)
-            metered = meter(progress, total, f"saving {name}")
+            work = self._access.work(progress).begin(total, f"saving {name}")
 
             def store_to(repo: Repo, *, resumable: bool = True) -> Outcome:
                 return store(
@@ -115,8 +115,7 @@ class Saving(Base):
                     grid=grid,
                     parent=against,
                     previous=self._access.previous(name) if choice.everything else self._access.newest(name),
-                    limits=self._access.limits(),
-                    progress=metered,
+                    work=work,
                     resumable=resumable,
                 )
 
@@ -197,8 +196,7 @@ class Saving(Base):
                 codec=codec,
                 after=self.repo.catalog.highest(name),
                 earlier=[one for one in (self._access.newest(name), against) if one is not None],
-                limits=self._access.limits(),
-                progress=meter(progress, total, f"saving {name}, rank {rank} of {ranks}"),
+                work=self._access.work(progress).begin(total, f"saving {name}, rank {rank} of {ranks}"),
             )
         finally:
             part.source.close()
@@ -272,8 +270,7 @@ class Saving(Base):
                     previous=previous,
                     note=noted,
                     fetching=self._access.fetching,
-                    limits=self._access.limits(),
-                    progress=meter(progress, total, f"publishing {name}"),
+                    work=self._access.work(progress).begin(total, f"publishing {name}"),
                 )
             finally:
                 added.close()

@@ -34,10 +34,10 @@ from modelstore.cluster.private import private_folder
 from modelstore.cluster.replicas import copies_to_send, others
 from modelstore.cluster.wire import PieceClients, PieceServer
 from modelstore.errors import ModelStoreError
-from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import Region
 from modelstore.plan.placement import Member, View, addresses, holders
+from modelstore.plan.work import Limits
 
 if TYPE_CHECKING:
     from modelstore.cluster.session import Session

@@ -24,12 +24,12 @@ from modelstore.cluster.pieces import Source
 from modelstore.cluster.session import Session
 from modelstore.errors import ConflictError, CorruptionError, StorageError
 from modelstore.execute.loading import Variant
-from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.progress import Advance
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Layout, Share
 from modelstore.plan.read import Want
+from modelstore.plan.work import Limits, Work
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +135,7 @@ def read_batch(model: Variant, layout: Layout | None, entries: Sequence[Entry], 
         entry = entries[index]
         return memory[entry.offset : entry.offset + entry.size]
 
-    for _ in model.reader.stream(wants, Limits(_MEMORY), allocate=allocate, bounded=False):
+    for _ in model.reader.stream(wants, Work(Limits(_MEMORY)), allocate=allocate, bounded=False):
         pass
     digests = [blake3(view(allocate(at, 0))).digest() for at in range(len(entries))]
     done = tuple(replace(entry, digest=digest) for entry, digest in zip(entries, digests, strict=True))

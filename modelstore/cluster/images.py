@@ -18,9 +18,10 @@ import numpy as np
 
 from modelstore.errors import CorruptionError, UnsupportedError
 from modelstore.execute.loading import Variant
-from modelstore.execute.reading import Limits, whole_want
+from modelstore.execute.reading import whole_want
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
+from modelstore.plan.work import Limits, Work
 
 _ALIGN = 64
 _FOLDER = "images"
@@ -142,7 +143,7 @@ def _decode(model: Variant, limits: Limits, path: Path, size: int) -> None:
             start = offsets[wants[index].tensor.name]
             return memory[start : start + nbytes]
 
-        for _ in model.reader.stream(wants, limits, allocate=place, bounded=False):
+        for _ in model.reader.stream(wants, Work(limits), allocate=place, bounded=False):
             pass
         partial.rename(path)
     except OSError as error:

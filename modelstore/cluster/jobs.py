@@ -22,13 +22,13 @@ from modelstore.compress.devices import gains
 from modelstore.compress.job import Portion, encode, view_spec
 from modelstore.compress.plan import weight_codec
 from modelstore.errors import CancelledError, ModelStoreError, StorageError
-from modelstore.execute.reading import Limits
 from modelstore.format.manifest import CodecSpec, Manifest
 from modelstore.format.names import ORIGINAL
 from modelstore.format.progress import Advance
 from modelstore.format.record import manifest_key
 from modelstore.format.results import JobStatus
 from modelstore.plan.placement import View, holders
+from modelstore.plan.work import Limits
 
 PORTION = 256 << 20  # raw bytes that a worker takes at a time, about
 _SHARES = 4  # a portion is at most one of so many shares of what is left, but for

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from modelstore.architecture.config import architectures
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.execute.loading import Variant
-from modelstore.execute.reading import Limits
+from modelstore.plan.work import Limits, Work
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def language_model(model: Variant, config: Any, limits: Limits, *, dtype: str, d
     import torch
 
     transformers = _transformers()
-    weights = model.load(model.shares(None, None), limits)
+    weights = model.load(model.shares(None, None), Work(limits))
     with _quiet(transformers):
         made, report = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None,

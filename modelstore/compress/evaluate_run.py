@@ -14,10 +14,10 @@ from modelstore.compress import evaluate as ev
 from modelstore.compress.evaluate_metrics import known, publish
 from modelstore.compress.evaluate_model import language_config, language_model, tokens
 from modelstore.execute.loading import Variant
-from modelstore.execute.reading import Limits
 from modelstore.format.names import ORIGINAL
 from modelstore.format.progress import Advance, Progress, meter
 from modelstore.format.results import Measured
+from modelstore.plan.work import Work
 
 __all__ = ["Choice", "Found", "evaluate", "publish"]
 
@@ -65,8 +65,7 @@ def evaluate(
     text: str,
     choice: Choice,
     baseline: bool,
-    limits: Limits,
-    progress: Progress | None = None,
+    work: Work,
 ) -> Found:
     """Evaluate variants of one version; `models` are they and the original, by name.
 
@@ -99,18 +98,18 @@ def evaluate(
     before = {variant: known(model.manifest.metrics, blank) for variant, model in models.items()}
     todo = [v for v in dict.fromkeys(variants) if v != ORIGINAL and not _answers(before[v], baseline)]
     runs_original = (baseline and bool(todo)) or (ORIGINAL in variants and before[ORIGINAL] is None)
-    work = ev.batches(windows, choice.batch or ev.batch_size(choice.context, vocabulary))
+    turns = ev.batches(windows, choice.batch or ev.batch_size(choice.context, vocabulary))
     per_token = len(text.encode()) / max(1, blank.predicted)
 
     def maker(variant: str) -> ev.MakeModel:
-        return lambda: language_model(models[variant], config, limits, dtype=choice.dtype, device=choice.device)
+        return lambda: language_model(models[variant], config, work.limits, dtype=choice.dtype, device=choice.device)
 
-    count = _counter(progress, per_token, blank.predicted * (len(todo) + runs_original), todo)
-    rest: dict[str, Any] = {"memory": limits.memory // 2, "vocabulary": vocabulary, "count": count}
+    count = _counter(work.progress, per_token, blank.predicted * (len(todo) + runs_original), todo)
+    rest: dict[str, Any] = {"memory": work.memory // 2, "vocabulary": vocabulary, "count": count}
     made = [maker(variant) for variant in todo]
-    score, scores = ev.compare(maker(ORIGINAL) if runs_original else None, made if baseline else [], ids, work, **rest)
+    score, scores = ev.compare(maker(ORIGINAL) if runs_original else None, made if baseline else [], ids, turns, **rest)
     if not baseline:
-        scores = ev.compare(None, made, ids, work, **rest)[1]
+        scores = ev.compare(None, made, ids, turns, **rest)[1]
     fresh: dict[str, Measured] = {}
     reference = before[ORIGINAL]
     if score is not None and reference is None:

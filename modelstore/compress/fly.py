@@ -7,7 +7,6 @@ the original's region of a chunk instead of its planes, and encodes them; everyt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,14 +18,14 @@ from modelstore.compress.plan import plan_compression, tensor_plan, weight_codec
 from modelstore.errors import UnsupportedError
 from modelstore.execute.encoding import Encoder
 from modelstore.execute.loading import Variant
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.progress import Advance
 from modelstore.format.recipe import Recipe
 from modelstore.format.region import Region, extent, shift, size, slices
 from modelstore.plan.read import ChunkRead, ReadJob, Want
+from modelstore.plan.work import Work
 
 T = TypeVar("T")
 _LADDER = "ladder"
@@ -84,17 +83,18 @@ class FlyReader(Reader):
     def flow(
         self,
         wants: list[Want],
-        limits: Limits,
+        work: Work,
         begin: Callable[[int], T],
         run: Callable[[ReadJob, dict[int, T]], None],
         *,
         bounded: bool = True,
-        progress: Advance | None = None,
     ) -> Iterator[tuple[int, T]]:
         """As `Reader.flow`. What codecs found in whole tensors is let go tensor by tensor, except where one is read alone."""
-        less = replace(limits, memory=limits.memory // 3)  # a thread holds the original's chunks, and a slab of it, too
+        less = work.within(
+            work.memory // 3, work.limits.threads
+        )  # a thread holds the original's chunks, and a slab of it, too
         self._slab = min(_SLAB, less.memory)
-        for index, target in super().flow(wants, less, begin, run, bounded=bounded, progress=progress):
+        for index, target in super().flow(wants, less, begin, run, bounded=bounded):
             if len(wants) > 1:
                 self._encoders.pop(wants[index].tensor.name, None)
             yield index, target

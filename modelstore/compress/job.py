@@ -27,7 +27,7 @@ from modelstore.compress.threshold import with_threshold
 from modelstore.errors import ConflictError, CorruptionError
 from modelstore.execute.encoding import Encoder, EncodeRegion, Input, ReadRegion
 from modelstore.execute.journal import Journal, job_id, resume
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.execute.saving import store_manifest
 from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks, require_others
 from modelstore.format import grid, results
@@ -35,11 +35,11 @@ from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.manifest_builder import ManifestBuilder
 from modelstore.format.names import ORIGINAL
-from modelstore.format.progress import Advance
 from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region, extent, shift, slices
 from modelstore.format.results import Choice, CompressionPlan
+from modelstore.plan.work import Limits, Work
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.describe import variant_infos
@@ -111,8 +111,7 @@ def compress(
     *,
     codes: Codes | None = None,
     earlier: Iterable[Manifest] = (),
-    limits: Limits,
-    progress: Advance | None = None,
+    work: Work,
     spread: Spread | None = None,
 ) -> Outcome:
     """Make a plan's variants of one version and publish them together.
@@ -128,7 +127,7 @@ def compress(
     if before is None:
         _check_free(parent.record, variants)
         if recipe.prune is not None:
-            plan = with_threshold(plan, recipe.prune, parent.manifest, parent.reader, limits, progress)
+            plan = with_threshold(plan, recipe.prune, parent.manifest, parent.reader, work)
     axis = axes(parent.config, known=parent.manifest.architecture) if parent.config else None
     inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed] + parent.file_inputs()
     tally = Tally()
@@ -140,22 +139,22 @@ def compress(
         *variants,
         msgspec.json.encode(recorded, order="sorted").decode(),
     )
-    work = resume(repo.storage, identity, inputs, shelf, tally, progress)
+    resumed = resume(repo.storage, identity, inputs, shelf, tally, work.advance)
     if spread is not None and before is None:
-        rest = {c.name: c.codec for c in plan.compressed if c.codec and c.name not in work.written}
+        rest = {c.name: c.codec for c in plan.compressed if c.codec and c.name not in resumed.written}
         if rest:
             tally.stored += spread(Portion(job_id(identity), variants, rest))
-            work = resume(repo.storage, identity, inputs, shelf, Tally(), None)
+            resumed = resume(repo.storage, identity, inputs, shelf, Tally(), None)
     if before is not None:  # and the journal of the run that made it could not be removed
         for variant in variants:
             shelf.require(model, repo.manifests.entry(model, before.record.variants[variant]).packs)
-        work.journal.clear()
+        resumed.journal.clear()
         return before
-    known = known_chunks((parent.manifest, *earlier)) | work.known
-    left = [item for item in inputs if item.plan.name not in work.written]
-    threads = limits.threads or (None if parent.reader.local else _REMOTE_THREADS)
-    writer = PackWriter(repo.storage, Limits(limits.memory, threads), known, shelf, progress, work.journal.note, tally)
-    written = work.written | writer.write(left)
+    known = known_chunks((parent.manifest, *earlier)) | resumed.known
+    left = [item for item in inputs if item.plan.name not in resumed.written]
+    threads = work.limits.threads or (None if parent.reader.local else _REMOTE_THREADS)
+    writer = PackWriter(repo.storage, work.within(work.memory, threads), known, shelf, resumed.journal.note, tally)
+    written = resumed.written | writer.write(left)
     _prove(parent, variants, plan, written)
     require_others(shelf, parent.reader, written)
     entries, measured = {}, {}
@@ -166,7 +165,7 @@ def compress(
     record = _publish(repo.catalog, parent, entries)
     if ORIGINAL not in variants and parent.stored is None and parent.architecture != parent.manifest.architecture:
         keep_architecture(repo, parent.record, parent.manifest, parent.architecture, shelf)
-    work.journal.clear()
+    resumed.journal.clear()
     return Outcome(record, measured, tally)
 
 
@@ -194,7 +193,7 @@ def encode(
     journal = Journal(storage, portion.job)
     known = known_chunks((parent_manifest, *earlier))
     threads = limits.threads or (None if reader.local else _REMOTE_THREADS)
-    writer = PackWriter(storage, Limits(limits.memory, threads), known, shelf, None, journal.note, tally)
+    writer = PackWriter(storage, Work(Limits(limits.memory, threads)), known, shelf, journal.note, tally)
     writer.write(inputs)
     return tally
 

@@ -13,12 +13,12 @@ from modelstore.compress.engine import Assembly, check_slice
 from modelstore.errors import UnsupportedError
 from modelstore.execute.loading import Variant
 from modelstore.execute.memory import Arena
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Tensor
-from modelstore.format.progress import Advance
 from modelstore.plan.layout import Share
 from modelstore.plan.read import ReadJob, Want
+from modelstore.plan.work import Work
 
 if TYPE_CHECKING:
     import torch
@@ -61,11 +61,10 @@ def engine_views(reader: Reader, tensors: Sequence[Tensor]) -> list[EngineView |
 def stream_parts(
     model: Variant,
     shares: Mapping[str, Share],
-    limits: Limits,
+    work: Work,
     *,
     device: str | torch.device = "cpu",
     bounded: bool = True,
-    progress: Advance | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of `shares` as engines take them: (name, tensor) pairs as they become ready, a weight's parts together.
 
@@ -75,21 +74,20 @@ def stream_parts(
     Before anything is read: `ValueError` where a slice cuts through groups, `UnsupportedError` for a codec that no engine
     takes. `UnsupportedError` also where a part would have the name of another tensor.
     """
-    found = _stream(model, shares, limits, device, bounded, progress)
+    found = _stream(model, shares, work, device, bounded)
     return ((called, tensor) for _, called, tensor in found)
 
 
 def load_parts(
     model: Variant,
     shares: Mapping[str, Share],
-    limits: Limits,
+    work: Work,
     *,
     device: str | torch.device = "cpu",
-    progress: Advance | None = None,
 ) -> dict[str, torch.Tensor]:
     """All that `stream_parts` gives, in the order of `shares`."""
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in shares}
-    for name, called, tensor in _stream(model, shares, limits, device, str(device) != "cpu", progress):
+    for name, called, tensor in _stream(model, shares, work, device, str(device) != "cpu"):
         found[name][called] = tensor
     return {called: tensor for parts in found.values() for called, tensor in parts.items()}
 
@@ -97,10 +95,9 @@ def load_parts(
 def _stream(
     model: Variant,
     shares: Mapping[str, Share],
-    limits: Limits,
+    work: Work,
     device: str | torch.device,
     bounded: bool,
-    progress: Advance | None,
 ) -> Iterator[tuple[str, str, torch.Tensor]]:
     """(name of the weight, name of the part, the part); what can be refused is refused before the first is asked for."""
     groups: dict[tuple[str, Share], list[str]] = {}
@@ -111,7 +108,7 @@ def _stream(
     for want, view in zip(wants, views, strict=True):
         if view is not None:
             check_slice(want, view.cells(want.tensor.shape))
-    found = _read(model.reader, wants, views, limits, bounded, progress)
+    found = _read(model.reader, wants, views, work, bounded)
     return _named(found, list(groups.values()), views, device)
 
 
@@ -149,9 +146,8 @@ def _read(
     reader: Reader,
     wants: list[Want],
     views: list[EngineView | None],
-    limits: Limits,
+    work: Work,
     bounded: bool,
-    progress: Advance | None,
 ) -> Iterator[tuple[int, Mapping[str, Part]]]:
     """Each want's place in the list, and its parts."""
     arena = Arena()
@@ -168,7 +164,7 @@ def _read(
             else:
                 reader.decode(chunk, planes, wants[chunk.want], target)
 
-    for index, target in reader.flow(wants, limits, begin, run, bounded=bounded, progress=progress):
+    for index, target in reader.flow(wants, work, begin, run, bounded=bounded):
         want = wants[index]
         if isinstance(target, Assembly):
             yield index, target.parts or {}

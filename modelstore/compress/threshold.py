@@ -9,11 +9,11 @@ import numpy as np
 
 from modelstore.codecs import histogram
 from modelstore.codecs.pruning import global_threshold, magnitudes
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.format import grid
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
-from modelstore.format.progress import Advance
 from modelstore.format.results import Choice, CompressionPlan
+from modelstore.plan.work import Work
 
 _PER_THREAD = 24 << 20  # bytes: a chunk, and what it is decoded of
 
@@ -25,8 +25,7 @@ def with_threshold(
     share: float,
     manifest: Manifest,
     reader: Reader,
-    limits: Limits,
-    progress: Advance | None,
+    work: Work,
 ) -> CompressionPlan:
     """The plan with the threshold that prunes `share` of all weights it compresses, the smallest of all tensors together.
 
@@ -35,10 +34,10 @@ def with_threshold(
 
     def counted(choice: Choice) -> Counts:
         tensor = manifest.by_name[choice.name]
-        return magnitudes(_counts(reader, tensor, progress), tensor.kind)
+        return magnitudes(_counts(reader, tensor, work), tensor.kind)
 
     total: Counts | None = None
-    threads = max(1, min(limits.reading_threads(reader.local), limits.memory // _PER_THREAD))
+    threads = max(1, min(work.limits.reading_threads(reader.local), work.memory // _PER_THREAD))
     with ThreadPoolExecutor(threads, thread_name_prefix="modelstore-count") as pool:
         for counts in pool.map(counted, plan.compressed):
             total = counts if total is None else total + counts
@@ -48,12 +47,11 @@ def with_threshold(
     return msgspec.structs.replace(plan, choices=choices, needs_threshold=False)
 
 
-def _counts(reader: Reader, tensor: Tensor, progress: Advance | None) -> Counts:
+def _counts(reader: Reader, tensor: Tensor, work: Work) -> Counts:
     """How often each number occurs in a tensor, chunk by chunk, as it lies in the store."""
     counts = histogram.empty(tensor.kind)
     for chunk in range(tensor.chunks):
         values = reader.region(tensor, grid.chunk_region(tensor.shape, tensor.chunk, chunk))
         histogram.count(np.ascontiguousarray(values), tensor.kind, counts)
-        if progress:
-            progress(values.nbytes)
+        work.done(values.nbytes)
     return counts

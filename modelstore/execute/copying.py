@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError, StorageError
 from modelstore.execute.copying_plan import Plan, Planner, Wanted
-from modelstore.execute.reading import Limits
 from modelstore.format import manifest as man
 from modelstore.format.buffers import Pieces
 from modelstore.format.inventory import Copied, CopiedVersion
 from modelstore.format.locks import Lock
-from modelstore.format.progress import Advance
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
+from modelstore.plan.work import Limits, Work
 from modelstore.storage.pool import Pool
 from modelstore.store import packs
 from modelstore.store.heal import checked_pieces, pack_is_good
@@ -40,21 +39,21 @@ def copy(
     wanted: Sequence[Wanted],
     *,
     everything: bool,
-    limits: Limits,
-    meter: Callable[[int], Advance | None],
+    work: Work,
+    what: str,
 ) -> Copied:
     """Copy versions, in this order. `everything`: as one of many, so that what was deleted there stays so, and what does not
     fit is left out and said; else it is copied anew, or an error.
 
-    `meter`, given the bytes that will be sent, gives what hears of them.
+    `what` the work is called by whoever hears of the bytes sent.
     """
     started = time.monotonic()
     planner = Planner(source, target, everything)
     plans = [planner.plan(one) for one in wanted]
     missing, there = planner.missing({pack for plan in plans for pack in planner.packs_of(plan)})
-    work = _Copying(source, target, planner)
-    report = meter(sum(missing.values()) + sum(there.values()))
-    bad = work.bad(there, limits, report)
+    copying = _Copying(source, target, planner)
+    work = work.begin(sum(missing.values()) + sum(there.values()), what)
+    bad = copying.bad(there, work)
     missing |= {pack: there.pop(pack) for pack in bad}
     made, tags, damaged = [], [], []
     for plan in plans:
@@ -63,11 +62,11 @@ def copy(
 
         def bring(plan: Plan = plan) -> CopiedVersion:
             fresh = [pack for pack in dict.fromkeys(planner.packs_of(plan)) if pack in missing]
-            work.send(fresh, limits, report)
+            copying.send(fresh, work)
             for pack in fresh:
                 del missing[pack]
             try:
-                return work.publish(plan)
+                return copying.publish(plan)
             except GoneError:  # what was there, or sent long ago, was collected: once more, with what is there now
                 missing.update(planner.missing(planner.packs_of(plan))[0])
                 raise
@@ -80,14 +79,14 @@ def copy(
             damaged.append(f"{plan.wanted.at}: {error}")
             continue
         made.append(version)
-        tags += work.tag(plan, version.version)
+        tags += copying.tag(plan, version.version)
     left_out = (*(said for plan in plans for said in plan.left_out), *damaged)
     return Copied(
         target.storage.url,
         tuple(made),
         tuple(tags),
-        work.sent_packs,
-        work.sent,
+        copying.sent_packs,
+        copying.sent,
         sum(there.values()),
         left_out,
         time.monotonic() - started,
@@ -106,17 +105,16 @@ class _Copying:
         self.sent = 0
         self.sent_packs = 0
 
-    def bad(self, there: Mapping[str, int], limits: Limits, report: Advance | None) -> list[str]:
+    def bad(self, there: Mapping[str, int], work: Work) -> list[str]:
         """Of the packs that are there those whose bytes are not right: they are sent again, before anything relies on them."""
 
         def good(pack: str) -> bool:
             right = pack_is_good(self._target.storage, pack)
-            if report:
-                with self._lock:
-                    report(there[pack])
+            with self._lock:
+                work.done(there[pack])
             return right
 
-        with self._pool(limits) as pool:
+        with self._pool(work.limits) as pool:
             return [pack for pack, right in zip(there, pool.map(good, there), strict=True) if not right]
 
     @staticmethod
@@ -125,10 +123,10 @@ class _Copying:
         threads = max(1, min(_AT_ONCE, limits.threads or _AT_ONCE, limits.memory // _PER_PACK))
         return Pool(threads, thread_name_prefix="modelstore-copy")
 
-    def send(self, missing: Iterable[str], limits: Limits, report: Advance | None) -> None:
+    def send(self, missing: Iterable[str], work: Work) -> None:
         """Send packs."""
-        with self._pool(limits) as pool:
-            sending = [pool.submit(self._send, pack, report) for pack in missing]
+        with self._pool(work.limits) as pool:
+            sending = [pool.submit(self._send, pack, work) for pack in missing]
             try:
                 for one in sending:
                     one.result()
@@ -136,7 +134,7 @@ class _Copying:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _send(self, pack: str, report: Advance | None) -> None:
+    def _send(self, pack: str, work: Work) -> None:
         """Stream a pack, from the first copy that gives the bytes that its name stands for."""
         key = pack_key(pack)
         reasons = []
@@ -146,7 +144,7 @@ class _Copying:
                 reasons.append(f"{storage.url} has no {key}")
                 continue
             try:
-                pieces = Pieces(lambda at=storage, n=info.size: self._told(checked_pieces(at, pack, n), report))  # type: ignore[misc]
+                pieces = Pieces(lambda at=storage, n=info.size: self._told(checked_pieces(at, pack, n), work))  # type: ignore[misc]
                 self._target.storage.put(key, pieces, info.size)
             except (NotFoundError, CorruptionError) as error:
                 reasons.append(str(error))
@@ -161,12 +159,11 @@ class _Copying:
             object=key,
         )
 
-    def _told(self, pieces: Iterable[bytes], report: Advance | None) -> Iterator[bytes]:
+    def _told(self, pieces: Iterable[bytes], work: Work) -> Iterator[bytes]:
         for piece in pieces:
             yield piece
-            if report:
-                with self._lock:
-                    report(len(piece))
+            with self._lock:
+                work.done(len(piece))
 
     def publish(self, plan: Plan) -> CopiedVersion:
         """Write the manifests, and make the version, or what it lacks, visible."""

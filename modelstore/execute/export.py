@@ -19,10 +19,10 @@ from modelstore.execute.export_share import cuts
 from modelstore.execute.export_target import Target
 from modelstore.execute.export_write import write
 from modelstore.execute.model_files import json_object, model_config
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.format import checkpoint, results
-from modelstore.format.progress import Advance
 from modelstore.plan.layout import Share
+from modelstore.plan.work import Work
 
 MAX_SHARD = 5_000_000_000
 
@@ -32,15 +32,14 @@ def export(
     path: Path,
     *,
     format: Literal["hf", "safetensors"],
-    limits: Limits,
+    work: Work,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD,
     packed: Mapping[str, Packing] | None = None,
     instead: Mapping[str, bytes] | None = None,
     shares: Mapping[str, Share] | None = None,
-    progress: Advance | None = None,
 ) -> results.Exported:
-    """Write all tensors to local files; `progress` hears of raw bytes as they are written.
+    """Write all tensors to local files; `work` hears of raw bytes as they are written.
 
     "hf": the folder `path` as transformers and vLLM load it, with the model's own files, and weights in
     `model.safetensors` or, beyond `max_shard_bytes`, in numbered shards with an index. An adapter of PEFT has its weights
@@ -73,7 +72,7 @@ def export(
     else:
         raise ValueError(f"format {format!r} is not known: hf and safetensors are")
     with Target(path, outputs, single=format == "safetensors", overwrite=overwrite) as target:
-        write(reader, outputs, target, limits, progress)
+        write(reader, outputs, target, work)
         target.place()
     return results.Exported(
         str(path),

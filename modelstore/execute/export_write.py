@@ -14,12 +14,12 @@ import numpy as np
 
 from modelstore.execute.export_layout import OutFile, Placed
 from modelstore.execute.export_target import Done, Target, writing
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.format.buffers import Bytes, view
-from modelstore.format.progress import Advance
 from modelstore.format.region import Region, extent, is_contiguous, offset
 from modelstore.plan.layout import Share
 from modelstore.plan.read import Want
+from modelstore.plan.work import Work
 from modelstore.storage.pool import Pool
 
 CHECKPOINT = 512 << 20  # bytes of one file after which what is written of it is made durable and recorded
@@ -48,25 +48,24 @@ class _Block:
     region: Region
 
 
-def write(reader: Reader, outputs: Sequence[OutFile], target: Target, limits: Limits, progress: Advance | None) -> None:
+def write(reader: Reader, outputs: Sequence[OutFile], target: Target, work: Work) -> None:
     """Write all files to where they are staged, going on from what an earlier run left."""
-    limit = max(2 << 20, min(16 << 20, limits.memory // 16))
+    limit = max(2 << 20, min(16 << 20, work.memory // 16))
     found = [(output, target.done(output, limit)) for output in outputs]
-    _write_all(reader, found, target, limits, limit, progress)
+    _write_all(reader, found, target, work, limit)
     # What an earlier run left was believed so far: it is looked at now that it is whole.
     left = [output for output, done in found if done.whole or done.blocks]
     wrong = [(output, Done(output.digest, False)) for output in left if not target.verify(output)]
     if wrong:
-        _write_all(reader, wrong, target, limits, limit, None)
+        _write_all(reader, wrong, target, work.unheard(), limit)
 
 
 def _write_all(
     reader: Reader,
     outputs: Sequence[tuple[OutFile, Done]],
     target: Target,
-    limits: Limits,
+    work: Work,
     limit: int,
-    progress: Advance | None,
 ) -> None:
     writer = _Writer(target, limit)
     wanted: list[_Block] = []
@@ -77,35 +76,35 @@ def _write_all(
         for number, (placed, region) in enumerate(found):
             if number >= first:
                 wanted.append(_Block(file, number, placed, region))
-            elif progress and placed.counts:
-                progress(_nbytes(placed, region))
+            elif placed.counts:
+                work.done(_nbytes(placed, region))
     try:
         writer.start()
         for formed, run in itertools.groupby(wanted, lambda block: block.placed.form is not None):
-            for block in (_formed if formed else _plain)(reader, list(run), limits, limit, writer):
-                if progress and block.placed.counts:
-                    progress(_nbytes(block.placed, block.region))
+            for block in (_formed if formed else _plain)(reader, list(run), work, limit, writer):
+                if block.placed.counts:
+                    work.done(_nbytes(block.placed, block.region))
     finally:
         writer.close()
     writer.check()
 
 
-def _plain(reader: Reader, wanted: Sequence[_Block], limits: Limits, limit: int, writer: _Writer) -> Iterator[_Block]:
+def _plain(reader: Reader, wanted: Sequence[_Block], work: Work, limit: int, writer: _Writer) -> Iterator[_Block]:
     """Write blocks whose bytes are the store's; each, when it is written."""
     wants = [Want(b.placed.tensor, Share(tuple((pair,) for pair in b.region))) for b in wanted]
     buffers = _Buffers(limit)
-    for index, buffer in reader.stream(wants, limits, allocate=buffers.take):
+    for index, buffer in reader.stream(wants, work.unheard(), allocate=buffers.take):
         block = wanted[index]
         writer.put(block, partial(_write_region, block.placed, block.region, buffer), len(buffer))
         buffers.give_back(index)
         yield block
 
 
-def _formed(reader: Reader, wanted: Sequence[_Block], limits: Limits, limit: int, writer: _Writer) -> Iterator[_Block]:
+def _formed(reader: Reader, wanted: Sequence[_Block], work: Work, limit: int, writer: _Writer) -> Iterator[_Block]:
     """Write blocks that are made into something else in the threads that read them; each, when it is written."""
-    threads = limits.reading_threads(reader.local)
+    threads = work.limits.reading_threads(reader.local)
     # A block is held raw, as float32 or as codes, and as what is written: about four times its size.
-    ahead = max(1, min(2 * threads, limits.memory // (4 * limit)))
+    ahead = max(1, min(2 * threads, work.memory // (4 * limit)))
     waiting: deque[tuple[_Block, Future[list[tuple[int, Bytes]]]]] = deque()
     left = iter(wanted)
     pool = Pool(threads, thread_name_prefix="modelstore-export")

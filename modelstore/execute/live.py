@@ -10,14 +10,13 @@ import numpy as np
 
 from modelstore.execute.loading import Variant
 from modelstore.execute.pages import Image, Overlay
-from modelstore.execute.reading import Limits
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.progress import Advance
 from modelstore.format.region import Region, extent, slices
 from modelstore.plan.layout import Share
 from modelstore.plan.read import Want
 from modelstore.plan.update import Slot, Update, boxes, plan_update, touching
+from modelstore.plan.work import Work
 
 if TYPE_CHECKING:
     import torch
@@ -55,17 +54,16 @@ def advance(
     old: Held | None,
     model: Variant,
     update: Update,
-    limits: Limits,
+    work: Work,
     *,
     device: torch.device,
-    progress: Advance | None = None,
 ) -> Held:
     """The version that `update` makes of `old`, whose own values stay as they are."""
     before = old.cells if old is not None else {}
     begin = _begin_on_host if device.type == "cpu" else _begin_on_device
     cells = {slot: before[source] for slot, source in update.same.items()}
-    cells |= begin(before, model, update, limits, device, progress)
-    _patch(cells, model, update, limits, progress)
+    cells |= begin(before, model, update, work, device)
+    _patch(cells, model, update, work)
     return Held(model.manifest, cells)
 
 
@@ -76,9 +74,8 @@ def _begin_on_host(
     before: Mapping[Slot, Cell],
     model: Variant,
     update: Update,
-    limits: Limits,
+    work: Work,
     device: torch.device,  # noqa: ARG001
-    progress: Advance | None,
 ) -> dict[Slot, Cell]:
     by_name = model.manifest.by_name
     overlays: dict[int, Overlay] = {}
@@ -110,7 +107,7 @@ def _begin_on_host(
         assert filled is not None
         return filled
 
-    for _ in model.reader.stream(wants, limits, allocate=allocate, bounded=False, progress=progress):
+    for _ in model.reader.stream(wants, work, allocate=allocate, bounded=False):
         pass
     return cells | fresh
 
@@ -139,9 +136,8 @@ def _begin_on_device(
     before: Mapping[Slot, Cell],
     model: Variant,
     update: Update,
-    limits: Limits,
+    work: Work,
     device: torch.device,
-    progress: Advance | None,
 ) -> dict[Slot, Cell]:
     cells = {slot: Cell(before[source].tensor.clone()) for slot, (source, _) in update.patched.items()}
     names: dict[str, list[Slot]] = {slot[0]: [] for slot in update.read}
@@ -150,7 +146,7 @@ def _begin_on_device(
     for turn in range(max(map(len, names.values()), default=0)):  # names are those of slots; one slot of each at a time
         slots = {name: held[turn] for name, held in names.items() if turn < len(held)}
         shares = {name: slot[1] for name, slot in slots.items()}
-        for name, tensor in model.stream(shares, limits, device=device, progress=progress):
+        for name, tensor in model.stream(shares, work, device=device):
             cells[slots[name]] = Cell(tensor)
     return cells
 
@@ -162,8 +158,7 @@ def _patch(
     cells: Mapping[Slot, Cell],
     model: Variant,
     update: Update,
-    limits: Limits,
-    progress: Advance | None,
+    work: Work,
 ) -> None:
     """Read what changed of tensors that changed in part, into their place."""
     wants: list[Want] = []
@@ -174,7 +169,7 @@ def _patch(
             for region, inner in boxes(tensor, slot[1], chunk):
                 wants.append(Want(tensor, Share(tuple((pair,) for pair in region))))
                 places.append((slot, inner))
-    for index, data in model.reader.stream(wants, limits, progress=progress):
+    for index, data in model.reader.stream(wants, work):
         slot, inner = places[index]
         cell, tensor = cells[slot], wants[index].tensor
         if cell.buffer is not None:

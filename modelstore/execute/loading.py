@@ -12,16 +12,16 @@ from modelstore.errors import FormatError, NotFoundError
 from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.memory import Arena
 from modelstore.execute.model_files import model_config
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.execute.saving import LONGEST_CHAIN
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.progress import Advance
 from modelstore.format.region import from_index, nbytes
 from modelstore.format.suggest import suggestion
 from modelstore.plan.layout import Layout, Share, whole
 from modelstore.plan.read import Want
+from modelstore.plan.work import Limits, Work
 from modelstore.store.manifests import Manifests
 from modelstore.store.repo import Repo
 
@@ -131,11 +131,10 @@ class Variant:
     def stream(
         self,
         shares: Mapping[str, Share],
-        limits: Limits,
+        work: Work,
         *,
         device: str | torch.device = "cpu",
         bounded: bool = True,
-        progress: Advance | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors by name, as they become ready; tied ones are one tensor under each of their names."""
         import torch
@@ -149,7 +148,7 @@ class Variant:
         wants = [Want(self.tensor(name), share) for name, share in groups]
         names = list(groups.values())
         allocate = (lambda _, nbytes: ten.pinned(nbytes)) if place.type == "cuda" else None
-        for index, buffer in self.reader.stream(wants, limits, allocate=allocate, bounded=bounded, progress=progress):
+        for index, buffer in self.reader.stream(wants, work, allocate=allocate, bounded=bounded):
             tensor = ten.to_torch(buffer, wants[index].tensor.dtype, wants[index].shape)
             if place.type != "cpu":
                 tensor = tensor.to(place)
@@ -159,13 +158,12 @@ class Variant:
     def load(
         self,
         shares: Mapping[str, Share],
-        limits: Limits,
+        work: Work,
         *,
         device: str | torch.device = "cpu",
-        progress: Advance | None = None,
     ) -> dict[str, torch.Tensor]:
         """All of `shares`, in their order."""
-        found = dict(self.stream(shares, limits, device=device, bounded=str(device) != "cpu", progress=progress))
+        found = dict(self.stream(shares, work, device=device, bounded=str(device) != "cpu"))
         return {name: found[name] for name in shares}
 
     def map(self, shares: Mapping[str, Share]) -> dict[str, torch.Tensor]:
@@ -180,9 +178,7 @@ class Variant:
                 made[key] = mapped.tensor(self.tensor(name), share)
         return {name: made[self.tensor(name).name, share] for name, share in shares.items()}
 
-    def load_into(
-        self, module: torch.nn.Module, limits: Limits, *, shard: Layout | None, strict: bool, progress: Advance | None
-    ) -> None:
+    def load_into(self, module: torch.nn.Module, work: Work, *, shard: Layout | None, strict: bool) -> None:
         """Fill a module's parameters and buffers, in place; those on the meta device are given memory.
 
         Host tensors are decoded straight into their own memory. `ValueError` where names or shapes do not fit, or a buffer
@@ -211,7 +207,7 @@ class Variant:
             return memory if memory is not None else arena.allocate(nbytes)
 
         made: dict[int, torch.Tensor] = {}
-        for index, buffer in self.reader.stream(wants, limits, allocate=allocate, progress=progress):
+        for index, buffer in self.reader.stream(wants, work, allocate=allocate):
             target = targets[names[index]]
             if direct[index] is not None:
                 continue
@@ -243,7 +239,7 @@ class LazyTensor:
     def __init__(self, model: Variant, name: str, limits: Limits) -> None:
         self._model = model
         self._tensor = model.tensor(name)
-        self._limits = limits
+        self._work = Work(limits)
         self.name = name
 
     @property
@@ -268,7 +264,7 @@ class LazyTensor:
 
         region, dropped = from_index(index, self.shape)
         share = Share(tuple((pair,) for pair in region))
-        ((_, buffer),) = self._model.reader.stream([Want(self._tensor, share)], self._limits, bounded=False)
+        ((_, buffer),) = self._model.reader.stream([Want(self._tensor, share)], self._work, bounded=False)
         values = ten.to_torch(buffer, self.dtype, share.shape)
         return values.reshape([n for axis, n in enumerate(share.shape) if axis not in dropped])
 

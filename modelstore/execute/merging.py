@@ -21,7 +21,7 @@ from modelstore.errors import ConflictError, CorruptionError, NotFoundError
 from modelstore.execute.encoding import Input
 from modelstore.execute.fetch import Fetching
 from modelstore.execute.parts import Published, Stored, published_key, session_id, session_prefix
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.execute.saving import Against, plan_inputs, store_manifest
 from modelstore.execute.writing import PackWriter, Written, known_chunks
 from modelstore.format import grid
@@ -30,11 +30,11 @@ from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.manifest_builder import Location, ManifestBuilder
 from modelstore.format.note import Note
-from modelstore.format.progress import Advance
 from modelstore.format.record import VersionRecord, pack_key
 from modelstore.format.region import Region, Shape, extent, full, intersect, shift, slices
 from modelstore.format.sealed import seal
 from modelstore.plan.parts import Piece, cells, common_chunk, piece_problem
+from modelstore.plan.work import Work
 from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.base import Source
 from modelstore.storage.base import Storage
@@ -131,8 +131,7 @@ def publish(
     previous: Against | None,
     note: Note,
     fetching: Fetching,
-    limits: Limits,
-    progress: Advance | None,
+    work: Work,
 ) -> tuple[VersionRecord, Manifest]:
     """Publish the parts of all ranks as the next version; a session that was published already is not published again.
 
@@ -156,11 +155,9 @@ def publish(
     inputs = [*anew, *plan_inputs(files, merge.codec, "auto", None)]
     plans = {item.plan.name: item.plan for item in inputs}
     known = known_chunks([*by_rank.values(), *([previous.manifest] if previous else [])])
-    written = PackWriter(storage, limits, known, shelf, progress).write(inputs)
+    written = PackWriter(storage, work, known, shelf).write(inputs)
     joined = {name: chunk for name, chunk in cut.items() if chunk is not None and len(merge.tensors[name]) > 1}
-    digests = _digests(
-        {name: (merge.tensors[name], chunk) for name, chunk in joined.items()}, readers, limits, progress
-    )
+    digests = _digests({name: (merge.tensors[name], chunk) for name, chunk in joined.items()}, readers, work)
     builder = ManifestBuilder()
     tensors = []
     for name, pieces in merge.tensors.items():
@@ -298,12 +295,11 @@ def _planes(
 def _digests(
     tensors: Mapping[str, tuple[Sequence[Held], Shape]],
     readers: Mapping[int, Reader],
-    limits: Limits,
-    progress: Advance | None,
+    work: Work,
 ) -> dict[str, str]:
     """BLAKE3 of the raw bytes of tensors that came in slices, several tensors side by side."""
-    threads = max(1, min(limits.threads or os.cpu_count() or 1, len(tensors) or 1))
-    limit = limits.memory // (4 * threads)
+    threads = max(1, min(work.limits.threads or os.cpu_count() or 1, len(tensors) or 1))
+    limit = work.memory // (4 * threads)
 
     def digest(item: tuple[Sequence[Held], Shape]) -> str:
         pieces, chunk = item
@@ -314,8 +310,7 @@ def _digests(
             values = np.empty(int(np.prod(extent(region), dtype=np.int64)) * itemsize, np.uint8)
             read(region, values)
             hasher.update(view(values))
-            if progress:
-                progress(len(values))
+            work.done(len(values))
         return hasher.hexdigest()
 
     with Pool(threads, thread_name_prefix="modelstore-parts") as pool:

@@ -17,16 +17,15 @@ from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import ConflictError, FormatError, NotFoundError
 from modelstore.execute.encoding import Input
 from modelstore.execute.journal import Journal, job_id
-from modelstore.execute.reading import Limits
 from modelstore.execute.saving import Against, manifest_of, plan_inputs
 from modelstore.execute.writing import PackWriter, Placed, Tally, Written, known_chunks
 from modelstore.format.manifest import FORMAT, MAX_MANIFEST, CodecSpec, Count, Manifest, first_problem
 from modelstore.format.manifest_builder import Location
-from modelstore.format.progress import Advance
 from modelstore.format.record import JOBS, ascending, descending, pack_key
 from modelstore.format.region import Shape, check, extent
 from modelstore.format.sealed import seal, unseal
 from modelstore.plan.parts import shared_chunk
+from modelstore.plan.work import Work
 from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.slices import PartSource, Place
 from modelstore.storage.base import SMALL, Storage
@@ -105,8 +104,7 @@ def save_part(
     codec: str,
     after: int,
     earlier: Sequence[Against],
-    limits: Limits,
-    progress: Advance | None,
+    work: Work,
 ) -> tuple[PartPage, Tally]:
     """Store one rank's tensors and its page; what was written. Nothing is visible before the session is published.
 
@@ -144,7 +142,7 @@ def save_part(
         if tally.stored:  # else there is nothing yet that another run could do without storing it
             journal.note(done, chunks)
 
-    written = PackWriter(storage, limits, known, shelf, progress, note, tally).write(inputs)
+    written = PackWriter(storage, work, known, shelf, note, tally).write(inputs)
     part.source.opened.check()
     manifest = manifest_of(part.source, inputs, written)
     for alias, name in part.source.aliases.items():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -18,29 +16,13 @@ from modelstore.execute.flow import flow
 from modelstore.execute.memory import Arena
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.progress import Advance
 from modelstore.format.region import Region, extent, full, rows, size, slices
 from modelstore.plan.layout import Share
 from modelstore.plan.read import ChunkRead, ReadJob, Want, plan_read, read_job
-
-_PER_THREAD = 24 << 20  # working memory of one reading thread: encoded bytes, a decoded plane, a chunk for cut copies
-_REMOTE_THREADS = 16
+from modelstore.plan.work import Work
 
 T = TypeVar("T")
 Allocate = Callable[[int, int], Bytes]  # (the want's place in the list, bytes) → a writable buffer of that many
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a work may use: bytes of working memory, and threads (None: as many as pay)."""
-
-    memory: int
-    threads: int | None = None
-
-    def reading_threads(self, local: bool) -> int:
-        """CPU-bound on local files; where requests wait for a network, more of them are in flight."""
-        asked = self.threads or (os.cpu_count() or 1 if local else max(_REMOTE_THREADS, os.cpu_count() or 1))
-        return max(1, min(asked, self.memory // _PER_THREAD))
 
 
 class Reader:
@@ -97,11 +79,10 @@ class Reader:
     def stream(
         self,
         wants: list[Want],
-        limits: Limits,
+        work: Work,
         *,
         allocate: Allocate | None = None,
         bounded: bool = True,
-        progress: Advance | None = None,
     ) -> Iterator[tuple[int, Bytes]]:
         """Each want's place in the list and its raw bytes, as they become ready.
 
@@ -112,22 +93,20 @@ class Reader:
         allocate = allocate or (lambda _, nbytes: arena.allocate(nbytes))
         return self.flow(
             wants,
-            limits,
+            work,
             lambda index: allocate(index, wants[index].nbytes),
             lambda job, buffers: self._run(job, wants, buffers),
             bounded=bounded,
-            progress=progress,
         )
 
     def flow(
         self,
         wants: list[Want],
-        limits: Limits,
+        work: Work,
         begin: Callable[[int], T],
         run: Callable[[ReadJob, dict[int, T]], None],
         *,
         bounded: bool = True,
-        progress: Advance | None = None,
     ) -> Iterator[tuple[int, T]]:
         """As `stream`, where `begin` makes what a want is read into, and `run` reads a job's chunks into these."""
         return flow(
@@ -135,9 +114,9 @@ class Reader:
             [want.nbytes for want in wants],
             begin,
             run,
-            threads=limits.reading_threads(self._local),
-            memory=limits.memory // 2 if bounded else None,
-            progress=progress,
+            threads=work.limits.reading_threads(self._local),
+            memory=work.memory // 2 if bounded else None,
+            progress=work.advance,
         )
 
     def planes(self, job: ReadJob, wants: Sequence[Want]) -> Iterator[tuple[ChunkRead, list[Bytes]]]:

@@ -20,7 +20,7 @@ from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.execute.encoding import Encoder, Input, ReadRegion
 from modelstore.execute.journal import Journal, resume
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.execute.whole import WholeWriter
 from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks, require_bases
 from modelstore.format.architecture import Architecture
@@ -38,11 +38,11 @@ from modelstore.format.manifest import (
 from modelstore.format.manifest_builder import ManifestBuilder
 from modelstore.format.names import ORIGINAL, check_file, check_tensor
 from modelstore.format.note import Note
-from modelstore.format.progress import Advance
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.region import Region, extent
 from modelstore.format.results import LeftOut
 from modelstore.format.structure import CHECKPOINT
+from modelstore.plan.work import Work
 from modelstore.plan.write import FILE_CODEC, plan_tensor
 from modelstore.sources.base import Source
 from modelstore.sources.reading import read_whole
@@ -106,8 +106,7 @@ def store(
     grid: str,
     parent: Against | None,
     previous: Against | None,
-    limits: Limits,
-    progress: Advance | None,
+    work: Work,
     resumable: bool = True,
 ) -> Outcome:
     """Store a source's tensors and files, and a manifest of them; nothing is visible before that is published.
@@ -121,21 +120,21 @@ def store(
     inputs = plan_inputs(source, codec, grid, base, earlier_manifests, architecture)
     tally, storage = Tally(), repo.storage
     shelf = Shelf(storage)
-    work = None
+    resumed = None
     if resumable and source.fingerprint is not None:  # else it could not be recognised again
         identity = (model, source.fingerprint, codec, grid, base.digest if base else "")
-        work = resume(storage, identity, inputs, shelf, tally, progress)
-    journal = work.journal if work else None
-    known = known_chunks(earlier_manifests) | (work.known if work else {})
-    written = work.written if work else {}
+        resumed = resume(storage, identity, inputs, shelf, tally, work.advance)
+    journal = resumed.journal if resumed else None
+    known = known_chunks(earlier_manifests) | (resumed.known if resumed else {})
+    written = resumed.written if resumed else {}
     left = [item for item in inputs if item.plan.name not in written]
     note = journal.note if journal else None
     whole = [item for item in left if item.plan.whole]
     if whole:
         metadata = {"format": "pt", **source.metadata}
-        written |= WholeWriter(storage, known, shelf, metadata, progress, note, tally).write(whole)
+        written |= WholeWriter(storage, known, shelf, metadata, work.advance, note, tally).write(whole)
     cut = [item for item in left if not item.plan.whole]
-    written |= PackWriter(storage, limits, known, shelf, progress, note, tally).write(cut)
+    written |= PackWriter(storage, work, known, shelf, note, tally).write(cut)
     if base is not None:
         # What was encoded now was read from it; a journal's tensors were not, and a copy of the store tells nothing of this one.
         looked = cut if not base.reader.fetcher.elsewhere else []

@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError, StorageError
 from modelstore.execute.loading import Variant
-from modelstore.execute.reading import Limits, Reader, whole_want
+from modelstore.execute.reading import Reader, whole_want
 from modelstore.format import grid
 from modelstore.format.buffers import view
 from modelstore.format.manifest import DIGEST_BYTES, Manifest, Tensor, decode
 from modelstore.format.names import Reference
-from modelstore.format.progress import Advance
 from modelstore.format.record import VariantEntry, manifest_key, pack_key
 from modelstore.format.results import Problem, Report
 from modelstore.plan.read import GAP, JOB_BYTES
+from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.damage import noting
@@ -51,30 +51,29 @@ def verify(
     ref: Reference | None,
     *,
     deep: bool,
-    limits: Limits,
-    progress: Advance | None = None,
+    work: Work,
 ) -> Report:
     """Check the variant that a reference names, or all that is live, and what its deltas are stored against.
 
-    `deep` decodes every tensor as well, within the memory of `limits` whatever its size. `progress` hears of the stored
+    `deep` decodes every tensor as well, within the memory of `work` whatever its size. It hears of the stored
     bytes checked, and of the raw bytes decoded. A chunk that several variants share is read once, or deep once for each.
     """
-    work = _Verification(repo, limits, progress)
+    checking = _Verification(repo, work)
     if ref is not None:
         found = damage(repo.storage, [ref.name], journals=False)
-        entry = noting(work.damaged, lambda: repo.catalog.entry(ref)[1])
+        entry = noting(checking.damaged, lambda: repo.catalog.entry(ref)[1])
         if entry is not None:
-            work.variant(ref.name, entry, deep)
+            checking.variant(ref.name, entry, deep)
     else:
         models = repo.catalog.models()
         found = damage(repo.storage, models, journals=True)
         for model in models:
             for _, _, entry in live(repo.catalog, model, None, []):
-                work.variant(model, entry, deep)
-        noting(work.damaged, repo.catalog.open)
+                checking.variant(model, entry, deep)
+        noting(checking.damaged, repo.catalog.open)
     told = {one.object for one in found}
-    found += [problem(error, ref.name if ref else "") for error in work.damaged if error.object not in told]
-    return Report(work.chunks, work.nbytes, work.tensors, told_once([*found, *work.problems]))
+    found += [problem(error, ref.name if ref else "") for error in checking.damaged if error.object not in told]
+    return Report(checking.chunks, checking.nbytes, checking.tensors, told_once([*found, *checking.problems]))
 
 
 @dataclass
@@ -82,8 +81,7 @@ class _Verification:
     """One verification: what it has seen so far."""
 
     repo: Repo
-    limits: Limits
-    progress: Advance | None
+    work: Work
     problems: list[Problem] = field(default_factory=list)
     damaged: list[ModelStoreError] = field(default_factory=list)  # records
     chunks: int = 0
@@ -160,8 +158,7 @@ class _Verification:
                 read = not isinstance(error, StorageError)
                 self.chunks += read
                 self.nbytes += read * int(manifest.length[row])
-                if self.progress:
-                    self.progress(int(manifest.length[row]))
+                self.work.done(int(manifest.length[row]))
                 if error is None:
                     continue
                 pack = int(manifest.pack[row])
@@ -205,7 +202,7 @@ class _Verification:
         return np.concatenate(fresh or [np.zeros(0, np.int64)])
 
     def _threads(self) -> int:
-        return self.limits.reading_threads(self.repo.storage.path("x") is not None)
+        return self.work.limits.reading_threads(self.repo.storage.path("x") is not None)
 
     def _check_headers(self, model: str, manifest: Manifest) -> None:
         """See that what makes each pack a safetensors file is whole; packs with bad chunks, and lost ones, are told already."""
@@ -271,23 +268,22 @@ class _Verification:
 
     def _decoded(self, reader: Reader, tensors: list[Tensor]) -> Iterator[tuple[Tensor, str]]:
         """Each tensor with the digest of its decoded bytes; those too large to be held go in parts."""
-        small = [t for t in tensors if t.nbytes <= self.limits.memory // 4]
+        small = [t for t in tensors if t.nbytes <= self.work.memory // 4]
         wants = [whole_want(t) for t in small]
-        for index, buffer in reader.stream(wants, self.limits, progress=self.progress):
+        for index, buffer in reader.stream(wants, self.work):
             yield small[index], blake3(view(buffer)).hexdigest()
         for tensor in tensors:
-            if tensor.nbytes > self.limits.memory // 4:
+            if tensor.nbytes > self.work.memory // 4:
                 yield tensor, self._in_parts(reader, tensor)
 
     def _in_parts(self, reader: Reader, tensor: Tensor) -> str:
         hasher = blake3()
-        limit = self.limits.memory // (4 * _WINDOW)
+        limit = self.work.memory // (4 * _WINDOW)
         threads = min(_WINDOW, self._threads())
         regions = grid.runs(tensor.shape, tensor.chunk, tensor.kind.itemsize, limit)
         for part in _mapped(lambda region: reader.region(tensor, region), regions, threads, 1):
             hasher.update(view(part))
-            if self.progress:
-                self.progress(len(part))
+            self.work.done(len(part))
         return hasher.hexdigest()
 
 

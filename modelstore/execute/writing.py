@@ -15,13 +15,13 @@ from blake3 import blake3
 
 from modelstore.codecs.loss import Loss
 from modelstore.execute.encoding import Encoded, Input, encode_step
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.format import grid
 from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.manifest_builder import Location
-from modelstore.format.progress import Advance
+from modelstore.plan.work import Work
 from modelstore.plan.write import Step, plan_steps
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
@@ -98,17 +98,16 @@ class PackWriter:
     """Encodes inputs into packs. `known` are chunks that lie in the store already, by digest, where `shelf` finds them good."""
 
     storage: Storage
-    limits: Limits
+    work: Work
     known: dict[bytes, Location]
     shelf: Shelf
-    progress: Advance | None = None
     finished: Callable[[dict[str, Written], Sequence[Placed]], None] | None = None
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
         # A pack is held whole, twice while one is uploaded and the next filled; steps take the rest.
-        self._pack_bytes = min(packs.PACK_BYTES, self.limits.memory // 6)
-        self._slab_limit = self.limits.memory // 16
+        self._pack_bytes = min(packs.PACK_BYTES, self.work.memory // 6)
+        self._slab_limit = self.work.memory // 16
 
     def write(self, inputs: Sequence[Input]) -> dict[str, Written]:
         """Store all inputs, in order; what became of each, by name.
@@ -117,7 +116,7 @@ class PackWriter:
         """
         self.shelf.expect(pack for pack, _, _ in self.known.values())
         state = _State(self, inputs)
-        threads = self.limits.threads or max(2, os.cpu_count() or 1)
+        threads = self.work.limits.threads or max(2, os.cpu_count() or 1)
         steps = plan_steps(((i, item.plan) for i, item in enumerate(inputs)), self._slab_limit)
         with (
             Pool(threads, thread_name_prefix="modelstore-encode") as encoders,
@@ -125,16 +124,13 @@ class PackWriter:
         ):
             encoding: deque[Future[list[Encoded]]] = deque()
             try:
-                room = _Room(
-                    2 * threads, self.limits.memory // 3, 3 + 2 * max((len(i.views) for i in inputs), default=0)
-                )
+                room = _Room(2 * threads, self.work.memory // 3, 3 + 2 * max((len(i.views) for i in inputs), default=0))
                 for encoded in _ordered(steps, lambda step: encoders.submit(encode_step, step, inputs), encoding, room):
                     for item in encoded:
                         state.take(item)
                         if state.filled >= self._pack_bytes:
                             state.upload(uploader)
-                    if self.progress:
-                        self.progress(sum(e.part.nbytes for e in encoded if e.values))
+                    self.work.done(sum(e.part.nbytes for e in encoded if e.values))
                 state.upload(uploader)
                 state.settle()
             except BaseException:

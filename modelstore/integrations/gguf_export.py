@@ -19,15 +19,15 @@ from modelstore.execute.export_layout import OutFile, Placed
 from modelstore.execute.export_target import Target
 from modelstore.execute.export_write import write
 from modelstore.execute.model_files import model_config
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.format import results
 from modelstore.format.buffers import Bytes
 from modelstore.format.gguf import parse_header
-from modelstore.format.progress import Advance
 from modelstore.format.region import Region, extent
 from modelstore.integrations.gguf_model import GgufModel, Named, gguf_model, rows_in_order, type_of
 from modelstore.integrations.gguf_quants import TYPES, quantize, row_bytes
 from modelstore.integrations.gguf_vocab import Files, Vocabulary, add_tokenizer, read_vocabulary
+from modelstore.plan.work import Work
 from modelstore.sources.gguf import CONTENT, HEADER, SIZE
 
 if TYPE_CHECKING:
@@ -43,9 +43,8 @@ def export_gguf(
     *,
     name: str,
     gguf_type: str | None = None,
-    limits: Limits,
+    work: Work,
     overwrite: bool = False,
-    progress: Advance | None = None,
 ) -> results.Exported:
     """Write a model as one GGUF (v3) file, which takes its name when it is whole; goes on if interrupted.
 
@@ -70,7 +69,7 @@ def export_gguf(
             raise ValueError("the model was saved as the blocks of a GGUF file, and is written so: leave gguf_type out")
         output = _again(reader, path.name)
         with Target(path, [output], single=True, overwrite=overwrite) as target:
-            write(reader, [output], target, limits, progress)
+            write(reader, [output], target, work)
             target.place()
         return results.Exported(str(path), (path.name,), output.size, time.monotonic() - started)
     config = model_config(reader)
@@ -78,7 +77,7 @@ def export_gguf(
     vocabulary = read_vocabulary(_files(reader), config or {}, int(model.values[".vocab_size"]))
     output = layout(model, vocabulary, path.name, name, gguf_type or _default(model))
     with Target(path, [output], single=True, overwrite=overwrite) as target:
-        write(reader, [output], target, limits, progress)
+        write(reader, [output], target, work)
         target.place()
     return results.Exported(str(path), (path.name,), output.size, time.monotonic() - started)
 

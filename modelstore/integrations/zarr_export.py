@@ -22,16 +22,16 @@ import zstandard
 from modelstore import paths
 from modelstore.errors import ConflictError, StorageError
 from modelstore.execute.export_target import writing
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.format import grid, results
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
-from modelstore.format.progress import Advance
 from modelstore.format.region import Shape, slices
 from modelstore.integrations.zarr_nodes import METADATA, Node, Nodes
 from modelstore.integrations.zarr_values import widen
 from modelstore.plan.layout import Share
 from modelstore.plan.read import Want
+from modelstore.plan.work import Work
 
 # Beginning with "__", as no node does.
 _LOCK = "__lock"
@@ -58,11 +58,10 @@ def export_zarr(
     reader: Reader,
     path: Path,
     *,
-    limits: Limits,
+    work: Work,
     overwrite: bool = False,
-    progress: Advance | None = None,
 ) -> results.Exported:
-    """Write every tensor as an array of a Zarr v3 group; `progress` hears of raw bytes as they are written.
+    """Write every tensor as an array of a Zarr v3 group; `work` hears of raw bytes as they are written.
 
     Names, chunks and dtypes are those of the Zarr view (see `docs/zarr.md`), so what Zarr lacks is widened without loss, and
     the attribute `dtype` names the stored dtype; chunks are compressed with zstd. Tied tensors are written under each name.
@@ -83,7 +82,7 @@ def export_zarr(
     try:
         with writing(path):
             documents = _write_documents(nodes, staging)
-        size = _write_chunks(reader, nodes, staging, limits, progress) + documents
+        size = _write_chunks(reader, nodes, staging, work) + documents
         with writing(path):
             _place(staging, path)
     finally:
@@ -189,10 +188,10 @@ def _chunks(nodes: Nodes, reader: Reader) -> Iterator[_Chunk]:
             yield _Chunk(node, index, "/".join((path, "c", *map(str, index))), counts)
 
 
-def _write_chunks(reader: Reader, nodes: Nodes, staging: Path, limits: Limits, progress: Advance | None) -> int:
+def _write_chunks(reader: Reader, nodes: Nodes, staging: Path, work: Work) -> int:
     """Write the chunks that are missing; bytes of all of them."""
     size = 0
-    room = max(1, limits.memory // 16)  # raw bytes on their way: widened and compressed they are five times as much
+    room = max(1, work.memory // 16)  # raw bytes on their way: widened and compressed they are five times as much
     under_way: deque[tuple[Future[int], int, bool]] = deque()
     held = 0
 
@@ -201,11 +200,11 @@ def _write_chunks(reader: Reader, nodes: Nodes, staging: Path, limits: Limits, p
         future, nbytes, counts = under_way.popleft()
         size += future.result()
         held -= nbytes
-        if progress and counts:
-            progress(nbytes)
+        if counts:
+            work.done(nbytes)
 
     chunks = _chunks(nodes, reader)
-    threads = limits.threads or os.cpu_count() or 1
+    threads = work.limits.threads or os.cpu_count() or 1
     with ThreadPoolExecutor(threads, thread_name_prefix="modelstore-zarr") as pool:
         while batch := list(itertools.islice(chunks, _BATCH)):
             _check_space(staging, sum(math.prod(c.node.chunks) * c.node.view.dtype.itemsize for c in batch))
@@ -216,7 +215,7 @@ def _write_chunks(reader: Reader, nodes: Nodes, staging: Path, limits: Limits, p
                 )
                 for c in batch
             ]
-            for number, buffer in reader.stream(wants, limits):
+            for number, buffer in reader.stream(wants, work.unheard()):
                 while under_way and (held + len(buffer) > room or under_way[0][0].done()):
                     finish()
                 held += len(buffer)

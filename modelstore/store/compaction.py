@@ -9,7 +9,7 @@ which some were changed and some not; the next one goes on from there.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,9 +18,9 @@ import numpy as np
 from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError
 from modelstore.format.inventory import Compaction
 from modelstore.format.manifest import DIGEST_BYTES, Base, Manifest, first_problem, form
-from modelstore.format.progress import Advance
 from modelstore.format.record import PACKS, VariantEntry, pack_key
 from modelstore.format.results import Swept
+from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.catalog import Catalog
@@ -41,8 +41,7 @@ def clean(
     dry_run: bool,
     grace: float,
     bound: float,
-    hold: int,
-    meter: Callable[[int], Advance | None],
+    work: Work,
 ) -> Swept:
     """Compact packs of which less than `bound` is live (0: none), then collect garbage; what is dead in packs is said."""
     limit = now_of(repo.storage, dry_run) - grace
@@ -54,8 +53,8 @@ def clean(
         olds, left = victims(opened, bound)
         if found.doubt.problems:  # records that cannot be read would go on naming the old places
             olds, left = [], [f"nothing is rewritten: {one.message}" for one in found.doubt.problems.values()]
-        report = None if dry_run else meter(sum(old.moved for old in olds))
-        done = compact(repo, found, olds, left, hold=hold, dry_run=dry_run, progress=report)
+        heard = work.unheard() if dry_run else work.begin(sum(old.moved for old in olds), "compacting")
+        done = compact(repo, found, olds, left, dry_run=dry_run, work=heard)
     swept = collect(repo, dry_run=dry_run, grace=grace)
     return msgspec.structs.replace(swept, dead=dead, compaction=done)
 
@@ -123,11 +122,10 @@ def compact(
     olds: Sequence[Old],
     left: Sequence[str],
     *,
-    hold: int,
     dry_run: bool,
-    progress: Advance | None = None,
+    work: Work,
 ) -> Compaction:
-    """Rewrite packs, and what refers to them. `hold`: bytes of a pack that may be held in memory.
+    """Rewrite packs, and what refers to them. A sixth of the memory may hold a pack.
 
     A pack with a live chunk of which there is no good copy stays as it is.
     """
@@ -140,17 +138,17 @@ def compact(
     while True:
         news = arrange(chosen)
         try:
-            names = [write(repo, new, hold, progress) for new in news]
+            names = [write(repo, new, work) for new in news]
             break
         except DamagedPackError as error:
             said.append(str(error))
             chosen = [old for old in chosen if old.digest != error.pack]
     places, packs = moved(chosen, news, names)
-    work = _Following(repo, places, packs)
-    changed = work.follow(found.manifests)
+    following = _Following(repo, places, packs)
+    changed = following.follow(found.manifests)
     before = sum(old.size for old in chosen)
     after = sum(len(new.builder.header(new.metadata)) + new.builder.size for new in news)
-    return Compaction(len(chosen), before, after, tuple(changed), (*said, *work.left), dry_run)
+    return Compaction(len(chosen), before, after, tuple(changed), (*said, *following.left), dry_run)
 
 
 def relocated(manifest: Manifest, places: Mapping[str, Moved], packs: Sequence[str]) -> Manifest:

@@ -18,9 +18,9 @@ from modelstore.errors import CorruptionError, NotFoundError
 from modelstore.format.buffers import Buffer, Bytes, Pieces, view
 from modelstore.format.decoding import prepared
 from modelstore.format.manifest import DIGEST_BYTES, FORMAT
-from modelstore.format.progress import Advance
 from modelstore.format.record import pack_key
 from modelstore.format.safetensors import Entry
+from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
 from modelstore.store import packs
 from modelstore.store.packs import METADATA_KEY, PackBuilder, PackNote
@@ -128,8 +128,10 @@ def arrange(olds: Iterable[Old]) -> list[New]:
     return done
 
 
-def write(repo: Repo, new: New, hold: int, progress: Advance | None) -> str:
-    """Write a new pack; its name. Held in memory up to `hold` bytes, above that read twice: for its name, then to be written.
+def write(repo: Repo, new: New, work: Work) -> str:
+    """Write a new pack; its name.
+
+    Where a sixth of the memory cannot hold it, it is read twice: for its name, then to be written.
 
     `DamagedPackError` where a live chunk has no good copy.
     """
@@ -141,15 +143,14 @@ def write(repo: Repo, new: New, hold: int, progress: Advance | None) -> str:
         for old, entries in _by_pack(new.parts):
             yield from _checked((repo.storage, *repo.mirrors), old, entries)
 
-    held = list(data()) if size <= hold else None
+    held = list(data()) if size <= work.memory // 6 else None
     hasher = blake3()
     for piece in held if held is not None else data():
         hasher.update(view(np.frombuffer(piece, np.uint8)))
     digest = hasher.hexdigest()
     # Also where one of that name is there: it was left by another compaction, and nobody has looked at its bytes since.
     repo.storage.put(pack_key(digest), held if held is not None else Pieces(data), size)
-    if progress:
-        progress(new.builder.size)
+    work.done(new.builder.size)
     return digest
 
 

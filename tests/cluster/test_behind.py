@@ -20,9 +20,9 @@ from modelstore.cluster.orders import keepers
 from modelstore.cluster.pieces import Source
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.execute import saving
-from modelstore.execute.reading import Limits
 from modelstore.format.record import tag_key
 from modelstore.plan.placement import Member, View
+from modelstore.plan.work import Limits, Work
 from modelstore.sources.open import open_source
 from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
@@ -137,8 +137,7 @@ def save(nodes: Nodes, gate: Gate, tensors: Any = None, *, model: str = "m", tag
             grid="auto",
             parent=None,
             previous=None,
-            limits=Limits(1 << 28),
-            progress=None,
+            work=Work(Limits(1 << 28)),
             resumable=False,
         )
 

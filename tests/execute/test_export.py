@@ -24,12 +24,13 @@ from modelstore.execute.export import export
 from modelstore.execute.export_layout import STAGING, blocks, directory
 from modelstore.execute.fetch import Fetcher
 from modelstore.execute.loading import Variant
-from modelstore.execute.reading import Limits, Reader
+from modelstore.execute.reading import Reader
 from modelstore.execute.saving import store
 from modelstore.format import grid
 from modelstore.format.checkpoint import Weights
 from modelstore.format.manifest import Manifest, Plane, Tensor
 from modelstore.format.region import is_contiguous, slices
+from modelstore.plan.work import Limits, Work
 from modelstore.sources.open import open_source
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.pool import Pool
@@ -53,8 +54,7 @@ def stored(source: Any, *, codec: str = "lossless", grid: str = "auto", files: A
         grid=grid,
         parent=None,
         previous=None,
-        limits=LIMITS,
-        progress=None,
+        work=Work(LIMITS),
     )
     return Variant(repo, "toy", repo.manifests.entry("toy", done.entry)).reader
 
@@ -143,7 +143,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, n: int) -> Callable[[], int]:
 def test_every_bit_and_every_file(tmp_path: Path, codec: str) -> None:
     reader = stored(weights(), codec=codec, files={"config.json": CONFIG, "a/b.txt": b"x" * 3_000_000})
     seen: list[int] = []
-    done = export(reader, tmp_path / "out", format="hf", limits=LIMITS, progress=seen.append)
+    done = export(reader, tmp_path / "out", format="hf", work=Work(LIMITS, seen.append))
     check_same(load_file(tmp_path / "out/model.safetensors"), weights())
     assert (tmp_path / "out/config.json").read_bytes() == CONFIG
     assert (tmp_path / "out/a/b.txt").read_bytes() == b"x" * 3_000_000
@@ -154,7 +154,7 @@ def test_every_bit_and_every_file(tmp_path: Path, codec: str) -> None:
 
 @pytest.mark.parametrize("limit", [1, 1000, 5_000_000, 30_000_000])
 def test_shards_and_their_index(reader: Reader, tmp_path: Path, limit: int) -> None:
-    done = export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=limit)
+    done = export(reader, tmp_path, format="hf", work=Work(LIMITS), max_shard_bytes=limit)
     check_same(load_folder(tmp_path), weights())
     assert everything(tmp_path) == set(done.files)
     for shard in tmp_path.glob("model-*.safetensors"):
@@ -163,17 +163,17 @@ def test_shards_and_their_index(reader: Reader, tmp_path: Path, limit: int) -> N
 
 
 def test_one_file(reader: Reader, tmp_path: Path) -> None:
-    export(reader, tmp_path / "deep/all.safetensors", format="safetensors", limits=LIMITS)
+    export(reader, tmp_path / "deep/all.safetensors", format="safetensors", work=Work(LIMITS))
     check_same(load_file(tmp_path / "deep/all.safetensors"), weights())
     assert everything(tmp_path) == {"deep/all.safetensors"}
     with pytest.raises(ValueError, match=r"end in \.safetensors"):
-        export(reader, tmp_path / "all.bin", format="safetensors", limits=LIMITS)
+        export(reader, tmp_path / "all.bin", format="safetensors", work=Work(LIMITS))
 
 
 def test_metadata_is_kept(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "in.safetensors", {"format": "pt", "by": "us"})
     for source, expected in [(tmp_path / "in.safetensors", {"format": "pt", "by": "us"}), ({"a": torch.ones(2)}, None)]:
-        export(stored(source), tmp_path / "x.safetensors", format="safetensors", limits=LIMITS, overwrite=True)
+        export(stored(source), tmp_path / "x.safetensors", format="safetensors", work=Work(LIMITS), overwrite=True)
         data = (tmp_path / "x.safetensors").read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         assert header["__metadata__"] == (expected or {"format": "pt"})
@@ -181,7 +181,7 @@ def test_metadata_is_kept(tmp_path: Path) -> None:
 
 def test_no_tensors_at_all(tmp_path: Path) -> None:
     reader = with_manifest(stored({"a": torch.ones(2)}), tensors=())
-    export(reader, tmp_path, format="hf", limits=LIMITS)
+    export(reader, tmp_path, format="hf", work=Work(LIMITS))
     assert load_file(tmp_path / "model.safetensors") == {}
 
 
@@ -190,7 +190,7 @@ def test_a_dtype_that_safetensors_lacks_is_named_before_anything_is_written(tmp_
     reader = stored({"fine": torch.ones(3), "odd.one": torch.ones(4, dtype=dtype)})
     for form, path in [("hf", tmp_path / "out"), ("safetensors", tmp_path / "o.safetensors")]:
         with pytest.raises(UnsupportedError, match=r"'odd\.one'.*complex") as error:
-            export(reader, path, format=form, limits=LIMITS)  # type: ignore[arg-type]
+            export(reader, path, format=form, work=Work(LIMITS))  # type: ignore[arg-type]
         assert error.value.tensor == "odd.one"
     assert not list(tmp_path.iterdir())
 
@@ -223,7 +223,7 @@ def test_transformers_loads_it(tmp_path: Path, kind: str, tied: bool, limit: int
     files = {p.name: p for p in (tmp_path / "hf").glob("*.json")}
     reader = stored(model, files=files)
     assert bool(reader.manifest.aliases) == tied
-    export(reader, tmp_path / "out", format="hf", limits=LIMITS, max_shard_bytes=limit)
+    export(reader, tmp_path / "out", format="hf", work=Work(LIMITS), max_shard_bytes=limit)
     loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -241,15 +241,15 @@ def test_tied_names_are_written_out_where_no_config_says_that_they_are_tied(tmp_
     tensors = {"model.embed_tokens.weight": shared, "lm_head.weight": shared, "other": shared}
     for config in (None, {}, {"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": "yes"}}, []):
         files = {} if config is None else {"config.json": json.dumps(config).encode()}
-        export(stored(tensors, files=files), tmp_path, format="hf", limits=LIMITS, overwrite=True)
+        export(stored(tensors, files=files), tmp_path, format="hf", work=Work(LIMITS), overwrite=True)
         check_same(load_folder(tmp_path), tensors)
     tie = {"config.json": json.dumps({"text_config": {"tie_word_embeddings": True}}).encode()}
     reader = stored(tensors, files=tie)
     seen: list[int] = []
-    export(reader, tmp_path, format="hf", limits=LIMITS, overwrite=True, progress=seen.append)
+    export(reader, tmp_path, format="hf", work=Work(LIMITS, seen.append), overwrite=True)
     assert load_folder(tmp_path).keys() == {"model.embed_tokens.weight", "other"}  # only what is tied by rule
     assert sum(seen) == shared.nbytes
-    export(reader, tmp_path / "x.safetensors", format="safetensors", limits=LIMITS)
+    export(reader, tmp_path / "x.safetensors", format="safetensors", work=Work(LIMITS))
     check_same(load_file(tmp_path / "x.safetensors"), tensors)
 
 
@@ -257,7 +257,7 @@ def test_the_embedding_stays_where_the_head_came_first(tmp_path: Path) -> None:
     shared = torch.randn(32, 8)
     files = {"config.json": b'{"tie_word_embeddings": true}'}
     reader = stored({"lm_head.weight": shared, "model.embed_tokens.weight": shared}, files=files)
-    export(reader, tmp_path, format="hf", limits=LIMITS)
+    export(reader, tmp_path, format="hf", work=Work(LIMITS))
     check_same(load_folder(tmp_path), {"model.embed_tokens.weight": shared})
 
 
@@ -296,7 +296,7 @@ def test_a_tensor_larger_than_the_memory(tmp_path: Path, shape: tuple[int, ...])
     values = torch.arange(np.prod(shape), dtype=torch.int32).reshape(shape)
     reader = stored({"big": values})
     tracemalloc.start()
-    export(reader, tmp_path, format="hf", limits=LIMITS)
+    export(reader, tmp_path, format="hf", work=Work(LIMITS))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     check_same(load_folder(tmp_path), {"big": values})
@@ -310,12 +310,12 @@ def test_it_goes_on_from_finished_shards(reader: Reader, tmp_path: Path) -> None
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, 9)
         with pytest.raises(Killed):
-            export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=1000)
+            export(reader, tmp_path, format="hf", work=Work(LIMITS), max_shard_bytes=1000)
     assert {p.name for p in tmp_path.iterdir()} == {STAGING}
     seen: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         written = killed_at(patch, -1)
-        export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=1000, progress=seen.append)
+        export(reader, tmp_path, format="hf", work=Work(LIMITS, seen.append), max_shard_bytes=1000)
     blocks_in_all = sum(
         len(list(blocks(p.tensor, 4 << 20)))
         for f in directory(reader.manifest, None, [Weights()], 1000)
@@ -347,11 +347,11 @@ def test_it_goes_on_within_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, cut)
         with pytest.raises(Killed):
-            export(reader, tmp_path, format="hf", limits=one)
+            export(reader, tmp_path, format="hf", work=Work(one))
     assert not path.exists()
     with pytest.MonkeyPatch.context() as patch:
         written = killed_at(patch, -1)
-        export(reader, tmp_path, format="hf", limits=one)
+        export(reader, tmp_path, format="hf", work=Work(one))
     assert written() < len(list(blocks(reader.manifest.tensors[0], 4 << 20)))
     check_same(load_file(path), {"big": values})
     assert everything(tmp_path) == {"model.safetensors"}
@@ -377,7 +377,7 @@ def test_of_one_file_nothing_half_written_stays(
 
     monkeypatch.setattr(export_write._Writer, "put", put)
     with pytest.raises(type(error)):
-        export(reader, path, format="safetensors", limits=LIMITS, overwrite=overwrite)
+        export(reader, path, format="safetensors", work=Work(LIMITS), overwrite=overwrite)
     assert puts
     assert everything(tmp_path) == before
 
@@ -387,7 +387,7 @@ def test_an_export_that_found_another_one_at_work_leaves_its_file_alone(reader: 
     outputs = [export_layout.one_file(reader.manifest, path.name, None)]
     with export_target.Target(path, outputs, single=True, overwrite=False):
         with pytest.raises(ConflictError):
-            export(reader, path, format="safetensors", limits=LIMITS)
+            export(reader, path, format="safetensors", work=Work(LIMITS))
         assert (tmp_path / ".x.safetensors.partial" / "lock").exists()
 
 
@@ -406,14 +406,14 @@ def test_killed_while_files_take_their_names(reader: Reader, tmp_path: Path) -> 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "replace", die)
             try:
-                export(reader, out, format="hf", limits=LIMITS, max_shard_bytes=9_000_000)
+                export(reader, out, format="hf", work=Work(LIMITS), max_shard_bytes=9_000_000)
                 break
             except Killed:
                 pass
         assert not (out / "config.json").exists()
         with pytest.raises(ConflictError):  # something else may not go on from here
-            export(stored({"a": torch.ones(2)}), out, format="hf", limits=LIMITS)
-        export(reader, out, format="hf", limits=LIMITS, max_shard_bytes=9_000_000)
+            export(stored({"a": torch.ones(2)}), out, format="hf", work=Work(LIMITS))
+        export(reader, out, format="hf", work=Work(LIMITS), max_shard_bytes=9_000_000)
         check_same(load_folder(out), weights())
         assert not (out / STAGING).exists()
     assert n > 5
@@ -424,8 +424,8 @@ def test_what_lies_there_of_another_export_is_not_used(reader: Reader, tmp_path:
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, 12)
         with pytest.raises(Killed):
-            export(other, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=1000)
-    export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=1000)
+            export(other, tmp_path, format="hf", work=Work(LIMITS), max_shard_bytes=1000)
+    export(reader, tmp_path, format="hf", work=Work(LIMITS), max_shard_bytes=1000)
     check_same(load_folder(tmp_path), weights())
     assert "old.txt" not in everything(tmp_path)
 
@@ -435,7 +435,7 @@ def test_finished_files_are_looked_at_again(reader: Reader, tmp_path: Path, dama
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, 12)
         with pytest.raises(Killed):
-            export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=1000)
+            export(reader, tmp_path, format="hf", work=Work(LIMITS), max_shard_bytes=1000)
     for file in (tmp_path / STAGING / "files").glob("*.safetensors"):
         if damage == "cut":
             os.truncate(file, file.stat().st_size - 1)
@@ -447,7 +447,7 @@ def test_finished_files_are_looked_at_again(reader: Reader, tmp_path: Path, dama
                 opened.write(b"\0")
     if damage == "state":
         (tmp_path / STAGING / "state.json").write_bytes(b'{"files": {"../x": 3}}')
-    export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=1000)
+    export(reader, tmp_path, format="hf", work=Work(LIMITS), max_shard_bytes=1000)
     check_same(load_folder(tmp_path), weights())
 
 
@@ -468,7 +468,7 @@ def planted(reader: Reader, out: Path, **state: Any) -> dict[str, Path]:
 
 def test_what_was_planted_is_not_believed(reader: Reader, tmp_path: Path) -> None:
     planted(reader, tmp_path)
-    export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=9_000_000)
+    export(reader, tmp_path, format="hf", work=Work(LIMITS), max_shard_bytes=9_000_000)
     check_same(load_folder(tmp_path), weights())
     assert (tmp_path / "tokenizer/vocab.txt").read_bytes() == b"a\nb\n"
 
@@ -485,10 +485,10 @@ def test_a_planted_word_that_files_have_their_names_overwrites_nothing(
     before = {path: path.stat().st_ino for path in tmp_path.rglob("*.safetensors")}
     if not overwrite:
         with pytest.raises(ConflictError, match="not empty"):
-            export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=9_000_000)
+            export(reader, tmp_path, format="hf", work=Work(LIMITS), max_shard_bytes=9_000_000)
         assert {path: path.stat().st_ino for path in tmp_path.rglob("*.safetensors")} == before
         return
-    export(reader, tmp_path, format="hf", limits=LIMITS, max_shard_bytes=9_000_000, overwrite=True)
+    export(reader, tmp_path, format="hf", work=Work(LIMITS), max_shard_bytes=9_000_000, overwrite=True)
     check_same(load_folder(tmp_path), weights())
 
 
@@ -514,7 +514,7 @@ def test_nothing_is_touched_through_what_lies_in_the_hidden_folder(
     else:
         link.symlink_to(outside if folder else outside / "x")
     try:
-        export(reader, out, format="hf", limits=LIMITS, max_shard_bytes=9_000_000, overwrite=True)
+        export(reader, out, format="hf", work=Work(LIMITS), max_shard_bytes=9_000_000, overwrite=True)
         check_same(load_folder(out), weights())
     except StorageError as error:
         assert "which is not followed" in str(error)  # noqa: PT017  either is right
@@ -536,8 +536,8 @@ def test_a_file_that_is_swapped_after_it_was_looked_at_is_not_placed(reader: Rea
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_target.Target, "_write_state", swap)
         with pytest.raises(ConflictError, match="was replaced while it was written"):
-            export(reader, tmp_path, format="hf", limits=LIMITS)
-    export(reader, tmp_path, format="hf", limits=LIMITS, overwrite=True)
+            export(reader, tmp_path, format="hf", work=Work(LIMITS))
+    export(reader, tmp_path, format="hf", work=Work(LIMITS), overwrite=True)
     check_same(load_folder(tmp_path), weights())
 
 
@@ -548,14 +548,14 @@ def test_one_export_at_a_time(reader: Reader, tmp_path: Path) -> None:
     def again(self: Any, block: Any, *rest: Any) -> None:
         if not errors:
             try:
-                export(reader, tmp_path, format="hf", limits=LIMITS)
+                export(reader, tmp_path, format="hf", work=Work(LIMITS))
             except ConflictError as error:
                 errors.append(error)
         put(self, block, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_write._Writer, "put", again)
-        export(reader, tmp_path, format="hf", limits=LIMITS)
+        export(reader, tmp_path, format="hf", work=Work(LIMITS))
     assert "at work" in str(errors[0])
     check_same(load_folder(tmp_path), weights())
 
@@ -565,39 +565,39 @@ def test_one_export_at_a_time(reader: Reader, tmp_path: Path) -> None:
 
 def test_what_is_there_is_kept_unless_it_may_be_overwritten(reader: Reader, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    export(reader, out, format="hf", limits=LIMITS, max_shard_bytes=1000)
+    export(reader, out, format="hf", work=Work(LIMITS), max_shard_bytes=1000)
     (out / "mine.txt").write_text("mine")
     (out / "config.json").write_text("old")
     before = everything(out)
     broken = Reader(Fetcher("toy", reader.manifest, MemoryStorage("empty")), None)
     broken.region = reader.region  # type: ignore[method-assign]  # the config may be read
     with pytest.raises(ConflictError, match="not empty"):
-        export(broken, out, format="hf", limits=LIMITS)
+        export(broken, out, format="hf", work=Work(LIMITS))
     assert everything(out) == before
-    export(reader, out, format="hf", limits=LIMITS, overwrite=True)
+    export(reader, out, format="hf", work=Work(LIMITS), overwrite=True)
     assert everything(out) == {"model.safetensors", "config.json", "tokenizer/vocab.txt", "empty.txt", "mine.txt"}
     assert (out / "config.json").read_bytes() == CONFIG
 
     file = tmp_path / "f.safetensors"
     file.write_text("mine")
     with pytest.raises(ConflictError, match="there already"):
-        export(reader, file, format="safetensors", limits=LIMITS)
+        export(reader, file, format="safetensors", work=Work(LIMITS))
     with pytest.raises(ConflictError, match="is a file"):
-        export(reader, file, format="hf", limits=LIMITS, overwrite=True)
+        export(reader, file, format="hf", work=Work(LIMITS), overwrite=True)
     (tmp_path / "d.safetensors").mkdir()
     with pytest.raises(ConflictError, match="is a folder"):
-        export(reader, tmp_path / "d.safetensors", format="safetensors", limits=LIMITS, overwrite=True)
+        export(reader, tmp_path / "d.safetensors", format="safetensors", work=Work(LIMITS), overwrite=True)
     assert file.read_text() == "mine"
-    export(reader, file, format="safetensors", limits=LIMITS, overwrite=True)
+    export(reader, file, format="safetensors", work=Work(LIMITS), overwrite=True)
     check_same(load_file(file), weights())
 
 
 def test_an_overwrite_that_fails_leaves_the_old_as_it_was(reader: Reader, tmp_path: Path) -> None:
-    export(stored(weights(1), files={"config.json": b"{}"}), tmp_path, format="hf", limits=LIMITS)
+    export(stored(weights(1), files={"config.json": b"{}"}), tmp_path, format="hf", work=Work(LIMITS))
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, 5)
         with pytest.raises(Killed):
-            export(reader, tmp_path, format="hf", limits=LIMITS, overwrite=True)
+            export(reader, tmp_path, format="hf", work=Work(LIMITS), overwrite=True)
     check_same(load_folder(tmp_path), weights(1))
 
 
@@ -610,13 +610,13 @@ def test_links_lead_nowhere(reader: Reader, tmp_path: Path) -> None:
     (out / "model.safetensors").symlink_to(outside / "model.safetensors")
     (out / "tokenizer").symlink_to(outside)
     with pytest.raises(ConflictError, match="tokenizer"):
-        export(reader, out, format="hf", limits=LIMITS, overwrite=True)
+        export(reader, out, format="hf", work=Work(LIMITS), overwrite=True)
     (out / "tokenizer").unlink()
     (out / STAGING).symlink_to(outside)
     with pytest.raises(ConflictError, match="is a link"):
-        export(reader, out, format="hf", limits=LIMITS, overwrite=True)
+        export(reader, out, format="hf", work=Work(LIMITS), overwrite=True)
     (out / STAGING).unlink()
-    export(reader, out, format="hf", limits=LIMITS, overwrite=True)
+    export(reader, out, format="hf", work=Work(LIMITS), overwrite=True)
     check_same(load_folder(out), weights())
     assert {p.read_text() for p in outside.iterdir()} == {"precious"}
 
@@ -629,7 +629,7 @@ def test_hostile_file_names(reader: Reader, tmp_path: Path, name: str) -> None:
     bad = msgspec.structs.replace(manifest.files[0], name=name)
     hostile = with_manifest(reader, files=(*manifest.files, bad))
     with pytest.raises(FormatError):
-        export(hostile, tmp_path / "out", format="hf", limits=LIMITS)
+        export(hostile, tmp_path / "out", format="hf", work=Work(LIMITS))
     assert not list(tmp_path.iterdir())
 
 
@@ -639,7 +639,7 @@ def test_hostile_file_names(reader: Reader, tmp_path: Path, name: str) -> None:
 def test_a_file_never_takes_the_weights_place(reader: Reader, tmp_path: Path, name: str) -> None:
     files = tuple(f for f in reader.manifest.files if f.name == "config.json")
     bad = msgspec.structs.replace(files[0], name=name)
-    export(with_manifest(reader, files=(bad, *files)), tmp_path, format="hf", limits=LIMITS)
+    export(with_manifest(reader, files=(bad, *files)), tmp_path, format="hf", work=Work(LIMITS))
     check_same(load_folder(tmp_path), weights())
     assert everything(tmp_path) == {"model.safetensors", "config.json"}
 
@@ -647,7 +647,7 @@ def test_a_file_never_takes_the_weights_place(reader: Reader, tmp_path: Path, na
 def test_a_full_disk_is_seen_beforehand(reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_target.os, "statvfs", lambda _: SimpleNamespace(f_bavail=1000, f_frsize=4096))
     with pytest.raises(StorageError, match=r"needs .* bytes and the disk of .* has 4,096,000 left"):
-        export(reader, tmp_path / "out", format="hf", limits=LIMITS)
+        export(reader, tmp_path / "out", format="hf", work=Work(LIMITS))
     assert not list(tmp_path.iterdir())
 
 
@@ -658,7 +658,7 @@ def test_a_disk_that_fills_up(reader: Reader, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_write.os, "pwrite", full)
         with pytest.raises(StorageError, match="disk is full"):
-            export(reader, tmp_path, format="hf", limits=LIMITS)
+            export(reader, tmp_path, format="hf", work=Work(LIMITS))
     assert {p.name for p in tmp_path.iterdir()} == {STAGING}
-    export(reader, tmp_path, format="hf", limits=LIMITS)
+    export(reader, tmp_path, format="hf", work=Work(LIMITS))
     check_same(load_folder(tmp_path), weights())

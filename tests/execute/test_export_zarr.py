@@ -15,8 +15,8 @@ import torch
 
 from modelstore.errors import ConflictError, StorageError
 from modelstore.execute.loading import Variant
-from modelstore.execute.reading import Limits
 from modelstore.execute.saving import store
+from modelstore.plan.work import Limits, Work
 from modelstore.sources.open import open_source
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.repo import Repo
@@ -36,8 +36,8 @@ def stored(source: dict[str, torch.Tensor]) -> Variant:
     storage = MemoryStorage(uuid.uuid4().hex)
     repo = Repo.on(storage)
     repo.catalog.open(create=True)
-    options: dict[str, Any] = {"codec": "lossless", "grid": "auto", "parent": None, "previous": None, "progress": None}
-    done = store(repo, "toy", open_source(source), limits=LIMITS, **options)
+    options: dict[str, Any] = {"codec": "lossless", "grid": "auto", "parent": None, "previous": None}
+    done = store(repo, "toy", open_source(source), work=Work(LIMITS), **options)
     return Variant(repo, "toy", repo.manifests.entry("toy", done.entry))
 
 
@@ -107,7 +107,7 @@ def killed_at(patch: pytest.MonkeyPatch, n: int) -> list[int]:
 
 def test_zarr_reads_it(model: Variant, tmp_path: Path) -> None:
     seen: list[int] = []
-    done = export_zarr(model.reader, tmp_path / "out.zarr", limits=LIMITS, progress=seen.append)
+    done = export_zarr(model.reader, tmp_path / "out.zarr", work=Work(LIMITS, seen.append))
     check_same(tmp_path / "out.zarr", model)
     assert sum(seen) == model.manifest.nbytes
     assert done.bytes == sum(p.stat().st_size for p in (tmp_path / "out.zarr").rglob("*") if p.is_file())
@@ -117,7 +117,7 @@ def test_zarr_reads_it(model: Variant, tmp_path: Path) -> None:
 
 def test_it_can_be_saved_again(tmp_path: Path) -> None:
     tensors = {"w": torch.randn(700, 900), "n": torch.arange(9)}
-    export_zarr(stored(tensors).reader, tmp_path / "g", limits=LIMITS)
+    export_zarr(stored(tensors).reader, tmp_path / "g", work=Work(LIMITS))
     source = open_source(tmp_path / "g")
     assert {(s.name, s.dtype.name, tuple(s.shape)) for s in source.tensors} == {
         ("w", "float32", (700, 900)),
@@ -131,20 +131,20 @@ def test_it_goes_on_where_it_was_killed(model: Variant, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, 8)
         with pytest.raises(Killed):
-            export_zarr(model.reader, out, limits=LIMITS)
+            export_zarr(model.reader, out, work=Work(LIMITS))
     assert [p.name for p in tmp_path.iterdir()] == [".g.partial"]
     (tmp_path / ".g.partial/embed/c/0/0.partial").write_bytes(b"half")
     seen: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         written = killed_at(patch, -1)
-        export_zarr(model.reader, out, limits=LIMITS, progress=seen.append)
+        export_zarr(model.reader, out, work=Work(LIMITS, seen.append))
     assert written[0] <= sum(t.chunks for t in model.manifest.by_name.values()) - 6
     assert sum(seen) == model.manifest.nbytes
     check_same(out, model)
 
 
 def test_what_was_planted_is_not_believed(model: Variant, tmp_path: Path) -> None:
-    export_zarr(model.reader, tmp_path / "whole", limits=LIMITS)
+    export_zarr(model.reader, tmp_path / "whole", work=Work(LIMITS))
     outside, staging = tmp_path / "outside", tmp_path / ".g.partial"
     outside.mkdir()
     for name in ("0", "x", "zarr.json"):
@@ -162,7 +162,7 @@ def test_what_was_planted_is_not_believed(model: Variant, tmp_path: Path) -> Non
     folder = chunks[-1].parent
     folder.rename(tmp_path / "moved")
     folder.symlink_to(outside)
-    export_zarr(model.reader, tmp_path / "g", limits=LIMITS)
+    export_zarr(model.reader, tmp_path / "g", work=Work(LIMITS))
     check_same(tmp_path / "g", model)
     assert not (tmp_path / "g/extra").exists()
     assert {path.read_text() for path in outside.iterdir()} == {"precious"}
@@ -171,7 +171,7 @@ def test_what_was_planted_is_not_believed(model: Variant, tmp_path: Path) -> Non
 def test_a_target_that_is_a_link_is_the_users_choice(model: Variant, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "g").symlink_to(tmp_path / "real")
-    export_zarr(model.reader, tmp_path / "g", limits=LIMITS)
+    export_zarr(model.reader, tmp_path / "g", work=Work(LIMITS))
     assert (tmp_path / "g").is_symlink()
     check_same(tmp_path / "real", model)
 
@@ -180,8 +180,8 @@ def test_what_lies_there_of_another_export_is_not_used(model: Variant, tmp_path:
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, 8)
         with pytest.raises(Killed):
-            export_zarr(stored(weights(1)).reader, tmp_path / "g", limits=LIMITS)
-    export_zarr(model.reader, tmp_path / "g", limits=LIMITS)
+            export_zarr(stored(weights(1)).reader, tmp_path / "g", work=Work(LIMITS))
+    export_zarr(model.reader, tmp_path / "g", work=Work(LIMITS))
     check_same(tmp_path / "g", model)
 
 
@@ -191,24 +191,24 @@ def test_what_is_there_is_kept(model: Variant, tmp_path: Path) -> None:
     (out / "mine").write_text("mine")
     for overwrite in (False, True):  # not a group: never replaced
         with pytest.raises(ConflictError):
-            export_zarr(model.reader, out, limits=LIMITS, overwrite=overwrite)
+            export_zarr(model.reader, out, work=Work(LIMITS), overwrite=overwrite)
     (out / "mine").unlink()
-    export_zarr(stored({"old": torch.ones(3)}).reader, out, limits=LIMITS)
+    export_zarr(stored({"old": torch.ones(3)}).reader, out, work=Work(LIMITS))
     with pytest.raises(ConflictError, match="not empty"):
-        export_zarr(model.reader, out, limits=LIMITS)
-    export_zarr(model.reader, out, limits=LIMITS, overwrite=True)
+        export_zarr(model.reader, out, work=Work(LIMITS))
+    export_zarr(model.reader, out, work=Work(LIMITS), overwrite=True)
     check_same(out, model)
     (tmp_path / "f").write_text("")
     with pytest.raises(ConflictError, match="is a file"):
-        export_zarr(model.reader, tmp_path / "f", limits=LIMITS, overwrite=True)
+        export_zarr(model.reader, tmp_path / "f", work=Work(LIMITS), overwrite=True)
 
 
 def test_a_disk_without_room(model: Variant, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=10, f_frsize=4096))
         with pytest.raises(StorageError, match="free some"):
-            export_zarr(model.reader, tmp_path / "g", limits=LIMITS)
-    export_zarr(model.reader, tmp_path / "g", limits=LIMITS)
+            export_zarr(model.reader, tmp_path / "g", work=Work(LIMITS))
+    export_zarr(model.reader, tmp_path / "g", work=Work(LIMITS))
     check_same(tmp_path / "g", model)
 
 
@@ -216,7 +216,7 @@ def test_memory_stays_within(tmp_path: Path) -> None:
     values = torch.arange(50_000_000, dtype=torch.int16).view(torch.bfloat16).reshape(5000, 10_000)
     reader = stored({"big": values}).reader
     tracemalloc.start()
-    export_zarr(reader, tmp_path / "g", limits=LIMITS)
+    export_zarr(reader, tmp_path / "g", work=Work(LIMITS))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64 << 20

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import modelstore
-from modelstore.execute.reading import Limits
 from modelstore.execute.verify import verify
 from modelstore.format import grid
 from modelstore.format import manifest as man
 from modelstore.format.names import parse_reference
 from modelstore.format.record import manifest_key, pack_key
 from modelstore.format.results import Report
+from modelstore.plan.work import Limits, Work
 from modelstore.storage.base import Storage
 from modelstore.store.manifests import Manifests
 from modelstore.store.repo import Repo
@@ -47,7 +47,7 @@ def look(small: Small, ref: str | None = "org/m", *, deep: bool, on: Storage | N
     """Verify, as a new process would."""
     storage = on or small.storage
     wanted = parse_reference(ref) if ref else None
-    return verify(Repo.on(storage), wanted, deep=deep, limits=LIMITS)
+    return verify(Repo.on(storage), wanted, deep=deep, work=Work(LIMITS))
 
 
 def places(small: Small, ref: str, tensor: str) -> list[tuple[str, int, int]]:
@@ -69,8 +69,7 @@ def test_a_good_store(codec: str, deep: bool) -> None:
         Repo.on(storage),
         None,
         deep=deep,
-        limits=LIMITS,
-        progress=heard.append,
+        work=Work(LIMITS, heard.append),
     )
     manifest = small.manifest("org/m")
     assert report.ok
@@ -231,7 +230,7 @@ def test_a_tensor_larger_than_memory_is_decoded_in_parts() -> None:
     heard: list[int] = []
     storage = small.storage
     tight = Limits(64 << 10, 2)
-    report = verify(Repo.on(storage), None, deep=True, limits=tight, progress=heard.append)
+    report = verify(Repo.on(storage), None, deep=True, work=Work(tight, heard.append))
     assert report.ok
     assert sum(heard) == sum(t.nbytes for t in tensors.values())
     assert max(heard) <= 64 << 10

@@ -17,6 +17,7 @@ from modelstore.format import handshake as hs
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
 from modelstore.format.sealed import seal
+from modelstore.plan.work import Limits, Work
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.compaction import clean
@@ -308,7 +309,7 @@ def test_a_record_whose_objects_were_collected_does_not_stand_in_for_the_newest(
     store.save("m", weights(1))
     store.save("m", {**weights(2), "head": weights(1)["head"]})
     store.delete("m@1")
-    clean(Repo.on(storage), dry_run=False, grace=0, bound=1.0, hold=1 << 20, meter=lambda _: None)
+    clean(Repo.on(storage), dry_run=False, grace=0, bound=1.0, work=Work(Limits(6 << 20)))
     first = rec.parse_version(storage.get(V2), V2).variants["original"]
     key, manifest = rec.version_key("m", 2, 2), rec.manifest_key("m", first.manifest)
     good = storage.get(key)

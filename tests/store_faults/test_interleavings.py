@@ -19,6 +19,7 @@ import torch
 from modelstore.client import Store
 from modelstore.errors import ConflictError, CorruptionError, ModelStoreError, NotFoundError, StorageError
 from modelstore.format.record import pack_key
+from modelstore.plan import work
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.catalog import Catalog
@@ -61,7 +62,7 @@ def collecting(grace: float = 0) -> Work:
 
 def compacting(storage: Storage) -> Any:
     """Compact packs of which any part is dead, and collect garbage, with no grace."""
-    return clean(Repo.on(storage), dry_run=False, grace=0, bound=1.0, hold=1 << 20, meter=lambda _: None).compaction
+    return clean(Repo.on(storage), dry_run=False, grace=0, bound=1.0, work=work.Work(work.Limits(6 << 20))).compaction
 
 
 def deleting(version: int, then: Work | None = None) -> Work:
