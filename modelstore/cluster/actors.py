@@ -26,7 +26,7 @@ from modelstore.cluster.folders import own_folder
 from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
 from modelstore.cluster.images import Images
 from modelstore.cluster.logs import log_as_json
-from modelstore.cluster.making import Made, Making, Variant
+from modelstore.cluster.making import Made, Making, Unstored
 from modelstore.cluster.mending import BATCH, PERIOD, Mending
 from modelstore.cluster.metrics import HostMetrics
 from modelstore.cluster.pieces import Piece, Source, batches
@@ -153,7 +153,7 @@ class StorageActor:
         return str(self._images.make(model, Limits(_DECODING)))
 
     @ray.method(concurrency_group="make")
-    def make(self, variant: Variant, tensor: str, region: Region) -> Made:
+    def make(self, variant: Unstored, tensor: str, region: Region) -> Made:
         """The planes, with their digests, of a chunk of a variant that is not stored."""
         return self._making.make(variant, tensor, region)
 

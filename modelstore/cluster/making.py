@@ -35,7 +35,7 @@ _SECONDS = 30.0  # that a host may take for a chunk, before the reader makes it 
 Made = Sequence[tuple[bytes, Bytes]]  # each plane's digest and bytes
 
 
-class Variant(msgspec.Struct, frozen=True):
+class Unstored(msgspec.Struct, frozen=True):
     """A variant that is not stored: its original's manifest, and the recipe as JSON."""
 
     source: Source
@@ -50,7 +50,7 @@ class Makers(Protocol):
     def view(self, *, fresh: bool = False) -> View:
         """The members."""
 
-    def ask_to_make(self, member: str, variant: Variant, tensor: str, region: Region) -> Future[Made]:
+    def ask_to_make(self, member: str, variant: Unstored, tensor: str, region: Region) -> Future[Made]:
         """Begin to have a member make a chunk's planes."""
 
     def made(self, member: str, nbytes: int) -> None:
@@ -60,7 +60,7 @@ class Makers(Protocol):
 class MakingReader(FlyReader):
     """As `FlyReader`, with the chunks made by the hosts at home with the original's; what they do not give is made here."""
 
-    def __init__(self, manifest: Manifest, original: Reader, makers: Makers, variant: Variant) -> None:
+    def __init__(self, manifest: Manifest, original: Reader, makers: Makers, variant: Unstored) -> None:
         super().__init__(manifest, original)
         self._makers = makers
         self._variant = variant
@@ -110,7 +110,7 @@ class Making:
         self._open: OrderedDict[bytes, FlyReader] = OrderedDict()
         self._lock = threading.Lock()
 
-    def make(self, variant: Variant, tensor: str, region: Region) -> Made:
+    def make(self, variant: Unstored, tensor: str, region: Region) -> Made:
         """The planes of a chunk with their digests. `NotFoundError` where the model has no such tensor."""
         reader = self._reader(variant)
         found = reader.manifest.by_name.get(tensor)
@@ -118,7 +118,7 @@ class Making:
             raise NotFoundError(f"model {variant.model!r} has no tensor {tensor!r}", model=variant.model, tensor=tensor)
         return [(blake3(view(plane)).digest(), plane) for plane in reader.encoded(found, region)]
 
-    def _reader(self, variant: Variant) -> FlyReader:
+    def _reader(self, variant: Unstored) -> FlyReader:
         key = msgspec.json.encode(variant)
         with self._lock:
             if key not in self._open:
@@ -132,6 +132,6 @@ class Making:
             return self._open[key]
 
 
-def variant_of(source: Source, model: str, digest: str, chosen: Recipe) -> Variant:
+def variant_of(source: Source, model: str, digest: str, chosen: Recipe) -> Unstored:
     """What hosts need to know of a variant."""
-    return Variant(source, model, digest, msgspec.json.encode(chosen))
+    return Unstored(source, model, digest, msgspec.json.encode(chosen))

@@ -27,7 +27,7 @@ from modelstore.cluster.calls import (
 from modelstore.cluster.channel import TLS
 from modelstore.cluster.host import HostStats, local_path
 from modelstore.cluster.images import image_path
-from modelstore.cluster.making import Made, Variant
+from modelstore.cluster.making import Made, Unstored
 from modelstore.cluster.metrics import ReaderMetrics
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.wire import PieceClients, in_thread
@@ -148,7 +148,7 @@ class Session:
         """Have a member get pieces into a tier; bytes that it then holds."""
         return self._future(member, "hold", source, list(parts), tier, pin)
 
-    def ask_to_make(self, member: str, variant: Variant, tensor: str, region: Region) -> Future[Made]:
+    def ask_to_make(self, member: str, variant: Unstored, tensor: str, region: Region) -> Future[Made]:
         """As `Makers.ask_to_make`."""
         return self._future(member, "make", variant, tensor, region)
 
