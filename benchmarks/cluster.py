@@ -110,7 +110,7 @@ def cold(url: str) -> dict[str, float]:
         took = time.perf_counter() - began
         hosts = stores[0].cluster_status().hosts
         by_hosts = sum(host.stats["from_storage"] for host in hosts if host.stats)
-        by_readers = sum(s._session.counts.bytes.get("storage", 0) for s in stores if s._session)
+        by_readers = sum(s.cluster.session.counts.bytes.get("storage", 0) for s in stores if s.cluster)
         return {"fetched": by_hosts + by_readers, "stored": stores[0].describe("bench").stored, "seconds": took}
 
 

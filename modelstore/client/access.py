@@ -15,7 +15,6 @@ from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, U
 from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.loading import Variant
 from modelstore.execute.memory import budget
-from modelstore.execute.reading import Reader
 from modelstore.execute.saving import Against
 from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from modelstore.cluster.orders import Order
     from modelstore.cluster.pieces import Source
     from modelstore.cluster.session import Session
-    from modelstore.compress.fly import FlyReader
+    from modelstore.compress.fly import Maker
 
 T = TypeVar("T")
 
@@ -180,16 +179,16 @@ class Access:
         )
         return made
 
-    def _maker(self, ref: Reference, original: VariantEntry) -> Callable[[Manifest, Reader], FlyReader] | None:
+    def _maker(self, ref: Reference, original: VariantEntry) -> Callable[[Manifest, Manifest], Maker] | None:
         """How a cluster's hosts make chunks of a variant that is not stored; None without a cluster."""
         session = self.session
         if session is None or self.source is None:
             return None
-        from modelstore.cluster.making import MakingReader, variant_of
+        from modelstore.cluster.making import HostMaker, variant_of
         from modelstore.compress.presets import PRESETS
 
         variant = variant_of(self.source, ref.name, original.manifest, PRESETS[ref.variant])
-        return partial(MakingReader, makers=session, variant=variant)
+        return partial(HostMaker, makers=session, variant=variant)
 
     def tell_dense(self, ref: Reference, asked: str, done: Exported) -> None:
         """Say where a compressed variant takes as much outside the store as its original does; `asked` is what it is called."""

@@ -21,7 +21,6 @@ from modelstore.codecs.registry import codec as make_codec
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.fly import FlyReader, unstored
 from modelstore.errors import NotFoundError
-from modelstore.execute.reading import Reader
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
@@ -57,39 +56,42 @@ class Makers(Protocol):
         """So many bytes came from a member."""
 
 
-class MakingReader(FlyReader):
-    """As `FlyReader`, with the chunks made by the hosts at home with the original's; what they do not give is made here."""
+class HostMaker:
+    """Has the hosts at home with the original's chunks make those of a variant; what they do not give, the reader makes."""
 
-    def __init__(self, manifest: Manifest, original: Reader, makers: Makers, variant: Unstored) -> None:
-        super().__init__(manifest, original)
+    def __init__(self, manifest: Manifest, original: Manifest, makers: Makers, variant: Unstored) -> None:
+        self._manifest = manifest
+        self._original = original
         self._makers = makers
         self._variant = variant
+        self._codecs = [make_codec(spec.name, spec.params) for spec in manifest.codecs]
 
-    def encoded(self, tensor: Tensor, region: Region) -> list[Bytes]:
-        """The planes of a chunk, checked."""
-        member = self._maker(tensor, region)
-        if member is not None:
-            # A host that is slow, or died, or sent other bytes: what it would have sent is made here.
-            with contextlib.suppress(Exception):
-                planes = self._makers.ask_to_make(member, self._variant, tensor.name, region).result(timeout=_SECONDS)
-                found = [np.frombuffer(data, np.uint8) for _, data in planes]
-                wanted = len(self.codec(tensor).planes(tensor.kind))
-                digests = [digest for digest, _ in planes]
-                if len(found) == wanted and [blake3(view(data)).digest() for data in found] == digests:
-                    self._makers.made(member, sum(map(len, found)))
-                    return found
-        return super().encoded(tensor, region)
+    def made(self, tensor: Tensor, region: Region) -> list[Bytes] | None:
+        """The planes of a chunk, checked; None where no host gave them."""
+        member = self._home(tensor, region)
+        if member is None:
+            return None
+        # A host that is slow, or died, or sent other bytes: what it would have sent is made by the reader.
+        with contextlib.suppress(Exception):
+            planes = self._makers.ask_to_make(member, self._variant, tensor.name, region).result(timeout=_SECONDS)
+            found = [np.frombuffer(data, np.uint8) for _, data in planes]
+            wanted = len(self._codecs[tensor.codec].planes(tensor.kind))
+            digests = [digest for digest, _ in planes]
+            if len(found) == wanted and [blake3(view(data)).digest() for data in found] == digests:
+                self._makers.made(member, sum(map(len, found)))
+                return found
+        return None
 
-    def _maker(self, tensor: Tensor, region: Region) -> str | None:
+    def _home(self, tensor: Tensor, region: Region) -> str | None:
         """The home of the original's chunk, or for codecs that look at more than a chunk, of the tensor's first one."""
         members = self._makers.view().members
-        source = self._original.manifest.by_name[tensor.name]
+        source = self._original.by_name[tensor.name]
         if not members or not source.planes:
             return None
         chunk = 0
-        if not looks_ahead(self.manifest.codecs[tensor.codec]):
+        if not looks_ahead(self._manifest.codecs[tensor.codec]):
             chunk = int(grid.touching(source.shape, source.chunk, region)[0])
-        parts = pieces(self._original.manifest, [source.planes[0].first + chunk])
+        parts = pieces(self._original, [source.planes[0].first + chunk])
         at = int(holders(View(0, members), section_keys(parts), 1)[0, 0])
         return members[at].id
 

@@ -29,16 +29,29 @@ class Holding(Protocol):
         """So many bytes had to be read from the storage instead."""
 
 
-@dataclass
-class ClusterFetcher(Fetcher):
-    """Chunks of one manifest from a cluster's hosts; what they do not have, or have wrong, from the storage as without."""
+@dataclass(frozen=True)
+class ClusterFetcher:
+    """Chunks of one manifest from a cluster's hosts; what they do not have, or have wrong, as `stored` has it."""
 
-    holding: Holding | None = None
-    source: Source | None = None
+    stored: Fetcher
+    holding: Holding
+    source: Source
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Hosts are asked by this process: what is unpickled elsewhere reads the storage."""
-        return Fetcher, (self.model, self.manifest, self.storage, self.mirrors)
+        return self.stored.__reduce__()
+
+    @property
+    def model(self) -> str:
+        return self.stored.model
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.stored.manifest
+
+    @property
+    def bytes_read(self) -> int:
+        return self.stored.bytes_read
 
     @property
     def local(self) -> bool:
@@ -48,19 +61,20 @@ class ClusterFetcher(Fetcher):
     def elsewhere(self) -> bool:
         return True
 
-    def over(self, manifest: Manifest) -> Fetcher:
-        return ClusterFetcher(
-            self.model, manifest, self.storage, self.mirrors, holding=self.holding, source=self.source
-        )
+    def over(self, manifest: Manifest) -> ClusterFetcher:
+        """The same for another manifest of the model."""
+        return ClusterFetcher(self.stored.over(manifest), self.holding, self.source)
+
+    def direct(self, row: int, out: Bytes, tensor: str, chunk: int) -> None:
+        """One row's bytes, from the storage: hosts are asked for jobs."""
+        self.stored.direct(row, out, tensor, chunk)
 
     def ranges(self, job: ReadJob, wants: Sequence[Want]) -> dict[int, Bytes]:
         """As `Fetcher.ranges`, each row checked."""
-        assert self.holding is not None
-        assert self.source is not None
         rows = [row for chunk in job.chunks for row in chunk.rows]
         parts = pieces(self.manifest, rows)
         given = self.holding.read(self.source, list({part.digest: part for part in parts if part.length}.values()))
-        self.count(sum(len(data) for data in given.values()))
+        self.stored.count(sum(len(data) for data in given.values()))
         found: dict[int, Bytes] = {}
         for row, part in zip(rows, parts, strict=True):
             data = given.get(part.digest)
@@ -74,7 +88,7 @@ class ClusterFetcher(Fetcher):
         if left:
             rest = read_job(self.manifest, left, job.nbytes)
             self.holding.passed(rest.fetched)
-            found |= super().ranges(rest, wants)
+            found |= self.stored.ranges(rest, wants)
         return found
 
 
@@ -85,6 +99,6 @@ class ClusterFetching:
     holding: Holding
     source: Source
 
-    def __call__(self, model: str, manifest: Manifest, storage: Storage, mirrors: Sequence[Storage]) -> Fetcher:
+    def __call__(self, model: str, manifest: Manifest, storage: Storage, mirrors: Sequence[Storage]) -> ClusterFetcher:
         """A fetcher of one manifest."""
-        return ClusterFetcher(model, manifest, storage, mirrors, holding=self.holding, source=self.source)
+        return ClusterFetcher(Fetcher(model, manifest, storage, mirrors), self.holding, self.source)

@@ -7,7 +7,7 @@ the original's region of a chunk instead of its planes, and encodes them; everyt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -32,10 +32,10 @@ _LADDER = "ladder"
 _SLAB = 32 << 20  # bytes of a tensor that are kept while a codec looks at it, at most
 
 
-def unstored(
-    original: Variant, recipe: Recipe, reader: Callable[[Manifest, Reader], FlyReader] | None = None
-) -> Variant:
-    """A variant of a model, opened for reading though it is not stored. `reader` makes its reader, if not here.
+def unstored(original: Variant, recipe: Recipe, maker: Callable[[Manifest, Manifest], Maker] | None = None) -> Variant:
+    """A variant of a model, opened for reading though it is not stored.
+
+    `maker`, of its manifest and the original's, says who else makes its chunks.
 
     `UnsupportedError` for a recipe that needs the whole model before its first chunk, or that stores the original anew;
     `ValueError` where it compresses nothing.
@@ -48,8 +48,9 @@ def unstored(
             f"it {why}: make it with compress({original.name!r}, {recipe.name!r})",
             model=original.name,
         )
+    manifest = planned(original.manifest, original.config(), recipe)
     return original.read_by(
-        (reader or FlyReader)(planned(original.manifest, original.config(), recipe), original.reader)
+        FlyReader(manifest, original.reader, maker(manifest, original.manifest) if maker is not None else None)
     )
 
 
@@ -70,12 +71,23 @@ def planned(original: Manifest, config: Mapping[str, Any] | None, recipe: Recipe
     return msgspec.structs.replace(original, codecs=tuple(codecs), tensors=tuple(tensors))
 
 
-class FlyReader(Reader):
-    """Reads a variant that is not stored, of a manifest that `planned` made. `original` reads what it is made of."""
+class Maker(Protocol):
+    """Who else can make the chunks of a variant that is not stored."""
 
-    def __init__(self, manifest: Manifest, original: Reader) -> None:
+    def made(self, tensor: Tensor, region: Region) -> list[Bytes] | None:
+        """The planes of a chunk, checked; None where they are to be made here."""
+
+
+class FlyReader(Reader):
+    """Reads a variant that is not stored, of a manifest that `planned` made.
+
+    `original` reads what it is made of; `maker` is asked for each chunk first.
+    """
+
+    def __init__(self, manifest: Manifest, original: Reader, maker: Maker | None = None) -> None:
         super().__init__(original.fetcher.over(manifest), original._base)
         self._original = original
+        self._maker = maker
         self._slab = _SLAB
         self._encoders: dict[str, Encoder] = {}
         self._lock = Lock()
@@ -107,6 +119,10 @@ class FlyReader(Reader):
 
     def encoded(self, tensor: Tensor, region: Region) -> list[Bytes]:
         """The planes of a chunk: as the job encodes it, that makes variants which are stored."""
+        given = self._maker.made(tensor, region) if self._maker is not None else None
+        return given if given is not None else self._made_here(tensor, region)
+
+    def _made_here(self, tensor: Tensor, region: Region) -> list[Bytes]:
         source = self._original.manifest.by_name[tensor.name]
         with self._lock:
             encode = self._encoders.get(tensor.name)

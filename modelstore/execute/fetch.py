@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -22,6 +22,39 @@ from modelstore.store.heal import replace_pack
 from modelstore.store.moved import moved
 
 log = logging.getLogger("modelstore")
+
+
+class ChunkSource(Protocol):
+    """Where the encoded chunks of one manifest come from: the storage, a cluster's hosts. Whatever it gives is checked."""
+
+    @property
+    def model(self) -> str:
+        """The model's name, for errors."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Whose chunks they are."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Encoded bytes that came from the storage, a mirror or hosts so far, gaps between ranges among them."""
+
+    @property
+    def local(self) -> bool:
+        """Whether the packs are read as local files."""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether bytes may come from elsewhere than the store, and say nothing of what lies in it."""
+
+    def over(self, manifest: Manifest) -> ChunkSource:
+        """The same for another manifest of the model."""
+
+    def ranges(self, job: ReadJob, wants: Sequence[Want]) -> dict[int, Bytes]:
+        """The encoded bytes of each of the job's rows. They may lie in this thread's memory until its next job."""
+
+    def direct(self, row: int, out: Bytes, tensor: str, chunk: int) -> None:
+        """Read one row's bytes straight to where they belong."""
 
 
 @dataclass
@@ -178,5 +211,5 @@ class Fetcher:
 
 
 Fetching = Callable[
-    [str, Manifest, Storage, Sequence[Storage]], Fetcher
-]  # (model, manifest, storage, mirrors) → fetcher
+    [str, Manifest, Storage, Sequence[Storage]], ChunkSource
+]  # (model, manifest, storage, mirrors) → where its chunks come from

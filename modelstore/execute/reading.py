@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError
-from modelstore.execute.fetch import Fetcher
+from modelstore.execute.fetch import ChunkSource
 from modelstore.execute.flow import flow
 from modelstore.execute.memory import Arena
 from modelstore.format.buffers import Buffer, Bytes
@@ -28,7 +28,7 @@ Allocate = Callable[[int, int], Bytes]  # (the want's place in the list, bytes) 
 class Reader:
     """Reads one manifest's tensors."""
 
-    def __init__(self, fetcher: Fetcher, base: Reader | None) -> None:
+    def __init__(self, fetcher: ChunkSource, base: Reader | None) -> None:
         self._fetcher = fetcher
         self._base = base
         try:
@@ -45,7 +45,7 @@ class Reader:
         return self._fetcher.manifest
 
     @property
-    def fetcher(self) -> Fetcher:
+    def fetcher(self) -> ChunkSource:
         """Where the chunks come from."""
         return self._fetcher
 

@@ -122,7 +122,7 @@ def test_each_byte_leaves_the_storage_once(store: ms.Store, url: str) -> None:
     assert len(found) == 4
     assert all(equal(one, tensors()) for one in found)
     assert fetched(store) - before <= 1.02 * stored
-    assert all(s._session is not None and s._session.counts.bytes.get("storage", 0) == 0 for s in stores)
+    assert all(s.cluster is not None and s.cluster.session.counts.bytes.get("storage", 0) == 0 for s in stores)
     until(lambda: held(store) >= 1.9 * stored)  # the second copy of each chunk follows, from host to host
     assert fetched(store) - before <= 1.02 * stored
 

@@ -151,7 +151,7 @@ def test_the_control_plane_stops_for_a_while(nodes: Any, store: ms.Store, url: s
 
     gcs = nodes.head_node.all_processes["gcs_server"][0].process.pid
     reader = ms.open(url, cluster="auto")
-    session = reader._session
+    session = reader.cluster.session
     assert session is not None
     victim = store.cluster_status().hosts[0].member
     ray.kill(actor(host_name(victim)))
