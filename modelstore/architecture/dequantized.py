@@ -48,6 +48,8 @@ def dequantized(tensors: Described, config: Config | None) -> tuple[dict[str, De
     `UnsupportedError` where one of the quantized tensors is of a method whose rule is not known here.
     """
     already = quantized({name: dtype for name, (dtype, _) in tensors.items()})
+    if not already and method(config) is None:
+        raise UnsupportedError("the checkpoint is not quantized, and is compressed as it is: leave out requantize")
     made = {one.codes: one for one in (*_fp8(tensors, already, config), *_mxfp4(tensors, already, config))}
     members = {name for one in made.values() for name in (one.codes, one.scales)}
     members |= {name for name in already if name.rpartition(".")[2] in _BESIDE}

@@ -286,11 +286,12 @@ FAMILIES = MappingProxyType(
         "modernbert-decoder": _family(_MODERNBERT, 12),
         **dict.fromkeys(
             (
-                *("big_bird", "camembert", "data2vec-text", "ernie", "rembert", "roberta-prelayernorm", "roc_bert"),
+                *("big_bird", "camembert", "data2vec-text", "ernie", "roberta-prelayernorm", "roc_bert"),
                 "roformer",
             ),
             _family(_BERT, 12),
         ),
+        "rembert": _family(_BERT, 18),
         "electra": _family(_BERT, 4),
         "bert-generation": _family(_BERT, 16),
         "megatron-bert": _family(_BERT, 16),

@@ -163,6 +163,12 @@ def test_what_cannot_be_computed_is_refused(store: ms.Store, by: str) -> None:
     assert list(store.versions("m")[0].variants) == ["original"]
 
 
+def test_what_is_not_quantized(store: ms.Store) -> None:
+    store.save("m", {"a.weight": torch.ones(64, 64)}, files={"config.json": b'{"model_type": "llama"}'})
+    with pytest.raises(UnsupportedError, match="is not quantized, and is compressed as it is: leave out requantize"):
+        store.compress("m", "int4", requantize=True)
+
+
 def test_a_tensor_that_is_there_twice(store: ms.Store) -> None:
     experts = "model.layers.0.mlp.experts.down_proj"
     tensors = {

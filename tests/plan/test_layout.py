@@ -52,7 +52,7 @@ SPECIAL: dict[str, dict[str, object]] = {
     **{
         kind: {
             **{"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96},
-            **{"encoder_attention_heads": 8, "decoder_attention_heads": 8},
+            **{"encoder_attention_heads": 8, "decoder_attention_heads": 8, "num_key_value_heads": 8},
         }
         for kind in (
             *(
