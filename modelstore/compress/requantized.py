@@ -100,7 +100,7 @@ class RequantizedReader(Reader):
     """Reads weights that are made of others; all else as it is stored."""
 
     def __init__(self, original: Reader, made: Mapping[str, Dequantized]) -> None:
-        super().__init__(original.fetcher, original._base)
+        super().__init__(original.fetcher, original.base)
         self._original, self._made = original, made
 
     def read_into(self, tensor: Tensor, region: Region, out: Bytes) -> None:
