@@ -25,7 +25,10 @@ HERE = {  # what a page names, and what there is on this machine
     "torch.distributed.barrier()": "pass",
     "(32000, 4096)": "(4096, 256)",
 }
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("guide", "compression", "layouts", "live", "zarr", "sources"))]
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("guide", "python", "compression", "layouts", "live", "zarr", "sources")),
+]
 
 pytestmark = pytest.mark.slow
 
