@@ -12,16 +12,19 @@ import msgspec
 
 from modelstore.client.base import Base
 from modelstore.client.clustered import acknowledged, in_cluster, saved
+from modelstore.errors import ConflictError
 from modelstore.execute.saving import Outcome, check_options, publish, store
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.note import note
 from modelstore.format.progress import Progress
+from modelstore.format.record import VersionRecord
 from modelstore.format.region import nbytes
 from modelstore.sources.choosing import Choice
 from modelstore.sources.open import check_holds, open_source
 from modelstore.store.relying import again
 from modelstore.store.repo import Repo
+from modelstore.store.shelf import Shelf
 
 if TYPE_CHECKING:
     from modelstore.sources.open import Openable
@@ -235,7 +238,8 @@ class Saving(Base):
         Raises:
             NotFoundError: Ranks, which are named, have no part.
             ConflictError: Ranks' slices of a tensor overlap, leave something out, or contradict each other; nothing is visible
-                then.
+                then. Or the version that the session became was deleted since.
+            CorruptionError: A pack of a part, or of the version that the session became, is damaged.
 
         Example:
             >>> store.publish("acme/llama", f"step-{step}", ranks=8, tag="nightly")
@@ -279,7 +283,7 @@ class Saving(Base):
             reused = manifest.stored_in(old)
             stored = manifest.stored - reused
         else:
-            record = self.repo.catalog.version(name, version)
+            record = self._published(name, session, version)
         if tag is not None:
             self.repo.catalog.set_tag(name, tag, record.version, uuid.uuid4().hex)
         entry = record.variants["original"]
@@ -294,6 +298,19 @@ class Saving(Base):
             time.monotonic() - started,
             entry.manifest,
         )
+
+    def _published(self, name: str, session: str, version: int) -> VersionRecord:
+        """The version that a session became, if it is there and whole."""
+        record = self.repo.catalog.version(name, version)
+        if record.deleted:
+            raise ConflictError(
+                f"session {session!r} of model {name!r} was published as version {version}, which was deleted since: give a new "
+                f"one another name",
+                model=name,
+            )
+        manifest = self.repo.manifests.entry(name, record.variants["original"])
+        Shelf(self.repo.storage).require(name, manifest.packs)
+        return record
 
     def flush(self, timeout: float | None = None) -> list[results.Saved]:
         """Wait until every save of this object with `ack="memory"` is in the storage.

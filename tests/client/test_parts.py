@@ -414,6 +414,19 @@ def test_a_pack_that_was_damaged_since_its_part_was_saved_is_named_before_anythi
     assert not list(store.models())
 
 
+def test_a_session_that_was_published_is_looked_at_before_it_is_said_to_be_there() -> None:
+    small = Small.new()
+    small.store.save_part("m", {"a": torch.randn(50)}, session="s", rank=0, ranks=1)
+    small.store.publish("m", "s", ranks=1)
+    pack = pack_key(small.manifest("m").packs[0])
+    small.damage(pack, lambda data: data.__setitem__(-1, data[-1] ^ 1))
+    with pytest.raises(CorruptionError, match="damaged"):
+        open_on(small.storage).publish("m", "s", ranks=1)
+    small.store.delete("m@1")
+    with pytest.raises(ConflictError, match="version 1, which was deleted since"):
+        open_on(small.storage).publish("m", "s", ranks=1)
+
+
 def _packs_of(small: Small, session: str) -> set[str]:
     from modelstore.execute.parts import read_parts
 
