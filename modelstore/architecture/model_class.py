@@ -145,7 +145,9 @@ def _check_counts(config: Any) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)
         most = _MOST if _COUNTS.fullmatch(str(key)) else _LARGEST
         if whole and value > most:
-            raise UnsupportedError(f"config.json says {str(key)[:80]} = {str(value)[:80]}, more than {most}")
+            raise UnsupportedError(
+                f"config.json says {str(key)[:80]} = {str(value)[:80]}, more than {most} (mend config.json)"
+            )
 
 
 @contextmanager
