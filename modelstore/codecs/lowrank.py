@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from modelstore.codecs import byteplanes, check, levels
+from modelstore.codecs import byteplanes, check, decompose, levels
 from modelstore.codecs.kernels.product import product
 from modelstore.codecs.levels import TILE
 from modelstore.codecs.numbers import Floats, from_float32
@@ -21,9 +21,7 @@ from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.region import Region, Shape, extent, full
 
-Doubles: TypeAlias = NDArray[np.float64]
-
-_BAND = 16 << 20  # bytes that are read at once
+_HELD = 8 << 20  # bytes of factors that are kept for regions to come
 _RANK = 4  # bytes of the rank before the factors of `left`
 
 
@@ -98,29 +96,42 @@ class LowRank(WeightCodec):
             return max(1, int(self.ratio * rows * columns / (rows + columns)))
         return self.rank
 
-    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
-        """Decompose: through the smaller of the two Gram matrices, in float64, read in bands of the tensor.
+    def memory(self, shape: Shape, dtype: DType) -> int:
+        """Bytes that are held while a matrix is decomposed, and factors of matrices of the tensor after that."""
+        count, rows, columns = _stack(shape)
+        rank = self._rank(rows, columns)
+        factors = (rank or min(rows, columns)) * (rows + columns) * factor_dtype(dtype).itemsize
+        return decompose.memory(rows, columns, rank) + factors * min(2, count)
 
-        In memory are that Gram matrix and its eigenvectors (16 bytes × the square of the shorter side, some three times over) and
-        the factors; of a tensor never more than a band.
+    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
+        """Decompose each matrix when its first region is encoded (`decompose`), by energy all of them before that.
+
+        In memory are what `memory` says: of a stack the factors of a few matrices, of a tensor never more than a band.
         """
         count, rows, columns = _stack(shape)
-        ranks = [self._rank(rows, columns)] * count
-        if self.energy:
-            ranks = [_enough(_squares(_gram(read, shape, dtype, i)), self.energy) for i in range(count)]
-        rank = min(max(ranks), rows, columns)
+        bands = [_bands(read, shape, dtype, index) for index in range(count)]
+        needed = [decompose.enough(one, self.energy) if self.energy else self._rank(rows, columns) for one in bands]
+        rank = min(max(needed), rows, columns)
         stored = factor_dtype(dtype)
-        pairs = [_factors(read, shape, dtype, i, rank) for i in range(count)]
-        left = [np.frombuffer(levels.narrowed(one, stored), np.uint8).reshape(rows, -1) for one, _ in pairs]
-        right = [np.frombuffer(levels.narrowed(two, stored), np.uint8).reshape(rank, -1) for _, two in pairs]
+        most = float(levels.limit(stored))
+
+        def narrowed(numbers: decompose.Reals) -> Bytes:
+            raw = levels.narrowed(np.clip(numbers, -most, most).astype(np.float32), stored)
+            return np.frombuffer(raw, np.uint8).reshape(len(numbers), -1)
+
+        pairs = _Recent(lambda index: decompose.factors(bands[index], rank, narrowed))
 
         def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
             check.values(values, extent(region), dtype)
             matrices, (a, b), (c, d) = _place(region, shape)
             c, d = c * stored.itemsize, d * stored.itemsize
-            one = np.concatenate([left[i][a:b].reshape(-1) for i in matrices])
-            two = np.concatenate([np.ascontiguousarray(right[i][:, c:d]).reshape(-1) for i in matrices])
+            ones, twos = [], []
+            for index in matrices:
+                left, right = pairs.get(index)
+                ones.append(left[a:b].reshape(-1))
+                twos.append(np.ascontiguousarray(right[:, c:d]).reshape(-1))
             head = np.array([rank], "<u4").view(np.uint8)
+            one, two = np.concatenate(ones), np.concatenate(twos)
             return np.concatenate([head, byteplanes.encode(one, stored)]), byteplanes.encode(two, stored)
 
         return encode
@@ -196,74 +207,38 @@ def _place(region: Region, shape: Shape) -> tuple[list[int], tuple[int, int], tu
     return boxes.reshape(-1).tolist(), region[-2], region[-1]
 
 
-def _regions(shape: Shape, dtype: DType, index: int) -> list[tuple[int, int, Region]]:
-    """One matrix of a tensor in bands of whole rows: first row, number of rows, region."""
+def _bands(read: ReadValues, shape: Shape, dtype: DType, index: int) -> decompose.Bands:
+    """One matrix of a tensor, which is read in bands of whole rows."""
     _, rows, columns = _stack(shape)
-    step = max(1, _BAND // max(1, columns * dtype.itemsize))
     lead: Region = ()
     rest: Region = full(shape)[1:]
     if not is_convolution(shape):
         at = np.unravel_index(index, shape[:-2]) if len(shape) > 2 else ()
         lead, rest = tuple((int(i), int(i) + 1) for i in at), full(shape)[-1:]
-    return [(a, min(step, rows - a), (*lead, (a, min(rows, a + step)), *rest)) for a in range(0, rows, step)]
+
+    def band(a: int, b: int) -> Floats:
+        return levels.numbers(read((*lead, (a, b), *rest)), dtype).reshape(b - a, columns)
+
+    return decompose.Bands(rows, columns, max(1, decompose.BAND // max(1, columns * dtype.itemsize)), band)
 
 
-def _band(read: ReadValues, region: Region, columns: int, dtype: DType) -> Doubles:
-    return levels.numbers(read(region), dtype).reshape(-1, columns).astype(np.float64)
+class _Recent:
+    """The factors of the matrices that were asked for last: a region is of one, or of some that lie beside each other."""
 
+    def __init__(self, make: Callable[[int], tuple[Bytes, Bytes]]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._held: dict[int, tuple[Bytes, Bytes]] = {}
 
-def _gram(read: ReadValues, shape: Shape, dtype: DType, index: int) -> Doubles:
-    """A · Aᵀ or Aᵀ · A, whichever is smaller."""
-    _, rows, columns = _stack(shape)
-    bands = _regions(shape, dtype, index)
-    if columns <= rows:
-        gram: Doubles = np.zeros((columns, columns))
-        for _, _, region in bands:
-            band = _band(read, region, columns, dtype)
-            gram += band.T @ band
-        return gram
-    gram = np.empty((rows, rows))
-    for i, (a, n, one) in enumerate(bands):
-        upper = _band(read, one, columns, dtype)
-        for b, m, two in bands[i:]:
-            lower = upper if a == b else _band(read, two, columns, dtype)
-            gram[a : a + n, b : b + m] = upper @ lower.T
-            gram[b : b + m, a : a + n] = gram[a : a + n, b : b + m].T
-    return gram
-
-
-def _squares(gram: Doubles) -> Doubles:
-    """Squared singular values, ascending."""
-    return np.linalg.eigvalsh(gram).astype(np.float64, copy=False)
-
-
-def _enough(squares: Doubles, energy: float) -> int:
-    """The smallest rank that keeps that share, of ascending squared singular values."""
-    found = np.cumsum(np.maximum(squares[::-1], 0))
-    return int(np.searchsorted(found, energy * found[-1])) + 1 if found[-1] > 0 else 1
-
-
-def _factors(read: ReadValues, shape: Shape, dtype: DType, index: int, rank: int) -> tuple[Floats, Floats]:
-    """(left, right) of one matrix, float32, each with the square roots of the singular values."""
-    _, rows, columns = _stack(shape)
-    squares, vectors = np.linalg.eigh(_gram(read, shape, dtype, index))
-    vectors = np.ascontiguousarray(vectors[:, ::-1][:, :rank])
-    largest = np.abs(vectors).argmax(axis=0)
-    vectors *= np.where(vectors[largest, np.arange(rank)] < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
-    roots = np.maximum(squares[::-1][:rank], 0) ** 0.25
-    inverse = np.divide(1.0, roots, out=np.zeros(rank), where=roots > roots[:1] * 1e-5)
-    other = np.zeros((rows, rank)) if columns <= rows else np.zeros((rank, columns))
-    for a, n, region in _regions(shape, dtype, index):
-        band = _band(read, region, columns, dtype)
-        if columns <= rows:
-            other[a : a + n] = band @ vectors
-        else:
-            other += vectors[a : a + n].T @ band
-    most = float(levels.limit(factor_dtype(dtype)))
-    scaled, solved = vectors * roots, other * (inverse if columns <= rows else inverse[:, None])
-    pair = (solved, scaled.T) if columns <= rows else (scaled, solved)
-    one, two = (np.ascontiguousarray(np.clip(part, -most, most), np.float32) for part in pair)
-    return one, two
+    def get(self, index: int) -> tuple[Bytes, Bytes]:
+        """(left, right) of a matrix; those of others are let go beyond two, or some megabytes."""
+        with self._lock:
+            pair = self._held.pop(index, None) or self._make(index)
+            self._held[index] = pair
+            most = max(2, _HELD // max(1, pair[0].nbytes + pair[1].nbytes))
+            while len(self._held) > most:
+                del self._held[next(iter(self._held))]
+            return pair
 
 
 def _stored(planes: Sequence[Buffer], shape: Shape, dtype: DType) -> tuple[tuple[Bytes, Bytes], Any]:

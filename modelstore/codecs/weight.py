@@ -133,6 +133,10 @@ class WeightCodec:
         """Bytes that a tensor is stored in: exact, or where planes are entropy-coded an estimate."""
         raise NotImplementedError
 
+    def memory(self, shape: Shape, dtype: DType) -> int:  # noqa: ARG002
+        """Bytes that `fit` and what it returns hold for a tensor, bands of some MiB aside, where these are many."""
+        return 0
+
     def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:  # noqa: ARG002
         """Look at a whole tensor, region by region, before it is encoded; how its regions are then.
 

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from modelstore.architecture.parallel import axes
+from modelstore.compress.budget import check_memory
 from modelstore.compress.job import encoder
 from modelstore.compress.plan import plan_compression, tensor_plan, weight_codec
 from modelstore.errors import UnsupportedError
@@ -102,6 +103,8 @@ class FlyReader(Reader):
         bounded: bool = True,
     ) -> Iterator[tuple[int, T]]:
         """As `Reader.flow`. What codecs found in whole tensors is let go tensor by tensor, except where one is read alone."""
+        made = [want.tensor for want in wants if not want.tensor.planes and want.tensor.nbytes]
+        check_memory(((tensor, self.manifest.codecs[tensor.codec]) for tensor in made), work.memory)
         less = work.within(
             work.memory // 3, work.limits.threads
         )  # a thread holds the original's chunks, and a slab of it, too

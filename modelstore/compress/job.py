@@ -18,6 +18,7 @@ import numpy as np
 from modelstore.architecture.parallel import axes
 from modelstore.codecs.ladder import Ladder
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
+from modelstore.compress.budget import check_memory
 from modelstore.compress.codes import Codes, encoder_of
 from modelstore.compress.devices import fit_on
 from modelstore.compress.kept import keep_architecture, metrics
@@ -128,6 +129,8 @@ def compress(
         _check_free(parent.record, variants)
         if recipe.prune is not None:
             plan = with_threshold(plan, recipe.prune, parent.manifest, parent.reader, work)
+        held = check_memory(((parent.manifest.by_name[c.name], c.codec) for c in plan.compressed), work.memory)
+        work = work.within(max(work.memory - held, work.memory // 4), work.limits.threads)
     axis = axes(parent.config, known=parent.manifest.architecture) if parent.config else None
     inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed] + parent.file_inputs()
     tally = Tally()

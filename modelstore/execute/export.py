@@ -67,8 +67,10 @@ def export(
     elif format == "hf":
         if max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")
-        places = checkpoint.places({file.name for file in manifest.files}, json_object(reader, checkpoint.PIPELINE))
-        outputs = directory(manifest, model_config(reader), places, max_shard_bytes, packed, instead)
+        config = model_config(reader)
+        files, names = {file.name for file in manifest.files}, {tensor.name for tensor in manifest.tensors}
+        places = checkpoint.places(files, names, json_object(reader, checkpoint.PIPELINE), config)
+        outputs = directory(manifest, config, places, max_shard_bytes, packed, instead)
     else:
         raise ValueError(f"format {format!r} is not known: hf and safetensors are")
     with Target(path, outputs, single=format == "safetensors", overwrite=overwrite) as target:

@@ -16,6 +16,7 @@ PIPELINE = "model_index.json"
 ADAPTER = "adapter_config.json"
 CONFIG = "config.json"
 _SUFFIX = r"(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?"
+_OF_PEFT = "base_model."  # what the names of an adapter's tensors begin with
 _COMPONENT = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -47,12 +48,24 @@ class Weights:
         return re.fullmatch(re.escape(folder + stem) + _SUFFIX, path.casefold()) is not None
 
 
-def places(files: Collection[str], pipeline: Mapping[str, Any] | None) -> list[Weights]:
-    """Where a model with these files keeps its weights; `pipeline`: its `model_index.json`, where it has one."""
+def places(
+    files: Collection[str],
+    tensors: Collection[str],
+    pipeline: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None,
+) -> list[Weights]:
+    """Where a model with these files and tensors keeps its weights.
+
+    `pipeline` and `config`: its `model_index.json` and `config.json`, where it has them. A component of a pipeline that lies in
+    a folder of its own says in `config.json` which class of diffusers it is. Of an adapter that has a `config.json` beside
+    it, the tensors' names tell that they are PEFT's.
+    """
     if pipeline is not None:
         return components(pipeline)
-    if ADAPTER in files and CONFIG not in files:
+    if ADAPTER in files and (CONFIG not in files or all(name.startswith(_OF_PEFT) for name in tensors)):
         return [Weights(stem="adapter_model", sharded=False)]
+    if config is not None and "_class_name" in config and "_diffusers_version" in config:
+        return [Weights(stem="diffusion_pytorch_model")]
     return [Weights()]
 
 

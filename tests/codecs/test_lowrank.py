@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modelstore.codecs import lowrank
+from modelstore.codecs import decompose, lowrank
 from modelstore.codecs.lowrank import LowRank
 from modelstore.codecs.sparse import within
 from modelstore.format.buffers import Bytes
@@ -84,7 +84,7 @@ def test_each_matrix_of_a_stack_has_factors_of_its_own() -> None:
 
 
 def test_a_large_matrix_is_read_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowrank, "_BAND", 4096)
+    monkeypatch.setattr(decompose, "BAND", 4096)
     for shape in ((200, 64), (64, 200), (3, 40, 64)):
         values = make("normal", shape, F32)
         largest = 0
@@ -103,6 +103,47 @@ def test_a_large_matrix_is_read_in_bands(monkeypatch: pytest.MonkeyPatch) -> Non
         LowRank(rank=5).decode(planes, shape, F32, out)
         w = values.view(np.float32).reshape(shape)
         np.testing.assert_allclose(out.view(np.float32).reshape(shape), decoded(LowRank(rank=5), w), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(160, 96), (96, 160), (128, 128)])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_a_space_that_is_looked_for_holds_what_the_eigenvectors_hold(
+    shape: tuple[int, int], size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    flat = rng.standard_normal(shape)
+    steep = (rng.standard_normal((shape[0], 12)) * 2.0 ** -np.arange(12)) @ rng.standard_normal((12, shape[1]))
+    for w in (flat * size, (steep + flat / 100) * size, steep * size, np.zeros(shape)):
+        w = w.astype(np.float32)
+        exact = decoded(LowRank(rank=20), w).astype(np.float64)
+        with monkeypatch.context() as patch:
+            patch.setattr(decompose, "_SHORT", 8)
+            patch.setattr(decompose, "_MORE", 8)
+            assert decompose._searches(min(shape), 20)
+            found = decoded(LowRank(rank=20), w).astype(np.float64)
+        least, error = (((part / size - w.astype(np.float64) / size) ** 2).sum() for part in (exact, found))
+        assert error <= least * 1.03 + 1e-9 * (w.astype(np.float64) / size).__pow__(2).sum()
+
+
+def test_factors_of_a_stack_are_made_as_its_regions_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (6, 32, 48)
+    values = make("normal", shape, F32)
+    whole = LowRank(rank=4).fit(within(values, shape, F32), shape, F32)(values, tuple((0, n) for n in shape))
+    made = []
+    real = decompose.factors
+    monkeypatch.setattr(decompose, "factors", lambda *args: made.append(1) or real(*args))
+    monkeypatch.setattr(lowrank, "_HELD", 0)
+    encode = LowRank(rank=4).fit(within(values, shape, F32), shape, F32)
+    assert not made
+    out = np.empty((1, values.size), np.uint8)
+    LowRank(rank=4).decode(whole, shape, F32, out)
+    each = values.size // 6
+    for i in range(6):
+        region = ((i, i + 1), (0, 32), (0, 48))
+        one = np.empty((1, each), np.uint8)
+        LowRank(rank=4).decode(encode(values[i * each : (i + 1) * each], region), (1, 32, 48), F32, one)
+        assert np.array_equal(one[0], out[0, i * each : (i + 1) * each])
+        assert len(made) == i + 1
 
 
 def test_what_would_not_be_smaller_is_refused() -> None:

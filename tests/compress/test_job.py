@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import modelstore as ms
-from modelstore.errors import ConflictError, CorruptionError
+from modelstore.errors import ConflictError, CorruptionError, UnsupportedError
 from modelstore.storage.memory import MemoryStorage
 from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import all_bits, journal, open_on, pack_sizes, shrink
@@ -198,3 +198,20 @@ def test_wrong_input() -> None:
     rules = [{"targets": [t], "codec": {"name": c}} for t, c in (("linear", "ladder"), ("convolution", "int"))]
     with pytest.raises(ValueError, match="mixes ladder with other codecs"):
         store.compress("m", {"name": "x", "rules": rules})
+
+
+def test_what_a_codec_cannot_do_within_the_budget_is_refused_before_it_begins() -> None:
+    store = ms.open(f"memory://{uuid.uuid4().hex}", memory="64MiB")
+    name = "model.layers.0.mlp.up_proj.weight"
+    store.save("m", {name: torch.zeros(1100, 14_000, dtype=torch.bfloat16), "b": torch.ones(3)})
+    recipe = ms.Recipe(
+        "thin", (ms.Rule(("linear",), ms.CodecSpec("lowrank", {"energy": 0.5})),)
+    )  # an energy needs all eigenvectors
+    for do in (
+        lambda: store.compress("m", recipe),
+        lambda: store.compress("m", "lowrank"),
+        lambda: store.load("m:lowrank"),
+    ):
+        with pytest.raises(UnsupportedError, match=rf"{name}.* needs \d+ MiB .* by lowrank, and memory= is 64 MiB"):
+            do()
+    assert [list(info.variants) for info in store.versions("m")] == [["original"]]

@@ -64,3 +64,16 @@ def test_a_pipeline_of_diffusers(tmp_path: Path, max_shard_bytes: int) -> None:
     noise = torch.randn(1, 3, 8, 8)
     with torch.no_grad():  # sums may be taken in another order where weights lie at other addresses
         torch.testing.assert_close(again.unet(noise, 3).sample, unet(noise, 3).sample)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 200_000], ids=["single file", "shards"])
+def test_a_component_of_diffusers_by_itself(tmp_path: Path, max_shard_bytes: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(block_out_channels=(32,), norm_num_groups=8, sample_size=8).eval()
+    model.save_pretrained(tmp_path / "vae")
+    store = ms.open(tmp_path / "store")
+    store.save("org/vae", tmp_path / "vae")
+    store.export("org/vae", tmp_path / "out", max_shard_bytes=max_shard_bytes)
+    again = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out")
+    assert all_bits(again.state_dict()) == all_bits(model.state_dict())

@@ -127,3 +127,34 @@ def test_an_adapter_is_exported_as_one(store: ms.Store, tmp_path: Path) -> None:
     store.export("adapter", out, max_shard_bytes=10)  # PEFT reads one file only
     assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert all_bits(load_file(out / "adapter_model.safetensors")) == all_bits(weights)
+
+
+def test_an_adapter_with_a_config_beside_it_is_exported_as_one(store: ms.Store, tmp_path: Path) -> None:
+    source = tmp_path / "adapter"
+    source.mkdir()
+    weights = {"base_model.model.q_proj.lora_A.weight": torch.randn(2, 8)}
+    save_file(weights, source / "adapter_model.safetensors", {"format": "pt"})
+    for name in ("adapter_config.json", "config.json"):
+        (source / name).write_text(json.dumps({"peft_type": "LORA", "model_type": "llama"}))
+    store.save("adapter", source)
+    store.export("adapter", tmp_path / "out")
+    assert all_bits(load_file(tmp_path / "out" / "adapter_model.safetensors")) == all_bits(weights)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_component_of_diffusers_by_itself_keeps_its_name(
+    pipeline: Path, store: ms.Store, tmp_path: Path, shards: bool
+) -> None:
+    unet = pipeline / "unet"
+    (unet / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "_diffusers_version": "0.39.0"}))
+    store.save("unet", unet)
+    out = tmp_path / "out"
+    store.export("unet", out, max_shard_bytes=300 if shards else 1 << 30)
+    files = sorted(path.name for path in out.iterdir())
+    if shards:
+        assert files == sorted(path.name for path in unet.iterdir())
+    else:
+        assert files == ["config.json", "diffusion_pytorch_model.safetensors"]
+    store.save("again", out)
+    assert all_bits(store.load("again")) == all_bits(UNET)
