@@ -51,7 +51,9 @@ def method(config: Config | None) -> str | None:
     for part in (config, language(config)):
         for key in METHODS:
             found = part.get(key)
-            if isinstance(found, Mapping) and found:
+            if found and not isinstance(found, Mapping):
+                return "a method without a name"
+            if found:
                 named = found.get("quant_method") or found.get("quantization_method") or found.get("format")
                 return named if isinstance(named, str) else "a method without a name"
     return None

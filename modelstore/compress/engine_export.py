@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.architecture.places import modules_of
+from modelstore.architecture.quantized import method
 from modelstore.codecs.intviews import beside_int8
 from modelstore.codecs.weight import EngineView, Part, WeightCodec, part_name
 from modelstore.compress.engine import Assembly, units
@@ -65,9 +66,11 @@ def engine_layout(
         raise UnsupportedError(
             f"engines read how weights are packed from config.json, and the model has none: {_DENSE}"
         )
-    if "quantization_config" in config:
+    how = method(config)
+    if how is not None:
         raise UnsupportedError(
-            f"the model was quantized before it was saved, and its config.json can speak of one scheme only: {_DENSE}"
+            f"the model was quantized before it was saved ({how[:80]}), and its config.json can speak of one scheme only: "
+            f"{_DENSE}"
         )
     choice = choose(reader.manifest, views, config, modules_of(config, len(reader.manifest.tensors)))
     packed = {name: Packed(reader, reader.manifest.by_name[name], view) for name, view in choice.packed.items()}

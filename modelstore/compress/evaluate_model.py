@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from modelstore.architecture.config import architectures
+from modelstore.architecture.quantized import method
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.execute.loading import Variant
 from modelstore.plan.work import Limits, Work
@@ -48,9 +49,10 @@ def language_config(model: Variant) -> Any:
             f"save it again with files={{'config.json': …}}",
             model=model.name,
         )
-    if content.get("quantization_config"):
+    how = method(content)
+    if how is not None:
         raise UnsupportedError(
-            f"model {model.name!r} was quantized before it was saved (its config.json has a quantization_config): "
+            f"model {model.name!r} was quantized before it was saved ({how[:80]}, says its config.json): "
             f"evaluate it in the engine that it was made for",
             model=model.name,
         )
