@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from modelstore.cluster.orders import Order
     from modelstore.cluster.pieces import Source
     from modelstore.cluster.session import Session
-    from modelstore.compress.fly import Maker
+    from modelstore.compress.on_the_fly import Maker
 
 T = TypeVar("T")
 
@@ -165,7 +165,7 @@ class Access:
 
         if ref.variant in record.variants or ref.variant not in PRESETS:
             return self.opened(ref.name, self.repo.catalog.variant(record, ref.variant))
-        from modelstore.compress.fly import unstored
+        from modelstore.compress.on_the_fly import unstored
 
         at = f"{ref.name}@{record.version}"
         original = record.variants[ORIGINAL]

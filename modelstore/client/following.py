@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from modelstore.client.base import Base
-from modelstore.execute.together import Together
+from modelstore.execute.vote import Vote
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.progress import Progress
 from modelstore.plan.layout import Shard, as_layout
@@ -108,7 +108,7 @@ class Following(Base):
             progress=progress,
         )
 
-    def together(self, session: str, *, rank: int, ranks: int, timeout: float = 60.0) -> Together:
+    def together(self, session: str, *, rank: int, ranks: int, timeout: float = 60.0) -> Vote:
         """Make a vote for `Live.swap_to(…, together=…)`: all of the processes swap, or none does.
 
         A rank that dies, or is not ready in time, keeps all from it.
@@ -128,6 +128,6 @@ class Following(Base):
         Example:
             >>> live.swap_to(7, together=store.together("swap-7", rank=rank, ranks=8))
         """
-        vote = Together(self.repo.storage, session, rank=rank, ranks=ranks, timeout=timeout)
+        vote = Vote(self.repo.storage, session, rank=rank, ranks=ranks, timeout=timeout)
         self.repo.catalog.open()
         return vote

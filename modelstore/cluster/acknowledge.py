@@ -57,7 +57,7 @@ class Hosts(Protocol):
         """Bytes, made so that several hosts can be sent them."""
 
     def keep(self, member: str, method: str, *arguments: Any) -> Future[Any]:
-        """Call a method of a host's `Behind`."""
+        """Call a method of a host's `WriteBehind`."""
 
 
 class Result(NamedTuple):

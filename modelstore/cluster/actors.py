@@ -1,4 +1,4 @@
-"""The Ray actor of a host: a thin shell over `ShardHost` and `Behind`, which do the work and are tested without Ray."""
+"""The Ray actor of a host: a thin shell over `ShardHost` and `WriteBehind`, which do the work and are tested without Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import ray
 
-from modelstore.cluster.behind import Behind
+from modelstore.cluster.anti_entropy import BATCH, PERIOD, AntiEntropy
 from modelstore.cluster.calls import actor, host_name
 from modelstore.cluster.capacity import check
 from modelstore.cluster.channel import TLS
@@ -27,12 +27,12 @@ from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
 from modelstore.cluster.images import Images
 from modelstore.cluster.logs import log_as_json
 from modelstore.cluster.making import Made, Making, Unstored
-from modelstore.cluster.mending import BATCH, PERIOD, Mending
 from modelstore.cluster.metrics import HostMetrics
 from modelstore.cluster.pieces import Piece, Source, batches
 from modelstore.cluster.private import private_folder
 from modelstore.cluster.replicas import copies_to_send, others
 from modelstore.cluster.wire import PieceClients, PieceServer
+from modelstore.cluster.write_behind import WriteBehind
 from modelstore.errors import ModelStoreError
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import Region
@@ -93,8 +93,10 @@ class StorageActor:
             self._peers,
         )
         lacks, fill = (functools.partial(self._call, method) for method in ("lacks", "fill"))
-        self._mending = Mending(member.id, self._host, self._held, lambda: self._view, settings.replicas, lacks, fill)
-        self._behind = Behind(member.id, settings.folder(member.id), settings.pending, self._tell)
+        self._mending = AntiEntropy(
+            member.id, self._host, self._held, lambda: self._view, settings.replicas, lacks, fill
+        )
+        self._behind = WriteBehind(member.id, settings.folder(member.id), settings.pending, self._tell)
         self._clients = PieceClients(settings.secret, TLS.from_environment())
         self._server = self._serve()
         # Loads the compiled kernel now: the first reader would otherwise wait for it, and take this host for dead.
@@ -164,7 +166,7 @@ class StorageActor:
 
     @ray.method(concurrency_group="keep")
     def keep(self, method: str, *arguments: Any) -> Any:
-        """A method of this host's `Behind`: saves that were acknowledged, or are about to be."""
+        """A method of this host's `WriteBehind`: saves that were acknowledged, or are about to be."""
         return getattr(self._behind, method)(*arguments)
 
     # ------------------------------------------------------------------ control
@@ -293,7 +295,7 @@ class StorageActor:
         return taken
 
     def _tell(self, member: str, method: str, *arguments: Any) -> Any:
-        """What another host's `Behind` answers."""
+        """What another host's `WriteBehind` answers."""
         return ray.get(self._handle(member).keep.remote(method, *arguments), timeout=_KEEP_SECONDS)
 
     def _handle(self, member: str) -> Any:

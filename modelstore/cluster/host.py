@@ -17,11 +17,11 @@ from blake3 import blake3
 
 from modelstore.cluster.device_tier import DeviceTier
 from modelstore.cluster.file_tier import FileTier, TierStats, local_path
-from modelstore.cluster.flights import Flight, Flights
 from modelstore.cluster.folders import claim, sweep
 from modelstore.cluster.orders import PendingStats
 from modelstore.cluster.origin import Origin, runs
 from modelstore.cluster.pieces import Piece, Source, batches, check_digest
+from modelstore.cluster.singleflight import Flight, SingleFlight
 from modelstore.errors import ConflictError, CorruptionError, StorageError
 from modelstore.format.buffers import Bytes, as_bytes, view
 
@@ -88,7 +88,7 @@ class ShardHost:
         self._memory = FileTier(settings.folder, settings.memory, trusted=True)
         self._disk = self._open_disk(settings)
         self._device = DeviceTier(settings.device, settings.device_bytes) if settings.device else None
-        self._flights = Flights()
+        self._flights = SingleFlight()
         self._origin = Origin()
         self._lock = threading.Lock()
         self._stats = HostStats({})

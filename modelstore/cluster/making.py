@@ -19,7 +19,7 @@ from modelstore.cluster.reading import Holding
 from modelstore.codecs.affine import Int
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.codecs.weight import WeightCodec
-from modelstore.compress.fly import FlyReader, unstored
+from modelstore.compress.on_the_fly import OnTheFlyReader, unstored
 from modelstore.errors import NotFoundError
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, view
@@ -109,7 +109,7 @@ class Making:
 
     def __init__(self, holding: Callable[[], Holding]) -> None:
         self._holding = holding
-        self._open: OrderedDict[bytes, FlyReader] = OrderedDict()
+        self._open: OrderedDict[bytes, OnTheFlyReader] = OrderedDict()
         self._lock = threading.Lock()
 
     def make(self, variant: Unstored, tensor: str, region: Region) -> Made:
@@ -120,13 +120,13 @@ class Making:
             raise NotFoundError(f"model {variant.model!r} has no tensor {tensor!r}", model=variant.model, tensor=tensor)
         return [(blake3(view(plane)).digest(), plane) for plane in reader.encoded(found, region)]
 
-    def _reader(self, variant: Unstored) -> FlyReader:
+    def _reader(self, variant: Unstored) -> OnTheFlyReader:
         key = msgspec.json.encode(variant)
         with self._lock:
             if key not in self._open:
                 model = opened(self._holding(), variant.source, variant.model, variant.digest)
                 reader = unstored(model, recipe(msgspec.json.decode(variant.recipe))).reader
-                assert isinstance(reader, FlyReader)
+                assert isinstance(reader, OnTheFlyReader)
                 self._open[key] = reader
                 while len(self._open) > _KEPT:
                     self._open.popitem(last=False)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from ray.util.metrics import Gauge
 
-from modelstore.cluster.asking import Counts
+from modelstore.cluster.hedging import Counts
 from modelstore.cluster.host import HostStats
 from modelstore.format.results import JobStatus
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import ray
 
-from modelstore.cluster.asking import Asker, Counts
 from modelstore.cluster.calls import (
     ANSWER,
     DIRECTORY,
@@ -25,6 +24,7 @@ from modelstore.cluster.calls import (
     host_name,
 )
 from modelstore.cluster.channel import TLS
+from modelstore.cluster.hedging import Counts, Hedged
 from modelstore.cluster.host import HostStats, local_path
 from modelstore.cluster.images import image_path
 from modelstore.cluster.making import Made, Unstored
@@ -58,7 +58,7 @@ class Session:
         self._coming: Future[View] | None = None
         self._node = ray.get_runtime_context().get_node_id()
         self._handles: dict[str, Any] = {}
-        self._asker = Asker(self._ask, self._alive)
+        self._asker = Hedged(self._ask, self._alive)
         self._clients = PieceClients(self.settings.secret, TLS.from_environment())
         self._metrics = ReaderMetrics(self._node)
         for looked_up in self._meet():

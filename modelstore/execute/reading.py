@@ -12,8 +12,8 @@ from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError
 from modelstore.execute.fetch import ChunkSource
-from modelstore.execute.flow import flow
 from modelstore.execute.memory import Arena
+from modelstore.execute.scheduler import schedule
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.region import Region, extent, full, rows, size, slices
@@ -91,7 +91,7 @@ class Reader:
         """
         arena = Arena()
         allocate = allocate or (lambda _, nbytes: arena.allocate(nbytes))
-        return self.flow(
+        return self.schedule(
             wants,
             work,
             lambda index: allocate(index, wants[index].nbytes),
@@ -99,7 +99,7 @@ class Reader:
             bounded=bounded,
         )
 
-    def flow(
+    def schedule(
         self,
         wants: list[Want],
         work: Work,
@@ -109,7 +109,7 @@ class Reader:
         bounded: bool = True,
     ) -> Iterator[tuple[int, T]]:
         """As `stream`, where `begin` makes what a want is read into, and `run` reads a job's chunks into these."""
-        return flow(
+        return schedule(
             plan_read(self.manifest, wants),
             [want.nbytes for want in wants],
             begin,

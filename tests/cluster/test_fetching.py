@@ -20,10 +20,10 @@ import modelstore as ms
 from modelstore.cluster import host as host_module
 from modelstore.cluster import origin
 from modelstore.cluster.file_tier import local_path
-from modelstore.cluster.flights import Flights
 from modelstore.cluster.folders import ROOT
 from modelstore.cluster.host import HostSettings, ShardHost
 from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.singleflight import SingleFlight
 from modelstore.format.buffers import Bytes
 from modelstore.format.record import pack_key
 from modelstore.plan.read import GAP
@@ -172,14 +172,14 @@ def test_hits_are_counted_of_what_readers_ask_for(world: World) -> None:
 def test_a_piece_that_came_in_meanwhile_is_not_fetched(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between looking and claiming another thread may have fetched it: the claim looks again."""
     host = world.host()
-    claim = Flights.claim
+    claim = SingleFlight.claim
 
-    def late(self: Flights, digests: Any) -> Any:
-        monkeypatch.setattr(Flights, "claim", claim)
+    def late(self: SingleFlight, digests: Any) -> Any:
+        monkeypatch.setattr(SingleFlight, "claim", claim)
         host.read(world.source, world.parts)
         return claim(self, digests)
 
-    monkeypatch.setattr(Flights, "claim", late)
+    monkeypatch.setattr(SingleFlight, "claim", late)
     assert world.right(host.read(world.source, world.parts))
     assert host.stats().from_storage == world.nbytes
 
@@ -226,9 +226,9 @@ def test_peers_are_asked_once_and_believed_only_where_right(world: World) -> Non
 
 def test_who_waits_is_given_what_no_tier_has_room_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     host = world.host(memory=0)
-    claim, claims, all_wait = Flights.claim, threading.Semaphore(0), threading.Event()
+    claim, claims, all_wait = SingleFlight.claim, threading.Semaphore(0), threading.Event()
 
-    def counted(self: Flights, digests: Any) -> Any:
+    def counted(self: SingleFlight, digests: Any) -> Any:
         found = claim(self, digests)
         claims.release()
         return found
@@ -236,7 +236,7 @@ def test_who_waits_is_given_what_no_tier_has_room_for(world: World, monkeypatch:
     def hold_up(_: int) -> None:
         assert all_wait.wait(20)
 
-    monkeypatch.setattr(Flights, "claim", counted)
+    monkeypatch.setattr(SingleFlight, "claim", counted)
     world.storage.before = hold_up
     with ThreadPoolExecutor(4) as pool:
         readers = [pool.submit(host.read, world.source, world.parts) for _ in range(4)]

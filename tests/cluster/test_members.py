@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from modelstore.cluster.asking import Asker
 from modelstore.cluster.directory import ClusterSettings, Directory
 from modelstore.cluster.file_tier import local_path
 from modelstore.cluster.folders import ROOT
+from modelstore.cluster.hedging import Hedged
 from modelstore.cluster.host import HostSettings, ShardHost
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.replicas import others
@@ -51,7 +51,7 @@ class Clustered(RuleBasedStateMachine):
         self.written: dict[Piece, bytes] = {}
         self.models: list[list[Piece]] = []
         self.pool = ThreadPoolExecutor(16)
-        self.asker = Asker(self._ask, self._alive, hedge=HEDGE, suspect=0.05)
+        self.asker = Hedged(self._ask, self._alive, hedge=HEDGE, suspect=0.05)
         self.known = self.directory.view()  # as readers know it
         self.number = 0
         for zone in (0, 1, 1):

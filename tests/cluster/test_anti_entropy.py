@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from modelstore.cluster import mending
+from modelstore.cluster import anti_entropy
+from modelstore.cluster.anti_entropy import AntiEntropy
 from modelstore.cluster.file_tier import local_path
 from modelstore.cluster.host import ShardHost
-from modelstore.cluster.mending import Mending
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.plan.placement import Member, View
 from tests.cluster.test_host import World
@@ -25,7 +25,7 @@ class Pair:
         self.world = world
         self.first, self.second = world.host, world.open()
         self.sent: list[int] = []
-        self.mending = Mending("a", self.first, self.held, lambda: VIEW, 2, self.lacks, self.fill)
+        self.mending = AntiEntropy("a", self.first, self.held, lambda: VIEW, 2, self.lacks, self.fill)
 
     def held(self) -> list[tuple[Source, list[Piece]]]:
         there = self.first.has([part.digest for part in self.world.parts])
@@ -65,7 +65,7 @@ def test_what_the_other_one_lacks_is_sent(pair: Pair) -> None:
 
 
 def test_it_goes_round(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mending, "LOOKED", 5)
+    monkeypatch.setattr(anti_entropy, "LOOKED", 5)
     parts = pair.world.parts
     pair.first.hold(pair.world.source, parts[:12])
     for held in (5, 10, 12):
@@ -89,7 +89,7 @@ def test_nothing_has_to_go_for_it(tmp_path: Path) -> None:
 
 
 def test_one_that_takes_nothing_is_sent_no_more(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mending, "BATCH", 2000)
+    monkeypatch.setattr(anti_entropy, "BATCH", 2000)
     pair.first.hold(pair.world.source, pair.world.parts)
     monkeypatch.setattr(pair.second, "fill", lambda *_: 0)
     pair.mending.even()

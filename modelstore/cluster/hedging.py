@@ -51,7 +51,7 @@ class _Question:
     pinged: float = 0.0
 
 
-class Asker:
+class Hedged:
     """Reads pieces from whoever holds them. May be used from many threads.
 
     `ask(member, source, parts, fetch)` begins a request; with `fetch` the holder gets what it has not got, else it only

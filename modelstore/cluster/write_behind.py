@@ -32,7 +32,7 @@ from modelstore.store.relying import GoneError, release
 
 log = logging.getLogger("modelstore")
 
-Tell = Callable[..., Any]  # (member, method, *arguments): what another host's `Behind` answers
+Tell = Callable[..., Any]  # (member, method, *arguments): what another host's `WriteBehind` answers
 
 _STORING = 4  # objects on their way to the storage at once
 _AGAIN = 0.2, 5.0  # seconds until a failed write is tried again: at first, at most
@@ -54,7 +54,7 @@ class _Save:
     heard: float = field(default_factory=time.monotonic)
 
 
-class Behind:
+class WriteBehind:
     """One host's share of the saves that are under way. Safe to use from many threads."""
 
     def __init__(self, member: str, folder: str, limit: int, tell: Tell) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from modelstore.cluster import asking
-from modelstore.cluster.asking import Asker
+from modelstore.cluster import hedging
+from modelstore.cluster.hedging import Hedged
 from modelstore.cluster.pieces import Piece, Source, section_keys
 from modelstore.format.buffers import Bytes
 from modelstore.plan.placement import Member, View, holders
@@ -66,8 +66,8 @@ def world(n: int = 40) -> tuple[Hosts, list[Piece]]:
     return Hosts({p.digest: d for p, d in zip(parts, data, strict=True)}), parts
 
 
-def read(hosts: Hosts, parts: list[Piece], replicas: int = 2, **options: float) -> tuple[dict[bytes, bytes], Asker]:
-    asker = Asker(hosts.ask, hosts.alive, **options)
+def read(hosts: Hosts, parts: list[Piece], replicas: int = 2, **options: float) -> tuple[dict[bytes, bytes], Hedged]:
+    asker = Hedged(hosts.ask, hosts.alive, **options)
     found = asker.read(VIEW, replicas, SOURCE, parts)
     return {digest: bytes(data) for digest, data in found.items()}, asker
 
@@ -109,7 +109,7 @@ def test_a_silent_home_is_hedged_to_who_holds_a_copy() -> None:
 
 
 def test_a_silent_holder_that_another_one_overtook_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_LIVES", 0.0)
+    monkeypatch.setattr(hedging, "_LIVES", 0.0)
     hosts, parts = world()
     hosts.silent.add("m1")
     hosts.holds = {m: set(hosts.data) for m in ("m0", "m2")}
@@ -124,7 +124,7 @@ def test_a_silent_holder_that_another_one_overtook_is_asked_last(monkeypatch: py
 
 def test_an_overtaken_holder_that_lives_is_no_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is only slow: whoever asked another one for what it is about to have would have it fetched twice."""
-    monkeypatch.setattr(asking, "_LIVES", 0.0)
+    monkeypatch.setattr(hedging, "_LIVES", 0.0)
     hosts, parts = world()
     hosts.slow["m1"] = threading.Event()
     hosts.holds = {m: set(hosts.data) for m in ("m0", "m2")}
@@ -141,7 +141,7 @@ def test_an_overtaken_holder_that_lives_is_no_suspect(monkeypatch: pytest.Monkey
 def test_a_slow_home_is_waited_for_rather_than_fetched_twice() -> None:
     hosts, parts = world()
     slow = hosts.slow["m1"] = threading.Event()
-    asker = Asker(hosts.ask, hosts.alive, hedge=0.02)
+    asker = Hedged(hosts.ask, hosts.alive, hedge=0.02)
     waited = threading.Event()
     alive = hosts.alive
 
@@ -164,7 +164,7 @@ def test_what_nobody_gives_is_missing() -> None:
     hosts.dead = {"m0", "m1", "m2"}
     assert read(hosts, parts)[0] == {}
     assert read(hosts, [])[0] == {}
-    asker = Asker(hosts.ask, hosts.alive)
+    asker = Hedged(hosts.ask, hosts.alive)
     assert asker.read(View(1), 2, SOURCE, parts) == {}
 
 

@@ -14,10 +14,10 @@ import torch
 from blake3 import blake3
 
 import modelstore as ms
-from modelstore.cluster import acknowledge, behind, models
-from modelstore.cluster.behind import Behind
+from modelstore.cluster import acknowledge, models, write_behind
 from modelstore.cluster.orders import keepers
 from modelstore.cluster.pieces import Source
+from modelstore.cluster.write_behind import WriteBehind
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.execute import saving
 from modelstore.format.record import tag_key
@@ -54,7 +54,7 @@ class Nodes:
 
     def __init__(self, root: Path, names: str, limit: int = 1 << 30) -> None:
         self.root, self.limit, self.epoch = root, limit, 0
-        self.hosts: dict[str, Behind] = {}
+        self.hosts: dict[str, WriteBehind] = {}
         self.pool = ThreadPoolExecutor(32)
         self.refusing: set[str] = set()  # methods that find nobody
         self.members: tuple[Member, ...] = ()
@@ -64,7 +64,7 @@ class Nodes:
             self.join(name)
 
     def join(self, name: str) -> None:
-        self.hosts[name] = Behind(name, str(self.root / name), self.limit, self.tell)
+        self.hosts[name] = WriteBehind(name, str(self.root / name), self.limit, self.tell)
         self.members = (*self.members, Member(name, f"node-{name}"))
         self._changed()
 
@@ -376,18 +376,18 @@ def test_what_was_collected_between_its_storing_and_the_announcement_is_saved_ag
 def test_a_save_that_cannot_be_published_holds_up_no_other(
     nodes: Nodes, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish, blocked = behind.Catalog.publish_version, threading.Event()
+    publish, blocked = write_behind.Catalog.publish_version, threading.Event()
 
     def refused(self: Any, model: str, writer: str, *rest: Any, **named: Any) -> Any:
         if not blocked.is_set() and writer == first.order.save:
             raise GoneError("something is missing", model=model, object="packs/x", missing=True)
         return publish(self, model, writer, *rest, **named)
 
-    monkeypatch.setattr(behind, "_AGAIN", (0.01, 0.02))
+    monkeypatch.setattr(write_behind, "_AGAIN", (0.01, 0.02))
     gate.open.clear()
     first = save(nodes, gate)
     others = [save(nodes, gate, {"x": torch.full((9,), float(n))}) for n in range(6)]
-    monkeypatch.setattr(behind.Catalog, "publish_version", refused)
+    monkeypatch.setattr(write_behind.Catalog, "publish_version", refused)
     gate.open.set()
     assert durable(nodes, gate, *others) == [1, 2, 3, 4, 5, 6]
     assert "missing" in str(nodes.hosts["a"].stats().problem)

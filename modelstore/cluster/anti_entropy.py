@@ -20,7 +20,7 @@ Lacks = Callable[[str, Sequence[Piece]], Sequence[bytes]]  # (member, pieces) â†
 Fill = Callable[[str, Source, Sequence[Piece]], int]  # (member, source, pieces) â†’ bytes of them that it holds then
 
 
-class Mending:
+class AntiEntropy:
     """Keeps what a host holds right, also what nobody reads, and its copies complete.
 
     `held` says what is held and where it comes from; `view` who is there; `lacks` and `fill` ask another host, whatever they

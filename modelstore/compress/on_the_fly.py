@@ -51,7 +51,7 @@ def unstored(original: Variant, recipe: Recipe, maker: Callable[[Manifest, Manif
         )
     manifest = planned(original.manifest, original.config(), recipe)
     return original.read_by(
-        FlyReader(manifest, original.reader, maker(manifest, original.manifest) if maker is not None else None)
+        OnTheFlyReader(manifest, original.reader, maker(manifest, original.manifest) if maker is not None else None)
     )
 
 
@@ -79,7 +79,7 @@ class Maker(Protocol):
         """The planes of a chunk, checked; None where they are to be made here."""
 
 
-class FlyReader(Reader):
+class OnTheFlyReader(Reader):
     """Reads a variant that is not stored, of a manifest that `planned` made.
 
     `original` reads what it is made of; `maker` is asked for each chunk first.
@@ -93,7 +93,7 @@ class FlyReader(Reader):
         self._encoders: dict[str, Encoder] = {}
         self._lock = Lock()
 
-    def flow(
+    def schedule(
         self,
         wants: list[Want],
         work: Work,
@@ -102,14 +102,14 @@ class FlyReader(Reader):
         *,
         bounded: bool = True,
     ) -> Iterator[tuple[int, T]]:
-        """As `Reader.flow`. What codecs found in whole tensors is let go tensor by tensor, except where one is read alone."""
+        """As `Reader.schedule`. What codecs found in whole tensors is let go tensor by tensor, except where one is read alone."""
         made = [want.tensor for want in wants if not want.tensor.planes and want.tensor.nbytes]
         check_memory(((tensor, self.manifest.codecs[tensor.codec]) for tensor in made), work.memory)
         less = work.within(
             work.memory // 3, work.limits.threads
         )  # a thread holds the original's chunks, and a slab of it, too
         self._slab = min(_SLAB, less.memory)
-        for index, target in super().flow(wants, less, begin, run, bounded=bounded):
+        for index, target in super().schedule(wants, less, begin, run, bounded=bounded):
             if len(wants) > 1:
                 self._encoders.pop(wants[index].tensor.name, None)
             yield index, target
@@ -132,7 +132,7 @@ class FlyReader(Reader):
             if encode is None:
                 codec = weight_codec(self.manifest.codecs[tensor.codec])
                 slabs = _Slabs(self._original, source, self._slab)
-                encode = encoder(codec, slabs.read, tensor, -1)  # no chunk is the last: `flow` lets go
+                encode = encoder(codec, slabs.read, tensor, -1)  # no chunk is the last: `schedule` lets go
                 self._encoders[tensor.name] = encode
         values = self._original.region(source, region)
         return [as_bytes(plane) for plane in encode(region, values)(values, region)]

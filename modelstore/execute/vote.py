@@ -19,7 +19,7 @@ class _Decision(msgspec.Struct, frozen=True):
     go: bool
 
 
-class Together:
+class Vote:
     """One vote of `ranks` processes; `session` names it among them, and is used for no other.
 
     Each says that it is ready by making an object of its own. Whoever sees that all are makes the decision "go", and

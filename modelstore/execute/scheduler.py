@@ -13,7 +13,7 @@ from modelstore.storage.pool import Pool
 T = TypeVar("T")
 
 
-def flow(
+def schedule(
     jobs: Iterator[ReadJob],
     costs: Sequence[int],
     begin: Callable[[int], T],

@@ -12,7 +12,7 @@ from modelstore.format.buffers import Bytes
 Flight = Future[Bytes | None]  # None: whoever fetched it failed, so that another is to try
 
 
-class Flights:
+class SingleFlight:
     """Pieces under way, by digest. Safe to use from many threads."""
 
     def __init__(self) -> None:

@@ -164,7 +164,7 @@ def _read(
             else:
                 reader.decode(chunk, planes, wants[chunk.want], target)
 
-    for index, target in reader.flow(wants, work, begin, run, bounded=bounded):
+    for index, target in reader.schedule(wants, work, begin, run, bounded=bounded):
         want = wants[index]
         if isinstance(target, Assembly):
             yield index, target.parts or {}
