@@ -15,6 +15,7 @@ import modelstore
 ROOT = Path(modelstore.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LONGEST = 400
+BODY = 50  # lines of a function, without its docstring
 
 # Lower may not import higher. `execute` lies between what it runs (plans, stores) and what uses it.
 LAYERS = {
@@ -168,6 +169,21 @@ def test_heavy_packages_stay_at_the_edges() -> None:
 def test_file_is_read_in_one_sitting(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= LONGEST, f"{where(path)} has {lines} lines: two rooms in one?"
+
+
+def test_a_function_is_one_thought() -> None:
+    """Kernels are loops that are compiled as one."""
+    wrong = []
+    for path in FILES:
+        if "kernel" in path.as_posix().removeprefix(ROOT.as_posix()):
+            continue
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = 1 + (body[-1].end_lineno or 0) - body[0].lineno if body else 0
+                if lines > BODY:
+                    wrong.append(f"{where(path)}:{node.lineno}: {node.name} has {lines} lines")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_all_names_what_is_public() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Mapping
@@ -245,28 +246,26 @@ class Saving(Base):
             >>> store.publish("acme/llama", f"step-{step}", ranks=8, tag="nightly")
         """
         from modelstore.execute.merging import publish
-        from modelstore.execute.parts import MAX_RANKS, published, read_parts
+        from modelstore.execute.parts import published, read_parts
         from modelstore.sources.open import open_source
 
         started = time.monotonic()
         check_model(name)
         _check_session(session)
-        if not 1 <= ranks <= MAX_RANKS:
-            raise ValueError(
-                f"ranks={ranks} is not valid: it is the number of ranks that saved parts, up to {MAX_RANKS}"
-            )
+        _check_ranks(ranks)
         if tag is not None:
             check_word(tag, "tag")
         noted = note(message, meta, f"{ranks} ranks' parts" if ranks > 1 else "one rank's part")
         self.repo.catalog.open()
         version = published(self.repo.storage, name, session)
         stored = reused = 0
-        if version is None:
+        if version is not None:
+            record = self._published(name, session, version)
+        else:
             parts = read_parts(self.repo.storage, name, session, ranks)
             previous = self._access.newest(name)
-            added = open_source({}, files=files)
             total = sum(part.page.manifest.nbytes for part in parts)
-            try:
+            with contextlib.closing(open_source({}, files=files)) as added:
                 record, manifest = publish(
                     self.repo,
                     parts,
@@ -276,14 +275,9 @@ class Saving(Base):
                     fetching=self._access.fetching,
                     work=self._access.work(progress).begin(total, f"publishing {name}"),
                 )
-            finally:
-                added.close()
             before = set(previous.manifest.packs) if previous else set()
-            old = [i for i, pack in enumerate(manifest.packs) if pack in before]
-            reused = manifest.stored_in(old)
+            reused = manifest.stored_in([i for i, pack in enumerate(manifest.packs) if pack in before])
             stored = manifest.stored - reused
-        else:
-            record = self._published(name, session, version)
         if tag is not None:
             self.repo.catalog.set_tag(name, tag, record.version, uuid.uuid4().hex)
         entry = record.variants["original"]
@@ -342,3 +336,10 @@ class Saving(Base):
 def _check_session(session: str) -> None:
     if not isinstance(session, str) or not session or len(session) > 1024:
         raise ValueError(f"session {str(session)[:80]!r} is not valid: give a text of 1 to 1024 characters")
+
+
+def _check_ranks(ranks: int) -> None:
+    from modelstore.execute.parts import MAX_RANKS
+
+    if not 1 <= ranks <= MAX_RANKS:
+        raise ValueError(f"ranks={ranks} is not valid: it is the number of ranks that saved parts, up to {MAX_RANKS}")

@@ -164,9 +164,7 @@ def start_node(
             f"a node of {here.address} runs on this machine already: stop it with 'modelstore cluster stop'"
         )
     run = run_folder()
-    token = token or os.environ.get("RAY_AUTH_TOKEN") or (None if join else secrets.token_hex(32))
-    if token is None:
-        raise ValueError(f"the cluster at {join} wants its token: give it by --token-file or RAY_AUTH_TOKEN")
+    token = token or _own_token(join)
     if host is not None and not _is_here(host):
         raise ValueError(f"{host} is no address of this machine: give one that is, by --host")
     address = join or f"{host or _ALONE}:{port}"
@@ -196,15 +194,8 @@ def start_node(
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
         )
-    made = Running(
-        process.pid,
-        address,
-        str(token_file),
-        str(folder),
-        join is None,
-        str(run / _TLS) if secure else None,
-        _born(process.pid),
-    )
+    keys = str(run / _TLS) if secure else None
+    made = Running(process.pid, address, str(token_file), str(folder), join is None, keys, _born(process.pid))
     try:
         _wait_for_node(process, made, token, log_file, secure)
     except BaseException:
@@ -213,6 +204,13 @@ def start_node(
         raise
     write_private(run / "node.json", msgspec.json.encode(made))
     return made
+
+
+def _own_token(join: str | None) -> str:
+    token = os.environ.get("RAY_AUTH_TOKEN") or (None if join else secrets.token_hex(32))
+    if token is None:
+        raise ValueError(f"the cluster at {join} wants its token: give it by --token-file or RAY_AUTH_TOKEN")
+    return token
 
 
 def _check_open(address: str) -> None:
