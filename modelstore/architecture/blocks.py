@@ -13,13 +13,16 @@ from modelstore.format.architecture import Architecture, general
 
 _LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|layer|h|blocks|block))\.(\d+)\.")
 _HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|output_projection|project_out|score|classifier|qa_outputs|vocab_\w+|cls|pooler)(\.|$)"
+    r"(^|\.)(\w*lm_head|embed_out|output_projection|project_out|proj_out|score|classifier|qa_outputs|vocab_\w+|cls|pooler"
+    r"|generator_predictions)(\.|$)|^head\.|^decoder\.(weight|bias)$"
 )
 _HEAD_WEIGHT = re.compile(
-    r"(^|\.)(lm_head|lm_head\.decoder|cls\.predictions\.decoder|embed_out|output_projection|vocab_projector"
-    r"|score|classifier|qa_outputs)\.weight$"
+    r"(^|\.)(\w*lm_head|lm_head\.decoder|cls\.predictions\.decoder|embed_out|output_projection|proj_out|vocab_projector"
+    r"|score|classifier|qa_outputs)\.weight$|^decoder\.weight$"
 )
-_NORM = re.compile(r"(^|\.)(norm|norm_f|ln_f|final_?layer_?norm|final_norm)\.(weight|bias)$")
+_NORM = re.compile(
+    r"(^|\.)((?<!embeddings\.)norm|norm_f|ln_f|final_?layer_?norm|final_norm|decoder\.layer_norm)\.(weight|bias)$"
+)
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 
 

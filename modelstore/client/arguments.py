@@ -95,7 +95,7 @@ def check_of(parameter: inspect.Parameter, signature: inspect.Signature) -> Chec
     optional = annotation != str(parameter.annotation)
     check = _of_annotation(annotation, parameter.name)
     meaning = MEANINGS.get(parameter.name)
-    if parameter.name == "name" and "ref" in signature.parameters:
+    if parameter.name == "name" and ("ref" in signature.parameters or "LazyTensor" in str(signature.return_annotation)):
         meaning = None  # a tensor's
     if parameter.name == "device" and "workers" in signature.parameters:
         meaning = None  # one of the workers' nodes, which need not be one of this machine

@@ -153,8 +153,8 @@ class Saving(Base):
 
         Args:
             name: The model's name.
-            source: What `save` takes; its values may be slices (`modelstore.Slice`), or DTensors (FSDP2, tensor parallelism): each rank
-                gives its shard, and of replicas the first rank alone.
+            source: What `save` takes; its values may be slices (`modelstore.Slice`), or DTensors (FSDP2, tensor
+                parallelism): each rank gives its shard, and of replicas the first rank alone.
             session: Names this version among all ranks, such as f"step-{step}", and is used for no other.
             rank: The number of this process, from 0.
             ranks: How many processes save.

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from blake3 import blake3
-from helpers.stores import open_on
 from safetensors import safe_open
 
 import modelstore as ms
 from modelstore.testing.faults import CountingStorage
+from tests.helpers.stores import open_on
 
 
 def found() -> list[Path]:
