@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from blake3 import blake3
-
 from modelstore.errors import ModelStoreError, StorageError, UnsupportedError
+from modelstore.format.digest import name_of
+from modelstore.storage.added import added, open_added
 from modelstore.storage.address import is_url
 from modelstore.storage.base import Storage
 from modelstore.storage.causes import cause_of
@@ -42,10 +42,11 @@ def open_storage(
     *,
     read_only: bool = False,
 ) -> Storage:
-    """The storage at `url`: a path, `file://`, `memory://`, `s3://`, `gs://`, `az://`/`abfs://`, or another of fsspec's.
+    """The storage at `url`: a path, `file://`, `memory://`, `s3://`, `gs://`, `az://`/`abfs://`, one of another package (see
+    `added`), or another of fsspec's.
 
-    `storage_options` are fsspec's for that protocol. `engine` chooses the client of `s3://`: obstore (the default)
-    or s3fs. Nothing is asked of the network yet. What cannot create objects exclusively is refused with
+    `storage_options` are fsspec's for that protocol, or those of the other package. `engine` chooses the client of `s3://`:
+    obstore (the default) or s3fs. Nothing is asked of the network yet. What cannot create objects exclusively is refused with
     `UnsupportedError`, unless it is opened with `read_only`; everything remote is retried.
     """
     text, options = os.fspath(url), dict(storage_options or {})
@@ -62,6 +63,9 @@ def open_storage(
         storage = MemoryStorage(rest.strip("/"))
     elif scheme in _SCHEMES and "::" not in text:
         storage = _object_store(_SCHEMES[scheme], text, options, engine, _pickled(text, options, engine, read_only))
+    elif scheme in added() and "::" not in text:
+        _no_engine(engine, scheme)
+        storage = _added(scheme, text, options, read_only)
     else:
         storage = _filesystem(scheme, text, options, engine, read_only, _pickled(text, options, engine, read_only))
     return ReadOnlyStorage(storage) if read_only else storage
@@ -91,6 +95,13 @@ def open_target(url: str, storage_options: StorageOptions | None = None) -> Stor
 def _local(path: str, options: dict[str, Any], engine: str | None) -> Storage:
     _no_more(options, engine, "file")
     return LocalStorage(Path(path).expanduser())
+
+
+def _added(scheme: str, url: str, options: dict[str, Any], read_only: bool) -> Storage:
+    """As all that is remote: proved, retried, and opened anew in a forked process. Of its options none is known to be public."""
+    opened = partial(open_added, scheme, url, options)
+    pickled: tuple[Any, ...] = (_reopened, _shown(url), {}, None, read_only, tuple(sorted(options)))
+    return _remote(OpenedAnew(opened(), opened, pickled), scheme, options)
 
 
 def _pickled(url: str, options: dict[str, Any], engine: str | None, read_only: bool) -> tuple[Any, ...]:
@@ -133,8 +144,8 @@ def _object_store(
     if not container:
         raise ValueError(f"invalid URL {scheme}://: it names no bucket, as in {scheme}://bucket/prefix")
     check_prefix(prefix and prefix + "/")
-    if engine is not None and scheme != "s3":
-        raise ValueError(f"invalid engine {engine!r} for {scheme}://: it serves s3:// only")
+    if scheme != "s3":
+        _no_engine(engine, scheme)
     again = (
         partial(_s3fs, container, prefix, options)
         if scheme == "s3"
@@ -192,8 +203,7 @@ def _s3fs(bucket: str, prefix: str, options: dict[str, Any]) -> Storage:
 def _filesystem(
     scheme: str, url: str, options: dict[str, Any], engine: str | None, read_only: bool, pickled: tuple[Any, ...]
 ) -> Storage:
-    if engine is not None:
-        raise ValueError(f"invalid engine {engine!r} for {scheme}://: it serves s3:// only")
+    _no_engine(engine, scheme)
     fsspec = _needs("fsspec", "fsspec", scheme)
 
     def opened() -> Storage:
@@ -204,7 +214,7 @@ def _filesystem(
         except ImportError as error:
             raise UnsupportedError(f"{scheme}:// needs another package: {error}") from error
         except ValueError as error:
-            known = "write a folder, s3://, gs://, az://, memory://, or another protocol of fsspec"
+            known = "write a folder, s3://, gs://, az://, memory://, another protocol of fsspec, or one of an installed package"
             raise ValueError(
                 f"invalid URL {_shown(url)!r}: {str(error)[:1].lower()}{str(error)[1:]}: {known}"
             ) from error
@@ -229,14 +239,16 @@ def _remote(storage: Storage, client: str, options: dict[str, Any]) -> Storage:
     """What passes is retried, and nothing is written before it is proved that objects are created exclusively."""
     named = {name: value for name, value in os.environ.items() if name.startswith(_LEADING) or name.endswith("_PROXY")}
     way = repr((client, storage.url, sorted(options.items()), sorted(named.items())))
-    return RetryingStorage(
-        ProvedStorage(storage, blake3(way.encode()).hexdigest())
-    )  # a digest, as there are keys in it
+    return RetryingStorage(ProvedStorage(storage, name_of(way.encode())))  # a digest, as there are keys in it
 
 
 def _no_more(options: dict[str, Any], engine: str | None, scheme: str) -> None:
     if options:
         raise ValueError(f"unknown storage option for {scheme}://: {', '.join(sorted(map(repr, options)))}")
+    _no_engine(engine, scheme)
+
+
+def _no_engine(engine: str | None, scheme: str) -> None:
     if engine is not None:
         raise ValueError(f"invalid engine {engine!r} for {scheme}://: it serves s3:// only")
 

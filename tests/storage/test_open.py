@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from modelstore.errors import NotFoundError, StorageError, UnsupportedError
+from modelstore.storage.added import added
 from modelstore.storage.filesystem import require_exclusive_create
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
@@ -158,3 +160,41 @@ def test_cloud_options() -> None:
         "account_name": "n",
         "account_key": "a==",
     }
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "said"),
+    [
+        ("no_such_module:open", UnsupportedError, "kept:// is opened by the package .*, which fails: No module named"),
+        ("math:no_such", UnsupportedError, "kept:// is opened by the package .*, which fails: module 'math' has no"),
+        ("types:SimpleNamespace", ValueError, "kept:// cannot be opened with these options"),
+        (
+            "pathlib:PurePath",
+            UnsupportedError,
+            "gives no storage: PurePosixPath lacks get, read, create, put, info, list",
+        ),
+    ],
+)
+def test_a_package_that_gives_no_storage_is_named(
+    place: str, error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = EntryPoint("kept", place, "modelstore.storage")
+    monkeypatch.setattr("modelstore.storage.added.entry_points", lambda group: [point])  # noqa: ARG005
+    added.cache_clear()
+    try:
+        with pytest.raises(error, match=said):
+            open_storage("kept://somewhere")
+        with pytest.raises(ValueError, match="it serves s3:// only"):
+            open_storage("kept://somewhere", engine="s3fs")
+    finally:
+        added.cache_clear()
+
+
+def test_a_package_takes_no_scheme_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [EntryPoint(scheme, "no_such:open", "modelstore.storage") for scheme in ("memory", "file", "s3")]
+    monkeypatch.setattr("modelstore.storage.added.entry_points", lambda group: points)  # noqa: ARG005
+    added.cache_clear()
+    try:
+        assert open_storage("memory://x").url == "memory://x"
+    finally:
+        added.cache_clear()

@@ -1,0 +1,51 @@
+"""Storages of other packages: an entry point of the group `modelstore.storage` leads a URL's scheme to what opens it.
+
+Its name is the scheme, and its value `module:callable`: called with the URL and the storage options as keywords, it gives a
+`Storage`. `modelstore.testing.storage` has the tests that it must pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, cast
+
+from modelstore.errors import UnsupportedError
+from modelstore.storage.base import Storage
+
+_GROUP = "modelstore.storage"
+_METHODS = ("get", "read", "create", "put", "info", "list", "folders", "delete", "path")
+
+
+@cache
+def added() -> Mapping[str, EntryPoint]:
+    """Schemes that other packages, installed here, open; those of this package are asked first."""
+    return {point.name: point for point in entry_points(group=_GROUP)}
+
+
+def open_added(scheme: str, url: str, options: Mapping[str, Any]) -> Storage:
+    """The storage that the package of that scheme gives.
+
+    `UnsupportedError` where the package cannot be imported, or gives something else; `ValueError` where it has no such options.
+    """
+    point = added()[scheme]
+    package = point.dist.name if point.dist is not None else point.value
+    try:
+        opener = point.load()
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedError(f"{scheme}:// is opened by the package {package}, which fails: {error}") from error
+    try:
+        storage = opener(url, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"{scheme}:// cannot be opened with these options ({str(error)[:200]}): give storage_options as the package "
+            f"{package} names them"
+        ) from error
+    missing = [name for name in _METHODS if not callable(getattr(storage, name, None))]
+    if missing or not isinstance(getattr(storage, "url", None), str):
+        raise UnsupportedError(
+            f"{scheme}:// is opened by the package {package}, which gives no storage: {type(storage).__name__} lacks "
+            f"{', '.join(missing or ['url'])}"
+        )
+    return cast(Storage, storage)
