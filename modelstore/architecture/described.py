@@ -11,12 +11,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from blake3 import blake3
-
 from modelstore.architecture.config import Config
 from modelstore.architecture.model_class import build, is_imported
 from modelstore.errors import UnsupportedError
 from modelstore.format.architecture import Architecture
+from modelstore.format.digest import name_of
 from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest
 from modelstore.format.region import Shape
@@ -73,4 +72,4 @@ def _walked(config: Config, tensors: Mapping[str, Shape]) -> Architecture | None
 
 def _key(config: Config, tensors: Mapping[str, Shape]) -> str:
     said: list[Any] = [config, [[name, *shape] for name, shape in tensors.items()]]
-    return blake3(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    return name_of(json.dumps(said, sort_keys=True, default=str).encode())

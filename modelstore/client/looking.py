@@ -9,7 +9,7 @@ from modelstore.errors import ModelStoreError
 from modelstore.format import results
 from modelstore.format.history import LogEntry
 from modelstore.format.names import check_model, of_version, parse_reference
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.compare import diff
 from modelstore.store.condemned import never_was
 from modelstore.store.describe import log_entry, model_info, variant_infos, version_info
@@ -31,8 +31,8 @@ class Looking(Base):
             >>> [model.name for model in store.models()]
         """
         self.repo.catalog.open()
-        with Pool(8) as pool:
-            return [info for info in pool.map(self._info, self.repo.catalog.models()) if info.versions or info.problems]
+        infos = ordered(self._info, self.repo.catalog.models(), REQUESTS, "modelstore-records")
+        return [info for info in infos if info.versions or info.problems]
 
     def _info(self, name: str) -> results.ModelInfo:
         damaged: list[ModelStoreError] = []

@@ -21,6 +21,7 @@ from modelstore.codecs.numbers import to_float32
 from modelstore.errors import FormatError
 from modelstore.execute.encoding import Encoder
 from modelstore.format.buffers import Buffer, Bytes, view
+from modelstore.format.digest import name_of_pieces
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.region import Region, Shape, extent, size
@@ -96,7 +97,7 @@ class PackedCodes:
             there = manifest.by_name.get(name)
             spec = self._tensors[name]
             same = there is not None and (there.dtype, there.shape) == (spec.dtype.name, spec.shape)
-            if there is None or not same or there.digest != blake3_of(self._bands(name)):
+            if there is None or not same or there.digest != name_of_pieces(self._bands(name)):
                 why = "is not in the model" if there is None else "is not what the model has under that name"
                 raise ValueError(
                     f"tensor {name!r} of {self._origin} {why}: the codes were made of another model (AWQ and SmoothQuant "
@@ -212,11 +213,3 @@ def unpacked(packed: Bytes) -> NDArray[np.int8]:
     codes[:, 1::2] = packed >> 4
     codes -= 8
     return codes.view(np.int8)
-
-
-def blake3_of(bands: Iterator[Bytes]) -> str:
-    """The BLAKE3 of bytes that come in pieces."""
-    whole = blake3()
-    for band in bands:
-        whole.update(view(band))
-    return whole.hexdigest()

@@ -10,17 +10,15 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from modelstore.codecs.numbers import to_float32
-from modelstore.codecs.weight import EngineView, WeightCodec
+from modelstore.codecs.weight import EngineView
 from modelstore.compress.codes import Codes, Given, PackedCodes, unpacked
-from modelstore.compress.engine import Assembly
+from modelstore.compress.engine import lossy_codec, read_parts
 from modelstore.errors import FormatError
 from modelstore.execute.loading import Variant
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import Manifest
 from modelstore.format.region import Region
-from modelstore.plan.layout import Share
-from modelstore.plan.read import Want, plan_read
 from modelstore.sources import safetensors
 from modelstore.sources.base import TensorSpec
 
@@ -48,8 +46,8 @@ class VariantCodes:
         self._views: dict[str, EngineView] = {}
         self._given: dict[str, Given] = {}
         for tensor in model.manifest.tensors:
-            codec = model.reader.codec(tensor)
-            if not isinstance(codec, WeightCodec) or codec.exact:
+            codec = lossy_codec(model.reader, tensor)
+            if codec is None:
                 continue
             view = codec.view
             scheme = view.scheme() if view is not None and view.format == "pack-quantized" else {}
@@ -91,13 +89,8 @@ class VariantCodes:
 
     def read(self, name: str, region: Region) -> tuple[NDArray[np.int8], Bytes]:
         tensor, given = self._model.manifest.by_name[name], self._given[name]
-        want = Want(tensor, Share(tuple((pair,) for pair in region)))
-        assembly = Assembly(want, self._views[name])
-        for job in plan_read(self._model.manifest, [want]):
-            for chunk, planes in self._model.reader.planes(job, [want]):
-                assembly.put(chunk, planes)
-        assert assembly.parts is not None, "all chunks of the region were put in"
-        packed, scale = assembly.parts["weight_packed"], assembly.parts["weight_scale"]
+        parts = read_parts(self._model.reader, tensor, self._views[name], region)
+        packed, scale = parts["weight_packed"], parts["weight_scale"]
         if scale.dtype != given.dtype or not np.isfinite(to_float32(scale.data, DTYPES[given.dtype])).all():
             raise FormatError(f"tensor {name!r} of {self._origin} has a scale that is not finite", tensor=name)
         words = packed.data.view(np.uint8).reshape(packed.shape[0], -1)

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.codecs.weight import EngineView, Part, is_convolution
+from modelstore.codecs.weight import EngineView, Part, WeightCodec, is_convolution
 from modelstore.errors import FormatError
+from modelstore.execute.reading import Reader
 from modelstore.format import grid
 from modelstore.format.buffers import Buffer
 from modelstore.format.locks import Lock
+from modelstore.format.manifest import Tensor
 from modelstore.format.region import Region, Shape, extent, slices
-from modelstore.plan.read import ChunkRead, Want
+from modelstore.plan.read import ChunkRead, Want, plan_read
 
 Cells = Mapping[str, tuple[int, int]]
 
@@ -137,6 +139,23 @@ class Assembly:
                 all_of_it = self._stack(tuple((0, n) for n in self._want.shape))
                 self._arrays[name] = np.zeros(extent(_entries(all_of_it, self._cells[name])), dtype)
             return self._arrays[name]
+
+
+def lossy_codec(reader: Reader, tensor: Tensor) -> WeightCodec | None:
+    """The codec that changed a weight's values; None where they are stored exactly, as engines take them."""
+    codec = reader.codec(tensor)
+    return codec if isinstance(codec, WeightCodec) and not codec.exact else None
+
+
+def read_parts(reader: Reader, tensor: Tensor, view: EngineView, region: Region) -> Mapping[str, Part]:
+    """A region of a weight, whole in memory, as engines take it."""
+    want = Want.of(tensor, region)
+    assembly = Assembly(want, view)
+    for job in plan_read(reader.manifest, [want]):
+        for chunk, planes in reader.planes(job, [want]):
+            assembly.put(chunk, planes)
+    assert assembly.parts is not None, "all chunks of the region were put in"
+    return assembly.parts
 
 
 def _touched(want: Want) -> int:

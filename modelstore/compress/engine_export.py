@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from modelstore.architecture.places import modules_of
 from modelstore.architecture.quantized import method
 from modelstore.codecs.intviews import beside_int8
-from modelstore.codecs.weight import EngineView, Part, WeightCodec, part_name
-from modelstore.compress.engine import Assembly, units
+from modelstore.codecs.weight import EngineView, Part, part_name
+from modelstore.compress.engine import lossy_codec, read_parts, units
 from modelstore.compress.engine_choice import choose
 from modelstore.errors import UnsupportedError
 from modelstore.execute.export_layout import Packing
@@ -29,7 +29,6 @@ from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import dtype
 from modelstore.format.manifest import Tensor
 from modelstore.format.region import Region, Shape, nbytes
-from modelstore.plan.layout import Share
 from modelstore.plan.read import Want, plan_read
 
 _WORD = (
@@ -158,7 +157,7 @@ class _Bands:
     def read(self, reader: Reader, region: Region) -> list[tuple[int, Bytes]]:
         """As `Form.read`."""
         tensor = self.packed.tensor
-        parts = _read(reader, tensor, self.packed.view, region)
+        parts = read_parts(reader, tensor, self.packed.view, region)
         pieces = []
         start = region[0][0]
         for name, part in parts.items():
@@ -169,20 +168,10 @@ class _Bands:
         return pieces
 
 
-def _read(reader: Reader, tensor: Tensor, view: EngineView, region: Region) -> Mapping[str, Part]:
-    want = Want(tensor, Share(tuple((pair,) for pair in region)))
-    assembly = Assembly(want, view)
-    for job in plan_read(reader.manifest, [want]):
-        for chunk, planes in reader.planes(job, [want]):
-            assembly.put(chunk, planes)
-    assert assembly.parts is not None
-    return assembly.parts
-
-
 def _kinds(reader: Reader, tensor: Tensor, view: EngineView) -> dict[str, np.dtype[Any]]:
     """The dtypes of a weight's arrays, from its first chunk."""
     region = grid.chunk_region(tensor.shape, tensor.chunk, 0)
-    want = Want(tensor, Share(tuple((pair,) for pair in region)))
+    want = Want.of(tensor, region)
     for job in plan_read(reader.manifest, [want]):
         for _, planes in reader.planes(job, [want]):
             shape = tuple(b - a for a, b in region)
@@ -191,5 +180,5 @@ def _kinds(reader: Reader, tensor: Tensor, view: EngineView) -> dict[str, np.dty
 
 
 def _view(reader: Reader, tensor: Tensor) -> EngineView | None:
-    codec = reader.codec(tensor)
-    return codec.view if isinstance(codec, WeightCodec) and not codec.exact else None
+    codec = lossy_codec(reader, tensor)
+    return codec.view if codec is not None else None

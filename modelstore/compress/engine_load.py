@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modelstore.codecs.weight import EngineView, Part, WeightCodec, part_name
-from modelstore.compress.engine import Assembly, check_slice
+from modelstore.codecs.weight import EngineView, Part, part_name
+from modelstore.compress.engine import Assembly, check_slice, lossy_codec
 from modelstore.errors import UnsupportedError
 from modelstore.execute.loading import Variant
 from modelstore.execute.memory import Arena
@@ -36,8 +36,8 @@ def engine_views(reader: Reader, tensors: Sequence[Tensor]) -> list[EngineView |
     views: list[EngineView | None] = []
     dense: dict[str, str] = {}
     for tensor in tensors:
-        codec = reader.codec(tensor)
-        if not isinstance(codec, WeightCodec) or codec.exact:
+        codec = lossy_codec(reader, tensor)
+        if codec is None:
             views.append(None)
             continue
         view = codec.view

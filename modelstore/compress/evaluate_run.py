@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from blake3 import blake3
 
 from modelstore.compress import evaluate as ev
 from modelstore.compress.evaluate_metrics import known, publish
 from modelstore.compress.evaluate_model import language_config, language_model, tokens
 from modelstore.execute.loading import Variant
+from modelstore.format.digest import name_of
 from modelstore.format.names import ORIGINAL
 from modelstore.format.progress import Advance, Progress, meter
 from modelstore.format.results import Measured
@@ -87,7 +87,7 @@ def evaluate(
     windows = ev.windows(len(ids), choice.context, choice.stride)
     blank = Measured(
         name,
-        blake3(text.encode()).hexdigest(),
+        name_of(text.encode()),
         len(ids),
         sum(window.predicted for window in windows),
         choice.context,

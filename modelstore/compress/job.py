@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from modelstore.architecture.parallel import axes
 from modelstore.codecs.ladder import Ladder
@@ -31,14 +30,14 @@ from modelstore.execute.journal import Journal, job_id, resume
 from modelstore.execute.reading import Reader
 from modelstore.execute.saving import store_manifest
 from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks, require_others
-from modelstore.format import grid, results
+from modelstore.format import boxes, grid, results
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.manifest_builder import ManifestBuilder
 from modelstore.format.names import ORIGINAL
 from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
-from modelstore.format.region import Region, extent, shift, slices
+from modelstore.format.region import Region, extent, shift
 from modelstore.format.results import Choice, CompressionPlan
 from modelstore.plan.work import Limits, Work
 from modelstore.storage.base import Storage
@@ -233,10 +232,8 @@ def encoder(
     def choose(part: Region, raw: Bytes) -> EncodeRegion:
         if not codec.by_rows or not has_whole_rows(part, tensor.shape):
             return encode
-        box = raw.view(f"V{tensor.kind.itemsize}").reshape(extent(part))
-        fitted = fit(
-            lambda region: np.ascontiguousarray(box[slices(region)]).reshape(-1).view(np.uint8), box.shape, tensor.kind
-        )
+        shape = extent(part)
+        fitted = fit(lambda region: boxes.cut(raw, shape, tensor.kind.itemsize, region), shape, tensor.kind)
         return lambda values, region: fitted(values, shift(region, part))
 
     return choose

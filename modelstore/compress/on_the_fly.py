@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
-import numpy as np
 
 from modelstore.architecture.parallel import axes
 from modelstore.compress.budget import check_memory
@@ -20,11 +19,12 @@ from modelstore.errors import UnsupportedError
 from modelstore.execute.encoding import Encoder
 from modelstore.execute.loading import Variant
 from modelstore.execute.reading import Reader
+from modelstore.format import boxes
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.recipe import Recipe
-from modelstore.format.region import Region, extent, shift, size, slices
+from modelstore.format.region import Region, extent, shift, size
 from modelstore.plan.read import ChunkRead, ReadJob, Want
 from modelstore.plan.work import Work
 
@@ -159,8 +159,7 @@ class _Slabs:
         if self._held is None or self._held[0] != around:
             self._held = None  # before the next one is read
             self._held = (around, self._reader.region(tensor, around))
-        box = self._held[1].view(f"V{tensor.kind.itemsize}").reshape(extent(around))
-        found = np.ascontiguousarray(box[slices(shift(region, around))]).reshape(-1).view(np.uint8)
+        found = boxes.cut(self._held[1], extent(around), tensor.kind.itemsize, shift(region, around))
         if all(b == n for (_, b), n in zip(region, tensor.shape, strict=True)):
             self._held = None  # that was the end of the tensor
         return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import msgspec
 import numpy as np
 
@@ -14,6 +12,7 @@ from modelstore.format import grid
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.results import Choice, CompressionPlan
 from modelstore.plan.work import Work
+from modelstore.storage.pool import ordered
 
 _PER_THREAD = 24 << 20  # bytes: a chunk, and what it is decoded of
 
@@ -38,9 +37,8 @@ def with_threshold(
 
     total: Counts | None = None
     threads = max(1, min(work.limits.reading_threads(reader.local), work.memory // _PER_THREAD))
-    with ThreadPoolExecutor(threads, thread_name_prefix="modelstore-count") as pool:
-        for counts in pool.map(counted, plan.compressed):
-            total = counts if total is None else total + counts
+    for counts in ordered(counted, plan.compressed, threads, "modelstore-count"):
+        total = counts if total is None else total + counts
     threshold = global_threshold([] if total is None else [total], share)
     spec = CodecSpec("sparse", {"threshold": threshold})
     choices = tuple(msgspec.structs.replace(choice, codec=spec) if choice.codec else choice for choice in plan.choices)

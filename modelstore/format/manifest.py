@@ -16,13 +16,13 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 import zstandard
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
 from modelstore.format.architecture import Architecture
 from modelstore.format.decoding import prepared
+from modelstore.format.digest import name_of, name_of_pieces
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.names import check_file, check_model, check_tensors
 from modelstore.format.region import Shape
@@ -163,10 +163,8 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     @cached_property
     def content(self) -> str:
         """BLAKE3 of the names, dtypes, shapes and digests of all tensors: the same however the values are stored."""
-        hasher = blake3()
-        for tensor in sorted(self.tensors, key=lambda t: t.name):
-            hasher.update(f"{tensor.name}\0{tensor.dtype}\0{tensor.shape}\0{tensor.digest}\n".encode())
-        return hasher.hexdigest()
+        tensors = sorted(self.tensors, key=lambda t: t.name)
+        return name_of_pieces(f"{t.name}\0{t.dtype}\0{t.shape}\0{t.digest}\n".encode() for t in tensors)
 
     @cached_property
     def stored(self) -> int:
@@ -197,7 +195,7 @@ def encode(manifest: Manifest) -> tuple[str, bytes]:
     if len(data) < least:
         padding = least - len(data)
         data += struct.pack("<II", _SKIPPED, padding) + bytes(padding)
-    return blake3(text).hexdigest(), data
+    return name_of(text), data
 
 
 def _parts(text: bytes, size: int) -> int:
@@ -233,7 +231,7 @@ def decode(data: bytes, digest: str, where: str) -> Manifest:
             raise wrong(f"has {_parts(text, len(data))} members and elements in a frame of {len(data)} bytes")
     except zstandard.ZstdError as error:
         raise wrong(f"is not a zstd frame ({error})") from None
-    if blake3(text).hexdigest() != digest:
+    if name_of(text) != digest:
         raise wrong("does not match its digest")
     try:
         manifest = _decoder.decode(text)

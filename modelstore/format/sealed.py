@@ -11,10 +11,10 @@ import re
 from typing import TypeVar
 
 import msgspec
-from blake3 import blake3
 
 from modelstore.errors import FormatError
 from modelstore.format.decoding import prepared
+from modelstore.format.digest import name_of
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -30,7 +30,7 @@ def seal(value: msgspec.Struct) -> bytes:
     assert text.endswith(b"}"), "only objects are sealed"
     head = text[:-1]
     comma = b"" if head == b"{" else b","
-    return b'%b%b"blake3":"%b"}' % (head, comma, blake3(head).hexdigest().encode())
+    return b'%b%b"blake3":"%b"}' % (head, comma, name_of(head).encode())
 
 
 def unseal(
@@ -46,7 +46,7 @@ def unseal(
 
     found = _SEAL.search(data, max(0, len(data) - _LONGEST))
     sealed = found is not None and found.end() == len(data)
-    if found is not None and sealed and blake3(data[: found.start()]).hexdigest().encode() != found[1]:
+    if found is not None and sealed and name_of(data[: found.start()]).encode() != found[1]:
         raise wrong("its bytes do not match its digest")
     try:
         value = msgspec.json.decode(data, type=prepared(kind))
@@ -62,7 +62,7 @@ def intact(data: bytes) -> bool:
     """Whether these can be the bytes of a small object of any kind: JSON, with a digest that is right or with none."""
     found = _SEAL.search(data, max(0, len(data) - _LONGEST))
     if found is not None and found.end() == len(data):
-        return blake3(data[: found.start()]).hexdigest().encode() == found[1]
+        return name_of(data[: found.start()]).encode() == found[1]
     try:
         return "blake3" not in msgspec.json.decode(data, type=_MEMBERS)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -17,9 +17,8 @@ from zarr.core.buffer import Buffer, BufferPrototype
 
 from modelstore.format.buffers import Buffer as Raw
 from modelstore.format.buffers import as_bytes
-from modelstore.format.region import Region, Shape, extent, slices
-from modelstore.integrations.zarr_nodes import METADATA, Node, Nodes, Tensor
-from modelstore.integrations.zarr_values import widen
+from modelstore.format.region import Region, Shape, extent
+from modelstore.integrations.zarr_nodes import METADATA, Node, Nodes, Tensor, shown
 
 
 class Reader(Protocol):
@@ -164,14 +163,7 @@ def _chunk(reader: Reader, node: Node, index: Shape) -> np.ndarray[Any, np.dtype
     expected = math.prod(extent(region)) * node.stored.itemsize
     if raw.size != expected:
         raise ValueError(f"{node.name}: {raw.size} bytes were read for region {region}, which has {expected}")
-    if node.view.widened:
-        raw = widen(raw, node.stored).view(np.uint8)
-    shown = tuple(min((i + 1) * c, n) - i * c for i, c, n in zip(index, node.chunks, node.shape, strict=True))
-    if shown == node.chunks:
-        return raw
-    padded = np.zeros(node.chunks, dtype=node.view.dtype)
-    padded[slices(tuple((0, n) for n in shown))] = raw.view(node.view.dtype).reshape(shown)
-    return padded.reshape(-1).view(np.uint8)
+    return shown(node, index, raw)
 
 
 def _size(node: Node) -> int:

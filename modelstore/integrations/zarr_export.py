@@ -9,9 +9,7 @@ import json
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,11 @@ from modelstore.execute.reading import Reader
 from modelstore.format import grid, results
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
-from modelstore.format.region import Shape, slices
-from modelstore.integrations.zarr_nodes import METADATA, Node, Nodes
-from modelstore.integrations.zarr_values import widen
-from modelstore.plan.layout import Share
+from modelstore.format.region import Shape
+from modelstore.integrations.zarr_nodes import METADATA, Node, Nodes, shown
 from modelstore.plan.read import Want
 from modelstore.plan.work import Work
+from modelstore.storage.pool import ordered
 
 # Beginning with "__", as no node does.
 _LOCK = "__lock"
@@ -192,37 +189,21 @@ def _write_chunks(reader: Reader, nodes: Nodes, staging: Path, work: Work) -> in
     """Write the chunks that are missing; bytes of all of them."""
     size = 0
     room = max(1, work.memory // 16)  # raw bytes on their way: widened and compressed they are five times as much
-    under_way: deque[tuple[Future[int], int, bool]] = deque()
-    held = 0
-
-    def finish() -> None:
-        nonlocal held, size
-        future, nbytes, counts = under_way.popleft()
-        size += future.result()
-        held -= nbytes
-        if counts:
-            work.done(nbytes)
-
     chunks = _chunks(nodes, reader)
     threads = work.limits.threads or os.cpu_count() or 1
-    with ThreadPoolExecutor(threads, thread_name_prefix="modelstore-zarr") as pool:
-        while batch := list(itertools.islice(chunks, _BATCH)):
-            _check_space(staging, sum(math.prod(c.node.chunks) * c.node.view.dtype.itemsize for c in batch))
-            wants = [
-                Want(
-                    reader.manifest.by_name[c.node.name],
-                    Share(tuple((pair,) for pair in c.node.stored_region(c.index))),
-                )
-                for c in batch
-            ]
-            for number, buffer in reader.stream(wants, work.unheard()):
-                while under_way and (held + len(buffer) > room or under_way[0][0].done()):
-                    finish()
-                held += len(buffer)
-                chunk = batch[number]
-                under_way.append((pool.submit(_keep_chunk, chunk, buffer, staging), len(buffer), chunk.counts))
-            while under_way:
-                finish()
+
+    def keep(read: tuple[_Chunk, Bytes]) -> tuple[int, int]:
+        chunk, buffer = read
+        return _keep_chunk(chunk, buffer, staging), len(buffer) if chunk.counts else 0
+
+    while batch := list(itertools.islice(chunks, _BATCH)):
+        _check_space(staging, sum(math.prod(c.node.chunks) * c.node.view.dtype.itemsize for c in batch))
+        wants = [Want.of(reader.manifest.by_name[c.node.name], c.node.stored_region(c.index)) for c in batch]
+        found = ((batch[number], buffer) for number, buffer in reader.stream(wants, work.unheard()))
+        kept = ordered(keep, found, threads, "modelstore-zarr", memory=room, cost=lambda read: len(read[1]))
+        for written, done in kept:
+            size += written
+            work.done(done)
     return size
 
 
@@ -254,18 +235,6 @@ def _keep_chunk(chunk: _Chunk, raw: Bytes, staging: Path) -> int:
 def _write_chunk(staging: Path, file: str, data: bytes) -> None:
     with writing(staging):
         _write(staging, file, data)
-
-
-def shown(node: Node, index: Shape, raw: Bytes) -> Bytes:
-    """A chunk's bytes as Zarr wants them: widened, and at the edges of the array padded with zeros to the full shape."""
-    if node.view.widened:
-        raw = widen(raw, node.stored).view(np.uint8)
-    part = tuple(min((i + 1) * c, n) - i * c for i, c, n in zip(index, node.chunks, node.shape, strict=True))
-    if part == node.chunks:
-        return raw
-    padded = np.zeros(node.chunks, dtype=node.view.dtype)
-    padded[slices(tuple((0, n) for n in part))] = raw.view(node.view.dtype).reshape(part)
-    return padded.reshape(-1).view(np.uint8)
 
 
 def _place(staging: Path, path: Path) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
+
+from modelstore.format import boxes
+from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
-from modelstore.format.region import Region, Shape
-from modelstore.integrations.zarr_values import View, view
+from modelstore.format.region import Region, Shape, full
+from modelstore.integrations.zarr_values import View, view, widen
 
 METADATA = "zarr.json"
 _CHUNK_KEY = re.compile(r"^(.*)/c((?:/(?:0|[1-9]\d{0,17}))*)$", re.DOTALL)
@@ -243,3 +248,16 @@ def _indices(grid: Shape) -> Iterator[Shape]:
     for first in range(grid[0]):
         for rest in _indices(grid[1:]):
             yield (first, *rest)
+
+
+def shown(node: Node, index: Shape, raw: Bytes) -> Bytes:
+    """A chunk's bytes as Zarr wants them: widened, and at the edges of the array padded with zeros to the full shape."""
+    if node.view.widened:
+        raw = widen(raw, node.stored).view(np.uint8)
+    part = tuple(min((i + 1) * c, n) - i * c for i, c, n in zip(index, node.chunks, node.shape, strict=True))
+    if part == node.chunks:
+        return raw
+    itemsize = node.view.dtype.itemsize
+    padded = np.zeros(math.prod(node.chunks) * itemsize, np.uint8)
+    boxes.paste(raw, padded, node.chunks, itemsize, full(part))
+    return padded

@@ -27,6 +27,11 @@ class Share:
 
     ranges: tuple[tuple[Range, ...], ...]
 
+    @classmethod
+    def of(cls, region: Region) -> Share:
+        """The share that is one region."""
+        return cls(tuple((pair,) for pair in region))
+
     @property
     def shape(self) -> Shape:
         """The shape of the rank's tensor."""
@@ -54,7 +59,7 @@ class Share:
 
 def whole(shape: Shape) -> Share:
     """The share that is the whole tensor."""
-    return Share(tuple((pair,) for pair in full(shape)))
+    return Share.of(full(shape))
 
 
 def cut(shape: Shape, axis: int, ranges: Sequence[Range]) -> Share:
@@ -155,7 +160,7 @@ class Regions(Combines):
                     tensor=name,
                 )
         return {
-            name: Share(tuple((pair,) for pair in _region(name, self.regions[name], shape)))
+            name: Share.of(_region(name, self.regions[name], shape))
             for name, shape in tensors.items()
             if name in self.regions
         }

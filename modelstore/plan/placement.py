@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
+from modelstore.format.digest import digest_of
 from modelstore.plan.placement_kernel import place
+from modelstore.storage.pool import ordered
 
 _SLICE = 1 << 14  # keys that one thread places in one go
 _LIGHTEST, _HEAVIEST = 1e-9, 1e9
@@ -120,8 +120,7 @@ def holders(view: View, keys: NDArray[np.uint64], replicas: int, *, threads: int
     if len(starts) == 1:
         run(0)
     else:
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-            list(pool.map(run, starts))
+        list(ordered(run, starts, threads or os.cpu_count() or 1, "modelstore-place"))
     return out
 
 
@@ -203,7 +202,7 @@ def _table(view: View) -> _Table:
     members = [view.members[at] for at in places]
     shares = np.array([m.weight * m.correction for m in members], np.float64)
     return _Table(
-        np.array([int.from_bytes(blake3(m.id.encode()).digest()[:8], "little") for m in members], np.uint64),
+        np.array([int.from_bytes(digest_of(m.id.encode())[:8], "little") for m in members], np.uint64),
         shares,
         _numbered([m.zone for m in members]),
         _numbered([(m.zone, m.node) for m in members]),

@@ -23,6 +23,11 @@ class Want:
     tensor: Tensor
     share: Share
 
+    @classmethod
+    def of(cls, tensor: Tensor, region: Region) -> Want:
+        """The want of one region of a tensor."""
+        return cls(tensor, Share.of(region))
+
     @property
     def shape(self) -> Shape:
         return self.share.shape

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import TypeVar
 from weakref import WeakSet
 
 from modelstore.errors import CancelledError
+
+T = TypeVar("T")
+U = TypeVar("U")
+REQUESTS = 16  # threads for small requests, which mostly wait
+_AHEAD = 8  # items a thread that are under way or done and not yet taken
 
 
 class _Work:
@@ -58,3 +66,41 @@ class Pool(ThreadPoolExecutor):
 
     def _start(self) -> None:
         _mine.work = self._work
+
+
+def ordered(
+    act: Callable[[T], U],
+    items: Iterable[T],
+    threads: int,
+    name: str = "modelstore",
+    *,
+    ahead: int | None = None,
+    memory: int | None = None,
+    cost: Callable[[T], int] = lambda item: 0,  # noqa: ARG005  items that cost nothing
+) -> Iterator[U]:
+    """What `act` makes of each item, in the order of the items; `threads` threads of that name do it.
+
+    At most `ahead` items (by default 8 a thread) are under way or wait to be taken, and what they cost is at most `memory`
+    bytes, except that one above it is let through alone. Items are asked for in the caller's thread, as there is room for
+    them. An error of `act` is raised in the place of its item. Whoever stops taking, also by an error, begins nothing more,
+    and goes on when the threads have stopped.
+    """
+    limit = ahead or _AHEAD * threads
+    pool = Pool(threads, thread_name_prefix=name)
+    under_way: deque[tuple[Future[U], int]] = deque()
+    held = 0
+    try:
+        for item in items:
+            price = cost(item)
+            while under_way and (len(under_way) >= limit or (memory is not None and held + price > memory)):
+                future, less = under_way.popleft()
+                held -= less
+                yield future.result()
+                del future  # what was taken is the caller's alone
+            under_way.append((pool.submit(act, item), price))
+            held += price
+        while under_way:
+            yield under_way.popleft()[0].result()
+    finally:
+        pool.give_up()
+        pool.shutdown()

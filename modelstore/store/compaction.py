@@ -22,7 +22,7 @@ from modelstore.format.record import PACKS, VariantEntry, pack_key
 from modelstore.format.results import Swept
 from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.catalog import Catalog
 from modelstore.store.garbage import collect, now_of
 from modelstore.store.marking import Doubt, Needed, needed_manifests
@@ -31,7 +31,6 @@ from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
 LIVE_SHARE = 0.8  # below it a pack is rewritten
-_THREADS = 16
 _HEADER = 50  # a gap of less than a fiftieth of a pack is its header: whether something in it is dead is not looked at
 
 
@@ -99,9 +98,8 @@ def dead_packs(storage: Storage, found: Survey) -> dict[str, Old | None]:
         except (NotFoundError, CorruptionError, FormatError):
             return None
 
-    with Pool(_THREADS, thread_name_prefix="modelstore-compact") as pool:
-        gaps = found.gaps
-        return dict(zip(gaps, pool.map(opened, gaps), strict=True))
+    gaps = found.gaps
+    return dict(zip(gaps, ordered(opened, gaps, REQUESTS, "modelstore-compact"), strict=True))
 
 
 def dead_bytes(opened: Mapping[str, Old | None]) -> int:

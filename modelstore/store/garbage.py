@@ -21,7 +21,7 @@ from modelstore.format.progress import Advance
 from modelstore.format.results import Swept, SweptObject
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.local import LocalStorage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.storage.wrapping import WrappingStorage
 from modelstore.store.clock import now
 from modelstore.store.condemned import Condemnation, forget_dead, held_by_writers
@@ -30,7 +30,6 @@ from modelstore.store.marking import Doubt, needed_manifests
 from modelstore.store.records import torn_journals
 from modelstore.store.repo import Repo
 
-_THREADS = 16
 _ROUNDS = 5  # how often a collection begins anew that writers have stopped
 _BATCH = 256  # objects removed between two looks at whether that is still allowed
 _ONE_LISTING = 1000  # packs up to which one listing is quicker than one a folder
@@ -99,17 +98,17 @@ def _sweep_all(
     storage: Storage, condemned: Condemnation | None, found: _Found, limit: float, progress: Advance | None
 ) -> list[SweptObject]:
     gone = []
-    with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:
-        for stage in found.stages:
-            for start in range(0, len(stage), _BATCH):
-                if condemned is not None:
-                    condemned.check()
-                for swept in pool.map(lambda info: _sweep(storage, info, limit), stage[start : start + _BATCH]):
-                    found.kept += swept is None
-                    if swept is not None:
-                        gone.append(swept)
-                        if progress:
-                            progress(swept.size)
+    for stage in found.stages:
+        for start in range(0, len(stage), _BATCH):
+            if condemned is not None:
+                condemned.check()
+            some = stage[start : start + _BATCH]
+            for swept in ordered(lambda info: _sweep(storage, info, limit), some, REQUESTS, "modelstore-gc"):
+                found.kept += swept is None
+                if swept is not None:
+                    gone.append(swept)
+                    if progress:
+                        progress(swept.size)
     return gone
 
 
@@ -246,8 +245,8 @@ def _under_packs(storage: Storage) -> list[ObjectInfo]:
     def folder(name: str) -> list[ObjectInfo]:
         return list(storage.list(f"{rec.PACKS}{name}/"))
 
-    with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:
-        return [info for infos in pool.map(folder, storage.folders(rec.PACKS)) for info in infos]
+    folders = ordered(folder, storage.folders(rec.PACKS), REQUESTS, "modelstore-gc")
+    return [info for infos in folders for info in infos]
 
 
 def _sweep(storage: Storage, info: ObjectInfo, limit: float) -> SweptObject | None:

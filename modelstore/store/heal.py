@@ -9,6 +9,7 @@ from blake3 import blake3
 
 from modelstore.errors import CorruptionError, NotFoundError
 from modelstore.format.buffers import Pieces, view
+from modelstore.format.digest import name_of_pieces
 from modelstore.format.record import pack_key
 from modelstore.storage.base import Storage
 
@@ -49,13 +50,10 @@ def pack_is_good(storage: Storage, digest: str) -> bool:
     info = storage.info(key)
     if info is None:
         return False
-    hasher = blake3()
     try:
-        for piece in pieces(storage, key, info.size):
-            hasher.update(piece)
+        return name_of_pieces(pieces(storage, key, info.size)) == digest
     except (NotFoundError, CorruptionError):
         return False
-    return hasher.hexdigest() == digest
 
 
 def replace_pack(storage: Storage, mirror: Storage, digest: str) -> None:

@@ -15,7 +15,7 @@ from modelstore.format.names import Reference, is_model, is_word
 from modelstore.format.record import TagRecord, VariantEntry, VersionRecord
 from modelstore.format.suggest import suggestion
 from modelstore.storage.base import SMALL, Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.condemned import never_was
 from modelstore.store.damage import DAMAGED, Damaged, listed, naming, noting
 
@@ -49,9 +49,10 @@ class Lookup:
         Where one cannot be read it is added to `damaged`, and the others are given; without that list it is an error.
         """
         keys = noting(damaged, lambda: [key for _, key in self._heads(model, None)]) or []
-        with Pool(16) as pool:
-            found = pool.map(lambda key: noting(damaged, lambda: self._version_at(key)), keys)
-            return sorted((record for record in found if record is not None), key=lambda r: r.version)
+        found = ordered(
+            lambda key: noting(damaged, lambda: self._version_at(key)), keys, REQUESTS, "modelstore-records"
+        )
+        return sorted((record for record in found if record is not None), key=lambda r: r.version)
 
     def live(self, model: str, damaged: Damaged | None = None) -> list[VersionRecord]:
         """The versions of a model that are not deleted, oldest first; `damaged` as for `versions`."""

@@ -14,16 +14,15 @@ from modelstore.format import record as rec
 from modelstore.format.manifest import Manifest
 from modelstore.format.results import Problem
 from modelstore.storage.base import Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import DAMAGED, listed
 from modelstore.store.describe import problem
 from modelstore.store.packs import manifest_copies
 from modelstore.store.repair import copy_of, read_copy
 from modelstore.store.repo import Repo
 
-_THREADS = 16
 _DIGEST = re.compile("[0-9a-f]{64}")
-_AHEAD = 64  # manifests read at a time
+_AHEAD = 64  # manifests that are read and not yet looked at
 _LONGEST_CHAIN = 1000  # manifests of deltas upon one another; far beyond what is ever written
 
 _Named = dict[tuple[str, str], tuple[str, ...]]  # (model, manifest) → the packs that are its copies, as records say
@@ -64,39 +63,39 @@ def needed_manifests(repo: Repo, limit: float, doubt: Doubt | None = None) -> It
     """
     live: _Named = {}
     recent: _Named = {}
-    with Pool(_THREADS, thread_name_prefix="modelstore-gc") as pool:
-        for found, given_up in pool.map(
-            lambda model: _needed(repo.storage, model, limit, doubt), repo.catalog.models()
-        ):
-            live |= {name: tuple(dict.fromkeys((*copies, *given_up.get(name, ())))) for name, copies in found.items()}
-            recent |= given_up
-        seen: set[tuple[str, str]] = set()
-        for needed, is_live in ((live, True), (recent, False)):
-            for _ in range(_LONGEST_CHAIN):
-                bases: _Named = {}
-                fresh = [item for item in needed.items() if item[0] not in seen]
-                seen |= {name for name, _ in fresh}
-                for start in range(0, len(fresh), _AHEAD):
-                    some = fresh[start : start + _AHEAD]
-                    read = pool.map(lambda item: _manifest(repo, item[0], item[1]), some)
-                    for ((model, digest), _), one in zip(some, read, strict=True):
-                        if isinstance(one, CorruptionError):
-                            if is_live or repo.storage.info(rec.manifest_key(model, digest)):
-                                if doubt is None:
-                                    raise one
-                                doubt.add(one, model, everything=True)
-                            continue  # it was given up, and swept by an earlier collection of a shorter grace
-                        manifest, copies = one
-                        yield Needed(model, digest, copies, manifest, is_live)
-                        if manifest.base is not None:
-                            bases[manifest.base.model, manifest.base.manifest] = ()
-                if not bases:
-                    break
-                needed = bases
-            else:
-                raise FormatError(
-                    f"deltas of deltas are more than {_LONGEST_CHAIN} deep: nothing was swept; delete what made them"
-                )
+    models = repo.catalog.models()
+    for found, given_up in ordered(
+        lambda model: _needed(repo.storage, model, limit, doubt), models, REQUESTS, "modelstore-gc"
+    ):
+        live |= {name: tuple(dict.fromkeys((*copies, *given_up.get(name, ())))) for name, copies in found.items()}
+        recent |= given_up
+    seen: set[tuple[str, str]] = set()
+    for needed, is_live in ((live, True), (recent, False)):
+        for _ in range(_LONGEST_CHAIN):
+            bases: _Named = {}
+            fresh = [item for item in needed.items() if item[0] not in seen]
+            seen |= {name for name, _ in fresh}
+            read = ordered(
+                lambda item: _manifest(repo, item[0], item[1]), fresh, REQUESTS, "modelstore-gc", ahead=_AHEAD
+            )
+            for ((model, digest), _), one in zip(fresh, read, strict=True):
+                if isinstance(one, CorruptionError):
+                    if is_live or repo.storage.info(rec.manifest_key(model, digest)):
+                        if doubt is None:
+                            raise one
+                        doubt.add(one, model, everything=True)
+                    continue  # it was given up, and swept by an earlier collection of a shorter grace
+                manifest, copies = one
+                yield Needed(model, digest, copies, manifest, is_live)
+                if manifest.base is not None:
+                    bases[manifest.base.model, manifest.base.manifest] = ()
+            if not bases:
+                break
+            needed = bases
+        else:
+            raise FormatError(
+                f"deltas of deltas are more than {_LONGEST_CHAIN} deep: nothing was swept; delete what made them"
+            )
 
 
 def _needed(storage: Storage, model: str, limit: float, doubt: Doubt | None) -> tuple[_Named, _Named]:

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
-from blake3 import blake3
 
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError
 from modelstore.format.buffers import Buffer, as_bytes, view
+from modelstore.format.digest import name_of_pieces
 from modelstore.format.manifest import FORMAT, CodecSpec
 from modelstore.format.record import PACKS
 from modelstore.format.region import Shape
 from modelstore.format.safetensors import PREFIX, Entry, build_header, header_length, parse_header
 from modelstore.storage.base import Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 
 METADATA_KEY = "modelstore"
 COPY_ENTRY = "manifest"
@@ -82,10 +82,8 @@ class Pack:
 def finish(builder: PackBuilder, metadata: Mapping[str, str]) -> Pack:
     """The pack's bytes and name. The header comes first, so every offset is `data_start` later than `add` said."""
     header = builder.header(metadata)
-    hasher = blake3(header)
-    for piece in builder.pieces:
-        hasher.update(view(as_bytes(piece)))
-    return Pack(hasher.hexdigest(), (header, *builder.pieces), len(header) + builder.size, len(header))
+    pieces = (header, *builder.pieces)
+    return Pack(name_of_pieces(pieces), pieces, len(header) + builder.size, len(header))
 
 
 def data_start(storage: Storage, key: str) -> int:
@@ -141,5 +139,5 @@ def manifest_copies(storage: Storage) -> list[tuple[str, str, str]]:
             return None
         return metadata.get("model", ""), metadata.get("manifest", ""), key.rpartition("/")[2].partition(".")[0]
 
-    with Pool(16, thread_name_prefix="modelstore-packs") as pool:
-        return [one for one in pool.map(header, [info.key for info in storage.list(PACKS)]) if one is not None]
+    headers = ordered(header, (info.key for info in storage.list(PACKS)), REQUESTS, "modelstore-packs")
+    return [one for one in headers if one is not None]

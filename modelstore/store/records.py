@@ -25,10 +25,8 @@ from modelstore.format.record import StoreInfo, TagRecord, VersionRecord
 from modelstore.format.results import Problem
 from modelstore.format.sealed import intact, seal
 from modelstore.storage.base import LARGEST, SMALL, Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import DAMAGED, listed
-
-_THREADS = 16
 
 Record = VersionRecord | TagRecord
 # Why what a record names cannot be relied on, "" where all of it is there; it stays there until the end of the block.
@@ -86,12 +84,11 @@ def _read(
                     return error
         raise AssertionError
 
-    with Pool(_THREADS, thread_name_prefix="modelstore-records") as pool:
-        for number, one in zip(numbered, pool.map(read, numbered), strict=True):
-            if isinstance(one, ModelStoreError):
-                found.bad[number] = one
-            else:
-                found.good[number] = one
+    for number, one in zip(numbered, ordered(read, numbered, REQUESTS, "modelstore-records"), strict=True):
+        if isinstance(one, ModelStoreError):
+            found.bad[number] = one
+        else:
+            found.good[number] = one
     return found
 
 
@@ -126,8 +123,8 @@ def torn_journals(storage: Storage, keys: Sequence[str] | None = None) -> list[M
             advice = hs.advice(key)
         return FormatError(f"object {key} is damaged: {advice}", object=key)
 
-    with Pool(_THREADS, thread_name_prefix="modelstore-records") as pool:
-        return [error for error in pool.map(look, filter(_is_note, keys)) if error is not None]
+    looked = ordered(look, filter(_is_note, keys), REQUESTS, "modelstore-records")
+    return [error for error in looked if error is not None]
 
 
 # ---------------------------------------------------------------------- mending

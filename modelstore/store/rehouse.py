@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
-from blake3 import blake3
 
 from modelstore.errors import NotFoundError
 from modelstore.format import manifest as man
 from modelstore.format.buffers import Pieces
+from modelstore.format.digest import name_of_pieces
 from modelstore.format.manifest import Manifest
 from modelstore.format.record import VariantEntry, manifest_key, pack_key
 from modelstore.format.safetensors import build_header
@@ -71,10 +71,7 @@ class Rehousing:
             yield header
             yield from pieces(self.storage, key, opened.size, start=opened.data_start)
 
-        hasher = blake3()
-        for piece in data():
-            hasher.update(piece)
-        name = hasher.hexdigest()
+        name = name_of_pieces(data())
         size = len(header) + opened.size - opened.data_start
         self.storage.put(pack_key(name), Pieces(data), size)
         return name, len(header) - opened.data_start

@@ -23,13 +23,12 @@ from modelstore.format.handshake import Claim, Condemned, Intent
 from modelstore.format.manifest import FORMAT, Manifest
 from modelstore.format.record import VariantEntry, VersionRecord, is_own, manifest_key, pack_key
 from modelstore.storage.base import Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import DAMAGED
 from modelstore.store.rehouse import Rehousing
 
 log = logging.getLogger("modelstore")
 
-_THREADS = 16
 _TRIES = 5
 _MEND = "run 'modelstore repair', with '--from URL' where another copy of the store has it"
 T = TypeVar("T")
@@ -237,8 +236,8 @@ def check_there(storage: Storage, model: str, needed: Mapping[str, int]) -> None
         info = storage.info(item[0])
         return item[0] if info is None or info.size < item[1] else None
 
-    with Pool(_THREADS, thread_name_prefix="modelstore-publish") as pool:
-        gone = [key for key in pool.map(missing, needed.items()) if key is not None]
+    looked = ordered(missing, needed.items(), REQUESTS, "modelstore-publish")
+    gone = [key for key in looked if key is not None]
     if gone:
         raise _gone(model, gone)
 

@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from blake3 import blake3
 
 from modelstore.errors import CorruptionError, NotFoundError
 from modelstore.format.buffers import Pieces, view
+from modelstore.format.digest import matches, name_of_pieces
 from modelstore.format.manifest import Manifest
 from modelstore.format.manifest_builder import Location
 from modelstore.format.record import pack_key
@@ -64,10 +64,7 @@ def remake(storage: Storage, pack: str, parts: Sequence[Part], elsewhere: Elsewh
                         raise _wrong(part, place)
                     yield data
 
-        hasher = blake3()
-        for piece in pieces():
-            hasher.update(piece)
-        if hasher.hexdigest() == pack:
+        if name_of_pieces(pieces()) == pack:
             storage.put(pack_key(pack), Pieces(pieces), size)
             return True
     return False
@@ -161,8 +158,7 @@ def _read(storage: Storage, run: Sequence[Placed]) -> list[bytes | None]:
     except (NotFoundError, CorruptionError):  # it was changed meanwhile
         return [None] * len(run)
     return [
-        chunk.tobytes() if blake3(view(chunk)).digest() == part.digest else None
-        for chunk, (part, _) in zip(chunks, run, strict=True)
+        chunk.tobytes() if matches(chunk, part.digest) else None for chunk, (part, _) in zip(chunks, run, strict=True)
     ]
 
 

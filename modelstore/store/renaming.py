@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import msgspec
-from blake3 import blake3
 
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError
 from modelstore.format import manifest as man
+from modelstore.format.digest import name_of
 from modelstore.format.inventory import Renamed
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key
 from modelstore.store.repo import Repo
@@ -196,7 +196,7 @@ class _Renaming:
             self._storage.put(manifest_key(self._new, entry.manifest), [data], len(data))
 
     def _writer(self, number: int) -> str:
-        return blake3(f"rename\0{self._id}\0{self._old}\0{self._new}\0{number}".encode()).hexdigest()[:32]
+        return name_of(f"rename\0{self._id}\0{self._old}\0{self._new}\0{number}".encode())[:32]
 
 
 def _changed(old: VariantEntry, copied: VariantEntry | None, new: VariantEntry | None, *, ours: bool) -> bool:

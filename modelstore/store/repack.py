@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from modelstore.errors import CorruptionError, NotFoundError
-from modelstore.format.buffers import Buffer, Bytes, Pieces, view
+from modelstore.format.buffers import Buffer, Bytes, Pieces
 from modelstore.format.decoding import prepared
+from modelstore.format.digest import digest_of, name_of_pieces
 from modelstore.format.manifest import DIGEST_BYTES, FORMAT
 from modelstore.format.record import pack_key
 from modelstore.format.safetensors import Entry
@@ -144,10 +144,7 @@ def write(repo: Repo, new: New, work: Work) -> str:
             yield from _checked((repo.storage, *repo.mirrors), old, entries)
 
     held = list(data()) if size <= work.memory // 6 else None
-    hasher = blake3()
-    for piece in held if held is not None else data():
-        hasher.update(view(np.frombuffer(piece, np.uint8)))
-    digest = hasher.hexdigest()
+    digest = name_of_pieces(held if held is not None else data())
     # Also where one of that name is there: it was left by another compaction, and nobody has looked at its bytes since.
     repo.storage.put(pack_key(digest), held if held is not None else Pieces(data), size)
     work.done(new.builder.size)
@@ -246,7 +243,7 @@ def _read(storages: Sequence[Storage], old: Old, run: Sequence[_Segment]) -> Ite
         except (NotFoundError, CorruptionError) as error:
             reasons.append(str(error))
             continue
-        if all(digest in (None, blake3(view(one)).digest()) for one, (_, digest) in zip(found, run, strict=True)):
+        if all(digest in (None, digest_of(one)) for one, (_, digest) in zip(found, run, strict=True)):
             yield from found
             return
         reasons.append(f"the bytes in {storage.url} do not match their digest")

@@ -24,7 +24,7 @@ from modelstore.format.progress import Advance
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.results import Problem, Report
 from modelstore.storage.base import Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import ordered
 from modelstore.store import packs, records, relying
 from modelstore.store.catalog import Catalog
 from modelstore.store.damage import noting
@@ -65,16 +65,11 @@ def repair(
     for model in [ref.name] if ref else repo.catalog.models():
         for record, variant, entry in live(repo.catalog, model, ref, work.problems):
             work.variant(record, variant, entry)
-    with Pool(_THREADS, thread_name_prefix="modelstore-repair") as pool:
-        for size in pool.map(work.pack, work.packs):
-            work.nbytes += size
-            if progress and size:
-                progress(size)
-        inside, elsewhere = work.chunks_of_bad()
-        for size in pool.map(lambda pack: work.mend(pack, inside[pack], elsewhere), work.bad):
-            work.nbytes += size
-            if progress and size:
-                progress(size)
+    for size in ordered(work.pack, work.packs, _THREADS, "modelstore-repair"):
+        work.done(size, progress)
+    inside, elsewhere = work.chunks_of_bad()
+    for size in ordered(lambda pack: work.mend(pack, inside[pack], elsewhere), work.bad, _THREADS, "modelstore-repair"):
+        work.done(size, progress)
     left = [*mended.problems, *(p for p in work.problems if p.object not in {one.object for one in mended.problems})]
     return Report(work.chunks, work.nbytes, work.tensors, told_once(left), tuple(work.repaired), tuple(mended.notes))
 
@@ -147,6 +142,12 @@ class _Repair:
     _seen: set[tuple[str, str, str]] = field(default_factory=set)
     _noted: dict[tuple[str, str], None] = field(default_factory=dict)
     _copies: dict[str, str] | None = None  # manifest → pack, as packs' headers say
+
+    def done(self, nbytes: int, progress: Advance | None) -> None:
+        """Count bytes that were looked at, and tell of them."""
+        self.nbytes += nbytes
+        if progress and nbytes:
+            progress(nbytes)
 
     def variant(self, record: VersionRecord, variant: str, entry: VariantEntry) -> None:
         """Mend a variant's manifest, its copy, and the manifests under it; note the packs that they need."""

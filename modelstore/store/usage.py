@@ -13,13 +13,12 @@ from modelstore.errors import ModelStoreError
 from modelstore.format.inventory import StoreUsage, Usage
 from modelstore.format.manifest import Manifest
 from modelstore.format.record import JOBS, MODELS, PACKS, VersionRecord, is_own, manifest_key, pack_key
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import noting
 from modelstore.store.packs import data_start
 from modelstore.store.repair import copy_of
 from modelstore.store.repo import Repo
 
-_THREADS = 16
 _HEADER = 50  # a gap of less than a fiftieth of a pack is its header: whether something in it is dead is not looked at
 
 Places = NDArray[np.uint64]  # lines of pack, offset, length
@@ -100,9 +99,8 @@ class _Counting:
                 manifests += info[1]
             elif is_own(info[0]) and not info[0].startswith(JOBS):
                 unused += info[1]
-        with Pool(_THREADS, thread_name_prefix="modelstore-du") as pool:
-            starts = pool.map(lambda gap: data_start(self.repo.storage, gap[0]), gaps)
-            dead = sum(max(0, gap - start) for (_, gap), start in zip(gaps, starts, strict=True))
+        starts = ordered(lambda gap: data_start(self.repo.storage, gap[0]), gaps, REQUESTS, "modelstore-du")
+        dead = sum(max(0, gap - start) for (_, gap), start in zip(gaps, starts, strict=True))
         return int(live.sum()), dead, unused, manifests, total
 
     def _objects(self) -> Iterator[tuple[str, int]]:

@@ -19,9 +19,10 @@ from modelstore.codecs.loss import Loss, loss_of
 from modelstore.codecs.numbers import numpy_dtype
 from modelstore.codecs.weight import FLOATS
 from modelstore.errors import FormatError
+from modelstore.format import boxes
 from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES, DType
-from modelstore.format.region import Region, Shape, full, size, slices
+from modelstore.format.region import Region, Shape, full, size
 from modelstore.testing.codec import room, split_rows, untouched
 
 KINDS = ("normal", "zero", "constant", "outlier", "special", "subnormal", "huge")
@@ -200,21 +201,20 @@ class WeightContract:
             if self.codec.refuses(shape, d) is not None:
                 continue
             values = make(kind, shape, d)
-            box = values.view(f"V{d.itemsize}").reshape(shape)
 
-            def read(region: Region, box: Any = box) -> Bytes:
-                return np.ascontiguousarray(box[slices(region)]).reshape(-1).view(np.uint8)
+            def read(region: Region, values: Bytes = values, shape: Shape = shape) -> Bytes:
+                return boxes.cut(values, shape, d.itemsize, region)
 
             encode = self.codec.fit(read, shape, d)
             whole = [as_bytes(plane).tobytes() for plane in encode(values, full(shape))]
             assert whole == [plane.tobytes() for plane in self.encode(values, shape, d)], f"{shape} {kind}"
             expected = self.decode(whole, shape, d)
-            decoded = np.empty_like(box)
+            decoded = np.empty_like(values)
             for region in cuts(shape, self.codec.group(shape)):
                 extent = tuple(b - a for a, b in region)
                 part = self.decode(encode(read(region), region), extent, d)
                 assert part.size == size(region) * d.itemsize
-                decoded[slices(region)] = part.view(f"V{d.itemsize}").reshape(extent)
+                boxes.paste(part, decoded, shape, d.itemsize, region)
             assert decoded.tobytes() == expected.tobytes(), f"{shape} {kind} in regions"
 
     def test_always_the_same_from_any_thread(self) -> None:
