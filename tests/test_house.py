@@ -255,6 +255,33 @@ def test_structs_are_prepared_before_they_are_decoded() -> None:
     assert not wrong, "type=prepared(…):\n" + "\n".join(wrong)
 
 
+# What is done in one place, and the files (by name: they may move) that have a reason to do it themselves.
+ONCE = {
+    # Threads of a piece of work end with it: `storage/pool.py`. A host's live as long as the host.
+    r"\bThreadPoolExecutor\(": {"pool.py", "host.py", "write_behind.py"},
+    # Results in the order of their items, so many under way: `ordered` there. Of requests to hosts, each is several.
+    r"deque\[.*Future": {"pool.py", "acknowledge.py", "export_write.py"},
+    # Bytes are checked against their digest: `format/digest.py`. These pass the bytes on while they digest them.
+    r"digest\(\) *[!=]=|[!=]= *\S*digest\(\)": {"digest.py", "heal.py", "whole.py", "hub.py"},
+    # Boxes of raw bytes are cut and pasted: `format/boxes.py`.
+    r"""view\(f["']V""": {"boxes.py"},
+    # A region is wanted as one range a dimension: `Share.of`.
+    r"\(pair,\) for pair in": {"layout_share.py"},
+}
+
+
+@pytest.mark.parametrize("pattern", ONCE)
+def test_what_is_done_in_one_place_is_done_there(pattern: str) -> None:
+    wrong = [
+        f"{where(path)}:{number}: {line.strip()}"
+        for path in FILES
+        if part(path) != "testing" and path.name not in ONCE[pattern]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_nobody_reaches_into_a_store() -> None:
     """Tests and benchmarks stand where users stand: `store.repo`, `store[ref]` and `store.cluster` are what they need."""
     wrong = []

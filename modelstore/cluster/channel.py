@@ -22,6 +22,7 @@ from blake3 import blake3
 
 from modelstore.errors import StorageError
 from modelstore.format.buffers import Bytes
+from modelstore.format.digest import digest_of
 
 NONCE = 32
 GREETING = 5.0  # seconds that a handshake may take, all of it
@@ -154,7 +155,7 @@ def prove(role: bytes, server: bytes, client: bytes, channel: bytes, secret: byt
 
 
 def _channel(address: str, certificate: bytes) -> bytes:
-    return blake3(address.encode()).digest() + blake3(certificate).digest()
+    return digest_of(address.encode()) + digest_of(certificate)
 
 
 def _prepared(connection: socket.socket) -> socket.socket:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from blake3 import blake3
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modelstore.cluster.models import opened
@@ -24,7 +23,8 @@ from modelstore.cluster.pieces import Source
 from modelstore.cluster.session import Session
 from modelstore.errors import ConflictError, CorruptionError, StorageError
 from modelstore.execute.loading import Variant
-from modelstore.format.buffers import Bytes, view
+from modelstore.format.buffers import Bytes
+from modelstore.format.digest import digest_of, matches
 from modelstore.format.progress import Advance
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Layout, Share
@@ -93,7 +93,7 @@ def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for entry in batch.entries:
         part = buffer[entry.offset : entry.offset + entry.size]
-        if blake3(view(part.cpu().numpy())).digest() != entry.digest:
+        if not matches(part.cpu().numpy(), entry.digest):
             raise CorruptionError(
                 f"tensor {entry.names[0]!r} arrived with other bytes than were sent: deliver it again",
                 tensor=entry.names[0],
@@ -137,7 +137,7 @@ def read_batch(model: Variant, layout: Layout | None, entries: Sequence[Entry], 
 
     for _ in model.reader.stream(wants, Work(Limits(_MEMORY)), allocate=allocate, bounded=False):
         pass
-    digests = [blake3(view(allocate(at, 0))).digest() for at in range(len(entries))]
+    digests = [digest_of(allocate(at, 0)) for at in range(len(entries))]
     done = tuple(replace(entry, digest=digest) for entry, digest in zip(entries, digests, strict=True))
     return Batch(memory if device is None else torch.from_numpy(memory).to(device), done)
 

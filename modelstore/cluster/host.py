@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
-from blake3 import blake3
 
 from modelstore.cluster.device_tier import DeviceTier
 from modelstore.cluster.file_tier import FileTier, TierStats, local_path
@@ -23,7 +22,8 @@ from modelstore.cluster.origin import Origin, runs
 from modelstore.cluster.pieces import Piece, Source, batches, check_digest
 from modelstore.cluster.singleflight import Flight, SingleFlight
 from modelstore.errors import ConflictError, CorruptionError, StorageError
-from modelstore.format.buffers import Bytes, as_bytes, view
+from modelstore.format.buffers import Bytes, as_bytes
+from modelstore.format.digest import matches
 
 __all__ = ["HostSettings", "HostStats", "Peers", "ShardHost", "TierStats", "local_path", "sweep"]
 
@@ -135,7 +135,7 @@ class ShardHost:
         """Hold pieces that are given, where there is room (`has` tells). `CorruptionError` where bytes are not what their
         digest says: none of them is held."""
         for digest, content in data.items():
-            if blake3(view(content)).digest() != check_digest(digest):
+            if not matches(content, check_digest(digest)):
                 raise CorruptionError(f"piece {digest.hex()} was sent with other bytes: send it again")
         if pin is not None:
             for each in self._tiers().values():
@@ -322,7 +322,7 @@ class ShardHost:
             if data is None:
                 continue
             if tier not in (None, "memory") and not self._tier(str(tier)).has(part.digest):
-                if blake3(view(data)).digest() != part.digest:  # nothing wrong enters another tier
+                if not matches(data, part.digest):  # nothing wrong enters another tier
                     self.drop(part.digest)
                     continue
                 self._tier(str(tier)).put(part.digest, data)
@@ -342,7 +342,7 @@ class ShardHost:
         good = {}
         for digest, sent in given.items():
             data = as_bytes(sent)
-            right = len(data) == wanted.get(digest) and blake3(view(data)).digest() == digest
+            right = len(data) == wanted.get(digest) and matches(data, digest)
             with self._lock:
                 self._stats.from_peers += len(data) if right else 0
                 self._stats.wrong += not right

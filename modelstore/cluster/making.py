@@ -11,7 +11,6 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
-from blake3 import blake3
 
 from modelstore.cluster.models import opened
 from modelstore.cluster.pieces import Source, pieces, section_keys
@@ -22,7 +21,8 @@ from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.on_the_fly import OnTheFlyReader, unstored
 from modelstore.errors import NotFoundError
 from modelstore.format import grid
-from modelstore.format.buffers import Bytes, view
+from modelstore.format.buffers import Bytes
+from modelstore.format.digest import digest_of
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.recipe import Recipe, recipe
 from modelstore.format.region import Region
@@ -77,7 +77,7 @@ class HostMaker:
             found = [np.frombuffer(data, np.uint8) for _, data in planes]
             wanted = len(self._codecs[tensor.codec].planes(tensor.kind))
             digests = [digest for digest, _ in planes]
-            if len(found) == wanted and [blake3(view(data)).digest() for data in found] == digests:
+            if len(found) == wanted and [digest_of(data) for data in found] == digests:
                 self._makers.made(member, sum(map(len, found)))
                 return found
         return None
@@ -118,7 +118,7 @@ class Making:
         found = reader.manifest.by_name.get(tensor)
         if found is None:
             raise NotFoundError(f"model {variant.model!r} has no tensor {tensor!r}", model=variant.model, tensor=tensor)
-        return [(blake3(view(plane)).digest(), plane) for plane in reader.encoded(found, region)]
+        return [(digest_of(plane), plane) for plane in reader.encoded(found, region)]
 
     def _reader(self, variant: Unstored) -> OnTheFlyReader:
         key = msgspec.json.encode(variant)

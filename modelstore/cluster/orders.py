@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import msgspec
-from blake3 import blake3
 
 from modelstore.cluster.pieces import Source
+from modelstore.format.digest import digest_of
 from modelstore.format.note import Note
 from modelstore.format.record import VariantEntry
 from modelstore.plan.placement import View
@@ -42,7 +42,7 @@ def keepers(view: View, save: str, first: str | None) -> list[str]:
     """Members in the order in which they are asked to keep a save, one a node: `first`, or the one that its name falls to."""
     names = sorted(
         (member for member in view.members if not member.draining),
-        key=lambda member: (member.id != first, blake3(f"{save}/{member.id}".encode()).digest()),
+        key=lambda member: (member.id != first, digest_of(f"{save}/{member.id}".encode())),
     )
     nodes: dict[str, str] = {}
     for member in names:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from modelstore.cluster.orders import Order, PendingStats, keepers
-from modelstore.cluster.pending import Kept, Parts, digest_of, write_part
+from modelstore.cluster.pending import Kept, Parts, digest_of_kept, write_part
 from modelstore.cluster.pieces import Source
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError
 from modelstore.format.buffers import Bytes
@@ -105,7 +105,7 @@ class WriteBehind:
         right = True
         with contextlib.suppress(FileNotFoundError):  # dropped between two steps
             write_part(there, start, data)
-            right = digest is None or digest_of(there) == digest
+            right = digest is None or digest_of_kept(there) == digest
         with self._changed:
             if found.objects.get(key) is not there:
                 there.path.unlink(missing_ok=True)
@@ -341,7 +341,7 @@ class WriteBehind:
             for key, there in objects.items():
                 if self._tell(member, "reserve", save, found.source, pair, key, there.size, 1.0):
                     with contextlib.suppress(FileNotFoundError):  # stored meanwhile
-                        digest = digest_of(there)
+                        digest = digest_of_kept(there)
                         at = 0
                         for part in Parts(there):
                             last = at + len(part) == there.size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from modelstore.codecs.intviews import PackedView
 from modelstore.codecs.numbers import Floats, from_float32
 from modelstore.codecs.scaled import numbers, top
 from modelstore.codecs.weight import Encode, EngineView, ReadValues, WeightCodec, group_of, is_convolution, matrix
+from modelstore.format import boxes
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.grid import bands
@@ -125,12 +127,7 @@ class Int(WeightCodec):
         check.values(values, shape, dtype)
         if self.granularity in ("group", "block"):
             return self._encode(values, shape, dtype, None)
-        box = values.view(f"V{dtype.itemsize}").reshape(shape)
-
-        def read(region: Region) -> Bytes:
-            return np.ascontiguousarray(box[slices(region)]).reshape(-1).view(np.uint8)
-
-        return self.fit(read, shape, dtype)(values, full(shape))
+        return self.fit(partial(boxes.cut, values, shape, dtype.itemsize), shape, dtype)(values, full(shape))
 
     def decode(
         self,

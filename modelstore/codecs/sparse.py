@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from modelstore.codecs.levels import TILE
 from modelstore.codecs.pruning import Pruning
 from modelstore.codecs.weight import Encode, ReadValues, WeightCodec
 from modelstore.errors import FormatError
+from modelstore.format import boxes
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.region import Shape, extent, full
@@ -102,13 +104,7 @@ class Sparse(WeightCodec):
 
 def within(values: Bytes, shape: Shape, dtype: DType) -> ReadValues:
     """Regions of a tensor that is in memory."""
-    box = np.ascontiguousarray(values).view(f"V{dtype.itemsize}").reshape(shape)
-
-    def read(region: tuple[tuple[int, int], ...]) -> Bytes:
-        part = np.ascontiguousarray(box[tuple(slice(a, b) for a, b in region)])
-        return part.reshape(-1).view(np.uint8)
-
-    return read
+    return partial(boxes.cut, np.ascontiguousarray(values), shape, dtype.itemsize)
 
 
 def mask_size(count: int, pruning: Pruning) -> int:

@@ -20,7 +20,7 @@ from modelstore.format.inventory import Copied, CopiedVersion
 from modelstore.format.locks import Lock
 from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.plan.work import Limits, Work
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import ordered
 from modelstore.store import packs
 from modelstore.store.heal import checked_pieces, pack_is_good
 from modelstore.store.relying import GoneError, again
@@ -114,25 +114,17 @@ class _Copying:
                 work.done(there[pack])
             return right
 
-        with self._pool(work.limits) as pool:
-            return [pack for pack, right in zip(there, pool.map(good, there), strict=True) if not right]
+        looked = ordered(good, there, self._threads(work.limits), "modelstore-copy")
+        return [pack for pack, right in zip(there, looked, strict=True) if not right]
 
     @staticmethod
-    def _pool(limits: Limits) -> Pool:
-        """Threads for packs on their way, several at once as far as memory allows."""
-        threads = max(1, min(_AT_ONCE, limits.threads or _AT_ONCE, limits.memory // _PER_PACK))
-        return Pool(threads, thread_name_prefix="modelstore-copy")
+    def _threads(limits: Limits) -> int:
+        """Packs on their way at once, as far as memory allows."""
+        return max(1, min(_AT_ONCE, limits.threads or _AT_ONCE, limits.memory // _PER_PACK))
 
     def send(self, missing: Iterable[str], work: Work) -> None:
         """Send packs."""
-        with self._pool(work.limits) as pool:
-            sending = [pool.submit(self._send, pack, work) for pack in missing]
-            try:
-                for one in sending:
-                    one.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        list(ordered(lambda pack: self._send(pack, work), missing, self._threads(work.limits), "modelstore-copy"))
 
     def _send(self, pack: str, work: Work) -> None:
         """Stream a pack, from the first copy that gives the bytes that its name stands for."""

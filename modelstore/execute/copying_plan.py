@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-from blake3 import blake3
+from functools import partial
 
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError
+from modelstore.format.digest import name_of
 from modelstore.format.manifest import form
 from modelstore.format.names import ORIGINAL
 from modelstore.format.record import PACKS, VariantEntry, VersionRecord, pack_key
 from modelstore.storage.base import Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import DAMAGED, UNREADABLE
 from modelstore.store.relying import GoneError, relied_on
 from modelstore.store.repo import Repo
@@ -214,11 +214,15 @@ class Planner:
                 sizes = {info.key: info.size for info in storage.list(PACKS)}
                 found |= {pack: sizes.get(pack_key(pack)) for pack in left}
             elif left:
-                with Pool(16, thread_name_prefix="modelstore-copy") as pool:
-                    infos = pool.map(lambda pack: storage.info(pack_key(pack)), left)  # noqa: B023  used at once
-                    found |= {pack: info.size if info else None for pack, info in zip(left, infos, strict=True)}
+                look = partial(_size, storage)
+                found |= dict(zip(left, ordered(look, left, REQUESTS, "modelstore-copy"), strict=True))
         return found
 
     def writer(self, record: VersionRecord) -> str:
         """The writer that all copies of a version have in common, so that they know what one of them made."""
-        return blake3(f"copy\0{self._source_id}\0{record.model}\0{record.version}".encode()).hexdigest()[:32]
+        return name_of(f"copy\0{self._source_id}\0{record.model}\0{record.version}".encode())[:32]
+
+
+def _size(storage: Storage, pack: str) -> int | None:
+    info = storage.info(pack_key(pack))
+    return None if info is None else info.size

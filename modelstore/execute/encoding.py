@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from blake3 import blake3
 
 from modelstore.codecs.base import Codec
 from modelstore.codecs.loss import Loss, loss_of
 from modelstore.execute.memory import huge
-from modelstore.format import grid
-from modelstore.format.buffers import Buffer, Bytes, as_bytes, view
+from modelstore.format import boxes, grid
+from modelstore.format.buffers import Buffer, Bytes, as_bytes
+from modelstore.format.digest import digest_of
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.region import Region, extent, intersect, rows, shift, size, slices
+from modelstore.format.region import Region, extent, intersect, rows, shift, size
 from modelstore.plan.write import Part, Step, TensorPlan
 
 ReadRegion = Callable[[Region, Bytes], None]
@@ -81,7 +81,7 @@ def _encode_part(part: Part, item: Input, raw: Bytes) -> Encoded:
     for chunk in part.chunks:
         region = grid.chunk_region(item.plan.shape, item.plan.chunk, chunk)
         planes = _encode_chunk(item, encode, region, part.region, raw, decoded)
-        chunks.append((chunk, tuple((blake3(view(as_bytes(plane))).digest(), plane) for plane in planes)))
+        chunks.append((chunk, tuple((digest_of(as_bytes(plane)), plane) for plane in planes)))
     if decoded and not part.chunks:
         _decode_band(part.region, item, decoded)
     kind = DTYPES[item.plan.dtype]
@@ -94,10 +94,8 @@ def _encode_chunk(
 ) -> tuple[Buffer, ...]:
     """The planes of a chunk, out of the values of a region around it; decoded again into its place in each of `decoded`."""
     kind = DTYPES[item.plan.dtype]
-    element = f"V{kind.itemsize}"
     place = shift(region, around)
-    box = raw.view(element).reshape(extent(around))
-    values = np.ascontiguousarray(box[slices(place)]).reshape(-1).view(np.uint8)
+    values = boxes.cut(raw, extent(around), kind.itemsize, place)
     planes = encode(values, region)
     named = dict(zip(item.codec.planes(kind), planes, strict=True))
     for codec, buffer in zip(item.views, decoded, strict=True):
@@ -108,14 +106,13 @@ def _encode_chunk(
             continue
         apart = np.empty((1, values.size), np.uint8)
         codec.decode(wanted, extent(region), kind, apart)
-        buffer.view(element).reshape(extent(around))[slices(place)] = apart.view(element).reshape(extent(region))
+        boxes.paste(apart.reshape(-1), buffer, extent(around), kind.itemsize, place)
     return planes
 
 
 def _decode_band(band: Region, item: Input, decoded: Sequence[Bytes]) -> None:
     """What views read of a band that is no whole chunks: its chunks are encoded and decoded, one after another."""
     plan, itemsize = item.plan, item.plan.itemsize
-    element = f"V{itemsize}"
     for chunk in grid.touching(plan.shape, plan.chunk, band).tolist():
         region = grid.chunk_region(plan.shape, plan.chunk, chunk)
         raw = np.empty(size(region) * itemsize, np.uint8)
@@ -125,5 +122,5 @@ def _decode_band(band: Region, item: Input, decoded: Sequence[Bytes]) -> None:
         both = intersect(region, band)
         assert both is not None, "a chunk that touches the band shares elements with it"
         for values, buffer in zip(apart, decoded, strict=True):
-            box = values.view(element).reshape(extent(region))
-            buffer.view(element).reshape(extent(band))[slices(shift(both, band))] = box[slices(shift(both, region))]
+            inner, place = shift(both, region), shift(both, band)
+            boxes.copy(values, extent(region), inner, buffer, extent(band), place, itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -9,13 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from blake3 import blake3
-
 from modelstore.architecture.ties import tied
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.checkpoint import CONFIG, PIPELINE, Weights
+from modelstore.format.digest import name_of
 from modelstore.format.dtypes import dtype
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.names import check_file
@@ -112,12 +112,8 @@ class OutFile:
     @property
     def digest(self) -> str:
         """Equal for files of equal bytes at the same path."""
-        hasher = blake3(self.header)
-        for placed in self.tensors:
-            hasher.update(bytes.fromhex(placed.tensor.digest))
-            if placed.form:
-                hasher.update(placed.form.key.encode())
-        return hasher.hexdigest()
+        made = ((bytes.fromhex(p.tensor.digest), p.form.key.encode() if p.form else b"") for p in self.tensors)
+        return name_of(self.header, *itertools.chain.from_iterable(made))
 
 
 def one_file(manifest: Manifest, path: str, chosen: Mapping[str, Packing | None] | None = None) -> OutFile:

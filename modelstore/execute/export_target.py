@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-from blake3 import blake3
 
 from modelstore import paths
 from modelstore.errors import ConflictError, StorageError
 from modelstore.execute.export_layout import STAGING, OutFile
 from modelstore.format.checkpoint import Weights
 from modelstore.format.decoding import prepared
+from modelstore.format.digest import name_of, name_of_pieces
 
 _RECORD_EVERY = 0.25  # seconds; many small files share a record
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -70,7 +70,7 @@ class Target:
         self._state = _State()
         self._unwritten = False  # whether the state has changed since it was recorded
         self._written_at = 0.0
-        self._identity = blake3("\0".join(f"{o.path}\0{o.digest}" for o in outputs).encode()).hexdigest()
+        self._identity = name_of("\0".join(f"{o.path}\0{o.digest}" for o in outputs).encode())
         self._known: dict[str, tuple[int, ...]] = {}  # files that are whole, by path: which they are
         self._placed: set[str] = set()  # files that an earlier run gave their names
 
@@ -369,10 +369,8 @@ def is_right(output: OutFile, descriptor: int) -> bool:
 
 
 def _digest(descriptor: int, start: int, length: int) -> str:
-    hasher = blake3()
-    for at in range(start, start + length, _READ):
-        hasher.update(os.pread(descriptor, min(_READ, start + length - at), at))
-    return hasher.hexdigest()
+    reads = range(start, start + length, _READ)
+    return name_of_pieces(os.pread(descriptor, min(_READ, start + length - at), at) for at in reads)
 
 
 @contextlib.contextmanager

@@ -17,10 +17,9 @@ from modelstore.execute.export_target import Done, Target, writing
 from modelstore.execute.reading import Reader
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.region import Region, extent, is_contiguous, offset
-from modelstore.plan.layout import Share
 from modelstore.plan.read import Want
 from modelstore.plan.work import Work
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import Pool, ordered
 
 CHECKPOINT = 512 << 20  # bytes of one file after which what is written of it is made durable and recorded
 _SIZES = 16  # of buffers: multiples of this part of the largest
@@ -91,7 +90,7 @@ def _write_all(
 
 def _plain(reader: Reader, wanted: Sequence[_Block], work: Work, limit: int, writer: _Writer) -> Iterator[_Block]:
     """Write blocks whose bytes are the store's; each, when it is written."""
-    wants = [Want(b.placed.tensor, Share(tuple((pair,) for pair in b.region))) for b in wanted]
+    wants = [Want.of(b.placed.tensor, b.region) for b in wanted]
     buffers = _Buffers(limit)
     for index, buffer in reader.stream(wants, work.unheard(), allocate=buffers.take):
         block = wanted[index]
@@ -105,23 +104,15 @@ def _formed(reader: Reader, wanted: Sequence[_Block], work: Work, limit: int, wr
     threads = work.limits.reading_threads(reader.local)
     # A block is held raw, as float32 or as codes, and as what is written: about four times its size.
     ahead = max(1, min(2 * threads, work.memory // (4 * limit)))
-    waiting: deque[tuple[_Block, Future[list[tuple[int, Bytes]]]]] = deque()
-    left = iter(wanted)
-    pool = Pool(threads, thread_name_prefix="modelstore-export")
-    try:
-        while True:
-            while len(waiting) < ahead and (block := next(left, None)) is not None:
-                assert block.placed.form is not None
-                waiting.append((block, pool.submit(block.placed.form.read, reader, block.region)))
-            if not waiting:
-                return
-            block, future = waiting.popleft()
-            pieces = future.result()
-            writer.put(block, partial(_write_pieces, pieces), sum(len(data) for _, data in pieces))
-            yield block
-    finally:
-        pool.give_up()
-        pool.shutdown()
+
+    def read(block: _Block) -> list[tuple[int, Bytes]]:
+        assert block.placed.form is not None
+        return block.placed.form.read(reader, block.region)
+
+    made = ordered(read, wanted, threads, "modelstore-export", ahead=ahead)
+    for block, pieces in zip(wanted, made, strict=True):
+        writer.put(block, partial(_write_pieces, pieces), sum(len(data) for _, data in pieces))
+        yield block
 
 
 class _Buffers:

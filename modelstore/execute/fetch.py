@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from blake3 import blake3
 
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.format.buffers import Bytes, view
+from modelstore.format.digest import matches
 from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest
 from modelstore.format.record import pack_key
@@ -106,7 +106,7 @@ class Fetcher:
                     (r, p) for r, p in pieces.items() if r.pack == pack and r.start <= start and start + n <= r.stop
                 )
                 data = None if whole is None else whole[start - r.start : start - r.start + n]
-                if data is None or blake3(view(data)).digest() != manifest.digest(row):
+                if data is None or not matches(data, manifest.digest(row)):
                     data = self.recover(row, wants[chunk.want].tensor.name, chunk.chunk)
                 found[row] = data
         return found
@@ -115,7 +115,7 @@ class Fetcher:
         """Read one row's bytes straight to where they belong, checked."""
         manifest = self.manifest
         read = self._read(int(manifest.pack[row]), int(manifest.offset[row]), out)
-        if not read or blake3(view(out)).digest() != manifest.digest(row):
+        if not read or not matches(out, manifest.digest(row)):
             out[:] = self.recover(row, tensor, chunk)
 
     def recover(self, row: int, tensor: str, chunk: int) -> Bytes:
@@ -138,7 +138,7 @@ class Fetcher:
                 reasons.append(str(error))
                 continue
             self.count(n)
-            if blake3(view(data)).digest() == manifest.digest(row):
+            if matches(data, manifest.digest(row)):
                 if storage is not self.storage:
                     self._heal(pack, storage)
                 return data
@@ -169,7 +169,7 @@ class Fetcher:
             except (NotFoundError, CorruptionError):
                 continue  # moved once more
             self.count(len(out))
-            return blake3(view(out)).digest() == self.manifest.digest(row)
+            return matches(out, self.manifest.digest(row))
         return False
 
     def count(self, nbytes: int) -> None:

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
-from blake3 import blake3
 
 from modelstore.errors import FormatError, NotFoundError
 from modelstore.execute.encoding import Input
 from modelstore.execute.writing import Placed, Tally, Viewed, Written
 from modelstore.format import grid
+from modelstore.format.digest import name_of
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import FORMAT, Digest
 from modelstore.format.manifest_builder import Location
@@ -151,7 +151,7 @@ def resume(
 
 def job_id(identity: Sequence[str]) -> str:
     """The name of the journal of a work."""
-    return blake3("\0".join((str(FORMAT), *identity)).encode()).hexdigest()[:32]
+    return name_of("\0".join((str(FORMAT), *identity)).encode())[:32]
 
 
 def _fits(item: Input, done: Written) -> bool:

@@ -6,14 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from modelstore.execute.loading import Variant
 from modelstore.execute.pages import Image, Overlay
+from modelstore.format.boxes import copy, paste
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.region import Region, extent, slices
-from modelstore.plan.layout import Share
 from modelstore.plan.read import Want
 from modelstore.plan.update import Slot, Update, boxes, plan_update, touching
 from modelstore.plan.work import Work
@@ -93,7 +91,8 @@ def _begin_on_host(
         buffer = overlay.buffer(cell.start, len(cell.buffer))
         for chunk in cell.apart - set(chunks):
             for _, inner in boxes(tensor, slot[1], chunk):
-                _elements(buffer, slot, tensor)[slices(inner)] = _elements(cell.buffer, slot, tensor)[slices(inner)]
+                shape = slot[1].shape
+                copy(cell.buffer, shape, inner, buffer, shape, inner, tensor.kind.itemsize)
         cells[slot] = Cell(_tensor(buffer, slot, tensor), buffer, cell.image, cell.start, apart)
     fresh = _imaged((*copied, *update.read), by_name)
     for slot, buffer in copied.items():
@@ -167,14 +166,13 @@ def _patch(
         tensor = model.manifest.by_name[slot[0]]
         for chunk in chunks:
             for region, inner in boxes(tensor, slot[1], chunk):
-                wants.append(Want(tensor, Share(tuple((pair,) for pair in region))))
+                wants.append(Want.of(tensor, region))
                 places.append((slot, inner))
     for index, data in model.reader.stream(wants, work):
         slot, inner = places[index]
         cell, tensor = cells[slot], wants[index].tensor
         if cell.buffer is not None:
-            box = data.view(f"V{tensor.kind.itemsize}").reshape(extent(inner))
-            _elements(cell.buffer, slot, tensor)[slices(inner)] = box
+            paste(data, cell.buffer, slot[1].shape, tensor.kind.itemsize, inner)
         else:
             cell.tensor[slices(inner)] = _boxed(data, tensor, inner).to(cell.tensor.device)
 
@@ -189,7 +187,3 @@ def _tensor(buffer: Bytes, slot: Slot, tensor: Tensor) -> torch.Tensor:
     from modelstore.execute import tensors as ten
 
     return ten.to_torch(buffer, tensor.dtype, slot[1].shape)
-
-
-def _elements(buffer: Bytes, slot: Slot, tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.void]]:
-    return buffer.view(f"V{tensor.kind.itemsize}").reshape(slot[1].shape)

@@ -263,7 +263,7 @@ class LazyTensor:
         from modelstore.execute import tensors as ten
 
         region, dropped = from_index(index, self.shape)
-        share = Share(tuple((pair,) for pair in region))
+        share = Share.of(region)
         ((_, buffer),) = self._model.reader.stream([Want(self._tensor, share)], self._work, bounded=False)
         values = ten.to_torch(buffer, self.dtype, share.shape)
         return values.reshape([n for axis, n in enumerate(share.shape) if axis not in dropped])

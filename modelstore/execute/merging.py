@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError
@@ -24,27 +22,26 @@ from modelstore.execute.parts import Published, Stored, published_key, session_i
 from modelstore.execute.reading import Reader
 from modelstore.execute.saving import Against, plan_inputs, store_manifest
 from modelstore.execute.writing import PackWriter, Written, known_chunks
-from modelstore.format import grid
-from modelstore.format.buffers import Bytes, view
+from modelstore.format import boxes, grid
+from modelstore.format.buffers import Bytes
+from modelstore.format.digest import name_of_pieces
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.manifest_builder import Location, ManifestBuilder
 from modelstore.format.note import Note
 from modelstore.format.record import VersionRecord, pack_key
-from modelstore.format.region import Region, Shape, extent, full, intersect, shift, slices
+from modelstore.format.region import Region, Shape, extent, full, intersect, shift, size
 from modelstore.format.sealed import seal
 from modelstore.plan.parts import Piece, cells, common_chunk, piece_problem
 from modelstore.plan.work import Work
 from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.base import Source
 from modelstore.storage.base import Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.heal import replace_pack
 from modelstore.store.packs import FILE
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
-
-_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +231,7 @@ def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], shelf: S
             object=pack_key(pack),
         )
 
-    with Pool(_THREADS, thread_name_prefix="modelstore-parts") as pool:
-        list(pool.map(refresh, ranks.items()))
+    list(ordered(refresh, ranks.items(), REQUESTS, "modelstore-parts"))
 
 
 class _Pieces:
@@ -251,7 +247,6 @@ class _Pieces:
         """The region's raw bytes into `out`."""
         wanted = np.array(region, np.int64).reshape(-1, 2)
         touched = (self._regions[:, :, 0] < wanted[:, 1]) & (wanted[:, 0] < self._regions[:, :, 1])
-        box: Any = out.view(f"V{self._kind.itemsize}").reshape(extent(region))
         for at in np.flatnonzero(touched.all(axis=1)).tolist():
             piece, tensor = self._pieces[at].piece, self._pieces[at].tensor
             both = intersect(piece.region, region)
@@ -261,7 +256,7 @@ class _Pieces:
                 reader.read_into(tensor, shift(both, piece.region), out)
                 return
             values = reader.region(tensor, shift(both, piece.region))
-            box[slices(shift(both, region))] = values.view(box.dtype).reshape(extent(both))
+            boxes.paste(values, out, extent(region), self._kind.itemsize, shift(both, region))
 
 
 def _input(name: str, pieces: Sequence[Held], readers: Mapping[int, Reader], previous: Against | None) -> Input:
@@ -303,15 +298,16 @@ def _digests(
 
     def digest(item: tuple[Sequence[Held], Shape]) -> str:
         pieces, chunk = item
-        piece, hasher = pieces[0].piece, blake3()
-        read = _Pieces(pieces, readers).read
+        piece, read = pieces[0].piece, _Pieces(pieces, readers).read
         itemsize = DTYPES[piece.dtype].itemsize
-        for region in grid.runs(piece.shape, chunk, itemsize, limit):
-            values = np.empty(int(np.prod(extent(region), dtype=np.int64)) * itemsize, np.uint8)
-            read(region, values)
-            hasher.update(view(values))
-            work.done(len(values))
-        return hasher.hexdigest()
 
-    with Pool(threads, thread_name_prefix="modelstore-parts") as pool:
-        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+        def bands() -> Iterator[Bytes]:
+            for region in grid.runs(piece.shape, chunk, itemsize, limit):
+                values = np.empty(size(region) * itemsize, np.uint8)
+                read(region, values)
+                yield values
+                work.done(len(values))
+
+        return name_of_pieces(bands())
+
+    return dict(zip(tensors, ordered(digest, tensors.values(), threads, "modelstore-parts"), strict=True))

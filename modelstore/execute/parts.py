@@ -29,7 +29,7 @@ from modelstore.plan.work import Work
 from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.slices import PartSource, Place
 from modelstore.storage.base import SMALL, Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.shelf import Shelf
 
 CODECS = ("lossless", "raw")
@@ -221,9 +221,9 @@ def published(storage: Storage, model: str, session: str) -> int | None:
 def read_parts(storage: Storage, model: str, session: str, ranks: int) -> list[Stored]:
     """The newest page of every rank, in their order; `NotFoundError` names those that have none."""
     there = set(storage.folders(session_prefix(model, session)))
-    with Pool(16, thread_name_prefix="modelstore-parts") as pool:
-        wanted = [rank for rank in range(ranks) if f"{rank:08d}" in there]
-        read = dict(zip(wanted, pool.map(lambda rank: _newest(storage, model, session, rank), wanted), strict=True))
+    wanted = [rank for rank in range(ranks) if f"{rank:08d}" in there]
+    pages = ordered(lambda rank: _newest(storage, model, session, rank), wanted, REQUESTS, "modelstore-parts")
+    read = dict(zip(wanted, pages, strict=True))
     found = [read.get(rank) for rank in range(ranks)]
     missing = [str(rank) for rank, one in enumerate(found) if one is None]
     if missing:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import codec as make_codec
@@ -14,10 +13,10 @@ from modelstore.errors import FormatError
 from modelstore.execute.fetch import ChunkSource
 from modelstore.execute.memory import Arena
 from modelstore.execute.scheduler import schedule
+from modelstore.format import boxes
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.region import Region, extent, full, rows, size, slices
-from modelstore.plan.layout import Share
+from modelstore.format.region import Region, extent, full, rows, size
 from modelstore.plan.read import ChunkRead, ReadJob, Want, plan_read, read_job
 from modelstore.plan.work import Work
 
@@ -72,7 +71,7 @@ class Reader:
 
     def read_into(self, tensor: Tensor, region: Region, out: Bytes) -> None:
         """The same, into a buffer of exactly that many bytes."""
-        wants = [Want(tensor, Share(tuple((pair,) for pair in region)))]
+        wants = [Want.of(tensor, region)]
         for job in plan_read(self.manifest, wants):
             self._run(job, wants, {0: out})
 
@@ -173,10 +172,8 @@ class Reader:
                 tensor=tensor.name,
                 chunk=chunk.chunk,
             ) from None
-        box = _elements(values.reshape(-1), shape, tensor)
-        whole = _elements(buffer, want.shape, tensor)
         for target in chunk.targets:
-            whole[slices(target.place)] = box[slices(target.source)]
+            boxes.copy(values.reshape(-1), shape, target.source, buffer, want.shape, target.place, tensor.kind.itemsize)
 
     def _base_region(self, tensor: Tensor, region: Region) -> Bytes:
         if self._base is None or tensor.name not in self._base.manifest.by_name:
@@ -195,9 +192,4 @@ class Reader:
 
 def whole_want(tensor: Tensor) -> Want:
     """The want of a whole tensor."""
-    return Want(tensor, Share(tuple((pair,) for pair in full(tensor.shape))))
-
-
-def _elements(buffer: Bytes, shape: Sequence[int], tensor: Tensor) -> NDArray[np.void]:
-    """Raw bytes as an n-d array of opaque elements."""
-    return buffer.view(f"V{tensor.kind.itemsize}").reshape(shape)
+    return Want.of(tensor, full(tensor.shape))

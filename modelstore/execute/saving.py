@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 
 from modelstore.architecture.config import MAX_CONFIG, Config, parse
 from modelstore.architecture.described import look
@@ -26,6 +25,7 @@ from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks,
 from modelstore.format.architecture import Architecture
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.checkpoint import CONFIG
+from modelstore.format.digest import name_of
 from modelstore.format.dtypes import DType
 from modelstore.format.manifest import (
     MAX_DIMENSIONS,
@@ -286,7 +286,7 @@ def architecture_of(source: Source, earlier: Sequence[Manifest] = ()) -> Archite
 
 
 def _digest(content: Path | bytes) -> str:
-    return blake3(content if isinstance(content, bytes) else read_whole(content, MAX_CONFIG)).hexdigest()
+    return name_of(content if isinstance(content, bytes) else read_whole(content, MAX_CONFIG))
 
 
 def _base_of(base: Against, name: str, shape: tuple[int, ...], dtype: str) -> Callable[[Region], Bytes] | None:

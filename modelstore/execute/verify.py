@@ -6,21 +6,21 @@ Nothing is mended, and no mirror stands in: what is looked at is this very store
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError, StorageError
 from modelstore.execute.loading import Variant
 from modelstore.execute.reading import Reader, whole_want
 from modelstore.format import grid
-from modelstore.format.buffers import view
+from modelstore.format.buffers import Bytes, view
+from modelstore.format.digest import matches, name_of, name_of_pieces
 from modelstore.format.manifest import DIGEST_BYTES, Manifest, Tensor, decode
 from modelstore.format.names import Reference
 from modelstore.format.record import VariantEntry, manifest_key, pack_key
@@ -28,7 +28,7 @@ from modelstore.format.results import Problem, Report
 from modelstore.plan.read import GAP, JOB_BYTES
 from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import ordered
 from modelstore.store.damage import noting
 from modelstore.store.describe import problem
 from modelstore.store.packs import open_pack
@@ -151,7 +151,7 @@ class _Verification:
                 return [(row, StorageError("it was not asked for any more")) for row in job]
             return _check(self.repo.storage, manifest, job)
 
-        for results in _mapped(check, _jobs(manifest, fresh), self._threads(), 2):
+        for results in self._looked(check, _jobs(manifest, fresh)):
             refused = all(isinstance(error, StorageError) for _, error in results)
             self._silent = self._silent + 1 if refused else 0
             for row, error in results:
@@ -219,7 +219,7 @@ class _Verification:
 
         if self._silent >= _PATIENCE:
             return
-        for digest, error in zip(fresh, _mapped(check, fresh, self._threads(), 2), strict=True):
+        for digest, error in zip(fresh, self._looked(check, fresh), strict=True):
             if error is not None:
                 key = pack_key(digest)
                 message = f"the header of pack {key} of model {model!r} is damaged ({error}): {_advice(model)}"
@@ -271,20 +271,27 @@ class _Verification:
         small = [t for t in tensors if t.nbytes <= self.work.memory // 4]
         wants = [whole_want(t) for t in small]
         for index, buffer in reader.stream(wants, self.work):
-            yield small[index], blake3(view(buffer)).hexdigest()
+            yield small[index], name_of(buffer)
         for tensor in tensors:
             if tensor.nbytes > self.work.memory // 4:
                 yield tensor, self._in_parts(reader, tensor)
 
     def _in_parts(self, reader: Reader, tensor: Tensor) -> str:
-        hasher = blake3()
         limit = self.work.memory // (4 * _WINDOW)
         threads = min(_WINDOW, self._threads())
         regions = grid.runs(tensor.shape, tensor.chunk, tensor.kind.itemsize, limit)
-        for part in _mapped(lambda region: reader.region(tensor, region), regions, threads, 1):
-            hasher.update(view(part))
-            self.work.done(len(part))
-        return hasher.hexdigest()
+
+        def parts() -> Iterator[Bytes]:
+            read = partial(reader.region, tensor)
+            for part in ordered(read, regions, threads, "modelstore-verify", ahead=threads):
+                yield part
+                self.work.done(len(part))
+
+        return name_of_pieces(parts())
+
+    def _looked(self, check: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+        threads = self._threads()
+        return ordered(check, items, threads, "modelstore-verify", ahead=2 * threads)
 
 
 def _places(manifest: Manifest) -> NDArray[np.uint8]:
@@ -326,7 +333,7 @@ def _check(storage: Storage, manifest: Manifest, job: Sequence[int]) -> list[tup
         return [result for row in job for result in _check(storage, manifest, [row])]
     results: list[tuple[int, ModelStoreError | None]] = []
     for row, (a, b) in zip(job, spans, strict=True):
-        good = blake3(view(data[a - start : b - start])).digest() == manifest.digest(row)
+        good = matches(data[a - start : b - start], manifest.digest(row))
         results.append((row, None if good else CorruptionError("the bytes do not match their digest")))
     return results
 
@@ -363,19 +370,3 @@ class _Owners:
             if row < first + n:
                 return name, row - first
         return "", 0
-
-
-def _mapped(act: Callable[[T], U], items: Iterable[T], threads: int, ahead: int) -> Iterator[U]:
-    """Results in the order of the items, with at most `ahead` items a thread under way or waiting to be taken."""
-    pool = Pool(threads, thread_name_prefix="modelstore-verify")
-    try:
-        pending: deque[Future[U]] = deque()
-        for item in items:
-            pending.append(pool.submit(act, item))
-            if len(pending) >= ahead * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.give_up()
-        pool.shutdown()

@@ -18,6 +18,7 @@ from modelstore.execute.encoding import Input
 from modelstore.execute.writing import Placed, Tally, Written
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, Pieces, view
+from modelstore.format.digest import digest_of, name_of_pieces
 from modelstore.format.manifest_builder import Location
 from modelstore.format.progress import Advance
 from modelstore.storage.base import Storage
@@ -76,7 +77,7 @@ class WholeWriter:
         chunks = []
         for piece in _pieces(item):
             hasher.update(view(piece))
-            chunks.append((blake3(view(piece)).digest(), len(piece)))
+            chunks.append((digest_of(piece), len(piece)))
             self.tally.raw += len(piece)
             if self.progress:
                 self.progress(len(piece))
@@ -104,11 +105,7 @@ class WholeWriter:
             builder.notes[plan.name] = TensorNote(plan.dtype, plan.shape, plan.chunk, plan.codec)
         header = builder.header(self.metadata)
         size = len(header) + builder.size
-        hasher = blake3(header)
-        for item, _ in shard:
-            for piece in _pieces(item):
-                hasher.update(view(piece))
-        digest = hasher.hexdigest()
+        digest = name_of_pieces(itertools.chain((header,), *(_pieces(item) for item, _ in shard)))
 
         def data() -> Iterator[bytes | Bytes]:
             again = blake3(header)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,9 +21,9 @@ from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.manifest_builder import Location
 from modelstore.plan.work import Work
-from modelstore.plan.write import Step, plan_steps
+from modelstore.plan.write import plan_steps
 from modelstore.storage.base import Storage
-from modelstore.storage.pool import Pool
+from modelstore.storage.pool import Pool, ordered
 from modelstore.store import packs
 from modelstore.store.packs import Pack, PackBuilder, TensorNote
 from modelstore.store.shelf import Shelf
@@ -118,14 +117,20 @@ class PackWriter:
         state = _State(self, inputs)
         threads = self.work.limits.threads or max(2, os.cpu_count() or 1)
         steps = plan_steps(((i, item.plan) for i, item in enumerate(inputs)), self._slab_limit)
-        with (
-            Pool(threads, thread_name_prefix="modelstore-encode") as encoders,
-            Pool(1, thread_name_prefix="modelstore-upload") as uploader,
-        ):
-            encoding: deque[Future[list[Encoded]]] = deque()
+        # Of a step's raw bytes there are: themselves, the encoded ones, those of a chunk, and two for each view.
+        copies = 3 + 2 * max((len(item.views) for item in inputs), default=0)
+        encoding = ordered(
+            lambda step: encode_step(step, inputs),
+            steps,
+            threads,
+            "modelstore-encode",
+            ahead=2 * threads,
+            memory=self.work.memory // 3,
+            cost=lambda step: copies * step.nbytes,
+        )
+        with Pool(1, thread_name_prefix="modelstore-upload") as uploader:
             try:
-                room = _Room(2 * threads, self.work.memory // 3, 3 + 2 * max((len(i.views) for i in inputs), default=0))
-                for encoded in _ordered(steps, lambda step: encoders.submit(encode_step, step, inputs), encoding, room):
+                for encoded in encoding:
                     for item in encoded:
                         state.take(item)
                         if state.filled >= self._pack_bytes:
@@ -134,8 +139,7 @@ class PackWriter:
                 state.upload(uploader)
                 state.settle()
             except BaseException:
-                for future in encoding:
-                    future.cancel()
+                encoding.close()
                 self.shelf.give_up()
                 raise
         return state.written()
@@ -261,34 +265,6 @@ class _State:
         """All tensors; to be called when everything is stored."""
         assert not self._tensors, "a tensor was not finished"
         return self._done
-
-
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """How many steps may be under way, and the memory for them."""
-
-    steps: int
-    memory: int
-    copies: int  # of a step's raw bytes: themselves, the encoded ones, those of a chunk, and two for each view
-
-
-def _ordered(
-    steps: Iterable[Step],
-    submit: Callable[[Step], Future[list[Encoded]]],
-    queue: deque[Future[list[Encoded]]],
-    room: _Room,
-) -> Iterator[list[Encoded]]:
-    """Results in the order of the steps; as many under way as there is room for, and always one."""
-    costs: deque[int] = deque()
-    for step in steps:
-        cost = room.copies * step.nbytes
-        while queue and (len(queue) >= room.steps or sum(costs) + cost > room.memory):
-            costs.popleft()
-            yield queue.popleft().result()
-        queue.append(submit(step))
-        costs.append(cost)
-    while queue:
-        yield queue.popleft().result()
 
 
 def known_chunks(stored: Iterable[Manifest]) -> dict[bytes, Location]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
@@ -77,7 +77,7 @@ def ordered(
     ahead: int | None = None,
     memory: int | None = None,
     cost: Callable[[T], int] = lambda item: 0,  # noqa: ARG005  items that cost nothing
-) -> Iterator[U]:
+) -> Generator[U, None, None]:
     """What `act` makes of each item, in the order of the items; `threads` threads of that name do it.
 
     At most `ahead` items (by default 8 a thread) are under way or wait to be taken, and what they cost is at most `memory`
