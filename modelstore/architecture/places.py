@@ -6,7 +6,9 @@ and to the conversions that transformers makes while it loads (renamed tensors, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,6 +98,8 @@ class _Built:
         parts = (f"{name}.{part}" for name in self._linears for part in _PARTS)
         self._known = {**model.state_dict(), **dict.fromkeys(parts, True)}
         _refuse_replaced(self._modules.values())
+        _refuse_cast(model, self._modules)
+        self._float32 = _kept_in_float32(model)
         self._needed = _needed(model, self._modules, self._linears)
 
     @property
@@ -120,6 +124,8 @@ class _Built:
             return Place(module, f"{what}: {type(found).__name__} of transformers")
         if there in self._tied:
             return Place(module, "is tied to another weight")
+        if self._float32(f"{owner}.weight_scale") and not self._float32(there):
+            return Place(module, "is unpacked to float32, as transformers keeps its scales so")
         if tuple(self._known[there].shape) != shape:
             raise UnsupportedError(
                 f"tensor {name!r} is {list(shape)} where config.json describes a model with {list(self._known[there].shape)}: "
@@ -168,6 +174,31 @@ def _needed(model: Any, modules: Mapping[str, Any], linears: Sequence[str]) -> s
         for name, weight in weights.items():
             modules[name]._parameters["weight"] = weight
     return found
+
+
+def _kept_in_float32(model: Any) -> Callable[[str], bool]:
+    """Whether transformers keeps a tensor of that name in float32 where it loads a model in bfloat16 or float16.
+
+    Its patterns are looked for anywhere in a name: "scale" stands for the scales of packed weights as well.
+    """
+    patterns = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())}
+    found = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns)) if patterns else None
+    return lambda name: found is not None and found.search(name) is not None
+
+
+def _refuse_cast(model: Any, modules: Mapping[str, Any]) -> None:
+    """A model that gives a buffer another dtype while it runs: compressed-tensors keeps the one that the buffer has."""
+    for name, one in modules.items():
+        try:
+            source = inspect.getsource(type(one).forward) if one._buffers else ""
+        except (OSError, TypeError):
+            continue
+        for buffer in one._buffers:
+            if re.search(rf"self\.{buffer} = self\.{buffer}\.to\(", source):
+                raise UnsupportedError(
+                    f"{type(model).__name__} of transformers casts '{name}.{buffer}' while it runs, which has no effect beside "
+                    f"packed weights: {_DENSE}"
+                )
 
 
 def _refuse_replaced(modules: Any) -> None:

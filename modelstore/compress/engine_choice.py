@@ -80,12 +80,6 @@ def _sorted(manifest: Manifest, views: Mapping[str, EngineView], config: Mapping
     for tensor in manifest.tensors:
         view = views.get(tensor.name)
         kind = kinds[tensor.name]
-        if view is not None and _is_stack_of_experts(tensor, kind):
-            raise UnsupportedError(
-                f"tensor {tensor.name!r} is a stack of {tensor.shape[0]} matrices, such as experts, which engines have no "
-                f"packed layout for: {_DENSE}",
-                tensor=tensor.name,
-            )
         place = modules.place(tensor.name, tensor.shape) if tensor.name.endswith(_WEIGHT) else None
         reason = _reason(tensor, view, place)
         if view is not None and place is not None and reason is None:
@@ -94,6 +88,8 @@ def _sorted(manifest: Manifest, views: Mapping[str, EngineView], config: Mapping
         else:
             if place is not None and kind in ("linear", "head", "router"):
                 found.dense.append(tensor.name.removesuffix(_WEIGHT))
+            elif _is_stack(tensor, kind):
+                found.dense.append(tensor.name.rpartition(".")[0])  # engines take its module for a linear one
             if view is not None:
                 found.reasons.append((-tensor.nbytes, f"tensor {tensor.name!r} is exported dense: it {reason}"))
         if place is not None and place.fused is not None:
@@ -106,6 +102,8 @@ def _reason(tensor: Tensor, view: EngineView | None, place: Place | None) -> str
     """Why a tensor is not packed, as the end of "it …"; None where it is, or is not compressed."""
     if view is None:
         return None
+    if len(tensor.shape) > 2:
+        return f"is {len(tensor.shape)}-d, which engines have no packed layout for"
     if place is None:
         return "is no layer's weight"
     if place.needed and view.format not in _UNPACKED:
@@ -115,7 +113,8 @@ def _reason(tensor: Tensor, view: EngineView | None, place: Place | None) -> str
     return _unfit(view, tensor.shape) or place.why
 
 
-def _is_stack_of_experts(tensor: Tensor, kind: Kind) -> bool:
+def _is_stack(tensor: Tensor, kind: Kind) -> bool:
+    """Whether it is several matrices in one, such as those of experts."""
     if len(tensor.shape) != 3 or kind not in ("linear", "unknown"):
         return False
     return "expert" in tensor.name or (tensor.shape[0] > 1 and tensor.shape[1] > 1)
@@ -123,8 +122,6 @@ def _is_stack_of_experts(tensor: Tensor, kind: Kind) -> bool:
 
 def _unfit(view: EngineView, shape: Shape) -> str | None:
     """Why engines do not take a weight of that shape packed, as the end of "it …"."""
-    if len(shape) != 2:
-        return f"is {len(shape)}-d"
     try:
         view.cells(shape)
     except UnsupportedError as error:

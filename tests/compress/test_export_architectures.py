@@ -79,11 +79,20 @@ def bert() -> Any:
     return transformers.BertForMaskedLM(transformers.BertConfig(**SMALL))
 
 
+def gpt_oss() -> Any:
+    """Experts in stacks, which no engine has a packed layout for: they are dense beside the packed attention."""
+    config = transformers.GptOssConfig(
+        **GROUPED | {"intermediate_size": 64}, num_local_experts=2, num_experts_per_tok=1
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
     "tied": lambda: llama(tie_word_embeddings=True),
     "mixtral": mixtral,
     "qwen3-moe": qwen3_moe,
+    "gpt-oss": gpt_oss,
     "llava": llava,
     "gemma3": gemma3,
     "bert": bert,
@@ -225,6 +234,41 @@ def test_dense_experts_beside_float8(store: ms.Store, tmp_path: Path) -> None:
     store.export("mixtral:attention8", tmp_path / "packed")
     store.export("mixtral:attention8", tmp_path / "dense", dequantize=True)
     assert torch.equal(logits(tmp_path / "packed", "mixtral"), logits(tmp_path / "dense", "mixtral"))
+
+
+def test_stacks_are_named_as_not_quantized(store: ms.Store, tmp_path: Path) -> None:
+    store.compress("gpt-oss", recipe(FORMATS["int4"]), variant="stack")
+    store.export("gpt-oss:stack", tmp_path / "out")
+    assert "model.layers.0.mlp.experts" in quantization(tmp_path / "out")["ignore"]
+
+
+# ---------------------------------------------------------------------- what transformers does to dtypes
+
+
+def test_scales_that_transformers_keeps_in_float32(
+    store: ms.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pattern such as "scale" means them too, and the weights would be unpacked to float32."""
+    store.compress("llama", recipe(FORMATS["int4"]), variant="kept")
+    store.export("llama:kept", tmp_path / "dense", dequantize=True)
+    for at, (pattern, module, is_dense) in enumerate(
+        [("q_proj.weight_scale", "q_proj", True), ("k_proj", "k_proj", False)]
+    ):
+        monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules_strict", [pattern])
+        store.export("llama:kept", tmp_path / str(at))
+        assert (f"model.layers.0.self_attn.{module}" in quantization(tmp_path / str(at))["ignore"]) == is_dense
+        if is_dense:  # the other is multiplied in float32 as its dense weight would be, which this class does not do
+            assert torch.equal(logits(tmp_path / str(at), "llama"), logits(tmp_path / "dense", "llama"))
+
+
+def test_a_model_that_casts_its_buffers(store: ms.Store, tmp_path: Path) -> None:
+    config = transformers.CTRLConfig(vocab_size=320, n_embd=128, dff=256, n_layer=1, n_head=4, n_positions=64)
+    transformers.CTRLLMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "ctrl")
+    store.save("ctrl", tmp_path / "ctrl")
+    store.compress("ctrl", recipe(FORMATS["int4"]), variant="v")
+    with pytest.raises(UnsupportedError, match=r"casts 'transformer\.pos_encoding' while it runs"):
+        store.export("ctrl:v", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------- int8 activations
