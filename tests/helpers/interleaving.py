@@ -1,7 +1,8 @@
 """A deterministic scheduler: actors on one storage, of which each operation is a step that is granted to it, one at a time.
 
 `explore` goes from every state that interleavings lead to, once: what is stored, and what each actor has been answered, which is
-all that tells what it does next. `at_random` runs one interleaving that a seed chooses, in which actors may be killed.
+all that tells what it does next; orders of steps that do not matter are left out. `at_random` runs one interleaving that a seed
+chooses, in which actors may be killed.
 """
 
 from __future__ import annotations
@@ -27,18 +28,12 @@ from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 from modelstore.testing.faults import Killed
+from tests.helpers.partial_order import Node, Op, Step, branch
 
 T = TypeVar("T")
 CLOCK = "jobs/clock-"
 NOW = 1e9
 _PATIENCE = 300.0  # seconds of real time after which a step is thought to hang; a first one may compile
-
-
-class Op(NamedTuple):
-    """A step: what an actor is about to do."""
-
-    verb: Verb
-    key: str
 
 
 class Inline:
@@ -102,7 +97,7 @@ class Stepping(WrappingStorage):
         try:
             answer = act()
         except Exception as error:
-            self._actor.heard(verb, key, repr(error))
+            self._actor.heard(verb, key, type(error).__name__)  # what it says names the run
             raise
         self._actor.heard(verb, key, self.inner.get(key) if verb == "read" else answer)
         return answer
@@ -209,20 +204,12 @@ def seeded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(time, "time", lambda: NOW)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What was looked at before: states of all, and what was stored in them."""
-
-    states: set[bytes] = field(default_factory=set)
-    stored: set[bytes] = field(default_factory=set)
-
-
 class Explored(NamedTuple):
-    """How many runs there were, to how many states they led, and whether to all that there are."""
+    """How many runs there were, to how many states they led, and how many different things were stored in these."""
 
     runs: int
     states: int
-    all: bool
+    stored: int
 
 
 def explore(
@@ -230,61 +217,82 @@ def explore(
     works: list[Callable[[Storage], Any]],
     check: Check,
     finish: Callable[[Storage, list[Actor]], None],
-    limit: int,
 ) -> Explored:
-    """Run all interleavings, each up to a state that another one led to; or `limit` of them chosen all over (0: no limit).
+    """Run all interleavings, but for those that lead to nothing that another one does not lead to.
 
     `check` looks at what is stored after each write, `finish` at the end of a run that no other one was the same as.
     """
-    todo: list[list[int]] = [[]]
-    seen = Seen()
-    runs, choose = 0, random.Random(0)
-    while todo and (not limit or runs < limit):
-        prefix = todo.pop(choose.randrange(len(todo)) if limit else -1)
-        runs += 1
+    explorer = Explorer(works, check, finish)
+    while explorer.path or not explorer.runs:
         with pytest.MonkeyPatch.context() as patch:
             seeded(patch)
             storage = setup()
-            todo += _run(storage, works, prefix, seen, check, finish)
+            explorer.run(storage)
             for key, _ in storage.contents():
                 storage.delete(key)
-    return Explored(runs, len(seen.states), not todo)
+    return Explored(explorer.runs, len(explorer.later), len(explorer.stored))
 
 
-def _run(
-    storage: Aged,
-    works: list[Callable[[Storage], Any]],
-    prefix: list[int],
-    seen: Seen,
-    check: Check,
-    finish: Callable[[Storage, list[Actor]], None],
-) -> list[list[int]]:
-    """One interleaving that begins with `prefix`; the others that branch off after that."""
-    actors = [Actor(work, name=f"actor {number}") for number, work in enumerate(works)]
-    branches: list[list[int]] = []
-    path: list[int] = []
-    try:
-        for actor in actors:
-            actor.start(storage)
-        while enabled := [i for i, actor in enumerate(actors) if actor.waiting is not None]:
-            if len(path) < len(prefix):
-                chosen = prefix[len(path)]
-            else:
-                if _is_known(_state(storage, actors), seen.states):
-                    return branches
-                chosen, *others = sorted(enabled, key=lambda i: not path or i != path[-1])
-                branches += [[*path, other] for other in others]
-            op = actors[chosen].waiting  # the same as in the run that this one branched off from
-            path.append(chosen)
-            actors[chosen].grant()
-            if op is not None and op.verb in WRITES and not _is_known(_stored(storage), seen.stored):
-                check(storage)
-        if not _is_known(_state(storage, actors), seen.states):
-            finish(storage, actors)
-    finally:
-        for actor in actors:
-            actor.kill()
-    return branches
+@dataclass
+class Explorer:
+    """Goes through the states that interleavings lead to, depth first; each run begins anew, as a work cannot be copied."""
+
+    works: list[Callable[[Storage], Any]]
+    check: Check
+    finish: Callable[[Storage, list[Actor]], None]
+    runs: int = 0
+    path: list[Node] = field(
+        default_factory=list
+    )  # from each of which a step was taken; the last one has another to take
+    later: dict[bytes, set[Step]] = field(default_factory=dict)  # for each state that is done with, what comes after it
+    stored: set[bytes] = field(default_factory=set)  # what was checked
+
+    def run(self, storage: Aged) -> None:
+        """Take the step that is next, and go on from there to the end, or to a state that is known; find what to do next."""
+        self.runs += 1
+        begin = max(len(self.path) - 1, 0)
+        actors = [Actor(work, name=f"actor {number}") for number, work in enumerate(self.works)]
+        try:
+            for actor in actors:
+                actor.start(storage)
+            for node in self.path:
+                assert node.ops == _waiting(actors), "a run is not the same again"
+                self._grant(storage, actors, node)
+            state = _state(storage, actors)
+            while state not in self.later and (ops := _waiting(actors)):
+                last = self.path[-1].begun[-1] if self.path else None
+                node = Node(state, ops, begun=[last if last in ops else min(ops)])
+                self.path.append(node)
+                self._grant(storage, actors, node)
+                state = _state(storage, actors)
+            if state not in self.later:
+                self.finish(storage, actors)
+                self.later[state] = set()
+        finally:
+            for actor in actors:
+                actor.kill()
+        branch(self.path, begin, self.later[state])
+        self._back(self.later[state])
+
+    def _grant(self, storage: Aged, actors: list[Actor], node: Node) -> None:
+        actors[node.step.actor].grant()
+        if node.step.op.verb in WRITES and not _is_known(_stored(storage), self.stored):
+            self.check(storage)
+
+    def _back(self, later: set[Step]) -> None:
+        """Go back to the last state from which another step is to be taken, and choose that step."""
+        while self.path:
+            node = self.path[-1]
+            node.later |= later | {node.step}
+            if node.todo:
+                node.begun.append(node.todo.pop())
+                return
+            later = self.later[node.state] = node.later
+            self.path.pop()
+
+
+def _waiting(actors: list[Actor]) -> dict[int, Op]:
+    return {number: actor.waiting for number, actor in enumerate(actors) if actor.waiting is not None}
 
 
 def _is_known(digest: bytes, seen: set[bytes]) -> bool:
@@ -318,11 +326,12 @@ def at_random(
     seed: int,
     check: Check,
     finish: Callable[[Storage, list[Actor]], None],
+    mortal: bool = True,
 ) -> None:
-    """One interleaving that a seed chooses: some long runs of one actor, some quick changes, sometimes a death."""
+    """One interleaving that a seed chooses: some long runs of one actor, some quick changes, sometimes a death if `mortal`."""
     choose = random.Random(seed)
     actors = [Actor(work) for work in works]
-    mortal = choose.random() < 0.5
+    mortal = mortal and choose.random() < 0.5
     steady = choose.choice([0.0, 0.5, 0.9, 0.97])
     last: Actor | None = None
     try:
