@@ -28,7 +28,7 @@ from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 from modelstore.testing.faults import Killed
-from tests.helpers.partial_order import Node, Op, Step, branch
+from tests.helpers.partial_order import Dependence, Node, Op, Step, branch
 
 T = TypeVar("T")
 CLOCK = "jobs/clock-"
@@ -217,12 +217,15 @@ def explore(
     works: list[Callable[[Storage], Any]],
     check: Check,
     finish: Callable[[Storage, list[Actor]], None],
+    visible: Callable[[str], bool] = lambda _: True,
 ) -> Explored:
     """Run all interleavings, but for those that lead to nothing that another one does not lead to.
 
+    `visible` tells the objects that say to readers which others there are.
+
     `check` looks at what is stored after each write, `finish` at the end of a run that no other one was the same as.
     """
-    explorer = Explorer(works, check, finish)
+    explorer = Explorer(works, check, finish, Dependence(visible))
     while explorer.path or not explorer.runs:
         with pytest.MonkeyPatch.context() as patch:
             seeded(patch)
@@ -240,6 +243,7 @@ class Explorer:
     works: list[Callable[[Storage], Any]]
     check: Check
     finish: Callable[[Storage, list[Actor]], None]
+    depend: Dependence
     runs: int = 0
     path: list[Node] = field(
         default_factory=list
@@ -271,7 +275,7 @@ class Explorer:
         finally:
             for actor in actors:
                 actor.kill()
-        branch(self.path, begin, self.later[state])
+        branch(self.path, begin, self.later[state], self.depend)
         self._back(self.later[state])
 
     def _grant(self, storage: Aged, actors: list[Actor], node: Node) -> None:

@@ -6,7 +6,7 @@ Chen, Gopalakrishnan, Kirby, "Efficient Stateful Dynamic Partial Order Reduction
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -49,44 +49,51 @@ class Node:
         return Step(self.begun[-1], self.ops[self.begun[-1]])
 
 
-@lru_cache(1 << 16)
-def depend(one: Op, other: Op) -> bool:
+@dataclass(frozen=True)
+class Dependence:
     """Whether the order of two steps of two actors may matter.
 
-    It does if one writes what the other reads or writes, and if both write: so each that can ever be stored is seen.
+    It does if one writes what the other reads or writes. And it does if both write and one makes something visible: so all that
+    is stored at the time of a visible write is seen; what is lost at another time is lost until then, or until the end.
     """
-    if one.verb in WRITES and other.verb in WRITES:
-        return True
-    return (one.verb in WRITES or other.verb in WRITES) and (_touches(one, other.key) or _touches(other, one.key))
+
+    visible: Callable[[str], bool]  # whether an object of this key says to readers which others there are
+
+    @lru_cache(1 << 16)  # noqa: B019  it lives as long as one exploration
+    def __call__(self, one: Op, other: Op) -> bool:
+        write, rewrite = one.verb in WRITES, other.verb in WRITES
+        if write and rewrite and (self.visible(one.key) or self.visible(other.key)):
+            return True
+        return (write or rewrite) and (_touches(one, other.key) or _touches(other, one.key))
 
 
 def _touches(op: Op, key: str) -> bool:
     return key.startswith(op.key) if op.verb in ("list", "folders") else key == op.key
 
 
-def branch(path: Sequence[Node], begin: int, later: Iterable[Step]) -> None:
+def branch(path: Sequence[Node], begin: int, later: Iterable[Step], depend: Dependence) -> None:
     """Note at the nodes of a run whose step is to be taken there too: one that could come before what it depends on.
 
     Steps before `begin` were looked at before. `later` are steps that may come after the run's last one.
     """
     steps = [node.step for node in path]
-    causes = _causes(steps)
+    causes = _causes(steps, depend)
     own: dict[int, set[int]] = {}  # what the steps of each actor so far follow from
     for late, step in enumerate(steps):
         if late >= begin:
-            _add(path, steps[:late], step, own.get(step.actor, set()))
+            _add(path, steps[:late], step, own.get(step.actor, set()), depend)
         own[step.actor] = causes[late]
     for step in later:
-        _add(path, steps, step, own.get(step.actor, set()))
+        _add(path, steps, step, own.get(step.actor, set()), depend)
 
 
-def _add(path: Sequence[Node], before: Sequence[Step], step: Step, causes: set[int]) -> None:
+def _add(path: Sequence[Node], before: Sequence[Step], step: Step, causes: set[int], depend: Dependence) -> None:
     for at, other in enumerate(before):
         if other.actor != step.actor and at not in causes and depend(other.op, step.op):
             path[at].add(step.actor)
 
 
-def _causes(steps: Sequence[Step]) -> list[set[int]]:
+def _causes(steps: Sequence[Step], depend: Dependence) -> list[set[int]]:
     """For each step, all that it follows from, and itself."""
     causes: list[set[int]] = []
     for at, step in enumerate(steps):
