@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import secrets
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from blake3 import blake3
+from greenlet import getcurrent, greenlet
 
 import modelstore.client  # noqa: F401  all that has threads
 from modelstore.format.handshake import CONDEMNED
@@ -33,7 +33,6 @@ from tests.helpers.partial_order import Dependence, Node, Op, Step, branch
 T = TypeVar("T")
 CLOCK = "jobs/clock-"
 NOW = 1e9
-_PATIENCE = 300.0  # seconds of real time after which a step is thought to hang; a first one may compile
 
 
 class Inline:
@@ -108,7 +107,7 @@ class Stepping(WrappingStorage):
 
 @dataclass
 class Actor:
-    """A thread that waits before each of its operations."""
+    """A work that waits before each of its operations; all are coroutines of one thread, which hand over at once."""
 
     work: Callable[[Storage], Any]
     waiting: Op | None = None
@@ -118,8 +117,7 @@ class Actor:
     error: BaseException | None = None
     name: str = "actor"
     answers: Any = field(default_factory=blake3)  # of its operations, in order
-    _go: threading.Lock = field(default_factory=lambda: _held())  # let go by another thread than the one that waits
-    _parked: threading.Lock = field(default_factory=lambda: _held())
+    _self: greenlet = field(default_factory=greenlet)
 
     def start(self, storage: Storage) -> None:
         """Begin, up to the first operation."""
@@ -130,44 +128,32 @@ class Actor:
             except BaseException as error:
                 self.error = error
             self.over, self.waiting = True, None
-            self._parked.release()
 
-        threading.Thread(target=run, name=self.name, daemon=True).start()
-        self._park()
+        self._self = greenlet(run)
+        self._self.name = self.name  # type: ignore[attr-defined]
+        self.grant()
 
     def heard(self, verb: Verb, key: str, answer: Any) -> None:
         """Note what an operation gave."""
         self.answers.update(f"{verb} {key} {_plain(answer)}\n".encode())
 
     def step(self, op: Op) -> None:
-        """To be called by the actor's own thread before an operation."""
-        if self.killed:
-            raise Killed("killed")
-        self.waiting = op
-        self._parked.release()
-        assert self._go.acquire(timeout=_PATIENCE)
+        """To be called by the actor itself before an operation."""
+        if not self.killed:
+            self.waiting = op
+            self._self.parent.switch()
         if self.killed:
             raise Killed("killed")
 
     def grant(self) -> None:
         """Let it do what it waits for, and all up to the next operation."""
-        self._go.release()
-        self._park()
+        self._self.switch()
 
     def kill(self) -> None:
         """End it before its next operation, which never happens."""
         self.killed = True
         if not self.over:
             self.grant()
-
-    def _park(self) -> None:
-        assert self._parked.acquire(timeout=_PATIENCE), f"hangs after {self.waiting}"
-
-
-def _held() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
 
 
 def _plain(answer: Any) -> str:
@@ -196,7 +182,7 @@ def seeded(patch: pytest.MonkeyPatch) -> None:
     names: dict[str, random.Random] = {}
 
     def bits(count: int) -> int:
-        me = threading.current_thread().name
+        me = getattr(getcurrent(), "name", "none")
         return names.setdefault(me, random.Random(me)).getrandbits(count)
 
     patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=bits(128)))

@@ -78,28 +78,28 @@ def branch(path: Sequence[Node], begin: int, later: Iterable[Step], depend: Depe
     """
     steps = [node.step for node in path]
     causes = _causes(steps, depend)
-    own: dict[int, set[int]] = {}  # what the steps of each actor so far follow from
+    own: dict[int, int] = {}  # what the last step of each actor so far follows from
     for late, step in enumerate(steps):
         if late >= begin:
-            _add(path, steps[:late], step, own.get(step.actor, set()), depend)
+            _add(path, steps[:late], step, own.get(step.actor, 0), depend)
         own[step.actor] = causes[late]
     for step in later:
-        _add(path, steps, step, own.get(step.actor, set()), depend)
+        _add(path, steps, step, own.get(step.actor, 0), depend)
 
 
-def _add(path: Sequence[Node], before: Sequence[Step], step: Step, causes: set[int], depend: Dependence) -> None:
+def _add(path: Sequence[Node], before: Sequence[Step], step: Step, causes: int, depend: Dependence) -> None:
     for at, other in enumerate(before):
-        if other.actor != step.actor and at not in causes and depend(other.op, step.op):
+        if other.actor != step.actor and not causes >> at & 1 and depend(other.op, step.op):
             path[at].add(step.actor)
 
 
-def _causes(steps: Sequence[Step], depend: Dependence) -> list[set[int]]:
-    """For each step, all that it follows from, and itself."""
-    causes: list[set[int]] = []
-    for at, step in enumerate(steps):
-        mine = {at}
+def _causes(steps: Sequence[Step], depend: Dependence) -> list[int]:
+    """For each step, all that it follows from, and itself: bit k is step k."""
+    causes: list[int] = []
+    for at, (actor, op) in enumerate(steps):
+        mine = 1 << at
         for k in range(at - 1, -1, -1):
-            if k not in mine and (steps[k].actor == step.actor or depend(steps[k].op, step.op)):
+            if not mine >> k & 1 and (steps[k].actor == actor or depend(steps[k].op, op)):
                 mine |= causes[k]
         causes.append(mine)
     return causes
