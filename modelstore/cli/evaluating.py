@@ -78,8 +78,9 @@ def evaluate(
 ) -> None:
     """Measure how well variants of a language model predict a text.
 
-    Perplexity, and against the original KL divergence (nats a token) and how often both think the same token likeliest.
-    The arithmetic is float32. What is known already is not computed again.
+    Perplexity, and against the original KL divergence (nats a token) and how often both think the same token likeliest, with
+    standard errors over windows. The arithmetic is float32. A model that does not fit into half of --memory is run block by
+    block, with the same result. What is known already is not computed again.
     """
     opened = open_store(store, memory=memory)
     with output.progress(quiet=quiet) as report:
@@ -183,8 +184,15 @@ def _measures(measured: Measured | None) -> tuple[str, str, str]:
     if measured is None:
         return "–", "–", "–"
     top1 = f"{100 * measured.top1:.1f} %" if measured.top1 is not None else "–"
-    return _number(measured.perplexity, 3), _number(measured.kl, 5), top1
+    return (
+        _number(measured.perplexity, 3, measured.perplexity_error),
+        _number(measured.kl, 5, measured.kl_error if measured.kl else None),
+        top1,
+    )
 
 
-def _number(value: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" if value is not None else "–"
+def _number(value: float | None, digits: int, error: float | None = None) -> str:
+    """A number, with its standard error where that is known."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")

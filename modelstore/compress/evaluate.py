@@ -12,16 +12,42 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from modelstore.format.progress import Advance
 
 if TYPE_CHECKING:
     import torch
 
-MakeModel = Callable[[], "torch.nn.Module"]
 _ROWS = 64  # predictions that are compared at once, so that what is between fits a cache
 _LOGITS = 128 << 20  # bytes of float32 logits that windows of one batch may have
+
+
+class Predicts(Protocol):
+    """A model, whole or block by block."""
+
+    def logits(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Of each batch of tokens (windows, tokens) its logits (windows, tokens, vocabulary), in their order."""
+
+
+MakeModel = Callable[[], Predicts]
+
+
+class Whole:
+    """A module that is in memory."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def logits(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """As `Predicts.logits`."""
+        import torch
+
+        device = next(self._module.parameters()).device
+        for ids in batches:
+            with torch.inference_mode():
+                found: torch.Tensor = self._module(ids.to(device), use_cache=False).logits
+            yield found
 
 
 @dataclass(frozen=True)
@@ -40,18 +66,61 @@ class Window:
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over predictions: -log p of the tokens in nats, the divergence from the original, and its likeliest token met."""
+    """Sums over predictions: -log p of the tokens in nats, the divergence from the original, and its likeliest token met.
+
+    `windows`: of each window how many tokens were predicted, and its share of the surprise and of the divergence.
+    """
 
     predicted: int
     surprise: float
     divergence: float = 0.0
     agreed: int = 0
+    windows: tuple[tuple[int, float, float], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        surprises: Sequence[torch.Tensor],
+        work: Sequence[Sequence[Window]],
+        divergences: Sequence[torch.Tensor] | None = None,
+        agreed: int = 0,
+    ) -> Score:
+        """Of the surprises, and divergences, of each batch: float64 (windows, predictions of each)."""
+        counts = [window.predicted for batch in work for window in batch]
+        lost = [float(one) for batch in surprises for one in batch.sum(1)]
+        far = [float(one) for batch in divergences or () for one in batch.sum(1)] or [0.0] * len(lost)
+        return cls(sum(counts), sum(lost), sum(far), agreed, tuple(zip(counts, lost, far, strict=True)))
 
     @property
     def perplexity(self) -> float | None:
         """e to the mean surprise; None where the model predicts nothing that is a number."""
         mean = self.surprise / self.predicted
         return math.exp(mean) if mean < 700 else None  # NaN is not below either
+
+    @property
+    def perplexity_error(self) -> float | None:
+        """The standard error of the perplexity; None with less than two windows, or where it is no number."""
+        error, at = standard_error([(n, s) for n, s, _ in self.windows]), self.perplexity
+        return None if error is None or at is None else at * error
+
+    @property
+    def divergence_error(self) -> float | None:
+        """The standard error of the mean divergence; None with less than two windows, or where it is no number."""
+        return standard_error([(n, d) for n, _, d in self.windows])
+
+
+def standard_error(windows: Sequence[tuple[int, float]]) -> float | None:
+    """That of a mean over predictions, of windows with so many of them and such sums.
+
+    Windows count as independent, the predictions in one as alike as they are: the linearized variance of a ratio.
+    """
+    count, total = len(windows), sum(n for n, _ in windows)
+    if count < 2:
+        return None
+    mean = sum(value for _, value in windows) / total
+    squares = sum((value - mean * n) ** 2 for n, value in windows)
+    error = math.sqrt(squares * count / (count - 1)) / total if squares >= 0 else math.nan
+    return error if math.isfinite(error) else None
 
 
 def windows(tokens: int, context: int, stride: int) -> list[Window]:
@@ -103,77 +172,79 @@ def compare(
         return None, [_alone(make(), tokens, work, count) for make in variants]
     if not variants:
         return _alone(original(), tokens, work, count), []
-    predictions = sum(window.predicted for batch in work for window in batch)
-    if 4 * predictions * vocabulary <= memory:
-        kept = [(answers, targets) for answers, targets in _answers(original(), tokens, work, count)]
-        reference = Score(predictions, sum(_surprise(answers, targets) for answers, targets in kept))
-        return reference, [_against([a for a, _ in kept], make(), tokens, work, count) for make in variants]
+    if keeps(work, vocabulary, memory):
+        kept = list(_answers(original(), tokens, work, count))
+        reference = Score.of([_surprises(*one) for one in kept], work)
+        return reference, [_against([one[0] for one in kept], make(), tokens, work, count) for make in variants]
     first = original()
-    surprises: list[float] = []
+    surprises: list[torch.Tensor] = []
 
     def running() -> Iterator[torch.Tensor]:
         surprises.clear()
         for answers, targets in _answers(first, tokens, work, count):
-            surprises.append(_surprise(answers, targets))
+            surprises.append(_surprises(answers, targets))
             yield answers
 
     scores = [_against(running(), make(), tokens, work, count) for make in variants]
-    return Score(predictions, sum(surprises)), scores
+    return Score.of(surprises, work), scores
+
+
+def keeps(work: Sequence[Sequence[Window]], vocabulary: int, memory: int) -> bool:
+    """Whether what a model predicts fits into so many bytes."""
+    return 4 * sum(window.predicted for batch in work for window in batch) * vocabulary <= memory
 
 
 def _alone(
-    model: torch.nn.Module,
+    model: Predicts,
     tokens: Sequence[int],
     work: Sequence[Sequence[Window]],
     count: Advance | None,
 ) -> Score:
-    predicted, surprise = 0, 0.0
-    for answers, targets in _answers(model, tokens, work, count):
-        predicted += len(targets)
-        surprise += _surprise(answers, targets)
-    return Score(predicted, surprise)
+    return Score.of([_surprises(*one) for one in _answers(model, tokens, work, count)], work)
 
 
 def _against(
     reference: Sequence[torch.Tensor] | Iterator[torch.Tensor],
-    model: torch.nn.Module,
+    model: Predicts,
     tokens: Sequence[int],
     work: Sequence[Sequence[Window]],
     count: Advance | None,
 ) -> Score:
     import torch
 
-    predicted, surprise, divergence, agreed = 0, 0.0, 0.0, 0
+    surprises, divergences, agreed = [], [], 0
     for known, (answers, targets) in zip(reference, _answers(model, tokens, work, count), strict=True):
-        predicted += len(targets)
-        surprise += _surprise(answers, targets)
+        surprises.append(_surprises(answers, targets))
+        rows = []
         for p, q in zip(torch.split(known, _ROWS), torch.split(answers, _ROWS), strict=True):
             terms = p.exp() * (p - q)
-            divergence += float(terms.masked_fill_(p == -math.inf, 0).sum(-1).double().sum())
+            rows.append(terms.masked_fill_(p == -math.inf, 0).sum(-1).double())
             agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-    return Score(predicted, surprise, divergence, agreed)
+        divergences.append(torch.cat(rows).reshape(targets.shape))
+    return Score.of(surprises, work, divergences, agreed)
 
 
 def _answers(
-    model: torch.nn.Module,
+    model: Predicts,
     tokens: Sequence[int],
     work: Sequence[Sequence[Window]],
     count: Advance | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each batch: log p of every token of the vocabulary, float32 (predictions, vocabulary); and the tokens that came."""
+    """Of each batch: log p of every token of the vocabulary, float32 (predictions, vocabulary); and the tokens that came,
+    (windows, predictions of each)."""
     import torch
 
-    device = next(model.parameters()).device
-    for batch in work:
-        ids = torch.tensor([tokens[w.start : w.stop] for w in batch], device=device)
+    batches = [torch.tensor([tokens[w.start : w.stop] for w in batch]) for batch in work]
+    for batch, ids, found in zip(work, batches, model.logits(batches), strict=True):
         skip = batch[0].first - batch[0].start
         with torch.inference_mode():
-            logits = model(ids, use_cache=False).logits[:, skip - 1 : -1]
+            logits = found[:, skip - 1 : -1]
             answers = logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)
-        yield answers, ids[:, skip:].reshape(-1)
+        yield answers, ids[:, skip:].to(answers.device)
         if count:
             count(len(answers))
 
 
-def _surprise(answers: torch.Tensor, targets: torch.Tensor) -> float:
-    return -float(answers.gather(1, targets[:, None]).double().sum())
+def _surprises(answers: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p of the tokens that came, float64 (windows, predictions of each)."""
+    return -answers.gather(1, targets.reshape(-1, 1)).double().reshape(targets.shape)

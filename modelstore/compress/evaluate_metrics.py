@@ -57,7 +57,7 @@ def with_evaluation(metrics: Mapping[str, Any], made: Measured) -> dict[str, Any
     before = evaluations(metrics)
     same = next((one for one in before if same_settings(one, made)), None)
     if same is not None and made.kl is None and made.top1 is None:
-        made = msgspec.structs.replace(made, kl=same.kl, top1=same.top1)
+        made = msgspec.structs.replace(made, kl=same.kl, kl_error=same.kl_error, top1=same.top1)
     if same is not None and made.baseline_perplexity is None:
         made = msgspec.structs.replace(made, baseline_perplexity=same.baseline_perplexity)
     others = [one for one in before if not same_settings(one, made)][: _KEPT - 1]

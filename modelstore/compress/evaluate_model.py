@@ -104,6 +104,12 @@ def tokens(model: Variant, text: str) -> list[int]:
     return [int(token) for token in found]
 
 
+def class_of(config: Any) -> str:
+    """The name of the class that predicts next tokens with such a config."""
+    name: str = _transformers().MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    return name
+
+
 def language_model(model: Variant, config: Any, limits: Limits, *, dtype: str, device: str) -> torch.nn.Module:
     """The model with its stored weights, ready to predict. The whole of it is in memory, as `dtype`.
 

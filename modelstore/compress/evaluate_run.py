@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ import msgspec
 
 from modelstore.compress import evaluate as ev
 from modelstore.compress.evaluate_metrics import known, publish
-from modelstore.compress.evaluate_model import language_config, language_model, tokens
+from modelstore.compress.evaluate_model import class_of, language_config, language_model, tokens
+from modelstore.compress.evaluate_streamed import Streamed
+from modelstore.compress.stages import Stages
+from modelstore.errors import UnsupportedError
 from modelstore.execute.loading import Variant
 from modelstore.format.digest import name_of
 from modelstore.format.names import ORIGINAL
@@ -100,10 +103,7 @@ def evaluate(
     runs_original = (baseline and bool(todo)) or (ORIGINAL in variants and before[ORIGINAL] is None)
     turns = ev.batches(windows, choice.batch or ev.batch_size(choice.context, vocabulary))
     per_token = len(text.encode()) / max(1, blank.predicted)
-
-    def maker(variant: str) -> ev.MakeModel:
-        return lambda: language_model(models[variant], config, work.limits, dtype=choice.dtype, device=choice.device)
-
+    maker = _maker(models, config, choice, work)
     count = _counter(work.progress, per_token, blank.predicted * (len(todo) + runs_original), todo)
     rest: dict[str, Any] = {"memory": work.memory // 2, "vocabulary": vocabulary, "count": count}
     made = [maker(variant) for variant in todo]
@@ -113,13 +113,52 @@ def evaluate(
     fresh: dict[str, Measured] = {}
     reference = before[ORIGINAL]
     if score is not None and reference is None:
-        at = _rounded(score.perplexity)
-        fresh[ORIGINAL] = reference = msgspec.structs.replace(
-            blank, perplexity=at, baseline_perplexity=at, kl=0.0, top1=1.0
-        )
+        fresh[ORIGINAL] = reference = _of_original(blank, score)
     for variant, found in zip(todo, scores, strict=True):
         fresh[variant] = _measured(blank, found, reference, compared=baseline)
     return Found({v: fresh[v] if v in fresh else _there(before[v]) for v in variants}, fresh)
+
+
+def _of_original(blank: Measured, score: ev.Score) -> Measured:
+    at = _rounded(score.perplexity)
+    error = _rounded(score.perplexity_error)
+    return msgspec.structs.replace(
+        blank, perplexity=at, perplexity_error=error, baseline_perplexity=at, kl=0.0, kl_error=0.0, top1=1.0
+    )
+
+
+def _maker(models: Mapping[str, Variant], config: Any, choice: Choice, work: Work) -> Callable[[str], ev.MakeModel]:
+    """How a variant is made ready to predict, by its name."""
+    streamed = _is_streamed(models[ORIGINAL], choice, work.memory)
+
+    def maker(variant: str) -> ev.MakeModel:
+        one = models[variant]
+        if streamed:
+            return lambda: Streamed(_stages(one, config, work), work.memory // 4)
+        return lambda: ev.Whole(language_model(one, config, work.limits, dtype=choice.dtype, device=choice.device))
+
+    return maker
+
+
+def _is_streamed(original: Variant, choice: Choice, memory: int) -> bool:
+    """Whether models are run block by block: where one would not fit into half the memory, beside what is predicted."""
+    return 2 * _float32(original) > memory and choice.dtype == "float32" and choice.device == "cpu"
+
+
+def _float32(model: Variant) -> int:
+    """Bytes of the model as float32."""
+    return 4 * sum(math.prod(tensor.shape) for tensor in model.manifest.tensors)
+
+
+def _stages(model: Variant, config: Any, work: Work) -> Stages:
+    try:
+        return Stages(model, class_of(config), work.limits)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"model {model.name!r} does not fit into the memory given, and {error}: to evaluate it whole, give "
+            f"memory={2 * _float32(model)} (bytes) or more",
+            model=model.name,
+        ) from None
 
 
 def _answers(found: Measured | None, baseline: bool) -> bool:
@@ -137,8 +176,10 @@ def _measured(blank: Measured, score: ev.Score, reference: Measured | None, *, c
     return msgspec.structs.replace(
         blank,
         perplexity=_rounded(score.perplexity),
+        perplexity_error=_rounded(score.perplexity_error),
         baseline_perplexity=reference.perplexity if reference else None,
         kl=_rounded(max(0.0, divergence) if divergence == divergence else None) if compared else None,
+        kl_error=_rounded(score.divergence_error) if compared else None,
         top1=_rounded(score.agreed / score.predicted) if compared else None,
     )
 

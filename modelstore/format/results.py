@@ -289,7 +289,8 @@ class Measured(Result, frozen=True):
 
     `tokens` of the text were read, `predicted` of them predicted, in windows of `context` tokens that are `stride` apart.
     `kl` (nats a token) and `top1` (share of predictions) are against the original, None where they were not asked for;
-    a perplexity is None where the model predicts no numbers.
+    a perplexity is None where the model predicts no numbers. `perplexity_error` and `kl_error` are standard errors, by which
+    the same would differ on other windows of such a text: None with less than two windows.
     """
 
     text: str
@@ -303,6 +304,8 @@ class Measured(Result, frozen=True):
     baseline_perplexity: float | None = None
     kl: float | None = None
     top1: float | None = None
+    perplexity_error: float | None = None
+    kl_error: float | None = None
 
 
 class Evaluation(Result, frozen=True):

@@ -1,0 +1,39 @@
+"""Predictions of a model that is never whole in memory: block after block, all windows through each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from modelstore.compress.stages import Stages
+from modelstore.execute.spool import Spool
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Streamed:
+    """A model's logits, computed with one block in memory at a time; the same bits as those of the whole model.
+
+    What blocks hand on takes up to `memory` bytes of memory, and beyond them a temporary file.
+    """
+
+    def __init__(self, stages: Stages, memory: int) -> None:
+        self._stages, self._memory = stages, memory
+
+    def logits(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Of each batch of tokens (windows, tokens) its logits (windows, tokens, vocabulary)."""
+        skeleton, before = self._stages.skeleton, Spool(0)
+        try:
+            for stage in range(skeleton.count):
+                after = Spool(self._memory // 2)  # two spools are there at a time
+                with skeleton.at(stage, self._stages.values(stage)) as run:
+                    for at, ids in enumerate(batches):
+                        after.append(run(ids, before[at] if stage else None))
+                before.close()
+                before = after
+            with skeleton.at(skeleton.count, self._stages.values(skeleton.count)) as run:
+                for at, ids in enumerate(batches):
+                    yield run(ids, before[at])
+        finally:
+            before.close()
