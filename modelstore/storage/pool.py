@@ -93,10 +93,8 @@ def ordered(
         for item in items:
             price = cost(item)
             while under_way and (len(under_way) >= limit or (memory is not None and held + price > memory)):
-                future, less = under_way.popleft()
-                held -= less
-                yield future.result()
-                del future  # what was taken is the caller's alone
+                held -= under_way[0][1]
+                yield under_way.popleft()[0].result()  # held by no name here: what is taken is the caller's alone
             under_way.append((pool.submit(act, item), price))
             held += price
         while under_way:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from modelstore.storage.pool import ordered, pause
@@ -86,3 +88,10 @@ def test_nothing_is_begun_before_it_is_asked_for() -> None:
     results = ordered(begun.append, range(10), 2)
     assert not begun
     assert list(results) == [None] * 10
+
+
+def test_what_was_taken_is_held_by_nobody_else() -> None:
+    results = ordered(lambda number: np.full(10, number), range(20), 2, ahead=3)
+    for number in range(20):
+        taken = weakref.ref(next(results))
+        assert taken() is None, number
