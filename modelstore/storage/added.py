@@ -11,8 +11,9 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
-from modelstore.errors import UnsupportedError
+from modelstore.errors import ModelStoreError, UnsupportedError
 from modelstore.storage.base import Storage
+from modelstore.storage.failures import cannot_open
 
 _GROUP = "modelstore.storage"
 _METHODS = ("get", "read", "create", "put", "info", "list", "folders", "delete", "path")
@@ -24,10 +25,11 @@ def added() -> Mapping[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=_GROUP)}
 
 
-def open_added(scheme: str, url: str, options: Mapping[str, Any]) -> Storage:
+def open_added(scheme: str, url: str, options: Mapping[str, Any], shown: str) -> Storage:
     """The storage that the package of that scheme gives.
 
-    `UnsupportedError` where the package cannot be imported, or gives something else; `ValueError` where it has no such options.
+    `UnsupportedError` where the package cannot be imported, or gives something else; `ValueError` where it has no such options;
+    `StorageError` where it fails otherwise, which names the store as `shown`, without secrets.
     """
     point = added()[scheme]
     package = point.dist.name if point.dist is not None else point.value
@@ -42,6 +44,10 @@ def open_added(scheme: str, url: str, options: Mapping[str, Any]) -> Storage:
             f"{scheme}:// cannot be opened with these options ({str(error)[:200]}): give storage_options as the package "
             f"{package} names them"
         ) from error
+    except (ModelStoreError, ValueError):
+        raise
+    except Exception as error:  # of a client that connects when it is made
+        raise cannot_open(error, shown) from error
     missing = [name for name in _METHODS if not callable(getattr(storage, name, None))]
     if missing or not isinstance(getattr(storage, "url", None), str):
         raise UnsupportedError(

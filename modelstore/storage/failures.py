@@ -41,6 +41,13 @@ def failure(error: BaseException, key: str, doing: str, url: str) -> ModelStoreE
     return (UnknownHostError if cause.unreachable else StorageError)(message, object=key)
 
 
+def cannot_open(error: BaseException, url: str) -> StorageError:
+    """The store's error for what a client raised that connects when it is made; `url` without secrets."""
+    cause = cause_of(error)
+    kind = TransientStorageError if cause.passes else StorageError
+    return kind(f"cannot open {url}: {cause}")
+
+
 def ends_before(url: str, key: str, end: int) -> CorruptionError:
     """The error of an object that is shorter than what is read of it."""
     return CorruptionError(f"object {key!r} in {url} ends before byte {end:,}", object=key)

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from modelstore.errors import ModelStoreError, StorageError, UnsupportedError
+from modelstore.errors import ModelStoreError, UnsupportedError
 from modelstore.format.digest import name_of
 from modelstore.storage.added import added, open_added
 from modelstore.storage.address import is_url
 from modelstore.storage.base import Storage
-from modelstore.storage.causes import cause_of
 from modelstore.storage.exclusive import ProvedStorage
-from modelstore.storage.failures import TransientStorageError
+from modelstore.storage.failures import cannot_open
 from modelstore.storage.filesystem import FsspecStorage, require_exclusive_create
 from modelstore.storage.forks import OpenedAnew
 from modelstore.storage.keys import check_prefix
@@ -99,7 +98,7 @@ def _local(path: str, options: dict[str, Any], engine: str | None) -> Storage:
 
 def _added(scheme: str, url: str, options: dict[str, Any], read_only: bool) -> Storage:
     """As all that is remote: proved, retried, and opened anew in a forked process. Of its options none is known to be public."""
-    opened = partial(open_added, scheme, url, options)
+    opened = partial(open_added, scheme, url, options, _shown(url))
     pickled: tuple[Any, ...] = (_reopened, _shown(url), {}, None, read_only, tuple(sorted(options)))
     return _remote(OpenedAnew(opened(), opened, pickled), scheme, options)
 
@@ -225,9 +224,7 @@ def _filesystem(
         except ModelStoreError:
             raise
         except Exception as error:  # of a client that connects when it is made
-            cause = cause_of(error)
-            kind = TransientStorageError if cause.passes else StorageError
-            raise kind(f"cannot open {_shown(url)}: {cause}") from error
+            raise cannot_open(error, _shown(url)) from error
         if not read_only:
             require_exclusive_create(filesystem, scheme)
         return FsspecStorage(filesystem, root, _shown(url))

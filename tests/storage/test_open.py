@@ -168,6 +168,7 @@ def test_cloud_options() -> None:
         ("no_such_module:open", UnsupportedError, "kept:// is opened by the package .*, which fails: No module named"),
         ("math:no_such", UnsupportedError, "kept:// is opened by the package .*, which fails: module 'math' has no"),
         ("types:SimpleNamespace", ValueError, "kept:// cannot be opened with these options"),
+        ("os:listdir", StorageError, "cannot open kept://somewhere: "),
         (
             "pathlib:PurePath",
             UnsupportedError,
