@@ -94,7 +94,7 @@ def speeds(model: str, repeat: int) -> dict[str, dict[str, float]]:
     """MB/s of encoding and decoding the same pieces, the best of the repeats, one thread."""
     import zipnn
 
-    from modelstore.codecs.ladder import Ladder
+    from modelstore.codecs.ladder.codec import Ladder
     from modelstore.format.dtypes import DTYPES
 
     kind, made = DTYPES["bfloat16"], Ladder()

@@ -15,7 +15,7 @@ import numpy as np
 from modelstore.cluster.models import opened
 from modelstore.cluster.pieces import Source, pieces, section_keys
 from modelstore.cluster.reading import Holding
-from modelstore.codecs.affine import Int
+from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.on_the_fly import OnTheFlyReader, unstored

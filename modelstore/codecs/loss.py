@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from modelstore.codecs.kernels import jit
-from modelstore.codecs.numbers import to_float32
+from modelstore.codecs.numeric.numbers import to_float32
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
 

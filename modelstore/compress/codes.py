@@ -16,8 +16,8 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from modelstore.codecs.ladder import Ladder
-from modelstore.codecs.numbers import to_float32
+from modelstore.codecs.ladder.codec import Ladder
+from modelstore.codecs.numeric.numbers import to_float32
 from modelstore.errors import FormatError
 from modelstore.execute.encoding import Encoder
 from modelstore.format.buffers import Buffer, Bytes, view

@@ -9,7 +9,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from modelstore.codecs.numbers import to_float32
+from modelstore.codecs.numeric.numbers import to_float32
 from modelstore.codecs.weight import EngineView
 from modelstore.compress.codes import Codes, Given, PackedCodes, unpacked
 from modelstore.compress.engine import lossy_codec, read_parts

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from modelstore.codecs import check
-from modelstore.codecs.affine import Int
+from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.weight import Encode, ReadValues, WeightCodec, matrix
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
@@ -40,7 +40,7 @@ def encode(codec: Int, values: Bytes, region: Region, dtype: DType, device: str)
     """A region's planes, as `Int.encode` makes them, bit for bit."""
     import torch
 
-    from modelstore.codecs.affine_torch import quantize
+    from modelstore.codecs.integer.torch import quantize
     from modelstore.codecs.kernels import bits
 
     shape = extent(region)

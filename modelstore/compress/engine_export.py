@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from modelstore.architecture.places import modules_of
 from modelstore.architecture.quantized import method
-from modelstore.codecs.intviews import beside_int8
+from modelstore.codecs.integer.view import beside_int8
 from modelstore.codecs.weight import EngineView, Part, part_name
 from modelstore.compress.engine import lossy_codec, read_parts, units
 from modelstore.compress.engine_choice import choose

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from modelstore.architecture.parallel import axes
-from modelstore.codecs.ladder import Ladder
+from modelstore.codecs.ladder.codec import Ladder
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
 from modelstore.compress.budget import check_memory
 from modelstore.compress.codes import Codes, encoder_of

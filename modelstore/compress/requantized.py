@@ -17,8 +17,8 @@ from modelstore.architecture.config import Config
 from modelstore.architecture.dequantized import Dequantized, dequantized, plain
 from modelstore.architecture.described import described
 from modelstore.architecture.quantized import method
-from modelstore.codecs.fp4 import E2M1
-from modelstore.codecs.numbers import Floats, from_float32, to_float32
+from modelstore.codecs.floating.fp4 import E2M1
+from modelstore.codecs.numeric.numbers import Floats, from_float32, to_float32
 from modelstore.compress.parent import Parent
 from modelstore.errors import UnsupportedError
 from modelstore.execute.reading import Reader

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from modelstore.codecs import histogram
-from modelstore.codecs.pruning import global_threshold, magnitudes
+from modelstore.codecs.numeric import histogram
+from modelstore.codecs.sparse.pruning import global_threshold, magnitudes
 from modelstore.execute.reading import Reader
 from modelstore.format import grid
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modelstore.codecs.numbers import to_float32
+from modelstore.codecs.numeric.numbers import to_float32
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.execute.export_layout import OutFile, Placed
 from modelstore.execute.export_target import Target

@@ -13,7 +13,7 @@ import numpy as np
 
 from modelstore.architecture.config import Config
 from modelstore.architecture.quantized import method
-from modelstore.codecs.numbers import Floats
+from modelstore.codecs.numeric.numbers import Floats
 from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.integrations.gguf_quants import BLOCK

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.codecs.kernels import jit
-from modelstore.codecs.numbers import Floats, from_float32
+from modelstore.codecs.numeric.numbers import Floats, from_float32
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from modelstore.architecture.config import Config, absurd, count, flag, number, part, word
-from modelstore.codecs.numbers import Floats
+from modelstore.codecs.numeric.numbers import Floats
 from modelstore.errors import UnsupportedError
 
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of float32, which the file's numbers are

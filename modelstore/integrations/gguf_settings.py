@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modelstore.architecture.config import Config, absurd, architectures, count, flag, model_type, number, word
-from modelstore.codecs.numbers import Floats
+from modelstore.codecs.numeric.numbers import Floats
 from modelstore.errors import UnsupportedError
 from modelstore.integrations.gguf_rope import in_float32, rope
 

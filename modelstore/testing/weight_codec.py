@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelstore.codecs.loss import Loss, loss_of
-from modelstore.codecs.numbers import numpy_dtype
+from modelstore.codecs.numeric.numbers import numpy_dtype
 from modelstore.codecs.weight import FLOATS
 from modelstore.errors import FormatError
 from modelstore.format import boxes

@@ -16,7 +16,7 @@ import pytest
 import modelstore
 from modelstore.codecs import registry
 from modelstore.codecs.base import Codec
-from modelstore.codecs.lossless import Lossless
+from modelstore.codecs.exact.lossless import Lossless
 from modelstore.errors import UnsupportedError
 from modelstore.format.dtypes import DTYPES
 

@@ -11,9 +11,9 @@ import pytest
 import zstandard
 
 from modelstore.codecs.base import Codec
-from modelstore.codecs.delta import Delta
-from modelstore.codecs.lossless import Lossless
-from modelstore.codecs.raw import Raw
+from modelstore.codecs.exact.delta import Delta
+from modelstore.codecs.exact.lossless import Lossless
+from modelstore.codecs.exact.raw import Raw
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modelstore.codecs import registry
-from modelstore.codecs.floatviews import Fp8View, Mxfp4View, Nvfp4View
+from modelstore.codecs.floating.view import Fp8View, Mxfp4View, Nvfp4View
 from modelstore.codecs.weight import EngineView, Part, WeightCodec
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.buffers import Bytes, as_bytes

@@ -6,14 +6,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from modelstore.codecs import scaled
-from modelstore.codecs.fp4 import E2M1, Mxfp4, Nvfp4
-from modelstore.codecs.fp8 import Fp8
-from modelstore.codecs.half import Half
+from modelstore.codecs.floating.fp4 import E2M1, Mxfp4, Nvfp4
+from modelstore.codecs.floating.fp8 import Fp8
+from modelstore.codecs.floating.half import Half
+from modelstore.codecs.floating.nf4 import LEVELS, Nf4
+from modelstore.codecs.floating.rounded import Round
 from modelstore.codecs.loss import loss_of
-from modelstore.codecs.nf4 import LEVELS, Nf4
-from modelstore.codecs.rounded import Round
-from modelstore.codecs.scaled import E4M3, E5M2, Grid
+from modelstore.codecs.numeric import scaled
+from modelstore.codecs.numeric.scaled import E4M3, E5M2, Grid
 from modelstore.codecs.weight import WeightCodec
 from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES

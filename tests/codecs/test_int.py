@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelstore.codecs.affine import Int
+from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.loss import loss_of
-from modelstore.codecs.numbers import numpy_dtype
+from modelstore.codecs.numeric.numbers import numpy_dtype
 from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES
 from modelstore.testing.weight_codec import WeightContract, make

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from modelstore.codecs.affine import Int
+from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.weight import Part
 from modelstore.errors import UnsupportedError
 from modelstore.format.buffers import Buffer, Bytes

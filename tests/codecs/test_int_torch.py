@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from modelstore.codecs.affine import Int
-from modelstore.codecs.affine_torch import Quantized, dequantize, quantize
+from modelstore.codecs.integer.codec import Int
+from modelstore.codecs.integer.torch import Quantized, dequantize, quantize
 from modelstore.format.buffers import as_bytes
 from modelstore.format.dtypes import DTYPES
 from modelstore.testing.weight_codec import KINDS, make

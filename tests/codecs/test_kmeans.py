@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelstore.codecs import clusters, histogram, indices
-from modelstore.codecs.clusters import Numbers
-from modelstore.codecs.kmeans import KMeans
 from modelstore.codecs.loss import loss_of
+from modelstore.codecs.numeric import histogram
+from modelstore.codecs.shared import clusters, indices
+from modelstore.codecs.shared.clusters import Numbers
+from modelstore.codecs.shared.kmeans import KMeans
 from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES
 from modelstore.testing.weight_codec import BF16, WeightContract, make

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelstore.codecs import registry
-from modelstore.codecs.ladder import Ladder
-from modelstore.codecs.ladder_codes import PLANES
-from modelstore.codecs.ladder_planes import BLOCK
-from modelstore.codecs.lossless import Lossless
-from modelstore.codecs.numbers import numpy_dtype
+from modelstore.codecs.exact.lossless import Lossless
+from modelstore.codecs.ladder.codec import Ladder
+from modelstore.codecs.ladder.codes import PLANES
+from modelstore.codecs.ladder.planes import BLOCK
+from modelstore.codecs.numeric.numbers import numpy_dtype
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES, DType

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from modelstore.codecs.ladder import Ladder
-from modelstore.codecs.ladder_codes import GIVEN_PLANES
-from modelstore.codecs.ladder_planes import BLOCK
-from modelstore.codecs.numbers import numpy_dtype
+from modelstore.codecs.ladder.codec import Ladder
+from modelstore.codecs.ladder.codes import GIVEN_PLANES
+from modelstore.codecs.ladder.planes import BLOCK
+from modelstore.codecs.numeric.numbers import numpy_dtype
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES, DType

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from modelstore.codecs import decompose, lowrank
-from modelstore.codecs.lowrank import LowRank
-from modelstore.codecs.sparse import within
+from modelstore.codecs.lowrank import codec as lowrank
+from modelstore.codecs.lowrank import decompose
+from modelstore.codecs.lowrank.codec import LowRank
+from modelstore.codecs.sparse.codec import within
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.region import Shape

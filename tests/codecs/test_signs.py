@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelstore.codecs.signs import Binary, Ternary
+from modelstore.codecs.signs.codec import Binary, Ternary
 from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES
 from modelstore.testing.weight_codec import WeightContract, make

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelstore.codecs import histogram, pruning
-from modelstore.codecs.deep import Deep
-from modelstore.codecs.sparse import Sparse
+from modelstore.codecs.numeric import histogram
+from modelstore.codecs.shared.deep import Deep
+from modelstore.codecs.sparse import pruning
+from modelstore.codecs.sparse.codec import Sparse
 from modelstore.errors import FormatError
 from modelstore.format.buffers import as_bytes
 from modelstore.format.dtypes import DTYPES

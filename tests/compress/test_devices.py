@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelstore.codecs.affine import Int
-from modelstore.codecs.half import Half
+from modelstore.codecs.floating.half import Half
+from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.weight import matrix
 from modelstore.compress.devices import encode, fit_on, gains
 from modelstore.format.dtypes import DTYPES

@@ -12,7 +12,7 @@ import torch
 
 import modelstore as ms
 from modelstore.client import Store
-from modelstore.codecs.kmeans import KMeans
+from modelstore.codecs.shared.kmeans import KMeans
 from modelstore.compress.presets import PRESETS
 from modelstore.errors import NotFoundError, UnsupportedError
 from modelstore.storage.local import LocalStorage

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from modelstore.codecs import registry
-from modelstore.codecs.ladder import Ladder
+from modelstore.codecs.ladder.codec import Ladder
 from modelstore.codecs.weight import FLOATS
 from modelstore.format.dtypes import DTYPES
 from tests.docs.test_format_spec import decode as lossless

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load
 
 import modelstore.client
-from modelstore.codecs import lossless
+from modelstore.codecs.exact import lossless
 from modelstore.errors import ModelStoreError
 from modelstore.format import results
 from modelstore.format.buffers import Buffer

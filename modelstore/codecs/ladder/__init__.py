@@ -1,0 +1,1 @@
+"""One set of bytes for the original, int8 and int4."""

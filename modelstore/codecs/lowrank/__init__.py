@@ -1,0 +1,1 @@
+"""Matrices as the product of two thin ones."""

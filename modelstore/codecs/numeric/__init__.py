@@ -1,0 +1,1 @@
+"""Numbers: what several families compute with."""

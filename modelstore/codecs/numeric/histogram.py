@@ -1,0 +1,101 @@
+"""How often each number occurs in a tensor: all that is to be known of it for one codebook, or for one threshold.
+
+Numbers of 8 and 16 bits are counted by their bit patterns, exactly. Wider ones are counted as float32 by the top 19 of
+their 32 bits, each bin standing for its middle: off by at most 2^-11 of a number, far below what quantization loses.
+Counts are integers, so that a histogram is the same in whatever order it was made, and histograms can be added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelstore.codecs.exact.kernels import WORDS
+from modelstore.codecs.kernels import jit
+from modelstore.codecs.numeric import levels
+from modelstore.codecs.numeric.numbers import Floats
+from modelstore.codecs.weight import ReadValues
+from modelstore.format import grid
+from modelstore.format.buffers import Bytes
+from modelstore.format.dtypes import DType
+from modelstore.format.region import Shape, full
+
+Counts = NDArray[np.int64]
+BAND = 4 << 20  # bytes that are read at once
+SHIFT = 13  # bits of a float32 that a bin leaves out: none that float16 has
+_TILE = 32 << 10
+
+
+def count(values: Bytes, dtype: DType, counts: Counts) -> None:
+    """Add the numbers in raw bytes to `counts`, made by `empty`."""
+    width = dtype.itemsize
+    if width <= 2:
+        _kernel(width)(values.view(WORDS[width]), 0, counts)
+        return
+    for start in range(0, values.size, _TILE * width):
+        found = levels.numbers(values[start : start + _TILE * width], dtype, infinite=True)
+        _kernel(4)(found.view(np.uint32), SHIFT, counts)
+
+
+def empty(dtype: DType) -> Counts:
+    """Counts of nothing."""
+    return np.zeros(1 << (8 * dtype.itemsize if dtype.itemsize <= 2 else 32 - SHIFT), np.int64)
+
+
+def of_tensor(read: ReadValues, shape: Shape, dtype: DType) -> Counts:
+    """The counts of a whole tensor, read once, a few MiB at a time."""
+    counts = empty(dtype)
+    for band in grid.bands(full(shape), dtype.itemsize, BAND):
+        count(read(band), dtype, counts)
+    return counts
+
+
+def numbers(counts: Counts, dtype: DType) -> tuple[NDArray[np.float64], Counts]:
+    """(the finite numbers that occur, ascending, float64; how often each does). NaN are 0; infinities are left out."""
+    places = np.flatnonzero(counts)
+    places = places[~_infinite(dtype)[places]]
+    found = patterns(dtype)[places].astype(np.float64)
+    order = np.argsort(found, kind="stable")
+    return found[order], counts[places][order]
+
+
+@cache
+def _infinite(dtype: DType) -> NDArray[np.bool_]:
+    """Which bins are those of infinities."""
+    if dtype.itemsize <= 2:
+        every = np.arange(1 << 8 * dtype.itemsize, dtype=WORDS[dtype.itemsize]).view(np.uint8)
+        return np.isinf(levels.numbers(every, dtype, infinite=True))
+    return np.isinf((np.arange(1 << (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)).view(np.float32))
+
+
+@cache
+def patterns(dtype: DType) -> Floats:
+    """What each bin stands for, float32, by its place in the counts: infinities for the largest finite numbers."""
+    if dtype.itemsize <= 2:
+        found = levels.numbers(np.arange(1 << 8 * dtype.itemsize, dtype=WORDS[dtype.itemsize]).view(np.uint8), dtype)
+    else:
+        bits = np.arange(1 << (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)
+        middle = np.where(bits & np.uint32(0x7FFFFFFF), bits | np.uint32(1 << (SHIFT - 1)), bits)
+        middle = np.where(_infinite(dtype), bits, middle).view(np.float32)
+        most = float(levels.limit(dtype))
+        found = np.nan_to_num(middle, nan=0.0, posinf=most, neginf=-most)
+    found.flags.writeable = False
+    return found
+
+
+def _count(words, shift, counts):  # type: ignore[no-untyped-def]
+    for i in range(words.size):
+        counts[words[i] >> shift] += 1
+
+
+@cache
+def _kernel(width: int) -> Callable[..., Any]:
+    from numba import types
+
+    word: Any = {1: types.uint8, 2: types.uint16, 4: types.uint32}[width]
+    words = types.Array(word, 1, "C", readonly=True, aligned=False)
+    return jit.compiled(_count, types.void(words, types.uint32, types.Array(types.int64, 1, "C", aligned=False)))

@@ -1,0 +1,1 @@
+"""A few values that all weights of a tensor share."""
