@@ -41,8 +41,8 @@ class _Anything:
 
 def part(model: str, url: str, digests: bool, decoding: bool) -> dict[str, Any]:
     """`store.load` with parts of its work left out: its result is of no use then, but its time is."""
-    import modelstore.execute.fetch as fetch
-    import modelstore.execute.reading as reading
+    import modelstore.execute.read.fetcher as fetch
+    import modelstore.execute.read.reader as reading
     from benchmarks import load
 
     load.prepare()

@@ -66,7 +66,7 @@ def opened(url: str) -> dict[str, Any]:
     import torch  # noqa: F401
 
     import modelstore as ms
-    import modelstore.execute.loading
+    import modelstore.execute.read.loading
 
     name = f"model.layers.{(TENSORS - 1) // 768}.mlp.experts.{(TENSORS - 1) // 3 % 256}"
     names = [f"{name}.{what}_proj.weight" for what in ("gate", "up", "down")]

@@ -19,7 +19,7 @@ SIZES = ((3, 8), (1, 2), (2, 4))
 def rows(setting: Setting) -> list[Row]:
     """Rank 3 of 8, and smaller groups."""
     import modelstore as ms
-    from modelstore.execute.loading import Variant
+    from modelstore.execute.read.loading import Variant
     from modelstore.plan.work import Limits, Work
     from modelstore.testing.faults import CountingStorage
 

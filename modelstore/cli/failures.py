@@ -147,8 +147,8 @@ class Stopped:
 
 def _abandon() -> None:
     """Remove the file that is half-written, if one is: the thread that would do so does not come to it."""
-    if "modelstore.execute.export_target" in sys.modules:
-        from modelstore.execute.export_target import abandon
+    if "modelstore.execute.export.target" in sys.modules:
+        from modelstore.execute.export.target import abandon
 
         removing = threading.Thread(target=abandon, daemon=True)  # a disk may not answer either
         removing.start()

@@ -12,10 +12,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, UnsupportedError
-from modelstore.execute.fetch import Fetcher, Fetching
-from modelstore.execute.loading import Variant
 from modelstore.execute.memory import budget
-from modelstore.execute.saving import Against
+from modelstore.execute.read.fetcher import Fetcher, Fetching
+from modelstore.execute.read.loading import Variant
+from modelstore.execute.write.save import Against
 from modelstore.format.locks import Lock
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, Reference

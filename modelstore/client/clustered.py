@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from modelstore.client.access import Access, log
-from modelstore.execute.loading import Variant
-from modelstore.execute.saving import Outcome
+from modelstore.execute.read.loading import Variant
+from modelstore.execute.write.save import Outcome
 from modelstore.format import results
 from modelstore.format.names import ORIGINAL, Reference
 from modelstore.format.note import Note

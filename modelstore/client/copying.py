@@ -10,8 +10,8 @@ import msgspec
 
 from modelstore.client.base import Base
 from modelstore.errors import ModelStoreError, NotFoundError
-from modelstore.execute.copying import copy
-from modelstore.execute.copying_plan import Wanted
+from modelstore.execute.copy.plan import Wanted
+from modelstore.execute.copy.run import copy
 from modelstore.format import inventory
 from modelstore.format.names import ORIGINAL, Reference, check_model, check_word, parse_reference
 from modelstore.format.progress import Progress

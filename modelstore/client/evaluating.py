@@ -14,7 +14,7 @@ from modelstore.format.progress import Progress
 from modelstore.store.describe import variant_infos, weights_of
 
 if TYPE_CHECKING:
-    from modelstore.execute.loading import Variant
+    from modelstore.execute.read.loading import Variant
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.client.access import Access, log
 from modelstore.client.arguments import check_export
-from modelstore.execute.loading import Variant
+from modelstore.execute.read.loading import Variant
 from modelstore.format import results
 from modelstore.format.progress import Progress
 from modelstore.format.units import Size, parse_size
@@ -36,7 +36,7 @@ def export(
     progress: Progress | None,
 ) -> results.Exported:
     """Write a variant to files, as `Model.export` says."""
-    from modelstore.execute.export_remote import deliver
+    from modelstore.execute.export.remote import deliver
 
     limit = parse_size(max_shard_bytes)
     check_export(format, os.fspath(path), gguf_type, dequantize, limit, activations)
@@ -75,7 +75,7 @@ def _safetensors(
     shares: Mapping[str, Share] | None,
 ) -> tuple[Callable[..., results.Exported], bool]:
     """What writes a folder or one file, and whether a compressed variant is written dense though nobody asked for that."""
-    from modelstore.execute.export import export as write
+    from modelstore.execute.export.files import export as write
 
     layout = None
     if format == "hf" and not dequantize:

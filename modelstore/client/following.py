@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from modelstore.client.base import Base
-from modelstore.execute.vote import Vote
+from modelstore.execute.write.vote import Vote
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.progress import Progress
 from modelstore.plan.layout import Shard, as_layout
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from modelstore.client.live import Live
-    from modelstore.execute.loading import Variant
+    from modelstore.execute.read.loading import Variant
 
 
 class Following(Base):

@@ -10,7 +10,7 @@ from modelstore.client.arguments import MAX_SHARD
 from modelstore.client.base import Base
 from modelstore.client.evaluating import DTypeName, evaluate
 from modelstore.client.model import Model
-from modelstore.execute.loading import LazyTensor
+from modelstore.execute.read.loading import LazyTensor
 from modelstore.format import results
 from modelstore.format.names import parse_reference
 from modelstore.format.progress import Progress

@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from modelstore.errors import CancelledError, NotFoundError
-from modelstore.execute.live import Held, advance, plan
-from modelstore.execute.loading import Variant
-from modelstore.execute.readers import Readers
+from modelstore.execute.live.rwlock import Readers
+from modelstore.execute.live.versions import Held, advance, plan
+from modelstore.execute.read.loading import Variant
 from modelstore.format import results
 from modelstore.format.locks import Lock
 from modelstore.format.progress import Progress
@@ -74,7 +74,7 @@ class Live:
         first, _ = self._read(resolve(None))
         self._module = None
         if module is not None:
-            from modelstore.execute.module import ModuleSlots
+            from modelstore.execute.live.module import ModuleSlots
 
             self._module = ModuleSlots(module, first.tensors)
             self._module.set(first.tensors)

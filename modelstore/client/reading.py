@@ -10,7 +10,7 @@ from modelstore.client.access import Access, warn
 from modelstore.client.arguments import Checked
 from modelstore.client.clustered import mapped
 from modelstore.errors import ModelStoreError
-from modelstore.execute.loading import LazyTensor, Variant
+from modelstore.execute.read.loading import LazyTensor, Variant
 from modelstore.format import results
 from modelstore.format.names import Reference, parse_reference
 from modelstore.format.progress import Progress

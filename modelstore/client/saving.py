@@ -14,7 +14,7 @@ import msgspec
 from modelstore.client.base import Base
 from modelstore.client.clustered import acknowledged, in_cluster, saved
 from modelstore.errors import ConflictError
-from modelstore.execute.saving import Outcome, check_options, publish, store
+from modelstore.execute.write.save import Outcome, check_options, publish, store
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.note import note
@@ -174,8 +174,8 @@ class Saving(Base):
         Example:
             >>> store.save_part("acme/llama", model.state_dict(), session=f"step-{step}", rank=rank, ranks=8)
         """
-        from modelstore.execute.parts import CODECS, MAX_RANKS, save_part
-        from modelstore.execute.saving import left_out
+        from modelstore.execute.write.parts import CODECS, MAX_RANKS, save_part
+        from modelstore.execute.write.save import left_out
         from modelstore.sources.slices import open_part
 
         started = time.monotonic()
@@ -245,8 +245,8 @@ class Saving(Base):
         Example:
             >>> store.publish("acme/llama", f"step-{step}", ranks=8, tag="nightly")
         """
-        from modelstore.execute.merging import publish
-        from modelstore.execute.parts import published, read_parts
+        from modelstore.execute.write.merge import publish
+        from modelstore.execute.write.parts import published, read_parts
         from modelstore.sources.open import open_source
 
         started = time.monotonic()
@@ -339,7 +339,7 @@ def _check_session(session: str) -> None:
 
 
 def _check_ranks(ranks: int) -> None:
-    from modelstore.execute.parts import MAX_RANKS
+    from modelstore.execute.write.parts import MAX_RANKS
 
     if not 1 <= ranks <= MAX_RANKS:
         raise ValueError(f"ranks={ranks} is not valid: it is the number of ranks that saved parts, up to {MAX_RANKS}")

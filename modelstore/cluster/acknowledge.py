@@ -22,7 +22,7 @@ from modelstore.cluster.orders import Order, keepers
 from modelstore.cluster.pending import PART
 from modelstore.cluster.pieces import Source
 from modelstore.errors import ModelStoreError, StorageError
-from modelstore.execute.saving import Outcome
+from modelstore.execute.write.save import Outcome
 from modelstore.format.buffers import Buffer, Bytes, as_bytes, view
 from modelstore.format.note import Note
 from modelstore.format.record import VersionRecord

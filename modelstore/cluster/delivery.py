@@ -22,7 +22,7 @@ from modelstore.cluster.models import opened
 from modelstore.cluster.pieces import Source
 from modelstore.cluster.session import Session
 from modelstore.errors import ConflictError, CorruptionError, StorageError
-from modelstore.execute.loading import Variant
+from modelstore.execute.read.loading import Variant
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import digest_of, matches
 from modelstore.format.progress import Advance
@@ -86,7 +86,7 @@ def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
     """Views of a batch's buffer, by name. `CorruptionError` where bytes are not what was sent."""
     import torch
 
-    from modelstore.execute.tensors import torch_dtype
+    from modelstore.execute.read.tensors import torch_dtype
 
     # What others map, too, is not to be written to by whoever gets it.
     buffer = torch.from_numpy(batch.buffer.copy()) if isinstance(batch.buffer, np.ndarray) else batch.buffer
@@ -124,7 +124,7 @@ def read_batch(model: Variant, layout: Layout | None, entries: Sequence[Entry], 
     """Decode a batch into a tensor on a device, or into an array; each chunk is checked, and each tensor gets its digest."""
     import torch
 
-    from modelstore.execute.tensors import pinned
+    from modelstore.execute.read.tensors import pinned
 
     shares = model.shares(layout, [entry.names[0] for entry in entries])
     size = max(1, entries[-1].offset + entries[-1].size)  # an empty buffer is nothing that every transport moves

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from modelstore.errors import CorruptionError, UnsupportedError
-from modelstore.execute.loading import Variant
-from modelstore.execute.reading import whole_want
+from modelstore.execute.read.loading import Variant
+from modelstore.execute.read.reader import whole_want
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.plan.work import Limits, Work

@@ -9,8 +9,8 @@ from modelstore.cluster.calls import GoneError
 from modelstore.cluster.images import open_image
 from modelstore.cluster.pieces import Source
 from modelstore.errors import UnsupportedError
-from modelstore.execute.loading import Variant
 from modelstore.execute.memory import fault_ahead
+from modelstore.execute.read.loading import Variant
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import slices
 from modelstore.plan.layout import Share
@@ -29,7 +29,7 @@ def mapped(
     `UnsupportedError` for a share of several runs, where this node has no host, or no room; `GoneError` where its host is
     being replaced.
     """
-    from modelstore.execute import tensors as ten
+    from modelstore.execute.read import tensors as ten
 
     path = session.image(source, model.name, digest, model.manifest)
     try:

@@ -8,8 +8,8 @@ import msgspec
 
 from modelstore.cluster.pieces import Source
 from modelstore.cluster.reading import ClusterFetching, Holding
-from modelstore.execute.fetch import Fetcher
-from modelstore.execute.loading import Variant
+from modelstore.execute.read.fetcher import Fetcher
+from modelstore.execute.read.loading import Variant
 from modelstore.format.decoding import prepared
 from modelstore.store.repo import Repo
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from modelstore.cluster.pieces import Piece, Source, pieces
-from modelstore.execute.fetch import Fetcher
+from modelstore.execute.read.fetcher import Fetcher
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import matches
 from modelstore.format.manifest import Manifest

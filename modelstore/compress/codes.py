@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from modelstore.codecs.ladder.codec import Ladder
 from modelstore.codecs.numeric.numbers import to_float32
 from modelstore.errors import FormatError
-from modelstore.execute.encoding import Encoder
+from modelstore.execute.write.encoding import Encoder
 from modelstore.format.buffers import Buffer, Bytes, view
 from modelstore.format.digest import name_of_pieces
 from modelstore.format.dtypes import DTYPES

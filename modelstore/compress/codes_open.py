@@ -14,7 +14,7 @@ from modelstore.codecs.weight import EngineView
 from modelstore.compress.codes import Codes, Given, PackedCodes, unpacked
 from modelstore.compress.engine import lossy_codec, read_parts
 from modelstore.errors import FormatError
-from modelstore.execute.loading import Variant
+from modelstore.execute.read.loading import Variant
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import Manifest

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from modelstore.codecs.weight import EngineView, Part, WeightCodec, is_convolution
 from modelstore.errors import FormatError
-from modelstore.execute.reading import Reader
+from modelstore.execute.read.reader import Reader
 from modelstore.format import grid
 from modelstore.format.buffers import Buffer
 from modelstore.format.locks import Lock

@@ -22,8 +22,8 @@ from modelstore.codecs.weight import EngineView, Part, part_name
 from modelstore.compress.engine import lossy_codec, read_parts, units
 from modelstore.compress.engine_choice import choose
 from modelstore.errors import UnsupportedError
-from modelstore.execute.export_layout import Packing
-from modelstore.execute.reading import Reader
+from modelstore.execute.export.layout import Packing
+from modelstore.execute.read.reader import Reader
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import dtype

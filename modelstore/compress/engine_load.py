@@ -11,9 +11,9 @@ import numpy as np
 from modelstore.codecs.weight import EngineView, Part, part_name
 from modelstore.compress.engine import Assembly, check_slice, lossy_codec
 from modelstore.errors import UnsupportedError
-from modelstore.execute.loading import Variant
 from modelstore.execute.memory import Arena
-from modelstore.execute.reading import Reader
+from modelstore.execute.read.loading import Variant
+from modelstore.execute.read.reader import Reader
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Tensor
 from modelstore.plan.layout import Share
@@ -120,7 +120,7 @@ def _named(
 ) -> Iterator[tuple[str, str, torch.Tensor]]:
     import torch
 
-    from modelstore.execute.tensors import to_torch
+    from modelstore.execute.read.tensors import to_torch
 
     place = torch.device(device)
     taken = {name for view, them in zip(views, names, strict=True) if view is None for name in them}

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from modelstore.errors import ConflictError
-from modelstore.execute.saving import store_manifest
+from modelstore.execute.write.save import store_manifest
 from modelstore.format.decoding import prepared
 from modelstore.format.names import Reference
 from modelstore.format.results import Measured

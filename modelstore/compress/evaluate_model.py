@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from modelstore.architecture.config import architectures
 from modelstore.architecture.quantized import method
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
-from modelstore.execute.loading import Variant
+from modelstore.execute.read.loading import Variant
 from modelstore.plan.work import Limits, Work
 
 if TYPE_CHECKING:

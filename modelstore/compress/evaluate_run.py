@@ -15,7 +15,7 @@ from modelstore.compress.evaluate_model import class_of, language_config, langua
 from modelstore.compress.evaluate_streamed import Streamed
 from modelstore.compress.stages import Stages
 from modelstore.errors import UnsupportedError
-from modelstore.execute.loading import Variant
+from modelstore.execute.read.loading import Variant
 from modelstore.format.digest import name_of
 from modelstore.format.names import ORIGINAL
 from modelstore.format.progress import Advance, Progress, meter

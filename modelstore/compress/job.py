@@ -25,11 +25,11 @@ from modelstore.compress.parent import Parent
 from modelstore.compress.plan import tensor_plan, weight_codec
 from modelstore.compress.threshold import with_threshold
 from modelstore.errors import ConflictError, CorruptionError
-from modelstore.execute.encoding import Encoder, EncodeRegion, Input, ReadRegion
-from modelstore.execute.journal import Journal, job_id, resume
-from modelstore.execute.reading import Reader
-from modelstore.execute.saving import store_manifest
-from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks, require_others
+from modelstore.execute.read.reader import Reader
+from modelstore.execute.write.encoding import Encoder, EncodeRegion, Input, ReadRegion
+from modelstore.execute.write.journal import Journal, job_id, resume
+from modelstore.execute.write.packs import PackWriter, Tally, Written, known_chunks, require_others
+from modelstore.execute.write.save import store_manifest
 from modelstore.format import boxes, grid, results
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor

@@ -11,7 +11,7 @@ import msgspec
 
 from modelstore.codecs.loss import Loss
 from modelstore.errors import ConflictError
-from modelstore.execute.saving import store_manifest
+from modelstore.execute.write.save import store_manifest
 from modelstore.format.architecture import Architecture
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL

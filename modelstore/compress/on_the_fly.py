@@ -16,9 +16,9 @@ from modelstore.compress.budget import check_memory
 from modelstore.compress.job import encoder
 from modelstore.compress.plan import plan_compression, tensor_plan, weight_codec
 from modelstore.errors import UnsupportedError
-from modelstore.execute.encoding import Encoder
-from modelstore.execute.loading import Variant
-from modelstore.execute.reading import Reader
+from modelstore.execute.read.loading import Variant
+from modelstore.execute.read.reader import Reader
+from modelstore.execute.write.encoding import Encoder
 from modelstore.format import boxes
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.locks import Lock

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from modelstore.codecs.registry import codec as make_codec
-from modelstore.execute.encoding import Input
-from modelstore.execute.reading import Reader
+from modelstore.execute.read.reader import Reader
+from modelstore.execute.write.encoding import Input
 from modelstore.format.architecture import Architecture
 from modelstore.format.manifest import Manifest
 from modelstore.format.record import VersionRecord

@@ -21,7 +21,7 @@ from modelstore.codecs.floating.fp4 import E2M1
 from modelstore.codecs.numeric.numbers import Floats, from_float32, to_float32
 from modelstore.compress.parent import Parent
 from modelstore.errors import UnsupportedError
-from modelstore.execute.reading import Reader
+from modelstore.execute.read.reader import Reader
 from modelstore.format.buffers import Bytes
 from modelstore.format.checkpoint import CONFIG
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from modelstore.architecture.model_class import build
 from modelstore.architecture.names import parameters, values
 from modelstore.errors import UnsupportedError
-from modelstore.execute.loading import Variant
-from modelstore.execute.unsaved import made_again
+from modelstore.execute.read.loading import Variant
+from modelstore.execute.read.unsaved import made_again
 from modelstore.plan.work import Limits, Work
 
 if TYPE_CHECKING:

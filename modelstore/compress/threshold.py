@@ -7,7 +7,7 @@ import numpy as np
 
 from modelstore.codecs.numeric import histogram
 from modelstore.codecs.sparse.pruning import global_threshold, magnitudes
-from modelstore.execute.reading import Reader
+from modelstore.execute.read.reader import Reader
 from modelstore.format import grid
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.results import Choice, CompressionPlan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modelstore.architecture.config import MAX_CONFIG, Config, parse
-from modelstore.execute.reading import Reader
+from modelstore.execute.read.reader import Reader
 from modelstore.format.checkpoint import CONFIG
 
 

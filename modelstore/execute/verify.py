@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError, StorageError
-from modelstore.execute.loading import Variant
-from modelstore.execute.reading import Reader, whole_want
+from modelstore.execute.read.loading import Variant
+from modelstore.execute.read.reader import Reader, whole_want
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.digest import matches, name_of, name_of_pieces

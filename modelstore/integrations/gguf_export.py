@@ -15,11 +15,11 @@ import numpy as np
 
 from modelstore.codecs.numeric.numbers import to_float32
 from modelstore.errors import FormatError, UnsupportedError
-from modelstore.execute.export_layout import OutFile, Placed
-from modelstore.execute.export_target import Target
-from modelstore.execute.export_write import write
+from modelstore.execute.export.layout import OutFile, Placed
+from modelstore.execute.export.target import Target
+from modelstore.execute.export.write import write
 from modelstore.execute.model_files import model_config
-from modelstore.execute.reading import Reader
+from modelstore.execute.read.reader import Reader
 from modelstore.format import results
 from modelstore.format.buffers import Bytes
 from modelstore.format.gguf import parse_header

@@ -19,8 +19,8 @@ import zstandard
 
 from modelstore import paths
 from modelstore.errors import ConflictError, StorageError
-from modelstore.execute.export_target import writing
-from modelstore.execute.reading import Reader
+from modelstore.execute.export.target import writing
+from modelstore.execute.read.reader import Reader
 from modelstore.format import grid, results
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType

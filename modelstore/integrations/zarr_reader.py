@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelstore.execute.loading import Variant
+from modelstore.execute.read.loading import Variant
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Region, Shape
 

@@ -14,7 +14,7 @@ from modelstore.architecture.model_class import Built, build
 from modelstore.architecture.names import parameters, values
 from modelstore.architecture.skeleton import Skeleton
 from modelstore.errors import FormatError, UnsupportedError
-from modelstore.execute.unsaved import made_again
+from modelstore.execute.read.unsaved import made_again
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import modelstore as ms
 from modelstore.client import Store
 from modelstore.errors import CancelledError, CorruptionError, NotFoundError
-from modelstore.execute.pages import Image
+from modelstore.execute.live.pages import Image
 from modelstore.storage.memory import MemoryStorage
 from modelstore.testing.faults import CountingStorage
 from tests.helpers.stores import all_bits, open_on, pack_sizes, shrink
@@ -136,7 +136,7 @@ def test_whatever_changed_is_right(store: Store, change: str) -> None:
 def test_any_sequence_against_plain_loads(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
-        patch.setattr("modelstore.execute.live._IMAGE", 20_000)
+        patch.setattr("modelstore.execute.live.versions._IMAGE", 20_000)
         store = open_on(MemoryStorage(uuid.uuid4().hex))
         tensors = model()
         store.save("m", tensors)

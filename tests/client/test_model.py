@@ -14,7 +14,7 @@ import torch
 
 import modelstore as ms
 from modelstore.errors import NotFoundError
-from modelstore.execute.loading import LazyTensor
+from modelstore.execute.read.loading import LazyTensor
 from modelstore.storage.memory import MemoryStorage
 from modelstore.testing.faults import CountingStorage
 from tests.helpers.stores import all_bits, open_on, weights

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import modelstore as ms
 from modelstore.client import Store
 from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError
-from modelstore.execute import merging
-from modelstore.execute.parts import published_key, session_prefix
+from modelstore.execute.write import merge as merging
+from modelstore.execute.write.parts import published_key, session_prefix
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.record import PACKS, pack_key
@@ -428,7 +428,7 @@ def test_a_session_that_was_published_is_looked_at_before_it_is_said_to_be_there
 
 
 def _packs_of(small: Small, session: str) -> set[str]:
-    from modelstore.execute.parts import read_parts
+    from modelstore.execute.write.parts import read_parts
 
     (part,) = read_parts(small.storage, "m", session, 1)
     return {pack_key(pack) for pack in part.page.manifest.packs}

@@ -19,7 +19,7 @@ from modelstore.cluster.orders import keepers
 from modelstore.cluster.pieces import Source
 from modelstore.cluster.write_behind import WriteBehind
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
-from modelstore.execute import saving
+from modelstore.execute.write import save as saving
 from modelstore.format.record import tag_key
 from modelstore.plan.placement import Member, View
 from modelstore.plan.work import Limits, Work

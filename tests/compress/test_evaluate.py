@@ -18,7 +18,7 @@ from modelstore.compress import evaluate as ev
 from modelstore.compress.evaluate_metrics import evaluations, with_evaluation
 from modelstore.compress.evaluate_model import language_model
 from modelstore.errors import ConflictError, FormatError, NotFoundError, UnsupportedError
-from modelstore.execute.saving import store_manifest
+from modelstore.execute.write.save import store_manifest
 from modelstore.format.names import Reference
 from modelstore.format.results import Measured
 from modelstore.storage.memory import MemoryStorage

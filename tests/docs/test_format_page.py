@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from modelstore.codecs import registry
-from modelstore.execute.saving import LONGEST_CHAIN
+from modelstore.execute.write.save import LONGEST_CHAIN
 from modelstore.format import manifest, record
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.names import MAX_TENSOR_NAME, MAX_VERSION

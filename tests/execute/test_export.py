@@ -19,13 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modelstore.errors import ConflictError, CorruptionError, FormatError, StorageError, UnsupportedError
-from modelstore.execute import export_layout, export_target, export_write
-from modelstore.execute.export import export
-from modelstore.execute.export_layout import STAGING, blocks, directory
-from modelstore.execute.fetch import Fetcher
-from modelstore.execute.loading import Variant
-from modelstore.execute.reading import Reader
-from modelstore.execute.saving import store
+from modelstore.execute.export import layout as export_layout
+from modelstore.execute.export import target as export_target
+from modelstore.execute.export import write as export_write
+from modelstore.execute.export.files import export
+from modelstore.execute.export.layout import STAGING, blocks, directory
+from modelstore.execute.read.fetcher import Fetcher
+from modelstore.execute.read.loading import Variant
+from modelstore.execute.read.reader import Reader
+from modelstore.execute.write.save import store
 from modelstore.format import grid
 from modelstore.format.checkpoint import Weights
 from modelstore.format.manifest import Manifest, Plane, Tensor

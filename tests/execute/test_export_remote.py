@@ -13,7 +13,7 @@ from safetensors.torch import load as loads
 
 import modelstore
 from modelstore.errors import ConflictError, StorageError, UnsupportedError
-from modelstore.execute import export_remote
+from modelstore.execute.export import remote as export_remote
 from modelstore.storage.address import is_url
 from modelstore.storage.open import open_storage, open_target
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from modelstore.errors import ConflictError, StorageError
-from modelstore.execute.loading import Variant
-from modelstore.execute.saving import store
+from modelstore.execute.read.loading import Variant
+from modelstore.execute.write.save import store
 from modelstore.plan.work import Limits, Work
 from modelstore.sources.open import open_source
 from modelstore.storage.memory import MemoryStorage

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import modelstore as ms
 from modelstore.errors import ConflictError, ModelStoreError, UnsupportedError
-from modelstore.execute import export_write
+from modelstore.execute.export import write as export_write
 from modelstore.integrations.gguf_export import export_gguf
 from modelstore.integrations.gguf_model import rows_in_order
 from modelstore.integrations.gguf_quants import TYPES, quantize

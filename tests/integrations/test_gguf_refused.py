@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from modelstore.errors import ModelStoreError, UnsupportedError
-from modelstore.execute.export_layout import OutFile
+from modelstore.execute.export.layout import OutFile
 from modelstore.format.gguf import parse_header
 from modelstore.format.manifest import ChunkTable, CodecSpec, Manifest, Tensor
 from modelstore.integrations.gguf_export import layout

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import msgspec
 
 from modelstore.errors import FormatError, NotFoundError
-from modelstore.execute.encoding import Input
-from modelstore.execute.writing import Placed, Tally, Viewed, Written
+from modelstore.execute.write.encoding import Input
+from modelstore.execute.write.packs import Placed, Tally, Viewed, Written
 from modelstore.format import grid
 from modelstore.format.digest import name_of
 from modelstore.format.dtypes import DTYPES

@@ -16,12 +16,12 @@ import numpy as np
 
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError
-from modelstore.execute.encoding import Input
-from modelstore.execute.fetch import Fetching
-from modelstore.execute.parts import Published, Stored, published_key, session_id, session_prefix
-from modelstore.execute.reading import Reader
-from modelstore.execute.saving import Against, plan_inputs, store_manifest
-from modelstore.execute.writing import PackWriter, Written, known_chunks
+from modelstore.execute.read.fetcher import Fetching
+from modelstore.execute.read.reader import Reader
+from modelstore.execute.write.encoding import Input
+from modelstore.execute.write.packs import PackWriter, Written, known_chunks
+from modelstore.execute.write.parts import Published, Stored, published_key, session_id, session_prefix
+from modelstore.execute.write.save import Against, plan_inputs, store_manifest
 from modelstore.format import boxes, grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import name_of_pieces

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.architecture.config import Config
 from modelstore.errors import FormatError, NotFoundError
-from modelstore.execute.fetch import Fetcher, Fetching
 from modelstore.execute.memory import Arena
 from modelstore.execute.model_files import model_config
-from modelstore.execute.reading import Reader
-from modelstore.execute.saving import LONGEST_CHAIN
+from modelstore.execute.read.fetcher import Fetcher, Fetching
+from modelstore.execute.read.reader import Reader
+from modelstore.execute.write.save import LONGEST_CHAIN
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
@@ -139,7 +139,7 @@ class Variant:
         """Tensors by name, as they become ready; tied ones are one tensor under each of their names."""
         import torch
 
-        from modelstore.execute import tensors as ten
+        from modelstore.execute.read import tensors as ten
 
         place = torch.device(device)
         groups: dict[tuple[str, Share], list[str]] = {}
@@ -168,7 +168,7 @@ class Variant:
 
     def map(self, shares: Mapping[str, Share]) -> dict[str, torch.Tensor]:
         """All of `shares`, mapped from local packs and read when they are touched; see `tensors.Mapped`."""
-        from modelstore.execute import tensors as ten
+        from modelstore.execute.read import tensors as ten
 
         mapped = ten.Mapped(self._storage, self.manifest)
         made: dict[tuple[str, Share], torch.Tensor] = {}
@@ -186,9 +186,9 @@ class Variant:
         """
         import torch
 
-        from modelstore.execute import tensors as ten
-        from modelstore.execute.module import targets_of, to_fill
-        from modelstore.execute.unsaved import made_again
+        from modelstore.execute.live.module import targets_of, to_fill
+        from modelstore.execute.read import tensors as ten
+        from modelstore.execute.read.unsaved import made_again
         from modelstore.sources.torch import unwrapped
 
         module = unwrapped(module)
@@ -224,7 +224,7 @@ class Variant:
 
     @staticmethod
     def _own_memory(target: torch.Tensor, want: Want) -> Bytes | None:
-        from modelstore.execute import tensors as ten
+        from modelstore.execute.read import tensors as ten
 
         same = not target.is_meta and target.dtype == ten.torch_dtype(want.tensor.dtype)
         return ten.bytes_of(target) if same else None
@@ -260,7 +260,7 @@ class LazyTensor:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        from modelstore.execute import tensors as ten
+        from modelstore.execute.read import tensors as ten
 
         region, dropped = from_index(index, self.shape)
         share = Share.of(region)

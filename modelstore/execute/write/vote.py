@@ -6,7 +6,7 @@ import time
 
 import msgspec
 
-from modelstore.execute.journal import job_id
+from modelstore.execute.write.journal import job_id
 from modelstore.format.record import JOBS
 from modelstore.format.sealed import seal, unseal
 from modelstore.storage.base import SMALL, Storage

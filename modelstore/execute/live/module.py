@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 
 import torch
 
-from modelstore.execute.tensors import check_targets
+from modelstore.execute.read.tensors import check_targets
 from modelstore.sources.slices import is_dtensor
 from modelstore.sources.torch import unwrapped
 

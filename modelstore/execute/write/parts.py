@@ -15,10 +15,10 @@ import msgspec
 
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import ConflictError, FormatError, NotFoundError
-from modelstore.execute.encoding import Input
-from modelstore.execute.journal import Journal, job_id
-from modelstore.execute.saving import Against, manifest_of, plan_inputs
-from modelstore.execute.writing import PackWriter, Placed, Tally, Written, known_chunks
+from modelstore.execute.write.encoding import Input
+from modelstore.execute.write.journal import Journal, job_id
+from modelstore.execute.write.packs import PackWriter, Placed, Tally, Written, known_chunks
+from modelstore.execute.write.save import Against, manifest_of, plan_inputs
 from modelstore.format.manifest import FORMAT, MAX_MANIFEST, CodecSpec, Count, Manifest, first_problem
 from modelstore.format.manifest_builder import Location
 from modelstore.format.record import JOBS, ascending, descending, pack_key

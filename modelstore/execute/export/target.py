@@ -14,7 +14,7 @@ import msgspec
 
 from modelstore import paths
 from modelstore.errors import ConflictError, StorageError
-from modelstore.execute.export_layout import STAGING, OutFile
+from modelstore.execute.export.layout import STAGING, OutFile
 from modelstore.format.checkpoint import Weights
 from modelstore.format.decoding import prepared
 from modelstore.format.digest import name_of, name_of_pieces

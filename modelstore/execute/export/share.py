@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modelstore.execute.export_layout import Form, Packing, blocks
-from modelstore.execute.reading import Reader
+from modelstore.execute.export.layout import Form, Packing, blocks
+from modelstore.execute.read.reader import Reader
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.region import Region, Shape, extent, intersect, is_contiguous, offset, shift

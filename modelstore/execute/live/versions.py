@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from modelstore.execute.loading import Variant
-from modelstore.execute.pages import Image, Overlay
+from modelstore.execute.live.pages import Image, Overlay
+from modelstore.execute.read.loading import Variant
 from modelstore.format.boxes import copy, paste
 from modelstore.format.buffers import Bytes
 from modelstore.format.manifest import Manifest, Tensor
@@ -178,12 +178,12 @@ def _patch(
 
 
 def _boxed(data: Bytes, tensor: Tensor, region: Region) -> torch.Tensor:
-    from modelstore.execute import tensors as ten
+    from modelstore.execute.read import tensors as ten
 
     return ten.to_torch(data, tensor.dtype, extent(region))
 
 
 def _tensor(buffer: Bytes, slot: Slot, tensor: Tensor) -> torch.Tensor:
-    from modelstore.execute import tensors as ten
+    from modelstore.execute.read import tensors as ten
 
     return ten.to_torch(buffer, tensor.dtype, slot[1].shape)

@@ -13,8 +13,8 @@ import numpy as np
 from blake3 import blake3
 
 from modelstore.codecs.loss import Loss
-from modelstore.execute.encoding import Encoded, Input, encode_step
-from modelstore.execute.reading import Reader
+from modelstore.execute.read.reader import Reader
+from modelstore.execute.write.encoding import Encoded, Input, encode_step
 from modelstore.format import grid
 from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.dtypes import DTYPES

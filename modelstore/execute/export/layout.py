@@ -23,7 +23,7 @@ from modelstore.format.region import Region, Shape, nbytes
 from modelstore.format.safetensors import METADATA, Entry, build_header
 
 if TYPE_CHECKING:
-    from modelstore.execute.reading import Reader
+    from modelstore.execute.read.reader import Reader
 
 log = logging.getLogger("modelstore")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import msgspec
 
 from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError, StorageError
-from modelstore.execute.copying_plan import Plan, Planner, Wanted
+from modelstore.execute.copy.plan import Plan, Planner, Wanted
 from modelstore.format import manifest as man
 from modelstore.format.buffers import Pieces
 from modelstore.format.inventory import Copied, CopiedVersion

@@ -17,11 +17,11 @@ from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import added
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError, UnsupportedError
-from modelstore.execute.encoding import Encoder, Input, ReadRegion
-from modelstore.execute.journal import Journal, resume
-from modelstore.execute.reading import Reader
-from modelstore.execute.whole import WholeWriter
-from modelstore.execute.writing import PackWriter, Tally, Written, known_chunks, require_bases
+from modelstore.execute.read.reader import Reader
+from modelstore.execute.write.encoding import Encoder, Input, ReadRegion
+from modelstore.execute.write.journal import Journal, resume
+from modelstore.execute.write.packs import PackWriter, Tally, Written, known_chunks, require_bases
+from modelstore.execute.write.whole import WholeWriter
 from modelstore.format.architecture import Architecture
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.checkpoint import CONFIG

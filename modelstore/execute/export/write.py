@@ -12,9 +12,9 @@ from functools import partial
 
 import numpy as np
 
-from modelstore.execute.export_layout import OutFile, Placed
-from modelstore.execute.export_target import Done, Target, writing
-from modelstore.execute.reading import Reader
+from modelstore.execute.export.layout import OutFile, Placed
+from modelstore.execute.export.target import Done, Target, writing
+from modelstore.execute.read.reader import Reader
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.region import Region, extent, is_contiguous, offset
 from modelstore.plan.read import Want

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from modelstore.execute.export_layout import OutFile, Packing, directory, one_file
-from modelstore.execute.export_share import cuts
-from modelstore.execute.export_target import Target
-from modelstore.execute.export_write import write
+from modelstore.execute.export.layout import OutFile, Packing, directory, one_file
+from modelstore.execute.export.share import cuts
+from modelstore.execute.export.target import Target
+from modelstore.execute.export.write import write
 from modelstore.execute.model_files import json_object, model_config
-from modelstore.execute.reading import Reader
+from modelstore.execute.read.reader import Reader
 from modelstore.format import checkpoint, results
 from modelstore.plan.layout import Share
 from modelstore.plan.work import Work

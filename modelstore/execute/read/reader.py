@@ -10,9 +10,9 @@ import numpy as np
 from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import FormatError
-from modelstore.execute.fetch import ChunkSource
 from modelstore.execute.memory import Arena
-from modelstore.execute.scheduler import schedule
+from modelstore.execute.read.fetcher import ChunkSource
+from modelstore.execute.read.scheduler import schedule
 from modelstore.format import boxes
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import Manifest, Tensor

@@ -14,8 +14,8 @@ import numpy as np
 from blake3 import blake3
 
 from modelstore.errors import ConflictError
-from modelstore.execute.encoding import Input
-from modelstore.execute.writing import Placed, Tally, Written
+from modelstore.execute.write.encoding import Input
+from modelstore.execute.write.packs import Placed, Tally, Written
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, Pieces, view
 from modelstore.format.digest import digest_of, name_of_pieces

@@ -1,0 +1,1 @@
+"""Copies models from store to store."""

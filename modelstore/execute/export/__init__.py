@@ -1,0 +1,1 @@
+"""Writes variants as files of other programs."""

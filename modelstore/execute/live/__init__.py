@@ -1,0 +1,1 @@
+"""Versions of a model in memory, and their change."""

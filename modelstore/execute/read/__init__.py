@@ -1,0 +1,1 @@
+"""Reads models: chunks are fetched, checked and decoded into place."""

@@ -1,0 +1,1 @@
+"""Writes models: chunks are encoded, packed, stored and published."""
