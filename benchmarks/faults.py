@@ -63,8 +63,8 @@ class Nodes:
     @staticmethod
     def running(url: str, small: bool) -> Iterator[Nodes]:
         """A cluster that holds the model, two copies of each chunk; `small`: with room for little more in shared memory."""
-        from modelstore.cluster import runtime
-        from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
+        from modelstore.cluster.control import runtime
+        from modelstore.cluster.control.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
 
         with tempfile.TemporaryDirectory(prefix="modelstore-gcs-") as folder:
             control = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": folder}  # outlives the control plane

@@ -52,7 +52,7 @@ def timed(what: str, store: str) -> dict[str, Any]:
     from blake3 import blake3
 
     from modelstore.cluster.folders import ROOT
-    from modelstore.cluster.host import HostSettings, ShardHost
+    from modelstore.cluster.host.host import HostSettings, ShardHost
     from modelstore.cluster.pieces import Source
     from modelstore.format.buffers import view
 

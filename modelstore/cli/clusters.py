@@ -60,7 +60,7 @@ def top(
     from rich.live import Live
     from rich.text import Text
 
-    from modelstore.cluster.joining import join
+    from modelstore.cluster.control.joining import join
     from modelstore.cluster.status import status as look
 
     session = join(address)
@@ -84,7 +84,7 @@ def stop(
 
     Saves that were acknowledged from memory are stored before. Of a node that ended by itself, what it left is removed.
     """
-    from modelstore.cluster import nodes, runtime
+    from modelstore.cluster.control import nodes, runtime
     from modelstore.cluster.folders import sweep
 
     hosts = 0
@@ -117,7 +117,7 @@ def drain(
 
     It serves what it holds until it goes. 'cluster status' shows what is left; 'cluster undrain' takes it back.
     """
-    from modelstore.cluster.joining import join
+    from modelstore.cluster.control.joining import join
 
     found = join(address).drain(node, seconds=wait)
     says = "has handed on what it held: its node may go" if wait else "drains: see 'modelstore cluster status'"
@@ -127,7 +127,7 @@ def drain(
 @cluster.command()
 def undrain(node: Node, address: Address = "auto", json: AsJson = False, debug: Debug = False) -> None:
     """Let a node that was to leave stay: its host holds chunks again."""
-    from modelstore.cluster.joining import join
+    from modelstore.cluster.control.joining import join
 
     found = join(address).drain(node, draining=False)
     output.result({"undrained": found}, [f"{name} holds chunks again" for name in found], as_json=json)
@@ -197,10 +197,10 @@ def jobs(
 
     One that is stopped goes on from what it finished when it is started again.
     """
-    from modelstore.cluster.joining import join
+    from modelstore.cluster.control.joining import join
 
     join(address)
-    from modelstore.cluster import jobs as running
+    from modelstore.cluster.work import jobs as running
 
     if cancel is not None:
         from modelstore.errors import NotFoundError
@@ -232,7 +232,7 @@ def jobs(
 
 def _reached(address: str) -> bool:
     """Whether the cluster of this machine's node can be connected to, and is. Where it is gone, so are its hosts."""
-    from modelstore.cluster import runtime
+    from modelstore.cluster.control import runtime
 
     try:
         runtime.connect(address)

@@ -112,7 +112,9 @@ def start(
     debug: Debug = False,
 ) -> None:
     """Start a cluster on this machine, join one, or put hosts on a Ray cluster that runs."""
-    from modelstore.cluster import capacity, certificates, nodes, runtime
+    from modelstore.cluster import certificates
+    from modelstore.cluster.control import nodes, runtime
+    from modelstore.cluster.host import capacity
 
     token = _token(token_file)
     joined = address is None or (address != "auto" and not nodes.is_member(address))
@@ -159,7 +161,7 @@ def start(
 
 def _stay(*, stop: bool) -> None:
     """Wait until the node of this machine ends; with `stop`, or this command."""
-    from modelstore.cluster import nodes
+    from modelstore.cluster.control import nodes
 
     try:
         if not nodes.wait_for_end():
@@ -171,7 +173,7 @@ def _stay(*, stop: bool) -> None:
 
 def _tell_ports(session: int, *, quiet: bool) -> None:
     """Say which ports other machines reach."""
-    from modelstore.cluster.ports import ports_of
+    from modelstore.cluster.control.ports import ports_of
 
     found = sorted({(port.port, port.process) for port in ports_of(session) if port.is_open})
     if found:

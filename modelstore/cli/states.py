@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def state(address: str) -> ClusterStatus:
     """What a cluster is and does."""
-    from modelstore.cluster.joining import join
+    from modelstore.cluster.control.joining import join
     from modelstore.cluster.status import status as look
 
     return look(join(address))

@@ -29,9 +29,9 @@ from modelstore.store.damage import UNREADABLE
 from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
-    from modelstore.cluster.orders import Order
+    from modelstore.cluster.control.session import Session
     from modelstore.cluster.pieces import Source
-    from modelstore.cluster.session import Session
+    from modelstore.cluster.save.orders import Order
     from modelstore.compress.on_the_fly import Maker
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ class Access:
             )
         with self._joining:
             if self._joined is None:
-                from modelstore.cluster.joining import join
+                from modelstore.cluster.control.joining import join
 
                 assert self._cluster is not None
                 # A cluster of one process alone is, for its tasks and actors, the one they run in.
@@ -112,7 +112,7 @@ class Access:
         session = self.session
         if session is None or self.source is None:
             return Fetcher
-        from modelstore.cluster.reading import ClusterFetching
+        from modelstore.cluster.read.reader import ClusterFetching
 
         return ClusterFetching(session, self.source)
 
@@ -184,7 +184,7 @@ class Access:
         session = self.session
         if session is None or self.source is None:
             return None
-        from modelstore.cluster.making import HostMaker, variant_of
+        from modelstore.cluster.read.making import HostMaker, variant_of
         from modelstore.compress.presets import PRESETS
 
         variant = variant_of(self.source, ref.name, original.manifest, PRESETS[ref.variant])

@@ -11,8 +11,8 @@ from modelstore.storage.base import Storage
 from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
+    from modelstore.cluster.control.session import Session
     from modelstore.cluster.pieces import Source
-    from modelstore.cluster.session import Session
 
 
 class Base(Checked):

@@ -16,9 +16,9 @@ from modelstore.format.progress import Progress, meter
 from modelstore.plan.layout import Shard, as_layout
 
 if TYPE_CHECKING:
-    from modelstore.cluster.orders import Order
+    from modelstore.cluster.control.session import Session
     from modelstore.cluster.pieces import Source
-    from modelstore.cluster.session import Session
+    from modelstore.cluster.save.orders import Order
 
 
 class Cluster(Checked):
@@ -134,7 +134,7 @@ class Cluster(Checked):
     def _prefetch(
         self, ref: str, tier: str, replicas: int | None, pin: str | None, progress: Progress | None
     ) -> results.Prefetched:
-        from modelstore.cluster.prefetch import prefetch
+        from modelstore.cluster.read.prefetch import prefetch
 
         session, source = in_cluster(self._access)
         manifest = self._access.stored(parse_reference(ref)).manifest
@@ -186,7 +186,7 @@ class Cluster(Checked):
         Example:
             >>> store.cluster.deliver("acme/llama:int8", workers, "take_weights")
         """
-        from modelstore.cluster.delivery import deliver
+        from modelstore.cluster.read.delivery import deliver
 
         access = self._access
         source, started = self.source, time.monotonic()
@@ -222,7 +222,7 @@ class Cluster(Checked):
         Example:
             >>> [job.job for job in store.cluster.jobs()]
         """
-        from modelstore.cluster.jobs import jobs
+        from modelstore.cluster.work.jobs import jobs
 
         in_cluster(self._access)
         return jobs()
@@ -239,7 +239,7 @@ class Cluster(Checked):
         Example:
             >>> store.cluster.cancel(store.cluster.jobs()[0].job)
         """
-        from modelstore.cluster.jobs import cancel
+        from modelstore.cluster.work.jobs import cancel
 
         in_cluster(self._access)
         if not cancel(job):

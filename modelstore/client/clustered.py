@@ -19,8 +19,8 @@ from modelstore.store.repo import Repo
 if TYPE_CHECKING:
     import torch
 
+    from modelstore.cluster.control.session import Session
     from modelstore.cluster.pieces import Source
-    from modelstore.cluster.session import Session
 
 
 def in_cluster(access: Access) -> tuple[Session, Source]:
@@ -36,7 +36,7 @@ def acknowledged(
     access: Access, name: str, tag: str | None, store_to: Callable[..., Outcome], started: float, note: Note
 ) -> results.Saved:
     """Save to the memory of two nodes."""
-    from modelstore.cluster import acknowledge
+    from modelstore.cluster.save import acknowledge
 
     session, source = in_cluster(access)
     result = acknowledge.save(
@@ -60,7 +60,7 @@ def mapped(
 ) -> dict[str, torch.Tensor] | None:
     """Tensors that share the node's memory with every other reader there; None while its host is being replaced."""
     from modelstore.cluster.calls import GoneError
-    from modelstore.cluster.mapping import mapped
+    from modelstore.cluster.read.mapping import mapped
 
     session, source = in_cluster(access)
     try:

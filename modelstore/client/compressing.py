@@ -117,7 +117,7 @@ def _spread(access: Access, parent: Parent, earlier: Iterable[VariantEntry], wor
     """How a cluster's workers take a job's tensors; None without a cluster."""
     if access.session is None or access.source is None:
         return None
-    from modelstore.cluster.jobs import Job
+    from modelstore.cluster.work.jobs import Job
 
     model = parent.record.model
     before = tuple((model, entry.manifest) for entry in earlier)

@@ -323,7 +323,7 @@ class Saving(Base):
             >>> store.save("acme/llama", weights, ack="memory")
             >>> [saved.version for saved in store.flush(timeout=60)]
         """
-        from modelstore.cluster.acknowledge import wait_durable
+        from modelstore.cluster.save.acknowledge import wait_durable
 
         pending = dict(self._access.pending)
         orders = [order for order, _ in pending.values()]

@@ -60,7 +60,7 @@ def open(
     storage = open_storage(url, storage_options, engine, read_only=read_only)
     session = source = None
     if cluster is not None:
-        from modelstore.cluster.joining import join, source_of
+        from modelstore.cluster.control.joining import join, source_of
 
         source = source_of(url, storage_options, engine)
         session = join(cluster)

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from ray.util.metrics import Gauge
 
-from modelstore.cluster.hedging import Counts
-from modelstore.cluster.host import HostStats
+from modelstore.cluster.host.host import HostStats
+from modelstore.cluster.read.hedging import Counts
 from modelstore.format.results import JobStatus
 
 _OF_TIER = {

@@ -11,7 +11,7 @@ from modelstore.errors import StorageError
 from modelstore.format import results
 
 if TYPE_CHECKING:
-    from modelstore.cluster.session import Session
+    from modelstore.cluster.control.session import Session
 
 
 def status(session: Session) -> results.ClusterStatus:

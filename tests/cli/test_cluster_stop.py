@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from modelstore.cluster import nodes
+from modelstore.cluster.control import nodes
 
 
 def ended_process() -> int:
@@ -25,7 +25,7 @@ def test_what_a_node_left_that_ended_by_itself_is_removed_and_no_other_cluster_t
     from typer.testing import CliRunner
 
     from modelstore.cli.main import app
-    from modelstore.cluster import runtime
+    from modelstore.cluster.control import runtime
 
     left = tmp_path / "ray"
     left.mkdir()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from modelstore.cluster import runtime
-from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
+from modelstore.cluster.control import runtime
+from modelstore.cluster.control.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
 from tests.cluster.leftovers import Leftovers
 
 

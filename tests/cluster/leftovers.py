@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from modelstore.cluster import runtime
-from modelstore.cluster.directory import ClusterSettings
+from modelstore.cluster.control import runtime
+from modelstore.cluster.control.directory import ClusterSettings
 
 _MARK = "MODELSTORE_TESTS_CLUSTER"
 

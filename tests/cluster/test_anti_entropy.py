@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from modelstore.cluster import anti_entropy
-from modelstore.cluster.anti_entropy import AntiEntropy
-from modelstore.cluster.file_tier import local_path
-from modelstore.cluster.host import ShardHost
+from modelstore.cluster.host import anti_entropy
+from modelstore.cluster.host.anti_entropy import AntiEntropy
+from modelstore.cluster.host.file_tier import local_path
+from modelstore.cluster.host.host import ShardHost
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.plan.placement import Member, View
 from tests.cluster.test_host import World

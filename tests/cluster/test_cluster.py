@@ -16,10 +16,10 @@ import torch
 from blake3 import blake3
 
 import modelstore as ms
-from modelstore.cluster import jobs
 from modelstore.cluster.calls import host_name
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.wire import PieceClient, PieceClients
+from modelstore.cluster.work import jobs
 from modelstore.format.buffers import Bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

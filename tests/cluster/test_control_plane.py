@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import modelstore as ms
-from modelstore.cluster import runtime
-from modelstore.cluster.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
+from modelstore.cluster.control import runtime
+from modelstore.cluster.control.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
 from tests.cluster.test_cluster import equal, tensors, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

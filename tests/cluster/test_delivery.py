@@ -12,8 +12,8 @@ import torch
 from blake3 import blake3
 
 import modelstore as ms
-from modelstore.cluster import delivery
-from modelstore.cluster.delivery import Batch, Entry, tensors_of
+from modelstore.cluster.read import delivery
+from modelstore.cluster.read.delivery import Batch, Entry, tensors_of
 
 ray = pytest.importorskip("ray")
 

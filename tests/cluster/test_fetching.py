@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import modelstore as ms
-from modelstore.cluster import host as host_module
-from modelstore.cluster import origin
-from modelstore.cluster.file_tier import local_path
 from modelstore.cluster.folders import ROOT
-from modelstore.cluster.host import HostSettings, ShardHost
+from modelstore.cluster.host import host as host_module
+from modelstore.cluster.host import origin
+from modelstore.cluster.host.file_tier import local_path
+from modelstore.cluster.host.host import HostSettings, ShardHost
+from modelstore.cluster.host.singleflight import SingleFlight
 from modelstore.cluster.pieces import Piece, Source
-from modelstore.cluster.singleflight import SingleFlight
 from modelstore.format.buffers import Bytes
 from modelstore.format.record import pack_key
 from modelstore.plan.read import GAP

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from modelstore.cluster import hedging
-from modelstore.cluster.hedging import Hedged
 from modelstore.cluster.pieces import Piece, Source, section_keys
+from modelstore.cluster.read import hedging
+from modelstore.cluster.read.hedging import Hedged
 from modelstore.format.buffers import Bytes
 from modelstore.plan.placement import Member, View, holders
 

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import modelstore as ms
-from modelstore.cluster import file_tier, folders, host
-from modelstore.cluster.file_tier import FileTier, local_path
+from modelstore.cluster import folders
 from modelstore.cluster.folders import claim, sweep
-from modelstore.cluster.host import HostSettings, ShardHost
-from modelstore.cluster.lru import SegmentedLRU
+from modelstore.cluster.host import file_tier, host
+from modelstore.cluster.host.file_tier import FileTier, local_path
+from modelstore.cluster.host.host import HostSettings, ShardHost
+from modelstore.cluster.host.lru import SegmentedLRU
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.format.buffers import Bytes
 from modelstore.format.record import pack_key
@@ -445,8 +446,8 @@ TestHostAgainstDict.settings = settings(max_examples=40, stateful_step_count=30,
 
 def test_a_host_takes_a_device_where_there_is_one() -> None:
     pytest.importorskip("ray")
-    from modelstore.cluster.directory import ClusterSettings
-    from modelstore.cluster.supervisor import device_of
+    from modelstore.cluster.control.directory import ClusterSettings
+    from modelstore.cluster.control.supervisor import device_of
 
     def of(device_bytes: int, device: str, **resources: float) -> str | None:
         return device_of(ClusterSettings("c", 1, 1, device_bytes=device_bytes, device=device), resources)

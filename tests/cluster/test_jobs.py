@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import modelstore as ms
-from modelstore.cluster import jobs
 from modelstore.cluster.pieces import pieces
+from modelstore.cluster.work import jobs
 from modelstore.compress.job import Portion
 from modelstore.format.manifest import CodecSpec
 from modelstore.plan.placement import Member, View

@@ -19,13 +19,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from modelstore.cluster.directory import ClusterSettings, Directory
-from modelstore.cluster.file_tier import local_path
+from modelstore.cluster.control.directory import ClusterSettings, Directory
 from modelstore.cluster.folders import ROOT
-from modelstore.cluster.hedging import Hedged
-from modelstore.cluster.host import HostSettings, ShardHost
+from modelstore.cluster.host.file_tier import local_path
+from modelstore.cluster.host.host import HostSettings, ShardHost
+from modelstore.cluster.host.replicas import others
 from modelstore.cluster.pieces import Piece, Source
-from modelstore.cluster.replicas import others
+from modelstore.cluster.read.hedging import Hedged
 from modelstore.format.buffers import Bytes
 from modelstore.format.record import pack_key
 from modelstore.plan.placement import Member, View

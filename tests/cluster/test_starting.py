@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 import modelstore as ms
 from modelstore.cli.main import app
-from modelstore.cluster import capacity, nodes, runtime
-from modelstore.cluster.directory import ClusterSettings, Directory
-from modelstore.cluster.ports import Port, ports_of
+from modelstore.cluster.control import nodes, runtime
+from modelstore.cluster.control.directory import ClusterSettings, Directory
+from modelstore.cluster.control.ports import Port, ports_of
+from modelstore.cluster.host import capacity
 from modelstore.format.results import JobStatus
 
 SMALL = ["--memory", "64MiB", "--images", "64MiB", "--pending", "16MiB"]

@@ -14,10 +14,11 @@ import torch
 from blake3 import blake3
 
 import modelstore as ms
-from modelstore.cluster import acknowledge, models, write_behind
-from modelstore.cluster.orders import keepers
 from modelstore.cluster.pieces import Source
-from modelstore.cluster.write_behind import WriteBehind
+from modelstore.cluster.read import models
+from modelstore.cluster.save import acknowledge, write_behind
+from modelstore.cluster.save.orders import keepers
+from modelstore.cluster.save.write_behind import WriteBehind
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.execute.write import save as saving
 from modelstore.format.record import tag_key

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from modelstore.cluster.runtime import KEEP_STORES
-from modelstore.cluster.supervisor import RESOURCE
+from modelstore.cluster.control.runtime import KEEP_STORES
+from modelstore.cluster.control.supervisor import RESOURCE
 from tests.deploy.checking import ROOT, documents, parse_command, pod_specs, problems, size, walk
 
 DEPLOY = ROOT / "deploy"

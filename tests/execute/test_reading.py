@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modelstore.client import Store
-from modelstore.cluster.delivery import batches, read_batch, tensors_of
+from modelstore.cluster.read.delivery import batches, read_batch, tensors_of
 from modelstore.plan.layout import ExpertParallel, Layers, Layout, PipelineStage
 from modelstore.storage.local import LocalStorage
 from modelstore.testing.faults import CountingStorage

@@ -7,7 +7,7 @@ from functools import lru_cache
 import msgspec
 
 from modelstore.cluster.pieces import Source
-from modelstore.cluster.reading import ClusterFetching, Holding
+from modelstore.cluster.read.reader import ClusterFetching, Holding
 from modelstore.execute.read.fetcher import Fetcher
 from modelstore.execute.read.loading import Variant
 from modelstore.format.decoding import prepared

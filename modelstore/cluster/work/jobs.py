@@ -15,9 +15,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modelstore.cluster.calls import DIRECTORY, actor, ask_directory
-from modelstore.cluster.models import opened, repo_of
+from modelstore.cluster.control.session import Session
 from modelstore.cluster.pieces import Source, pieces, section_keys
-from modelstore.cluster.session import Session
+from modelstore.cluster.read.models import opened, repo_of
 from modelstore.compress.devices import gains
 from modelstore.compress.job import Portion, encode, view_spec
 from modelstore.compress.plan import weight_codec

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import msgspec
 
-from modelstore.cluster.device_tier import DeviceTier
-from modelstore.cluster.file_tier import FileTier, TierStats, local_path
 from modelstore.cluster.folders import claim, sweep
-from modelstore.cluster.orders import PendingStats
-from modelstore.cluster.origin import Origin, runs
+from modelstore.cluster.host.device_tier import DeviceTier
+from modelstore.cluster.host.file_tier import FileTier, TierStats, local_path
+from modelstore.cluster.host.origin import Origin, runs
+from modelstore.cluster.host.singleflight import Flight, SingleFlight
 from modelstore.cluster.pieces import Piece, Source, batches, check_digest
-from modelstore.cluster.singleflight import Flight, SingleFlight
+from modelstore.cluster.save.orders import PendingStats
 from modelstore.errors import ConflictError, CorruptionError, StorageError
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.digest import matches

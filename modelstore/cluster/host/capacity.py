@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from modelstore.cluster.directory import ClusterSettings
+from modelstore.cluster.control.directory import ClusterSettings
 from modelstore.errors import StorageError
 
 _SHARED = "/dev/shm"

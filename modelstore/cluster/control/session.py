@@ -24,12 +24,12 @@ from modelstore.cluster.calls import (
     host_name,
 )
 from modelstore.cluster.channel import TLS
-from modelstore.cluster.hedging import Counts, Hedged
-from modelstore.cluster.host import HostStats, local_path
-from modelstore.cluster.images import image_path
-from modelstore.cluster.making import Made, Unstored
+from modelstore.cluster.host.host import HostStats, local_path
 from modelstore.cluster.metrics import ReaderMetrics
 from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.read.hedging import Counts, Hedged
+from modelstore.cluster.read.images import image_path
+from modelstore.cluster.read.making import Made, Unstored
 from modelstore.cluster.wire import PieceClients, in_thread
 from modelstore.errors import NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes

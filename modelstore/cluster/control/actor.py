@@ -6,9 +6,9 @@ import threading
 
 import ray
 
-from modelstore.cluster.directory import ClusterSettings, Directory
+from modelstore.cluster.control.directory import ClusterSettings, Directory
+from modelstore.cluster.control.supervisor import Started, Supervisor
 from modelstore.cluster.logs import log_as_json
-from modelstore.cluster.supervisor import Started, Supervisor
 from modelstore.format.results import JobStatus
 from modelstore.plan.placement import View
 

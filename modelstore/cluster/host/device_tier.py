@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from modelstore.cluster.file_tier import TierStats
-from modelstore.cluster.lru import SegmentedLRU
+from modelstore.cluster.host.file_tier import TierStats
+from modelstore.cluster.host.lru import SegmentedLRU
 from modelstore.cluster.pieces import check_digest
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import matches

@@ -12,20 +12,20 @@ from modelstore.cluster.pieces import Source
 from modelstore.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from modelstore.cluster.session import Session
+    from modelstore.cluster.control.session import Session
 
 
 def join(cluster: str) -> Session:
     """A session of the cluster "auto", "local" or HOST:PORT. `StorageError` where it does not answer or has no hosts."""
     if importlib.util.find_spec("ray") is None:
         raise UnsupportedError("cluster= needs Ray: pip install 'modelstore[cluster]'")
-    from modelstore.cluster import runtime
+    from modelstore.cluster.control import runtime
 
     if cluster == "local":
         runtime.start_local(runtime.default_settings())
     else:
         runtime.connect(cluster)
-    from modelstore.cluster.session import Session  # imports Ray, whose settings must be made before
+    from modelstore.cluster.control.session import Session  # imports Ray, whose settings must be made before
 
     return Session()
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from blake3 import blake3
 
-from modelstore.cluster.orders import Order, keepers
-from modelstore.cluster.pending import PART
 from modelstore.cluster.pieces import Source
+from modelstore.cluster.save.orders import Order, keepers
+from modelstore.cluster.save.pending import PART
 from modelstore.errors import ModelStoreError, StorageError
 from modelstore.execute.write.save import Outcome
 from modelstore.format.buffers import Buffer, Bytes, as_bytes, view

@@ -17,7 +17,7 @@ from modelstore.format.progress import Advance
 from modelstore.plan.placement import View, holders
 
 if TYPE_CHECKING:
-    from modelstore.cluster.session import Session
+    from modelstore.cluster.control.session import Session
 
 Hold = Callable[..., "Future[int]"]  # (member, parts=…): bytes that it holds then
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from modelstore.cluster.actors import GROUPS, StorageActor
 from modelstore.cluster.calls import NAMESPACE, actor, host_name, told
-from modelstore.cluster.directory import ClusterSettings, Directory
+from modelstore.cluster.control.directory import ClusterSettings, Directory
+from modelstore.cluster.host.actor import GROUPS, StorageActor
 from modelstore.cluster.metrics import JobMetrics
 from modelstore.errors import ConflictError
 from modelstore.plan.placement import Member, View

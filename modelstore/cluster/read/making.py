@@ -12,9 +12,9 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from modelstore.cluster.models import opened
 from modelstore.cluster.pieces import Source, pieces, section_keys
-from modelstore.cluster.reading import Holding
+from modelstore.cluster.read.models import opened
+from modelstore.cluster.read.reader import Holding
 from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.codecs.weight import WeightCodec

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from modelstore.cluster.host import ShardHost
+from modelstore.cluster.host.host import ShardHost
+from modelstore.cluster.host.replicas import others
 from modelstore.cluster.pieces import Piece, Source, batches
-from modelstore.cluster.replicas import others
 from modelstore.plan.placement import View
 
 log = logging.getLogger("modelstore")

@@ -18,9 +18,9 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from modelstore.cluster.models import opened
+from modelstore.cluster.control.session import Session
 from modelstore.cluster.pieces import Source
-from modelstore.cluster.session import Session
+from modelstore.cluster.read.models import opened
 from modelstore.errors import ConflictError, CorruptionError, StorageError
 from modelstore.execute.read.loading import Variant
 from modelstore.format.buffers import Bytes

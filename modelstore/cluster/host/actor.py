@@ -17,22 +17,22 @@ import msgspec
 import numpy as np
 import ray
 
-from modelstore.cluster.anti_entropy import BATCH, PERIOD, AntiEntropy
 from modelstore.cluster.calls import actor, host_name
-from modelstore.cluster.capacity import check
 from modelstore.cluster.channel import TLS
-from modelstore.cluster.directory import ClusterSettings
+from modelstore.cluster.control.directory import ClusterSettings
 from modelstore.cluster.folders import own_folder
-from modelstore.cluster.host import HostSettings, HostStats, ShardHost, sweep
-from modelstore.cluster.images import Images
+from modelstore.cluster.host.anti_entropy import BATCH, PERIOD, AntiEntropy
+from modelstore.cluster.host.capacity import check
+from modelstore.cluster.host.host import HostSettings, HostStats, ShardHost, sweep
+from modelstore.cluster.host.replicas import copies_to_send, others
 from modelstore.cluster.logs import log_as_json
-from modelstore.cluster.making import Made, Making, Unstored
 from modelstore.cluster.metrics import HostMetrics
 from modelstore.cluster.pieces import Piece, Source, batches
 from modelstore.cluster.private import private_folder
-from modelstore.cluster.replicas import copies_to_send, others
+from modelstore.cluster.read.images import Images
+from modelstore.cluster.read.making import Made, Making, Unstored
+from modelstore.cluster.save.write_behind import WriteBehind
 from modelstore.cluster.wire import PieceClients, PieceServer
-from modelstore.cluster.write_behind import WriteBehind
 from modelstore.errors import ModelStoreError
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import Region
@@ -40,7 +40,7 @@ from modelstore.plan.placement import Member, View, addresses, holders
 from modelstore.plan.work import Limits
 
 if TYPE_CHECKING:
-    from modelstore.cluster.session import Session
+    from modelstore.cluster.control.session import Session
 
 log = logging.getLogger("modelstore")
 
@@ -149,7 +149,7 @@ class StorageActor:
     @ray.method(concurrency_group="write")
     def image(self, source: Source, name: str, digest: str) -> str:
         """The file with the decoded tensors of a model's manifest, made where it is not there. Its path on this node."""
-        from modelstore.cluster.models import opened
+        from modelstore.cluster.read.models import opened
 
         model = opened(self._reading(), source, name, digest)
         return str(self._images.make(model, Limits(_DECODING)))
@@ -261,7 +261,7 @@ class StorageActor:
 
     def _reading(self) -> Session:
         """How this host reads what others are home to."""
-        from modelstore.cluster.session import Session
+        from modelstore.cluster.control.session import Session
 
         with self._lock:
             if self._session is None:

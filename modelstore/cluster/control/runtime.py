@@ -14,11 +14,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelstore.cluster.capacity import check
 from modelstore.cluster.certificates import environment, issue, own_address
-from modelstore.cluster.directory import ClusterSettings
-from modelstore.cluster.folders import sweep
-from modelstore.cluster.nodes import (
+from modelstore.cluster.control.directory import ClusterSettings
+from modelstore.cluster.control.nodes import (
     ALONE,
     FAST_HEALTH,
     KEEP_STORES,
@@ -31,12 +29,14 @@ from modelstore.cluster.nodes import (
     read_file,
     running,
 )
+from modelstore.cluster.folders import sweep
+from modelstore.cluster.host.capacity import check
 from modelstore.cluster.private import temporary_folder
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.execute.memory import free_memory
 
 if TYPE_CHECKING:
-    from modelstore.cluster.supervisor import Started
+    from modelstore.cluster.control.supervisor import Started
 
 log = logging.getLogger("modelstore")
 
@@ -229,7 +229,7 @@ def deploy(
     import ray
 
     from modelstore.cluster.calls import DIRECTORY, NAMESPACE, actor, answer
-    from modelstore.cluster.control import DirectoryActor
+    from modelstore.cluster.control.actor import DirectoryActor
 
     new = False
     try:

@@ -19,9 +19,9 @@ from typing import Any
 
 import msgspec
 
-from modelstore.cluster.orders import Order, PendingStats, keepers
-from modelstore.cluster.pending import Kept, Parts, digest_of_kept, write_part
 from modelstore.cluster.pieces import Source
+from modelstore.cluster.save.orders import Order, PendingStats, keepers
+from modelstore.cluster.save.pending import Kept, Parts, digest_of_kept, write_part
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError
 from modelstore.format.buffers import Bytes
 from modelstore.plan.placement import View
@@ -384,6 +384,6 @@ def _is_whole(found: _Save, key: str) -> bool:
 
 
 def _storage(source: Source) -> Storage:
-    from modelstore.cluster.models import repo_of
+    from modelstore.cluster.read.models import repo_of
 
     return repo_of(source).storage

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from modelstore.cluster.calls import GoneError
-from modelstore.cluster.images import open_image
 from modelstore.cluster.pieces import Source
+from modelstore.cluster.read.images import open_image
 from modelstore.errors import UnsupportedError
 from modelstore.execute.memory import fault_ahead
 from modelstore.execute.read.loading import Variant
@@ -18,7 +18,7 @@ from modelstore.plan.layout import Share
 if TYPE_CHECKING:
     import torch
 
-    from modelstore.cluster.session import Session
+    from modelstore.cluster.control.session import Session
 
 
 def mapped(

@@ -1,0 +1,1 @@
+"""Who is in a cluster: started, joined, watched, described."""

@@ -1,0 +1,1 @@
+"""What one host of a cluster holds."""

@@ -1,0 +1,1 @@
+"""Saving to the memory of two nodes."""
