@@ -32,7 +32,7 @@ def evaluate(
     **options: Any,
 ) -> list[results.Evaluation]:
     """Evaluate variants of one version, as `Model.eval` says, with one run of the original for all of them."""
-    from modelstore.compress import evaluate_run as run
+    from modelstore.compress.evaluate import run as run
 
     choice = run.Choice(context, stride or context, **options)
     choice.check()
@@ -66,7 +66,7 @@ def evaluate(
 
 def quality(access: Access, ref: Reference) -> list[results.Quality]:
     """The size of each variant of a version beside its quality, as far as it was measured."""
-    from modelstore.compress.evaluate_metrics import evaluations, settings, shared
+    from modelstore.compress.evaluate.metrics import evaluations, settings, shared
 
     access.repo.catalog.open()
     record = access.repo.catalog.resolve(ref)

@@ -79,7 +79,7 @@ def _safetensors(
 
     layout = None
     if format == "hf" and not dequantize:
-        from modelstore.compress.engine_export import engine_layout
+        from modelstore.compress.engine.export import engine_layout
 
         layout = engine_layout(opened.reader, opened.config(), activations)
     written = partial(

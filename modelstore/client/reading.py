@@ -135,7 +135,7 @@ class Readable(Checked):
         total = sum(nbytes(share.shape, model.tensor(name).kind.itemsize) for name, share in shares.items())
         work = self._access.work(progress).begin(total, f"loading {self.asked}")
         if not dequantize:
-            from modelstore.compress.engine_load import load_parts
+            from modelstore.compress.engine.load import load_parts
 
             return load_parts(model, shares, work, device=device)
         return model.load(shares, work, device=device)
@@ -170,7 +170,7 @@ class Readable(Checked):
         model = self.opened()
         shares = model.shares(as_layout(shard), names)
         if not dequantize:
-            from modelstore.compress.engine_load import stream_parts
+            from modelstore.compress.engine.load import stream_parts
 
             return stream_parts(model, shares, self._access.work(), device=device)
         return model.stream(shares, self._access.work(), device=device)

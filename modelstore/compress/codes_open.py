@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from modelstore.codecs.numeric.numbers import to_float32
 from modelstore.codecs.weight import EngineView
 from modelstore.compress.codes import Codes, Given, PackedCodes, unpacked
-from modelstore.compress.engine import lossy_codec, read_parts
+from modelstore.compress.engine.assembly import lossy_codec, read_parts
 from modelstore.errors import FormatError
 from modelstore.execute.read.loading import Variant
 from modelstore.format.buffers import Bytes

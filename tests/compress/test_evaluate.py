@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import modelstore as ms
-from modelstore.compress import evaluate as ev
-from modelstore.compress.evaluate_metrics import evaluations, with_evaluation
-from modelstore.compress.evaluate_model import language_model
+from modelstore.compress.evaluate import score as ev
+from modelstore.compress.evaluate.metrics import evaluations, with_evaluation
+from modelstore.compress.evaluate.model import language_model
 from modelstore.errors import ConflictError, FormatError, NotFoundError, UnsupportedError
 from modelstore.execute.write.save import store_manifest
 from modelstore.format.names import Reference
@@ -163,7 +163,7 @@ def test_what_is_known_is_not_computed_again(store: ms.Store, monkeypatch: pytes
         run.append(model.manifest.recipe.get("name", "original"))
         return language_model(model, *args, **rest)
 
-    monkeypatch.setattr("modelstore.compress.evaluate_run.language_model", noted)
+    monkeypatch.setattr("modelstore.compress.evaluate.run.language_model", noted)
     again = store.eval("m:half", text=TEXT, context=CONTEXT)
     assert again.known
     assert again.measured == first.measured
@@ -250,7 +250,7 @@ def test_a_variant_made_anew_meanwhile_gets_no_metrics_of_the_old(
             add_variant(store, "half", {NORM: store.load("m")[NORM] / 3})
         return language_model(model, *args, **rest)
 
-    monkeypatch.setattr("modelstore.compress.evaluate_run.language_model", slow)
+    monkeypatch.setattr("modelstore.compress.evaluate.run.language_model", slow)
     with pytest.raises(ConflictError, match="made anew"):
         store.eval("m:half", text=TEXT, context=CONTEXT, baseline=False)
     assert not evaluations(store.describe("m:half").metrics)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 import modelstore as ms
-from modelstore.compress.engine_export import Packed, engine_layout
+from modelstore.compress.engine.export import Packed, engine_layout
 from modelstore.errors import UnsupportedError
 from modelstore.execute.export import write as export_write
 from tests.compress.llama import CONFIG, LAYER, llama

@@ -16,7 +16,7 @@ import modelstore as ms
 from modelstore.client import Store
 from modelstore.codecs import registry
 from modelstore.codecs.weight import WeightCodec, part_name
-from modelstore.compress.engine import Assembly, units
+from modelstore.compress.engine.assembly import Assembly, units
 from modelstore.compress.job import view_spec
 from modelstore.errors import CorruptionError, UnsupportedError
 from modelstore.format import grid

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import modelstore as ms
-from modelstore.compress import evaluate as ev
-from modelstore.compress import evaluate_run
+from modelstore.compress.evaluate import run as evaluate_run
+from modelstore.compress.evaluate import score as ev
 from modelstore.compress.stages import Stages
 from modelstore.errors import UnsupportedError
 from modelstore.execute.spool import Spool

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from modelstore.compress import evaluate as ev
-from modelstore.compress.evaluate_metrics import known, publish
-from modelstore.compress.evaluate_model import class_of, language_config, language_model, tokens
+from modelstore.compress.evaluate import score as ev
+from modelstore.compress.evaluate.metrics import known, publish
+from modelstore.compress.evaluate.model import class_of, language_config, language_model, tokens
 from modelstore.compress.evaluate_streamed import Streamed
 from modelstore.compress.stages import Stages
 from modelstore.errors import UnsupportedError

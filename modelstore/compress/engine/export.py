@@ -19,8 +19,8 @@ from modelstore.architecture.places import modules_of
 from modelstore.architecture.quantized import method
 from modelstore.codecs.integer.view import beside_int8
 from modelstore.codecs.weight import EngineView, Part, part_name
-from modelstore.compress.engine import lossy_codec, read_parts, units
-from modelstore.compress.engine_choice import choose
+from modelstore.compress.engine.assembly import lossy_codec, read_parts, units
+from modelstore.compress.engine.choice import choose
 from modelstore.errors import UnsupportedError
 from modelstore.execute.export.layout import Packing
 from modelstore.execute.read.reader import Reader

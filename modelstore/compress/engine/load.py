@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from modelstore.codecs.weight import EngineView, Part, part_name
-from modelstore.compress.engine import Assembly, check_slice, lossy_codec
+from modelstore.compress.engine.assembly import Assembly, check_slice, lossy_codec
 from modelstore.errors import UnsupportedError
 from modelstore.execute.memory import Arena
 from modelstore.execute.read.loading import Variant

@@ -1,0 +1,1 @@
+"""Compressed variants as inference engines take them."""
