@@ -32,7 +32,7 @@ def evaluate(
     **options: Any,
 ) -> list[results.Evaluation]:
     """Evaluate variants of one version, as `Model.eval` says, with one run of the original for all of them."""
-    from modelstore.compress.evaluate import run as run
+    from modelstore.compress.evaluate import run
 
     choice = run.Choice(context, stride or context, **options)
     choice.check()

@@ -24,7 +24,7 @@ def scale_dtype(dtype: DType) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """As `affine.Int` says. Cells are what shares a scale: rows × columns of the matrix that a tensor or region is."""
+    """As `codec.Int` says. Cells are what shares a scale: rows × columns of the matrix that a tensor or region is."""
 
     bits: int
     symmetric: bool

@@ -1,6 +1,6 @@
 """The arithmetic of `int` in torch, bit for bit, on whatever device a tensor lies: groups of rows, by range or best clip.
 
-What `kernels.integers` computes group by group is computed here for all groups at once, operation by operation and in the
+What `kernels` computes group by group is computed here for all groups at once, operation by operation and in the
 same order; eager torch joins no multiplication with an addition, so that a CUDA device gives the bits of the CPU.
 """
 
@@ -27,7 +27,7 @@ class Quantized(NamedTuple):
 def quantize(
     weight: Tensor, bits: int = 4, symmetric: bool = True, group_size: int = 128, method: str = "minmax"
 ) -> Quantized:
-    """A matrix (rows, columns) of floats in groups of its columns, as `affine.Int` does by "minmax" and "mse".
+    """A matrix (rows, columns) of floats in groups of its columns, as `codec.Int` does by "minmax" and "mse".
 
     The last group may be shorter. `ValueError` for any other method, and for what is no matrix.
     """
@@ -155,7 +155,7 @@ def _loss(w: Tensor, s: Tensor, z: Tensor, unit: Tensor, bits: int, largest: flo
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
-    """x ** exponent by the polynomials of `kernels.integers`."""
+    """x ** exponent by the polynomials of `kernels`."""
     import torch
 
     b = x.view(torch.int32)

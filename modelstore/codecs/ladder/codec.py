@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from modelstore.codecs import check
 from modelstore.codecs.exact import byteplanes
-from modelstore.codecs.ladder import kernels as kernels
+from modelstore.codecs.ladder import kernels
 from modelstore.codecs.ladder.codes import GIVEN_PLANES, PLANES, CodeReader, GivenCodes, eighth
 from modelstore.codecs.ladder.kernels import ZERO
 from modelstore.codecs.ladder.planes import (
@@ -55,10 +55,10 @@ class Ladder(WeightCodec):
     Each `group_size` consecutive columns have a scale s4 in the tensor's dtype; s8 is s4 / 16 in that dtype. `variant` says
     what decode reads: `int4` gives high * s4, `int8` (16 * high + low) * s8, with high in -8..7 and low in -8..7, each
     rounded once to the dtype, as compressed-tensors does for a symmetric pack-quantized weight; `original` is exact,
-    whatever the bits. Encode makes all planes for any variant. `kernels/ladder` has the numbers, `ladder_planes` the layout.
+    whatever the bits. Encode makes all planes for any variant. `kernels` has the numbers, `planes` the layout.
 
     With `codes_group_size`, int4's codes come from elsewhere (`encode_with`), each so many columns with a scale of theirs;
-    see `ladder_codes`. int8 and the original stay what they are without.
+    see `codes`. int8 and the original stay what they are without.
     """
 
     variant: str = "original"

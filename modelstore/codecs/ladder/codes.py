@@ -15,8 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.codecs.ladder import corrections
-from modelstore.codecs.ladder import kernels as kernels
+from modelstore.codecs.ladder import corrections, kernels
 from modelstore.codecs.ladder.planes import NibbleReader, NibbleWriter, packed_nibbles, scratch
 from modelstore.codecs.numeric.numbers import Floats, from_float32, to_float32
 from modelstore.errors import FormatError

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.codecs.exact import byteplanes, frames
-from modelstore.codecs.ladder import kernels as kernels
+from modelstore.codecs.ladder import kernels
 from modelstore.codecs.ladder.kernels import LANES, STREAMS, ZERO
 from modelstore.codecs.numeric.numbers import Floats
 from modelstore.errors import FormatError

@@ -1,4 +1,4 @@
-"""Matrices of numbers whose groups share a scale: the work of `kernels.floats` on whole regions, tile by tile.
+"""Matrices of numbers whose groups share a scale: the work of `floating.kernels` on whole regions, tile by tile.
 
 A region is looked at as rows × columns (see `weight.matrix`); the scales are float32, (rows, groups of `width` columns).
 """

@@ -1,6 +1,6 @@
 """Which weights of a tensor are kept: by magnitude, over the tensor, over each row, or in a pattern along the columns.
 
-Magnitudes are compared as float32 (see `kernels.prune`); NaN counts as 0, and zeros are never kept.
+Magnitudes are compared as float32 (see `kernels`); NaN counts as 0, and zeros are never kept.
 """
 
 from __future__ import annotations

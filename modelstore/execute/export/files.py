@@ -1,9 +1,9 @@
 """Writes a variant to local files that other programs load.
 
-export_layout   which files there are, and where each tensor lies in them
-export_target   the folder they go to: hidden until whole, resumable, one export at a time
-export_share    ranks' shares of tensors
-export_write    the work itself
+layout   which files there are, and where each tensor lies in them
+target   the folder they go to: hidden until whole, resumable, one export at a time
+share    ranks' shares of tensors
+write    the work itself
 """
 
 from __future__ import annotations
