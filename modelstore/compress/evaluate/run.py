@@ -12,7 +12,7 @@ import msgspec
 from modelstore.compress.evaluate import score as ev
 from modelstore.compress.evaluate.metrics import known, publish
 from modelstore.compress.evaluate.model import class_of, language_config, language_model, tokens
-from modelstore.compress.evaluate_streamed import Streamed
+from modelstore.compress.evaluate.streamed import Streamed
 from modelstore.compress.stages import Stages
 from modelstore.errors import UnsupportedError
 from modelstore.execute.read.loading import Variant
