@@ -256,9 +256,10 @@ def test_structs_are_prepared_before_they_are_decoded() -> None:
 
 
 # What is done in one place, and the files (by the end of their path) that have a reason to do it themselves.
-ONCE = {
+ONCE: dict[str, set[str]] = {
     # Threads of a piece of work end with it: `storage/pool.py`. A host's live as long as the host.
     r"\bThreadPoolExecutor\(": {"pool.py", "host.py", "write_behind.py"},
+    r"(?i)pool\.map\(": set(),
     # Results in the order of their items, so many under way: `ordered` there. Of requests to hosts, each is several.
     r"deque\[.*Future": {"pool.py", "acknowledge.py", "export/write.py"},
     # Bytes are checked against their digest: `format/digest.py`. These pass the bytes on while they digest them.
