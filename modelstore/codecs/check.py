@@ -1,4 +1,4 @@
-"""What every codec asks of its arguments. Wrong ones are the caller's mistake: `ValueError`."""
+"""What codecs ask of their arguments (wrong ones are the caller's: `ValueError`) and of stored planes (`FormatError`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from modelstore.errors import FormatError
-from modelstore.format.buffers import Buffer, Bytes
+from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Shape
 
@@ -41,3 +41,19 @@ def single(planes: Sequence[Buffer]) -> Buffer:
     if len(planes) != 1:
         raise FormatError(f"{len(planes)} planes are stored where there is one, 'data'")
     return planes[0]
+
+
+def planes(stored: Sequence[Buffer], names: tuple[str, ...]) -> tuple[Buffer, ...]:
+    """The stored planes, which must be as many as there are names; else `FormatError`."""
+    if len(stored) != len(names):
+        raise FormatError(f"{len(stored)} planes are stored where there are {len(names)}: {', '.join(names)}")
+    return tuple(stored)
+
+
+def plane(buffer: Buffer, size: int, name: str) -> Bytes:
+    """A stored plane's bytes, read-only, which must be so many; else `FormatError`."""
+    data = as_bytes(buffer)
+    if data.size != size:
+        raise FormatError(f"the plane {name!r} has {data.size} bytes where {size} are expected")
+    data.flags.writeable = False  # of this view; kernels are compiled for read-only codes
+    return data

@@ -63,8 +63,8 @@ def test_without_any_folder_to_cache_in(tmp_path: Path) -> None:
     shutil.copytree(
         Path(modelstore.__file__).parent, tmp_path / "modelstore", ignore=shutil.ignore_patterns("__pycache__")
     )
-    kernels = tmp_path / "modelstore/codecs/kernels"
-    (kernels / "__pycache__").write_text("a file where the folder would be, which stops even root")
+    for kernels in {path.parent for path in (tmp_path / "modelstore/codecs").rglob("*.py")}:
+        (kernels / "__pycache__").write_text("a file where the folder would be, which stops even root")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "XDG_"))}
     env |= {"HOME": "/dev/null", "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", ROUND_TRIP], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import numpy as np
 from modelstore.codecs import check
 from modelstore.codecs.floating import view as floatviews
 from modelstore.codecs.numeric import scaled
-from modelstore.codecs.numeric.numbers import Floats
+from modelstore.codecs.numeric.numbers import Floats, limit
 from modelstore.codecs.numeric.scaled import Format4, Grid
 from modelstore.codecs.weight import Encode, EngineView, ReadValues, WeightCodec, group_of, matrix
 from modelstore.format.buffers import Buffer, Bytes
@@ -84,7 +84,7 @@ class Mxfp4(WeightCodec):
     ) -> None:
         check.out(out, shape, dtype)
         grid = _grid(shape, 32)
-        codes, scale = scaled.named(planes, self.planes(dtype))
+        codes, scale = check.planes(planes, self.planes(dtype))
         scales = scaled.unplane(scale, (grid.rows, grid.groups), "float8_e8m0fnu", "scale")
         scaled.decode4(codes, grid, scales, E2M1, dtype, out)
 
@@ -146,7 +146,7 @@ class Nvfp4(WeightCodec):
     ) -> None:
         check.out(out, shape, dtype)
         grid = _grid(shape, 16)
-        codes, scale, over = scaled.named(planes, self.planes(dtype))
+        codes, scale, over = check.planes(planes, self.planes(dtype))
         scales = scaled.unplane(scale, (grid.rows, grid.groups), "float8_e4m3fn", "scale")
         divisor = scaled.unplane(over, (1, 1), "float32", "global")
         with np.errstate(all="ignore"):
@@ -171,7 +171,7 @@ def _global(largest: np.float32, dtype: DType) -> np.float32:
         return np.float32(1)
     with np.errstate(over="ignore"):
         over = min(np.float32(MOST * MOST_SCALE) / largest, np.float32(2.0**120))
-        while np.float32(MOST_SCALE) / over * np.float32(MOST) > scaled.top(dtype):
+        while np.float32(MOST_SCALE) / over * np.float32(MOST) > limit(dtype):
             over = np.nextafter(over, np.float32(np.inf))
     return np.float32(over)
 

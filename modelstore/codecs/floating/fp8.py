@@ -10,7 +10,6 @@ import numpy as np
 
 from modelstore.codecs import check
 from modelstore.codecs.floating import view as floatviews
-from modelstore.codecs.floating.view import scale_dtype
 from modelstore.codecs.numeric import scaled
 from modelstore.codecs.numeric.numbers import Floats
 from modelstore.codecs.numeric.scaled import E4M3, E5M2, Format8, Grid
@@ -77,7 +76,10 @@ class Fp8(WeightCodec):
         return group_of(shape, _COLUMNS)
 
     def size(self, shape: Shape, dtype: DType) -> int:
-        return math.prod(shape) + math.prod(self._scales(shape)) * scaled.numpy_dtype_of(scale_dtype(dtype)).itemsize
+        return (
+            math.prod(shape)
+            + math.prod(self._scales(shape)) * scaled.numpy_dtype_of(scaled.scale_dtype(dtype)).itemsize
+        )
 
     def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
         """Tensors and channels are looked at whole for their largest magnitude, in bands of 4 MiB; blocks are not."""
@@ -121,16 +123,16 @@ class Fp8(WeightCodec):
         base: Bytes | None = None,  # noqa: ARG002
     ) -> None:
         check.out(out, shape, dtype)
-        codes, scale = scaled.named(planes, self.planes(dtype))
-        scales = scaled.unplane(scale, self._scales(shape), scale_dtype(dtype), "scale")
+        codes, scale = check.planes(planes, self.planes(dtype))
+        scales = scaled.unplane(scale, self._scales(shape), scaled.scale_dtype(dtype), "scale")
         scaled.decode8(codes, self._grid(shape), self._spread(scales, shape), self._how, dtype, out)
 
     def _encode(self, values: Bytes, shape: Shape, dtype: DType, scales: Floats) -> tuple[Buffer, ...]:
         codes = scaled.encode8(values, dtype, self._grid(shape), self._spread(scales, shape), self._how)
-        return codes, scaled.plane(scales, scale_dtype(dtype))
+        return codes, scaled.plane(scales, scaled.scale_dtype(dtype))
 
     def _choose(self, largest: Floats, dtype: DType) -> Floats:
-        return scaled.choose(largest, self._how.most, dtype, scale_dtype(dtype))
+        return scaled.choose(largest, self._how.most, dtype, scaled.scale_dtype(dtype))
 
     def _grid(self, shape: Shape) -> Grid:
         rows, columns = matrix(shape)

@@ -10,8 +10,7 @@ import numpy as np
 
 from modelstore.codecs import check
 from modelstore.codecs.exact import byteplanes
-from modelstore.codecs.numeric import scaled
-from modelstore.codecs.numeric.numbers import from_float32, to_float32
+from modelstore.codecs.numeric.numbers import from_float32, limit, to_float32, with_nan
 from modelstore.codecs.weight import WeightCodec
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DTYPES, DType
@@ -57,7 +56,7 @@ class Half(WeightCodec):
         end = np.float32(_end(dtype, kept))
         for start in range(0, math.prod(shape), _TILE):
             stop = min(start + _TILE, math.prod(shape))
-            numbers = scaled.numbers(values[start * dtype.itemsize : stop * dtype.itemsize], dtype)
+            numbers = with_nan(values[start * dtype.itemsize : stop * dtype.itemsize], dtype)
             numbers = np.where(np.isfinite(numbers), np.clip(numbers, -end, end), numbers)
             from_float32(numbers, kept, out[start * kept.itemsize : stop * kept.itemsize].reshape(1, -1))
         return (byteplanes.encode(out, kept),)
@@ -71,7 +70,7 @@ class Half(WeightCodec):
         base: Bytes | None = None,  # noqa: ARG002
     ) -> None:
         check.out(out, shape, dtype)
-        (data,) = scaled.named(planes, self.planes(dtype))
+        (data,) = check.planes(planes, self.planes(dtype))
         kept = self._kept(dtype)
         if kept == dtype:
             byteplanes.decode(data, dtype, out)
@@ -94,4 +93,4 @@ def _end(dtype: DType, kept: DType) -> float:
     """The largest number of `kept` that is finite in `dtype`, too."""
     if kept.name == "bfloat16" and dtype.name == "float16":
         return 65280.0
-    return min(float(scaled.top(kept)), float(scaled.top(dtype)))
+    return min(float(limit(kept)), float(limit(dtype)))

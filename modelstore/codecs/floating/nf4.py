@@ -84,7 +84,7 @@ class Nf4(WeightCodec):
     ) -> None:
         check.out(out, shape, dtype)
         grid = self._grid(shape)
-        codes, scale = scaled.named(planes, self.planes(dtype))
+        codes, scale = check.planes(planes, self.planes(dtype))
         scales = scaled.unplane(scale, (grid.rows, grid.groups), "bfloat16", "scale")
         scaled.decode4(codes, grid, scales, NF4, dtype, out)
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from modelstore.codecs import check
 from modelstore.codecs.exact import byteplanes
-from modelstore.codecs.numeric import scaled
-from modelstore.codecs.numeric.numbers import from_float32, to_float32
+from modelstore.codecs.numeric.numbers import from_float32, limit, to_float32
 from modelstore.codecs.weight import WeightCodec
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
@@ -52,7 +51,7 @@ class Round(WeightCodec):
     def encode(self, values: Bytes, shape: Shape, dtype: DType, base: Bytes | None = None) -> tuple[Buffer, ...]:  # noqa: ARG002
         check.values(values, shape, dtype)
         out = np.empty_like(values)
-        step, end = np.float32(self.step), scaled.top(dtype)
+        step, end = np.float32(self.step), limit(dtype)
         for start in range(0, values.size, _TILE * dtype.itemsize):
             piece = values[start : start + _TILE * dtype.itemsize]
             with np.errstate(over="ignore", invalid="ignore"):
@@ -77,4 +76,4 @@ class Round(WeightCodec):
         base: Bytes | None = None,  # noqa: ARG002
     ) -> None:
         check.out(out, shape, dtype)
-        byteplanes.decode(scaled.named(planes, self.planes(dtype))[0], dtype, out)
+        byteplanes.decode(check.planes(planes, self.planes(dtype))[0], dtype, out)

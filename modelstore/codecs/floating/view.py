@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelstore.codecs import check
 from modelstore.codecs.numeric import scaled
 from modelstore.codecs.weight import Part, is_convolution, matrix
 from modelstore.errors import UnsupportedError
@@ -23,11 +24,6 @@ def _weights(bits: int, strategy: str, **more: Any) -> dict[str, Any]:
     """compressed-tensors' QuantizationArgs."""
     common = {"num_bits": bits, "type": "float", "symmetric": True, "dynamic": False, "strategy": strategy}
     return common | more
-
-
-def scale_dtype(dtype: DType) -> str:
-    """The dtype of `fp8`'s scales of a tensor of that dtype: what compressed-tensors multiplies in, and gives back."""
-    return dtype.name if dtype.name in ("bfloat16", "float16") else "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +56,16 @@ class Fp8View:
     def arrays(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> dict[str, NDArray[Any]]:
         """As `EngineView.arrays`: codes uint8 (rows, columns), scale in its dtype (rows, columns of scales)."""
         self.cells(shape)
-        codes, scale = scaled.named(planes, ("codes", "scale"))
+        codes, scale = check.planes(planes, ("codes", "scale"))
         rows, columns = matrix(shape)
         high, wide = {
             "tensor": (1, 1),
             "channel": (rows, 1),
             "block": (-(-rows // self.block), -(-columns // self.block)),
         }[self.granularity]
-        data = scaled.exactly(codes, rows * columns, "codes")
-        kind = scaled.numpy_dtype_of(scale_dtype(dtype))
-        scales = scaled.exactly(scale, high * wide * kind.itemsize, "scale").view(kind)
+        data = check.plane(codes, rows * columns, "codes")
+        kind = scaled.numpy_dtype_of(scaled.scale_dtype(dtype))
+        scales = check.plane(scale, high * wide * kind.itemsize, "scale").view(kind)
         return {"codes": data.reshape(rows, columns), "scale": scales.reshape(high, wide)}
 
     def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, Part]:
@@ -78,7 +74,7 @@ class Fp8View:
         size = (1,) if self.granularity == "tensor" else scale.shape
         return {
             "weight": Part("float8_e4m3fn", shape, _raw(arrays["codes"])),
-            "weight_scale": Part(scale_dtype(dtype), size, _raw(scale)),
+            "weight_scale": Part(scaled.scale_dtype(dtype), size, _raw(scale)),
         }
 
 
@@ -101,11 +97,11 @@ class _Packed:
         """As `EngineView.arrays`: codes uint8 (rows, columns), scale uint8 (rows, blocks)."""
         self.cells(shape)
         rows, columns = matrix(shape)
-        data = scaled.exactly(planes[0], rows * columns // 2, "codes").reshape(rows, -1)
+        data = check.plane(planes[0], rows * columns // 2, "codes").reshape(rows, -1)
         codes = np.empty((rows, columns), np.uint8)
         codes[:, ::2] = data & 15
         codes[:, 1::2] = data >> 4
-        scales = scaled.exactly(planes[1], rows * columns // self.width, "scale")
+        scales = check.plane(planes[1], rows * columns // self.width, "scale")
         return {"codes": codes, "scale": scales.reshape(rows, -1)}
 
     def _parts(self, arrays: _Arrays, shape: Shape, kind: str) -> dict[str, Part]:
@@ -136,7 +132,7 @@ class Mxfp4View(_Packed):
 
     def arrays(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> dict[str, NDArray[Any]]:
         """As `EngineView.arrays`."""
-        return _Packed.arrays(self, scaled.named(planes, ("codes", "scale")), shape, dtype)
+        return _Packed.arrays(self, check.planes(planes, ("codes", "scale")), shape, dtype)
 
     def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, Part]:  # noqa: ARG002
         """As `EngineView.parts`."""
@@ -166,7 +162,7 @@ class Nvfp4View(_Packed):
 
     def arrays(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> dict[str, NDArray[Any]]:
         """As `EngineView.arrays`: of `_Packed`, and global float32 (1, 1)."""
-        planes = scaled.named(planes, ("codes", "scale", "global"))
+        planes = check.planes(planes, ("codes", "scale", "global"))
         found = _Packed.arrays(self, planes, shape, dtype)
         return found | {"global": scaled.unplane(planes[2], (1, 1), "float32", "global")}
 

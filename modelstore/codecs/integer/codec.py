@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from modelstore.codecs import check
 from modelstore.codecs.integer.planes import Layout
 from modelstore.codecs.integer.view import PackedView
-from modelstore.codecs.numeric.numbers import Floats, from_float32
-from modelstore.codecs.numeric.scaled import numbers, top
+from modelstore.codecs.numeric.numbers import Floats, from_float32, limit, with_nan
 from modelstore.codecs.weight import Encode, EngineView, ReadValues, WeightCodec, group_of, is_convolution, matrix
 from modelstore.format import boxes
 from modelstore.format.buffers import Buffer, Bytes
@@ -192,7 +191,7 @@ class Int(WeightCodec):
         line = columns * dtype.itemsize
         for start, stop, where in self._bands(shape, whole=dtype.name in _KINDS):
             words = _words(values[start * line : stop * line], dtype).reshape(-1, columns)
-            how = (kind, self.bits, self.symmetric, method, height, width, top(dtype))
+            how = (kind, self.bits, self.symmetric, method, height, width, limit(dtype))
             kernel(words, *how, scales[where], zeros[where], packed[start:stop])
         return self.layout.plane(packed, scales, zeros, dtype)
 
@@ -243,7 +242,7 @@ class Int(WeightCodec):
             if not each:
                 s, z = s.repeat(len(words), 0), z.repeat(len(words), 0)
             part = np.zeros((len(words), steps), np.float64)
-            kernels.losses(words, kind, self.bits, top(dtype), s, z, part)
+            kernels.losses(words, kind, self.bits, limit(dtype), s, z, part)
             if each:
                 losses[there] += part.reshape(losses[there].shape)
             else:
@@ -257,7 +256,7 @@ def _words(values: Bytes, dtype: DType) -> NDArray[np.unsignedinteger]:
     """Raw bytes as the kernels' words: their own, or of the float32 numbers that they stand for."""
     if dtype.name in _KINDS:
         return values.view(np.uint16 if dtype.itemsize == 2 else np.uint32)
-    return numbers(values, dtype).view(np.uint32)
+    return with_nan(values, dtype).view(np.uint32)
 
 
 def _first_best(losses: NDArray[np.float64]) -> NDArray[np.intp]:

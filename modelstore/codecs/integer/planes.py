@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from modelstore.codecs import check
 from modelstore.codecs.numeric import scaled
 from modelstore.codecs.numeric.numbers import Floats
 from modelstore.codecs.weight import is_convolution, matrix
@@ -15,11 +16,6 @@ from modelstore.errors import FormatError
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Shape
-
-
-def scale_dtype(dtype: DType) -> str:
-    """The dtype of the scales of a tensor of that dtype."""
-    return dtype.name if dtype.name in ("bfloat16", "float16") else "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +60,26 @@ class Layout:
         """Bytes of each plane."""
         rows, columns = matrix(shape)
         high, wide = self.grid(shape)
-        scales = high * wide * scaled.numpy_dtype_of(scale_dtype(dtype)).itemsize
+        scales = high * wide * scaled.numpy_dtype_of(scaled.scale_dtype(dtype)).itemsize
         return (rows * self.line(columns), scales, high * wide)[: len(self.names)]
 
     def plane(self, packed: Bytes, scales: Floats, zeros: Floats, dtype: DType) -> tuple[Buffer, ...]:
         """Packed codes, scales, and zero points as float32 of (code - 2^(bits - 1)), as planes."""
-        codes, scale = packed.reshape(-1), scaled.plane(scales, scale_dtype(dtype))
+        codes, scale = packed.reshape(-1), scaled.plane(scales, scaled.scale_dtype(dtype))
         if self.symmetric:
             return codes, scale
         return codes, scale, (zeros.reshape(-1) + (1 << (self.bits - 1))).astype(np.uint8)
 
     def unplane(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> tuple[NDArray[np.uint8], Floats, Floats]:
         """The reverse. `FormatError` where the planes are not a region's of that shape and dtype."""
-        named = scaled.named(planes, self.names)
+        named = check.planes(planes, self.names)
         rows, columns = matrix(shape)
         grid = self.grid(shape)
-        codes = scaled.exactly(named[0], rows * self.line(columns), "codes")
-        scales = scaled.unplane(named[1], grid, scale_dtype(dtype), "scale")
+        codes = check.plane(named[0], rows * self.line(columns), "codes")
+        scales = scaled.unplane(named[1], grid, scaled.scale_dtype(dtype), "scale")
         zeros = np.zeros(grid, np.float32)
         if not self.symmetric:
-            stored = scaled.exactly(named[2], grid[0] * grid[1], "zero")
+            stored = check.plane(named[2], grid[0] * grid[1], "zero")
             if int(stored.max(initial=0)) >> self.bits:
                 raise FormatError(f"plane 'zero' holds {int(stored.max())}, which is no code of {self.bits} bits")
             zeros = stored.reshape(grid).astype(np.float32) - np.float32(1 << (self.bits - 1))

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.codecs.integer.planes import Layout, scale_dtype
+from modelstore.codecs import check
+from modelstore.codecs.integer.planes import Layout
 from modelstore.codecs.numeric import scaled
 from modelstore.codecs.weight import EngineView, Part, is_convolution, matrix
 from modelstore.errors import UnsupportedError
@@ -73,16 +74,16 @@ class PackedView:
         codes = np.empty(matrix(shape), np.uint8)
         bits.kernels()[1](packed, self.layout.bits, codes)
         grid = self.layout.grid(shape)
-        kind = scaled.numpy_dtype_of(scale_dtype(dtype))
+        kind = scaled.numpy_dtype_of(scaled.scale_dtype(dtype))
         count = grid[0] * grid[1]
-        found = {"codes": codes, "scale": scaled.exactly(planes[1], count * kind.itemsize, "scale").view(kind)}
+        found = {"codes": codes, "scale": check.plane(planes[1], count * kind.itemsize, "scale").view(kind)}
         if not self.layout.symmetric:
-            found["zero"] = scaled.exactly(planes[2], count, "zero")
+            found["zero"] = check.plane(planes[2], count, "zero")
         return found | {name: found[name].reshape(grid) for name in self.layout.names[1:]}
 
     def _scale(self, arrays: _Arrays, shape: Shape, dtype: DType) -> Part:
         scale = self._rows(arrays["scale"], shape)
-        return Part(scale_dtype(dtype), (*shape[:-1], scale.shape[1]), _raw(scale))
+        return Part(scaled.scale_dtype(dtype), (*shape[:-1], scale.shape[1]), _raw(scale))
 
     def _rows(self, array: NDArray[Any], shape: Shape) -> NDArray[Any]:
         """With a row for each row of the weight."""

@@ -16,7 +16,7 @@ from modelstore.codecs.lowrank import decompose
 from modelstore.codecs.lowrank.kernels import product
 from modelstore.codecs.numeric import levels
 from modelstore.codecs.numeric.levels import TILE
-from modelstore.codecs.numeric.numbers import Floats, from_float32
+from modelstore.codecs.numeric.numbers import Floats, from_float32, limit, without_nan
 from modelstore.codecs.sparse.codec import within
 from modelstore.codecs.weight import Encode, ReadValues, WeightCodec, group_of, is_convolution, matrix
 from modelstore.errors import FormatError
@@ -116,7 +116,7 @@ class LowRank(WeightCodec):
         needed = [decompose.enough(one, self.energy) if self.energy else self._rank(rows, columns) for one in bands]
         rank = min(max(needed), rows, columns)
         stored = factor_dtype(dtype)
-        most = float(levels.limit(stored))
+        most = float(limit(stored))
 
         def narrowed(numbers: decompose.Reals) -> Bytes:
             raw = levels.narrowed(np.clip(numbers, -most, most).astype(np.float32), stored)
@@ -153,7 +153,7 @@ class LowRank(WeightCodec):
     ) -> None:
         check.out(out, shape, dtype)
         one, two = (
-            levels.numbers(raw, factor_dtype(dtype)).reshape(cut)
+            without_nan(raw, factor_dtype(dtype)).reshape(cut)
             for raw, cut in zip(*_stored(planes, shape, dtype), strict=True)
         )
         flat = out.reshape(-1) if out.flags.c_contiguous else np.empty(out.size, np.uint8)
@@ -165,8 +165,8 @@ class LowRank(WeightCodec):
                 n = min(step, rows - r)
                 tile = np.empty((n, columns), np.float32)
                 product()(one[i, r : r + n], two[i], tile)
-                limit = levels.limit(dtype)
-                np.clip(tile, -limit, limit, out=tile)
+                most = limit(dtype)
+                np.clip(tile, -most, most, out=tile)
                 at = (i * rows + r) * width
                 from_float32(tile, dtype, flat[at : at + n * width].reshape(1, -1))
         if not out.flags.c_contiguous:
@@ -220,7 +220,7 @@ def _bands(read: ReadValues, shape: Shape, dtype: DType, index: int) -> decompos
         lead, rest = tuple((int(i), int(i) + 1) for i in at), full(shape)[-1:]
 
     def band(a: int, b: int) -> Floats:
-        return levels.numbers(read((*lead, (a, b), *rest)), dtype).reshape(b - a, columns)
+        return without_nan(read((*lead, (a, b), *rest)), dtype).reshape(b - a, columns)
 
     return decompose.Bands(rows, columns, max(1, decompose.BAND // max(1, columns * dtype.itemsize)), band)
 
@@ -246,7 +246,7 @@ class _Recent:
 
 def _stored(planes: Sequence[Buffer], shape: Shape, dtype: DType) -> tuple[tuple[Bytes, Bytes], Any]:
     """The raw factors of a region, and their shapes; `FormatError` unless the rank is one that the region can have."""
-    levels.named(planes, ("left", "right"))
+    check.planes(planes, ("left", "right"))
     count, rows, columns = _stack(shape)
     head, stored = as_bytes(planes[0]), factor_dtype(dtype)
     rank = int.from_bytes(head[:_RANK].tobytes(), "little")

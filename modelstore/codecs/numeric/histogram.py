@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from modelstore.codecs.exact.kernels import WORDS
 from modelstore.codecs.kernels import jit
-from modelstore.codecs.numeric import levels
-from modelstore.codecs.numeric.numbers import Floats
+from modelstore.codecs.numeric.numbers import Floats, limit, without_nan
 from modelstore.codecs.weight import ReadValues
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
@@ -37,7 +36,7 @@ def count(values: Bytes, dtype: DType, counts: Counts) -> None:
         _kernel(width)(values.view(WORDS[width]), 0, counts)
         return
     for start in range(0, values.size, _TILE * width):
-        found = levels.numbers(values[start : start + _TILE * width], dtype, infinite=True)
+        found = without_nan(values[start : start + _TILE * width], dtype, infinite=True)
         _kernel(4)(found.view(np.uint32), SHIFT, counts)
 
 
@@ -68,7 +67,7 @@ def _infinite(dtype: DType) -> NDArray[np.bool_]:
     """Which bins are those of infinities."""
     if dtype.itemsize <= 2:
         every = np.arange(1 << 8 * dtype.itemsize, dtype=WORDS[dtype.itemsize]).view(np.uint8)
-        return np.isinf(levels.numbers(every, dtype, infinite=True))
+        return np.isinf(without_nan(every, dtype, infinite=True))
     return np.isinf((np.arange(1 << (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)).view(np.float32))
 
 
@@ -76,12 +75,12 @@ def _infinite(dtype: DType) -> NDArray[np.bool_]:
 def patterns(dtype: DType) -> Floats:
     """What each bin stands for, float32, by its place in the counts: infinities for the largest finite numbers."""
     if dtype.itemsize <= 2:
-        found = levels.numbers(np.arange(1 << 8 * dtype.itemsize, dtype=WORDS[dtype.itemsize]).view(np.uint8), dtype)
+        found = without_nan(np.arange(1 << 8 * dtype.itemsize, dtype=WORDS[dtype.itemsize]).view(np.uint8), dtype)
     else:
         bits = np.arange(1 << (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)
         middle = np.where(bits & np.uint32(0x7FFFFFFF), bits | np.uint32(1 << (SHIFT - 1)), bits)
         middle = np.where(_infinite(dtype), bits, middle).view(np.float32)
-        most = float(levels.limit(dtype))
+        most = float(limit(dtype))
         found = np.nan_to_num(middle, nan=0.0, posinf=most, neginf=-most)
     found.flags.writeable = False
     return found

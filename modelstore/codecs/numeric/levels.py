@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from modelstore.codecs import check
 from modelstore.codecs.exact.kernels import WORDS
 from modelstore.codecs.kernels import codes as kernels
-from modelstore.codecs.numeric.numbers import Floats, from_float32, numpy_dtype, to_float32
+from modelstore.codecs.numeric.numbers import Floats, from_float32
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DType
@@ -20,28 +19,7 @@ from modelstore.format.region import Shape
 Words = NDArray[np.unsignedinteger]
 Unpack = Callable[[int, int], Bytes]  # first element, how many → their codes, one a byte
 
-_LARGEST = float(np.array(0x7F7FFFFF, np.uint32).view(np.float32))
 TILE = 40 << 10  # elements, of which bytes of 8 and of 5 codes are whole
-
-
-@cache
-def limit(dtype: DType) -> np.float32:
-    """The largest finite number of a dtype as float32; float64's is float32's."""
-    import ml_dtypes
-
-    info = ml_dtypes.finfo(numpy_dtype(dtype))  # type: ignore[no-untyped-call]
-    return np.float32(min(float(info.max), _LARGEST))
-
-
-def numbers(values: Bytes, dtype: DType, infinite: bool = False) -> Floats:
-    """Raw bytes as float32 (n,): NaN as 0, infinities as the largest finite numbers, or as they are where that is asked for."""
-    with np.errstate(over="ignore"):  # of float64
-        found = to_float32(values, dtype)
-    most = limit(dtype)
-    if not np.abs(found).max(initial=0) <= most:
-        end = np.inf if infinite else float(most)
-        np.nan_to_num(found, copy=False, nan=0.0, posinf=end, neginf=-end)
-    return found
 
 
 def narrowed(floats: Floats, dtype: DType) -> Bytes:
@@ -62,20 +40,6 @@ def words(plane: Buffer, count: int, dtype: DType, what: str) -> Words:
 def negative(found: Words) -> Words:
     """The words of the same numbers with their signs turned."""
     return found ^ found.dtype.type(1 << (8 * found.itemsize - 1))
-
-
-def length(plane: Buffer, expected: int, what: str) -> Bytes:
-    """A plane's bytes; `FormatError` where there are not as many as expected."""
-    data = as_bytes(plane)
-    if data.size != expected:
-        raise FormatError(f"the plane {what!r} has {data.size} bytes where {expected} are expected")
-    return data
-
-
-def named(planes: Sequence[Buffer], names: tuple[str, ...]) -> None:
-    """`FormatError` unless there are as many planes as names."""
-    if len(planes) != len(names):
-        raise FormatError(f"{len(planes)} planes are stored where there are {len(names)}: {', '.join(names)}")
 
 
 def gathered(unpack: Unpack, tables: Words, columns: int, group: int, shape: Shape, dtype: DType, out: Bytes) -> None:

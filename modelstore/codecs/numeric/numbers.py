@@ -15,6 +15,8 @@ from modelstore.format.dtypes import DType
 
 Floats = NDArray[np.float32]
 
+LARGEST = float(np.finfo(np.float32).max)
+
 
 def to_float32(values: Bytes, dtype: DType) -> Floats:
     """Raw bytes of a float dtype as float32, 1-d, in memory of its own. float64 is rounded; all others are exact."""
@@ -38,6 +40,33 @@ def from_float32(numbers: Floats, dtype: DType, out: Bytes) -> None:
         return
     with np.errstate(over="ignore"):
         out[:] = flat.astype(numpy_dtype(dtype)).view(np.uint8).reshape(out.shape)
+
+
+def with_nan(values: Bytes, dtype: DType) -> Floats:
+    """Raw bytes as float32. What is finite and beyond float32 becomes its largest number; infinities and NaN stay."""
+    if dtype.name != "float64":
+        return to_float32(values, dtype)
+    exact = values.view(np.float64)
+    return np.where(np.isinf(exact), exact, np.clip(exact, -LARGEST, LARGEST)).astype(np.float32)
+
+
+def without_nan(values: Bytes, dtype: DType, infinite: bool = False) -> Floats:
+    """Raw bytes as float32 (n,): NaN as 0, infinities as the largest finite numbers, or as they are where that is asked for."""
+    with np.errstate(over="ignore"):  # of float64
+        found = to_float32(values, dtype)
+    most = limit(dtype)
+    if not np.abs(found).max(initial=0) <= most:
+        end = np.inf if infinite else float(most)
+        np.nan_to_num(found, copy=False, nan=0.0, posinf=end, neginf=-end)
+    return found
+
+
+@cache
+def limit(dtype: DType) -> np.float32:
+    """The largest finite number of a dtype as float32; float64's is float32's."""
+    import ml_dtypes
+
+    return np.float32(min(float(ml_dtypes.finfo(numpy_dtype(dtype)).max), LARGEST))  # type: ignore[no-untyped-call]
 
 
 def numpy_dtype(dtype: DType) -> np.dtype[Any]:

@@ -5,7 +5,7 @@ A region is looked at as rows × columns (see `weight.matrix`); the scales are f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelstore.codecs import check
 from modelstore.codecs.floating import kernels as floats
-from modelstore.codecs.numeric.numbers import Floats, from_float32, numpy_dtype, to_float32
+from modelstore.codecs.numeric.numbers import Floats, from_float32, limit, numpy_dtype, with_nan
 from modelstore.errors import FormatError
-from modelstore.format.buffers import Buffer, Bytes, as_bytes
+from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DTYPES, DType
 
 TILE = 16 << 10  # numbers whose float32 stay in the second-level cache
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def encode8(values: Bytes, dtype: DType, grid: Grid, scales: Floats, how: Format
 
 def decode8(codes: Buffer, grid: Grid, scales: Floats, how: Format8, dtype: DType, out: Bytes) -> None:
     """Such codes' numbers times their scales, into `out` as `Codec.decode` says. `FormatError` for infinities and NaN."""
-    data = exactly(codes, grid.rows * grid.columns, "codes")
+    data = check.plane(codes, grid.rows * grid.columns, "codes")
     kernel, scales = floats.kernels()["decode8"], np.broadcast_to(scales, (grid.rows, grid.groups))
     room = np.empty(min(TILE, data.size), np.float32)
 
@@ -121,7 +121,7 @@ def encode4(values: Bytes, dtype: DType, grid: Grid, scales: Floats, how: Format
 
 def decode4(codes: Buffer, grid: Grid, scales: Floats, how: Format4, dtype: DType, out: Bytes) -> None:
     """Such codes' levels times their scales, into `out` as `Codec.decode` says."""
-    data = exactly(codes, grid.rows * grid.line, "codes")
+    data = check.plane(codes, grid.rows * grid.line, "codes")
     kernel, pairs = floats.kernels()["decode4"], _pairs(how.levels)
     room = np.empty(min(TILE, grid.rows * grid.columns), np.float32)
 
@@ -147,7 +147,7 @@ def choose(largest: Floats, most: float, dtype: DType, kind: str) -> Floats:
     words = rounded.view(f"u{narrow.itemsize}")
     short = (rounded.astype(np.float32) < exact) & (exact < np.float32(2.0**-14)) & (kind == "float16")
     words += short
-    end = top(dtype)
+    end = limit(dtype)
     with np.errstate(over="ignore"):
         for _ in range(2):
             words -= (rounded.astype(np.float32) * np.float32(most) > end) & (words > 0)
@@ -156,12 +156,9 @@ def choose(largest: Floats, most: float, dtype: DType, kind: str) -> Floats:
     return scales
 
 
-@cache
-def top(dtype: DType) -> np.float32:
-    """The largest number of a float dtype, as float32; of float64, float32's."""
-    import ml_dtypes
-
-    return np.float32(min(float(ml_dtypes.finfo(numpy_dtype(dtype)).max), _LARGEST))  # type: ignore[no-untyped-call]
+def scale_dtype(dtype: DType) -> str:
+    """The dtype of the scales of a tensor of that dtype: what compressed-tensors multiplies in, and gives back."""
+    return dtype.name if dtype.name in ("bfloat16", "float16") else "float32"
 
 
 def numpy_dtype_of(name: str) -> np.dtype[Any]:
@@ -177,32 +174,8 @@ def plane(numbers: Floats, kind: str) -> Bytes:
 def unplane(buffer: Buffer, shape: tuple[int, ...], kind: str, name: str) -> Floats:
     """A plane of so many numbers as float32. `FormatError` where it holds more or fewer."""
     how = numpy_dtype_of(kind)
-    data = exactly(buffer, int(np.prod(shape, dtype=np.int64)) * how.itemsize, name)
+    data = check.plane(buffer, int(np.prod(shape, dtype=np.int64)) * how.itemsize, name)
     return data.view(how).astype(np.float32).reshape(shape)
-
-
-def numbers(values: Bytes, dtype: DType) -> Floats:
-    """Raw bytes as float32. What is finite and beyond float32 becomes its largest number; infinities and NaN stay."""
-    if dtype.name != "float64":
-        return to_float32(values, dtype)
-    exact = values.view(np.float64)
-    return np.where(np.isinf(exact), exact, np.clip(exact, -_LARGEST, _LARGEST)).astype(np.float32)
-
-
-def named(planes: Sequence[Buffer], names: tuple[str, ...]) -> tuple[Buffer, ...]:
-    """The planes, which must be as many as there are names."""
-    if len(planes) != len(names):
-        raise FormatError(f"{len(planes)} planes are stored where there are {len(names)}: {', '.join(names)}")
-    return tuple(planes)
-
-
-def exactly(buffer: Buffer, size: int, name: str) -> Bytes:
-    """A plane's bytes, read-only, which must be so many; else `FormatError`."""
-    data = as_bytes(buffer)
-    if data.size != size:
-        raise FormatError(f"plane {name!r} has {data.size} bytes where {size} are wanted")
-    data.flags.writeable = False  # of this view; the kernels are compiled for read-only codes
-    return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +231,7 @@ def _tiles(grid: Grid) -> Iterator[_Tile]:
 
 
 def _numbers(values: Bytes, dtype: DType, tile: _Tile) -> Floats:
-    return numbers(values[tile.start * dtype.itemsize : tile.stop * dtype.itemsize], dtype)
+    return with_nan(values[tile.start * dtype.itemsize : tile.stop * dtype.itemsize], dtype)
 
 
 def _write(fill: Callable[[_Tile], Floats], grid: Grid, dtype: DType, out: Bytes) -> None:

@@ -12,6 +12,7 @@ from modelstore.codecs.kernels import codes as kernels
 from modelstore.codecs.numeric import histogram, levels
 from modelstore.codecs.numeric.histogram import Counts
 from modelstore.codecs.numeric.levels import TILE, Words
+from modelstore.codecs.numeric.numbers import without_nan
 from modelstore.codecs.shared import clusters
 from modelstore.codecs.shared.clusters import Numbers
 from modelstore.errors import FormatError
@@ -48,7 +49,7 @@ class Codebook:
             return out
         kernel = kernels.packing().assign
         for start in range(0, out.size, TILE):
-            tile = levels.numbers(values[start * width : (start + TILE) * width], self.dtype)
+            tile = without_nan(values[start * width : (start + TILE) * width], self.dtype)
             kernel(tile, self.table, self.bounds, out[start : start + tile.size])
         return out
 

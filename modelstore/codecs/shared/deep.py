@@ -10,7 +10,7 @@ import numpy as np
 
 from modelstore.codecs import check
 from modelstore.codecs.kernels.codes import gather
-from modelstore.codecs.numeric import histogram, levels
+from modelstore.codecs.numeric import histogram
 from modelstore.codecs.shared import codebook, indices
 from modelstore.codecs.sparse import codec as sparse
 from modelstore.codecs.sparse.pruning import Pruning
@@ -100,7 +100,7 @@ class Deep(WeightCodec):
         out: Bytes,
         base: Bytes | None = None,  # noqa: ARG002
     ) -> None:
-        levels.named(planes, self.planes(dtype))
+        check.planes(planes, self.planes(dtype))
         check.out(out, shape, dtype)
         bits = sparse.unpacked(planes[0], math.prod(shape))
         table = codebook.stored(planes[2], dtype)

@@ -77,7 +77,7 @@ class KMeans(WeightCodec):
         out: Bytes,
         base: Bytes | None = None,  # noqa: ARG002
     ) -> None:
-        levels.named(planes, self.planes(dtype))
+        check.planes(planes, self.planes(dtype))
         check.out(out, shape, dtype)
         count = math.prod(shape)
         table = codebook.stored(planes[1], dtype)

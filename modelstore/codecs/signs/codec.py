@@ -11,7 +11,7 @@ from modelstore.codecs import check
 from modelstore.codecs.kernels import codes as packings
 from modelstore.codecs.numeric import levels
 from modelstore.codecs.numeric.levels import TILE, Words
-from modelstore.codecs.numeric.numbers import Floats
+from modelstore.codecs.numeric.numbers import Floats, without_nan
 from modelstore.codecs.signs import kernels as signs
 from modelstore.codecs.weight import WeightCodec, group_of, matrix
 from modelstore.errors import FormatError
@@ -64,7 +64,7 @@ class _Signs(WeightCodec):
         width = columns * dtype.itemsize
         for r in range(0, rows, step):  # rows whose float32 numbers stay in the cache
             n = min(step, rows - r)
-            tile = levels.numbers(values[r * width : (r + n) * width], dtype, infinite=True).reshape(n, columns)
+            tile = without_nan(values[r * width : (r + n) * width], dtype, infinite=True).reshape(n, columns)
             self._kernel(tile, group, codes[r : r + n], scales[r : r + n])
         return codes.reshape(-1), levels.narrowed(scales, dtype)
 
@@ -113,9 +113,9 @@ class Binary(_Signs):
         out: Bytes,
         base: Bytes | None = None,  # noqa: ARG002
     ) -> None:
-        levels.named(planes, self.planes(dtype))
+        check.planes(planes, self.planes(dtype))
         rows, columns, group, _ = self._cut(shape)
-        bits = levels.length(planes[0], -(-rows * columns // 8), "codes")
+        bits = check.plane(planes[0], -(-rows * columns // 8), "codes")
         scales = self._scales(planes, shape, dtype)
 
         def unpack(start: int, n: int) -> Bytes:
@@ -167,9 +167,9 @@ class Ternary(_Signs):
         out: Bytes,
         base: Bytes | None = None,  # noqa: ARG002
     ) -> None:
-        levels.named(planes, self.planes(dtype))
+        check.planes(planes, self.planes(dtype))
         rows, columns, group, _ = self._cut(shape)
-        packed = levels.length(planes[0], -(-rows * columns // 5), "codes")
+        packed = check.plane(planes[0], -(-rows * columns // 5), "codes")
         if packed.max(initial=0) >= 3**5:
             raise FormatError(f"the plane 'codes' has the byte {packed.max()}: five digits to base 3 are below {3**5}")
         scales = self._scales(planes, shape, dtype)

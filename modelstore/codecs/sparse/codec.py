@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from modelstore.codecs import check
 from modelstore.codecs.exact import byteplanes
 from modelstore.codecs.exact.kernels import WORDS
-from modelstore.codecs.numeric import levels
 from modelstore.codecs.numeric.levels import TILE
 from modelstore.codecs.sparse.kernels import movers
 from modelstore.codecs.sparse.pruning import Pruning
@@ -96,7 +95,7 @@ class Sparse(WeightCodec):
         out: Bytes,
         base: Bytes | None = None,  # noqa: ARG002
     ) -> None:
-        levels.named(planes, self.planes(dtype))
+        check.planes(planes, self.planes(dtype))
         check.out(out, shape, dtype)
         bits = unpacked(planes[0], math.prod(shape))
         kept = np.zeros(int(np.bitwise_count(bits).sum()) + 1, WORDS[dtype.itemsize])

@@ -13,10 +13,10 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.codecs.numeric import histogram, levels
+from modelstore.codecs.numeric import histogram
 from modelstore.codecs.numeric.histogram import BAND, SHIFT, Counts
 from modelstore.codecs.numeric.levels import TILE
-from modelstore.codecs.numeric.numbers import Floats
+from modelstore.codecs.numeric.numbers import Floats, limit, without_nan
 from modelstore.codecs.sparse.kernels import kernels
 from modelstore.codecs.weight import ReadValues, group_of, matrix
 from modelstore.format import grid
@@ -78,16 +78,16 @@ class Pruning:
                 values, extent(region), dtype, lambda tile, mask: pattern(tile, self.n, self.m, mask)
             )
         if not self.sparsity:
-            limit = int(np.float32(min(self.threshold, float(levels.limit(dtype)))).view(np.uint32))
-            return lambda values, _: _above(values, dtype, limit)
+            least = int(np.float32(min(self.threshold, float(limit(dtype)))).view(np.uint32))
+            return lambda values, _: _above(values, dtype, least)
         if self.scope == "row":
             rows = kernels()[1]
             pruned = math.floor(self.sparsity * matrix(shape)[1] + 0.5)
             return lambda values, region: _by_rows(
                 values, extent(region), dtype, lambda tile, mask: rows(tile, pruned, mask)
             )
-        limit, end = _cut(read, shape, dtype, math.floor(self.sparsity * math.prod(shape) + 0.5))
-        return lambda values, region: _above_or_early(values, region, shape, dtype, limit, end)
+        least, end = _cut(read, shape, dtype, math.floor(self.sparsity * math.prod(shape) + 0.5))
+        return lambda values, region: _above_or_early(values, region, shape, dtype, least, end)
 
 
 def _by_rows(values: Bytes, shape: Shape, dtype: DType, kernel: Callable[[Floats, Bytes], None]) -> Bytes:
@@ -97,14 +97,14 @@ def _by_rows(values: Bytes, shape: Shape, dtype: DType, kernel: Callable[[Floats
     width = columns * dtype.itemsize
     for r in range(0, rows, step):
         n = min(step, rows - r)
-        kernel(levels.numbers(values[r * width : (r + n) * width], dtype).reshape(n, columns), mask[r : r + n])
+        kernel(without_nan(values[r * width : (r + n) * width], dtype).reshape(n, columns), mask[r : r + n])
     return mask.reshape(-1)
 
 
 def _above(values: Bytes, dtype: DType, limit: int) -> Bytes:
     mask = np.empty(values.size // dtype.itemsize, np.uint8)
     for start in range(0, mask.size, TILE):
-        tile = levels.numbers(values[start * dtype.itemsize : (start + TILE) * dtype.itemsize], dtype)
+        tile = without_nan(values[start * dtype.itemsize : (start + TILE) * dtype.itemsize], dtype)
         kernels()[0](tile, limit, mask[start : start + tile.size])
     return mask
 
@@ -126,7 +126,7 @@ def _above_or_early(values: Bytes, region: Region, shape: Shape, dtype: DType, l
 
 
 def _keys(values: Bytes, dtype: DType) -> NDArray[np.uint32]:
-    return levels.numbers(values, dtype).view(np.uint32) & np.uint32(_MAGNITUDE)
+    return without_nan(values, dtype).view(np.uint32) & np.uint32(_MAGNITUDE)
 
 
 def _cut(read: ReadValues, shape: Shape, dtype: DType, pruned: int) -> tuple[int, int]:
