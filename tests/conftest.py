@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 
 import pytest
+from hypothesis import settings
 
 pytest_plugins = ["tests.s3"]
 pytest.register_assert_rewrite("modelstore.testing")
+
+settings.register_profile("any machine", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("any machine")
 
 
 if (
