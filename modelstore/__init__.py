@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modelstore import errors
+    from modelstore.calibrate.text import Calibration
     from modelstore.client import Cluster, Model, Store, open
     from modelstore.compress.presets import presets
     from modelstore.format.manifest import CodecSpec
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "Cluster",
     "CodecSpec",
     "ExpertParallel",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Calibration": "modelstore.calibrate.text",
     "CodecSpec": "modelstore.format.manifest",
     "Inert": "modelstore.format.structure",
     "Recipe": "modelstore.format.recipe",

@@ -32,12 +32,13 @@ LAYERS = {
     "store": 5,
     "execute": 6,
     "compress": 7,
-    "cluster": 8,
-    "client": 9,
-    "cli": 10,
-    "serve": 10,
-    "integrations": 10,
-    "testing": 11,  # which nothing else imports
+    "calibrate": 8,
+    "cluster": 9,
+    "client": 10,
+    "cli": 11,
+    "serve": 11,
+    "integrations": 11,
+    "testing": 12,  # which nothing else imports
 }
 # Siblings on one level know nothing of each other, with one exception: the edges may use one another.
 EDGES = frozenset({"cli", "serve", "integrations"})

@@ -77,6 +77,22 @@ def compress(
     include: Include = None,
     skip: Skip = None,
     requantize: Requantize = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="The text, in UTF-8, that a recipe such as gptq4 looks at.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", min=1, help="Windows that are cut out of the calibration's text.")
+    ] = 128,
+    length: Annotated[int, typer.Option("--length", metavar="TOKENS", min=2, help="Tokens of such a window.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Draws where the windows lie.")] = 0,
     store: StoreUrl = None,
     memory: Memory = None,
     cluster: Cluster = None,
@@ -88,6 +104,10 @@ def compress(
 
     The original stays exact. A compression that was interrupted goes on when it is started again.
     """
+    import modelstore as ms
+
+    if calibration is None and (samples, length, seed) != (128, 512, 0):
+        raise usage("--samples, --length and --seed say how a text is cut: give it with --calibration FILE")
     opened = open_store(store, memory=memory, cluster=cluster)
     with output.progress(quiet=quiet) as report, _told_apart(opened, "compress", ref, recipe):
         done = opened.compress(
@@ -98,6 +118,7 @@ def compress(
             include=include or (),
             skip=skip or (),
             requantize=requantize,
+            calibration=ms.Calibration(calibration, samples, length, seed) if calibration is not None else None,
             progress=report,
         )
 
@@ -115,6 +136,8 @@ def compress(
             )
         yield f"written {units.size(done.stored)}"
         for variant, metrics in done.metrics.items():
+            for name, why in metrics.get("data_free", {}).items():
+                yield f"without data: {name}, since {why}"
             for name, count in metrics.get("nonfinite", {}).items():
                 yield f"warning: {name} has {units.count(count, 'value')} that are not finite; see docs on {variant}"
 

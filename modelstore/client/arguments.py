@@ -247,6 +247,14 @@ def _recipe(name: str, value: Any) -> Any:
     return value
 
 
+def _calibration(name: str, value: Any) -> Any:
+    from modelstore.calibrate.text import Calibration
+
+    if not isinstance(value, str | os.PathLike | Calibration):
+        raise TypeError(f"{name} is a text, the path of one, or a Calibration, not {told(value)}")
+    return value
+
+
 def _refs(name: str, value: Any) -> Any:
     for one in (value,) if isinstance(value, str) else given.texts(name, value):
         parse_reference(one)
@@ -305,6 +313,7 @@ ANNOTATIONS: dict[str, Check] = {
     "Mapping[str, str]": _options,
     "Mapping[str, str | int | float | bool]": _options,
     "str | Recipe | Mapping[str, Any]": _recipe,
+    "str | os.PathLike[str] | Calibration": _calibration,
     "str | list[str] | tuple[str, ...]": _refs,
     "DTypeName": lambda name, value: given.one_of(name, value, ("float32", "bfloat16", "float16")),
 }

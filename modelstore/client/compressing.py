@@ -19,6 +19,8 @@ from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.plan.work import Work
 
 if TYPE_CHECKING:
+    from modelstore.calibrate.run import Calibrated
+    from modelstore.calibrate.text import Calibration
     from modelstore.client.reading import Readable
     from modelstore.compress.codes import Codes
     from modelstore.compress.job import Spread
@@ -35,6 +37,7 @@ def compress(
     include: Iterable[str],
     skip: Iterable[str],
     requantize: bool,
+    calibration: str | PathLike[str] | Calibration | None,
     progress: Progress | None,
 ) -> results.Compressed:
     """Make a variant of a version, as `Model.compress` says."""
@@ -49,6 +52,7 @@ def compress(
             raise ValueError(
                 f"variant={variant!r} has no effect: recipe {plan.recipe!r} makes {', '.join(variants)}, leave it out"
             )
+        calibrated = _calibrated(access, model, parent, plan, wanted, calibration)
         passes = 2 if wanted.prune is not None else 1
         total = passes * sum(choice.bytes for choice in plan.compressed)
         work = access.work(progress).begin(total, f"compressing {model.asked} to {', '.join(variants)}")
@@ -62,7 +66,10 @@ def compress(
             codes=given,
             earlier=[access.repo.manifests.entry(parent.record.model, entry) for entry in entries],
             work=work,
-            spread=_spread(access, parent, entries, work) if given is None and parent.stored is None else None,
+            spread=_spread(access, parent, entries, work)
+            if given is None and parent.stored is None and calibrated is None
+            else None,
+            calibrated=calibrated,
         )
         return outcome.result(plan, time.monotonic() - started)
 
@@ -111,6 +118,48 @@ def _planned(
     if codes is not None:
         plan = give_codes(plan, opened.manifest, recipe, codes.given, codes.origin)
     return parent, plan, recipe
+
+
+def _calibrated(
+    access: Access,
+    model: Readable,
+    parent: Parent,
+    plan: results.CompressionPlan,
+    recipe: Recipe,
+    given: str | PathLike[str] | Calibration | None,
+) -> Calibrated | None:
+    """What solves a recipe's tensors on a text; None where the recipe takes none."""
+    if not recipe.calibrated:
+        if given is not None:
+            raise ValueError(f"calibration= has no effect: recipe {recipe.name!r} looks at no data, leave it out")
+        return None
+    if given is None:
+        raise ValueError(
+            f"recipe {recipe.name!r} looks at data: give a text that it is calibrated on, calibration='book.txt'"
+        )
+    if parent.stored is not None:
+        raise ValueError(
+            "requantize=True makes weights that no text is run through: compress without data, or dequantize first"
+        )
+    from modelstore.calibrate.run import Calibrated
+    from modelstore.calibrate.text import Calibration, cut
+    from modelstore.client.evaluating import text_of
+    from modelstore.compress.evaluate.model import class_of, language_config, tokens
+    from modelstore.compress.stages import Stages
+
+    how = given if isinstance(given, Calibration) else Calibration(given)
+    entry = access.repo.catalog.variant(parent.record, ORIGINAL)
+    opened = access.opened(model.name, entry)
+    config = language_config(opened)
+    text = config.get_text_config()
+    ids = tokens(opened, text_of(how.text)[1])
+    samples = cut(ids, how, int(text.vocab_size), getattr(text, "max_position_embeddings", None))
+    specs = {choice.name: choice.codec for choice in plan.compressed if choice.codec}
+    rules = {choice.name: recipe.rule(choice.name, choice.kind) for choice in plan.compressed}
+    wanted = {name for name, rule in rules.items() if rule is not None and rule.method is not None}
+    limits = access.limits()
+    stages = Stages(opened, class_of(config), limits)
+    return Calibrated(stages, parent.manifest, samples, specs, wanted, limits.memory // 4)
 
 
 def _spread(access: Access, parent: Parent, earlier: Iterable[VariantEntry], work: Work) -> Spread | None:

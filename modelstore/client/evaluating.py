@@ -36,7 +36,7 @@ def evaluate(
 
     choice = run.Choice(context, stride or context, **options)
     choice.check()
-    name, content = _text(text)
+    name, content = text_of(text)
     started = time.monotonic()
     access.repo.catalog.open()
     pinned = _pinned(access, refs)
@@ -109,7 +109,7 @@ def _pinned(access: Access, refs: list[Reference]) -> list[Reference]:
     return found
 
 
-def _text(text: str | os.PathLike[str]) -> tuple[str, str]:
+def text_of(text: str | os.PathLike[str]) -> tuple[str, str]:
     """A text's name and content, of a file or of itself; `ValueError` where there is none."""
     if not isinstance(text, str) or (len(text) < 4096 and not any(c in text for c in "\n\0") and _is_file(text)):
         path = Path(text)

@@ -21,6 +21,7 @@ from modelstore.plan.layout import Shard
 if TYPE_CHECKING:
     import torch
 
+    from modelstore.calibrate.text import Calibration
     from modelstore.integrations.zarr import ModelArrays
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -148,6 +149,7 @@ class OfModels(Base):
         include: Iterable[str] = (),
         skip: Iterable[str] = (),
         requantize: bool = False,
+        calibration: str | os.PathLike[str] | Calibration | None = None,
         progress: Progress | None = None,
     ) -> results.Compressed:
         return self._at(ref).compress(
@@ -157,6 +159,7 @@ class OfModels(Base):
             include=include,
             skip=skip,
             requantize=requantize,
+            calibration=calibration,
             progress=progress,
         )
 

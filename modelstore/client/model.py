@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from modelstore.calibrate.text import Calibration
 from modelstore.client.access import Access
 from modelstore.client.arguments import MAX_SHARD
 from modelstore.client.compressing import compress, plan_compression
@@ -112,6 +113,7 @@ class Model(Readable):
         include: Iterable[str] = (),
         skip: Iterable[str] = (),
         requantize: bool = False,
+        calibration: str | os.PathLike[str] | Calibration | None = None,
         progress: Progress | None = None,
     ) -> results.Compressed:
         """Make a compressed variant of this version; the original stays as it is, exact.
@@ -130,6 +132,8 @@ class Model(Readable):
             skip: Targets to keep as they are.
             requantize: Compress a checkpoint that another tool has quantized (float8 with scales, mxfp4) from its dequantized
                 values. Such a checkpoint is kept exactly otherwise.
+            calibration: The text that a recipe with a method such as GPTQ ("gptq4") looks at, in UTF-8: a path, the text
+                itself, or a `Calibration`, which says how many samples of how many tokens are taken (128 of 512).
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
@@ -153,6 +157,7 @@ class Model(Readable):
             include=include,
             skip=skip,
             requantize=requantize,
+            calibration=calibration,
             progress=progress,
         )
 

@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -64,6 +64,21 @@ class Portion(msgspec.Struct, frozen=True):
 Spread = Callable[[Portion], int]  # bytes that were newly stored
 
 
+class Calibrated(Protocol):
+    """What finds values of tensors on data, and writes them with all others."""
+
+    @property
+    def recorded(self) -> Mapping[str, Any]:
+        """What a manifest says of the data."""
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Once it has run: why tensors were left to what the weights alone give, by name."""
+
+    def run(self, items: list[Input], write: Callable[[list[Input]], dict[str, Written]]) -> dict[str, Written]:
+        """Write all items, in calls as it likes."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a compression made: the record that shows it, and each variant's metrics."""
@@ -113,16 +128,19 @@ def compress(
     earlier: Iterable[Manifest] = (),
     work: Work,
     spread: Spread | None = None,
+    calibrated: Calibrated | None = None,
 ) -> Outcome:
     """Make a plan's variants of one version and publish them together.
 
     `codes`: those that the plan's choices were given. `earlier`: manifests whose chunks need not be stored again. `spread`
-    has others encode what is left, who note it in the journal; what they leave is encoded here.
+    has others encode what is left, who note it in the journal; what they leave is encoded here. `calibrated`: what solves
+    tensors on data.
     `ConflictError` where a variant of that name is there and is another, before anything is read; `CorruptionError` where
     a tensor read is not what was saved, or does not decode to what it should: nothing is published then.
     """
     model = parent.record.model
     recorded = _recorded(recipe, plan, codes.check(parent.manifest) if codes else None, parent.requantized)
+    recorded |= {"calibration": calibrated.recorded} if calibrated else {}
     before = _made_before(repo.manifests, parent, variants, recorded)
     if before is None:
         _check_free(parent.record, variants)
@@ -155,13 +173,19 @@ def compress(
     known = known_chunks((parent.manifest, *earlier)) | resumed.known
     left = [item for item in inputs if item.plan.name not in resumed.written]
     threads = work.limits.threads or (None if parent.reader.local else _REMOTE_THREADS)
-    writer = PackWriter(repo.storage, work.within(work.memory, threads), known, shelf, resumed.journal.note, tally)
-    written = resumed.written | writer.write(left)
+
+    def write(items: list[Input]) -> dict[str, Written]:
+        within = work.within(work.memory, threads)
+        return PackWriter(repo.storage, within, known, shelf, resumed.journal.note, tally).write(items)
+
+    written = resumed.written | (calibrated.run(left, write) if calibrated else write(left))
     _prove(parent, variants, plan, written)
     require_others(shelf, parent.reader, written)
     entries, measured = {}, {}
     for at, variant in enumerate(variants):
         manifest = _manifest(parent, variants, at, inputs, written, recorded)
+        if calibrated and calibrated.notes:
+            manifest = msgspec.structs.replace(manifest, metrics=manifest.metrics | {"data_free": calibrated.notes})
         entries[variant] = store_manifest(repo.manifests, model, manifest, recipe.name, shelf)
         measured[variant] = manifest.metrics
     record = _publish(repo.catalog, parent, entries)

@@ -256,7 +256,8 @@ def resolve(value: str | Recipe | Mapping[str, Any], include: Iterable[str] = ()
     codec = next((rule.codec for rule in made.rules if rule.codec), None)
     if codec is None:
         raise ValueError(f"recipe {made.name!r} has no rule with a codec: it would compress nothing")
-    rules = [Rule(tuple(skip), None)] * bool(skip) + [Rule(tuple(include), codec)] * bool(include)
+    method = next((rule.method for rule in made.rules if rule.codec), None)
+    rules = [Rule(tuple(skip), None)] * bool(skip) + [Rule(tuple(include), codec, method)] * bool(include)
     made = made.with_rules(*rules)
     check(made)
     return made

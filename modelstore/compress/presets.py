@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from modelstore.format.manifest import CodecSpec
-from modelstore.format.recipe import Recipe, Rule
+from modelstore.format.recipe import Method, Recipe, Rule
 from modelstore.format.suggest import suggestion
 
 Value = int | float | str | bool
@@ -62,17 +62,30 @@ _ALL = (
 PRESETS: Mapping[str, Recipe] = MappingProxyType({preset.name: preset for preset in _ALL})
 
 
+def _gptq(bits: int, group_size: int) -> Recipe:
+    codec = CodecSpec("int", {"bits": bits, "group_size": group_size, "method": "mse"})
+    said = f"{bits} bits, symmetric, groups of {group_size}, GPTQ: looks at a text, calibration="
+    return Recipe(f"gptq{bits}", (Rule(("linear",), codec, Method("gptq")),), description=said)
+
+
+# These look at data, so that no variant of theirs is made while it is read.
+CALIBRATED: Mapping[str, Recipe] = MappingProxyType(
+    {preset.name: preset for preset in (_gptq(4, 128), _gptq(3, 128), _gptq(2, 64))}
+)
+
+
 def presets() -> dict[str, Recipe]:
     """All presets by name."""
-    return dict(PRESETS)
+    return {**PRESETS, **CALIBRATED}
 
 
 def preset(name: str) -> Recipe:
     """The preset of that name; `ValueError` where there is none."""
+    every = presets()
     try:
-        return PRESETS[name]
+        return every[name]
     except KeyError:
-        like, known = suggestion(name, PRESETS), ", ".join(PRESETS)
+        like, known = suggestion(name, every), ", ".join(every)
         raise ValueError(
             f"there is no preset {name!r}{like}: choose one of {known}, or give a Recipe (a .json file)"
         ) from None

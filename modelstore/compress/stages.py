@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from modelstore.architecture.model_class import build
@@ -35,13 +36,20 @@ class Stages:
             raise UnsupportedError(f"a {class_name} cannot be run block by block: {error}") from None
         self._buffers = {buffer.name: value for buffer, value in made.items()}
 
-    def values(self, stage: int) -> dict[str, torch.Tensor]:
-        """What a stage computes with: its block's parameters and those around the blocks, read from the store."""
+    def values(
+        self, stage: int, change: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What a stage computes with: its block's parameters and those around the blocks, read from the store.
+
+        `change` gives for a stored tensor, by its name, what it is taken to be instead.
+        """
         import torch
 
         needed = self.skeleton.needs(stage)
         found = dict(self._buffers)
         for one in self.names.of(needed):
             read = self._model.load(self._model.shares(None, one.sources), Work(self._limits))
+            if change is not None:
+                read = {name: change(name, tensor) for name, tensor in read.items()}
             found |= values(self.built, one, read.__getitem__, torch.float32)
         return found | {name: found[of] for name, of in self.names.tied.items() if name in needed}

@@ -29,16 +29,26 @@ KINDS: tuple[str, ...] = get_args(Kind)
 _EXPRESSION = "re:"
 
 
+METHODS = ("gptq",)
+
+
+class Method(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How the values that a codec stores are found, where that takes data: by GPTQ ("gptq")."""
+
+    name: str
+
+
 class Rule(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Tensors, and what becomes of them: a codec, or None to keep them as they are.
 
     Each target is a kind ("linear", "convolution", "embedding", …), a pattern of names with `*` and `?`, or an expression
     after "re:" that the whole name matches. A kind speaks of the tensors that are meant to be compressed so; a pattern of
-    whatever it matches.
+    whatever it matches. `method`: how the codec's values are found, where they are no function of the weights alone.
     """
 
     targets: tuple[str, ...]
     codec: CodecSpec | None = None
+    method: Method | None = None
 
 
 class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -56,6 +66,11 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     def rule(self, tensor: str, kind: str) -> Rule | None:
         """The rule that speaks of a tensor."""
         return next((rule for rule in self.rules if any(matches(t, tensor, kind) for t in rule.targets)), None)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it takes a text to look at."""
+        return any(rule.method is not None for rule in self.rules)
 
     def with_rules(self, *rules: Rule) -> Recipe:
         """The recipe with rules that come before its own."""
@@ -81,6 +96,16 @@ def recipe(value: Mapping[str, Any]) -> Recipe:
     return made
 
 
+def _check_method(name: str, rule: Rule) -> None:
+    assert rule.method is not None, "asked for rules with one"
+    if rule.method.name not in METHODS:
+        raise ValueError(f"recipe {name!r}: method {rule.method.name!r} is not one of {', '.join(METHODS)}")
+    params = rule.codec.params if rule.codec else {}
+    plain = params.get("symmetric", True) is True and params.get("granularity", "group") == "group"
+    if rule.codec is None or rule.codec.name != "int" or not plain:
+        raise ValueError(f"recipe {name!r}: method gptq is for codec int, symmetric and in groups")
+
+
 def check(value: Recipe) -> None:
     """`ValueError` where a recipe cannot be meant so."""
     if value.prune is not None and not 0 < value.prune < 1:
@@ -90,6 +115,8 @@ def check(value: Recipe) -> None:
             raise ValueError(
                 f"recipe {value.name!r}: prune= is for rules whose codec is sparse, without parameters of its own"
             )
+        if rule.method is not None:
+            _check_method(value.name, rule)
         if not rule.targets:
             raise ValueError(
                 f"recipe {value.name!r}: a rule has no targets; name kinds ({', '.join(KINDS)}) or patterns"

@@ -128,6 +128,21 @@ class Int(WeightCodec):
             return self._encode(values, shape, dtype, None)
         return self.fit(partial(boxes.cut, values, shape, dtype.itemsize), shape, dtype)(values, full(shape))
 
+    def encode_with(self, codes: NDArray[np.int8], scales: Floats, shape: Shape, dtype: DType) -> tuple[Buffer, ...]:
+        """A region's planes of given codes (rows, columns) and scales (rows, groups), float32 that the stored dtype holds.
+
+        `ValueError` unless the codec is symmetric, and the codes are of its bits and its matrix.
+        """
+        half = 1 << (self.bits - 1)
+        if not self.symmetric or codes.shape != matrix(shape) or scales.shape != self.layout.grid(shape):
+            raise ValueError(f"int: codes {codes.shape} and scales {scales.shape} are not those of {shape}")
+        if codes.size and not (-half <= int(codes.min()) and int(codes.max()) < half):
+            raise ValueError(f"int: there are codes beyond {self.bits} bits")
+        words = (codes.astype(np.int16) + half).astype(np.uint8)
+        bits = np.unpackbits(words[:, :, None], axis=2, count=self.bits, bitorder="little")
+        packed = np.packbits(bits.reshape(len(words), -1), axis=1, bitorder="little")
+        return self.layout.plane(packed, scales, np.zeros_like(scales), dtype)
+
     def decode(
         self,
         planes: Sequence[Buffer],

@@ -1,0 +1,168 @@
+"""Calibrated variants: solved on what comes to each layer, recorded, gone on with, and refused where they would be wrong."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import modelstore as ms
+from modelstore.errors import ConflictError, FormatError
+from modelstore.execute.write.packs import PackWriter
+from modelstore.storage.memory import MemoryStorage
+from tests.helpers.language import TEXT, make_language_model
+from tests.helpers.stores import open_on
+
+transformers = pytest.importorskip("transformers")
+
+DATA = ms.Calibration(TEXT, samples=10, length=32)
+RECIPE: dict[str, Any] = {
+    "name": "solved",
+    "rules": [
+        {
+            "targets": ["linear"],
+            "codec": {"name": "int", "params": {"bits": 3, "group_size": 16, "method": "mse"}},
+            "method": {"name": "gptq"},
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_language_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def store(folder: Path) -> ms.Store:
+    opened = open_on(MemoryStorage(uuid.uuid4().hex))
+    opened.save("m", folder)
+    return opened
+
+
+def content(store: ms.Store, ref: str) -> str:
+    found: str = store[ref].opened().manifest.content
+    return found
+
+
+def test_each_layer_loses_less_of_what_comes_to_it(store: ms.Store) -> None:
+    """The second block's inputs are those that the first one gives as it is stored."""
+    done = store.compress("m", RECIPE, calibration=DATA)
+    assert done.compressed == 14
+    assert "data_free" not in done.metrics["solved"]
+    plain = {**RECIPE, "name": "plain", "rules": [{**RECIPE["rules"][0], "method": None}]}
+    store.compress("m", plain)
+    found = store.eval(["m:solved", "m:plain"], text=TEXT, context=32)
+    assert found[0].measured.kl < 0.7 * found[1].measured.kl
+    recorded = store.describe("m:solved").recipe
+    assert recorded["rules"][0]["method"] == {"name": "gptq"}
+    said = recorded["calibration"]
+    assert (said["samples"], said["length"], said["seed"], said["torch"]) == (
+        10,
+        32,
+        0,
+        torch.__version__.split("+")[0],
+    ) or (said["torch"] == torch.__version__)
+    assert len(said["digest"]) == 64
+
+
+def test_the_same_again_does_nothing_and_other_data_are_a_conflict(store: ms.Store) -> None:
+    store.compress("m", RECIPE, calibration=DATA)
+    before = content(store, "m:solved")
+    assert store.compress("m", RECIPE, calibration=DATA).stored == 0
+    assert content(store, "m:solved") == before
+    with pytest.raises(ConflictError):
+        store.compress("m", RECIPE, calibration=ms.Calibration(TEXT, samples=10, length=32, seed=1))
+
+
+def test_what_was_interrupted_gives_the_same_bytes(
+    store: ms.Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.compress("m", RECIPE, calibration=DATA)
+    other = open_on(MemoryStorage(uuid.uuid4().hex))
+    other.save("m", folder)
+    real, calls = PackWriter.write, []
+
+    def dying(self: PackWriter, items: Any) -> Any:
+        calls.append(len(items))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackWriter, "write", dying)
+        with pytest.raises(KeyboardInterrupt):
+            other.compress("m", RECIPE, calibration=DATA)
+    assert other.compress("m", RECIPE, calibration=DATA).compressed == 14
+    one, two = store.load("m:solved"), other.load("m:solved")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    digests = [{t.name: t.digest for t in s["m:solved"].opened().manifest.tensors} for s in (store, other)]
+    assert digests[0] == digests[1]
+
+
+def test_layers_that_no_text_reaches_are_rounded_without_data_and_named(folder: Path, tmp_path: Path) -> None:
+    """Stacked experts are no linear layers of their own; and few tokens say too little."""
+    config = transformers.MixtralConfig(
+        vocab_size=transformers.AutoConfig.from_pretrained(folder).vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        max_position_embeddings=64,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    store = open_on(MemoryStorage(uuid.uuid4().hex))
+    store.save("moe", tmp_path)
+    notes = store.compress("moe", RECIPE, calibration=DATA).metrics["solved"]["data_free"]
+    assert len(notes) == 2 * 3 * 3
+    assert all("expert" in name and "no linear layer" in why for name, why in notes.items())
+    few = store.compress("moe", RECIPE, variant="few", calibration=ms.Calibration(TEXT, samples=1, length=32))
+    assert (
+        "32 tokens came to its 32 columns" in few.metrics["few"]["data_free"]["model.layers.1.self_attn.q_proj.weight"]
+    )
+
+
+def test_activations_that_are_no_numbers_are_refused(store: ms.Store) -> None:
+    tensors = store.load("m")
+    tensors["model.layers.0.input_layernorm.weight"][3] = torch.nan
+    files = {name: store["m"].file(name) for name in ("config.json", "tokenizer.json", "tokenizer_config.json")}
+    store.save("bad", tensors, files=files)
+    with pytest.raises(FormatError, match=r"comes to 'model\.layers\.0\.self_attn\.q_proj' is not finite"):
+        store.compress("bad", RECIPE, calibration=DATA)
+    assert [info.variant for info in store.variants("bad")] == ["original"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "calibration", "says"),
+    [
+        ("gptq4", None, "looks at data: give a text"),
+        ("int4", DATA, "looks at no data"),
+        (RECIPE, ms.Calibration(TEXT, length=65), "more than the model's 64 positions"),
+        (RECIPE, ms.Calibration("the sea was calm", length=32), "give a longer text"),
+        (RECIPE, "nowhere.txt", "no file"),
+        ({**RECIPE, "rules": [{**RECIPE["rules"][0], "codec": {"name": "nf4"}}]}, DATA, "method gptq is for codec int"),
+        ({**RECIPE, "rules": [{**RECIPE["rules"][0], "method": {"name": "awq"}}]}, DATA, "not one of gptq"),
+    ],
+)
+def test_wrong_input_is_refused_in_a_sentence(store: ms.Store, recipe: Any, calibration: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        store.compress("m", recipe, calibration=calibration)
+
+
+@pytest.mark.parametrize("how", [{"samples": 0}, {"length": 1}, {"seed": -1}, {"samples": True}])
+def test_a_calibration_that_cannot_be_meant_is_refused(how: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no whole number"):
+        ms.Calibration(TEXT, **how)
+
+
+def test_no_calibrated_variant_is_made_while_it_is_read(store: ms.Store) -> None:
+    assert "gptq4" in ms.presets()
+    with pytest.raises(ms.errors.NotFoundError):
+        store.load("m:gptq4")
