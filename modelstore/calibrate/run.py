@@ -16,7 +16,7 @@ from modelstore.calibrate.gptq import Solved, solve
 from modelstore.calibrate.statistics import Gathered
 from modelstore.calibrate.text import Samples
 from modelstore.codecs.integer.codec import Int
-from modelstore.codecs.integer.planes import scale_dtype
+from modelstore.codecs.numeric.scaled import scale_dtype
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.plan import weight_codec
 from modelstore.compress.stages import Stages

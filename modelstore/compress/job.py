@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -18,6 +18,7 @@ from modelstore.architecture.parallel import axes
 from modelstore.codecs.ladder.codec import Ladder
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
 from modelstore.compress.budget import check_memory
+from modelstore.compress.calibrated import Calibrated, noted
 from modelstore.compress.codes import Codes, encoder_of
 from modelstore.compress.devices import fit_on
 from modelstore.compress.kept import keep_architecture, metrics
@@ -62,21 +63,6 @@ class Portion(msgspec.Struct, frozen=True):
 
 
 Spread = Callable[[Portion], int]  # bytes that were newly stored
-
-
-class Calibrated(Protocol):
-    """What finds values of tensors on data, and writes them with all others."""
-
-    @property
-    def recorded(self) -> Mapping[str, Any]:
-        """What a manifest says of the data."""
-
-    @property
-    def notes(self) -> dict[str, str]:
-        """Once it has run: why tensors were left to what the weights alone give, by name."""
-
-    def run(self, items: list[Input], write: Callable[[list[Input]], dict[str, Written]]) -> dict[str, Written]:
-        """Write all items, in calls as it likes."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +138,8 @@ def compress(
     inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed] + parent.file_inputs()
     tally = Tally()
     shelf = Shelf(repo.storage)
-    identity = (
-        "compress",
-        model,
-        parent.content,
-        *variants,
-        msgspec.json.encode(recorded, order="sorted").decode(),
-    )
+    settings = msgspec.json.encode(recorded, order="sorted").decode()
+    identity = ("compress", model, parent.content, *variants, settings)
     resumed = resume(repo.storage, identity, inputs, shelf, tally, work.advance)
     if spread is not None and before is None:
         rest = {c.name: c.codec for c in plan.compressed if c.codec and c.name not in resumed.written}
@@ -183,9 +164,7 @@ def compress(
     require_others(shelf, parent.reader, written)
     entries, measured = {}, {}
     for at, variant in enumerate(variants):
-        manifest = _manifest(parent, variants, at, inputs, written, recorded)
-        if calibrated and calibrated.notes:
-            manifest = msgspec.structs.replace(manifest, metrics=manifest.metrics | {"data_free": calibrated.notes})
+        manifest = noted(_manifest(parent, variants, at, inputs, written, recorded), calibrated)
         entries[variant] = store_manifest(repo.manifests, model, manifest, recipe.name, shelf)
         measured[variant] = manifest.metrics
     record = _publish(repo.catalog, parent, entries)

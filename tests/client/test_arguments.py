@@ -83,7 +83,7 @@ WRONG: dict[str, list[Any]] = {  # by annotation, None aside
     "Mapping[str, str]": ["x", 3, ["x"]],
     "Mapping[str, str | int | float | bool]": ["x", 3, ["x"]],
     "str | Recipe | Mapping[str, Any]": [3, ["int8"], WEIGHTS.values(), b"int8"],
-    "str | os.PathLike[str] | Calibration": (3, None, b"text"),
+    "str | os.PathLike[str] | Calibration": [3, ["text"], b"text"],
     "str | list[str] | tuple[str, ...]": [3, [3], WEIGHTS.values(), b"m", "m@@"],
     "DTypeName": ["float64", 3, torch.float32],
 }

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import modelstore as ms
+from modelstore.compress.presets import PRESETS
 from modelstore.errors import ConflictError, CorruptionError, UnsupportedError
 from modelstore.storage.memory import MemoryStorage
 from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import all_bits, journal, open_on, pack_sizes, shrink
 
-RECIPES = tuple(name for name in ms.presets() if name not in ("ladder", "round"))
+RECIPES = tuple(name for name in PRESETS if name not in ("ladder", "round"))
 
 
 def model(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:

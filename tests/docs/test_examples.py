@@ -24,10 +24,14 @@ HERE = {  # what a page names, and what there is on this machine
     "print(info.version)": "print(info.version); break",  # a watch goes on for ever
     "torch.distributed.barrier()": "pass",
     "(32000, 4096)": "(4096, 256)",
+    "samples=128, length=512": "samples=16, length=64",
 }
 PAGES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("guide", "python", "compression", "layouts", "live", "zarr", "sources")),
+    *(
+        f"docs/{name}.md"
+        for name in ("guide", "python", "compression", "layouts", "live", "zarr", "sources", "calibration")
+    ),
 ]
 
 pytestmark = pytest.mark.slow
@@ -76,7 +80,8 @@ def names(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "to").symlink_to(models)
-    (tmp_path / "book.txt").write_text(TEXT * 4)
+    for name in ("book.txt", "emma.txt"):
+        (tmp_path / name).write_text(TEXT * 4)
     model = transformers.AutoModelForCausalLM.from_pretrained(models / "hf_folder", dtype=torch.bfloat16)
     return {
         "ms": ms,

@@ -1,0 +1,34 @@
+"""What a compression asks of who finds values on data, and keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+
+from modelstore.execute.write.encoding import Input
+from modelstore.execute.write.packs import Written
+from modelstore.format.manifest import Manifest
+
+
+class Calibrated(Protocol):
+    """What finds values of tensors on data, and writes them with all others."""
+
+    @property
+    def recorded(self) -> Mapping[str, Any]:
+        """What a manifest says of the data."""
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Once it has run: why tensors were left to what the weights alone give, by name."""
+
+    def run(self, items: list[Input], write: Callable[[list[Input]], dict[str, Written]]) -> dict[str, Written]:
+        """Write all items, in calls as it likes."""
+
+
+def noted(manifest: Manifest, calibrated: Calibrated | None) -> Manifest:
+    """A manifest that says which tensors were left to what the weights alone give, and why."""
+    if calibrated is None or not calibrated.notes:
+        return manifest
+    return msgspec.structs.replace(manifest, metrics=manifest.metrics | {"data_free": calibrated.notes})
