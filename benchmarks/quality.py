@@ -184,7 +184,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=4096)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--presets", nargs="*", default=list(ms.presets()))
+    parser.add_argument(
+        "--presets", nargs="*", default=[name for name, one in ms.presets().items() if not one.calibrated]
+    )
     parser.add_argument("--memory", default="4GiB")
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where the temporary store lies")
