@@ -75,7 +75,6 @@ def values(
     built: Built, one: Made, read: Callable[[str], torch.Tensor], dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
     """The parameters that are made together, of tensors that `read` gives; floats as `dtype`. `FormatError` for other shapes."""
-    known: dict[str, Any] = dict(built.model.state_dict(keep_vars=True))
     given = [_as(read(name), dtype) for name in one.sources]
     if one.patterns == ("",):
         found = {one.parameters[0]: given[0]}
@@ -86,14 +85,25 @@ def values(
         converted = converter.convert(one.parameters[0], model=built.model, config=built.model.config)
         found = {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
     for name, value in found.items():
-        if name not in known or value.shape != known[name].shape:
-            wanted = list(known[name].shape) if name in known else "nothing"
+        place = _place(built.model, name)
+        if place is None or value.shape != place.shape:
+            wanted = list(place.shape) if place is not None else "nothing"
             raise FormatError(
                 f"parameter {name!r} of a {type(built.model).__name__} is {wanted}, and the tensors stored for it make "
                 f"{list(value.shape)}",
                 tensor=one.sources[0],
             )
     return found
+
+
+def _place(model: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """The model's parameter or buffer of that name; None where it has none. All of them are not listed for one."""
+    owner, _, key = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    return module._parameters.get(key, module._buffers.get(key))
 
 
 def _tied(built: Built, known: Mapping[str, Any], made: Mapping[str, Made]) -> dict[str, str]:

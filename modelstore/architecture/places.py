@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from modelstore.architecture.config import Config, model_type
@@ -189,16 +190,22 @@ def _kept_in_float32(model: Any) -> Callable[[str], bool]:
 def _refuse_cast(model: Any, modules: Mapping[str, Any]) -> None:
     """A model that gives a buffer another dtype while it runs: compressed-tensors keeps the one that the buffer has."""
     for name, one in modules.items():
-        try:
-            source = inspect.getsource(type(one).forward) if one._buffers else ""
-        except (OSError, TypeError):
-            continue
         for buffer in one._buffers:
-            if re.search(rf"self\.{buffer} = self\.{buffer}\.to\(", source):
+            if buffer in _cast_by(type(one)):  # type: ignore[arg-type]  # classes are hashable
                 raise UnsupportedError(
                     f"{type(model).__name__} of transformers casts '{name}.{buffer}' while it runs, which has no effect beside "
                     f"packed weights: {_DENSE}"
                 )
+
+
+@cache
+def _cast_by(kind: type[Any]) -> frozenset[str]:
+    """What a class assigns anew in its `forward`, as itself in another dtype or place; a model has many modules of a class."""
+    try:
+        source = inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+) = self\.\1\.to\(", source))
 
 
 def _refuse_replaced(modules: Any) -> None:
