@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from modelstore.codecs import check
 from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.weight import Encode, ReadValues, WeightCodec, matrix
@@ -41,15 +39,11 @@ def encode(codec: Int, values: Bytes, region: Region, dtype: DType, device: str)
     import torch
 
     from modelstore.codecs.integer.torch import quantize
-    from modelstore.codecs.kernels import bits
 
     shape = extent(region)
     check.values(values, shape, dtype)
     rows, columns = matrix(shape)
     weight = torch.from_numpy(values).view(getattr(torch, dtype.name)).reshape(rows, columns).to(device)
     found = quantize(weight, codec.bits, codec.symmetric, codec.group_size, codec.method)
-    codes = (found.codes.to(torch.int16) + (1 << (codec.bits - 1))).to(torch.uint8).cpu().numpy()
-    packed = np.zeros((rows, codec.layout.line(columns)), np.uint8)
-    bits.kernels()[0](codes, codec.bits, packed)
     scales, zeros = (x.to(torch.float32).cpu().numpy() for x in (found.scale, found.zero))
-    return codec.layout.plane(packed, scales, zeros, dtype)
+    return codec.pack(found.codes.cpu().numpy(), scales, zeros, dtype)

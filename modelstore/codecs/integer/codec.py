@@ -138,10 +138,16 @@ class Int(WeightCodec):
             raise ValueError(f"int: codes {codes.shape} and scales {scales.shape} are not those of {shape}")
         if codes.size and not (-half <= int(codes.min()) and int(codes.max()) < half):
             raise ValueError(f"int: there are codes beyond {self.bits} bits")
-        words = (codes.astype(np.int16) + half).astype(np.uint8)
-        bits = np.unpackbits(words[:, :, None], axis=2, count=self.bits, bitorder="little")
-        packed = np.packbits(bits.reshape(len(words), -1), axis=1, bitorder="little")
-        return self.layout.plane(packed, scales, np.zeros_like(scales), dtype)
+        return self.pack(codes, scales, np.zeros_like(scales), dtype)
+
+    def pack(self, codes: NDArray[np.int8], scales: Floats, zeros: Floats, dtype: DType) -> tuple[Buffer, ...]:
+        """The planes of codes (rows, columns), scales and zero points (rows, groups), which nobody checks."""
+        from modelstore.codecs.kernels import bits
+
+        words = (codes.astype(np.int16) + (1 << (self.bits - 1))).astype(np.uint8, order="C")
+        packed = np.zeros((len(words), self.layout.line(words.shape[1])), np.uint8)
+        bits.kernels()[0](words, self.bits, packed)
+        return self.layout.plane(packed, scales, zeros, dtype)
 
     def decode(
         self,
