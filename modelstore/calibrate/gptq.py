@@ -34,24 +34,37 @@ class Solved:
     damping: float | None
 
 
-def solve(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, stored: torch.dtype) -> Solved:
+@dataclass(frozen=True)
+class Factored:
+    """What layers that read one input have in common: how much comes through each column, the columns by that, and the factor."""
+
+    diagonal: torch.Tensor
+    order: torch.Tensor
+    upper: torch.Tensor | None
+    damping: float | None
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor) -> Factored:
+        """hessian: float64 (columns, columns), the sum of outer products of the inputs."""
+        diagonal = hessian.diagonal()
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        return cls(diagonal, order, *factor(hessian[order][:, order], diagonal[order] == 0))
+
+
+def solve(weight: torch.Tensor, inputs: Factored, bits: int, group: int, stored: torch.dtype) -> Solved:
     """Codes and scales of a weight (rows, columns).
 
-    hessian: float64 (columns, columns), the sum of outer products of the inputs; group: columns that share a scale, fewer at the
-    end; stored: the dtype of the scales.
+    inputs: what comes to it; group: columns that share a scale, fewer at the end; stored: the dtype of the scales.
     """
     weight = weight.float().clone()
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    weight[:, dead] = 0
-    scales = search(weight, diagonal.float(), bits, group, stored)
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    upper, damping = factor(hessian[order][:, order], dead[order])
+    weight[:, inputs.diagonal == 0] = 0
+    scales = search(weight, inputs.diagonal.float(), bits, group, stored)
+    order = inputs.order
     each = scales.repeat_interleave(group, 1)[:, : weight.shape[1]][:, order]
-    codes = _rounded(weight[:, order], upper, each, bits)
+    codes = _rounded(weight[:, order], inputs.upper, each, bits)
     back = np.empty_like(codes)
     back[:, order.numpy()] = codes
-    return Solved(back, scales.numpy(), damping)
+    return Solved(back, scales.numpy(), inputs.damping)
 
 
 def search(weight: torch.Tensor, importance: torch.Tensor, bits: int, group: int, stored: torch.dtype) -> torch.Tensor:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelstore.calibrate.gptq import Solved, solve
+from modelstore.calibrate.gptq import Factored, Solved, solve
 from modelstore.calibrate.statistics import Gathered
 from modelstore.calibrate.text import Samples
 from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.numeric.scaled import scale_dtype
 from modelstore.codecs.weight import WeightCodec
+from modelstore.compress.calibrated import Write
 from modelstore.compress.plan import weight_codec
 from modelstore.compress.stages import Stages
 from modelstore.execute.read.tensors import bytes_of, to_torch
@@ -29,7 +30,7 @@ from modelstore.format.dtypes import DType
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.region import Region, extent
 
-Write = Callable[[list[Input]], dict[str, Written]]
+Layers = Mapping[str, tuple[torch.nn.Linear, str, str]]  # by name: the layer, its parameter, and its tensor
 _SHARDS = 8  # runs that the samples are divided into
 _TOKENS = 2  # for each column: an input that fewer came to says too little
 
@@ -60,33 +61,46 @@ class Calibrated:
         written: dict[str, Written] = {}
         shards = torch.tensor_split(self.samples.ids, min(_SHARDS, len(self.samples.ids)))
         before = Spool(0)
-        tried: set[str] = set()
-        last = max((at for at in range(self.stages.skeleton.count) if self._layers(at)), default=-1)
+        layers = [self._layers(block) for block in range(self.stages.skeleton.count)]
+        while layers and not layers[-1]:  # nothing is to be solved behind
+            layers.pop()
+
+        def keep(solved: Mapping[str, Solved]) -> None:
+            fresh = [
+                replace(left[name], encoder=_encoder(self._int(name), one, self.manifest.by_name[name].kind))
+                for name, one in solved.items()
+                if name in left
+            ]
+            written.update(write(fresh) if fresh else {})
+
         try:
-            for block in range(last + 1):
-                solved = self._solve(block, shards, before)
-                tried |= {tensor for _, _, tensor in self._layers(block).values()}
-                fresh = [
-                    replace(left[name], encoder=_encoder(self._int(name), one, self.manifest.by_name[name].kind))
-                    for name, one in solved.items()
-                    if name in left
-                ]
-                written |= write(fresh) if fresh else {}
-                after = Spool(self.memory // 2)
-                with self.stages.skeleton.at(block, self.stages.values(block, self._as_stored(solved))) as run:
-                    for at, ids in enumerate(shards):
-                        after.append(run(ids, before[at] if block else None))
-                before.close()
-                before = after
+            for block, mine in enumerate(layers):
+                before = self._pass(block, mine, shards, before, keep)
         finally:
             before.close()
         rest = [item for name, item in left.items() if name not in written]
+        tried = {tensor for mine in layers for _, _, tensor in mine.values()}
         for name in self.wanted:
             if name not in tried:
                 self.notes.setdefault(name, "it is no linear layer of a block with a weight of its own")
         return written | (write(rest) if rest else {})
 
-    def _layers(self, block: int) -> dict[str, tuple[torch.nn.Linear, str, str]]:
+    def _pass(
+        self,
+        block: int,
+        layers: Layers,
+        shards: Sequence[torch.Tensor],
+        before: Spool,
+        keep: Callable[[Mapping[str, Solved]], None],
+    ) -> Spool:
+        """Solve a block, have that kept, and give what the block as it is stored makes of the samples; it is read once."""
+        stored = self.stages.stored(block)
+        solved = self._solve(block, layers, self.stages.values(block, stored), shards, before)
+        keep(solved)
+        made = {name: self._as_stored(name, tensor, solved) for name, tensor in stored.items()}
+        return self.stages.pass_on(block, self.stages.values(block, made), shards, before, self.memory // 2)
+
+    def _layers(self, block: int) -> Layers:
         """A block's linear layers that are to be solved, by name: the layer, its parameter, and its tensor."""
         name = f"{self.stages.skeleton.stack}.{block}"
         found = {}
@@ -100,9 +114,14 @@ class Calibrated:
                 found[below] = (module, parameter, tensor)
         return found
 
-    def _solve(self, block: int, shards: Sequence[torch.Tensor], before: Spool) -> dict[str, Solved]:
-        layers = self._layers(block)
-        values = self.stages.values(block)
+    def _solve(
+        self,
+        block: int,
+        layers: Layers,
+        values: Mapping[str, torch.Tensor],
+        shards: Sequence[torch.Tensor],
+        before: Spool,
+    ) -> dict[str, Solved]:
         gathered = Gathered()
         with (
             self.stages.skeleton.at(block, values) as run,
@@ -112,6 +131,7 @@ class Calibrated:
                 gathered.begin()
                 run(ids, before[at] if block else None)
         solved = {}
+        shared, factored = "", None  # by layers that follow each other, such as q, k and v
         for name, (_, parameter, tensor) in layers.items():
             read, codec = gathered.read_by(name), self._int(tensor)
             weight = values[parameter]
@@ -121,7 +141,9 @@ class Calibrated:
                 )
                 continue
             stored = getattr(torch, scale_dtype(self.manifest.by_name[tensor].kind))
-            found = solve(weight, read.hessian, codec.bits, codec.group_size, stored)
+            if factored is None or shared != gathered.of[name]:
+                shared, factored = gathered.of[name], Factored.of(read.hessian)
+            found = solve(weight, factored, codec.bits, codec.group_size, stored)
             if found.damping is None:
                 self.notes[tensor] = "its inputs have no factor: plain rounding"
             solved[tensor] = found
@@ -132,25 +154,21 @@ class Calibrated:
         assert isinstance(codec, Int), "recipes with gptq have int codecs"
         return codec
 
-    def _as_stored(self, solved: Mapping[str, Solved]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    def _as_stored(self, name: str, tensor: torch.Tensor, solved: Mapping[str, Solved]) -> torch.Tensor:
         """How a tensor of the block will read in the variant."""
-
-        def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            about = self.manifest.by_name[name]
-            if about.name not in self.specs:
+        about = self.manifest.by_name[name]
+        if about.name not in self.specs:
+            return tensor
+        codec = weight_codec(self.specs[about.name])
+        one = solved.get(about.name)
+        if one is not None:
+            planes = self._int(about.name).encode_with(one.codes, one.scales, about.shape, about.kind)
+        else:
+            raw = bytes_of(tensor.contiguous())
+            if raw is None:
                 return tensor
-            codec = weight_codec(self.specs[about.name])
-            one = solved.get(about.name)
-            if one is not None:
-                planes = self._int(about.name).encode_with(one.codes, one.scales, about.shape, about.kind)
-            else:
-                raw = bytes_of(tensor.contiguous())
-                if raw is None:
-                    return tensor
-                planes = codec.encode(raw, about.shape, about.kind)
-            return _decoded(codec, planes, about)
-
-        return change
+            planes = codec.encode(raw, about.shape, about.kind)
+        return _decoded(codec, planes, about)
 
 
 def _decoded(codec: WeightCodec, planes: Sequence[Buffer], about: Tensor) -> torch.Tensor:

@@ -11,6 +11,8 @@ from modelstore.execute.write.encoding import Input
 from modelstore.execute.write.packs import Written
 from modelstore.format.manifest import Manifest
 
+Write = Callable[[list[Input]], dict[str, Written]]
+
 
 class Calibrated(Protocol):
     """What finds values of tensors on data, and writes them with all others."""
@@ -23,7 +25,7 @@ class Calibrated(Protocol):
     def notes(self) -> dict[str, str]:
         """Once it has run: why tensors were left to what the weights alone give, by name."""
 
-    def run(self, items: list[Input], write: Callable[[list[Input]], dict[str, Written]]) -> dict[str, Written]:
+    def run(self, items: list[Input], write: Write) -> dict[str, Written]:
         """Write all items, in calls as it likes."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelstore.architecture.model_class import build
@@ -10,6 +10,7 @@ from modelstore.architecture.names import parameters, values
 from modelstore.errors import UnsupportedError
 from modelstore.execute.read.loading import Variant
 from modelstore.execute.read.unsaved import made_again
+from modelstore.execute.spool import Spool
 from modelstore.plan.work import Limits, Work
 
 if TYPE_CHECKING:
@@ -36,20 +37,33 @@ class Stages:
             raise UnsupportedError(f"a {class_name} cannot be run block by block: {error}") from None
         self._buffers = {buffer.name: value for buffer, value in made.items()}
 
-    def values(
-        self, stage: int, change: Callable[[str, torch.Tensor], torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """What a stage computes with: its block's parameters and those around the blocks, read from the store.
+    def stored(self, stage: int) -> dict[str, torch.Tensor]:
+        """The stored tensors that make what a stage computes with: its block's parameters and those around the blocks."""
+        sources = [name for one in self.names.of(self.skeleton.needs(stage)) for name in one.sources]
+        return self._model.load(self._model.shares(None, sources), Work(self._limits))
 
-        `change` gives for a stored tensor, by its name, what it is taken to be instead.
-        """
+    def values(self, stage: int, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What a stage computes with, made of `stored`, or of what is put in the place of these tensors."""
         import torch
 
         needed = self.skeleton.needs(stage)
         found = dict(self._buffers)
         for one in self.names.of(needed):
-            read = self._model.load(self._model.shares(None, one.sources), Work(self._limits))
-            if change is not None:
-                read = {name: change(name, tensor) for name, tensor in read.items()}
-            found |= values(self.built, one, read.__getitem__, torch.float32)
+            found |= values(self.built, one, stored.__getitem__, torch.float32)
         return found | {name: found[of] for name, of in self.names.tied.items() if name in needed}
+
+    def pass_on(
+        self,
+        stage: int,
+        values: Mapping[str, torch.Tensor],
+        batches: Sequence[torch.Tensor],
+        before: Spool,
+        memory: int,
+    ) -> Spool:
+        """What a stage gives for batches of tokens, of what the stage before gave, which is let go; in up to `memory` bytes."""
+        after = Spool(memory)
+        with self.skeleton.at(stage, values) as run:
+            for at, ids in enumerate(batches):
+                after.append(run(ids, before[at] if stage else None))
+        before.close()
+        return after

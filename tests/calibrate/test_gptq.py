@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modelstore.calibrate.gptq import factor, search, solve
+from modelstore.calibrate.gptq import Factored, factor, search, solve
 from modelstore.codecs.integer.codec import Int
 from modelstore.format.dtypes import DTYPES
 
@@ -39,7 +39,7 @@ def direct(weight: torch.Tensor, hessian: torch.Tensor, scales: torch.Tensor, gr
 def test_the_column_loop_is_the_direct_solution(rows: int, columns: int, group: int, bits: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
     hessian = inputs(columns)
-    found = solve(weight, hessian, bits, group, torch.float32)
+    found = solve(weight, Factored.of(hessian), bits, group, torch.float32)
     expected = direct(weight, hessian, torch.from_numpy(found.scales), group, bits)
     same = float((torch.from_numpy(found.codes) == expected).double().mean())
     assert same > 0.999  # float32 decides ties of the halves otherwise
@@ -58,7 +58,7 @@ def test_the_column_loop_is_the_direct_solution(rows: int, columns: int, group: 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_independent_inputs_give_plain_rounding(bits: int) -> None:
     weight = torch.randn(67, 150)
-    found = solve(weight, torch.eye(150, dtype=torch.float64), bits, 64, torch.bfloat16)
+    found = solve(weight, Factored.of(torch.eye(150, dtype=torch.float64)), bits, 64, torch.bfloat16)
     scales = search(weight, torch.ones(150), bits, 64, torch.bfloat16)
     assert torch.equal(torch.from_numpy(found.scales), scales)
     assert torch.equal(scales, scales.to(torch.bfloat16).float())
@@ -71,7 +71,7 @@ def test_dead_and_dependent_columns() -> None:
     hessian[3] = hessian[:, 3] = 0
     hessian[5], hessian[:, 5] = hessian[4], hessian[:, 4]  # one column twice
     hessian[5, 5] = hessian[4, 5] = hessian[5, 4] = hessian[4, 4]
-    found = solve(torch.randn(8, 32), hessian, 4, 16, torch.float32)
+    found = solve(torch.randn(8, 32), Factored.of(hessian), 4, 16, torch.float32)
     assert found.damping is not None
     assert not found.codes[:, 3].any()
 
@@ -81,7 +81,7 @@ def test_sums_without_a_factor_are_rounded_plainly() -> None:
     broken[0, 1] = broken[1, 0] = 100
     assert factor(broken, torch.zeros(16, dtype=torch.bool)) == (None, None)
     weight = torch.randn(4, 16)
-    found = solve(weight, broken, 4, 16, torch.float32)
+    found = solve(weight, Factored.of(broken), 4, 16, torch.float32)
     assert found.damping is None
     wide = torch.from_numpy(found.scales).repeat_interleave(16, 1)
     assert np.array_equal(found.codes, (weight / wide).round().clamp(-8, 7).to(torch.int8).numpy())

@@ -26,14 +26,13 @@ class Streamed:
         skeleton, before = self._stages.skeleton, Spool(0)
         try:
             for stage in range(skeleton.count):
-                after = Spool(self._memory // 2)  # two spools are there at a time
-                with skeleton.at(stage, self._stages.values(stage)) as run:
-                    for at, ids in enumerate(batches):
-                        after.append(run(ids, before[at] if stage else None))
-                before.close()
-                before = after
-            with skeleton.at(skeleton.count, self._stages.values(skeleton.count)) as run:
+                # Two spools are there at a time.
+                before = self._stages.pass_on(stage, self._values(stage), batches, before, self._memory // 2)
+            with skeleton.at(skeleton.count, self._values(skeleton.count)) as run:
                 for at, ids in enumerate(batches):
                     yield run(ids, before[at])
         finally:
             before.close()
+
+    def _values(self, stage: int) -> dict[str, torch.Tensor]:
+        return self._stages.values(stage, self._stages.stored(stage))
