@@ -33,6 +33,7 @@ LAYERS = {
     "execute": 6,
     "compress": 7,
     "calibrate": 8,
+    "search": 9,
     "cluster": 9,
     "client": 10,
     "cli": 11,
