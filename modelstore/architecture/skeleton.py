@@ -7,7 +7,7 @@ kind of attention of each layer are those that the model's own code makes. Stage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,7 @@ class Skeleton:
         _check(model, self.stack, self._blocks)
         self._tuple = False
         self._carried: torch.Tensor | None = None
+        self._graded = False
         self._embedding = _name_of(model, model.get_input_embeddings())  # type: ignore[operator]
         self._head = _name_of(model, model.get_output_embeddings())  # type: ignore[operator]
 
@@ -88,12 +89,16 @@ class Skeleton:
         return (self._carried,) if self._tuple else self._carried
 
     @contextmanager
-    def at(self, stage: int, values: Mapping[str, torch.Tensor]) -> Iterator[Run]:
+    def at(
+        self, stage: int, values: Mapping[str, torch.Tensor], gradients: Collection[str] | None = None
+    ) -> Iterator[Run]:
         """A stage with its values placed: how it is run, on tokens and what the stage before gave for them.
 
-        Parameters are on the meta device again afterwards. Gradients are not computed.
+        Parameters are on the meta device again afterwards. Gradients are computed only where it is said of which parameters,
+        and then of what the stage before gave, if that requires it, too.
         """
-        held = _place(self.model, values)
+        held = _place(self.model, values, gradients or ())
+        self._graded = gradients is not None
         blocks = list(self._blocks)
         embedding = self.model.get_input_embeddings()  # type: ignore[operator]
         hooks = []
@@ -124,7 +129,7 @@ class Skeleton:
     def _run(self, stage: int, got: list[Any], ids: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
         self._carried = before
         got.clear()
-        with torch.no_grad():
+        with torch.set_grad_enabled(self._graded):
             try:
                 output = self.model(ids, use_cache=False)
             except _StopError:
@@ -202,15 +207,15 @@ def _dtype(values: Mapping[str, torch.Tensor]) -> torch.dtype:
 _Held = list[tuple[dict[str, Any], str, Any]]
 
 
-def _place(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> _Held:
-    """Make these the model's; what they replace."""
+def _place(model: torch.nn.Module, values: Mapping[str, torch.Tensor], graded: Collection[str]) -> _Held:
+    """Make these the model's, and let the `graded` have gradients; what they replace."""
     held: _Held = []
     for name, value in values.items():
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
         if key in module._parameters:
             places: dict[str, Any] = module._parameters
-            fresh: Any = torch.nn.Parameter(value, requires_grad=False)
+            fresh: Any = torch.nn.Parameter(value, requires_grad=name in graded)
         else:
             places, fresh = module._buffers, value
         held.append((places, key, places[key]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -67,34 +67,39 @@ def with_evaluation(metrics: Mapping[str, Any], made: Measured) -> dict[str, Any
 
 
 def publish(repo: Repo, ref: Reference, content: str, made: Measured) -> str:
-    """Keep an evaluation in the manifest of a variant; the digest of the manifest that has it.
+    """Keep an evaluation in the manifest of a variant, as `change` does; the digest of the manifest that has it."""
+    return change(repo, ref, content, lambda metrics: with_evaluation(metrics, made))
 
-    `content` is that of the manifest that was evaluated: where the variant holds other values by now, `ConflictError`.
-    Nothing is written where it is kept already. Of several writers at once none loses its evaluation.
+
+def change(repo: Repo, ref: Reference, content: str, fresh: Callable[[Mapping[str, Any]], dict[str, Any]]) -> str:
+    """Let the manifest of a variant have other metrics, made of those that it has; the digest of the manifest then.
+
+    `content` is that of the manifest that was measured: where the variant holds other values by now, `ConflictError`.
+    Nothing is written where nothing changes. Of several writers at once none loses what it found.
     """
     version = ref.version
-    assert version is not None, "an evaluation is of one version"
+    assert version is not None, "what is measured is of one version"
     for _ in range(_RACES):
         record, entry = repo.catalog.entry(ref)
         manifest = repo.manifests.entry(ref.name, entry)
         if manifest.content != content:
             raise ConflictError(
-                f"{ref.name}@{version}:{ref.variant} was made anew while it was evaluated: evaluate it again",
+                f"{ref.name}@{version}:{ref.variant} was made anew while it was measured: measure it again",
                 model=ref.name,
             )
-        metrics = with_evaluation(manifest.metrics, made)
+        metrics = fresh(manifest.metrics)
         if metrics == manifest.metrics:
             return entry.manifest
         changed = msgspec.structs.replace(manifest, metrics=metrics)
-        fresh = store_manifest(repo.manifests, ref.name, changed, entry.codec, Shelf(repo.storage))
-        fresh = msgspec.structs.replace(fresh, created=entry.created)  # the variant's values are as old as before
+        stored = store_manifest(repo.manifests, ref.name, changed, entry.codec, Shelf(repo.storage))
+        stored = msgspec.structs.replace(stored, created=entry.created)  # the variant's values are as old as before
         try:
             repo.catalog.replace_entry(
-                ref.name, record.version, ref.variant, uuid.uuid4().hex, fresh, instead_of=entry.manifest
+                ref.name, record.version, ref.variant, uuid.uuid4().hex, stored, instead_of=entry.manifest
             )
         except ConflictError:
-            continue  # another evaluation came first: with both
-        return fresh.manifest
+            continue  # another one came first: with both
+        return stored.manifest
     raise ConflictError(f"{_RACES} writers changed {ref.name}@{version} first: try again", model=ref.name)
 
 

@@ -1,0 +1,20 @@
+"""What a model loses where one of its tensors is stored in a format, as its manifest keeps it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modelstore.format.brief import Result
+from modelstore.format.manifest import CodecSpec
+
+
+class Sensitivity(Result, frozen=True):
+    """One measurement: on which `data` (as a calibrated recipe records them), of which formats, and what came out.
+
+    `costs`: of each tensor the divergence, in nats a token, that each format costs alone, in the order of `formats`; None
+    where it cannot be stored so. They add up, to second order.
+    """
+
+    data: dict[str, Any]
+    formats: tuple[CodecSpec, ...]
+    costs: dict[str, tuple[float | None, ...]]
