@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 
+from modelstore.cluster.control.protocol import Control
 from modelstore.errors import ModelStoreError, StorageError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 NAMESPACE = "modelstore"
 DIRECTORY = "directory"
@@ -77,7 +82,14 @@ def failed(error: BaseException, whom: str) -> Future[Any]:
     return made
 
 
-def ask_directory(method: str, *arguments: Any, seconds: float = ANSWER) -> Any:
+def ask_directory(method: Callable[Concatenate[Control, P], R], *arguments: P.args, **named: P.kwargs) -> R:
+    """What the cluster's directory answers: `ask_directory(Control.view)`. Errors as for `ask_directory_within`."""
+    return ask_directory_within(ANSWER, method, *arguments, **named)
+
+
+def ask_directory_within(
+    seconds: float, method: Callable[Concatenate[Control, P], R], *arguments: P.args, **named: P.kwargs
+) -> R:
     """What the cluster's directory answers; one that just died is waited for, as it starts again by itself.
 
     `GoneError` where it says nothing in so many seconds, `StorageError` where the cluster has none.
@@ -86,13 +98,16 @@ def ask_directory(method: str, *arguments: Any, seconds: float = ANSWER) -> Any:
     while True:
         left = max(0.1, end - time.monotonic())
         with contextlib.suppress(ray.exceptions.ActorUnavailableError, ray.exceptions.ActorDiedError):
-            return _once(method, arguments, left)
+            return ask_directory_once(left, method, *arguments, **named)
         if time.monotonic() + _AGAIN > end:
             raise GoneError("the cluster's directory is gone: look at 'modelstore cluster status', and try again")
         time.sleep(_AGAIN)
 
 
-def _once(method: str, arguments: tuple[Any, ...], seconds: float) -> Any:
+def ask_directory_once(
+    seconds: float, method: Callable[Concatenate[Control, P], R], *arguments: P.args, **named: P.kwargs
+) -> R:
+    """As `ask_directory_within`; an error of Ray's where it just died."""
     try:
         directory = actor(DIRECTORY)
     except ValueError:
@@ -102,7 +117,8 @@ def _once(method: str, arguments: tuple[Any, ...], seconds: float) -> Any:
     except ray.exceptions.RayError as error:
         raise told(error, "the Ray cluster") from None
     try:
-        return ray.get(getattr(directory, method).remote(*arguments), timeout=seconds)
+        found: R = ray.get(getattr(directory, method.__name__).remote(*arguments, **named), timeout=seconds)
+        return found
     except (ray.exceptions.ActorUnavailableError, ray.exceptions.ActorDiedError):
         raise
     except ray.exceptions.RayError as error:

@@ -19,6 +19,7 @@ def status(session: Session) -> results.ClusterStatus:
     import ray  # not before the session, which tells it the cluster's token
 
     from modelstore.cluster.calls import ask_directory
+    from modelstore.cluster.control.protocol import Control
 
     stats = session.stats()
     view = session.view()
@@ -38,5 +39,5 @@ def status(session: Session) -> results.ClusterStatus:
     )
     problems: dict[str, str] = {}
     with contextlib.suppress(StorageError):
-        problems = ask_directory("problems")
+        problems = ask_directory(Control.problems)
     return results.ClusterStatus(view.epoch, session.settings.replicas, hosts, problems)

@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from modelstore.cluster.channel import TLS, Greeting, deadline, exactly, fill, greet, meet, send
+from modelstore.cluster.futures import in_thread
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.errors import ModelStoreError, StorageError
 from modelstore.format.buffers import Bytes, view
@@ -196,20 +197,6 @@ class PieceClients:
             return given
 
         return in_thread(read)
-
-
-def in_thread(work: Callable[[], Any]) -> Future[Any]:
-    """What `work` returns or raises, once it has, in a thread of its own: one that hangs takes none away from others."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name="modelstore-ask").start()
-    return future
 
 
 def _answer(connection: socket.socket, read: Read, fetching: threading.BoundedSemaphore) -> None:

@@ -252,7 +252,7 @@ def test_hosts_that_cannot_be_reached_over_tcp_are_read_through_ray(
     monkeypatch.setattr(session, "here", list)
     assert all(member.address for member in session.view().members)
     before = sum(n for name, n in session.counts.bytes.items() if name not in ("node", "storage"))
-    session._clients = PieceClients("")
+    session.peers.clients = PieceClients("")
     assert equal(store.load("m"), tensors())
     assert sum(n for name, n in session.counts.bytes.items() if name not in ("node", "storage")) > before
     assert session.counts.bytes.get("storage", 0) == 0

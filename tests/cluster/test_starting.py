@@ -217,7 +217,7 @@ import modelstore as ms
 store = ms.open(sys.argv[1], cluster="auto")
 found = [store.load(f"m{i}")["x"] for i in range(20)]  # each of a pack of its own, at home on one of the two hosts
 session = store.cluster.session
-hosts, clients = session.counts.bytes.keys() - {"node"}, session._clients
+hosts, clients = session.counts.bytes.keys() - {"node"}, session.peers.clients
 print(int(sum(x.sum() for x in found)), len(hosts), len(clients._unreachable), clients._tls is not None)
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import modelstore as ms
 from modelstore.cluster.pieces import Source
 from modelstore.cluster.read import models
 from modelstore.cluster.save import acknowledge, write_behind
+from modelstore.cluster.save.keeper import Keeper
 from modelstore.cluster.save.orders import keepers
 from modelstore.cluster.save.write_behind import WriteBehind
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
@@ -57,7 +58,7 @@ class Nodes:
         self.root, self.limit, self.epoch = root, limit, 0
         self.hosts: dict[str, WriteBehind] = {}
         self.pool = ThreadPoolExecutor(32)
-        self.refusing: set[str] = set()  # methods that find nobody
+        self.refusing: set[Callable[..., Any]] = set()  # methods that find nobody
         self.members: tuple[Member, ...] = ()
         self.had = len(names)
         self.looks = self.comes_at = 0
@@ -84,10 +85,10 @@ class Nodes:
         for host in list(self.hosts.values()):
             host.see(self.view())
 
-    def tell(self, member: str, method: str, *arguments: Any) -> Any:
+    def tell(self, member: str, method: Callable[..., Any], *arguments: Any) -> Any:
         if member not in self.hosts or method in self.refusing:
             raise ConnectionError(f"{member} is gone")
-        return getattr(self.hosts[member], method)(*arguments)
+        return getattr(self.hosts[member], method.__name__)(*arguments)
 
     def view(self, *, fresh: bool = False) -> View:
         if fresh:
@@ -102,7 +103,7 @@ class Nodes:
     def share(self, data: Any) -> Any:
         return np.array(data)
 
-    def keep(self, member: str, method: str, *arguments: Any) -> Future[Any]:
+    def ask(self, member: str, method: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return self.pool.submit(self.tell, member, method, *arguments)
 
 
@@ -232,8 +233,8 @@ def test_versions_come_in_the_order_of_the_saves(nodes: Nodes, gate: Gate) -> No
     assert all(equal(gate, f"m@{i + 1}", model) for i, model in enumerate(models_))
 
 
-@pytest.mark.parametrize("method", ["reserve", "write", "commit"])
-def test_where_hosts_fail_the_storage_is_saved_to(nodes: Nodes, gate: Gate, method: str) -> None:
+@pytest.mark.parametrize("method", [Keeper.reserve, Keeper.write, Keeper.commit])
+def test_where_hosts_fail_the_storage_is_saved_to(nodes: Nodes, gate: Gate, method: Callable[..., Any]) -> None:
     nodes.refusing.add(method)
     result = save(nodes, gate, tag="t")
     assert result.version == 1
@@ -246,8 +247,8 @@ def test_an_acknowledgement_of_one_host_waits_for_the_storage(nodes: Nodes, gate
     _, second = keepers(nodes.view(), "m", "a")[:2]
     honest = nodes.tell
 
-    def tell(member: str, method: str, *arguments: Any) -> Any:
-        if (member, method) == (second, "commit"):
+    def tell(member: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        if (member, method) == (second, Keeper.commit):
             raise ConnectionError("gone")
         return honest(member, method, *arguments)
 
@@ -315,7 +316,7 @@ def test_what_is_stored_before_the_other_keeper_has_it_is_no_failure(nodes: Node
     source, data = Source(gate.url), np.arange(100, dtype=np.uint8)
     assert second.reserve("s", source, ("a", "b"), "packs/x", 100, 1.0)
     second.write("s", "packs/x", 0, data[:50])
-    second.drop("s", "packs/x")
+    second.discard("s", "packs/x")
     second.write("s", "packs/x", 50, data[50:], blake3(data.tobytes()).digest())
     assert second.stats().bytes == 0
     assert not list((nodes.root / "b" / "pending").glob("*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import msgspec
 
@@ -37,6 +38,14 @@ class ClusterSettings(msgspec.Struct, frozen=True):
     def folder(self, member: str) -> str:
         """A host's folder in shared memory."""
         return f"{self.root}/{member}"
+
+
+class Started(NamedTuple):
+    """Who is in a cluster, by node why a host could not be started, and whether the node that was asked for is served."""
+
+    view: View
+    problems: dict[str, str]
+    served: bool
 
 
 class Directory:

@@ -29,14 +29,16 @@ from modelstore.cluster.control.nodes import (
     read_file,
     running,
 )
+from modelstore.cluster.control.protocol import Control
 from modelstore.cluster.folders import sweep
 from modelstore.cluster.host.capacity import check
 from modelstore.cluster.private import temporary_folder
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.execute.memory import free_memory
+from modelstore.plan.placement import View
 
 if TYPE_CHECKING:
-    from modelstore.cluster.control.supervisor import Started
+    from modelstore.cluster.control.directory import Started
 
 log = logging.getLogger("modelstore")
 
@@ -299,15 +301,15 @@ def undeploy(*, seconds: float = 60.0, force: bool = False) -> int:
     """
     import ray
 
-    from modelstore.cluster.calls import DIRECTORY, actor, ask_directory
+    from modelstore.cluster.calls import DIRECTORY, actor, ask_directory_within
 
     try:
         directory = actor(DIRECTORY)
     except ValueError:
         return 0
     if not force:
-        _wait_for_saves([member.id for member in ask_directory("view", seconds=30).members], seconds)
-    names = ask_directory("stop", seconds=30)
+        _wait_for_saves([member.id for member in ask_directory_within(30, Control.view).members], seconds)
+    names = ask_directory_within(30, Control.stop)
     _close(names)
     ray.kill(directory)
     sweep()  # what hosts of this machine left that were killed, and whom no other one followed
@@ -319,16 +321,16 @@ def leave(node: str, *, seconds: float = 60.0, force: bool = False) -> int:
 
     The others go on. Errors as for `undeploy`.
     """
-    from modelstore.cluster.calls import DIRECTORY, actor, ask_directory
+    from modelstore.cluster.calls import DIRECTORY, actor, ask_directory_within
 
     try:
         actor(DIRECTORY)
     except ValueError:
         return 0
-    names = [member.id for member in ask_directory("view", seconds=30).members if member.node == node]
+    names = [member.id for member in ask_directory_within(30, Control.view).members if member.node == node]
     if not force:
         _wait_for_saves(names, seconds)
-    ask_directory("retire", node, seconds=30)
+    ask_directory_within(30, Control.retire, node)
     _close(names)
     return len(names)
 
@@ -338,30 +340,26 @@ def _close(names: Sequence[str]) -> None:
     import ray
 
     from modelstore.cluster.calls import actor, host_name
+    from modelstore.cluster.host.protocol import Host
+    from modelstore.cluster.peers import Peers
 
+    peers = Peers(View(0), "")
     for name in names:
         with contextlib.suppress(Exception):
-            handle = actor(host_name(name))
-            ray.get(handle.close.remote(), timeout=10)
-            ray.kill(handle)
+            peers.ask(name, Host.close).result(timeout=10)
+            ray.kill(actor(host_name(name)))
 
 
 def _wait_for_saves(names: Sequence[str], seconds: float) -> None:
     """`StorageError` where hosts still have something to store after so many seconds; one that is gone has not."""
-    import ray
+    from modelstore.cluster.futures import answers
+    from modelstore.cluster.host.protocol import Host
+    from modelstore.cluster.peers import Peers
 
-    from modelstore.cluster.calls import actor, host_name
-
-    asked = {}
-    for name in names:
-        with contextlib.suppress(ValueError):
-            asked[name] = actor(host_name(name)).keep.remote("flush", seconds)
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds + 5) if asked else None
-    late = []
-    for member, ref in asked.items():
-        with contextlib.suppress(ray.exceptions.RayError):  # gone, or too silent to wait for: the others have its saves
-            if not ray.get(ref, timeout=0):
-                late.append(member)
+    peers = Peers(View(0), "")
+    # Who is gone, or too silent to wait for, is left out: the others have its saves.
+    flushed = answers({name: peers.ask(name, Host.flush, seconds) for name in names}, seconds + 5)
+    late = [member for member, done in flushed.items() if not done]
     if late:
         raise StorageError(
             f"hosts {', '.join(late)} keep saves that the storage has not got: see 'modelstore cluster status'; "

@@ -7,17 +7,17 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modelstore.cluster.calls import NAMESPACE, actor, host_name, told
-from modelstore.cluster.control.directory import ClusterSettings, Directory
+from modelstore.cluster.control.directory import ClusterSettings, Directory, Started
 from modelstore.cluster.host.actor import GROUPS, StorageActor
 from modelstore.cluster.metrics import JobMetrics
 from modelstore.errors import ConflictError
-from modelstore.plan.placement import Member, View
+from modelstore.plan.placement import Member
 
 log = logging.getLogger("modelstore")
 
@@ -28,14 +28,6 @@ _PERIOD = 0.5  # seconds between two looks
 _LOOKS = 20  # looks without an answer after which a host is given up: ten seconds
 _PAUSE = 10.0  # seconds until a host that could not be started is tried again
 _ANSWER = 10.0  # seconds that a host of an earlier directory has to say who it is
-
-
-class Started(NamedTuple):
-    """Who is in a cluster, by node why a host could not be started, and whether the node that was asked for is served."""
-
-    view: View
-    problems: dict[str, str]
-    served: bool
 
 
 class Supervisor:

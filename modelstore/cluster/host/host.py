@@ -25,11 +25,11 @@ from modelstore.errors import ConflictError, CorruptionError, StorageError
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.digest import matches
 
-__all__ = ["HostSettings", "HostStats", "Peers", "ShardHost", "TierStats", "local_path", "sweep"]
+__all__ = ["FromPeers", "HostSettings", "HostStats", "ShardHost", "TierStats", "local_path", "sweep"]
 
 log = logging.getLogger("modelstore")
 
-Peers = Callable[[Source, Sequence[Piece]], Mapping[bytes, Bytes]]  # what other holders have of these
+FromPeers = Callable[[Source, Sequence[Piece]], Mapping[bytes, Bytes]]  # what other holders have of these
 Tier = str  # "memory", "disk" or "gpu"
 
 _BATCH = 64 << 20  # bytes that `hold` asks peers for at once
@@ -76,7 +76,7 @@ class ShardHost:
     Working memory is bounded by the settings' threads, each with one request of `origin.RUN` bytes, beside what is handed out.
     """
 
-    def __init__(self, settings: HostSettings, peers: Peers | None = None) -> None:
+    def __init__(self, settings: HostSettings, peers: FromPeers | None = None) -> None:
         """`ConflictError` where another process has the folder, `StorageError` where one cannot be used.
 
         A folder on disk that another host uses is left to it: this one then keeps nothing on disk.

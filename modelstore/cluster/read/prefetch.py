@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING
 
 from modelstore.cluster.calls import GoneError
+from modelstore.cluster.host.protocol import Host
 from modelstore.cluster.pieces import Piece, Source, pieces, section_keys
 from modelstore.errors import StorageError
 from modelstore.format import results
@@ -19,7 +19,7 @@ from modelstore.plan.placement import View, holders
 if TYPE_CHECKING:
     from modelstore.cluster.control.session import Session
 
-Hold = Callable[..., "Future[int]"]  # (member, parts=…): bytes that it holds then
+Hold = Callable[[str, list[Piece]], "Future[int]"]  # (member, pieces) → bytes of them that it holds then
 
 _ROUNDS = 5  # times that hosts may die meanwhile
 _BATCH = 64 << 20  # bytes that one host gets at once
@@ -72,7 +72,10 @@ def prefetch(
         view = session.without(lost)
         if not view.members:
             raise StorageError("the cluster has no hosts: look at 'modelstore cluster status'")
-        hold = functools.partial(session.ask_to_hold, source=source, tier=tier, pin=pin)
+
+        def hold(member: str, batch: list[Piece]) -> Future[int]:
+            return session.peers.ask(member, Host.hold, source, batch, tier, pin)
+
         held, lost = _round(view, copies, parts, hold, progress if attempt == 0 else None)
         if not lost:
             wanted = sum(part.length for part in parts)
@@ -111,6 +114,6 @@ def _round(
             continue
         if rank != last_rank:  # copies come from homes, which must have them first
             held, last_rank = held + settle(0), rank
-        open_[hold(member, parts=batch)] = (rank, member, sum(part.length for part in batch))
+        open_[hold(member, batch)] = (rank, member, sum(part.length for part in batch))
         held += settle(_WINDOW * len(view.members))
     return held + settle(0), lost

@@ -11,14 +11,16 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from blake3 import blake3
 
+from modelstore.cluster.futures import answers
 from modelstore.cluster.pieces import Source
+from modelstore.cluster.save.keeper import Keeper
 from modelstore.cluster.save.orders import Order, keepers
 from modelstore.cluster.save.pending import PART
 from modelstore.errors import ModelStoreError, StorageError
@@ -34,11 +36,15 @@ from modelstore.store.relying import GoneError, again, hold, release
 
 log = logging.getLogger("modelstore")
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _REPLACED = 5.0  # seconds to wait for the host that takes the place of one that died
 _LOOK = 0.1  # seconds between two looks for it
 _HOLD = 15.0  # seconds for which the storage may keep an answer waiting
 _ROOM = 5.0  # seconds to wait for room in hosts, before an object goes to the storage itself
 _ANSWER = 30.0  # seconds that a host may take for one request
+_VERSIONS = 2.0  # seconds that all hosts together have to say what became of saves
 _UNDER_WAY = 2  # parts that are sent at once
 _LOOKS = 0.01, 0.25  # seconds between two looks at whether a save is durable: at first, at most
 _UNKNOWN = 20.0  # seconds for which nobody may know of a save before it is given up: a new keeper may be on its way
@@ -56,8 +62,10 @@ class Hosts(Protocol):
     def share(self, data: Bytes) -> Any:
         """Bytes, made so that several hosts can be sent them."""
 
-    def keep(self, member: str, method: str, *arguments: Any) -> Future[Any]:
-        """Call a method of a host's `WriteBehind`."""
+    def ask(
+        self, member: str, method: Callable[Concatenate[Keeper, P], R], *arguments: P.args, **named: P.kwargs
+    ) -> Future[R]:
+        """Have a host do something with a save: `ask(member, Keeper.commit, order)`."""
 
 
 class Result(NamedTuple):
@@ -88,18 +96,18 @@ class KeptStorage(WrappingStorage):
 
     def put(self, key: str, pieces: Iterable[Buffer], size: int) -> None:
         arguments = (self._save, self._source, self._pair, key, size, _ROOM)
-        if not all(self._ask("reserve", *arguments)):
-            self._ask("drop", self._save, key, False)
+        if not all(self._answers(Keeper.reserve, *arguments)):
+            self._answers(Keeper.discard, self._save, key, False)
             self.inner.put(key, pieces, size)
             return
         hasher = blake3()
-        sending: deque[list[Future[Any]]] = deque()
+        sending: deque[list[Future[None]]] = deque()
         at = 0
         for part in _joined(pieces, PART):
             hasher.update(view(part))
             last = at + len(part) == size
             data = self._hosts.share(part)
-            sending.append(self._send("write", self._save, key, at, data, hasher.digest() if last else None))
+            sending.append(self._send(Keeper.write, self._save, key, at, data, hasher.digest() if last else None))
             at += len(part)
             if len(sending) >= _UNDER_WAY:
                 _answers(sending.popleft())
@@ -109,11 +117,13 @@ class KeptStorage(WrappingStorage):
             raise StorageError(f"the pieces of {key!r} are {at:,} bytes, not {size:,}", object=key)
         self.keys[key] = None
 
-    def _send(self, method: str, *arguments: Any) -> list[Future[Any]]:
-        return [self._hosts.keep(member, method, *arguments) for member in self._pair]
+    def _send(
+        self, method: Callable[Concatenate[Keeper, P], R], *arguments: P.args, **named: P.kwargs
+    ) -> list[Future[R]]:
+        return [self._hosts.ask(member, method, *arguments, **named) for member in self._pair]
 
-    def _ask(self, method: str, *arguments: Any) -> list[Any]:
-        return _answers(self._send(method, *arguments))
+    def _answers(self, method: Callable[Concatenate[Keeper, P], R], *arguments: P.args, **named: P.kwargs) -> list[R]:
+        return _answers(self._send(method, *arguments, **named))
 
 
 def save(
@@ -142,7 +152,7 @@ def save(
         outcome = store(kept)
         _hold(storage, model, id_, outcome, partial(_coming, hosts, pair, id_, kept.keys))
         order = Order(id_, source, model, outcome.entry, tag, began, after, tuple(pair), tuple(kept.keys), note)
-        committed = [hosts.keep(member, "commit", order) for member in pair]
+        committed = [hosts.ask(member, Keeper.commit, order) for member in pair]
         taken = [future for future in committed if _problem(future) is None]
         if len(taken) == 2:
             return Result(outcome, 0, order)
@@ -186,7 +196,7 @@ def _pair(hosts: Hosts, here: Sequence[str], model: str) -> list[str]:
 
 def _coming(hosts: Hosts, pair: Sequence[str], save: str, keys: Collection[str]) -> set[str]:
     """Which objects of a save its hosts have yet to store; the others may have been collected since."""
-    stored = _answers([hosts.keep(member, "stored", save) for member in pair])
+    stored = _answers([hosts.ask(member, Keeper.stored, save) for member in pair])
     return set(keys).difference(*stored)
 
 
@@ -253,13 +263,11 @@ def wait_durable(hosts: Hosts, storage: Storage, orders: Sequence[Order], second
 
 def _versions(hosts: Hosts, saves: Sequence[str]) -> dict[str, int]:
     """What hosts know of saves: the version of each, 0 while it is not durable."""
-    asked = [hosts.keep(member.id, "versions", saves) for member in hosts.view().members]
-    wait(asked, timeout=2.0)
+    asked = {member.id: hosts.ask(member.id, Keeper.versions, saves) for member in hosts.view().members}
     found: dict[str, int] = {}
-    for future in asked:
-        if future.done() and future.exception() is None:
-            for save, version in future.result().items():
-                found[save] = max(version, found.get(save, 0))
+    for known in answers(asked, _VERSIONS).values():
+        for save, version in known.items():
+            found[save] = max(version, found.get(save, 0))
     return found
 
 
@@ -274,10 +282,10 @@ def _published(storage: Storage, order: Order) -> int:
 
 def _forget(hosts: Hosts, pair: Sequence[str], save: str) -> None:
     for member in pair:
-        hosts.keep(member, "abandon", save)
+        hosts.ask(member, Keeper.abandon, save)
 
 
-def _answers(asked: Sequence[Future[Any]]) -> list[Any]:
+def _answers(asked: Sequence[Future[R]]) -> list[R]:
     """What hosts answered; `UnkeptError` where one did not."""
     for future in asked:
         problem = _problem(future)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelstore.format.buffers import Bytes, view
+from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.digest import name_of_pieces
 
 PART = 32 << 20  # bytes of an object that are sent, or read, at once
@@ -41,11 +41,11 @@ class Parts(Sequence[bytes]):
             return file.read(PART)
 
 
-def write_part(there: Kept, start: int, data: Bytes) -> None:
+def write_part(there: Kept, start: int, data: Buffer) -> None:
     """Keep bytes of an object from `start` on."""
     fd = os.open(there.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        at, rest = start, view(data)
+        at, rest = start, view(as_bytes(data))
         while rest:
             done = os.pwrite(fd, rest, at)
             at, rest = at + done, rest[done:]

@@ -15,15 +15,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Concatenate, ParamSpec
 
 import msgspec
 
 from modelstore.cluster.pieces import Source
+from modelstore.cluster.save.keeper import Keeper, Tell
 from modelstore.cluster.save.orders import Order, PendingStats, keepers
 from modelstore.cluster.save.pending import Kept, Parts, digest_of_kept, write_part
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError
-from modelstore.format.buffers import Bytes
+from modelstore.format.buffers import Buffer
 from modelstore.plan.placement import View
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
@@ -32,7 +33,7 @@ from modelstore.store.relying import GoneError, release
 
 log = logging.getLogger("modelstore")
 
-Tell = Callable[..., Any]  # (member, method, *arguments): what another host's `WriteBehind` answers
+P = ParamSpec("P")
 
 _STORING = 4  # objects on their way to the storage at once
 _AGAIN = 0.2, 5.0  # seconds until a failed write is tried again: at first, at most
@@ -88,7 +89,7 @@ class WriteBehind:
             self._stats.bytes += size
         return True
 
-    def write(self, save: str, key: str, start: int, data: Bytes, digest: bytes | None = None) -> None:
+    def write(self, save: str, key: str, start: int, data: Buffer, digest: bytes | None = None) -> None:
         """Keep a part of an object; with its last one comes the digest of the whole. `CorruptionError` where it is another,
         `NotFoundError` for an object that no room was made for."""
         with self._changed:
@@ -112,7 +113,7 @@ class WriteBehind:
                 return
             there.whole = digest is not None and right
         if not right:
-            self.drop(save, key, stored=False)
+            self.discard(save, key, stored=False)
             raise CorruptionError(f"object {key} came to host {self._member} with other bytes: save again", object=key)
         self._store_some(save)
 
@@ -159,7 +160,7 @@ class WriteBehind:
 
     # ------------------------------------------------------------------ what keepers tell each other
 
-    def drop(self, save: str, key: str, stored: bool = True) -> None:
+    def discard(self, save: str, key: str, stored: bool = True) -> None:
         """Let go of an object: the storage has it, or (not `stored`) it will not be kept."""
         with self._changed:
             found = self._saves.get(save)
@@ -258,8 +259,8 @@ class WriteBehind:
             storage.put(key, Parts(there), there.size)
 
         if self._try(found.source, put, key):
-            self.drop(save, key)
-            self._say(found.other, "drop", save, key)
+            self.discard(save, key)
+            self._say(found.other, Keeper.discard, save, key)
             self._store_some(save)
 
     def _publish(self, save: str, found: _Save, order: Order) -> None:
@@ -280,7 +281,7 @@ class WriteBehind:
             return
         if done:
             self.finish(save, versions[0])
-            self._say(found.other, "finish", save, versions[0])
+            self._say(found.other, Keeper.finish, save, versions[0])
 
     def _try(
         self,
@@ -339,19 +340,19 @@ class WriteBehind:
         pair = (self._member, member)
         try:
             for key, there in objects.items():
-                if self._tell(member, "reserve", save, found.source, pair, key, there.size, 1.0):
+                if self._tell(member, Keeper.reserve, save, found.source, pair, key, there.size, 1.0):
                     with contextlib.suppress(FileNotFoundError):  # stored meanwhile
                         digest = digest_of_kept(there)
                         at = 0
                         for part in Parts(there):
                             last = at + len(part) == there.size
-                            self._tell(member, "write", save, key, at, part, digest if last else None)
+                            self._tell(member, Keeper.write, save, key, at, part, digest if last else None)
                             at += len(part)
                 with self._changed:
                     gone = key not in found.objects
                 if gone:
-                    self._tell(member, "drop", save, key)
-            self._tell(member, "commit", msgspec.structs.replace(order, keepers=pair))
+                    self._tell(member, Keeper.discard, save, key)
+            self._tell(member, Keeper.commit, msgspec.structs.replace(order, keepers=pair))
         except Exception:  # the host that was asked is gone, too: the next view says so
             log.warning(
                 "could not copy a save to another host", exc_info=True, extra={"model": order.model, "peer": member}
@@ -359,12 +360,14 @@ class WriteBehind:
         with self._changed:
             version = self._done.get(save)
         if version is not None:
-            self._say(member, "finish", save, version)
+            self._say(member, Keeper.finish, save, version)
 
-    def _say(self, member: str, method: str, *arguments: Any) -> None:
+    def _say(
+        self, member: str, method: Callable[Concatenate[Keeper, P], None], *arguments: P.args, **named: P.kwargs
+    ) -> None:
         """Tell the other keeper, who may be gone."""
         with contextlib.suppress(Exception):
-            self._tell(member, method, *arguments)
+            self._tell(member, method, *arguments, **named)
 
     def _remove(self, save: str) -> None:
         found = self._saves.pop(save, None)

@@ -14,7 +14,8 @@ import msgspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from modelstore.cluster.calls import DIRECTORY, actor, ask_directory
+from modelstore.cluster.calls import ask_directory, ask_directory_once
+from modelstore.cluster.control.protocol import Control
 from modelstore.cluster.control.session import Session
 from modelstore.cluster.pieces import Source, pieces, section_keys
 from modelstore.cluster.read.models import opened, repo_of
@@ -37,6 +38,7 @@ WORKER_MEMORY = 1 << 30  # bytes of a worker's budget: always the same, since th
 _AHEAD = 2  # portions submitted for each core of the cluster
 _GPU_SHARE = 0.1  # of a GPU, for a worker: most of its time goes by elsewhere
 _RETRIES = 3
+_REPORT = 5.0  # seconds that the directory may take to be told
 _LOOK = 1.0  # seconds between two looks at whether the job was cancelled
 
 
@@ -218,17 +220,17 @@ def _result(ref: Any, portion: Portion) -> int:
 def _report(status: JobStatus | None, job: str = "") -> bool:
     """Tell the directory how far a job is, or that it ended; whether it is to be cancelled."""
     try:
-        return bool(ray.get(actor(DIRECTORY).report.remote(status, job), timeout=5))
-    except (ValueError, ray.exceptions.RayError):  # the directory is away: nobody can see or cancel the job meanwhile
+        return ask_directory_once(_REPORT, Control.report, status, job)
+    except (StorageError, ray.exceptions.RayError):  # the directory is away: nobody can see or cancel the job meanwhile
         return False
 
 
 def jobs() -> list[JobStatus]:
     """The jobs that run on the connected cluster."""
-    found: list[JobStatus] = ask_directory("jobs")
+    found: list[JobStatus] = ask_directory(Control.jobs)
     return found
 
 
 def cancel(job: str) -> bool:
     """Ask the driver of a job to stop; whether there is such a job."""
-    return bool(ask_directory("cancel", job))
+    return bool(ask_directory(Control.cancel, job))
