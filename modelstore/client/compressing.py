@@ -166,12 +166,14 @@ def _spread(access: Access, parent: Parent, earlier: Iterable[VariantEntry], wor
     """How a cluster's workers take a job's tensors; None without a cluster."""
     if access.session is None or access.source is None:
         return None
-    from modelstore.cluster.work.jobs import Job
+    from modelstore.cluster.work.compression import Compression, Encoding
+    from modelstore.cluster.work.jobs import run
 
     model = parent.record.model
     before = tuple((model, entry.manifest) for entry in earlier)
-    job = Job(access.source, model, parent.record.version, parent.digest, parent.config, before)
-    return lambda portion: job.run(portion, parent.manifest, work.advance)
+    config = dict(parent.config) if parent.config else None
+    encoding = Encoding(access.source, model, parent.digest, config, before)
+    return lambda whole: run(Compression(encoding, parent.record.version, whole, parent.manifest), work.advance)
 
 
 def _earlier(access: Access, record: VersionRecord, variants: tuple[str, ...]) -> list[VariantEntry]:

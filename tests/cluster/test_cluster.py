@@ -19,7 +19,7 @@ import modelstore as ms
 from modelstore.cluster.calls import host_name
 from modelstore.cluster.pieces import Piece, Source
 from modelstore.cluster.wire import PieceClient, PieceClients
-from modelstore.cluster.work import jobs
+from modelstore.cluster.work import compression
 from modelstore.format.buffers import Bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -309,8 +309,8 @@ def test_the_same_bytes_with_and_without_workers(nodes: Any, small: str) -> None
 
 
 def test_whoever_starts_it_again_goes_on(nodes: Any, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "PORTION", 1)
-    monkeypatch.setattr(jobs.portions, "__defaults__", (1,))
+    monkeypatch.setattr(compression, "PORTION", 1)
+    monkeypatch.setattr(compression.portions, "__defaults__", (1,))
     store = ms.open(small, cluster="auto")
     seen: list[int] = []
     stopped = threading.Event()
@@ -334,7 +334,7 @@ def test_whoever_starts_it_again_goes_on(nodes: Any, small: str, monkeypatch: py
 
 
 def test_a_job_is_seen_and_cancelled(nodes: Any, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.portions, "__defaults__", (1,))
+    monkeypatch.setattr(compression.portions, "__defaults__", (1,))
     store = ms.open(small, cluster="auto")
     found: list[Any] = []
 
