@@ -297,3 +297,25 @@ def test_nobody_reaches_into_a_store() -> None:
                 if node.attr == "_access" or re.search(r"(^|\.)store$|(^|\.)(open_on|open|Store)\(.*\)$", text):
                     wrong.append(f"{where(path)}:{node.lineno}: {text}.{node.attr}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_codec_is_asked_and_not_looked_at() -> None:
+    """What others want to know of a codec is a property of it, which codecs of other packages have, too."""
+    wrong = []
+    for path in FILES:
+        if part(path) == "codecs":
+            continue
+        tree = parse(path)
+        classes = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("modelstore.codecs")
+            for alias in node.names
+        }
+        told = {call for node in ast.walk(tree) if isinstance(node, ast.Assert) for call in ast.walk(node.test)}  # types
+        for node in ast.walk(tree):
+            asks = isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass", "type")
+            if (asks or isinstance(node, ast.MatchClass)) and node not in told:
+                named = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)} & classes
+                wrong += [f"{where(path)}:{node.lineno}: {name}" for name in named]  # type: ignore[attr-defined]
+    assert not wrong, "\n".join(wrong)

@@ -10,14 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
+from modelstore.codecs.base import Codec
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Region, Shape, extent
 
 ReadValues = Callable[[Region], Bytes]  # a region of the tensor → its raw bytes, 1-d
 Encode = Callable[[Bytes, Region], tuple[Buffer, ...]]  # a region's raw bytes, and where it lies → its planes
+EncodeOn = Callable[[Bytes, Shape, DType, str], tuple[Buffer, ...]]  # as `Codec.encode`, on a device of torch
 
 FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 _PART = "weight"  # with which the names of a weight's parts begin
@@ -145,9 +148,45 @@ class WeightCodec:
         return lambda values, region: self.encode(values, extent(region), dtype)
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether `fit` looks at more of a tensor than the region that is encoded next, or may."""
+        return type(self).fit is not WeightCodec.fit
+
+    @property
+    def on_device(self) -> EncodeOn | None:
+        """Encodes a region of floats of 16 bits and more on a device of torch: the planes of `encode`, bit for bit, and sooner.
+
+        None where nothing is gained by it.
+        """
+        return None
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The variants that one encoding serves, each decoded with its name as parameter `variant`; () where it is one alone."""
+        return ()
+
+    @property
+    def under_codes(self) -> UnderCodes | None:
+        """How a region is encoded with codes that come from elsewhere; None where the codec finds them itself."""
+        return None
+
+    @property
     def view(self) -> EngineView | None:
         """How engines take what is stored, without dequantizing it; None where none does."""
         return None
+
+
+def as_weight_codec(codec: Codec) -> WeightCodec | None:
+    """The codec as one that compresses weights; None where it stores bytes of any kind."""
+    return codec if isinstance(codec, WeightCodec) else None
+
+
+class UnderCodes(Protocol):
+    """`values` encoded with int4 codes (rows, columns) that are no function of them, and the raw bytes of their scales."""
+
+    def __call__(
+        self, values: Bytes, shape: Shape, dtype: DType, codes: NDArray[np.int8], scale: Bytes
+    ) -> tuple[Buffer, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)

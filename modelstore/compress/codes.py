@@ -16,8 +16,8 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from modelstore.codecs.ladder.codec import Ladder
 from modelstore.codecs.numeric.numbers import to_float32
+from modelstore.codecs.weight import UnderCodes
 from modelstore.errors import FormatError
 from modelstore.execute.write.encoding import Encoder
 from modelstore.format.buffers import Buffer, Bytes, view
@@ -187,12 +187,12 @@ class PackedCodes:
             yield self._region(name, ((a, min(a + step, shape[0])), *rest))
 
 
-def encoder_of(codec: Ladder, codes: Codes, tensor: Tensor) -> Encoder:
+def encoder_of(under: UnderCodes, codes: Codes, tensor: Tensor) -> Encoder:
     """How regions of a weight are encoded under its given codes."""
 
     def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
         found, scale = codes.read(tensor.name, region)
-        return codec.encode_with(values, extent(region), tensor.kind, found, scale)
+        return under(values, extent(region), tensor.kind, found, scale)
 
     return lambda part, raw: encode  # noqa: ARG005  the part adds nothing
 

@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from modelstore.architecture.parallel import axes
-from modelstore.codecs.ladder.codec import Ladder
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
 from modelstore.compress.budget import check_memory
 from modelstore.compress.calibrated import Calibrated, noted
@@ -49,8 +48,6 @@ from modelstore.store.packs import FILE
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
-LADDER_VIEWS = (ORIGINAL, "int8", "int4")
-_LADDER = "ladder"
 _REMOTE_THREADS = 8  # a worker reads what it encodes: where reading waits for a network, more of them
 
 
@@ -93,14 +90,14 @@ def variants_of(plan: CompressionPlan, name: str) -> tuple[str, ...]:
 
     `ValueError` where a recipe mixes `ladder` with other codecs, or names a ladder's variants otherwise.
     """
-    codecs = {choice.codec.name for choice in plan.compressed if choice.codec}
-    if _LADDER not in codecs:
+    found = {weight_codec(choice.codec).views for choice in plan.compressed if choice.codec}
+    if found <= {()}:
         if name == ORIGINAL:
             raise ValueError("a variant cannot be called 'original': choose another name")
         return (name,)
-    if codecs != {_LADDER}:
+    if len(found) > 1:
         raise ValueError(f"recipe {plan.recipe!r} mixes ladder with other codecs: make them variants of their own")
-    return LADDER_VIEWS
+    return found.pop()
 
 
 def compress(
@@ -205,7 +202,7 @@ def encode(
 
 def view_spec(spec: CodecSpec, variant: str) -> CodecSpec:
     """The codec by which a variant reads what the codec of a plan stores."""
-    return CodecSpec(spec.name, {**spec.params, "variant": variant}) if spec.name == _LADDER else spec
+    return CodecSpec(spec.name, {**spec.params, "variant": variant}) if weight_codec(spec).views else spec
 
 
 def encoder(
@@ -261,8 +258,9 @@ def _input(
     assert choice.codec is not None
     tensor = parent.manifest.by_name[choice.name]
     made = _input_of(tensor, choice.codec, parent.reader, variants, axis)
-    if codes and isinstance(made.codec, Ladder) and made.codec.codes_group_size:
-        return replace(made, encoder=encoder_of(made.codec, codes, tensor))
+    under = weight_codec(view_spec(choice.codec, ORIGINAL)).under_codes
+    if codes and under:
+        return replace(made, encoder=encoder_of(under, codes, tensor))
     return made
 
 

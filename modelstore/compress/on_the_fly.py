@@ -29,7 +29,6 @@ from modelstore.plan.read import ChunkRead, ReadJob, Want
 from modelstore.plan.work import Work
 
 T = TypeVar("T")
-_LADDER = "ladder"
 _SLAB = 32 << 20  # bytes of a tensor that are kept while a codec looks at it, at most
 
 
@@ -41,9 +40,9 @@ def unstored(original: Variant, recipe: Recipe, maker: Callable[[Manifest, Manif
     `UnsupportedError` for a recipe that needs the whole model before its first chunk, or that stores the original anew;
     `ValueError` where it compresses nothing.
     """
-    names = {rule.codec.name for rule in recipe.rules if rule.codec}
-    if recipe.prune is not None or _LADDER in names:
-        why = "stores the original itself anew" if _LADDER in names else "looks at all weights before it prunes any"
+    anew = any(weight_codec(rule.codec).views for rule in recipe.rules if rule.codec)
+    if recipe.prune is not None or anew:
+        why = "stores the original itself anew" if anew else "looks at all weights before it prunes any"
         raise UnsupportedError(
             f"variant {recipe.name!r} of model {original.name!r} is not stored, and cannot be made while it is read, since "
             f"it {why}: make it with compress({original.name!r}, {recipe.name!r})",

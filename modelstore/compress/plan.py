@@ -11,7 +11,7 @@ from modelstore.architecture.fused import fused
 from modelstore.architecture.kinds import kinds_in
 from modelstore.architecture.quantized import method
 from modelstore.codecs.registry import codec as make_codec
-from modelstore.codecs.weight import WeightCodec
+from modelstore.codecs.weight import WeightCodec, as_weight_codec
 from modelstore.compress.codes import Given
 from modelstore.compress.presets import preset
 from modelstore.errors import UnsupportedError
@@ -36,8 +36,8 @@ class Dequantized(Protocol):
 
 def weight_codec(spec: CodecSpec) -> WeightCodec:
     """The codec of a rule; `ValueError` or `UnsupportedError` where it is none that compresses."""
-    made = make_codec(spec.name, spec.params)
-    if not isinstance(made, WeightCodec):
+    made = as_weight_codec(make_codec(spec.name, spec.params))
+    if made is None:
         raise UnsupportedError(f"codec {spec.name!r} stores a model, it does not compress one: save with it instead")
     return made
 
@@ -160,7 +160,7 @@ def check_requantize(chosen: Recipe, codes: object | None) -> None:
     """`ValueError` where a quantized checkpoint cannot be compressed anew so."""
     if codes is not None:
         raise ValueError("codes= are of the original's own weights, and requantize=True makes others: give one of them")
-    if any(rule.codec and rule.codec.name == "ladder" for rule in chosen.rules):
+    if any(rule.codec and weight_codec(rule.codec).views for rule in chosen.rules):
         raise ValueError("a ladder stores the original itself anew, which is quantized: requantize=True makes variants")
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from modelstore.codecs.floating.half import Half
 from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.weight import matrix
-from modelstore.compress.devices import encode, fit_on, gains
+from modelstore.compress.devices import fit_on
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.region import full
 from modelstore.testing.weight_codec import KINDS, make
@@ -37,21 +37,22 @@ def test_the_same_planes(
     codec, d = Int(bits, symmetric, "group", size, "mse"), DTYPES[dtype]
     raw = make(kind, shape, d)
     wanted = codec.encode(raw, shape, d)
-    found = encode(codec, raw, full(shape), d, device)
+    assert codec.on_device is not None
+    found = codec.on_device(raw, shape, d, device)
     assert [np.asarray(plane).tobytes() for plane in found] == [np.asarray(plane).tobytes() for plane in wanted]
     assert matrix(shape)[0] * codec.layout.line(matrix(shape)[1]) == len(found[0])
 
 
 def test_only_what_gains_goes_to_a_device() -> None:
     searched = Int(4, True, "group", 128, "mse")
-    assert gains(searched)
+    assert searched.on_device is not None
     for other in (
         Int(8, True, "channel"),
         Int(4, True, "group", 128, "minmax"),
         Int(4, True, "group", 64, "hqq"),
         Half(),
     ):
-        assert not gains(other)
+        assert other.on_device is None
         assert fit_on(other, "cuda") == other.fit
     assert fit_on(searched, None) == searched.fit
     narrow = DTYPES["float8_e4m3fn"]

@@ -15,15 +15,14 @@ import numpy as np
 from modelstore.cluster.pieces import Source, pieces, section_keys
 from modelstore.cluster.read.models import opened
 from modelstore.cluster.read.reader import Holding
-from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.registry import codec as make_codec
-from modelstore.codecs.weight import WeightCodec
+from modelstore.codecs.weight import as_weight_codec
 from modelstore.compress.on_the_fly import OnTheFlyReader, unstored
 from modelstore.errors import NotFoundError
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import digest_of
-from modelstore.format.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.recipe import Recipe, recipe
 from modelstore.format.region import Region
 from modelstore.plan.placement import View, holders
@@ -89,19 +88,12 @@ class HostMaker:
         if not members or not source.planes:
             return None
         chunk = 0
-        if not looks_ahead(self._manifest.codecs[tensor.codec]):
+        codec = as_weight_codec(self._codecs[tensor.codec])
+        if codec is None or not codec.looks_ahead:
             chunk = int(grid.touching(source.shape, source.chunk, region)[0])
         parts = pieces(self._original, [source.planes[0].first + chunk])
         at = int(holders(View(0, members), section_keys(parts), 1)[0, 0])
         return members[at].id
-
-
-def looks_ahead(spec: CodecSpec) -> bool:
-    """Whether a codec looks at more of a tensor than the chunk that it encodes."""
-    made = make_codec(spec.name, spec.params)
-    if isinstance(made, Int):
-        return made.granularity in ("tensor", "channel")
-    return isinstance(made, WeightCodec) and type(made).fit is not WeightCodec.fit
 
 
 class Making:

@@ -11,7 +11,6 @@ import msgspec
 from modelstore.cluster.control.session import Session
 from modelstore.cluster.pieces import Source, pieces, section_keys
 from modelstore.cluster.read.models import opened, repo_of
-from modelstore.compress.devices import gains
 from modelstore.compress.job import Portion, encode, view_spec
 from modelstore.compress.plan import weight_codec
 from modelstore.format.manifest import CodecSpec, Manifest
@@ -137,7 +136,7 @@ def nearest(portion: Portion, manifest: Manifest, view: View) -> str | None:
 def gpu_share(portion: Portion, free: Mapping[str, float]) -> float:
     """Of a GPU, what a worker takes for a portion: nothing where none is free, or would make nothing sooner. Pure."""
     wanted = free.get("GPU", 0.0) >= _GPU_SHARE and any(
-        gains(weight_codec(view_spec(spec, ORIGINAL))) for spec in portion.specs.values()
+        weight_codec(view_spec(spec, ORIGINAL)).on_device for spec in portion.specs.values()
     )
     return _GPU_SHARE if wanted else 0.0
 

@@ -64,6 +64,10 @@ class Fp8(WeightCodec):
         return floatviews.Fp8View(self.granularity, self.group_size) if self.format == "e4m3" else None
 
     @property
+    def looks_ahead(self) -> bool:
+        return self.granularity != "block"
+
+    @property
     def by_rows(self) -> bool:
         return self.granularity == "channel"
 

@@ -13,7 +13,16 @@ from modelstore.codecs import check
 from modelstore.codecs.integer.planes import Layout
 from modelstore.codecs.integer.view import PackedView
 from modelstore.codecs.numeric.numbers import Floats, from_float32, limit, with_nan
-from modelstore.codecs.weight import Encode, EngineView, ReadValues, WeightCodec, group_of, is_convolution, matrix
+from modelstore.codecs.weight import (
+    Encode,
+    EncodeOn,
+    EngineView,
+    ReadValues,
+    WeightCodec,
+    group_of,
+    is_convolution,
+    matrix,
+)
 from modelstore.format import boxes
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
@@ -97,6 +106,15 @@ class Int(WeightCodec):
     @property
     def by_rows(self) -> bool:
         return self.granularity == "channel"
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.granularity in ("tensor", "channel")
+
+    @property
+    def on_device(self) -> EncodeOn | None:
+        """Groups that are searched for their best clip: what a GPU finds much sooner."""
+        return self._encode_on if self.granularity == "group" and self.method == "mse" else None
 
     def planes(self, dtype: DType) -> tuple[str, ...]:  # noqa: ARG002
         return self.layout.names
@@ -215,6 +233,17 @@ class Int(WeightCodec):
             how = (kind, self.bits, self.symmetric, method, height, width, limit(dtype))
             kernel(words, *how, scales[where], zeros[where], packed[start:stop])
         return self.layout.plane(packed, scales, zeros, dtype)
+
+    def _encode_on(self, values: Bytes, shape: Shape, dtype: DType, device: str) -> tuple[Buffer, ...]:
+        import torch
+
+        from modelstore.codecs.integer.torch import quantize
+
+        check.values(values, shape, dtype)
+        weight = torch.from_numpy(values).view(getattr(torch, dtype.name)).reshape(matrix(shape)).to(device)
+        found = quantize(weight, self.bits, self.symmetric, self.group_size, self.method)
+        scales, zeros = (x.to(torch.float32).cpu().numpy() for x in (found.scale, found.zero))
+        return self.pack(found.codes.cpu().numpy(), scales, zeros, dtype)
 
     def _bands(self, shape: Shape, whole: bool) -> Iterator[tuple[int, int, slice]]:
         """Rows that are worked on at a time, and where their scales are: all rows of a matrix, or a tile of them."""

@@ -32,12 +32,13 @@ from modelstore.codecs.ladder.planes import (
 )
 from modelstore.codecs.ladder.view import LadderView
 from modelstore.codecs.numeric.numbers import from_float32, numpy_dtype, to_float32
-from modelstore.codecs.weight import WeightCodec, group_of, matrix
+from modelstore.codecs.weight import UnderCodes, WeightCodec, group_of, matrix
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Shape
 
+VIEWS = ("original", "int8", "int4")  # what one encoding serves, the longest first
 _BITS = {  # of high, low and residual, a weight, as measured on real weights
     "bfloat16": (3.4, 4.0, 3.6),
     "float16": (3.4, 4.0, 6.9),
@@ -87,6 +88,14 @@ class Ladder(WeightCodec):
     @property
     def _planes(self) -> Mapping[str, tuple[str, ...]]:
         return GIVEN_PLANES if self.codes_group_size else PLANES
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return VIEWS
+
+    @property
+    def under_codes(self) -> UnderCodes | None:
+        return self.encode_with if self.codes_group_size else None
 
     @property
     def view(self) -> LadderView | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.codecs.weight import EngineView, Part, WeightCodec, is_convolution
+from modelstore.codecs.weight import EngineView, Part, WeightCodec, as_weight_codec, is_convolution
 from modelstore.errors import FormatError
 from modelstore.execute.read.reader import Reader
 from modelstore.format import grid
@@ -143,8 +143,8 @@ class Assembly:
 
 def lossy_codec(reader: Reader, tensor: Tensor) -> WeightCodec | None:
     """The codec that changed a weight's values; None where they are stored exactly, as engines take them."""
-    codec = reader.codec(tensor)
-    return codec if isinstance(codec, WeightCodec) and not codec.exact else None
+    codec = as_weight_codec(reader.codec(tensor))
+    return None if codec is None or codec.exact else codec
 
 
 def read_parts(reader: Reader, tensor: Tensor, view: EngineView, region: Region) -> Mapping[str, Part]:
