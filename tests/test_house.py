@@ -270,6 +270,8 @@ ONCE: dict[str, set[str]] = {
     r"""view\(f["']V""": {"boxes.py"},
     # A region is wanted as one range a dimension: `Share.of`.
     r"\(pair,\) for pair in": {"layout_share.py"},
+    # A storage says itself whether it is local, and sweeps what is left in it: wrappers forward both.
+    r"""\.path\(["']|isinstance\(.*[a-z]Storage\b""": {"storage/open.py"},
 }
 
 

@@ -202,7 +202,7 @@ class _Verification:
         return np.concatenate(fresh or [np.zeros(0, np.int64)])
 
     def _threads(self) -> int:
-        return self.work.limits.reading_threads(self.repo.storage.path("x") is not None)
+        return self.work.limits.reading_threads(self.repo.storage.local)
 
     def _check_headers(self, model: str, manifest: Manifest) -> None:
         """See that what makes each pack a safetensors file is whole; packs with bad chunks, and lost ones, are told already."""

@@ -81,5 +81,13 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object; an absent one is no error."""
 
+    @property
+    def local(self) -> bool:
+        """Whether objects are files of this machine: reading one is a call of the system, and no request."""
+
     def path(self, key: str) -> Path | None:
-        """The local file that is the object, None where the storage is not the local file system."""
+        """The file that is the object, None where the storage is not local."""
+
+    def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:
+        """Remove what writers that were broken off left behind, and did not touch since `before` (Unix seconds by the storage's
+        clock); what it was, under names that are no keys. Nobody's work is disturbed. Empty where nothing can be left."""

@@ -149,9 +149,16 @@ class FsspecStorage(Storage):
         except Exception as error:
             raise failure(error, key, "delete", self._url) from error
 
+    @property
+    def local(self) -> bool:
+        return False
+
     def path(self, key: str) -> Path | None:
         check_key(key)
         return None
+
+    def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:  # noqa: ARG002  nothing is left
+        return ()
 
     def _send(self, key: str, act: Callable[..., Any], *arguments: Any) -> None:
         try:

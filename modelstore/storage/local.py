@@ -36,7 +36,7 @@ class LocalStorage(Storage):
 
     A write is a temporary file beside its place, made durable, then linked (`create`) or renamed (`put`) into it:
     whole or absent at every instant, also after a power cut. Temporary files that a killed process left behind are
-    never listed, and are removed by `remove_temporaries`; those of processes at work are locked, and stay.
+    never listed, and are removed by `sweep`; those of processes at work are locked, and stay.
 
     The root may be a link; no link below it is followed. One in the place of an object is listed as an object that cannot
     be read (`CorruptionError`), and deleting it removes the link. One in the place of a folder is named by `folders`, and
@@ -53,6 +53,10 @@ class LocalStorage(Storage):
     @property
     def url(self) -> str:
         return f"file://{self.root}"
+
+    @property
+    def local(self) -> bool:
+        return True
 
     def path(self, key: str) -> Path | None:
         return self.root / check_key(key)
@@ -136,13 +140,12 @@ class LocalStorage(Storage):
                 except OSError:
                     return
 
-    def remove_temporaries(self, before: float, *, dry_run: bool = False) -> tuple[Path, ...]:
-        """Remove the files that writers left behind and did not touch since `before` (Unix seconds by the file system's clock);
-        returns what they were. One that a writer of this machine holds open stays, whatever its age."""
+    def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:
+        """Temporary files; one that a writer of this machine holds open stays, whatever its age."""
         with self._named("", "sweep"):
             return tuple(self._sweep("", before, dry_run))
 
-    def _sweep(self, folder: str, before: float, dry_run: bool) -> Iterator[Path]:
+    def _sweep(self, folder: str, before: float, dry_run: bool) -> Iterator[ObjectInfo]:
         try:
             found = paths.entries(self.root, folder)
         except (FileNotFoundError, NotADirectoryError, paths.LinkError):  # pruned, or put in its place, meanwhile
@@ -153,13 +156,14 @@ class LocalStorage(Storage):
                 yield from self._sweep(relative, before, dry_run)
             elif _TEMPORARY.fullmatch(entry.name):
                 with suppress(FileNotFoundError), paths.folder(self.root, folder) as at:
-                    if paths.status_in(at, entry.name).st_mtime > before:
+                    status = paths.status_in(at, entry.name)
+                    if status.st_mtime > before:
                         continue
                     with _unless_in_use(at, entry.name, relative) as free:
                         if free and not dry_run:
                             os.unlink(entry.name, dir_fd=at)
                     if free:
-                        yield self.root / relative
+                        yield ObjectInfo(relative, status.st_size, status.st_mtime)
 
     def _entries(self, prefix: str) -> Sequence[paths.Entry]:
         """What lies in a folder, without what cannot be a key: temporary files, and names not ours."""

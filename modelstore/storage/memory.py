@@ -92,9 +92,16 @@ class MemoryStorage(Storage):
         with self._shelf.lock:
             self._shelf.objects.pop(check_key(key), None)
 
+    @property
+    def local(self) -> bool:
+        return False
+
     def path(self, key: str) -> Path | None:
         check_key(key)
         return None
+
+    def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:  # noqa: ARG002  nothing is left
+        return ()
 
 
 def _of_process(name: str, process: int) -> MemoryStorage:

@@ -162,9 +162,16 @@ class ObjectStorage(Storage):
         with suppress(NotFoundError), self._asking("delete", key):
             obstore.delete(self._store, key)
 
+    @property
+    def local(self) -> bool:
+        return False
+
     def path(self, key: str) -> Path | None:
         check_key(key)
         return None
+
+    def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:  # noqa: ARG002  nothing is left
+        return ()
 
     def _read(self, key: str, start: int, out: memoryview) -> None:
         with self._asking("read", key):

@@ -83,6 +83,9 @@ class RetryingStorage(WrappingStorage):
 
         self.around("put", key, act)
 
+    def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:
+        return self.around("sweep", "", lambda: self.inner.sweep(before, dry_run=dry_run))
+
     def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
         trying, left = _Trying(self, "list", prefix), limit
         while True:

@@ -10,7 +10,7 @@ from modelstore.errors import UnsupportedError
 from modelstore.format.buffers import Buffer
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage
 
-Verb = Literal["get", "read", "create", "put", "info", "list", "folders", "delete"]
+Verb = Literal["get", "read", "create", "put", "info", "list", "folders", "delete", "sweep"]
 WRITES: frozenset[Verb] = frozenset({"create", "put", "delete"})
 T = TypeVar("T")
 
@@ -58,8 +58,15 @@ class WrappingStorage(Storage):
     def delete(self, key: str) -> None:
         self.around("delete", key, lambda: self.inner.delete(key))
 
+    @property
+    def local(self) -> bool:
+        return self.inner.local
+
     def path(self, key: str) -> Path | None:
         return self.inner.path(key)
+
+    def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:
+        return self.inner.sweep(before, dry_run=dry_run)
 
 
 class ReadOnlyStorage(WrappingStorage):
@@ -69,3 +76,8 @@ class ReadOnlyStorage(WrappingStorage):
         if verb in WRITES:
             raise UnsupportedError(f"cannot {verb} {key!r}: {self.url} is open for reading only", object=key)
         return act()
+
+    def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:
+        if not dry_run:
+            raise UnsupportedError(f"cannot sweep {self.url}: it is open for reading only")
+        return super().sweep(before, dry_run=True)

@@ -68,7 +68,7 @@ class Catalog(Lookup):
 
     def _check_place(self) -> None:
         """`UnsupportedError` where the store would lie among the objects of another one, which would take its own for theirs."""
-        inside = self._storage.path("x")
+        inside = self._storage.path(rec.STORE_KEY)
         if inside is None:
             return
         for above in inside.parents[1:]:

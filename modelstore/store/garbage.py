@@ -20,9 +20,7 @@ from modelstore.format.names import check_model
 from modelstore.format.progress import Advance
 from modelstore.format.results import Swept, SweptObject
 from modelstore.storage.base import ObjectInfo, Storage
-from modelstore.storage.local import LocalStorage
 from modelstore.storage.pool import REQUESTS, ordered
-from modelstore.storage.wrapping import WrappingStorage
 from modelstore.store.clock import now
 from modelstore.store.condemned import Condemnation, forget_dead, held_by_writers
 from modelstore.store.damage import DAMAGED
@@ -259,14 +257,5 @@ def _sweep(storage: Storage, info: ObjectInfo, limit: float) -> SweptObject | No
 
 
 def _temporaries(storage: Storage, limit: float, dry_run: bool) -> list[SweptObject]:
-    """Files that killed writers left behind in a local store."""
-    while isinstance(storage, WrappingStorage):
-        storage = storage.inner
-    if not isinstance(storage, LocalStorage):
-        return []
-    sizes = {}
-    for path in storage.remove_temporaries(limit, dry_run=True):
-        with suppress(FileNotFoundError):  # its writer is done with it
-            sizes[path] = path.lstat().st_size
-    paths = sizes if dry_run else storage.remove_temporaries(limit)
-    return [SweptObject(path.relative_to(storage.root).as_posix(), sizes.get(path, 0)) for path in paths]
+    """What killed writers left behind."""
+    return [SweptObject(info.key, info.size) for info in storage.sweep(limit, dry_run=dry_run)]

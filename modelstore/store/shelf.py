@@ -39,7 +39,7 @@ class Shelf:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._since: float | None = None
-        self._threads = _REMOTE_THREADS if storage.path("x") is None else _LOCAL_THREADS
+        self._threads = _LOCAL_THREADS if storage.local else _REMOTE_THREADS
         self._pool: Pool | None = None
         self._looks: dict[str, Future[bool]] = {}
         self._order: dict[str, int] = {}

@@ -14,6 +14,8 @@ import pytest
 from modelstore.errors import CorruptionError, FormatError, NotFoundError, StorageError
 from modelstore.storage.base import Storage
 from modelstore.storage.exclusive import prove_exclusive_create
+from modelstore.storage.wrapping import ReadOnlyStorage
+from modelstore.testing.faults import CountingStorage
 
 HOSTILE = (
     "",
@@ -231,7 +233,43 @@ class StorageContract:
     def test_path_is_the_object(self, storage: Storage) -> None:
         storage.create("a/b", b"x")
         path = storage.path("a/b")
+        assert (path is not None) == storage.local
         assert path is None or (isinstance(path, Path) and path.read_bytes() == b"x")
+
+    def test_a_wrapper_says_what_the_storage_says(self, storage: Storage) -> None:
+        storage.create("a/b", b"x")
+        for wrapped in (CountingStorage(storage), ReadOnlyStorage(storage)):
+            assert wrapped.local == storage.local
+            assert wrapped.path("a/b") == storage.path("a/b")
+            assert wrapped.sweep(0.0, dry_run=True) == ()
+
+    def test_a_sweep_removes_no_object(self, storage: Storage) -> None:
+        """And not what is being written, which is a part of an object while it is."""
+        swept = []
+
+        def pieces() -> Iterator[bytes]:
+            yield b"one"
+            swept.append(storage.sweep(time.time() + 3600))
+            yield b"two"
+
+        storage.create("a", b"x")
+        storage.put("b/c", pieces(), 6)
+        assert storage.sweep(time.time() + 3600, dry_run=True) == ()
+        assert storage.sweep(time.time() + 3600) == ()
+        assert swept == [()]
+        assert storage.get("b/c") == b"onetwo"
+        assert self.keys(storage) == ["a", "b/c"]
+
+    def test_what_a_broken_write_left_is_swept(self, storage: Storage) -> None:
+        def pieces() -> Iterator[bytes]:
+            yield b"one"
+            raise KeyError("the source broke")
+
+        with pytest.raises(KeyError):
+            storage.put("a/b", pieces(), 6)
+        storage.sweep(time.time() + 3600)
+        assert storage.sweep(time.time() + 3600, dry_run=True) == ()
+        assert self.keys(storage) == []
 
     def test_threads_read_and_write(self, storage: Storage) -> None:
         def work(number: int) -> bool:

@@ -16,6 +16,7 @@ import pytest
 
 from modelstore.errors import CorruptionError, NotFoundError, StorageError, UnsupportedError
 from modelstore.storage import local
+from modelstore.storage.base import ObjectInfo
 from modelstore.storage.descriptors import Descriptors
 from modelstore.storage.local import LocalStorage
 
@@ -85,11 +86,15 @@ def test_temporaries_are_hidden_and_swept(tmp_path: Path) -> None:
     os.utime(old, (time.time() - 1000,) * 2)
     assert [item.key for item in storage.list("")] == ["a/1"]
     assert storage.folders("") == ("a",)
-    assert storage.remove_temporaries(time.time() - 500, dry_run=True) == (old,)
+    assert names(storage.sweep(time.time() - 500, dry_run=True)) == [old.relative_to(tmp_path).as_posix()]
     assert old.exists()
-    assert storage.remove_temporaries(time.time() - 500) == (old,)
+    assert names(storage.sweep(time.time() - 500)) == [old.relative_to(tmp_path).as_posix()]
     assert (old.exists(), new.exists()) == (False, True)
     assert storage.get("a/1") == b"x"
+
+
+def names(swept: tuple[ObjectInfo, ...]) -> list[str]:
+    return [info.key for info in swept]
 
 
 def test_a_file_that_a_writer_holds_is_not_swept(tmp_path: Path) -> None:
@@ -98,7 +103,7 @@ def test_a_file_that_a_writer_holds_is_not_swept(tmp_path: Path) -> None:
 
     def pieces() -> Iterator[bytes]:
         yield b"x"
-        swept.append(LocalStorage(tmp_path).remove_temporaries(time.time() + 9))
+        swept.append(LocalStorage(tmp_path).sweep(time.time() + 9))
         yield b"y"
 
     storage.put("a/1", pieces(), 2)
@@ -106,7 +111,7 @@ def test_a_file_that_a_writer_holds_is_not_swept(tmp_path: Path) -> None:
     assert storage.get("a/1") == b"xy"
     left = tmp_path / "a/.tmp-1-dddddddddddddddd"
     left.touch()
-    assert storage.remove_temporaries(time.time() + 9) == (left,)
+    assert names(storage.sweep(time.time() + 9)) == [left.relative_to(tmp_path).as_posix()]
 
 
 def test_a_file_that_is_swept_before_it_is_locked_is_made_again(
@@ -117,7 +122,7 @@ def test_a_file_that_is_swept_before_it_is_locked_is_made_again(
 
     def late(descriptor: int) -> bool:
         if next(looks):
-            assert len(LocalStorage(tmp_path).remove_temporaries(time.time() + 9)) == 1
+            assert len(LocalStorage(tmp_path).sweep(time.time() + 9)) == 1
         return lock(descriptor)
 
     monkeypatch.setattr(local, "_lock", late)
@@ -139,7 +144,7 @@ def test_a_file_is_locked_in_a_way_that_nfs_has(tmp_path: Path, monkeypatch: pyt
     storage = LocalStorage(tmp_path)
 
     def pieces() -> Iterator[bytes]:
-        assert LocalStorage(tmp_path).remove_temporaries(time.time() + 9) == ()
+        assert LocalStorage(tmp_path).sweep(time.time() + 9) == ()
         yield b"x"
 
     storage.put("a/1", pieces(), 1)
@@ -160,7 +165,7 @@ def test_a_file_that_is_looked_at_before_it_is_locked_is_made_again(
 
     def pieces() -> Iterator[bytes]:
         os.close(held[0])
-        assert LocalStorage(tmp_path).remove_temporaries(time.time() + 9) == ()
+        assert LocalStorage(tmp_path).sweep(time.time() + 9) == ()
         yield b"x"
 
     monkeypatch.setattr(fcntl, "flock", late)
@@ -189,7 +194,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str) 
         storage.create("a/b", b"x") if write == "create" else storage.put("a/b", [b"x"], 1)
     monkeypatch.undo()
     assert list(storage.list("")) == []
-    assert storage.remove_temporaries(time.time()) == ()
+    assert storage.sweep(time.time()) == ()
 
 
 REFUSED = {
@@ -346,7 +351,7 @@ def test_no_folder_is_reached_through_a_link(tmp_path: Path, outside: Path, at: 
     ):
         with pytest.raises(StorageError, match="is a link, which is not followed"):
             act()
-    assert storage.remove_temporaries(0) == ()
+    assert storage.sweep(0) == ()
     assert [info.key for info in storage.list("")] == sorted(["kept/x", at])
     storage.delete(at)
     assert [info.key for info in storage.list("")] == ["kept/x"]

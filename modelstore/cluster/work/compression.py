@@ -15,7 +15,6 @@ from modelstore.compress.job import Portion, encode, view_spec
 from modelstore.compress.plan import weight_codec
 from modelstore.format.manifest import CodecSpec, Manifest
 from modelstore.format.names import ORIGINAL
-from modelstore.format.record import manifest_key
 from modelstore.plan.placement import View, holders
 from modelstore.plan.work import Limits
 
@@ -40,8 +39,7 @@ class Encoding:
         """Read, encode, write packs, note them. Bytes stored anew."""
         repo = repo_of(self.source)
         # Each chunk is read once: hosts would only copy what a file system gives.
-        local = repo.storage.path(manifest_key(self.model, self.digest)) is not None
-        original = opened(None if local else Session(), self.source, self.model, self.digest)
+        original = opened(None if repo.storage.local else Session(), self.source, self.model, self.digest)
         written = encode(
             repo.storage,
             portion,

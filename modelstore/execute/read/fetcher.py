@@ -77,7 +77,7 @@ class Fetcher:
     @property
     def local(self) -> bool:
         """Whether the packs are read as local files."""
-        return self.storage.path("x") is not None
+        return self.storage.local
 
     @property
     def elsewhere(self) -> bool:
