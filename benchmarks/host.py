@@ -53,10 +53,10 @@ def timed(what: str, store: str) -> dict[str, Any]:
 
     from modelstore.cluster.folders import ROOT
     from modelstore.cluster.host.host import HostSettings, ShardHost
-    from modelstore.cluster.pieces import Source
+    from modelstore.cluster.pieces import StoreAddress
     from modelstore.format.buffers import view
 
-    parts, source = made(store), Source(store)
+    parts, source = made(store), StoreAddress(store)
     out = np.ones(NBYTES, np.uint8)
     prime(2 * NBYTES, store)
     with tempfile.TemporaryDirectory(prefix=f"{ROOT}bench-", dir=SHARED) as folder:

@@ -322,3 +322,14 @@ def test_a_codec_is_asked_and_not_looked_at() -> None:
                 named = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)} & classes
                 wrong += [f"{where(path)}:{node.lineno}: {name}" for name in named]  # type: ignore[attr-defined]
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_name_is_one_thing() -> None:
+    """No class is called as another one is, wherever it lies: who reads a name, or looks for it, finds one meaning."""
+    found: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(f"{where(path)}:{node.lineno}")
+    wrong = [f"{name}: {', '.join(places)}" for name, places in found.items() if len(places) > 1]
+    assert not wrong, "\n".join(wrong)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
 
 from modelstore.architecture.config import Config, count, language, model_type
-from modelstore.architecture.parallel_table import BESIDE, FAMILIES, KINDS, Cut, Family, Kind
+from modelstore.architecture.parallel_table import BESIDE, FAMILIES, KINDS, AxisCut, Kind, ParallelPlan
 from modelstore.errors import UnsupportedError
 from modelstore.format.architecture import Architecture, Sliced, find
 
@@ -56,19 +56,19 @@ class Cuts:
                 f"installed): give plan={{pattern: axis}} to TensorParallel, or Regions; known are {', '.join(FAMILIES)}"
             )
         self.strict = strict
-        self.cuts: Mapping[str, Cut] = family.cuts if family else {}
+        self.cuts: Mapping[str, AxisCut] = family.cuts if family else {}
         self.heads: dict[Kind, int] = {}
         if family:
             query = _heads(inner) or family.heads
             key = count(inner, "num_key_value_heads", "num_kv_heads") or family.key_heads or query
             self.heads = {"query": query, "key": key}
         self.plan = [
-            (re.compile(translate(pattern)), None if axis is None else Cut(axis, ("vocabulary",)))
+            (re.compile(translate(pattern)), None if axis is None else AxisCut(axis, ("vocabulary",)))
             for pattern, axis in (plan or {}).items()
         ]
-        self.found: dict[str, Cut | None] = {}
+        self.found: dict[str, AxisCut | None] = {}
 
-    def find(self, name: str) -> Cut | None:
+    def find(self, name: str) -> AxisCut | None:
         """The cut of that tensor, its axis being that of this tensor (a bias has one only); None: replicated."""
         for pattern, planned in self.plan:
             if pattern.match(name):
@@ -80,12 +80,12 @@ class Cuts:
             self.found[general] = self._look_up(general)
         return self.found[general]
 
-    def _sliced(self, name: str, slices: Mapping[str, Sliced]) -> Cut | None:
+    def _sliced(self, name: str, slices: Mapping[str, Sliced]) -> AxisCut | None:
         """As the model's own class says; what lies beside a weight that is sliced must be spoken of."""
         said = find(slices, name)
         if said is not None:
             parts = tuple(_kind(part) for part, _ in said.parts)
-            return Cut(said.axis, parts, units=tuple(n for _, n in said.parts)) if parts else None
+            return AxisCut(said.axis, parts, units=tuple(n for _, n in said.parts)) if parts else None
         module, _, last = name.rpartition(".")
         weight = find(slices, f"{module}.weight")
         if weight is not None and last not in ("weight", "bias") and self.strict:
@@ -96,7 +96,7 @@ class Cuts:
             )
         return None
 
-    def _look_up(self, name: str) -> Cut | None:
+    def _look_up(self, name: str) -> AxisCut | None:
         parts = name.split(".")
         if any(part in BESIDE for part in parts):
             return None
@@ -110,9 +110,9 @@ class Cuts:
             )
         if rule is None or parameter != "bias":
             return rule
-        return Cut(0, rule.parts) if rule.bias else None
+        return AxisCut(0, rule.parts) if rule.bias else None
 
-    def _longest(self, module: Sequence[str]) -> Cut | None:
+    def _longest(self, module: Sequence[str]) -> AxisCut | None:
         suffixes = (".".join(module[i:]) for i in range(len(module)))
         return next((self.cuts[suffix] for suffix in suffixes if suffix in self.cuts), None)
 
@@ -132,7 +132,7 @@ def _kind(part: str) -> Kind:
     return part  # type: ignore[return-value]
 
 
-def _family(config: Config | None) -> tuple[str | None, Family | None, Config]:
+def _family(config: Config | None) -> tuple[str | None, ParallelPlan | None, Config]:
     """(model type, its entry or None, the config of the language model, which is nested in a multimodal one)."""
     if config is None:
         return None, None, {}

@@ -24,7 +24,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class AxisCut:
     """How one module is cut: the axis of its weight, and the parts that lie along it, each cut by itself.
 
     `bias`: whether the bias is cut too (along its only axis). It is for column-wise modules, whose outputs are
@@ -39,20 +39,20 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ParallelPlan:
     """The cuts of one model type, and how many heads it has where its `config.json` does not say."""
 
-    cuts: MappingProxyType[str, Cut]
+    cuts: MappingProxyType[str, AxisCut]
     heads: int
     key_heads: int | None = None  # None: as many as `heads`
 
 
-QUERY = Cut(0, ("query",))
-KEY = Cut(0, ("key",))
-OUTPUT = Cut(1, ("query",), bias=False)
-COLUMN = Cut(0, ("even",))
-ROW = Cut(1, ("even",), bias=False)
-VOCABULARY = Cut(0, ("vocabulary",))
+QUERY = AxisCut(0, ("query",))
+KEY = AxisCut(0, ("key",))
+OUTPUT = AxisCut(1, ("query",), bias=False)
+COLUMN = AxisCut(0, ("even",))
+ROW = AxisCut(1, ("even",), bias=False)
+VOCABULARY = AxisCut(0, ("vocabulary",))
 
 _EMBEDDING = {"embed_tokens": VOCABULARY, "lm_head": VOCABULARY}
 _ATTENTION = {
@@ -64,9 +64,9 @@ _ATTENTION = {
 _MLP = {"mlp.gate_proj": COLUMN, "mlp.up_proj": COLUMN, "mlp.down_proj": ROW}
 _LLAMA = _EMBEDDING | _ATTENTION | _MLP
 _PHI3 = _EMBEDDING | {
-    "self_attn.qkv_proj": Cut(0, ("query", "key", "key")),
+    "self_attn.qkv_proj": AxisCut(0, ("query", "key", "key")),
     "self_attn.o_proj": OUTPUT,
-    "mlp.gate_up_proj": Cut(0, ("even", "even")),
+    "mlp.gate_up_proj": AxisCut(0, ("even", "even")),
     "mlp.down_proj": ROW,
 }
 _PHI = _EMBEDDING | _ATTENTION | {"self_attn.dense": OUTPUT, "mlp.fc1": COLUMN, "mlp.fc2": ROW}
@@ -77,8 +77,8 @@ _EXPERTS = {
     "experts.*.gate_proj": COLUMN,
     "experts.*.up_proj": COLUMN,
     "experts.*.down_proj": ROW,
-    "experts.gate_up_proj": Cut(1, ("even", "even")),
-    "experts.down_proj": Cut(2, ("even",)),
+    "experts.gate_up_proj": AxisCut(1, ("even", "even")),
+    "experts.down_proj": AxisCut(2, ("even",)),
 }
 _MOE = _LLAMA | _EXPERTS
 _MIXTRAL = _MOE | {"experts.*.w1": COLUMN, "experts.*.w3": COLUMN, "experts.*.w2": ROW}
@@ -91,14 +91,14 @@ _GPT_OSS = (
     _EMBEDDING
     | _ATTENTION
     | {
-        "self_attn.sinks": Cut(0, ("query",)),
-        "experts.gate_up_proj": Cut(2, ("pair",)),
-        "experts.gate_up_proj_bias": Cut(1, ("pair",)),
-        "experts.gate_up_proj_blocks": Cut(1, ("pair",)),
-        "experts.gate_up_proj_scales": Cut(1, ("pair",)),
-        "experts.down_proj": Cut(1, ("even",)),
-        "experts.down_proj_blocks": Cut(2, ("even",)),
-        "experts.down_proj_scales": Cut(2, ("even",)),
+        "self_attn.sinks": AxisCut(0, ("query",)),
+        "experts.gate_up_proj": AxisCut(2, ("pair",)),
+        "experts.gate_up_proj_bias": AxisCut(1, ("pair",)),
+        "experts.gate_up_proj_blocks": AxisCut(1, ("pair",)),
+        "experts.gate_up_proj_scales": AxisCut(1, ("pair",)),
+        "experts.down_proj": AxisCut(1, ("even",)),
+        "experts.down_proj_blocks": AxisCut(2, ("even",)),
+        "experts.down_proj_scales": AxisCut(2, ("even",)),
     }
 )
 # Latent attention: the low-rank projections are shared by all heads, what leads to the heads is cut by them
@@ -120,10 +120,10 @@ _DEEPSEEK = (
 _GPT2 = {
     "wte": VOCABULARY,
     "lm_head": VOCABULARY,
-    "attn.c_attn": Cut(1, ("query", "query", "query")),
-    "attn.c_proj": Cut(0, ("query",), bias=False),
-    "mlp.c_fc": Cut(1, ("even",)),
-    "mlp.c_proj": Cut(0, ("even",), bias=False),
+    "attn.c_attn": AxisCut(1, ("query", "query", "query")),
+    "attn.c_proj": AxisCut(0, ("query",), bias=False),
+    "mlp.c_fc": AxisCut(1, ("even",)),
+    "mlp.c_proj": AxisCut(0, ("even",), bias=False),
 }
 # Rows are [heads, 3, head size], so a cut by heads holds whole q, k and v
 _NEOX = {
@@ -175,22 +175,22 @@ _BART = (
         "shared": VOCABULARY,
         "proj_out": VOCABULARY,
         "output_projection": VOCABULARY,
-        "final_logits_bias": Cut(1, ("vocabulary",)),
+        "final_logits_bias": AxisCut(1, ("vocabulary",)),
     }
 )
 _MODERNBERT = {
     "tok_embeddings": VOCABULARY,
     "decoder": VOCABULARY,
-    "attn.Wqkv": Cut(0, ("query", "query", "query")),
+    "attn.Wqkv": AxisCut(0, ("query", "query", "query")),
     **{f"attn.{module}": QUERY for module in ("q_proj", "k_proj", "v_proj")},
     "attn.Wo": OUTPUT,
-    "mlp.Wi": Cut(0, ("even", "even")),
+    "mlp.Wi": AxisCut(0, ("even", "even")),
     "mlp.Wo": ROW,
 }
 _MPT = {
     "wte": VOCABULARY,
     "lm_head": VOCABULARY,
-    "attn.Wqkv": Cut(0, ("query", "query", "query")),
+    "attn.Wqkv": AxisCut(0, ("query", "query", "query")),
     "attn.out_proj": OUTPUT,
     "ffn.up_proj": COLUMN,
     "ffn.down_proj": ROW,
@@ -223,7 +223,7 @@ _CPMANT = {
     "lm_head": VOCABULARY,
     **{f"self_attention.project_{part}": QUERY for part in "qkv"},
     "self_attention.attention_out": OUTPUT,
-    "position_bias.relative_attention_bias": Cut(1, ("query",)),
+    "position_bias.relative_attention_bias": AxisCut(1, ("query",)),
     "w_in.w_0": COLUMN,
     "w_in.w_1": COLUMN,
     "ffn.w_out": ROW,
@@ -240,8 +240,8 @@ _DISTILBERT = {
 }
 
 
-def _family(cuts: dict[str, Cut], heads: int, key_heads: int | None = None) -> Family:
-    return Family(MappingProxyType(cuts), heads, key_heads)
+def _family(cuts: dict[str, AxisCut], heads: int, key_heads: int | None = None) -> ParallelPlan:
+    return ParallelPlan(MappingProxyType(cuts), heads, key_heads)
 
 
 FAMILIES = MappingProxyType(

@@ -50,7 +50,7 @@ class Gguf(StrEnum):
     blocks = "blocks"
 
 
-class Grid(StrEnum):
+class GridOption(StrEnum):
     """How tensors are cut into chunks."""
 
     auto = "auto"
@@ -90,12 +90,12 @@ def save(
         ),
     ] = StorageCodec.lossless,
     grid: Annotated[
-        Grid,
+        GridOption,
         typer.Option(
             "--grid",
             help="auto: cut tensors so that slices read little. whole: each tensor in one piece, with --codec raw.",
         ),
-    ] = Grid.auto,
+    ] = GridOption.auto,
     include: Annotated[
         Include,
         typer.Option(

@@ -30,7 +30,7 @@ from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
     from modelstore.cluster.control.session import Session
-    from modelstore.cluster.pieces import Source
+    from modelstore.cluster.pieces import StoreAddress
     from modelstore.cluster.save.orders import Order
     from modelstore.compress.on_the_fly import Maker
 
@@ -56,7 +56,7 @@ class Access:
         threads: int | None = None,
         *,
         session: Session | None = None,
-        source: Source | None = None,
+        source: StoreAddress | None = None,
         cluster: str | None = None,
     ) -> None:
         budget(memory)
@@ -238,7 +238,7 @@ def _again(
     mirrors: Any,
     memory: int | str | None,
     threads: int | None,
-    source: Source | None,
+    source: StoreAddress | None,
     cluster: str | None,
 ) -> Access:
     """The store that a pickle tells of.

@@ -12,10 +12,10 @@ from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
     from modelstore.cluster.control.session import Session
-    from modelstore.cluster.pieces import Source
+    from modelstore.cluster.pieces import StoreAddress
 
 
-class Base(Checked):
+class OpenedStore(Checked):
     """An opened store. Public methods of its heirs have arguments checked."""
 
     def __init__(
@@ -26,7 +26,7 @@ class Base(Checked):
         memory: int | str | None = None,
         threads: int | None = None,
         session: Session | None = None,
-        source: Source | None = None,
+        source: StoreAddress | None = None,
         cluster: str | None = None,
     ) -> None:
         repo = Repo.on(storage, mirrors)
@@ -53,7 +53,7 @@ class Base(Checked):
         return Model(self._access, ref)
 
 
-def _again(kind: type[Base], access: Access) -> Base:
+def _again(kind: type[OpenedStore], access: Access) -> OpenedStore:
     made = kind.__new__(kind)
     made._access = access
     return made

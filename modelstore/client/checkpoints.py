@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from modelstore.client.base import Base
+from modelstore.client.base import OpenedStore
 from modelstore.errors import NotFoundError
 from modelstore.format.names import ORIGINAL, parse_reference
 from modelstore.format.progress import Progress
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Checkpoints(Base):
+class Checkpoints(OpenedStore):
     """The part of a store that gives checkpoints back."""
 
     def checkpoint(self, ref: str, *, device: str | torch.device = "cpu", progress: Progress | None = None) -> Any:

@@ -17,7 +17,7 @@ from modelstore.plan.layout import Shard, as_layout
 
 if TYPE_CHECKING:
     from modelstore.cluster.control.session import Session
-    from modelstore.cluster.pieces import Source
+    from modelstore.cluster.pieces import StoreAddress
     from modelstore.cluster.save.orders import Order
 
 
@@ -39,7 +39,7 @@ class Cluster(Checked):
         return in_cluster(self._access)[0]
 
     @property
-    def source(self) -> Source:
+    def source(self) -> StoreAddress:
         """How the cluster's hosts open the store. For tools that look inside."""
         return in_cluster(self._access)[1]
 

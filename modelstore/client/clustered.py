@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     import torch
 
     from modelstore.cluster.control.session import Session
-    from modelstore.cluster.pieces import Source
+    from modelstore.cluster.pieces import StoreAddress
 
 
-def in_cluster(access: Access) -> tuple[Session, Source]:
+def in_cluster(access: Access) -> tuple[Session, StoreAddress]:
     """The connection to the cluster, and how its hosts open the store; `ValueError` without a cluster."""
     session = access.session
     if session is None:
@@ -59,13 +59,13 @@ def mapped(
     access: Access, ref: Reference, model: Variant, shares: Mapping[str, Share]
 ) -> dict[str, torch.Tensor] | None:
     """Tensors that share the node's memory with every other reader there; None while its host is being replaced."""
-    from modelstore.cluster.calls import GoneError
+    from modelstore.cluster.calls import HostGoneError
     from modelstore.cluster.read.mapping import mapped
 
     session, source = in_cluster(access)
     try:
         return mapped(session, source, model, access.repo.catalog.entry(ref)[1].manifest, shares)
-    except GoneError as problem:
+    except HostGoneError as problem:
         log.warning("model %r is loaded without a map: %s", ref.name, problem)
         return None
 

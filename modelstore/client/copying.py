@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from modelstore.client.base import Base
+from modelstore.client.base import OpenedStore
 from modelstore.errors import ModelStoreError, NotFoundError
 from modelstore.execute.copy.plan import Wanted
 from modelstore.execute.copy.run import copy
@@ -21,13 +21,13 @@ from modelstore.storage.open import open_storage
 from modelstore.store.repo import Repo
 
 
-class Copying(Base):
+class Copying(OpenedStore):
     """The part of a store that brings models elsewhere."""
 
     def copy(
         self,
         ref: str | None,
-        destination: str | os.PathLike[str] | Base,
+        destination: str | os.PathLike[str] | OpenedStore,
         *,
         name: str | None = None,
         variants: bool | Iterable[str] = False,
@@ -140,8 +140,8 @@ class Copying(Base):
         return usage(self.repo, name)
 
     @staticmethod
-    def _destination(where: str | os.PathLike[str] | Base, options: Mapping[str, Any] | None) -> Repo:
-        if isinstance(where, Base):
+    def _destination(where: str | os.PathLike[str] | OpenedStore, options: Mapping[str, Any] | None) -> Repo:
+        if isinstance(where, OpenedStore):
             if options:
                 raise ValueError("storage_options go with a URL: the destination is an open store, which has its own")
             return where.repo

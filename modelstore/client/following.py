@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from modelstore.client.base import Base
+from modelstore.client.base import OpenedStore
 from modelstore.execute.write.vote import Vote
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.progress import Progress
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from modelstore.execute.read.loading import Variant
 
 
-class Following(Base):
+class Following(OpenedStore):
     """The part of a store that follows models over time."""
 
     def watch(self, name: str, *, tag: str | None = None, poll: float = 1.0, since: int | None = None) -> Watch:

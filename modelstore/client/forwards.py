@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from modelstore.client.arguments import MAX_SHARD
-from modelstore.client.base import Base
+from modelstore.client.base import OpenedStore
 from modelstore.client.evaluating import DTypeName, evaluate
 from modelstore.client.model import Model
 from modelstore.execute.read.loading import LazyTensor
@@ -44,7 +44,7 @@ def told_by(method: Callable[..., Any], called: str, more: str = "") -> Callable
     return told
 
 
-class OfModels(Base):
+class OfModels(OpenedStore):
     """The part of a store that is its models'."""
 
     @told_by(Model.load, "store[ref].load(…)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from modelstore.client.base import Base
+from modelstore.client.base import OpenedStore
 from modelstore.client.cluster import Cluster
 from modelstore.client.forwards import told_by
 from modelstore.format import results
@@ -13,7 +13,7 @@ from modelstore.format.progress import Progress
 from modelstore.plan.layout import Shard
 
 
-class OfCluster(Base):
+class OfCluster(OpenedStore):
     """The part of a store that is its cluster's."""
 
     @property

@@ -6,7 +6,7 @@ import uuid
 from contextlib import suppress
 
 from modelstore.client.access import log
-from modelstore.client.base import Base
+from modelstore.client.base import OpenedStore
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, of_version, parse_reference
 from modelstore.format.progress import Progress, meter
@@ -17,7 +17,7 @@ from modelstore.store.damage import DAMAGED
 GRACE = 86_400  # seconds for which garbage collection leaves what nothing refers to
 
 
-class Keeping(Base):
+class Keeping(OpenedStore):
     """The part of a store that keeps it whole and tidy."""
 
     def verify(self, ref: str | None = None, *, deep: bool = False, progress: Progress | None = None) -> results.Report:

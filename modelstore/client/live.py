@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from modelstore.errors import CancelledError, NotFoundError
 from modelstore.execute.live.rwlock import Readers
-from modelstore.execute.live.versions import Held, advance, plan
+from modelstore.execute.live.versions import LoadedVersion, advance, plan
 from modelstore.execute.read.loading import Variant
 from modelstore.format import results
 from modelstore.format.locks import Lock
@@ -33,7 +33,7 @@ class _Version:
     """A version ready to be used."""
 
     number: int
-    held: Held
+    held: LoadedVersion
     tensors: Mapping[str, torch.Tensor]
 
 

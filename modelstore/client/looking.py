@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modelstore.client.access import warn
-from modelstore.client.base import Base
+from modelstore.client.base import OpenedStore
 from modelstore.client.evaluating import quality
 from modelstore.errors import ModelStoreError
 from modelstore.format import results
@@ -15,7 +15,7 @@ from modelstore.store.condemned import never_was
 from modelstore.store.describe import log_entry, model_info, variant_infos, version_info
 
 
-class Looking(Base):
+class Looking(OpenedStore):
     """The part of a store that tells what it holds."""
 
     def models(self) -> list[results.ModelInfo]:

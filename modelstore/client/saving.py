@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from modelstore.client.base import Base
+from modelstore.client.base import OpenedStore
 from modelstore.client.clustered import acknowledged, in_cluster, saved
 from modelstore.errors import ConflictError
 from modelstore.execute.write.save import Outcome, check_options, publish, store
@@ -21,7 +21,7 @@ from modelstore.format.note import note
 from modelstore.format.progress import Progress
 from modelstore.format.record import VersionRecord
 from modelstore.format.region import nbytes
-from modelstore.sources.choosing import Choice
+from modelstore.sources.choosing import Selection
 from modelstore.sources.open import check_holds, open_source
 from modelstore.store.relying import again
 from modelstore.store.repo import Repo
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from modelstore.sources.open import Openable
 
 
-class Saving(Base):
+class Saving(OpenedStore):
     """The part of a store that saves."""
 
     def save(
@@ -100,7 +100,7 @@ class Saving(Base):
             check_word(tag, "tag")
         against = self._access.against(parse_reference(parent)) if parent is not None else None
         noted = note(message, meta, source, parent or "")
-        choice = Choice(key, include, gguf)
+        choice = Selection(key, include, gguf)
         if choice.everything and ack == "memory":
             raise ValueError('ack="memory" keeps the weights alone: leave it out, or include="all"')
         opened = open_source(source, files=files, choice=choice)

@@ -23,7 +23,7 @@ ANSWER = 20.0  # seconds that the directory may take, also to come up again
 _AGAIN = 0.2  # seconds until a directory that just died is asked again
 
 
-class GoneError(StorageError):
+class HostGoneError(StorageError):
     """A host, or the cluster's directory, died or does not answer: another one takes its place, or has taken it."""
 
 
@@ -48,12 +48,12 @@ def told(error: BaseException, whom: str) -> BaseException:
         return StorageError(f"{whom} failed: {_last_line(error)}; look at its log")
     if isinstance(error, ray.exceptions.RayError | FutureTimeoutError | ValueError):
         why = "does not answer" if isinstance(error, TimeoutError) else f"is gone ({_last_line(error)})"
-        return GoneError(f"{whom} {why}: look at 'modelstore cluster status', and try again")
+        return HostGoneError(f"{whom} {why}: look at 'modelstore cluster status', and try again")
     return error
 
 
 def answer(ref: Any, whom: str, seconds: float | None) -> Any:
-    """What a call to `whom` returns. `GoneError` where it died or says nothing in time; its own errors as they are."""
+    """What a call to `whom` returns. `HostGoneError` where it died or says nothing in time; its own errors as they are."""
     try:
         return ray.get(ref, timeout=seconds)
     except ray.exceptions.RayError as error:
@@ -92,7 +92,7 @@ def ask_directory_within(
 ) -> R:
     """What the cluster's directory answers; one that just died is waited for, as it starts again by itself.
 
-    `GoneError` where it says nothing in so many seconds, `StorageError` where the cluster has none.
+    `HostGoneError` where it says nothing in so many seconds, `StorageError` where the cluster has none.
     """
     end = time.monotonic() + seconds
     while True:
@@ -100,7 +100,7 @@ def ask_directory_within(
         with contextlib.suppress(ray.exceptions.ActorUnavailableError, ray.exceptions.ActorDiedError):
             return ask_directory_once(left, method, *arguments, **named)
         if time.monotonic() + _AGAIN > end:
-            raise GoneError("the cluster's directory is gone: look at 'modelstore cluster status', and try again")
+            raise HostGoneError("the cluster's directory is gone: look at 'modelstore cluster status', and try again")
         time.sleep(_AGAIN)
 
 

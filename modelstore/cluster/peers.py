@@ -13,7 +13,7 @@ from modelstore.cluster.calls import actor, answered, failed, host_name
 from modelstore.cluster.channel import TLS
 from modelstore.cluster.futures import in_thread
 from modelstore.cluster.host.protocol import Host
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.wire import PieceClients
 from modelstore.format.buffers import Bytes
 from modelstore.plan.placement import View, addresses
@@ -31,7 +31,7 @@ COPIES = 60.0  # to get copies
 
 
 class Peers:
-    """May be used from many threads. A host that is asked and is gone, or of which Ray knows nothing, is a `GoneError`."""
+    """May be used from many threads. A host that is asked and is gone, or of which Ray knows nothing, is a `HostGoneError`."""
 
     def __init__(self, view: View, secret: str) -> None:
         """`secret`: by which hosts know who may ask them over TCP."""
@@ -72,7 +72,7 @@ class Peers:
             return failed(error, whom)
 
     def pieces(
-        self, member: str, source: Source, parts: Sequence[Piece], want: Literal["fetched", "held", "handed on"]
+        self, member: str, source: StoreAddress, parts: Sequence[Piece], want: Literal["fetched", "held", "handed on"]
     ) -> Future[Sequence[Bytes | None]]:
         """The bytes of pieces, unchecked: by TCP, or through Ray where nobody can be reached so.
 

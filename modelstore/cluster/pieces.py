@@ -17,7 +17,7 @@ from modelstore.storage.open import open_storage
 SECTION = 8 << 20  # bytes of a pack that have one home, so that what it fetches are long ranges
 
 
-class Source(msgspec.Struct, frozen=True):
+class StoreAddress(msgspec.Struct, frozen=True):
     """A store as another process can open it: its URL, fsspec's options, and the S3 client."""
 
     url: str

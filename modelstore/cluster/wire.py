@@ -24,14 +24,14 @@ import numpy as np
 
 from modelstore.cluster.channel import TLS, Greeting, deadline, exactly, fill, greet, meet, send
 from modelstore.cluster.futures import in_thread
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.errors import ModelStoreError, StorageError
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.decoding import prepared
 
 log = logging.getLogger("modelstore")
 
-Read = Callable[[Source, Sequence[Piece], bool], Sequence[Bytes | None]]
+Read = Callable[[StoreAddress, Sequence[Piece], bool], Sequence[Bytes | None]]
 
 _SIZE = struct.Struct("<Q")
 _MESSAGE = 64 << 20  # bytes of a request, or of what stands before an answer, at most
@@ -51,7 +51,7 @@ class UnreachableError(StorageError):
 class _Request(msgspec.Struct, array_like=True):
     """Pieces that are wanted; with `fetch` also what the host has not got."""
 
-    source: Source
+    source: StoreAddress
     parts: list[Piece]
     fetch: bool
 
@@ -118,7 +118,7 @@ class PieceClient:
         self._idle: list[socket.socket] = []
         self._lock = threading.Lock()
 
-    def read(self, source: Source, parts: Sequence[Piece], fetch: bool) -> list[Bytes | None]:
+    def read(self, source: StoreAddress, parts: Sequence[Piece], fetch: bool) -> list[Bytes | None]:
         """The pieces' bytes, unchecked; None for what is not there. Those of one call share their memory.
 
         `UnreachableError` where no connection comes about, `StorageError` for what the host could not read, `OSError` or
@@ -178,7 +178,12 @@ class PieceClients:
         self._unreachable: dict[str, float] = {}
 
     def ask(
-        self, address: str, source: Source, parts: Sequence[Piece], fetch: bool, instead: Callable[[], Future[Any]]
+        self,
+        address: str,
+        source: StoreAddress,
+        parts: Sequence[Piece],
+        fetch: bool,
+        instead: Callable[[], Future[Any]],
     ) -> Future[Sequence[Bytes | None]]:
         """As `PieceClient.read`, in a thread; `instead` where there is no address, or nobody to be reached there."""
         if not address or not self._secret or time.monotonic() < self._unreachable.get(address, 0.0):

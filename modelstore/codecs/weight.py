@@ -190,7 +190,7 @@ class UnderCodes(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class EngineTensor:
     """One tensor as an engine takes it: dtype (torch's name), shape, and its raw little-endian bytes."""
 
     dtype: str
@@ -214,5 +214,5 @@ class EngineView(Protocol):
     def arrays(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> dict[str, NDArray[Any]]:
         """A region's planes unpacked: 2-d arrays by name, such as codes (rows, columns) and scales (rows, groups)."""
 
-    def parts(self, arrays: Mapping[str, NDArray[Any]], shape: Shape, dtype: DType) -> dict[str, Part]:
+    def parts(self, arrays: Mapping[str, NDArray[Any]], shape: Shape, dtype: DType) -> dict[str, EngineTensor]:
         """The tensors of a weight, or of a rank's slice of it, of that shape: by the end of their names ("weight_packed", …)."""

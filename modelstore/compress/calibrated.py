@@ -14,7 +14,7 @@ from modelstore.format.manifest import Manifest
 Write = Callable[[list[Input]], dict[str, Written]]
 
 
-class Calibrated(Protocol):
+class Solver(Protocol):
     """What finds values of tensors on data, and writes them with all others."""
 
     @property
@@ -29,7 +29,7 @@ class Calibrated(Protocol):
         """Write all items, in calls as it likes."""
 
 
-def noted(manifest: Manifest, calibrated: Calibrated | None) -> Manifest:
+def noted(manifest: Manifest, calibrated: Solver | None) -> Manifest:
     """A manifest that says which tensors were left to what the weights alone give, and why."""
     if calibrated is None or not calibrated.notes:
         return manifest

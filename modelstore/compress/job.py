@@ -17,7 +17,7 @@ import msgspec
 from modelstore.architecture.parallel import axes
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
 from modelstore.compress.budget import check_memory
-from modelstore.compress.calibrated import Calibrated, noted
+from modelstore.compress.calibrated import Solver, noted
 from modelstore.compress.codes import Codes, encoder_of
 from modelstore.compress.devices import fit_on
 from modelstore.compress.kept import keep_architecture, metrics
@@ -38,7 +38,7 @@ from modelstore.format.names import ORIGINAL
 from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region, extent, shift
-from modelstore.format.results import Choice, CompressionPlan
+from modelstore.format.results import CodecChoice, CompressionPlan
 from modelstore.plan.work import Limits, Work
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
@@ -63,7 +63,7 @@ Spread = Callable[[Portion], int]  # bytes that were newly stored
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CompressOutcome:
     """What a compression made: the record that shows it, and each variant's metrics."""
 
     record: VersionRecord
@@ -111,8 +111,8 @@ def compress(
     earlier: Iterable[Manifest] = (),
     work: Work,
     spread: Spread | None = None,
-    calibrated: Calibrated | None = None,
-) -> Outcome:
+    calibrated: Solver | None = None,
+) -> CompressOutcome:
     """Make a plan's variants of one version and publish them together.
 
     `codes`: those that the plan's choices were given. `earlier`: manifests whose chunks need not be stored again. `spread`
@@ -168,7 +168,7 @@ def compress(
     if ORIGINAL not in variants and parent.stored is None and parent.architecture != parent.manifest.architecture:
         keep_architecture(repo, parent.record, parent.manifest, parent.architecture, shelf)
     resumed.journal.clear()
-    return Outcome(record, measured, tally)
+    return CompressOutcome(record, measured, tally)
 
 
 def encode(
@@ -249,7 +249,7 @@ def _recorded(recipe: Recipe, plan: CompressionPlan, codes: str | None, requanti
 
 
 def _input(
-    choice: Choice,
+    choice: CodecChoice,
     parent: Parent,
     variants: tuple[str, ...],
     axis: Callable[[str], int | None] | None,
@@ -301,7 +301,7 @@ def _check_free(record: VersionRecord, variants: tuple[str, ...]) -> None:
 
 def _made_before(
     manifests: Manifests, parent: Parent, variants: tuple[str, ...], recorded: dict[str, Any]
-) -> Outcome | None:
+) -> CompressOutcome | None:
     """The outcome of the very same work, where it was done and published already; None where it was not."""
     record, measured = parent.record, {}
     for variant in variants:
@@ -311,7 +311,7 @@ def _made_before(
         if variant != ORIGINAL and (manifest.recipe != recorded or manifest.parent != parent.content):
             return None
         measured[variant] = manifest.metrics
-    return Outcome(record, measured, Tally())
+    return CompressOutcome(record, measured, Tally())
 
 
 def _prove(parent: Parent, variants: tuple[str, ...], plan: CompressionPlan, written: Mapping[str, Written]) -> None:

@@ -18,11 +18,11 @@ from modelstore.errors import UnsupportedError
 from modelstore.format.architecture import Architecture
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.recipe import KINDS, Kind, Recipe, Rule, check, matches, recipe
-from modelstore.format.results import Choice, CompressionPlan
+from modelstore.format.results import CodecChoice, CompressionPlan
 from modelstore.plan.write import TensorPlan, plan_tensor
 
 
-class Dequantized(Protocol):
+class DequantizedWeights(Protocol):
     """The weights of a checkpoint that are made of quantized ones."""
 
     @property
@@ -47,7 +47,7 @@ def plan_compression(
     config: Mapping[str, Any] | None,
     chosen: Recipe,
     known: Architecture | None = None,
-    dequantized: Dequantized | None = None,
+    dequantized: DequantizedWeights | None = None,
 ) -> CompressionPlan:
     """Choose a codec for every tensor; nothing is read but the manifest. `known`: what the model's own class says of it.
 
@@ -81,7 +81,7 @@ def plan_compression(
     )
 
 
-def _requantized(choice: Choice, dequantized: Dequantized) -> Choice:
+def _requantized(choice: CodecChoice, dequantized: DequantizedWeights) -> CodecChoice:
     """The choice for a weight that is made of quantized ones; `ValueError` where it would be kept, or be no smaller."""
     stored = dequantized.stored.get(choice.name)
     if stored is None:
@@ -124,7 +124,7 @@ _LEFT: Mapping[str, str] = {
 }
 
 
-def _nothing(choices: Sequence[Choice], chosen: Recipe, already: str | None) -> str:
+def _nothing(choices: Sequence[CodecChoice], chosen: Recipe, already: str | None) -> str:
     """Why a recipe compresses nothing of a model."""
     unknown = next((choice.name for choice in choices if choice.kind == "unknown"), None)
     if already:
@@ -198,7 +198,7 @@ def give_codes(
     return msgspec.structs.replace(plan, choices=made, **_sums(made))
 
 
-def _sums(choices: Sequence[Choice]) -> dict[str, int]:
+def _sums(choices: Sequence[CodecChoice]) -> dict[str, int]:
     """Bytes of all choices together: raw, as stored now, and then."""
     return {
         "bytes": sum(choice.bytes for choice in choices),
@@ -226,12 +226,12 @@ def _choice(
     spec: CodecSpec | None,
     reason: str,
     pruned: float | None = None,
-) -> Choice:
+) -> CodecChoice:
     stored = int(manifest.length[manifest.rows(tensor)].sum())
     # Where a share of all weights goes, each tensor is expected to lose that share: what it will lose is not known yet.
     sized = CodecSpec("sparse", {"sparsity": pruned}) if spec and pruned is not None else spec
     expected = weight_codec(sized).size(tensor.shape, tensor.kind) if sized else stored
-    return Choice(tensor.name, kind, tensor.dtype, tensor.shape, spec, reason, tensor.nbytes, stored, expected)
+    return CodecChoice(tensor.name, kind, tensor.dtype, tensor.shape, spec, reason, tensor.nbytes, stored, expected)
 
 
 def tensor_plan(tensor: Tensor, spec: CodecSpec, axis: Callable[[str], int | None] | None) -> TensorPlan:

@@ -10,7 +10,7 @@ from modelstore.codecs.sparse.pruning import global_threshold, magnitudes
 from modelstore.execute.read.reader import Reader
 from modelstore.format import grid
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
-from modelstore.format.results import Choice, CompressionPlan
+from modelstore.format.results import CodecChoice, CompressionPlan
 from modelstore.plan.work import Work
 from modelstore.storage.pool import ordered
 
@@ -31,7 +31,7 @@ def with_threshold(
     Every chunk is read once; counts are integers, so the threshold is the same in whatever order they are read.
     """
 
-    def counted(choice: Choice) -> Counts:
+    def counted(choice: CodecChoice) -> Counts:
         tensor = manifest.by_name[choice.name]
         return magnitudes(_counts(reader, tensor, work), tensor.kind)
 

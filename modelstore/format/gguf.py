@@ -38,7 +38,7 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class GGUFTensor:
     """A tensor: its shape (outermost first), type, and where its bytes lie in the file.
 
     `block` numbers of a row are stored in `size` bytes.
@@ -67,7 +67,7 @@ class Header:
     """A file's metadata and tensors in the order of their bytes, the length of all before these, and what they align to."""
 
     metadata: Mapping[str, Value]
-    tensors: tuple[Blocks, ...]
+    tensors: tuple[GGUFTensor, ...]
     length: int
     alignment: int
 
@@ -141,7 +141,7 @@ def _info(cursor: _Cursor) -> _Info:
     return name, shape, cursor.number("<u4"), cursor.number("<u8")
 
 
-def _tensor(info: _Info, data: int, alignment: int, sizes: Mapping[int, tuple[str, int, int]]) -> Blocks:
+def _tensor(info: _Info, data: int, alignment: int, sizes: Mapping[int, tuple[str, int, int]]) -> GGUFTensor:
     name, shape, number, offset = info
     if number not in sizes:
         raise UnsupportedError(
@@ -152,7 +152,7 @@ def _tensor(info: _Info, data: int, alignment: int, sizes: Mapping[int, tuple[st
         raise FormatError(
             f"tensor {name!r} of shape {shape} is no whole number of {kind} blocks at a place of theirs", tensor=name
         )
-    return Blocks(name, shape, kind, data + offset, block, size)
+    return GGUFTensor(name, shape, kind, data + offset, block, size)
 
 
 def _sizes() -> dict[int, tuple[str, int, int]]:

@@ -235,7 +235,7 @@ class Swept(Result, frozen=True):
     young: int = 0
 
 
-class Choice(Result, frozen=True):
+class CodecChoice(Result, frozen=True):
     """What becomes of one tensor: a codec, or None with the reason why it is kept as it is stored."""
 
     name: str
@@ -257,7 +257,7 @@ class CompressionPlan(Result, frozen=True):
     """
 
     recipe: str
-    choices: tuple[Choice, ...]
+    choices: tuple[CodecChoice, ...]
     bytes: int
     stored: int
     expected: int
@@ -265,7 +265,7 @@ class CompressionPlan(Result, frozen=True):
     requantized: str = ""
 
     @property
-    def compressed(self) -> tuple[Choice, ...]:
+    def compressed(self) -> tuple[CodecChoice, ...]:
         """The choices that have a codec."""
         return tuple(choice for choice in self.choices if choice.codec is not None)
 

@@ -29,7 +29,7 @@ _SUB_BYTE = frozenset({"F6_E2M3", "F6_E3M2"})
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class HeaderEntry:
     """One tensor of a header.
 
     `dtype` is torch's name for it and `shape` torch's shape (for `float4_e2m1fn_x2` the header counts numbers, torch
@@ -58,7 +58,7 @@ def header_length(prefix: bytes, file_size: int | None = None) -> int:
     return length
 
 
-def parse_header(header: bytes, file_size: int) -> tuple[list[Entry], dict[str, str]]:
+def parse_header(header: bytes, file_size: int) -> tuple[list[HeaderEntry], dict[str, str]]:
     """Entries in the order of their data, and the file's own metadata, of a header (without its 8-byte prefix).
 
     `file_size` is that of the whole file. `FormatError` where anything is not valid: JSON, a repeated name, an
@@ -82,7 +82,7 @@ def parse_header(header: bytes, file_size: int) -> tuple[list[Entry], dict[str, 
     return entries, metadata
 
 
-def build_header(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
+def build_header(entries: Iterable[HeaderEntry], metadata: Mapping[str, str] | None = None) -> bytes:
     """A whole header, its 8-byte prefix included, padded with spaces so that the data begins at a multiple of 8.
 
     The same entries in the same order, and the same metadata in any order, give the same bytes. `ValueError` where
@@ -149,7 +149,7 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_BYTES
 
 
-def _parse_entry(name: str, fields: Any) -> Entry:
+def _parse_entry(name: str, fields: Any) -> HeaderEntry:
     def bad(what: str) -> FormatError:
         return FormatError(f"tensor {name[:200]!r}: {what}", tensor=name)
 
@@ -177,4 +177,4 @@ def _parse_entry(name: str, fields: Any) -> Entry:
         raise bad("the shape is beyond 2**63 bytes")
     if stop - start != size:
         raise bad(f"{stop - start} bytes where shape {shape} of {kind.name} takes {size}")
-    return Entry(name, kind.name, tuple(shape), start, stop)
+    return HeaderEntry(name, kind.name, tuple(shape), start, stop)

@@ -15,7 +15,7 @@ import numpy as np
 
 from modelstore.codecs.numeric.numbers import to_float32
 from modelstore.errors import FormatError, UnsupportedError
-from modelstore.execute.export.layout import OutFile, Placed
+from modelstore.execute.export.layout import OutFile, PlacedTensor
 from modelstore.execute.export.target import Target
 from modelstore.execute.export.write import write
 from modelstore.execute.model_files import model_config
@@ -26,7 +26,7 @@ from modelstore.format.gguf import parse_header
 from modelstore.format.region import Region, extent
 from modelstore.integrations.gguf_model import GgufModel, Named, gguf_model, rows_in_order, type_of
 from modelstore.integrations.gguf_quants import TYPES, quantize, row_bytes
-from modelstore.integrations.gguf_vocab import Files, Vocabulary, add_tokenizer, read_vocabulary
+from modelstore.integrations.gguf_vocab import ModelFiles, Vocabulary, add_tokenizer, read_vocabulary
 from modelstore.plan.work import Work
 from modelstore.sources.gguf import CONTENT, HEADER, SIZE
 
@@ -133,7 +133,7 @@ def _again(reader: Reader, path: str) -> OutFile:
             raise FormatError(
                 f"the model has not the blocks of {blocks.name!r} that its {HEADER} says: save the file again"
             )
-        placed.append(Placed(tensor, blocks.start))
+        placed.append(PlacedTensor(tensor, blocks.start))
     first = min((blocks.start for blocks in header.tensors), default=int(size))
     return OutFile(path, raw.ljust(first, b"\0"), tuple(placed), int(size))
 
@@ -166,7 +166,7 @@ def layout(model: GgufModel, vocabulary: Vocabulary | None, path: str, name: str
     placed = []
     at = len(_padded(header))
     for named, its, size in zip(model.tensors, kinds, sizes, strict=True):
-        placed.append(Placed(named.tensor, at, True, _Rows(named, its, at)))
+        placed.append(PlacedTensor(named.tensor, at, True, _Rows(named, its, at)))
         at += -(-size // _ALIGNMENT) * _ALIGNMENT
     return OutFile(path, _padded(header), tuple(placed), at)
 
@@ -197,13 +197,13 @@ def _add(writer: gguf.GGUFWriter, key: str, value: int | float | str | bool) -> 
         writer.add_string(key, value)
 
 
-def _files(reader: Reader) -> Files:
+def _files(reader: Reader) -> ModelFiles:
     files = {file.name: file for file in reader.manifest.files}
 
     def read(name: str) -> bytes:
         return reader.region(files[name], ((0, files[name].shape[0]),)).tobytes()
 
-    return Files({name: file.nbytes for name, file in files.items()}, read)
+    return ModelFiles({name: file.nbytes for name, file in files.items()}, read)
 
 
 def _default(model: GgufModel) -> str:

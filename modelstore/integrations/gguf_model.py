@@ -48,7 +48,7 @@ class GgufModel:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorPlace:
     """Where a tensor goes: its name in the file, its sizes and what the config calls them, the rows of a head to turn."""
 
     name: str
@@ -88,15 +88,15 @@ def type_of(named: Named, kind: str) -> str:
     return "Q8_0" if named.name in ("token_embd.weight", "output.weight") else kind
 
 
-def _places(said: Settings) -> Iterator[tuple[str, _Place]]:
+def _places(said: Settings) -> Iterator[tuple[str, _TensorPlace]]:
     """For each tensor of transformers' class where it goes."""
     hidden, middle = ("hidden_size", said.hidden), ("intermediate_size", said.intermediate)
     vocabulary, width = ("vocab_size", said.vocabulary), ("head_dim", said.width)
     queries = ("num_attention_heads × head_dim", said.heads * said.width)
     keys = ("num_key_value_heads × head_dim", said.kv_heads * said.width)
-    yield _EMBEDDING, _Place("token_embd.weight", (vocabulary, hidden))
-    yield "model.norm.weight", _Place("output_norm.weight", (hidden,))
-    yield _HEAD, _Place("output.weight", (vocabulary, hidden))
+    yield _EMBEDDING, _TensorPlace("token_embd.weight", (vocabulary, hidden))
+    yield "model.norm.weight", _TensorPlace("output_norm.weight", (hidden,))
+    yield _HEAD, _TensorPlace("output.weight", (vocabulary, hidden))
     turned = said.width if said.family.neighbours else 0
     weights = {
         "self_attn.q_proj": ("attn_q", (queries, hidden), turned),
@@ -113,9 +113,9 @@ def _places(said: Settings) -> Iterator[tuple[str, _Place]]:
         weights |= {"self_attn.q_norm": ("attn_q_norm", (width,), 0), "self_attn.k_norm": ("attn_k_norm", (width,), 0)}
     for layer in range(said.layers):
         for name, (made, sizes, head) in weights.items():
-            yield f"model.layers.{layer}.{name}.weight", _Place(f"blk.{layer}.{made}.weight", sizes, head)
+            yield f"model.layers.{layer}.{name}.weight", _TensorPlace(f"blk.{layer}.{made}.weight", sizes, head)
             if name.rsplit(".", 1)[-1] in said.biases:
-                yield f"model.layers.{layer}.{name}.bias", _Place(f"blk.{layer}.{made}.bias", sizes[:1], head)
+                yield f"model.layers.{layer}.{name}.bias", _TensorPlace(f"blk.{layer}.{made}.bias", sizes[:1], head)
 
 
 def _tensors(manifest: Manifest, said: Settings) -> tuple[Named, ...]:
@@ -151,7 +151,7 @@ def _tensors(manifest: Manifest, said: Settings) -> tuple[Named, ...]:
     return tuple(found)
 
 
-def _whole(name: str, places: Mapping[str, _Place]) -> str:
+def _whole(name: str, places: Mapping[str, _TensorPlace]) -> str:
     """The name in a model with a head; those saved without it lack the prefix."""
     return f"model.{name}" if name not in places and f"model.{name}" in places else name
 
@@ -166,7 +166,7 @@ def _tie(at: dict[str, Tensor], said: Settings) -> None:
     del at[_HEAD]
 
 
-def _check(tensor: Tensor, place: _Place) -> None:
+def _check(tensor: Tensor, place: _TensorPlace) -> None:
     if tensor.kind.kind != "float" or tensor.dtype.startswith("float4"):
         raise UnsupportedError(
             f"tensor {tensor.name!r} ({tensor.dtype}) cannot be {place.name!r} in a GGUF: export floating-point weights",

@@ -43,7 +43,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Files:
+class ModelFiles:
     """The files of a model: their sizes by name, and what reads one."""
 
     sizes: Mapping[str, int]
@@ -100,7 +100,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, found: Vocabulary | None) -> None:
         writer.add_chat_template(found.template)
 
 
-def read_vocabulary(files: Files, config: Config, vocabulary: int) -> Vocabulary | None:
+def read_vocabulary(files: ModelFiles, config: Config, vocabulary: int) -> Vocabulary | None:
     """A model's tokenizer, None where it has none; `vocabulary` is the number of the model's embeddings.
 
     `UnsupportedError` for a tokenizer that llama.cpp has no rule for, `FormatError` for one that cannot be.

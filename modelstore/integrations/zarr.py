@@ -18,14 +18,14 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from modelstore.format.buffers import Buffer as Raw
 from modelstore.format.buffers import as_bytes
 from modelstore.format.region import Region, Shape, extent
-from modelstore.integrations.zarr_nodes import METADATA, Node, Nodes, Tensor, shown
+from modelstore.integrations.zarr_nodes import METADATA, Node, Nodes, TensorLike, shown
 
 
-class Reader(Protocol):
+class TensorReader(Protocol):
     """The least that a model must offer to be seen as Zarr. Called from several threads at once."""
 
     @property
-    def tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> Mapping[str, TensorLike]:
         """Every tensor, in the order of the model."""
         ...
 
@@ -50,7 +50,7 @@ class ModelArrays(Store):
     """
 
     def __init__(
-        self, reader: Reader, *, bits: bool = False, consolidated: bool = True, read_only: bool = True
+        self, reader: TensorReader, *, bits: bool = False, consolidated: bool = True, read_only: bool = True
     ) -> None:
         if not read_only:
             raise ValueError("a model is read-only: open it with mode='r'")
@@ -152,11 +152,11 @@ class ModelArrays(Store):
         return True
 
 
-def _restored(reader: Reader, bits: bool, consolidated: bool) -> ModelArrays:
+def _restored(reader: TensorReader, bits: bool, consolidated: bool) -> ModelArrays:
     return ModelArrays(reader, bits=bits, consolidated=consolidated)
 
 
-def _chunk(reader: Reader, node: Node, index: Shape) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _chunk(reader: TensorReader, node: Node, index: Shape) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The bytes of one chunk as Zarr wants it: at the edges of the array padded with zeros to its full shape."""
     region = node.stored_region(index)
     raw = as_bytes(reader.read(node.name, region))

@@ -37,14 +37,14 @@ _BATCH = 4096  # chunks that are planned at once
 
 
 @dataclass(frozen=True, slots=True)
-class _Array:
+class _WrittenArray:
     dtype: DType
     shape: Shape
     chunk_shape: Shape
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
+class _WrittenChunk:
     node: Node
     index: Shape
     file: str  # below the hidden folder
@@ -70,7 +70,7 @@ def export_zarr(
     path = Path(os.path.abspath(path))  # noqa: PTH100  links on the way there stay what they are
     path = path.resolve() if path.is_symlink() else path
     tensors = reader.manifest.by_name
-    arrays = {name: _Array(t.kind, t.shape, t.chunk) for name, t in tensors.items()}
+    arrays = {name: _WrittenArray(t.kind, t.shape, t.chunk) for name, t in tensors.items()}
     nodes = Nodes(arrays, dict(reader.manifest.metadata), bits=False, consolidated=True)
     _check_free(path, overwrite)
     staging = path.parent / f".{path.name}.partial"
@@ -176,13 +176,13 @@ def _same(staging: Path, file: str, data: bytes) -> bool:
         return False
 
 
-def _chunks(nodes: Nodes, reader: Reader) -> Iterator[_Chunk]:
+def _chunks(nodes: Nodes, reader: Reader) -> Iterator[_WrittenChunk]:
     for path, node in nodes.arrays.items():
         tensor = reader.manifest.by_name[node.name]
         counts = tensor.name == node.name
         for number in range(grid.count(tensor.shape, tensor.chunk)):
             index = tuple(int(i) for i in np.unravel_index(number, node.grid)) if node.grid else ()
-            yield _Chunk(node, index, "/".join((path, "c", *map(str, index))), counts)
+            yield _WrittenChunk(node, index, "/".join((path, "c", *map(str, index))), counts)
 
 
 def _write_chunks(reader: Reader, nodes: Nodes, staging: Path, work: Work) -> int:
@@ -192,7 +192,7 @@ def _write_chunks(reader: Reader, nodes: Nodes, staging: Path, work: Work) -> in
     chunks = _chunks(nodes, reader)
     threads = work.limits.threads or os.cpu_count() or 1
 
-    def keep(read: tuple[_Chunk, Bytes]) -> tuple[int, int]:
+    def keep(read: tuple[_WrittenChunk, Bytes]) -> tuple[int, int]:
         chunk, buffer = read
         return _keep_chunk(chunk, buffer, staging), len(buffer) if chunk.counts else 0
 
@@ -207,7 +207,7 @@ def _write_chunks(reader: Reader, nodes: Nodes, staging: Path, work: Work) -> in
     return size
 
 
-def _raw_size(chunk: _Chunk) -> int:
+def _raw_size(chunk: _WrittenChunk) -> int:
     region = chunk.node.stored_region(chunk.index)
     return math.prod(b - a for a, b in region) * chunk.node.stored.itemsize
 
@@ -224,7 +224,7 @@ def _check_space(folder: Path, need: int) -> None:
         )
 
 
-def _keep_chunk(chunk: _Chunk, raw: Bytes, staging: Path) -> int:
+def _keep_chunk(chunk: _WrittenChunk, raw: Bytes, staging: Path) -> int:
     """Compress one chunk, and write it unless it is there; its bytes. Runs in a worker."""
     data = zstandard.ZstdCompressor().compress(shown(chunk.node, chunk.index, raw).data)
     if not _same(staging, chunk.file, data):

@@ -16,13 +16,13 @@ from modelstore.format import boxes
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Region, Shape, full
-from modelstore.integrations.zarr_values import View, view, widen
+from modelstore.integrations.zarr_values import ZarrDtype, view, widen
 
 METADATA = "zarr.json"
 _CHUNK_KEY = re.compile(r"^(.*)/c((?:/(?:0|[1-9]\d{0,17}))*)$", re.DOTALL)
 
 
-class Tensor(Protocol):
+class TensorLike(Protocol):
     """What is known of a tensor without reading it."""
 
     @property
@@ -42,7 +42,7 @@ class Node:
     name: str
     path: str
     stored: DType
-    view: View
+    view: ZarrDtype
     shape: Shape
     chunks: Shape
 
@@ -82,7 +82,7 @@ class Nodes:
     """All nodes of a model: arrays by path, and the groups that slashes in tensor names make."""
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], *, bits: bool, consolidated: bool
+        self, tensors: Mapping[str, TensorLike], attributes: Mapping[str, Any], *, bits: bool, consolidated: bool
     ) -> None:
         self.attributes = attributes
         self.consolidated = consolidated
@@ -184,7 +184,7 @@ def path_and_groups(path: str) -> Iterator[str]:
         yield path
 
 
-def _node(name: str, path: str, tensor: Tensor, bits: bool) -> Node:
+def _node(name: str, path: str, tensor: TensorLike, bits: bool) -> Node:
     shown = view(tensor.dtype, bits=bits, scalar=not tensor.shape)
     shape, chunks = tuple(tensor.shape), tuple(tensor.chunk_shape)
     if len(chunks) != len(shape):

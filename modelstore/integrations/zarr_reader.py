@@ -12,7 +12,7 @@ from modelstore.format.region import Region, Shape
 
 
 @dataclass(frozen=True, slots=True)
-class _Array:
+class _ReadArray:
     dtype: DType
     shape: Shape
     chunk_shape: Shape
@@ -24,11 +24,11 @@ class ModelReader:
     def __init__(self, model: Variant) -> None:
         self._model = model
         self._tensors = {
-            name: _Array(tensor.kind, tensor.shape, tensor.chunk) for name, tensor in model.manifest.by_name.items()
+            name: _ReadArray(tensor.kind, tensor.shape, tensor.chunk) for name, tensor in model.manifest.by_name.items()
         }
 
     @property
-    def tensors(self) -> Mapping[str, _Array]:
+    def tensors(self) -> Mapping[str, _ReadArray]:
         return self._tensors
 
     @property

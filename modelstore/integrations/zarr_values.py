@@ -16,7 +16,7 @@ Values = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ZarrDtype:
     """One dtype as Zarr shows it: `name` is Zarr's data type, `each` the elements shown for one stored element.
 
     `widened` is whether the stored bytes are converted on the way.
@@ -52,15 +52,15 @@ _SMALL_FLOATS = MappingProxyType(
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
-def view(dtype: DType, *, bits: bool, scalar: bool = False) -> View:
+def view(dtype: DType, *, bits: bool, scalar: bool = False) -> ZarrDtype:
     """How a stored dtype is shown. A 0-d tensor of two numbers a byte has no axis to double: its bits are shown."""
     if dtype.name in _AS_THEY_ARE:
-        return View(dtype.name)
+        return ZarrDtype(dtype.name)
     if bits or (scalar and dtype.name == "float4_e2m1fn_x2"):
-        return View(f"uint{8 * dtype.itemsize}")
+        return ZarrDtype(f"uint{8 * dtype.itemsize}")
     if dtype.name == "complex32":
-        return View("complex64", widened=True)
-    return View("float32", widened=True, each=2 if dtype.name == "float4_e2m1fn_x2" else 1)
+        return ZarrDtype("complex64", widened=True)
+    return ZarrDtype("float32", widened=True, each=2 if dtype.name == "float4_e2m1fn_x2" else 1)
 
 
 def widen(raw: NDArray[np.uint8], dtype: DType) -> Values:

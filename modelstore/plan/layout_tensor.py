@@ -10,7 +10,7 @@ from typing import Literal
 from modelstore.architecture.config import Config
 from modelstore.architecture.described import look
 from modelstore.architecture.parallel import Cuts, Plan, in_table
-from modelstore.architecture.parallel_table import Cut, Kind
+from modelstore.architecture.parallel_table import AxisCut, Kind
 from modelstore.format import given
 from modelstore.format.architecture import Architecture
 from modelstore.plan.layout_share import Combines, Range, Share, Tensors, cut, whole
@@ -122,7 +122,7 @@ class ExpertParallel(Combines):
         return held
 
 
-def _ranges(name: str, length: int, rule: Cut, layout: TensorParallel, rules: Cuts) -> list[Range]:
+def _ranges(name: str, length: int, rule: AxisCut, layout: TensorParallel, rules: Cuts) -> list[Range]:
     """The ranges of an axis that a rank holds; each part is cut by itself, in units that stay whole."""
     if rule.parts == ("vocabulary",):
         step = -(-length // layout.size)

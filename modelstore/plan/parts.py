@@ -16,7 +16,7 @@ _FACTORS = (2, 3, 5, 7)  # a cell is cut by these before it is cut into what may
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class RankSlice:
     """What one rank stored of a tensor: its dtype, the whole tensor's shape, the region, the cut that it kept to.
 
     `chunk` is the shape of a chunk of the whole tensor; None where the region's borders fit no cut, and it was cut by itself.
@@ -80,7 +80,7 @@ def _ways(n: int) -> int:
     return next((ways for ways in range(2, math.isqrt(n) + 1) if n % ways == 0), n)
 
 
-def common_chunk(pieces: Sequence[Piece]) -> Shape | None:
+def common_chunk(pieces: Sequence[RankSlice]) -> Shape | None:
     """The cut that all pieces of a tensor kept to and whose cells they are made of; None where there is none."""
     chunk = pieces[0].chunk
     if chunk is None or any(piece.chunk != chunk for piece in pieces):
@@ -92,12 +92,12 @@ def common_chunk(pieces: Sequence[Piece]) -> Shape | None:
     return chunk
 
 
-def cells(piece: Piece, chunk: Shape) -> NDArray[np.int64]:
+def cells(piece: RankSlice, chunk: Shape) -> NDArray[np.int64]:
     """Of a piece's own chunks, in the order of its grid, the indices in the whole tensor's grid."""
     return grid.touching(piece.shape, chunk, piece.region)
 
 
-def piece_problem(pieces: Sequence[Piece]) -> str | None:
+def piece_problem(pieces: Sequence[RankSlice]) -> str | None:
     """Why the pieces are not one tensor, naming their ranks; None where they are, each element given once."""
     first = pieces[0]
     for piece in pieces[1:]:
@@ -120,7 +120,7 @@ def piece_problem(pieces: Sequence[Piece]) -> str | None:
     return None
 
 
-def _overlap(pieces: Sequence[Piece]) -> tuple[Piece, Piece, Region] | None:
+def _overlap(pieces: Sequence[RankSlice]) -> tuple[RankSlice, RankSlice, Region] | None:
     regions = np.array([piece.region for piece in pieces], np.int64).reshape(len(pieces), -1, 2)
     for i, piece in enumerate(pieces):
         others = regions[i + 1 :]

@@ -39,7 +39,7 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Destination:
     """Where a part of a chunk goes: `source` within the chunk, `place` within the wanted buffer."""
 
     source: Region
@@ -54,7 +54,7 @@ class ChunkRead:
     chunk: int
     region: Region
     rows: tuple[int, ...]
-    targets: tuple[Target, ...]
+    targets: tuple[Destination, ...]
 
     @property
     def whole(self) -> Region | None:
@@ -104,7 +104,7 @@ def chunk_reads(wants: Iterable[Want]) -> Iterator[ChunkRead]:
                 if both is not None:
                     origin = tuple((c - a, c) for (a, _), (c, _) in zip(stored, placed, strict=True))
                     place = tuple((a + d[0], b + d[0]) for (a, b), d in zip(both, origin, strict=True))
-                    targets.append(Target(shift(both, region), place))
+                    targets.append(Destination(shift(both, region), place))
             rows = tuple(plane.first + chunk for plane in tensor.planes)
             yield ChunkRead(index, chunk, region, rows, tuple(targets))
 

@@ -31,7 +31,7 @@ class TensorPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ReadStep:
     """A region of a tensor to read at once; the chunks in it to encode; whether it advances the tensor's digest."""
 
     tensor: int
@@ -45,7 +45,7 @@ class Part:
 class Step:
     """Parts that one worker reads and encodes in one go."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ReadStep, ...]
     nbytes: int
 
 
@@ -84,7 +84,7 @@ def plan_steps(tensors: Iterable[tuple[int, TensorPlan]], slab_limit: int) -> It
     A slab above `slab_limit` bytes is read twice, in bands to digest it and chunk by chunk to encode it, so that
     memory does not grow with the tensor.
     """
-    parts: list[Part] = []
+    parts: list[ReadStep] = []
     nbytes = 0
     for index, tensor in tensors:
         for part in _parts(index, tensor, slab_limit):
@@ -97,19 +97,19 @@ def plan_steps(tensors: Iterable[tuple[int, TensorPlan]], slab_limit: int) -> It
         yield Step(tuple(parts), nbytes)
 
 
-def _parts(index: int, tensor: TensorPlan, slab_limit: int) -> Iterator[Part]:
+def _parts(index: int, tensor: TensorPlan, slab_limit: int) -> Iterator[ReadStep]:
     size = tensor.itemsize
     for slab in grid.slabs(tensor.shape, tensor.chunk):
         touched = tuple(grid.touching(tensor.shape, tensor.chunk, slab).tolist())
         nbytes = _nbytes(slab, size)
         if nbytes <= max(slab_limit, STEP):
-            yield Part(index, slab, touched, True, nbytes)
+            yield ReadStep(index, slab, touched, True, nbytes)
         else:
             for band in grid.bands(slab, size, STEP):
-                yield Part(index, band, (), True, _nbytes(band, size))
+                yield ReadStep(index, band, (), True, _nbytes(band, size))
             for chunk in touched:
                 region = grid.chunk_region(tensor.shape, tensor.chunk, chunk)
-                yield Part(index, region, (chunk,), False, _nbytes(region, size))
+                yield ReadStep(index, region, (chunk,), False, _nbytes(region, size))
 
 
 def _nbytes(region: Region, itemsize: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
 from modelstore.sources.pickled_tensors import ALLOWED, Ref, storage_of
-from modelstore.sources.reading import Files, Placed
+from modelstore.sources.reading import ArrayPlace, Files
 from modelstore.sources.unpickle import unpickle
 
 MAX_DIRECTORY = 64 << 20  # the zip's directory: half a million records
@@ -36,7 +36,7 @@ class Archive:
             limit = (
                 MAX_DIRECTORY if length is None else 2 * MAX_ITEM
             )  # with the 64 KiB in which the directory is looked for
-            with zipfile.ZipFile(View(opened, path, start, self._length, limit)) as zipped:
+            with zipfile.ZipFile(FileRange(opened, path, start, self._length, limit)) as zipped:
                 infos = zipped.infolist()
         except ModelStoreError:
             raise
@@ -68,7 +68,7 @@ class Archive:
         """Bytes of the archive."""
         return self._length
 
-    def place(self, ref: Ref) -> Placed:
+    def place(self, ref: Ref) -> ArrayPlace:
         """Where a tensor's elements lie in the file; checked against the record's bounds."""
         info = self._record(f"data/{ref.storage}")
         if info is None:
@@ -107,7 +107,7 @@ class Archive:
         return FormatError(f"{self._where}: {what}", object=str(self._path))
 
 
-def placed_in(ref: Ref, path: Path, start: int, length: int) -> Placed:
+def placed_in(ref: Ref, path: Path, start: int, length: int) -> ArrayPlace:
     """Where a tensor lies in a storage of `length` bytes at `start`; `FormatError` where it reaches beyond."""
     size = ref.dtype.itemsize
     last = ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.strides, strict=True))
@@ -115,10 +115,10 @@ def placed_in(ref: Ref, path: Path, start: int, length: int) -> Placed:
         raise FormatError(
             f"{path}: a tensor of shape {ref.shape} reaches beyond its storage of {length} bytes", object=str(path)
         )
-    return Placed(path, start + ref.offset * size, tuple(s * size for s in ref.strides))
+    return ArrayPlace(path, start + ref.offset * size, tuple(s * size for s in ref.strides))
 
 
-class View(io.RawIOBase):
+class FileRange(io.RawIOBase):
     """A range of a file as a file, for `zipfile` and pickles; one read is bounded."""
 
     def __init__(self, opened: Files, path: Path, start: int, length: int, limit: int) -> None:

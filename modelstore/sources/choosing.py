@@ -21,7 +21,7 @@ _TAR = (257, b"ustar")  # torch before 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Selection:
     """What of a source is saved.
 
     `key` names the model's state dict in a checkpoint; `include` is "model", or "all" for what lies beside it too; `gguf`
@@ -46,7 +46,7 @@ class Choice:
         return self.include == "all"
 
 
-def open_chosen(what: Any, choice: Choice) -> Source | None:
+def open_chosen(what: Any, choice: Selection) -> Source | None:
     """The source, where it is of a kind that has choices or is a file known by its content; None for any other.
 
     `ValueError` where something is chosen that this kind does not have.
@@ -70,7 +70,7 @@ def open_chosen(what: Any, choice: Choice) -> Source | None:
     return None
 
 
-def _open_file(path: Path, choice: Choice) -> Source | None:
+def _open_file(path: Path, choice: Selection) -> Source | None:
     head = _head(path)
     if head[:4] == b"GGUF":
         _only(choice, f"{path}, a GGUF file,", pickled=False)
@@ -97,7 +97,7 @@ def _holds_pickled(root: Path) -> bool:
     return not other and any(name.endswith((*_PICKLED, ".bin.index.json")) for name in names)
 
 
-def _only(choice: Choice, what: str, *, gguf: bool = True, pickled: bool = True) -> None:
+def _only(choice: Selection, what: str, *, gguf: bool = True, pickled: bool = True) -> None:
     """`ValueError` where a choice is made that a kind of source does not have."""
     if not pickled and (choice.key is not None or choice.everything):
         name = f"key={choice.key!r}" if choice.key is not None else 'include="all"'

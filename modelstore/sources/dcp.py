@@ -20,10 +20,18 @@ from modelstore.format.region import Region, Shape
 from modelstore.format.safetensors import MAX_BYTES, MAX_DIMENSIONS
 from modelstore.sources.archive import Archive
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.filed import Budget, FiledSource, Found, Piece, check_expansion, check_tiling, fingerprint
+from modelstore.sources.filed import (
+    Budget,
+    CheckpointIndex,
+    FiledBox,
+    FiledSource,
+    check_expansion,
+    check_tiling,
+    fingerprint,
+)
 from modelstore.sources.folder import Folder, scan
 from modelstore.sources.pickled_tensors import Ref, stand_ins
-from modelstore.sources.reading import Files, Placed
+from modelstore.sources.reading import ArrayPlace, Files
 from modelstore.sources.unpickle import Record, ordered_dict, record, unpickle
 
 METADATA = ".metadata"
@@ -42,12 +50,12 @@ class Item:
 class DcpSource(FiledSource[Item]):
     """The tensors of a DCP checkpoint, by the flattened names it was saved with."""
 
-    def __init__(self, found: Found[Item], opened: Files) -> None:
+    def __init__(self, found: CheckpointIndex[Item], opened: Files) -> None:
         super().__init__(found, opened)
-        self._placed: dict[Item, Placed] = {}
+        self._placed: dict[Item, ArrayPlace] = {}
         self._lock = threading.Lock()
 
-    def place(self, spec: TensorSpec, piece: Piece[Item]) -> Placed:
+    def place(self, spec: TensorSpec, piece: FiledBox[Item]) -> ArrayPlace:
         """Where a chunk's bytes lie, remembered; `FormatError` where its archive is not what the metadata says."""
         with self._lock:
             known = self._placed.get(piece.where)
@@ -86,7 +94,7 @@ def open_directory(root: Path) -> DcpSource:
     entries = _field(metadata, "Metadata", "state_dict_metadata", dict, path)
     stored = _stored(_field(metadata, "Metadata", "storage_data", dict, path), folder)
     specs: list[TensorSpec] = []
-    pieces: dict[str, tuple[Piece[Item], ...]] = {}
+    pieces: dict[str, tuple[FiledBox[Item], ...]] = {}
     skipped = dict(folder.skipped)
     budget = Budget()
     left = len(data)  # a chunk takes some bytes of the metadata: lists of them may not be shared without end
@@ -101,11 +109,11 @@ def open_directory(root: Path) -> DcpSource:
             raise FormatError(f"{path} names more chunks than it can hold", object=str(path))
         spec, boxes = _tensor(name, entry, path, budget)
         specs.append(spec)
-        pieces[name] = tuple(Piece(box, _item(stored, name, box, path)) for box in boxes)
+        pieces[name] = tuple(FiledBox(box, _item(stored, name, box, path)) for box in boxes)
     own = {file for file in folder.files if file == METADATA or file.endswith(".distcp")}
     check_expansion(str(root), specs, sum(folder.files[file].stat().st_size for file in own))
     kept: dict[str, Path | bytes] = {name: file for name, file in folder.files.items() if name not in own}
-    found = Found(
+    found = CheckpointIndex(
         specs,
         pieces,
         files=kept,

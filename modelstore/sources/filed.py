@@ -18,10 +18,10 @@ from modelstore.format.dtypes import dtype
 from modelstore.format.names import check_tensor
 from modelstore.format.region import Region, Shape, nbytes
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.reading import Files, Placed, boxed
+from modelstore.sources.reading import ArrayPlace, Files, boxed
 from modelstore.sources.states import SAMPLED, State
 
-W = TypeVar("W")  # what says where a piece lies: a `Placed`, or what leads to one
+W = TypeVar("W")  # what says where a piece lies: an `ArrayPlace`, or what leads to one
 
 MAX_COMPARISONS = 5_000_000
 SMALL = 64 << 20  # bytes that tensors may have however small their file is
@@ -29,7 +29,7 @@ EXPANSION = 16  # and beyond, for each byte of their files: views that share or 
 
 
 @dataclass(frozen=True, slots=True)
-class Piece(Generic[W]):
+class FiledBox(Generic[W]):
     """A box of a tensor, and where its bytes are."""
 
     region: Region
@@ -37,14 +37,14 @@ class Piece(Generic[W]):
 
 
 @dataclass(frozen=True, slots=True)
-class Found(Generic[W]):
+class CheckpointIndex(Generic[W]):
     """What reading a checkpoint's tables gave: all that a `FiledSource` needs, as plain data.
 
     `skipped` says what was left out and why: relative path or entry → reason; `skipped_bytes` how large it is.
     """
 
     tensors: Sequence[TensorSpec]
-    pieces: Mapping[str, tuple[Piece[W], ...]]
+    pieces: Mapping[str, tuple[FiledBox[W], ...]]
     aliases: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Found(Generic[W]):
 class FiledSource(Generic[W]):
     """The `Source` of tensors that lie in files. Subclasses say where a piece lies, by `place`."""
 
-    def __init__(self, found: Found[W], opened: Files | None = None) -> None:
+    def __init__(self, found: CheckpointIndex[W], opened: Files | None = None) -> None:
         for spec in found.tensors:
             check_tensor(spec.name)
         for alias in found.aliases:
@@ -120,10 +120,10 @@ class FiledSource(Generic[W]):
         if done != regions.size(region):
             raise FormatError(f"tensor {name!r}: the checkpoint has no bytes for part of {region}", tensor=name)
 
-    def place(self, spec: TensorSpec, piece: Piece[W]) -> Placed:
+    def place(self, spec: TensorSpec, piece: FiledBox[W]) -> ArrayPlace:
         """Where a piece lies. Here `where` already says it."""
         del spec
-        assert isinstance(piece.where, Placed)
+        assert isinstance(piece.where, ArrayPlace)
         return piece.where
 
     def close(self) -> None:

@@ -14,12 +14,12 @@ from modelstore.errors import ModelStoreError, UnsupportedError
 from modelstore.format import region as regions
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.gguf import Blocks, Header, parse_header
+from modelstore.format.gguf import GGUFTensor, Header, parse_header
 from modelstore.format.region import Region, extent
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.filed import FiledSource, Found, Piece, fingerprint
-from modelstore.sources.gguf_names import Renamed, renamed
-from modelstore.sources.reading import Files, Placed, boxed, row_major
+from modelstore.sources.filed import CheckpointIndex, FiledBox, FiledSource, fingerprint
+from modelstore.sources.gguf_names import CheckpointNames, renamed
+from modelstore.sources.reading import ArrayPlace, Files, boxed, row_major
 from modelstore.sources.states import states_of
 
 METADATA = "gguf_metadata.json"
@@ -33,10 +33,12 @@ _PLAIN = {
 _SPAN = 4 << 20  # bytes of numbers that are made at once
 
 
-class GgufSource(FiledSource[Placed]):
+class GgufSource(FiledSource[ArrayPlace]):
     """The tensors of a GGUF file by the names they are saved under."""
 
-    def __init__(self, found: Found[Placed], opened: Files, made: dict[str, tuple[Blocks, int]]) -> None:
+    def __init__(
+        self, found: CheckpointIndex[ArrayPlace], opened: Files, made: dict[str, tuple[GGUFTensor, int]]
+    ) -> None:
         super().__init__(found, opened)
         self._made = made  # those that are dequantized, or whose rows change places
 
@@ -60,7 +62,7 @@ class GgufSource(FiledSource[Placed]):
             stop = min(last, start + step)
             box[start - first : stop - first] = self._rows(name, blocks, head, (start, stop), rest)
 
-    def _rows(self, name: str, blocks: Blocks, head: int, rows: tuple[int, int], rest: Region) -> NDArray[np.uint8]:
+    def _rows(self, name: str, blocks: GGUFTensor, head: int, rows: tuple[int, int], rest: Region) -> NDArray[np.uint8]:
         if not head:
             return self._numbers(name, blocks, (rows, *rest))
         # Rows of one half of a head lie beside those of the other in the file.
@@ -69,13 +71,13 @@ class GgufSource(FiledSource[Placed]):
         whole = self._numbers(name, blocks, ((start, stop), *rest))
         return whole[order[rows[0] - start : rows[1] - start]]
 
-    def _numbers(self, name: str, blocks: Blocks, region: Region) -> NDArray[np.uint8]:
+    def _numbers(self, name: str, blocks: GGUFTensor, region: Region) -> NDArray[np.uint8]:
         """A region of the numbers as the file has them, as bytes."""
         itemsize = self._specs[name].dtype.itemsize
         path = self._found.pieces[name][0].where.path
         if blocks.type in _PLAIN:
             out = np.empty((*extent(region), itemsize), np.uint8)
-            self._files.box(Placed(path, blocks.start, row_major(blocks.shape, itemsize)), itemsize, region, out)
+            self._files.box(ArrayPlace(path, blocks.start, row_major(blocks.shape, itemsize)), itemsize, region, out)
             return out
         import gguf
 
@@ -83,7 +85,7 @@ class GgufSource(FiledSource[Placed]):
         within = (first // blocks.block, -(-last // blocks.block))
         box = (*region[:-1], (within[0] * blocks.size, within[1] * blocks.size))
         data = np.empty((*extent(box), 1), np.uint8)
-        self._files.box(Placed(path, blocks.start, row_major(blocks.stored, 1)), 1, box, data)
+        self._files.box(ArrayPlace(path, blocks.start, row_major(blocks.stored, 1)), 1, box, data)
         rows = data.reshape(-1, data.shape[-2])
         with np.errstate(all="ignore"):  # blocks may hold any bits
             numbers = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[blocks.type])
@@ -109,10 +111,10 @@ def open_gguf(path: Path, *, blocks: bool = False) -> GgufSource:
         raw = opened.bytes(path, 0, header.length)
         if not blocks:
             _check(header)
-        names = renamed(header) if not blocks else Renamed({}, {}, {}, {})
+        names = renamed(header) if not blocks else CheckpointNames({}, {}, {}, {})
         specs: list[TensorSpec] = []
-        pieces: dict[str, tuple[Piece[Placed], ...]] = {}
-        made: dict[str, tuple[Blocks, int]] = {}
+        pieces: dict[str, tuple[FiledBox[ArrayPlace], ...]] = {}
+        made: dict[str, tuple[GGUFTensor, int]] = {}
         for tensor in header.tensors:
             if tensor.name in names.skipped:
                 continue
@@ -120,8 +122,8 @@ def open_gguf(path: Path, *, blocks: bool = False) -> GgufSource:
             kind = _PLAIN.get(tensor.type, "uint8" if blocks else "float32")
             shape = tensor.stored if blocks and tensor.type not in _PLAIN else tensor.shape
             specs.append(TensorSpec(name, DTYPES[kind], shape))
-            place = Placed(path, tensor.start, row_major(shape, DTYPES[kind].itemsize))
-            pieces[name] = (Piece(regions.full(shape), place),)
+            place = ArrayPlace(path, tensor.start, row_major(shape, DTYPES[kind].itemsize))
+            pieces[name] = (FiledBox(regions.full(shape), place),)
             if not blocks and (tensor.type not in _PLAIN or names.heads.get(tensor.name)):
                 made[name] = (tensor, names.heads.get(tensor.name, 0))
         skipped = dict(names.skipped)
@@ -134,7 +136,7 @@ def open_gguf(path: Path, *, blocks: bool = False) -> GgufSource:
         if not blocks:
             metadata["gguf.names"] = "transformers" if names.names else "as in the file"
         state = fingerprint([(path.name, path)], opened, {"header": raw, "content": metadata[CONTENT].encode()})
-        return GgufSource(Found(specs, pieces, {}, files, metadata, state, skipped), opened, made)
+        return GgufSource(CheckpointIndex(specs, pieces, {}, files, metadata, state, skipped), opened, made)
     except BaseException:
         opened.close()
         raise

@@ -41,7 +41,7 @@ _FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class Renamed:
+class CheckpointNames:
     """Names by the file's names, rows of a head whose order changes, files that are made, and what is left out and why."""
 
     names: Mapping[str, str]
@@ -50,11 +50,11 @@ class Renamed:
     skipped: Mapping[str, str]
 
 
-def renamed(header: Header) -> Renamed:
+def renamed(header: Header) -> CheckpointNames:
     """transformers' names for a file's tensors; none where the architecture, or one of the tensors, is not known."""
     architecture = header.get("general.architecture")
     known = _KNOWN.get(architecture) if isinstance(architecture, str) else None
-    nothing = Renamed({}, {}, {}, {})
+    nothing = CheckpointNames({}, {}, {}, {})
     if known is None:
         return nothing
     names: dict[str, str] = {}
@@ -82,8 +82,8 @@ def renamed(header: Header) -> Renamed:
         skipped["config.json"] = (
             "the file does not say all that it has: take it from the model that the file was made of"
         )
-        return Renamed(names, heads, {}, skipped)
-    return Renamed(names, heads, {"config.json": json.dumps(config, indent=2).encode()}, skipped)
+        return CheckpointNames(names, heads, {}, skipped)
+    return CheckpointNames(names, heads, {"config.json": json.dumps(config, indent=2).encode()}, skipped)
 
 
 def _config(header: Header, known: tuple[str, str, bool]) -> dict[str, Any] | None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from modelstore.errors import FormatError, UnsupportedError
-from modelstore.sources.archive import MAX_TABLE, View, placed_in
-from modelstore.sources.pickled_tensors import ALLOWED, Ref, Storage, storage_of
-from modelstore.sources.reading import Files, Placed
+from modelstore.sources.archive import MAX_TABLE, FileRange, placed_in
+from modelstore.sources.pickled_tensors import ALLOWED, Ref, StorageRef, storage_of
+from modelstore.sources.reading import ArrayPlace, Files
 from modelstore.sources.unpickle import unpickle
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -24,8 +24,8 @@ class LegacyArchive:
         self._opened = opened
         self._path = path
         self.size = path.stat().st_size
-        self._storages: dict[str, Storage] = {}
-        stream = _Bounded(View(opened, path, 0, self.size, MAX_TABLE), min(self.size, MAX_TABLE))
+        self._storages: dict[str, StorageRef] = {}
+        stream = _BoundedReader(FileRange(opened, path, 0, self.size, MAX_TABLE), min(self.size, MAX_TABLE))
         if self._next(stream) != _MAGIC:
             raise self._bad("not a file of torch.save")
         if self._next(stream) != _PROTOCOL:
@@ -43,7 +43,7 @@ class LegacyArchive:
         """See `Archive.structure`."""
         return self._saved
 
-    def place(self, ref: Ref) -> Placed:
+    def place(self, ref: Ref) -> ArrayPlace:
         """See `Archive.place`."""
         if ref.storage not in self._places:
             raise self._bad(f"the file has no storage {ref.storage[:40]!r}")
@@ -52,7 +52,7 @@ class LegacyArchive:
     def _next(self, stream: io.BufferedReader) -> Any:
         return unpickle(stream, ALLOWED, self._storage, inert=True, where=str(self._path))
 
-    def _storage(self, pid: Any) -> Storage:
+    def _storage(self, pid: Any) -> StorageRef:
         storage = storage_of(pid)
         known = self._storages.setdefault(storage.key, storage)
         if known != storage:
@@ -81,10 +81,10 @@ class LegacyArchive:
         return FormatError(f"{self._path}: {what}", object=str(self._path))
 
 
-class _Bounded(io.BufferedReader):
+class _BoundedReader(io.BufferedReader):
     """A buffered file that reserves no more for a read than the file has."""
 
-    def __init__(self, raw: View, limit: int) -> None:
+    def __init__(self, raw: FileRange, limit: int) -> None:
         super().__init__(raw)
         self._limit = limit
 

@@ -17,7 +17,7 @@ from modelstore.format.region import Region
 from modelstore.paths import explained
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source, TensorSpec
-from modelstore.sources.choosing import Choice, open_chosen
+from modelstore.sources.choosing import Selection, open_chosen
 from modelstore.sources.hub import cached_snapshot, hub_id, open_hub
 from modelstore.sources.reading import Files
 
@@ -38,7 +38,7 @@ _ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
 
 
 def open_source(
-    what: Openable, *, files: Mapping[str, str | Path | bytes] | None = None, choice: Choice | None = None
+    what: Openable, *, files: Mapping[str, str | Path | bytes] | None = None, choice: Selection | None = None
 ) -> Source:
     """What is given, as tensors and files that can be saved; close it when done.
 
@@ -50,7 +50,7 @@ def open_source(
     where nothing here can read it, `TypeError` for other kinds of object.
     """
     extra = checked_files(files or {})
-    source = open_chosen(what, choice or Choice()) or _dispatch(what)
+    source = open_chosen(what, choice or Selection()) or _dispatch(what)
     return _WithFiles(source, extra) if extra else source
 
 

@@ -25,13 +25,13 @@ from modelstore.sources.archive import Archive
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import Source, TensorSpec
 from modelstore.sources.checkpoint import BESIDE, Tensors, choose
-from modelstore.sources.filed import FiledSource, Found, Piece, check_expansion, fingerprint
+from modelstore.sources.filed import CheckpointIndex, FiledBox, FiledSource, check_expansion, fingerprint
 from modelstore.sources.folder import Folder, leave_duplicates, read_index, scan
 from modelstore.sources.legacy import LegacyArchive, is_legacy
 from modelstore.sources.pickled_tensors import NotDense, Ref
-from modelstore.sources.reading import Files, Placed, boxed, open_regular
+from modelstore.sources.reading import ArrayPlace, Files, boxed, open_regular
 from modelstore.sources.states import states_of
-from modelstore.sources.structure import View, beside_state
+from modelstore.sources.structure import TensorView, beside_state
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -42,7 +42,7 @@ _BESIDE = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt",
 _BESIDE_STEMS = ("rng_state", "random_states")
 
 
-class PickledSource(FiledSource[Placed]):
+class PickledSource(FiledSource[ArrayPlace]):
     """The tensors of one or more `torch.save` archives, and NumPy arrays that lie in their pickles.
 
     `beside` names the tensors and files that are not the model's own.
@@ -50,7 +50,7 @@ class PickledSource(FiledSource[Placed]):
 
     def __init__(
         self,
-        found: Found[Placed],
+        found: CheckpointIndex[ArrayPlace],
         opened: Files,
         arrays: Mapping[str, NDArray[Any]] = MappingProxyType({}),
         beside: frozenset[str] = frozenset(),
@@ -151,7 +151,7 @@ def _open(
         raise UnsupportedError('include="all" takes one file: give the files one by one')
     try:
         specs: list[TensorSpec] = []
-        pieces: dict[str, tuple[Piece[Placed], ...]] = {}
+        pieces: dict[str, tuple[FiledBox[ArrayPlace], ...]] = {}
         aliases: dict[str, str] = {}
         metadata: dict[str, str] = {}
         left = dict(skipped)
@@ -180,17 +180,17 @@ def _open(
                     aliases[name] = known
                     continue
                 specs.append(TensorSpec(name, ref.dtype, ref.shape))
-                pieces[name] = (Piece(whole, archive.place(ref)),)
+                pieces[name] = (FiledBox(whole, archive.place(ref)),)
             check_expansion(str(path), specs[taken:], archive.size)
         files = [*shards.items(), *kept.items()]
         if not everything:
             state_of = fingerprint(files, opened)
-            return PickledSource(Found(specs, pieces, aliases, kept, metadata, state_of, left, sizes), opened)
+            return PickledSource(CheckpointIndex(specs, pieces, aliases, kept, metadata, state_of, left, sizes), opened)
         data, further = beside_state(saved, chosen, Pickled(), aliases, archive.size)
         arrays = _add_beside(further, archive, specs, pieces)
         check_expansion(str(path), specs, archive.size)
         state_of = fingerprint(files, opened, {STRUCTURE: data})
-        found = Found(specs, pieces, aliases, {**kept, STRUCTURE: data}, metadata, state_of, left, sizes)
+        found = CheckpointIndex(specs, pieces, aliases, {**kept, STRUCTURE: data}, metadata, state_of, left, sizes)
         return PickledSource(found, opened, arrays, frozenset({*further, STRUCTURE}))
     except BaseException:
         opened.close()
@@ -201,7 +201,7 @@ def _add_beside(
     further: Mapping[str, Any],
     archive: Archive | LegacyArchive,
     specs: list[TensorSpec],
-    pieces: dict[str, tuple[Piece[Placed], ...]],
+    pieces: dict[str, tuple[FiledBox[ArrayPlace], ...]],
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Add what lies beside the state to the tensors; those of them that are arrays already."""
     for name, value in further.items():
@@ -209,20 +209,20 @@ def _add_beside(
             specs.append(TensorSpec(name, dtype_of(name, value.dtype), value.shape))
         else:
             specs.append(TensorSpec(name, value.dtype, value.shape))
-            pieces[name] = (Piece(regions.full(value.shape), archive.place(value)),)
+            pieces[name] = (FiledBox(regions.full(value.shape), archive.place(value)),)
     return {name: value for name, value in further.items() if isinstance(value, np.ndarray)}
 
 
 class Pickled:
     """Tells tensors of a pickle from what else is in it."""
 
-    def view(self, value: Any, path: str) -> View | None:
+    def view(self, value: Any, path: str) -> TensorView | None:
         """See `Leaves`."""
         if isinstance(value, NotDense):
             raise UnsupportedError(f"{path} is {value.what}, which is not kept: make it dense first, or leave it out")
         if not isinstance(value, Ref):
             return None
-        return View(value.key, value.storage, value.offset, value.strides, math.prod(value.shape))
+        return TensorView(value.key, value.storage, value.offset, value.strides, math.prod(value.shape))
 
 
 def _bytes(tensor: Ref | NotDense) -> int:

@@ -12,7 +12,7 @@ from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.region import Shape
 from modelstore.format.safetensors import MAX_BYTES, MAX_DIMENSIONS
-from modelstore.sources.unpickle import Named, Stand, ordered_dict, reconstructed, record
+from modelstore.sources.unpickle import ClassStub, Stand, ordered_dict, reconstructed, record
 
 _LEGACY = {
     "DoubleStorage": "float64",
@@ -31,7 +31,7 @@ _LEGACY = {
 
 
 @dataclass(frozen=True, slots=True)
-class Storage:
+class StorageRef:
     """A run of bytes in the archive, by its key; `dtype` is None for an untyped one."""
 
     key: str
@@ -72,7 +72,7 @@ class Size(tuple[int, ...]):
     __slots__ = ()
 
 
-def storage_of(pid: Any) -> Storage:
+def storage_of(pid: Any) -> StorageRef:
     """The storage that a persistent id of `torch.save` names; `FormatError` where it is none."""
     if not isinstance(pid, tuple) or not 5 <= len(pid) <= 6 or pid[0] != "storage" or not isinstance(pid[2], str):
         raise FormatError("the pickle refers to something that is no storage")
@@ -82,7 +82,7 @@ def storage_of(pid: Any) -> Storage:
         raise FormatError(
             "the pickle has a view of a storage, as torch before 0.4 wrote it: save it again with a newer one"
         )
-    return Storage(pid[2], pid[1].dtype)
+    return StorageRef(pid[2], pid[1].dtype)
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ def _sizes(values: Any) -> tuple[int, ...]:
 def _ref(storage: Any, of: DType | None, offset: Any, shape: Any, strides: Any) -> Ref:
     shape, strides = _sizes(shape), _sizes(strides)
     (offset,) = _sizes((offset,))
-    if not isinstance(storage, Storage) or of is None or len(shape) != len(strides):
+    if not isinstance(storage, StorageRef) or of is None or len(shape) != len(strides):
         raise FormatError("a tensor in the pickle is not a view of a storage")
     if math.prod(n for n in shape if n) * of.itemsize > MAX_BYTES:
         raise FormatError(f"a tensor of shape {shape} is beyond 2**63 bytes")
@@ -123,7 +123,7 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 def _of_type(func: Any, kind: Any, args: Any, _state: Any = None) -> Any:
     """A tensor with attributes of its own, which are not kept, or of a subclass."""
-    name = kind.kind if isinstance(kind, Named) else "unknown class"
+    name = kind.kind if isinstance(kind, ClassStub) else "unknown class"
     if name not in _PLAIN_TENSORS:
         return NotDense(f"a {name[:200]}, not a plain tensor")
     if not callable(func) or not isinstance(args, tuple) or len(args) > 16:

@@ -28,7 +28,7 @@ OPEN_FILES = 200  # descriptors kept; beyond, a file is opened for one read (the
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class ArrayPlace:
     """Where an array lies in a file: the first element's byte offset, and each dimension's stride in bytes (≥ 0)."""
 
     path: Path
@@ -133,7 +133,7 @@ class Files:
         self.read(path, start, out)
         return out.tobytes()
 
-    def box(self, placed: Placed, itemsize: int, region: Region, out: NDArray[np.uint8]) -> None:
+    def box(self, placed: ArrayPlace, itemsize: int, region: Region, out: NDArray[np.uint8]) -> None:
         """Write a region of the placed array into `out`: uint8, the region's shape plus a last axis of `itemsize`."""
         start = placed.start + sum(a * stride for (a, _), stride in zip(region, placed.strides, strict=True))
         if out.size:

@@ -6,14 +6,14 @@ import copyreg
 import types
 from typing import Any
 
-from modelstore.sources.unpickle import Named, Record
+from modelstore.sources.unpickle import ClassStub, Record
 
 _PROTOCOL = 2  # as torch.save writes
 _FUNCTIONS = (type, types.FunctionType, types.BuiltinFunctionType)
 _MADE = ("copyreg.__newobj__", "copyreg.__newobj_ex__")
 
 
-def as_record(value: Any) -> Named | Record | None:
+def as_record(value: Any) -> ClassStub | Record | None:
     """What a pickle would say of an object: its class's name, and what it is made of. None where it has no such form.
 
     The object's own `__reduce_ex__` is asked, as by `torch.save`; nothing that it names is called.
@@ -28,7 +28,7 @@ def as_record(value: Any) -> Named | Record | None:
     ):  # of any class whatever: a lock, a generator, a module say in their own way that they have no pickle
         return None
     if isinstance(reduced, str):
-        return Named(f"{getattr(value, '__module__', None) or type(value).__module__}.{reduced}")
+        return ClassStub(f"{getattr(value, '__module__', None) or type(value).__module__}.{reduced}")
     function, args, *rest = reduced
     named = _named(function)
     if named is None:
@@ -45,8 +45,8 @@ def as_record(value: Any) -> Named | Record | None:
     return made
 
 
-def _named(what: Any) -> Named | None:
+def _named(what: Any) -> ClassStub | None:
     """The name by which a pickle finds a class or function; None for what is made within a function, such as a lambda."""
     name = getattr(what, "__qualname__", None) or getattr(what, "__name__", None)
     module = getattr(what, "__module__", None) or "builtins"
-    return Named(f"{module}.{name}") if isinstance(name, str) and "<" not in name else None
+    return ClassStub(f"{module}.{name}") if isinstance(name, str) and "<" not in name else None

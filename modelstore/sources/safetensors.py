@@ -14,11 +14,11 @@ from modelstore.format import region as regions
 from modelstore.format.checkpoint import PIPELINE, Weights, components
 from modelstore.format.dtypes import dtype
 from modelstore.format.region import Region
-from modelstore.format.safetensors import PREFIX, Entry, header_length, parse_header
+from modelstore.format.safetensors import PREFIX, HeaderEntry, header_length, parse_header
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.filed import Budget, FiledSource, Found, Piece, check_tiling, fingerprint
+from modelstore.sources.filed import Budget, CheckpointIndex, FiledBox, FiledSource, check_tiling, fingerprint
 from modelstore.sources.folder import Folder, leave_duplicates, read_index, read_json, scan
-from modelstore.sources.reading import Files, Placed, row_major
+from modelstore.sources.reading import ArrayPlace, Files, row_major
 from modelstore.sources.states import State, states_of
 
 SHARDING = "DCP_SHARDING_INFO"  # torch DCP's Hugging Face writer puts each piece's place in its tensor there
@@ -58,7 +58,7 @@ def open_directory(root: Path, reading: Callable[[Mapping[Path, State]], Files] 
     return source
 
 
-class SafetensorsSource(FiledSource[Placed]):
+class SafetensorsSource(FiledSource[ArrayPlace]):
     """The tensors of one or more safetensors files."""
 
     def has(self, name: str, file: Path) -> bool:
@@ -162,7 +162,7 @@ def _open(
             del metadata[SHARDING]
         else:
             specs, pieces = _gather(shards, tables, headers)
-        found = Found(
+        found = CheckpointIndex(
             specs,
             pieces,
             files=kept,
@@ -176,7 +176,7 @@ def _open(
         raise
 
 
-def _within(file: str, entries: list[Entry]) -> list[Entry]:
+def _within(file: str, entries: list[HeaderEntry]) -> list[HeaderEntry]:
     """A component's tensors by the names that they have in the pipeline."""
     folder = file.rpartition("/")[0]
     return [replace(entry, name=f"{folder}/{entry.name}") for entry in entries]
@@ -191,19 +191,19 @@ def _read_header(opened: Files, path: Path) -> bytes:
     return opened.bytes(path, PREFIX, length)
 
 
-def _parse(path: Path, header: bytes) -> tuple[list[Entry], dict[str, str]]:
+def _parse(path: Path, header: bytes) -> tuple[list[HeaderEntry], dict[str, str]]:
     try:
         return parse_header(header, path.stat().st_size)
     except ModelStoreError as error:
         raise type(error)(f"{path}: {error}", tensor=error.tensor, object=str(path)) from None
 
 
-_Tables = Mapping[str, tuple[list[Entry], dict[str, str]]]
-_Pieces = dict[str, tuple[Piece[Placed], ...]]
+_Tables = Mapping[str, tuple[list[HeaderEntry], dict[str, str]]]
+_Pieces = dict[str, tuple[FiledBox[ArrayPlace], ...]]
 
 
-def _place(path: Path, header: bytes, entry: Entry) -> Placed:
-    return Placed(path, PREFIX + len(header) + entry.start, row_major(entry.shape, dtype(entry.dtype).itemsize))
+def _place(path: Path, header: bytes, entry: HeaderEntry) -> ArrayPlace:
+    return ArrayPlace(path, PREFIX + len(header) + entry.start, row_major(entry.shape, dtype(entry.dtype).itemsize))
 
 
 def _gather(
@@ -217,7 +217,7 @@ def _gather(
                 other = pieces[entry.name][0].where.path
                 raise FormatError(f"tensor {entry.name!r} is in {other} and in {shards[name]}", tensor=entry.name)
             specs.append(TensorSpec(entry.name, dtype(entry.dtype), entry.shape))
-            pieces[entry.name] = (Piece(regions.full(entry.shape), _place(shards[name], headers[name], entry)),)
+            pieces[entry.name] = (FiledBox(regions.full(entry.shape), _place(shards[name], headers[name], entry)),)
     return specs, pieces
 
 
@@ -225,7 +225,7 @@ def _assemble(
     shards: Mapping[str, Path], tables: _Tables, headers: Mapping[str, bytes]
 ) -> tuple[list[TensorSpec], _Pieces]:
     """Tensors out of the pieces that torch DCP's Hugging Face writer left, one file a rank."""
-    parts: dict[str, list[tuple[Entry, Piece[Placed]]]] = {}
+    parts: dict[str, list[tuple[HeaderEntry, FiledBox[ArrayPlace]]]] = {}
     for name, (entries, metadata) in tables.items():
         origins = _origins(shards[name], metadata.get(SHARDING, "{}"))
         for entry in entries:
@@ -235,7 +235,7 @@ def _assemble(
                     f"{shards[name]}: the offsets of {entry.name!r} do not fit its shape", tensor=entry.name
                 )
             box: Region = tuple((a, a + n) for a, n in zip(origin, entry.shape, strict=True))
-            piece = Piece(box, _place(shards[name], headers[name], entry))
+            piece = FiledBox(box, _place(shards[name], headers[name], entry))
             parts.setdefault(entry.name, []).append((entry, piece))
     specs = []
     budget = Budget()

@@ -34,7 +34,7 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SliceBounds:
     """Where a slice lies: the whole tensor's shape, and the region of it."""
 
     shape: Shape
@@ -46,7 +46,7 @@ class PartSource:
     """A process's own tensors as a source, by the shapes they have here; and where those lie that are slices."""
 
     source: Source
-    places: Mapping[str, Place] = field(default_factory=dict)
+    places: Mapping[str, SliceBounds] = field(default_factory=dict)
 
 
 def open_part(what: Openable, *, files: Mapping[str, str | Path | bytes] | None = None) -> PartSource:
@@ -68,7 +68,7 @@ def open_part(what: Openable, *, files: Mapping[str, str | Path | bytes] | None 
     from modelstore.sources.torch import StateDictSource
 
     state: dict[str, Any] = {}
-    places: dict[str, Place] = {}
+    places: dict[str, SliceBounds] = {}
     for name, value in own.items():
         held = _held(str(name), value)
         if held is None:
@@ -86,7 +86,7 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
     return distributed is not None and isinstance(value, distributed.DTensor)
 
 
-def _held(name: str, value: Any) -> tuple[Any, Place | None] | None:
+def _held(name: str, value: Any) -> tuple[Any, SliceBounds | None] | None:
     """The values of an entry and where they lie (None: they are the whole tensor); None where another rank gives them."""
     if is_dtensor(value):
         return _of_dtensor(name, value)
@@ -95,7 +95,9 @@ def _held(name: str, value: Any) -> tuple[Any, Place | None] | None:
     return _placed(name, value.tensor, value.offset, value.shape)
 
 
-def _placed(name: str, values: Any, offset: Sequence[int], shape: Sequence[int]) -> tuple[Any, Place | None] | None:
+def _placed(
+    name: str, values: Any, offset: Sequence[int], shape: Sequence[int]
+) -> tuple[Any, SliceBounds | None] | None:
     whole, here = tuple(int(n) for n in shape), tuple(getattr(values, "shape", ()))
     region = tuple((int(a), int(a) + n) for a, n in zip(offset, here, strict=False))
     fits = len(offset) == len(whole) == len(here) and all(
@@ -107,10 +109,10 @@ def _placed(name: str, values: Any, offset: Sequence[int], shape: Sequence[int])
         )
     if region == full(whole) or 0 in whole:
         return values.reshape(whole), None
-    return (values, Place(whole, region)) if 0 not in here else None
+    return (values, SliceBounds(whole, region)) if 0 not in here else None
 
 
-def _of_dtensor(name: str, tensor: DTensor) -> tuple[torch.Tensor, Place | None] | None:
+def _of_dtensor(name: str, tensor: DTensor) -> tuple[torch.Tensor, SliceBounds | None] | None:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:  # the tensor is not on this process
         return None

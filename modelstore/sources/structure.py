@@ -22,9 +22,9 @@ from modelstore.format.names import check_tensor
 from modelstore.format.structure import EXACT, MAX_BYTES, MAX_DEPTH, VERSION
 from modelstore.sources.arrays import is_tensor_dtype
 from modelstore.sources.checkpoint import Chosen, shown
-from modelstore.sources.pickled_tensors import Size, Storage
+from modelstore.sources.pickled_tensors import Size, StorageRef
 from modelstore.sources.reduced import as_record
-from modelstore.sources.unpickle import Key, Named, Ordered, Record
+from modelstore.sources.unpickle import ClassStub, Key, Ordered, Record
 
 MAX_NODES = 2_000_000
 _PATHS = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
@@ -33,7 +33,7 @@ _BYTES = "_codecs.encode"
 
 
 @dataclass(frozen=True)
-class View:
+class TensorView:
     """How a tensor lies in memory: what is the same for the same view, the memory, and the place in it in elements."""
 
     identity: str
@@ -46,7 +46,7 @@ class View:
 class Leaves(Protocol):
     """What knows which values of a structure are tensors."""
 
-    def view(self, value: Any, path: str) -> View | None:
+    def view(self, value: Any, path: str) -> TensorView | None:
         """The view of a tensor; None for what is none. `UnsupportedError` for a tensor that has no dense values."""
 
 
@@ -63,7 +63,7 @@ class Outline:
         self._given = names
         self._taken = set(names.values())
         self._known: dict[str, str] = {}  # identity → name
-        self._views: dict[str, list[tuple[str, View]]] = {}  # memory → distinct views
+        self._views: dict[str, list[tuple[str, TensorView]]] = {}  # memory → distinct views
         self._alive: list[Any] = []
         self._nodes = nodes
         self._bytes = 0
@@ -148,9 +148,9 @@ class Outline:
             return ["scalar", value.dtype.str, self._text(base64.b64encode(value.tobytes()).decode())]
         if (word := _word(value)) is not None:
             return word
-        if isinstance(value, Named):
+        if isinstance(value, ClassStub):
             return ["object", self._text(f"class {value.kind}"), [], None, [], []]
-        storage = isinstance(value, Storage) or kind.__module__ == "torch.storage"
+        storage = isinstance(value, StorageRef) or kind.__module__ == "torch.storage"
         reduced = None if storage else as_record(value)
         if reduced is not None:
             self._alive.append(reduced)  # what is told apart by where it lies must stay there
@@ -170,7 +170,7 @@ class Outline:
             pairs = [*(first.items() if isinstance(first, dict) else ()), *value.items]
             return ["counter", *self._pairs(pairs, path, depth)]
         if kind == "collections.defaultdict":
-            factory = first.kind.rpartition(".")[2] if isinstance(first, Named) else None
+            factory = first.kind.rpartition(".")[2] if isinstance(first, ClassStub) else None
             return ["defaultdict", factory, *self._pairs(value.items, path, depth)]
         if kind == "collections.deque":
             longest = args[1] if len(args) > 1 and type(args[1]) is int and args[1] >= 0 else None
@@ -195,7 +195,7 @@ class Outline:
         if isinstance(number, np.generic):
             return self._plain(number, path, depth)
         if number is not None and is_tensor_dtype(number.dtype):
-            view = View(f"array {id(value)}", f"array {id(value)}", 0, (), number.size)
+            view = TensorView(f"array {id(value)}", f"array {id(value)}", 0, (), number.size)
             return ["array", self._name(number, view, path)]
         return [
             "object",
@@ -222,7 +222,7 @@ class Outline:
 
     # ------------------------------------------------------------------ tensors
 
-    def _name(self, value: Any, view: View, path: tuple[str, ...]) -> str:
+    def _name(self, value: Any, view: TensorView, path: tuple[str, ...]) -> str:
         given = self._given.get(path)
         known = given or (self._known.get(view.identity) if view.elements else None)
         if known is not None:

@@ -12,7 +12,7 @@ from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.structure import FILE as STRUCTURE
 from modelstore.sources.arrays import is_tensor_dtype
 from modelstore.sources.checkpoint import BESIDE, Tensors, choose
-from modelstore.sources.structure import View, beside_state
+from modelstore.sources.structure import TensorView, beside_state
 from modelstore.sources.torch import StateDictSource
 
 
@@ -32,13 +32,13 @@ _TENSORS = Tensors((torch.Tensor, np.ndarray), _bytes)
 class _Live:
     """Tells tensors in memory from what else there is."""
 
-    def view(self, value: Any, path: str) -> View | None:
+    def view(self, value: Any, path: str) -> TensorView | None:
         if isinstance(value, np.ma.MaskedArray) or (isinstance(value, np.ndarray) and not is_tensor_dtype(value.dtype)):
             return None  # an object like any other: as a tensor its mask, or its values, would be lost
         if isinstance(value, np.ndarray):
             at = value.__array_interface__["data"][0]
             # Never tied: what is made of an array again is one of its own.
-            return View(f"array {id(value)} {at}", f"array {id(value)}", 0, (), value.size)
+            return TensorView(f"array {id(value)} {at}", f"array {id(value)}", 0, (), value.size)
         if not isinstance(value, torch.Tensor):
             return None
         if not _dense(value):
@@ -47,7 +47,7 @@ class _Live:
             )
         memory = f"{value.device} {value.untyped_storage().data_ptr()}"
         place = (value.storage_offset(), tuple(value.shape), value.stride(), value.is_conj(), value.is_neg())
-        return View(
+        return TensorView(
             f"{memory} {value.dtype} {place}", memory, int(value.storage_offset()), value.stride(), value.numel()
         )
 

@@ -66,7 +66,7 @@ class Key:
         self.value = value
 
 
-class Named:
+class ClassStub:
     """What `find_class` gives for a class: calling it, or `cls.__new__(cls, …)`, makes a `Record`."""
 
     __slots__ = ("kind",)
@@ -89,7 +89,7 @@ class Ordered(dict[Any, Any]):
 
 def record(kind: str) -> Stand:
     """A stand-in for a class of that name."""
-    return Named(kind)
+    return ClassStub(kind)
 
 
 def ordered_dict(*args: Any) -> dict[Any, Any]:
@@ -101,7 +101,7 @@ def ordered_dict(*args: Any) -> dict[Any, Any]:
 
 def reconstructed(cls: Any, *_: Any) -> Record:
     """A stand-in for `copyreg._reconstructor`, by which old pickles make an instance."""
-    if not isinstance(cls, Named):
+    if not isinstance(cls, ClassStub):
         raise FormatError("the pickle makes an instance of something that is no class")
     return Record(cls.kind)
 
@@ -130,7 +130,7 @@ class _Reader(_Base):  # type: ignore[misc]
         if full in self._allowed:
             return self._allowed[full]
         if self._inert and full.strip("."):
-            return Named(full)
+            return ClassStub(full)
         raise FormatError(
             f"the pickle names {full[:200]!r}, which a checkpoint of tensors does not need: it was not run; "
             "save the tensors alone, as safetensors or a plain state dict"
@@ -161,7 +161,7 @@ class _Reader(_Base):  # type: ignore[misc]
     def load_newobj(self) -> None:
         args = self.stack.pop()
         made = self.stack.pop()
-        if not isinstance(made, Named) or not isinstance(args, tuple):
+        if not isinstance(made, ClassStub) or not isinstance(args, tuple):
             raise FormatError("the pickle makes an instance of something that is no class")
         self.append(made(*_few(args)))
 

@@ -31,7 +31,7 @@ from modelstore.sources.reading import Files, boxed
 from modelstore.sources.trees import TreeFiles
 from modelstore.sources.zarr_bounds import bound, check_array
 from modelstore.sources.zarr_chunks import Chunks, chunk_bytes, overlapping
-from modelstore.sources.zarr_dtypes import Renamed
+from modelstore.sources.zarr_dtypes import RenamedDtypes
 
 ATTRIBUTES = "zarr_attributes.json"
 MAX_CHUNK = 16 << 30  # a chunk is decoded whole
@@ -131,7 +131,7 @@ def open_directory(root: Path) -> ZarrSource:
     opened = TreeFiles(root)
     skipped: dict[str, str] = {}
     paths, groups, others, everything, usage = _walk(root, skipped)
-    store = Renamed(LocalStore(root, read_only=True))
+    store = RenamedDtypes(LocalStore(root, read_only=True))
     arrays, attributes = {}, {}
     for group in groups:
         attributes[group] = _attributes(root / group)
@@ -151,7 +151,7 @@ def open_directory(root: Path) -> ZarrSource:
 
 def open_group(group: zarr.Group) -> ZarrSource:
     """An open Zarr group, of any store; its arrays are named by their paths in the group."""
-    store = Renamed(group.store)
+    store = RenamedDtypes(group.store)
     version = group.metadata.zarr_format
     try:
         again = zarr.open_group(store, path=group.path, mode="r", zarr_format=version, use_consolidated=False)
@@ -169,7 +169,7 @@ def open_group(group: zarr.Group) -> ZarrSource:
     return ZarrSource(arrays, stored, _written(attributes))
 
 
-def _open_array(store: Renamed, path: str, name: str, version: Literal[2, 3]) -> Any:
+def _open_array(store: RenamedDtypes, path: str, name: str, version: Literal[2, 3]) -> Any:
     try:
         array = zarr.open_array(store, path=path, mode="r", zarr_format=version)
         bound(array)

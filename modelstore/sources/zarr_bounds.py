@@ -90,11 +90,11 @@ def _bounded_one(codec: Codec, beside: Sequence[Codec]) -> Codec:
     name = str(codec.to_dict().get("name", "")).removeprefix("numcodecs.")
     if not isinstance(codec, BytesBytesCodec) or name not in _DECODERS:
         return codec
-    return _Bounded(codec, name, any(isinstance(other, (ShardingCodec, ArrayArrayCodec)) for other in beside))
+    return _BoundedCodec(codec, name, any(isinstance(other, (ShardingCodec, ArrayArrayCodec)) for other in beside))
 
 
 @dataclass(frozen=True)
-class _Bounded(BytesBytesCodec):
+class _BoundedCodec(BytesBytesCodec):
     """A codec of format 3 whose output is bounded by its chunk."""
 
     inner: BytesBytesCodec

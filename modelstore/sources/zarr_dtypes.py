@@ -31,7 +31,7 @@ _METADATA = (".zarray", ".zattrs", ".zgroup", ".zmetadata", "zarr.json")
 _OF_TEXT = frozenset({"vlen-utf8", "vlen-bytes"})
 
 
-class Renamed(WrapperStore[Any]):
+class RenamedDtypes(WrapperStore[Any]):
     """A store whose array metadata names integers where it named a dtype of ml_dtypes; `renamed`: path → dtype."""
 
     def __init__(self, store: Any) -> None:

@@ -71,7 +71,7 @@ def collect(
 
 def _remove(
     repo: Repo,
-    found: _Found,
+    found: _Removable,
     limit: float,
     now_: float,
     doubt: Doubt,
@@ -93,7 +93,7 @@ def _remove(
 
 
 def _sweep_all(
-    storage: Storage, condemned: Condemnation | None, found: _Found, limit: float, progress: Advance | None
+    storage: Storage, condemned: Condemnation | None, found: _Removable, limit: float, progress: Advance | None
 ) -> list[SweptObject]:
     gone = []
     for stage in found.stages:
@@ -150,7 +150,7 @@ def _held(storage: Storage, limit: float, now_: float, doubt: Doubt, *, dry_run:
 
 
 @dataclass
-class _Found:
+class _Removable:
     """What can go, in the order in which it goes: what refers to other things before these; how many objects stay."""
 
     stages: tuple[list[ObjectInfo], ...]
@@ -176,10 +176,10 @@ class _Found:
             stage[:] = left
 
 
-def _unmarked(storage: Storage, marked: set[str], live: set[str], limit: float, doubt: Doubt) -> _Found:
+def _unmarked(storage: Storage, marked: set[str], live: set[str], limit: float, doubt: Doubt) -> _Removable:
     """Journals, manifests and packs that are unmarked, were last written before `limit`, and in no running work's journal."""
     jobs: list[ObjectInfo] = []
-    found = _Found((jobs, [], []))
+    found = _Removable((jobs, [], []))
     listed = storage.list(rec.JOBS)
     for _, group in groupby(listed, key=lambda info: info.key[len(rec.JOBS) :].partition("/")[0]):
         job = [info for info in group if rec.is_own(info.key)]
@@ -203,7 +203,7 @@ def _unmarked(storage: Storage, marked: set[str], live: set[str], limit: float, 
     return found
 
 
-def _spare(storage: Storage, found: _Found, doubt: Doubt) -> None:
+def _spare(storage: Storage, found: _Removable, doubt: Doubt) -> None:
     """Take what the journals of running works name out of what can go."""
     names = {key.rpartition("/")[2].partition(".")[0].encode(): key for key in found.condemned}
     if not names:

@@ -14,7 +14,7 @@ from modelstore.format.digest import name_of_pieces
 from modelstore.format.manifest import FORMAT, CodecSpec
 from modelstore.format.record import PACKS
 from modelstore.format.region import Shape
-from modelstore.format.safetensors import PREFIX, Entry, build_header, header_length, parse_header
+from modelstore.format.safetensors import PREFIX, HeaderEntry, build_header, header_length, parse_header
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import REQUESTS, ordered
 
@@ -44,7 +44,7 @@ class PackNote(msgspec.Struct, frozen=True, omit_defaults=True):
 class PackBuilder:
     """A pack being filled in memory. Entries lie in the order in which they are added."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[HeaderEntry] = field(default_factory=list)
     pieces: list[Buffer] = field(default_factory=list)
     notes: dict[str, TensorNote] = field(default_factory=dict)
     size: int = 0
@@ -53,14 +53,14 @@ class PackBuilder:
         """Append an entry; its offset from the first byte of the pack's data."""
         data = as_bytes(data)
         start = self.size
-        self.entries.append(Entry(name, "uint8", (len(data),), start, start + len(data)))
+        self.entries.append(HeaderEntry(name, "uint8", (len(data),), start, start + len(data)))
         self.pieces.append(data)
         self.size += len(data)
         return start
 
     def announce(self, name: str, dtype: str, shape: Shape, nbytes: int) -> None:
         """An entry whose bytes will be written by the caller: a tensor in one piece, too large to be held."""
-        self.entries.append(Entry(name, dtype, shape, self.size, self.size + nbytes))
+        self.entries.append(HeaderEntry(name, dtype, shape, self.size, self.size + nbytes))
         self.size += nbytes
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
@@ -108,7 +108,7 @@ def copy_pack(model: str, digest: str, data: bytes) -> Pack:
 class Opened:
     """A stored pack's header: its entries, its metadata, where its data begins, and the object's size."""
 
-    entries: list[Entry]
+    entries: list[HeaderEntry]
     metadata: dict[str, str]
     data_start: int
     size: int

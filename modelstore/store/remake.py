@@ -27,7 +27,7 @@ _LARGEST_HEADER = 64 << 20  # bytes
 Elsewhere = Mapping[bytes, Iterable[Location]]  # digest of a chunk → where it may lie
 
 
-class Part(NamedTuple):
+class PackedChunk(NamedTuple):
     """A chunk in a pack: where it lies there, and what the pack's header says of it."""
 
     offset: int
@@ -39,10 +39,10 @@ class Part(NamedTuple):
     pack: str
 
 
-Placed = tuple[Part, Location]  # a chunk, and where it is read
+Placed = tuple[PackedChunk, Location]  # a chunk, and where it is read
 
 
-def remake(storage: Storage, pack: str, parts: Sequence[Part], elsewhere: Elsewhere) -> bool:
+def remake(storage: Storage, pack: str, parts: Sequence[PackedChunk], elsewhere: Elsewhere) -> bool:
     """Store a pack anew whose bytes are not what its name says; False, and nothing done, where not all of them can be found.
 
     `parts` are all that lies in it, as `contents` tells. What is read is read in long runs, wherever chunks follow each other.
@@ -70,12 +70,12 @@ def remake(storage: Storage, pack: str, parts: Sequence[Part], elsewhere: Elsewh
     return False
 
 
-def contents(packs: Collection[str], manifests: Iterable[Manifest]) -> dict[str, list[Part]]:
+def contents(packs: Collection[str], manifests: Iterable[Manifest]) -> dict[str, list[PackedChunk]]:
     """What lies in packs, in order, as manifests say that refer to them; all is told only where they name everything in it.
 
     A chunk of several tensors has the name of the first, which is what wrote it.
     """
-    found: dict[str, dict[int, Part]] = {pack: {} for pack in packs}
+    found: dict[str, dict[int, PackedChunk]] = {pack: {} for pack in packs}
     for manifest in manifests:
         numbers = [number for number, pack in enumerate(manifest.packs) if pack in found]
         if not numbers:
@@ -86,7 +86,7 @@ def contents(packs: Collection[str], manifests: Iterable[Manifest]) -> dict[str,
         first = np.array([planes[i][2].first for i in order], np.int64)
         rows = np.flatnonzero(np.isin(manifest.pack, numbers))
         owners = np.searchsorted(first, rows, "right") - 1
-        here: list[tuple[int, int, Part]] = []
+        here: list[tuple[int, int, PackedChunk]] = []
         for row, owner in zip(rows.tolist(), owners.tolist(), strict=True):
             which = order[owner] if owner >= 0 else 0
             prefix, tensor, plane = planes[which]
@@ -97,7 +97,11 @@ def contents(packs: Collection[str], manifests: Iterable[Manifest]) -> dict[str,
             note = TensorNote(tensor.dtype, tensor.shape, tensor.chunk, manifest.codecs[tensor.codec])
             at, entry = (int(manifest.offset[row]), int(manifest.length[row])), f"{name}/{plane.name}/{chunk}"
             here.append(
-                (which, chunk, Part(*at, manifest.digest(row), entry, name, note, manifest.packs[manifest.pack[row]]))
+                (
+                    which,
+                    chunk,
+                    PackedChunk(*at, manifest.digest(row), entry, name, note, manifest.packs[manifest.pack[row]]),
+                )
             )
         for _, _, part in sorted(here, key=lambda item: item[:2]):
             found[part.pack].setdefault(part.offset, part)
@@ -118,14 +122,14 @@ def locations(manifests: Iterable[Manifest], wanted: Iterable[bytes]) -> dict[by
     return {digest: list(places) for digest, places in found.items()}
 
 
-def _find(storage: Storage, pack: str, parts: Sequence[Part], elsewhere: Elsewhere) -> list[Location] | None:
+def _find(storage: Storage, pack: str, parts: Sequence[PackedChunk], elsewhere: Elsewhere) -> list[Location] | None:
     """Where the right bytes of each part lie: in the pack itself, or in another; None where those of one lie nowhere."""
     found: list[Location | None] = [None] * len(parts)
     candidates = [iter([(pack, p.offset, p.length), *elsewhere.get(p.digest, ())]) for p in parts]
     left = list(range(len(parts)))
     sizes: dict[str, int] = {}
     while left:
-        wanted: list[tuple[int, Part, Location]] = []
+        wanted: list[tuple[int, PackedChunk, Location]] = []
         for i in left:
             place = next(candidates[i], None)
             if place is None:
@@ -162,12 +166,12 @@ def _read(storage: Storage, run: Sequence[Placed]) -> list[bytes | None]:
     ]
 
 
-def _wrong(part: Part, place: Location) -> CorruptionError:
+def _wrong(part: PackedChunk, place: Location) -> CorruptionError:
     key = pack_key(place[0])
     return CorruptionError(f"the chunk {part.name!r} in {key} was changed while it was read", object=key)
 
 
-def _headers(storage: Storage, pack: str, parts: Sequence[Part]) -> Iterator[bytes]:
+def _headers(storage: Storage, pack: str, parts: Sequence[PackedChunk]) -> Iterator[bytes]:
     """What the pack may begin with: what is there, and what a writer of these chunks writes."""
     size = parts[0].offset
     if size <= _LARGEST_HEADER:

@@ -19,7 +19,7 @@ from modelstore.format.decoding import prepared
 from modelstore.format.digest import digest_of, name_of_pieces
 from modelstore.format.manifest import DIGEST_BYTES, FORMAT
 from modelstore.format.record import pack_key
-from modelstore.format.safetensors import Entry
+from modelstore.format.safetensors import HeaderEntry
 from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
 from modelstore.store import packs
@@ -50,7 +50,7 @@ class Old:
     digest: str
     size: int
     start: int
-    entries: tuple[Entry, ...]
+    entries: tuple[HeaderEntry, ...]
     metadata: Mapping[str, str]
     note: PackNote
     places: Places
@@ -67,17 +67,17 @@ class New:
 
     metadata: Mapping[str, str]
     builder: PackBuilder = field(default_factory=PackBuilder)
-    parts: list[tuple[Old, Entry]] = field(default_factory=list)
+    parts: list[tuple[Old, HeaderEntry]] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
 
-    def takes(self, old: Old, entry: Entry, limit: int) -> bool:
+    def takes(self, old: Old, entry: HeaderEntry, limit: int) -> bool:
         """Whether an entry fits, by its size, its name, and what the packs say of its tensor."""
         if self.builder.size + entry.stop - entry.start > limit or entry.name in self.names:
             return False
         tensor = _tensor(old, entry)
         return tensor is None or self.builder.notes.get(tensor, old.note.tensors[tensor]) == old.note.tensors[tensor]
 
-    def add(self, old: Old, entry: Entry) -> None:
+    def add(self, old: Old, entry: HeaderEntry) -> None:
         """Append an entry."""
         self.builder.announce(entry.name, entry.dtype, entry.shape, entry.stop - entry.start)
         self.parts.append((old, entry))
@@ -163,7 +163,7 @@ def moved(olds: Iterable[Old], news: Sequence[New], names: Sequence[str]) -> tup
     return {digest: Moved(*rows) for digest, rows in columns.items()}, tuple(names)
 
 
-def _within(entries: Sequence[Entry], data_start: int, places: Places) -> NDArray[np.int64] | None:
+def _within(entries: Sequence[HeaderEntry], data_start: int, places: Places) -> NDArray[np.int64] | None:
     """Of each place, the number of the entry that it lies in; None where one lies in none."""
     starts = np.array([data_start + entry.start for entry in entries], np.int64)
     stops = np.array([data_start + entry.stop for entry in entries], np.int64)
@@ -184,7 +184,7 @@ def _note(text: str) -> PackNote:
         return PackNote(FORMAT)
 
 
-def _tensor(old: Old, entry: Entry) -> str | None:
+def _tensor(old: Old, entry: HeaderEntry) -> str | None:
     """The tensor that an entry is of, where the pack's note knows it: the entry's name without plane and chunk, or all of it."""
     for name in (entry.name, entry.name.rsplit("/", 2)[0]):
         if name in old.note.tensors:
@@ -192,10 +192,10 @@ def _tensor(old: Old, entry: Entry) -> str | None:
     return None
 
 
-def _by_pack(parts: Iterable[tuple[Old, Entry]]) -> Iterator[tuple[Old, list[Entry]]]:
+def _by_pack(parts: Iterable[tuple[Old, HeaderEntry]]) -> Iterator[tuple[Old, list[HeaderEntry]]]:
     """Entries that follow one another out of the same pack."""
     last: Old | None = None
-    entries: list[Entry] = []
+    entries: list[HeaderEntry] = []
     for old, entry in parts:
         if old is not last and entries:
             assert last is not None
@@ -207,13 +207,13 @@ def _by_pack(parts: Iterable[tuple[Old, Entry]]) -> Iterator[tuple[Old, list[Ent
         yield last, entries
 
 
-def _checked(storages: Sequence[Storage], old: Old, entries: Sequence[Entry]) -> Iterator[Bytes]:
+def _checked(storages: Sequence[Storage], old: Old, entries: Sequence[HeaderEntry]) -> Iterator[Bytes]:
     """The bytes of entries, in order, of which every live chunk matches its digest."""
     for run in runs(_segments(old, entries), lambda segment: segment[0]):
         yield from _read(storages, old, run)
 
 
-def _segments(old: Old, entries: Sequence[Entry]) -> Iterator[_Segment]:
+def _segments(old: Old, entries: Sequence[HeaderEntry]) -> Iterator[_Segment]:
     """The live chunks in entries with their digests, and the bytes between them, which have none."""
 
     def gap(start: int, stop: int) -> Iterator[_Segment]:

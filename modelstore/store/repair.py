@@ -30,7 +30,7 @@ from modelstore.store.catalog import Catalog
 from modelstore.store.damage import noting
 from modelstore.store.describe import problem
 from modelstore.store.heal import pack_is_good, replace_pack
-from modelstore.store.remake import Elsewhere, Part, contents, locations, remake
+from modelstore.store.remake import Elsewhere, PackedChunk, contents, locations, remake
 from modelstore.store.repo import Repo
 from modelstore.store.unread import told_once
 
@@ -299,7 +299,7 @@ class _Repair:
             self._told(digest, error)
         return self._size(digest)
 
-    def chunks_of_bad(self) -> tuple[dict[str, list[Part]], dict[bytes, list[Location]]]:
+    def chunks_of_bad(self) -> tuple[dict[str, list[PackedChunk]], dict[bytes, list[Location]]]:
         """What lies in the packs that are bad, and where else its chunks lie in this store: manifests are read one by one."""
         if not self.bad:
             return {}, {}
@@ -311,7 +311,7 @@ class _Repair:
             with suppress(*_LOST):
                 yield self.repo.manifests.read(model, digest)
 
-    def mend(self, digest: str, parts: Sequence[Part], elsewhere: Elsewhere) -> int:
+    def mend(self, digest: str, parts: Sequence[PackedChunk], elsewhere: Elsewhere) -> int:
         """Replace a bad pack: made again of its chunks, else from the other copy of the store; its size."""
         try:
             if not self._remade(digest, parts, elsewhere):
@@ -323,7 +323,7 @@ class _Repair:
             self._told(digest, error)
         return self._size(digest)
 
-    def _remade(self, digest: str, parts: Sequence[Part], elsewhere: Elsewhere) -> bool:
+    def _remade(self, digest: str, parts: Sequence[PackedChunk], elsewhere: Elsewhere) -> bool:
         try:
             return remake(self.repo.storage, digest, parts, elsewhere)
         except _LOST:

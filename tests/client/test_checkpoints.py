@@ -25,7 +25,7 @@ import modelstore
 from modelstore.client import Store
 from modelstore.errors import FormatError, ModelStoreError, NotFoundError
 from modelstore.format.structure import FILE, structure
-from modelstore.sources.choosing import Choice
+from modelstore.sources.choosing import Selection
 from modelstore.sources.open import open_source
 from tests.sources.contract import raw
 
@@ -189,13 +189,13 @@ class TestWhichIsTheModel:
         found = open_source(tmp_path / "timm")
         assert found.metadata["torch.state_dict"] == "state_dict"
         assert set(found.skipped) == {"timm:state_dict_ema", "timm:args"}  # type: ignore[attr-defined]
-        ema = open_source(tmp_path / "timm", choice=Choice(key="state_dict_ema"))
+        ema = open_source(tmp_path / "timm", choice=Selection(key="state_dict_ema"))
         assert ema.metadata["torch.state_dict"] == "state_dict_ema"
         with pytest.raises(FormatError, match=r"no entry 'other'.*it has 'state_dict', 'state_dict_ema'"):
-            open_source(tmp_path / "timm", choice=Choice(key="other"))
+            open_source(tmp_path / "timm", choice=Selection(key="other"))
         torch.save({"a.b": {"c": w}, "x": torch.ones(1)}, tmp_path / "dots")
-        assert open_source(tmp_path / "dots", choice=Choice(key="a.b.c")).tensors[0].name == "w"
-        assert open_source(tmp_path / "dots", choice=Choice(key=".")).tensors[0].name == "x"
+        assert open_source(tmp_path / "dots", choice=Selection(key="a.b.c")).tensors[0].name == "w"
+        assert open_source(tmp_path / "dots", choice=Selection(key=".")).tensors[0].name == "x"
 
     def test_several_are_not_guessed(self, tmp_path: Path) -> None:
         w = {"w": torch.ones(2)}

@@ -24,7 +24,7 @@ from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.record import PACKS, pack_key
 from modelstore.format.region import Region
-from modelstore.plan.parts import Piece, common_chunk, piece_problem, shared_chunk
+from modelstore.plan.parts import RankSlice, common_chunk, piece_problem, shared_chunk
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.testing.faults import CountingStorage
@@ -155,7 +155,7 @@ def test_ranks_of_an_even_split_find_the_same_cut(n: int, width: int, ranks: int
         if pair[0] >= pair[1] or pair == (0, n):
             continue
         region = (pair, (0, width)) if axis == 0 else ((0, width), pair)
-        pieces.append(Piece(rank, "float32", shape, region, shared_chunk(shape, region, 4, ranks, None)))
+        pieces.append(RankSlice(rank, "float32", shape, region, shared_chunk(shape, region, 4, ranks, None)))
     if not pieces:
         return
     assert piece_problem(pieces) is None
@@ -452,13 +452,13 @@ def test_the_digest_of_a_large_tensor_takes_bounded_memory(tmp_path: Path, monke
     whole = torch.randn(3000, 8000)  # 96 MB
     save_all(store, [{"t": split(whole, 2, r, 1)} for r in range(2)], codec="raw")
     reads: list[int] = []
-    read = merging._Pieces.read
+    read = merging._RankSlices.read
 
-    def counted(self: merging._Pieces, region: Region, out: Bytes) -> None:
+    def counted(self: merging._RankSlices, region: Region, out: Bytes) -> None:
         reads.append(out.nbytes)
         read(self, region, out)
 
-    monkeypatch.setattr(merging._Pieces, "read", counted)
+    monkeypatch.setattr(merging._RankSlices, "read", counted)
     store.publish("m", "s", ranks=2)
     assert max(reads) <= (64 << 20) // 4
     assert sum(reads) == whole.nbytes

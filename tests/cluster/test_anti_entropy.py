@@ -11,7 +11,7 @@ from modelstore.cluster.host import anti_entropy
 from modelstore.cluster.host.anti_entropy import AntiEntropy
 from modelstore.cluster.host.file_tier import local_path
 from modelstore.cluster.host.host import ShardHost
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.plan.placement import Member, View
 from tests.cluster.test_host import World
 
@@ -27,7 +27,7 @@ class Pair:
         self.sent: list[int] = []
         self.mending = AntiEntropy("a", self.first, self.held, lambda: VIEW, 2, self.lacks, self.fill)
 
-    def held(self) -> list[tuple[Source, list[Piece]]]:
+    def held(self) -> list[tuple[StoreAddress, list[Piece]]]:
         there = self.first.has([part.digest for part in self.world.parts])
         return [(self.world.source, [part for part, held in zip(self.world.parts, there, strict=True) if held])]
 
@@ -35,7 +35,7 @@ class Pair:
         assert member == "b"
         return self.second.lacks(parts)
 
-    def fill(self, member: str, source: Source, parts: Sequence[Piece]) -> int:
+    def fill(self, member: str, source: StoreAddress, parts: Sequence[Piece]) -> int:
         assert member == "b"
         self.sent.append(len(parts))
         return self.second.fill(source, parts)

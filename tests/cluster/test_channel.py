@@ -18,12 +18,12 @@ from blake3 import blake3
 
 from modelstore.cluster import certificates, channel, wire
 from modelstore.cluster.channel import TLS
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.wire import PieceClient, PieceServer, UnreachableError
 from modelstore.errors import FormatError
 
 SECRET = b"known to the cluster"
-SOURCE = Source("s3://bucket", {"secret_access_key": "credential"})
+SOURCE = StoreAddress("s3://bucket", {"secret_access_key": "credential"})
 DATA = np.arange(3 << 20, dtype=np.uint32).view(np.uint8)
 PART = Piece(blake3(DATA).digest(), "ab" * 32, 0, len(DATA))
 

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 import modelstore as ms
 from modelstore.cluster.calls import host_name
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.wire import PieceClient, PieceClients
 from modelstore.cluster.work import compression
 from modelstore.format.buffers import Bytes
@@ -227,7 +227,7 @@ def test_bytes_that_change_on_the_wire_are_found_out(store: ms.Store, monkeypatc
     store.load("m")
     rightly, changed = PieceClient.read, []
 
-    def read(self: PieceClient, source: Source, parts: Sequence[Piece], fetch: bool) -> list[Bytes | None]:
+    def read(self: PieceClient, source: StoreAddress, parts: Sequence[Piece], fetch: bool) -> list[Bytes | None]:
         found = rightly(self, source, parts, fetch)
         for data in found:
             if data is not None and len(data):

@@ -13,7 +13,7 @@ from blake3 import blake3
 
 import modelstore as ms
 from modelstore.cluster.read import delivery
-from modelstore.cluster.read.delivery import Batch, Entry, tensors_of
+from modelstore.cluster.read.delivery import Batch, BatchEntry, tensors_of
 
 ray = pytest.importorskip("ray")
 
@@ -205,7 +205,7 @@ def test_what_cannot_be_is_said_before_anything_is_moved(
 
 def test_bytes_that_change_on_the_way_are_found_out() -> None:
     data = torch.arange(64, dtype=torch.uint8)
-    entry = Entry(("w",), "int16", (4, 8), 0, 64, blake3(data.numpy().tobytes()).digest())
+    entry = BatchEntry(("w",), "int16", (4, 8), 0, 64, blake3(data.numpy().tobytes()).digest())
     assert torch.equal(tensors_of(Batch(data, (entry,)))["w"], data.view(torch.int16).reshape(4, 8))
     data[17] ^= 1
     with pytest.raises(ms.errors.CorruptionError, match="'w' arrived with other bytes"):

@@ -23,7 +23,7 @@ from modelstore.cluster.host import origin
 from modelstore.cluster.host.file_tier import local_path
 from modelstore.cluster.host.host import HostSettings, ShardHost
 from modelstore.cluster.host.singleflight import SingleFlight
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.format.buffers import Bytes
 from modelstore.format.record import pack_key
 from modelstore.plan.read import GAP
@@ -69,9 +69,9 @@ class World:
             self.parts += [Piece(blake3(d).digest(), pack, int(o), len(d)) for d, o in zip(mine, starts, strict=False)]
             self.storage.put(pack_key(pack), mine, sum(map(len, mine)))
         self.data = self.data[0::2] + self.data[1::2]
-        self.source = Source("watched://")
+        self.source = StoreAddress("watched://")
         self.hosts: list[ShardHost] = []
-        monkeypatch.setattr(Source, "open", lambda _: self.storage)
+        monkeypatch.setattr(StoreAddress, "open", lambda _: self.storage)
 
     def host(self, name: str = "h", *, peers: Any = None, **settings: Any) -> ShardHost:
         folder = str(self.root / f"{ROOT}x" / name)
@@ -211,7 +211,7 @@ def test_peers_are_asked_once_and_believed_only_where_right(world: World) -> Non
     before = len(world.storage.reads)
     asked: list[int] = []
 
-    def peers(source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
+    def peers(source: StoreAddress, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
         asked.append(len(parts))
         held = zip(parts, other.read(source, parts, fetch=False), strict=True)
         return {part.digest: data for part, data in held if data is not None}
@@ -259,7 +259,7 @@ def test_what_a_tier_cannot_have_is_not_fetched_for_it(world: World) -> None:
 
 
 def test_peers_that_fail_cost_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    def peers(source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
+    def peers(source: StoreAddress, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
         raise ConnectionError("the wire is cut")
 
     host = world.host(peers=peers)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from modelstore.cluster.pieces import Piece, Source, section_keys
+from modelstore.cluster.pieces import Piece, StoreAddress, section_keys
 from modelstore.cluster.read import hedging
 from modelstore.cluster.read.hedging import Hedged
 from modelstore.format.buffers import Bytes
 from modelstore.plan.placement import Member, View, holders
 
-SOURCE = Source("/nowhere")
+SOURCE = StoreAddress("/nowhere")
 VIEW = View(1, tuple(Member(f"m{i}", f"n{i}") for i in range(3)))
 
 
@@ -32,7 +32,9 @@ class Hosts:
         self.holds: dict[str, set[bytes]] = {}
         self._pending: list[Future[Sequence[Bytes | None]]] = []
 
-    def ask(self, member: str, source: Source, parts: Sequence[Piece], fetch: bool) -> Future[Sequence[Bytes | None]]:
+    def ask(
+        self, member: str, source: StoreAddress, parts: Sequence[Piece], fetch: bool
+    ) -> Future[Sequence[Bytes | None]]:
         assert source == SOURCE
         self.asked.append((member, fetch, len(parts)))
         future: Future[Sequence[Bytes | None]] = Future()

@@ -24,7 +24,7 @@ from modelstore.cluster.host import file_tier, host
 from modelstore.cluster.host.file_tier import FileTier, local_path
 from modelstore.cluster.host.host import HostSettings, ShardHost
 from modelstore.cluster.host.lru import SegmentedLRU
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.format.buffers import Bytes
 from modelstore.format.record import pack_key
 from modelstore.storage.local import LocalStorage
@@ -57,7 +57,7 @@ class World:
         self.pack = root / "store" / pack_key(pack)
         self.pack.parent.mkdir(parents=True, exist_ok=True)
         self.pack.write_bytes(b"".join(self.data))
-        self.source = Source(str(root / "store"))
+        self.source = StoreAddress(str(root / "store"))
         self.limits = {"memory": 1 << 20, "disk": str(root / "disk"), "disk_bytes": 1 << 20, **limits}
         self.host = self.open()
 
@@ -110,7 +110,7 @@ def test_what_is_not_held_is_none_without_fetching(world: World) -> None:
 
 def test_many_threads_fetch_each_piece_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Counting(world.root / "store")
-    monkeypatch.setattr(Source, "open", lambda _: storage)
+    monkeypatch.setattr(StoreAddress, "open", lambda _: storage)
     storage.gate.clear()
     found: list[list[Bytes | None]] = []
     threads = [
@@ -188,7 +188,7 @@ def test_the_disk_is_found_again_and_checked(world: World) -> None:
 
 
 def test_peers_are_asked_before_the_storage_and_not_believed(world: World) -> None:
-    def peers(source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
+    def peers(source: StoreAddress, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
         assert source == world.source
         given = {p.digest: np.frombuffer(world.data[world.parts.index(p)], np.uint8) for p in parts[::2]}
         given[parts[0].digest] = np.zeros(1000, np.uint8)

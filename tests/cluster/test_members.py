@@ -24,7 +24,7 @@ from modelstore.cluster.folders import ROOT
 from modelstore.cluster.host.file_tier import local_path
 from modelstore.cluster.host.host import HostSettings, ShardHost
 from modelstore.cluster.host.replicas import others
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.read.hedging import Hedged
 from modelstore.format.buffers import Bytes
 from modelstore.format.record import pack_key
@@ -66,7 +66,9 @@ class Clustered(RuleBasedStateMachine):
     def _reach(self, a: str, b: str) -> bool:
         return b in self.hosts and frozenset((a, b)) not in self.cut
 
-    def _ask(self, member: str, source: Source, parts: Sequence[Piece], fetch: bool) -> Future[Sequence[Bytes | None]]:
+    def _ask(
+        self, member: str, source: StoreAddress, parts: Sequence[Piece], fetch: bool
+    ) -> Future[Sequence[Bytes | None]]:
         return self._call("reader", member, lambda: self.hosts[member].read(source, parts, fetch=fetch))
 
     def _alive(self, member: str) -> Future[bool]:
@@ -80,7 +82,7 @@ class Clustered(RuleBasedStateMachine):
         return self.pool.submit(act) if self._reach(a, b) else Future()  # cut off: never heard of again
 
     def _peers(self, me: str) -> Any:
-        def ask(source: Source, parts: Sequence[Piece]) -> Mapping[bytes, Bytes]:
+        def ask(source: StoreAddress, parts: Sequence[Piece]) -> Mapping[bytes, Bytes]:
             found: dict[bytes, Bytes] = {}
             for member, wanted in others(me, self.views[me], None, REPLICAS, parts).items():
                 if self._reach(me, member):
@@ -162,7 +164,7 @@ class Clustered(RuleBasedStateMachine):
             self._check(model)
 
     def _check(self, parts: Sequence[Piece]) -> None:
-        given = self.asker.read(self.known, REPLICAS, Source(self.url), parts)
+        given = self.asker.read(self.known, REPLICAS, StoreAddress(self.url), parts)
         for part in parts:
             content = given.get(part.digest)
             if content is None or blake3(bytes(content)).digest() != part.digest:  # as `ClusterFetcher` has it
@@ -177,7 +179,7 @@ class Clustered(RuleBasedStateMachine):
     @rule(data=st.data(), pin=st.booleans())
     def hold(self, data: st.DataObject, pin: bool) -> None:
         name, model = data.draw(st.sampled_from(sorted(self.hosts))), data.draw(st.sampled_from(self.models))
-        self.hosts[name].hold(Source(self.url), model, pin="p" if pin else None)
+        self.hosts[name].hold(StoreAddress(self.url), model, pin="p" if pin else None)
 
     @precondition(lambda self: self.hosts)
     @rule(data=st.data(), everything=st.booleans())

@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelstore.cluster import channel, wire
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.wire import PieceClient, PieceClients, PieceServer, UnreachableError
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.format.buffers import Bytes
 
 SECRET = b"known to the cluster"
-SOURCE = Source("file:///store", {"key": "value", "nested": {"a": [1, 2]}}, "s3fs")
+SOURCE = StoreAddress("file:///store", {"key": "value", "nested": {"a": [1, 2]}}, "s3fs")
 
 
 class Shelf:
@@ -39,12 +39,12 @@ class Shelf:
             part = Piece(blake3(data).digest() if size else bytes([at]) * 32, "ab" * 32, at, size)
             self.data[part.digest] = data
             self.parts.append(part)
-        self.asked: list[tuple[Source, list[Piece], bool]] = []
+        self.asked: list[tuple[StoreAddress, list[Piece], bool]] = []
         self.before: Callable[[], None] = lambda: None
         self.server = PieceServer("127.0.0.1", SECRET, self.read)
         self.client = PieceClient(self.server.address, SECRET)
 
-    def read(self, source: Source, parts: Sequence[Piece], fetch: bool) -> list[Bytes | None]:
+    def read(self, source: StoreAddress, parts: Sequence[Piece], fetch: bool) -> list[Bytes | None]:
         self.asked.append((source, list(parts), fetch))
         self.before()
         return [self.data.get(part.digest) for part in parts]
@@ -325,7 +325,7 @@ def test_who_cannot_be_reached_is_asked_in_another_way_for_a_while(
 
 def test_options_that_only_python_can_write_take_another_way(shelf: Shelf) -> None:
     instead, used = through(shelf)
-    source = Source("file:///store", {"session": object()})
+    source = StoreAddress("file:///store", {"session": object()})
     clients = PieceClients(SECRET.decode())
     assert shelf.right(clients.ask(shelf.server.address, source, shelf.parts, True, instead).result(60))
     assert used

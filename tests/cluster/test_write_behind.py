@@ -14,7 +14,7 @@ import torch
 from blake3 import blake3
 
 import modelstore as ms
-from modelstore.cluster.pieces import Source
+from modelstore.cluster.pieces import StoreAddress
 from modelstore.cluster.read import models
 from modelstore.cluster.save import acknowledge, write_behind
 from modelstore.cluster.save.keeper import Keeper
@@ -143,7 +143,7 @@ def save(nodes: Nodes, gate: Gate, tensors: Any = None, *, model: str = "m", tag
             resumable=False,
         )
 
-    return acknowledge.save(nodes, ["a"], gate, Source(gate.url), model, tag, store)
+    return acknowledge.save(nodes, ["a"], gate, StoreAddress(gate.url), model, tag, store)
 
 
 def durable(nodes: Nodes, gate: Gate, *results: Any, seconds: float = 60.0) -> list[int]:
@@ -300,7 +300,7 @@ def test_a_save_that_fails_leaves_nothing(nodes: Nodes, gate: Gate) -> None:
 
     gate.open.clear()
     with pytest.raises(ValueError, match="broken"):
-        acknowledge.save(nodes, ["a"], gate, Source(gate.url), "m", None, store)
+        acknowledge.save(nodes, ["a"], gate, StoreAddress(gate.url), "m", None, store)
     nodes.pool.submit(lambda: None).result()
     waiting = threading.Event()
     for _ in range(500):
@@ -313,7 +313,7 @@ def test_a_save_that_fails_leaves_nothing(nodes: Nodes, gate: Gate) -> None:
 def test_what_is_stored_before_the_other_keeper_has_it_is_no_failure(nodes: Nodes, gate: Gate) -> None:
     """The first keeper is quick: it has stored an object when the second one is still being sent it."""
     second = nodes.hosts["b"]
-    source, data = Source(gate.url), np.arange(100, dtype=np.uint8)
+    source, data = StoreAddress(gate.url), np.arange(100, dtype=np.uint8)
     assert second.reserve("s", source, ("a", "b"), "packs/x", 100, 1.0)
     second.write("s", "packs/x", 0, data[:50])
     second.discard("s", "packs/x")
@@ -334,7 +334,7 @@ def test_lost_with_both_hosts_is_said(nodes: Nodes, gate: Gate, monkeypatch: pyt
 
 def test_wrong_bytes_are_not_kept(nodes: Nodes, gate: Gate) -> None:
     host = nodes.hosts["a"]
-    source = Source(gate.url)
+    source = StoreAddress(gate.url)
     data = np.arange(100, dtype=np.uint8)
     assert host.reserve("s", source, ("a", "b"), "packs/x", 100, 1.0)
     with pytest.raises(CorruptionError, match="other bytes"):

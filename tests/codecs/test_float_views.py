@@ -9,7 +9,7 @@ import pytest
 
 from modelstore.codecs import registry
 from modelstore.codecs.floating.view import Fp8View, Mxfp4View, Nvfp4View
-from modelstore.codecs.weight import EngineView, Part, WeightCodec
+from modelstore.codecs.weight import EngineTensor, EngineView, WeightCodec
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES
@@ -36,13 +36,13 @@ def made(name: str, params: dict[str, object]) -> tuple[Any, EngineView]:
     return codec, codec.view
 
 
-def torch_tensor(part: Part) -> Any:
+def torch_tensor(part: EngineTensor) -> Any:
     import torch
 
     return torch.frombuffer(bytearray(part.data.tobytes()), dtype=getattr(torch, part.dtype)).reshape(part.shape)
 
 
-def decompressed(view: EngineView, parts: dict[str, Part]) -> Bytes:
+def decompressed(view: EngineView, parts: dict[str, EngineTensor]) -> Bytes:
     """What the library makes of the parts, as raw bytes of the dtype that it arrives at."""
     import torch
 

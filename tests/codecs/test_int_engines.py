@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modelstore.codecs.integer.codec import Int
-from modelstore.codecs.weight import Part
+from modelstore.codecs.weight import EngineTensor
 from modelstore.errors import UnsupportedError
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DTYPES, DType
@@ -36,7 +36,7 @@ def scheme(codec: Int) -> QuantizationScheme:
     return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**codec.view.scheme()))
 
 
-def tensor(part: Part) -> torch.Tensor:
+def tensor(part: EngineTensor) -> torch.Tensor:
     return torch.from_numpy(part.data.copy()).view(getattr(torch, part.dtype)).reshape(part.shape)
 
 

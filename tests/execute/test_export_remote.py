@@ -57,7 +57,7 @@ def same(found: dict[str, torch.Tensor]) -> bool:
 def sent(monkeypatch: pytest.MonkeyPatch, *, dies_after: int = 1 << 30) -> list[str]:
     """The names that are sent, in order; after so many the process ends."""
     order: list[str] = []
-    pieces = export_remote._Pieces
+    pieces = export_remote._FilePieces
 
     def noted(path: Path) -> Any:
         if len(order) >= dies_after:

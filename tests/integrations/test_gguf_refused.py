@@ -18,7 +18,7 @@ from modelstore.format.gguf import parse_header
 from modelstore.format.manifest import ChunkTable, CodecSpec, Manifest, Tensor
 from modelstore.integrations.gguf_export import layout
 from modelstore.integrations.gguf_model import gguf_model
-from modelstore.integrations.gguf_vocab import MAX_MEMBERS, Files, Vocabulary, read_vocabulary
+from modelstore.integrations.gguf_vocab import MAX_MEMBERS, ModelFiles, Vocabulary, read_vocabulary
 from tests.integrations.models import CONFIG, SETTINGS, VOCABULARY, byte_level, pieces, weights
 
 pytest.importorskip("gguf")
@@ -43,7 +43,7 @@ def tokenizer(said: Json, config: Json = CONFIG, **files: str) -> Vocabulary | N
     texts = {name.replace("__", "."): text.encode() for name, text in files.items()}
     if said is not None:
         texts["tokenizer.json"] = json.dumps(said).encode()
-    return read_vocabulary(Files({n: len(t) for n, t in texts.items()}, texts.__getitem__), config, VOCABULARY)
+    return read_vocabulary(ModelFiles({n: len(t) for n, t in texts.items()}, texts.__getitem__), config, VOCABULARY)
 
 
 def written(config: Json, vocabulary: Vocabulary | None, of: Manifest) -> OutFile:
@@ -270,7 +270,7 @@ def test_absurd_values_of_what_is_beside_a_tokenizer() -> None:
     for text in ("", "[]", "{", "\0", "[" * 100_000, '{"a":' * 100_000, json.dumps({"chat_template": 3})):
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.json"):
             files = {"tokenizer.json": byte_level().encode(), name: text.encode()}
-            read = Files({n: len(t) for n, t in files.items()}, files.__getitem__)
+            read = ModelFiles({n: len(t) for n, t in files.items()}, files.__getitem__)
             no_raw_exception(lambda read=read: read_vocabulary(read, FULL, VOCABULARY), (name, text[:20]))  # type: ignore[misc]
 
 
@@ -290,7 +290,7 @@ def test_absurd_values_of_what_is_beside_a_tokenizer() -> None:
     ],
 )
 def test_a_tokenizer_in_other_files(names: list[str]) -> None:
-    read = Files(dict.fromkeys(names, 2), lambda _: b"{}")
+    read = ModelFiles(dict.fromkeys(names, 2), lambda _: b"{}")
     with pytest.raises(UnsupportedError, match=r"without a tokenizer\.json"):
         read_vocabulary(read, CONFIG, VOCABULARY)
 
@@ -396,6 +396,6 @@ def test_the_configs_end_of_text() -> None:
 def test_a_tokenizer_beyond_bounds_is_not_parsed() -> None:
     text = b'{"a": [' + b"1," * MAX_MEMBERS + b"1]}"
     with pytest.raises(ModelStoreError, match=r"tokenizer\.json is no JSON object"):
-        read_vocabulary(Files({"tokenizer.json": len(text)}, lambda _: text), CONFIG, VOCABULARY)
+        read_vocabulary(ModelFiles({"tokenizer.json": len(text)}, lambda _: text), CONFIG, VOCABULARY)
     with pytest.raises(ModelStoreError, match=r"tokenizer\.json is no JSON object"):
-        read_vocabulary(Files({"tokenizer.json": 1 << 40}, lambda _: b"{}"), CONFIG, VOCABULARY)
+        read_vocabulary(ModelFiles({"tokenizer.json": 1 << 40}, lambda _: b"{}"), CONFIG, VOCABULARY)

@@ -11,7 +11,7 @@ import pytest
 import modelstore
 from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
 from modelstore.format.gguf import parse_header
-from modelstore.sources.choosing import Choice
+from modelstore.sources.choosing import Selection
 from modelstore.sources.gguf import open_gguf
 from modelstore.sources.open import open_source
 from tests.hostile.test_sources import MIB, at_most
@@ -167,7 +167,7 @@ class TestNumbers:
         write(tmp_path / "x.gguf", {"w": random_blocks("Q8_K", 2)})
         with pytest.raises(UnsupportedError, match=r"'w' has type Q8_K.*--gguf blocks"):
             open_source(tmp_path / "x.gguf")
-        assert open_source(tmp_path / "x.gguf", choice=Choice(gguf="blocks")).tensors[0].dtype.name == "uint8"
+        assert open_source(tmp_path / "x.gguf", choice=Selection(gguf="blocks")).tensors[0].dtype.name == "uint8"
 
 
 class TestBlocks:
@@ -182,7 +182,7 @@ class TestBlocks:
             store.export("m", tmp_path / "other.gguf", format="gguf", gguf_type="F16")
 
     def test_blocks_are_bytes_of_each_row(self, every: Path) -> None:
-        source = open_source(every, choice=Choice(gguf="blocks"))
+        source = open_source(every, choice=Selection(gguf="blocks"))
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(every).tensors}
         for spec in source.tensors:
             assert read(source, spec.name).tobytes() == tensors[spec.name].data.tobytes()

@@ -15,11 +15,11 @@ from safetensors import deserialize
 
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.safetensors import Entry, build_header, header_length, parse_header
+from modelstore.format.safetensors import HeaderEntry, build_header, header_length, parse_header
 
 
 @st.composite
-def entries(draw: st.DrawFn) -> list[Entry]:
+def entries(draw: st.DrawFn) -> list[HeaderEntry]:
     names = draw(
         st.lists(st.text(min_size=1, max_size=12).filter(lambda n: n != "__metadata__"), unique=True, max_size=8)
     )
@@ -28,14 +28,14 @@ def entries(draw: st.DrawFn) -> list[Entry]:
         kind = draw(st.sampled_from([k for k in DTYPES.values() if k.safetensors]))
         shape = tuple(draw(st.lists(st.integers(0, 5), min_size=kind.safetensors == "F4", max_size=3)))
         size = math.prod(shape) * kind.itemsize
-        made.append(Entry(name, kind.name, shape, at, at + size))
+        made.append(HeaderEntry(name, kind.name, shape, at, at + size))
         at += size
     return made
 
 
 @settings(max_examples=200, deadline=None)
 @given(made=entries(), metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3))
-def test_what_is_built_is_parsed(made: list[Entry], metadata: dict[str, str]) -> None:
+def test_what_is_built_is_parsed(made: list[HeaderEntry], metadata: dict[str, str]) -> None:
     header = build_header(made, metadata)
     end = max((entry.stop for entry in made), default=0)
     assert len(header) % 8 == 0
@@ -48,12 +48,12 @@ def test_what_is_built_is_parsed(made: list[Entry], metadata: dict[str, str]) ->
 
 @settings(max_examples=50, deadline=None)
 @given(made=entries())
-def test_the_library_reads_what_is_built(made: list[Entry]) -> None:
+def test_the_library_reads_what_is_built(made: list[HeaderEntry]) -> None:
     end = max((entry.stop for entry in made), default=0)
     assert {name for name, _ in deserialize(build_header(made) + bytes(end))} == {entry.name for entry in made}
 
 
-def parse(table: object, data: int = 8) -> tuple[list[Entry], dict[str, str]]:
+def parse(table: object, data: int = 8) -> tuple[list[HeaderEntry], dict[str, str]]:
     text = (table if isinstance(table, str) else json.dumps(table)).encode()
     return parse_header(text, 8 + len(text) + data)
 
@@ -113,7 +113,7 @@ def test_bytes_that_are_no_text_are_refused() -> None:
 
 
 def test_padding_is_valid() -> None:
-    assert parse(json.dumps({"a": entry()}) + "   ")[0] == [Entry("a", "uint8", (8,), 0, 8)]
+    assert parse(json.dumps({"a": entry()}) + "   ")[0] == [HeaderEntry("a", "uint8", (8,), 0, 8)]
 
 
 @pytest.mark.parametrize("length", [0, 1, 100_000_001, 2**63, 2**64 - 1])
@@ -145,11 +145,11 @@ def test_dtypes_of_six_bits_are_named() -> None:
 
 def test_what_cannot_be_built() -> None:
     with pytest.raises(UnsupportedError, match="complex128"):
-        build_header([Entry("a", "complex128", (1,), 0, 16)])
+        build_header([HeaderEntry("a", "complex128", (1,), 0, 16)])
     for wrong in (
-        [Entry("a", "uint8", (1,), 1, 2)],
-        [Entry("a", "uint8", (3,), 0, 2)],
-        [Entry("__metadata__", "uint8", (), 0, 1)],
+        [HeaderEntry("a", "uint8", (1,), 1, 2)],
+        [HeaderEntry("a", "uint8", (3,), 0, 2)],
+        [HeaderEntry("__metadata__", "uint8", (), 0, 1)],
     ):
         with pytest.raises(ValueError):
             build_header(wrong)

@@ -16,11 +16,11 @@ from modelstore.errors import FormatError, StorageError
 from modelstore.format import region as regions
 from modelstore.sources import reading
 from modelstore.sources.filed import check_tiling
-from modelstore.sources.reading import Files, Placed, row_major
+from modelstore.sources.reading import ArrayPlace, Files, row_major
 from tests.sources.contract import regions_of
 
 
-def get(files: Files, placed: Placed, itemsize: int, region: regions.Region) -> np.ndarray:
+def get(files: Files, placed: ArrayPlace, itemsize: int, region: regions.Region) -> np.ndarray:
     out = np.full((*regions.extent(region), itemsize), 0xA5, np.uint8)
     files.box(placed, itemsize, region, out)
     return out
@@ -50,7 +50,7 @@ def test_any_box_of_any_strides(file: Path, data: st.DataObject, span: int, gap:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "SPAN", span)
         patch.setattr(reading, "SPARSE_GAP", gap)
-        got = get(files, Placed(file, start, strides), size, region)
+        got = get(files, ArrayPlace(file, start, strides), size, region)
     files.close()
     assert np.array_equal(got, whole[regions.slices(region)])
 
@@ -73,7 +73,7 @@ def test_memory_is_bounded_by_the_region(tmp_path: Path, region: regions.Region)
     out = np.empty((*regions.extent(region), 2), np.uint8)
     files = Files()
     tracemalloc.start()
-    files.box(Placed(path, 0, row_major(shape, 2)), 2, region, out)
+    files.box(ArrayPlace(path, 0, row_major(shape, 2)), 2, region, out)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     files.close()
@@ -86,8 +86,8 @@ def test_few_reads_for_rows_that_lie_close(file: Path, monkeypatch: pytest.Monke
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: calls.append(args) or preadv(*args))
     files = Files()
-    get(files, Placed(file, 0, (40, 1)), 1, ((0, 1000), (3, 9)))
-    get(files, Placed(file, 0, (40, 1)), 1, ((0, 1000), (0, 40)))
+    get(files, ArrayPlace(file, 0, (40, 1)), 1, ((0, 1000), (3, 9)))
+    get(files, ArrayPlace(file, 0, (40, 1)), 1, ((0, 1000), (0, 40)))
     files.close()
     assert len(calls) == 2
 

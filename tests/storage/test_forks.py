@@ -15,7 +15,7 @@ import torch
 
 import modelstore as ms
 from modelstore.client import Store
-from modelstore.cluster.pieces import Source
+from modelstore.cluster.pieces import StoreAddress
 from modelstore.errors import UnsupportedError
 from modelstore.format.locks import Lock
 from modelstore.storage.open import open_storage
@@ -123,7 +123,7 @@ def test_a_tensor_of_a_store_of_a_cluster_is_read_from_the_storage_elsewhere(tmp
     ms.open(tmp_path / "store").save("m", WEIGHTS)
     hosts: Any = NoHosts()
     url = str(tmp_path / "store")
-    store = Store(open_storage(url), session=hosts, source=Source(url), cluster="auto")
+    store = Store(open_storage(url), session=hosts, source=StoreAddress(url), cluster="auto")
     tensor = store.tensor("m", "w")
     assert torch.equal(tensor[2:4], WEIGHTS["w"][2:4])
     asked = hosts.asked

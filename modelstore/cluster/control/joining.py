@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelstore.cluster.pieces import Source
+from modelstore.cluster.pieces import StoreAddress
 from modelstore.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def join(cluster: str) -> Session:
     return Session()
 
 
-def source_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None, engine: str | None) -> Source:
+def source_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None, engine: str | None) -> StoreAddress:
     """A store's address as hosts can use it; `ValueError` for one that only this process sees."""
     text = os.fspath(url)
     scheme, separator, _ = text.partition("://")
@@ -38,4 +38,4 @@ def source_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None, en
         raise ValueError(
             f"{text} lies in this process's memory, where a cluster cannot read it: use a folder or a bucket"
         )
-    return Source(text if separator else str(Path(text).expanduser().resolve()), dict(options or {}), engine)
+    return StoreAddress(text if separator else str(Path(text).expanduser().resolve()), dict(options or {}), engine)

@@ -12,14 +12,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import ray
 
-from modelstore.cluster.calls import DIRECTORY, GoneError, actor, ask_directory, ask_directory_within
+from modelstore.cluster.calls import DIRECTORY, HostGoneError, actor, ask_directory, ask_directory_within
 from modelstore.cluster.control.protocol import Control
 from modelstore.cluster.futures import answers
 from modelstore.cluster.host.host import HostStats, local_path
 from modelstore.cluster.host.protocol import Host
 from modelstore.cluster.metrics import ReaderMetrics
 from modelstore.cluster.peers import ANSWER, LEFT, STATS, Peers
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.read.hedging import Counts, Hedged
 from modelstore.cluster.read.images import image_path
 from modelstore.cluster.read.making import Made, Unstored
@@ -97,7 +97,7 @@ class Session:
                 return view
             time.sleep(_LOOK)
 
-    def read(self, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
+    def read(self, source: StoreAddress, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
         """As `Holding.read`: from the node's own shared memory, else from holders."""
         view = self.view()
         folders = [self.settings.folder(member) for member in self.here()]
@@ -138,10 +138,10 @@ class Session:
         """As `Makers.made`."""
         self.counts.add(member, nbytes)
 
-    def image(self, source: Source, name: str, digest: str, manifest: Manifest) -> Path:
+    def image(self, source: StoreAddress, name: str, digest: str, manifest: Manifest) -> Path:
         """The file on this node with a manifest's decoded tensors, made by the node's host where it is not there.
 
-        `UnsupportedError` where this node has no host and is to have none, or its memory no room; `GoneError` where the host
+        `UnsupportedError` where this node has no host and is to have none, or its memory no room; `HostGoneError` where the host
         that takes the place of one that died is not there in time.
         """
         for member in self.here():
@@ -151,14 +151,14 @@ class Session:
         end = time.monotonic() + _REPLACED
         while True:
             for member in self.here():
-                with contextlib.suppress(GoneError):
+                with contextlib.suppress(HostGoneError):
                     return Path(self.peers.ask(member, Host.image, source, name, digest).result())
             if not self._is_home():
                 raise UnsupportedError(
                     "this node has no store host, whose memory could be mapped: load it without mmap"
                 )
             if time.monotonic() > end:
-                raise GoneError("this node's store host is gone, and the one that takes its place is not there yet")
+                raise HostGoneError("this node's store host is gone, and the one that takes its place is not there yet")
             time.sleep(_LOOK)
             self.view(fresh=True)
 
@@ -168,7 +168,7 @@ class Session:
             return True
         try:
             return self._node in ask_directory_within(_REPLACED, Control.homes)
-        except GoneError:
+        except HostGoneError:
             return True
 
     def nodes(self) -> int:
@@ -239,11 +239,13 @@ class Session:
         self.view(fresh=True)
         found = []
         for future in self.peers.everyone(method, *arguments, **named).values():
-            with contextlib.suppress(GoneError, TimeoutError):
+            with contextlib.suppress(HostGoneError, TimeoutError):
                 found.append(future.result(timeout=ANSWER))
         return found
 
-    def _ask(self, member: str, source: Source, parts: Sequence[Piece], fetch: bool) -> Future[Sequence[Bytes | None]]:
+    def _ask(
+        self, member: str, source: StoreAddress, parts: Sequence[Piece], fetch: bool
+    ) -> Future[Sequence[Bytes | None]]:
         return self.peers.pieces(member, source, parts, "fetched" if fetch else "held")
 
 

@@ -14,7 +14,7 @@ from modelstore.cluster.host.host import HostStats
 from modelstore.cluster.host.node import NodeHost
 from modelstore.cluster.logs import log_as_json
 from modelstore.cluster.metrics import HostMetrics
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.read.making import Made, Unstored
 from modelstore.cluster.save.orders import Order
 from modelstore.errors import ModelStoreError
@@ -43,15 +43,15 @@ class StorageActor:
     # ------------------------------------------------------------------ by readers
 
     @ray.method(concurrency_group="read")
-    def read(self, source: Source, parts: Sequence[Piece], fetch: bool = True) -> list[Bytes | None]:
+    def read(self, source: StoreAddress, parts: Sequence[Piece], fetch: bool = True) -> list[Bytes | None]:
         return self._host.read(source, parts, fetch)
 
     @ray.method(concurrency_group="read")
-    def hold(self, source: Source, parts: Sequence[Piece], tier: str = "memory", pin: str | None = None) -> int:
+    def hold(self, source: StoreAddress, parts: Sequence[Piece], tier: str = "memory", pin: str | None = None) -> int:
         return self._host.hold(source, parts, tier, pin)
 
     @ray.method(concurrency_group="write")
-    def image(self, source: Source, name: str, digest: str) -> str:
+    def image(self, source: StoreAddress, name: str, digest: str) -> str:
         return self._host.image(source, name, digest)
 
     @ray.method(concurrency_group="make")
@@ -77,11 +77,11 @@ class StorageActor:
     # ------------------------------------------------------------------ by other hosts
 
     @ray.method(concurrency_group="repair")
-    def take(self, source: Source, parts: Sequence[Piece]) -> list[Bytes | None]:
+    def take(self, source: StoreAddress, parts: Sequence[Piece]) -> list[Bytes | None]:
         return self._host.pieces.read(source, parts, fetch=False)
 
     @ray.method(concurrency_group="repair")
-    def copy(self, source: Source, parts: Sequence[Piece]) -> int:
+    def copy(self, source: StoreAddress, parts: Sequence[Piece]) -> int:
         return self._host.copy(source, parts)
 
     @ray.method(concurrency_group="repair")
@@ -89,13 +89,15 @@ class StorageActor:
         return self._host.pieces.lacks(parts)
 
     @ray.method(concurrency_group="repair")
-    def fill(self, source: Source, parts: Sequence[Piece]) -> int:
+    def fill(self, source: StoreAddress, parts: Sequence[Piece]) -> int:
         return self._host.fill(source, parts)
 
     # ------------------------------------------------------------------ by saves
 
     @ray.method(concurrency_group="keep")
-    def reserve(self, save: str, source: Source, keepers: Sequence[str], key: str, size: int, seconds: float) -> bool:
+    def reserve(
+        self, save: str, source: StoreAddress, keepers: Sequence[str], key: str, size: int, seconds: float
+    ) -> bool:
         return self._host.saves.reserve(save, source, keepers, key, size, seconds)
 
     @ray.method(concurrency_group="keep")

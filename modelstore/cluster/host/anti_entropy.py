@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from modelstore.cluster.host.host import ShardHost
 from modelstore.cluster.host.replicas import others
-from modelstore.cluster.pieces import Piece, Source, batches
+from modelstore.cluster.pieces import Piece, StoreAddress, batches
 from modelstore.plan.placement import View
 
 log = logging.getLogger("modelstore")
@@ -17,7 +17,9 @@ BATCH = 32 << 20  # bytes of pieces that one request moves between hosts
 LOOKED = 4096  # pieces that the other holders are asked for in one look
 
 Lacks = Callable[[str, Sequence[Piece]], Sequence[bytes]]  # (member, pieces) → as `ShardHost.lacks` there
-Fill = Callable[[str, Source, Sequence[Piece]], int]  # (member, source, pieces) → bytes of them that it holds then
+Fill = Callable[
+    [str, StoreAddress, Sequence[Piece]], int
+]  # (member, source, pieces) → bytes of them that it holds then
 
 
 class AntiEntropy:
@@ -31,7 +33,7 @@ class AntiEntropy:
         self,
         me: str,
         host: ShardHost,
-        held: Callable[[], Sequence[tuple[Source, list[Piece]]]],
+        held: Callable[[], Sequence[tuple[StoreAddress, list[Piece]]]],
         view: Callable[[], View],
         replicas: int,
         lacks: Lacks,
@@ -74,11 +76,11 @@ class AntiEntropy:
     def _drains(self) -> bool:
         return any(member.id == self._me and member.draining for member in self._view().members)
 
-    def _next(self) -> Sequence[tuple[Source, list[Piece]]]:
+    def _next(self) -> Sequence[tuple[StoreAddress, list[Piece]]]:
         every = [(source, part) for source, parts in self._held() for part in parts]
         chosen = every[self._at : self._at + LOOKED]
         self._at = self._at + LOOKED if self._at + LOOKED < len(every) else 0
-        found: dict[str, tuple[Source, list[Piece]]] = {}
+        found: dict[str, tuple[StoreAddress, list[Piece]]] = {}
         for source, part in chosen:
             found.setdefault(source.url, (source, []))[1].append(part)
         return list(found.values())

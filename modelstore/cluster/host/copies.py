@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 from modelstore.cluster.host.host import ShardHost
 from modelstore.cluster.host.replicas import copies_to_send
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.plan.placement import View
 
-Send = Callable[[str, Source, list[Piece]], None]  # has a member get copies, as far as it is there
+Send = Callable[[str, StoreAddress, list[Piece]], None]  # has a member get copies, as far as it is there
 
 
 class Copies:
@@ -20,8 +20,8 @@ class Copies:
         self._me = me
         self._host = host
         self._replicas = replicas
-        self._known: dict[bytes, tuple[Source, Piece]] = {}
-        self._queue: queue.Queue[tuple[str, Source, list[Piece]]] = queue.Queue()
+        self._known: dict[bytes, tuple[StoreAddress, Piece]] = {}
+        self._queue: queue.Queue[tuple[str, StoreAddress, list[Piece]]] = queue.Queue()
 
     @property
     def queued(self) -> int:
@@ -33,11 +33,11 @@ class Copies:
         held = self._host.has([part.digest for part in parts])
         return [part for part, there in zip(parts, held, strict=True) if not there]
 
-    def know(self, source: Source, parts: Sequence[Piece]) -> None:
+    def know(self, source: StoreAddress, parts: Sequence[Piece]) -> None:
         """Remember where pieces come from."""
         self._known.update((part.digest, (source, part)) for part in parts)
 
-    def fetched(self, source: Source, new: Sequence[Piece], view: View) -> None:
+    def fetched(self, source: StoreAddress, new: Sequence[Piece], view: View) -> None:
         """Remember where new pieces come from, and let their other holders have copies."""
         if not new:
             return
@@ -50,10 +50,10 @@ class Copies:
         for source, parts in self.held():
             self._let_have(source, parts, before, after)
 
-    def held(self) -> list[tuple[Source, list[Piece]]]:
+    def held(self) -> list[tuple[StoreAddress, list[Piece]]]:
         """What is held and known to come from a store, by store."""
         known = dict(self._known)
-        found: dict[str, tuple[Source, list[Piece]]] = {}
+        found: dict[str, tuple[StoreAddress, list[Piece]]] = {}
         for (digest, (source, part)), there in zip(known.items(), self._host.has(list(known)), strict=True):
             if there:
                 found.setdefault(source.url, (source, []))[1].append(part)
@@ -66,7 +66,7 @@ class Copies:
         while True:
             send(*self._queue.get())
 
-    def _let_have(self, source: Source, parts: Sequence[Piece], before: View, after: View) -> None:
+    def _let_have(self, source: StoreAddress, parts: Sequence[Piece], before: View, after: View) -> None:
         sent = copies_to_send(self._me, before, after, self._replicas, parts)
         for member, wanted in sent.items():
             self._queue.put((member, source, wanted))

@@ -19,7 +19,7 @@ from modelstore.cluster.host.device_tier import DeviceTier
 from modelstore.cluster.host.file_tier import FileTier, TierStats, local_path
 from modelstore.cluster.host.origin import Origin, runs
 from modelstore.cluster.host.singleflight import Flight, SingleFlight
-from modelstore.cluster.pieces import Piece, Source, batches, check_digest
+from modelstore.cluster.pieces import Piece, StoreAddress, batches, check_digest
 from modelstore.cluster.save.orders import PendingStats
 from modelstore.errors import ConflictError, CorruptionError, StorageError
 from modelstore.format.buffers import Bytes, as_bytes
@@ -29,7 +29,7 @@ __all__ = ["FromPeers", "HostSettings", "HostStats", "ShardHost", "TierStats", "
 
 log = logging.getLogger("modelstore")
 
-FromPeers = Callable[[Source, Sequence[Piece]], Mapping[bytes, Bytes]]  # what other holders have of these
+FromPeers = Callable[[StoreAddress, Sequence[Piece]], Mapping[bytes, Bytes]]  # what other holders have of these
 Tier = str  # "memory", "disk" or "gpu"
 
 _BATCH = 64 << 20  # bytes that `hold` asks peers for at once
@@ -96,7 +96,7 @@ class ShardHost:
 
     # ------------------------------------------------------------------ reading
 
-    def read(self, source: Source, parts: Sequence[Piece], *, fetch: bool = True) -> list[Bytes | None]:
+    def read(self, source: StoreAddress, parts: Sequence[Piece], *, fetch: bool = True) -> list[Bytes | None]:
         """The pieces' bytes, in order: maps of what lies in memory. None where a piece is not held and `fetch` is off; else it
         is fetched, and held from then on where there is room. Whoever reads checks what came from memory, and calls `drop`.
 
@@ -115,7 +115,9 @@ class ShardHost:
         fetched = self._fetch(source, missing, "memory" if fits else None)
         return [fetched[part.digest] if data is None else data for part, data in zip(parts, found, strict=True)]
 
-    def hold(self, source: Source, parts: Sequence[Piece], *, tier: Tier = "memory", pin: str | None = None) -> int:
+    def hold(
+        self, source: StoreAddress, parts: Sequence[Piece], *, tier: Tier = "memory", pin: str | None = None
+    ) -> int:
         """Get pieces into a tier; bytes of them that it holds then. What exceeds the tier, from the front, is not fetched.
 
         Errors as for `read`; `ValueError` where the host has no such tier. With `pin` they stay until `unpin`.
@@ -163,7 +165,7 @@ class ShardHost:
             found.append(part.digest)
         return found
 
-    def fill(self, source: Source, parts: Sequence[Piece]) -> int:
+    def fill(self, source: StoreAddress, parts: Sequence[Piece]) -> int:
         """Get pieces into the tier that keeps things longest; bytes of them that are held then."""
         return self.hold(source, parts, tier="memory" if self._disk is None else "disk")
 
@@ -250,7 +252,7 @@ class ShardHost:
             return data
         return None
 
-    def _fetch(self, source: Source, parts: Sequence[Piece], tier: Tier | None) -> dict[bytes, Bytes]:
+    def _fetch(self, source: StoreAddress, parts: Sequence[Piece], tier: Tier | None) -> dict[bytes, Bytes]:
         """Bytes of pieces, checked; each is fetched once, however many threads ask for it now, and held in the tier."""
         found: dict[bytes, Bytes] = {}
         left = {part.digest: part for part in parts}
@@ -272,7 +274,7 @@ class ShardHost:
         return found
 
     def _lead(
-        self, source: Source, parts: Sequence[Piece], mine: Mapping[bytes, Flight], tier: Tier | None
+        self, source: StoreAddress, parts: Sequence[Piece], mine: Mapping[bytes, Flight], tier: Tier | None
     ) -> dict[bytes, Bytes]:
         """Fetch for this thread and for those that wait for it. What could be fetched is held, also where the rest fails."""
         found: dict[bytes, Bytes] = {}
@@ -295,7 +297,7 @@ class ShardHost:
         return found
 
     def _begin(
-        self, source: Source, run: Sequence[Piece], mine: Mapping[bytes, Flight], tier: Tier | None
+        self, source: StoreAddress, run: Sequence[Piece], mine: Mapping[bytes, Flight], tier: Tier | None
     ) -> Future[dict[bytes, Bytes]]:
         try:
             return self._pool.submit(self._from_storage, source, run, mine, tier)
@@ -329,7 +331,7 @@ class ShardHost:
             found[part.digest] = data
         return found
 
-    def _from_peers(self, source: Source, parts: Sequence[Piece], tier: Tier | None) -> dict[bytes, Bytes]:
+    def _from_peers(self, source: StoreAddress, parts: Sequence[Piece], tier: Tier | None) -> dict[bytes, Bytes]:
         """What other holders have; a peer that fails, or sends something wrong, is as one that has nothing."""
         if self._peers is None or not parts:
             return {}
@@ -353,7 +355,7 @@ class ShardHost:
         return good
 
     def _from_storage(
-        self, source: Source, run: Sequence[Piece], mine: Mapping[bytes, Flight], tier: Tier | None
+        self, source: StoreAddress, run: Sequence[Piece], mine: Mapping[bytes, Flight], tier: Tier | None
     ) -> dict[bytes, Bytes]:
         """One request, in a thread of the pool: its right pieces are held and handed on, then a wrong one is an error."""
         fetched = self._origin.read(source, run)

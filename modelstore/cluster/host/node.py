@@ -22,7 +22,7 @@ from modelstore.cluster.host.host import HostSettings, HostStats, ShardHost, swe
 from modelstore.cluster.host.protocol import Host
 from modelstore.cluster.host.replicas import others
 from modelstore.cluster.peers import COPIES, KEEP, PIECES, Peers
-from modelstore.cluster.pieces import Piece, Source, batches
+from modelstore.cluster.pieces import Piece, StoreAddress, batches
 from modelstore.cluster.private import private_folder
 from modelstore.cluster.read.images import Images
 from modelstore.cluster.read.making import Making
@@ -98,21 +98,21 @@ class NodeHost:
 
     # ------------------------------------------------------------------ for readers
 
-    def read(self, source: Source, parts: Sequence[Piece], fetch: bool = True) -> list[Bytes | None]:
+    def read(self, source: StoreAddress, parts: Sequence[Piece], fetch: bool = True) -> list[Bytes | None]:
         """As `Host.read`."""
         new = self._copies.unheld(parts) if fetch else []
         found = self.pieces.read(source, parts, fetch=fetch)
         self._copies.fetched(source, new, self._peers.view)
         return found
 
-    def hold(self, source: Source, parts: Sequence[Piece], tier: str, pin: str | None) -> int:
+    def hold(self, source: StoreAddress, parts: Sequence[Piece], tier: str, pin: str | None) -> int:
         """As `Host.hold`."""
         new = self._copies.unheld(parts)
         held = self.pieces.hold(source, parts, tier=tier, pin=pin)
         self._copies.fetched(source, new, self._peers.view)
         return held
 
-    def image(self, source: Source, name: str, digest: str) -> str:
+    def image(self, source: StoreAddress, name: str, digest: str) -> str:
         """As `Host.image`."""
         return str(self._images.make(opened(self._reading(), source, name, digest), Limits(_DECODING)))
 
@@ -131,14 +131,14 @@ class NodeHost:
 
     # ------------------------------------------------------------------ for other hosts
 
-    def copy(self, source: Source, parts: Sequence[Piece]) -> int:
+    def copy(self, source: StoreAddress, parts: Sequence[Piece]) -> int:
         """As `Host.copy`."""
         held = self.pieces.hold(source, self._copies.unheld(parts))
         self._copies.know(source, parts)
         self._repaired += held
         return held
 
-    def fill(self, source: Source, parts: Sequence[Piece]) -> int:
+    def fill(self, source: StoreAddress, parts: Sequence[Piece]) -> int:
         """As `Host.fill`."""
         self._copies.know(source, parts)
         held = self.pieces.fill(source, parts)
@@ -203,7 +203,7 @@ class NodeHost:
                 self._holding = self._join()
             return self._holding
 
-    def _from_peers(self, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
+    def _from_peers(self, source: StoreAddress, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
         """What other holders have of these, asked all at once."""
         wanted = others(self._member.id, self._peers.view, self._before, self._settings.replicas, parts)
         asked = {member: self._peers.pieces(member, source, its, "handed on") for member, its in wanted.items()}
@@ -220,7 +220,7 @@ class NodeHost:
         """What another keeper answers."""
         return self._peers.ask(member, method, *arguments, **named).result(KEEP)
 
-    def _send(self, member: str, source: Source, parts: list[Piece]) -> None:
+    def _send(self, member: str, source: StoreAddress, parts: list[Piece]) -> None:
         """Have another host pull what it is to hold, in batches, one after another."""
         for batch in batches(parts, BATCH):
             with contextlib.suppress(ValueError, TypeError, OSError, TimeoutError, ModelStoreError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.errors import CorruptionError
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.digest import matches
@@ -54,7 +54,7 @@ class Origin:
         self._storages: OrderedDict[bytes, Storage] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, source: Source, run: Sequence[Piece]) -> Fetched:
+    def read(self, source: StoreAddress, run: Sequence[Piece]) -> Fetched:
         """A run in one request; what came wrong is asked for once more. Errors are the storage's.
 
         `CorruptionError` where the object is shorter than the run.
@@ -82,7 +82,7 @@ class Origin:
             fetched.found[part.digest] = data
         return fetched
 
-    def _storage(self, source: Source) -> Storage:
+    def _storage(self, source: StoreAddress) -> Storage:
         key = msgspec.json.encode(source, enc_hook=repr, order="sorted")
         with self._lock:
             storage = self._storages.get(key)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from modelstore.cluster.host.host import HostStats
-from modelstore.cluster.pieces import Piece, Source
+from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.read.making import Made, Unstored
 from modelstore.cluster.save.keeper import Keeper
 from modelstore.format.buffers import Bytes
@@ -15,17 +15,17 @@ from modelstore.plan.placement import Member, View
 
 
 class Host(Keeper, Protocol):
-    """A node's host. Errors are its own; of one that is gone, `GoneError`."""
+    """A node's host. Errors are its own; of one that is gone, `HostGoneError`."""
 
     # ------------------------------------------------------------------ by readers
 
-    def read(self, source: Source, parts: Sequence[Piece], fetch: bool = True) -> list[Bytes | None]:
+    def read(self, source: StoreAddress, parts: Sequence[Piece], fetch: bool = True) -> list[Bytes | None]:
         """The pieces' bytes, fetched where they are not held (with `fetch`); None for what is not there."""
 
-    def hold(self, source: Source, parts: Sequence[Piece], tier: str = "memory", pin: str | None = None) -> int:
+    def hold(self, source: StoreAddress, parts: Sequence[Piece], tier: str = "memory", pin: str | None = None) -> int:
         """Get the pieces into a tier; bytes of them that are held now."""
 
-    def image(self, source: Source, name: str, digest: str) -> str:
+    def image(self, source: StoreAddress, name: str, digest: str) -> str:
         """The file with the decoded tensors of a model's manifest, made where it is not there. Its path on the host's node."""
 
     def make(self, variant: Unstored, tensor: str, region: Region) -> Made:
@@ -45,16 +45,16 @@ class Host(Keeper, Protocol):
 
     # ------------------------------------------------------------------ by other hosts
 
-    def take(self, source: Source, parts: Sequence[Piece]) -> list[Bytes | None]:
+    def take(self, source: StoreAddress, parts: Sequence[Piece]) -> list[Bytes | None]:
         """What is held of these."""
 
-    def copy(self, source: Source, parts: Sequence[Piece]) -> int:
+    def copy(self, source: StoreAddress, parts: Sequence[Piece]) -> int:
         """Hold a copy of these, which others have; bytes of them that are held now."""
 
     def lacks(self, parts: Sequence[Piece]) -> list[bytes]:
         """Which of these are not held, as far as there is room for them."""
 
-    def fill(self, source: Source, parts: Sequence[Piece]) -> int:
+    def fill(self, source: StoreAddress, parts: Sequence[Piece]) -> int:
         """Hold copies of these, which another host found to be missing; bytes of them that are held now."""
 
     # ------------------------------------------------------------------ by those who look after it

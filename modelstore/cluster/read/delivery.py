@@ -19,7 +19,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modelstore.cluster.control.session import Session
-from modelstore.cluster.pieces import Source
+from modelstore.cluster.pieces import StoreAddress
 from modelstore.cluster.read.models import opened
 from modelstore.errors import ConflictError, CorruptionError, StorageError
 from modelstore.execute.read.loading import Variant
@@ -44,7 +44,7 @@ _MEMORY = 1 << 30  # bytes of a sender's working memory, beside its batches
 
 
 @dataclass(frozen=True)
-class Entry:
+class BatchEntry:
     """A tensor within a batch: all names of it, and which bytes of the buffer; `digest` is their BLAKE3."""
 
     names: tuple[str, ...]
@@ -60,15 +60,15 @@ class Batch:
     """Tensors on their way: one uint8 buffer, 1-d, and what lies where in it. An array is Ray's memory, which others map."""
 
     buffer: torch.Tensor | Bytes
-    entries: tuple[Entry, ...]
+    entries: tuple[BatchEntry, ...]
 
 
-def batches(model: Variant, shares: Mapping[str, Share], size: int = BATCH) -> Iterator[list[Entry]]:
+def batches(model: Variant, shares: Mapping[str, Share], size: int = BATCH) -> Iterator[list[BatchEntry]]:
     """A model's shares in batches of about `size` bytes, in order; tied names are one tensor. Pure."""
     groups: dict[tuple[str, Share], list[str]] = {}
     for name, share in shares.items():
         groups.setdefault((model.tensor(name).name, share), []).append(name)
-    batch: list[Entry] = []
+    batch: list[BatchEntry] = []
     end = 0
     for (name, share), names in groups.items():
         tensor = model.tensor(name)
@@ -76,7 +76,7 @@ def batches(model: Variant, shares: Mapping[str, Share], size: int = BATCH) -> I
         if batch and end + length > size:
             yield batch
             batch, end = [], 0
-        batch.append(Entry(tuple(names), tensor.dtype, share.shape, end, length))
+        batch.append(BatchEntry(tuple(names), tensor.dtype, share.shape, end, length))
         end += -(-length // _ALIGNED) * _ALIGNED
     if batch:
         yield batch
@@ -107,7 +107,7 @@ def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
 class Sender:
     """Reads batches of a model, and has them on a device. An actor's class; knows its actors by nothing but its answers."""
 
-    def __init__(self, source: Source, name: str, digest: str, device: str | None) -> None:
+    def __init__(self, source: StoreAddress, name: str, digest: str, device: str | None) -> None:
         self._model = opened(Session(), source, name, digest)
         self._device = device
 
@@ -115,12 +115,12 @@ class Sender:
         """True, once it is there."""
         return True
 
-    def send(self, layout: Layout | None, entries: Sequence[Entry]) -> Batch:
+    def send(self, layout: Layout | None, entries: Sequence[BatchEntry]) -> Batch:
         """These tensors, or what a layout holds of them."""
         return read_batch(self._model, layout, entries, self._device)
 
 
-def read_batch(model: Variant, layout: Layout | None, entries: Sequence[Entry], device: str | None) -> Batch:
+def read_batch(model: Variant, layout: Layout | None, entries: Sequence[BatchEntry], device: str | None) -> Batch:
     """Decode a batch into a tensor on a device, or into an array; each chunk is checked, and each tensor gets its digest."""
     import torch
 
@@ -144,7 +144,7 @@ def read_batch(model: Variant, layout: Layout | None, entries: Sequence[Entry], 
 
 def deliver(
     model: Variant,
-    source: Source,
+    source: StoreAddress,
     digest: str,
     workers: Sequence[Any],
     method: str,
@@ -242,7 +242,7 @@ def _sender(
     at: Sequence[int],
     workers: Sequence[Any],
     name: str,
-    source: Source,
+    source: StoreAddress,
     digest: str,
     transport: str,
     device: str,

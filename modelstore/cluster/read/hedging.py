@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from modelstore.cluster.pieces import Piece, Source, section_keys
+from modelstore.cluster.pieces import Piece, StoreAddress, section_keys
 from modelstore.format.buffers import Bytes
 from modelstore.plan.placement import View, holders
 
@@ -20,7 +20,7 @@ PATIENCE = 20.0  # seconds until the reader goes to the storage itself, where a 
 SILENCE = 0.4  # seconds after which a holder that says nothing is asked whether it lives
 _LIVES = 0.6  # seconds that it has to say so
 
-Ask = Callable[[str, Source, Sequence[Piece], bool], "Future[Sequence[Bytes | None]]"]
+Ask = Callable[[str, StoreAddress, Sequence[Piece], bool], "Future[Sequence[Bytes | None]]"]
 Alive = Callable[[str], "Future[bool]"]
 
 
@@ -73,7 +73,7 @@ class Hedged:
         now = time.monotonic()
         return [member for member, until in self._suspects.items() if until > now]
 
-    def read(self, view: View, replicas: int, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
+    def read(self, view: View, replicas: int, source: StoreAddress, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
         """The bytes of each piece that a holder gave, by digest; unchecked. What nobody gave is missing."""
         found: dict[bytes, Bytes] = {}
         if not view.members or not parts:
@@ -113,7 +113,7 @@ class Hedged:
 
     def _send(
         self,
-        source: Source,
+        source: StoreAddress,
         left: dict[bytes, tuple[Piece, list[str]]],
         digests: Sequence[bytes],
         open_: dict[Future[Sequence[Bytes | None]], _Question],
@@ -163,7 +163,7 @@ class Hedged:
 
     def _hedge_late(
         self,
-        source: Source,
+        source: StoreAddress,
         left: dict[bytes, tuple[Piece, list[str]]],
         open_: dict[Future[Sequence[Bytes | None]], _Question],
     ) -> None:

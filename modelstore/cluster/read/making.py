@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from modelstore.cluster.pieces import Source, pieces, section_keys
+from modelstore.cluster.pieces import StoreAddress, pieces, section_keys
 from modelstore.cluster.read.models import opened
 from modelstore.cluster.read.reader import Holding
 from modelstore.codecs.registry import codec as make_codec
@@ -36,7 +36,7 @@ Made = Sequence[tuple[bytes, Bytes]]  # each plane's digest and bytes
 class Unstored(msgspec.Struct, frozen=True):
     """A variant that is not stored: its original's manifest, and the recipe as JSON."""
 
-    source: Source
+    source: StoreAddress
     model: str
     digest: str
     recipe: bytes
@@ -126,6 +126,6 @@ class Making:
             return self._open[key]
 
 
-def variant_of(source: Source, model: str, digest: str, chosen: Recipe) -> Unstored:
+def variant_of(source: StoreAddress, model: str, digest: str, chosen: Recipe) -> Unstored:
     """What hosts need to know of a variant."""
     return Unstored(source, model, digest, msgspec.json.encode(chosen))

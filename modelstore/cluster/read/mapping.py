@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from modelstore.cluster.calls import GoneError
-from modelstore.cluster.pieces import Source
+from modelstore.cluster.calls import HostGoneError
+from modelstore.cluster.pieces import StoreAddress
 from modelstore.cluster.read.images import open_image
 from modelstore.errors import UnsupportedError
 from modelstore.execute.memory import fault_ahead
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def mapped(
-    session: Session, source: Source, model: Variant, digest: str, shares: Mapping[str, Share]
+    session: Session, source: StoreAddress, model: Variant, digest: str, shares: Mapping[str, Share]
 ) -> dict[str, torch.Tensor]:
     """Tensors, or ranks' shares of them, as views of the node's image; a write to one stays in this process.
 
-    `UnsupportedError` for a share of several runs, where this node has no host, or no room; `GoneError` where its host is
+    `UnsupportedError` for a share of several runs, where this node has no host, or no room; `HostGoneError` where its host is
     being replaced.
     """
     from modelstore.execute.read import tensors as ten
@@ -35,7 +35,7 @@ def mapped(
     try:
         images = {tensor.name: (tensor, data) for tensor, data in open_image(path, model.manifest)}
     except FileNotFoundError:
-        raise GoneError(
+        raise HostGoneError(
             f"the store host of this node is gone, and its image {path} with it: load the model again"
         ) from None
     whole = {name: ten.to_torch(data, tensor.dtype, tensor.shape) for name, (tensor, data) in images.items()}

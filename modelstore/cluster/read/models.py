@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import msgspec
 
-from modelstore.cluster.pieces import Source
+from modelstore.cluster.pieces import StoreAddress
 from modelstore.cluster.read.reader import ClusterFetching, Holding
 from modelstore.execute.read.fetcher import Fetcher
 from modelstore.execute.read.loading import Variant
@@ -14,7 +14,7 @@ from modelstore.format.decoding import prepared
 from modelstore.store.repo import Repo
 
 
-def opened(holding: Holding | None, source: Source, name: str, digest: str) -> Variant:
+def opened(holding: Holding | None, source: StoreAddress, name: str, digest: str) -> Variant:
     """The model of a manifest, whose chunks come through `holding`, or from the storage itself without one.
 
     Storages and manifests are kept for the next time.
@@ -25,11 +25,11 @@ def opened(holding: Holding | None, source: Source, name: str, digest: str) -> V
     return Variant(repo, name, manifest, fetching=fetching)
 
 
-def repo_of(source: Source) -> Repo:
+def repo_of(source: StoreAddress) -> Repo:
     """A store, opened once in this process."""
     return _store(msgspec.json.encode(source))
 
 
 @lru_cache(maxsize=16)
 def _store(source: bytes) -> Repo:
-    return Repo.on(msgspec.json.decode(source, type=prepared(Source)).open())
+    return Repo.on(msgspec.json.decode(source, type=prepared(StoreAddress)).open())

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING
 
-from modelstore.cluster.calls import GoneError
+from modelstore.cluster.calls import HostGoneError
 from modelstore.cluster.host.protocol import Host
-from modelstore.cluster.pieces import Piece, Source, pieces, section_keys
+from modelstore.cluster.pieces import Piece, StoreAddress, pieces, section_keys
 from modelstore.errors import StorageError
 from modelstore.format import results
 from modelstore.format.manifest import Manifest
@@ -48,7 +48,7 @@ def batches(
 
 def prefetch(
     session: Session,
-    source: Source,
+    source: StoreAddress,
     manifest: Manifest,
     ref: str,
     *,
@@ -81,7 +81,7 @@ def prefetch(
             wanted = sum(part.length for part in parts)
             members = min(copies, len(view.members))
             return results.Prefetched(ref, wanted, held, members, time.monotonic() - started)
-    raise GoneError(
+    raise HostGoneError(
         f"hosts {', '.join(sorted(lost))} died while they were to hold {ref!r}: call it again, which goes on"
     )
 
@@ -103,7 +103,7 @@ def _round(
                 rank, member, wanted = open_.pop(future)
                 try:
                     got += future.result()
-                except GoneError:
+                except HostGoneError:
                     lost.add(member)
                 if progress and rank == 0:
                     progress(wanted)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from modelstore.cluster.pieces import Piece, Source, pieces
+from modelstore.cluster.pieces import Piece, StoreAddress, pieces
 from modelstore.execute.read.fetcher import Fetcher
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import matches
@@ -18,7 +18,7 @@ from modelstore.storage.base import Storage
 class Holding(Protocol):
     """Who can be asked for pieces."""
 
-    def read(self, source: Source, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
+    def read(self, source: StoreAddress, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
         """What holders have of these or could get, by digest; unchecked."""
 
     def wrong(self, part: Piece) -> None:
@@ -34,7 +34,7 @@ class ClusterFetcher:
 
     stored: Fetcher
     holding: Holding
-    source: Source
+    source: StoreAddress
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Hosts are asked by this process: what is unpickled elsewhere reads the storage."""
@@ -96,7 +96,7 @@ class ClusterFetching:
     """Makes fetchers of a store's models that ask a cluster."""
 
     holding: Holding
-    source: Source
+    source: StoreAddress
 
     def __call__(self, model: str, manifest: Manifest, storage: Storage, mirrors: Sequence[Storage]) -> ClusterFetcher:
         """A fetcher of one manifest."""

@@ -19,7 +19,7 @@ import numpy as np
 from blake3 import blake3
 
 from modelstore.cluster.futures import answers
-from modelstore.cluster.pieces import Source
+from modelstore.cluster.pieces import StoreAddress
 from modelstore.cluster.save.keeper import Keeper
 from modelstore.cluster.save.orders import Order, keepers
 from modelstore.cluster.save.pending import PART
@@ -68,7 +68,7 @@ class Hosts(Protocol):
         """Have a host do something with a save: `ask(member, Keeper.commit, order)`."""
 
 
-class Result(NamedTuple):
+class Acknowledged(NamedTuple):
     """What became of a save: `version` 0 where hosts will publish it, and `order` then says what they publish."""
 
     outcome: Outcome
@@ -83,7 +83,7 @@ class UnkeptError(StorageError):
 class KeptStorage(WrappingStorage):
     """A storage whose new content-named objects go to two hosts, which store them; all else passes."""
 
-    def __init__(self, inner: Storage, hosts: Hosts, save: str, source: Source, pair: Sequence[str]) -> None:
+    def __init__(self, inner: Storage, hosts: Hosts, save: str, source: StoreAddress, pair: Sequence[str]) -> None:
         super().__init__(inner)
         self._hosts = hosts
         self._save = save
@@ -130,12 +130,12 @@ def save(
     hosts: Hosts,
     here: Sequence[str],
     storage: Storage,
-    source: Source,
+    source: StoreAddress,
     model: str,
     tag: str | None,
     store: Callable[[Storage], Outcome],
     note: Note | None = None,
-) -> Result:
+) -> Acknowledged:
     """Store a model with `store`, on hosts of two nodes first: `here` are those of this node.
 
     Where there are no two nodes with hosts, one that is being replaced is waited for a moment; then, and where hosts die
@@ -155,10 +155,10 @@ def save(
         committed = [hosts.ask(member, Keeper.commit, order) for member in pair]
         taken = [future for future in committed if _problem(future) is None]
         if len(taken) == 2:
-            return Result(outcome, 0, order)
+            return Acknowledged(outcome, 0, order)
         if taken:  # one copy only: the storage has to have it before this may return
             version = wait_durable(hosts, storage, [order], _ANSWER)[id_]
-            return Result(outcome, version, None)
+            return Acknowledged(outcome, version, None)
         raise UnkeptError(f"hosts {' and '.join(pair)} did not take over the save")
     except UnkeptError as problem:
         log.warning("model %r is saved to the storage instead of hosts' memory: %s", model, problem)
@@ -174,7 +174,7 @@ def save(
         release(storage, id_)
         if tag is not None:
             catalog.set_tag(model, tag, record.version, id_)
-        return Result(outcome, record.version, None)
+        return Acknowledged(outcome, record.version, None)
     except BaseException:
         _forget(hosts, pair, id_)
         raise

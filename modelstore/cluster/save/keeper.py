@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-from modelstore.cluster.pieces import Source
+from modelstore.cluster.pieces import StoreAddress
 from modelstore.cluster.save.orders import Order
 from modelstore.format.buffers import Buffer
 
@@ -16,7 +16,9 @@ R = TypeVar("R")
 class Keeper(Protocol):
     """A host's share of the saves that are under way; `WriteBehind` says what each call does, and raises."""
 
-    def reserve(self, save: str, source: Source, keepers: Sequence[str], key: str, size: int, seconds: float) -> bool:
+    def reserve(
+        self, save: str, source: StoreAddress, keepers: Sequence[str], key: str, size: int, seconds: float
+    ) -> bool:
         """Make room for an object; whether there is."""
 
     def write(self, save: str, key: str, start: int, data: Buffer, digest: bytes | None = None) -> None:

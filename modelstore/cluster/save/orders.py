@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from modelstore.cluster.pieces import Source
+from modelstore.cluster.pieces import StoreAddress
 from modelstore.format.digest import digest_of
 from modelstore.format.note import Note
 from modelstore.format.record import VariantEntry
@@ -18,7 +18,7 @@ class Order(msgspec.Struct, frozen=True):
     """
 
     save: str
-    source: Source
+    source: StoreAddress
     model: str
     entry: VariantEntry
     tag: str | None

@@ -19,7 +19,7 @@ from typing import Concatenate, ParamSpec
 
 import msgspec
 
-from modelstore.cluster.pieces import Source
+from modelstore.cluster.pieces import StoreAddress
 from modelstore.cluster.save.keeper import Keeper, Tell
 from modelstore.cluster.save.orders import Order, PendingStats, keepers
 from modelstore.cluster.save.pending import Kept, Parts, digest_of_kept, write_part
@@ -44,7 +44,7 @@ _FORGOTTEN = 600.0  # seconds without a word after which a save that was not com
 
 @dataclass(slots=True)
 class _Save:
-    source: Source
+    source: StoreAddress
     leads: bool
     other: str
     objects: dict[str, Kept] = field(default_factory=dict)
@@ -72,7 +72,9 @@ class WriteBehind:
 
     # ------------------------------------------------------------------ what a save asks
 
-    def reserve(self, save: str, source: Source, keepers: Sequence[str], key: str, size: int, seconds: float) -> bool:
+    def reserve(
+        self, save: str, source: StoreAddress, keepers: Sequence[str], key: str, size: int, seconds: float
+    ) -> bool:
         """Make room for an object; False where there is none within so many seconds: the storage takes less than comes in."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._stats.bytes + size <= self._stats.limit, timeout=seconds):
@@ -285,7 +287,7 @@ class WriteBehind:
 
     def _try(
         self,
-        source: Source,
+        source: StoreAddress,
         act: Callable[[Storage], None],
         what: str,
         model: str | None = None,
@@ -386,7 +388,7 @@ def _is_whole(found: _Save, key: str) -> bool:
     return there is not None and there.whole
 
 
-def _storage(source: Source) -> Storage:
+def _storage(source: StoreAddress) -> Storage:
     from modelstore.cluster.read.models import repo_of
 
     return repo_of(source).storage

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from modelstore.cluster.control.session import Session
-from modelstore.cluster.pieces import Source, pieces, section_keys
+from modelstore.cluster.pieces import StoreAddress, pieces, section_keys
 from modelstore.cluster.read.models import opened, repo_of
 from modelstore.compress.job import Portion, encode, view_spec
 from modelstore.compress.plan import weight_codec
@@ -29,7 +29,7 @@ _GPU_SHARE = 0.1  # of a GPU, for a worker: most of its time goes by elsewhere
 class Encoding:
     """What a worker knows beside its portion. `digest` is the original's manifest; `earlier` are (model, manifest)."""
 
-    source: Source
+    source: StoreAddress
     model: str
     digest: str
     config: Mapping[str, Any] | None

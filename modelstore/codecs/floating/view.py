@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from modelstore.codecs import check
 from modelstore.codecs.numeric import scaled
-from modelstore.codecs.weight import Part, is_convolution, matrix
+from modelstore.codecs.weight import EngineTensor, is_convolution, matrix
 from modelstore.errors import UnsupportedError
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
@@ -68,13 +68,13 @@ class Fp8View:
         scales = check.plane(scale, high * wide * kind.itemsize, "scale").view(kind)
         return {"codes": data.reshape(rows, columns), "scale": scales.reshape(high, wide)}
 
-    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, Part]:
+    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, EngineTensor]:
         """As `EngineView.parts`."""
         scale = arrays["scale"]
         size = (1,) if self.granularity == "tensor" else scale.shape
         return {
-            "weight": Part("float8_e4m3fn", shape, _raw(arrays["codes"])),
-            "weight_scale": Part(scaled.scale_dtype(dtype), size, _raw(scale)),
+            "weight": EngineTensor("float8_e4m3fn", shape, _raw(arrays["codes"])),
+            "weight_scale": EngineTensor(scaled.scale_dtype(dtype), size, _raw(scale)),
         }
 
 
@@ -104,14 +104,14 @@ class _Packed:
         scales = check.plane(planes[1], rows * columns // self.width, "scale")
         return {"codes": codes, "scale": scales.reshape(rows, -1)}
 
-    def _parts(self, arrays: _Arrays, shape: Shape, kind: str) -> dict[str, Part]:
+    def _parts(self, arrays: _Arrays, shape: Shape, kind: str) -> dict[str, EngineTensor]:
         self.cells(shape)
         rows, columns = matrix(shape)
         codes = arrays["codes"]
         packed = codes[:, ::2] | (codes[:, 1::2] << 4)
         return {
-            "weight_packed": Part("uint8", (rows, columns // 2), _raw(packed)),
-            "weight_scale": Part(kind, (rows, columns // self.width), _raw(arrays["scale"])),
+            "weight_packed": EngineTensor("uint8", (rows, columns // 2), _raw(packed)),
+            "weight_scale": EngineTensor(kind, (rows, columns // self.width), _raw(arrays["scale"])),
         }
 
 
@@ -134,7 +134,7 @@ class Mxfp4View(_Packed):
         """As `EngineView.arrays`."""
         return _Packed.arrays(self, check.planes(planes, ("codes", "scale")), shape, dtype)
 
-    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, Part]:  # noqa: ARG002
+    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, EngineTensor]:  # noqa: ARG002
         """As `EngineView.parts`."""
         return self._parts(arrays, shape, "uint8")
 
@@ -166,10 +166,10 @@ class Nvfp4View(_Packed):
         found = _Packed.arrays(self, planes, shape, dtype)
         return found | {"global": scaled.unplane(planes[2], (1, 1), "float32", "global")}
 
-    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, Part]:  # noqa: ARG002
+    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, EngineTensor]:  # noqa: ARG002
         """As `EngineView.parts`."""
         found = self._parts(arrays, shape, "float8_e4m3fn")
-        return found | {"weight_global_scale": Part("float32", (1,), _raw(arrays["global"]))}
+        return found | {"weight_global_scale": EngineTensor("float32", (1,), _raw(arrays["global"]))}
 
 
 def _raw(array: NDArray[Any]) -> Bytes:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.codecs import check
-from modelstore.codecs.integer.planes import Layout
+from modelstore.codecs.integer.planes import IntLayout
 from modelstore.codecs.integer.view import PackedView
 from modelstore.codecs.numeric.numbers import Floats, from_float32, limit, with_nan
 from modelstore.codecs.weight import (
@@ -94,9 +94,9 @@ class Int(WeightCodec):
         return "int"
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> IntLayout:
         """Where codes and scales lie in the planes."""
-        return Layout(self.bits, self.symmetric, self.granularity, self.group_size)
+        return IntLayout(self.bits, self.symmetric, self.granularity, self.group_size)
 
     @property
     def view(self) -> EngineView | None:

@@ -366,7 +366,7 @@ def _decode(packed, kind, bits, height, width, scales, zeros, out):  # type: ign
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
+class IntKernels:
     """The compiled kernels for words of 2 or 4 bytes."""
 
     encode: Callable[..., Any]
@@ -377,7 +377,7 @@ class Kernels:
 
 
 @cache
-def kernels(itemsize: int) -> Kernels:
+def kernels(itemsize: int) -> IntKernels:
     """Compiled, or loaded from the cache, the first time."""
     word: Any = {2: types.uint16, 4: types.uint32}[itemsize]
     read = types.Array(word, 2, "C", readonly=True, aligned=False)
@@ -386,7 +386,7 @@ def kernels(itemsize: int) -> Kernels:
     packed, bytes_in = types.Array(types.uint8, 2, "C"), types.Array(types.uint8, 2, "C", readonly=True, aligned=False)
     n, real, yes = types.intp, types.float32, types.boolean
     losses = types.Array(types.float64, 2, "C")
-    return Kernels(
+    return IntKernels(
         jit.compiled(_encode, types.void(read, n, n, yes, n, n, n, real, table, table, packed)),
         jit.compiled(_decode, types.void(bytes_in, n, n, n, n, table, table, write)),
         jit.compiled(_extremes, types.void(read, n, row, row)),

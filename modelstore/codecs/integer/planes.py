@@ -19,7 +19,7 @@ from modelstore.format.region import Shape
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class IntLayout:
     """As `codec.Int` says. Cells are what shares a scale: rows × columns of the matrix that a tensor or region is."""
 
     bits: int

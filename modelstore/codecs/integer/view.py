@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.codecs import check
-from modelstore.codecs.integer.planes import Layout
+from modelstore.codecs.integer.planes import IntLayout
 from modelstore.codecs.numeric import scaled
-from modelstore.codecs.weight import EngineView, Part, is_convolution, matrix
+from modelstore.codecs.weight import EngineTensor, EngineView, is_convolution, matrix
 from modelstore.errors import UnsupportedError
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
@@ -29,7 +29,7 @@ class PackedView:
     given to engines once for each channel, which they all know.
     """
 
-    layout: Layout
+    layout: IntLayout
 
     @property
     def format(self) -> str:
@@ -81,27 +81,27 @@ class PackedView:
             found["zero"] = check.plane(planes[2], count, "zero")
         return found | {name: found[name].reshape(grid) for name in self.layout.names[1:]}
 
-    def _scale(self, arrays: _Arrays, shape: Shape, dtype: DType) -> Part:
+    def _scale(self, arrays: _Arrays, shape: Shape, dtype: DType) -> EngineTensor:
         scale = self._rows(arrays["scale"], shape)
-        return Part(scaled.scale_dtype(dtype), (*shape[:-1], scale.shape[1]), _raw(scale))
+        return EngineTensor(scaled.scale_dtype(dtype), (*shape[:-1], scale.shape[1]), _raw(scale))
 
     def _rows(self, array: NDArray[Any], shape: Shape) -> NDArray[Any]:
         """With a row for each row of the weight."""
         return np.broadcast_to(array, (matrix(shape)[0], array.shape[1]))
 
-    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, Part]:
+    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, EngineTensor]:
         """As `EngineView.parts`. A row, and of zero points a column, ends with a whole word, filled up with zeros."""
         self.cells(shape)
         packed = self._pack(arrays["codes"])
         found = {
-            "weight_packed": Part("int32", (*shape[:-1], packed.shape[1]), _raw(packed)),
+            "weight_packed": EngineTensor("int32", (*shape[:-1], packed.shape[1]), _raw(packed)),
             "weight_scale": self._scale(arrays, shape, dtype),
-            "weight_shape": Part("int64", (len(shape),), _raw(np.array(shape, np.int64))),
+            "weight_shape": EngineTensor("int64", (len(shape),), _raw(np.array(shape, np.int64))),
         }
         if not self.layout.symmetric:
             zero = self._rows(arrays["zero"], shape).reshape(-1, shape[-2], arrays["zero"].shape[1])
             stack = np.stack([self._pack(one.T).T for one in zero])
-            found["weight_zero_point"] = Part("int32", (*shape[:-2], *stack.shape[1:]), _raw(stack))
+            found["weight_zero_point"] = EngineTensor("int32", (*shape[:-2], *stack.shape[1:]), _raw(stack))
         return found
 
     def _pack(self, codes: NDArray[Any]) -> NDArray[np.int32]:
@@ -121,10 +121,10 @@ class Int8View(PackedView):
         """As `EngineView.format`."""
         return "int-quantized"
 
-    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, Part]:
+    def parts(self, arrays: _Arrays, shape: Shape, dtype: DType) -> dict[str, EngineTensor]:
         """As `EngineView.parts`."""
         self.cells(shape)
-        weight = Part("int8", shape, _raw(arrays["codes"] ^ np.uint8(128)))
+        weight = EngineTensor("int8", shape, _raw(arrays["codes"] ^ np.uint8(128)))
         return {"weight": weight, "weight_scale": self._scale(arrays, shape, dtype)}
 
 

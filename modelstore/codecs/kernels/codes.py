@@ -163,7 +163,7 @@ def _assign(numbers, table, bounds, out):  # type: ignore[no-untyped-def]
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
+class PackingKernels:
     """The compiled kernels that do not depend on a dtype."""
 
     pack_bits: Callable[..., Any]
@@ -176,7 +176,7 @@ class Packing:
 
 
 @cache
-def packing() -> Packing:
+def packing() -> PackingKernels:
     """Kernels on codes, compiled or loaded from the cache the first time."""
     from numba import types
 
@@ -186,7 +186,7 @@ def packing() -> Packing:
     read, write = array(types.uint8, True), array(types.uint8)
     numbers = array(types.float32, True)
     pack, unpack = types.void(read, types.intp, write), types.uint8(read, types.intp, write)
-    return Packing(
+    return PackingKernels(
         jit.compiled(_pack_bits, pack),
         jit.compiled(_unpack_bits, unpack),
         jit.compiled(_pack_whole, pack),

@@ -352,7 +352,7 @@ def _unpack(high, low, u):  # type: ignore[no-untyped-def]
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
+class LadderKernels:
     """The functions above, compiled."""
 
     largest: Callable[..., Any]
@@ -366,7 +366,7 @@ class Kernels:
 
 
 @cache
-def kernels(width: int) -> Kernels:
+def kernels(width: int) -> LadderKernels:
     """The kernels for words of `width` bytes (2 or 4), compiled or loaded from the cache the first time."""
     from numba import types
 
@@ -384,7 +384,7 @@ def kernels(width: int) -> Kernels:
     join = types.void(codes, codes, words, *grid, size, whole, size, out)
     count = types.void(codes, array(types.int64, dims=2))
     walk = types.void(codes, codes, codes, cursors, made)
-    return Kernels(
+    return LadderKernels(
         jit.compiled(_largest, largest),
         jit.compiled(_split, split),
         jit.compiled(_join, join),

@@ -13,7 +13,7 @@ from modelstore.codecs.ladder.codes import GIVEN_PLANES, PLANES, CodeReader
 from modelstore.codecs.ladder.kernels import ZERO
 from modelstore.codecs.ladder.planes import BLOCK
 from modelstore.codecs.numeric.numbers import from_float32, numpy_dtype
-from modelstore.codecs.weight import Part, matrix
+from modelstore.codecs.weight import EngineTensor, matrix
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Buffer, as_bytes
 from modelstore.format.dtypes import DType
@@ -77,7 +77,7 @@ class LadderView:
         how = numpy_dtype(dtype)
         return {"codes": codes.view(np.int8).reshape(rows, columns), "scales": scales.view(how).reshape(rows, groups)}
 
-    def parts(self, arrays: Mapping[str, NDArray[Any]], shape: Shape, dtype: DType) -> dict[str, Part]:
+    def parts(self, arrays: Mapping[str, NDArray[Any]], shape: Shape, dtype: DType) -> dict[str, EngineTensor]:
         """weight_packed (int32, least significant code first), weight_scale and weight_shape; stacks keep their dimensions."""
         codes, scales = arrays["codes"], arrays["scales"]
         rows, columns = codes.shape
@@ -93,7 +93,7 @@ class LadderView:
         data = np.ascontiguousarray(scales).view(np.uint8).reshape(-1)
         size = np.array(shape, "<i8")
         return {
-            "weight_packed": Part("int32", (*lead, width), packed.reshape(-1)),
-            "weight_scale": Part(dtype.name, (*lead, scales.shape[1]), data),
-            "weight_shape": Part("int64", size.shape, size.view(np.uint8)),
+            "weight_packed": EngineTensor("int32", (*lead, width), packed.reshape(-1)),
+            "weight_scale": EngineTensor(dtype.name, (*lead, scales.shape[1]), data),
+            "weight_shape": EngineTensor("int64", size.shape, size.view(np.uint8)),
         }

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.codecs.weight import EngineView, Part, WeightCodec, as_weight_codec, is_convolution
+from modelstore.codecs.weight import EngineTensor, EngineView, WeightCodec, as_weight_codec, is_convolution
 from modelstore.errors import FormatError
 from modelstore.execute.read.reader import Reader
 from modelstore.format import grid
@@ -102,7 +102,7 @@ class Assembly:
         self._arrays: dict[str, NDArray[Any]] = {}
         self._lock = Lock()
         self._left = _touched(want)
-        self.parts: Mapping[str, Part] | None = None
+        self.parts: Mapping[str, EngineTensor] | None = None
 
     def put(self, chunk: ChunkRead, planes: Sequence[Buffer]) -> None:
         """Put a chunk's entries to their places. `FormatError` where they are not those of its region."""
@@ -147,7 +147,7 @@ def lossy_codec(reader: Reader, tensor: Tensor) -> WeightCodec | None:
     return None if codec is None or codec.exact else codec
 
 
-def read_parts(reader: Reader, tensor: Tensor, view: EngineView, region: Region) -> Mapping[str, Part]:
+def read_parts(reader: Reader, tensor: Tensor, view: EngineView, region: Region) -> Mapping[str, EngineTensor]:
     """A region of a weight, whole in memory, as engines take it."""
     want = Want.of(tensor, region)
     assembly = Assembly(want, view)

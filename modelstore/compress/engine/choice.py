@@ -33,7 +33,7 @@ _LOADED = "compress with int4, int8, fp8 or mxfp4"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class EngineChoice:
     """The views of the weights that are packed, by name; what config.json says of it."""
 
     packed: Mapping[str, EngineView]
@@ -41,7 +41,7 @@ class Choice:
 
 
 @dataclass
-class _Found:
+class _SortedWeights:
     """The weights of a checkpoint, sorted."""
 
     packed: dict[str, EngineView] = field(default_factory=dict)
@@ -51,7 +51,9 @@ class _Found:
     reasons: list[tuple[int, str]] = field(default_factory=list)  # bytes of a tensor, why it is dense
 
 
-def choose(manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[str, Any], modules: Modules) -> Choice:
+def choose(
+    manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[str, Any], modules: Modules
+) -> EngineChoice:
     """Which weights are packed. `UnsupportedError` where engines could not load the whole as it would be written."""
     found = _sorted(manifest, views, config, modules)
     why = min(found.reasons)[1] if found.reasons else "none is linear"
@@ -71,11 +73,13 @@ def choose(manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[
     if found.reasons:
         more = f" (and {len(found.reasons) - 1} more like it)" if len(found.reasons) > 1 else ""
         log.warning("%s%s", why, more)
-    return Choice(found.packed, _quantization(groups, _ignored(found, manifest, modules), modules))
+    return EngineChoice(found.packed, _quantization(groups, _ignored(found, manifest, modules), modules))
 
 
-def _sorted(manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[str, Any], modules: Modules) -> _Found:
-    found = _Found()
+def _sorted(
+    manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[str, Any], modules: Modules
+) -> _SortedWeights:
+    found = _SortedWeights()
     kinds = kinds_in(manifest, config)
     for tensor in manifest.tensors:
         view = views.get(tensor.name)
@@ -143,7 +147,7 @@ def _loaded_in_one(view: EngineView) -> bool:
     )
 
 
-def _check_fused(found: _Found, together: set[str]) -> None:
+def _check_fused(found: _SortedWeights, together: set[str]) -> None:
     """`UnsupportedError` where transformers would not load weights that it makes one parameter of."""
     views = {_key(view): view for name in together if (view := found.packed.get(name)) is not None}
     if len(views) > 1:
@@ -184,7 +188,7 @@ def _grouped(packed: Mapping[str, EngineView], first: set[str]) -> list[tuple[En
     return sorted(groups.values(), key=lambda group: first.isdisjoint(group[1]))
 
 
-def _ignored(found: _Found, manifest: Manifest, modules: Modules) -> list[str]:
+def _ignored(found: _SortedWeights, manifest: Manifest, modules: Modules) -> list[str]:
     """All modules that "Linear" could mean and that are dense, by the names that engines look for them."""
     names = [called for name in found.dense for called in modules.called(name)]
     for alias in manifest.aliases:

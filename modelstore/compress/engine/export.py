@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from modelstore.architecture.places import modules_of
 from modelstore.architecture.quantized import method
 from modelstore.codecs.integer.view import beside_int8
-from modelstore.codecs.weight import EngineView, Part, part_name
+from modelstore.codecs.weight import EngineTensor, EngineView, part_name
 from modelstore.compress.engine.assembly import lossy_codec, read_parts, units
 from modelstore.compress.engine.choice import choose
 from modelstore.errors import UnsupportedError
@@ -126,7 +126,7 @@ class Packed:
         """As `Packing.form`."""
         return _Bands(self, dict(zip(self.specs, offsets, strict=True)), self._codec)
 
-    def _parts(self, rows: int, kinds: Mapping[str, np.dtype[Any]]) -> dict[str, Part]:
+    def _parts(self, rows: int, kinds: Mapping[str, np.dtype[Any]]) -> dict[str, EngineTensor]:
         """The parts of so many rows of zeros."""
         columns = self.tensor.shape[1]
         arrays: dict[str, NDArray[Any]] = {}

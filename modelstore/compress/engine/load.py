@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modelstore.codecs.weight import EngineView, Part, part_name
+from modelstore.codecs.weight import EngineTensor, EngineView, part_name
 from modelstore.compress.engine.assembly import Assembly, check_slice, lossy_codec
 from modelstore.errors import UnsupportedError
 from modelstore.execute.memory import Arena
@@ -113,7 +113,7 @@ def _stream(
 
 
 def _named(
-    found: Iterator[tuple[int, Mapping[str, Part]]],
+    found: Iterator[tuple[int, Mapping[str, EngineTensor]]],
     names: list[list[str]],
     views: list[EngineView | None],
     device: str | torch.device,
@@ -148,7 +148,7 @@ def _read(
     views: list[EngineView | None],
     work: Work,
     bounded: bool,
-) -> Iterator[tuple[int, Mapping[str, Part]]]:
+) -> Iterator[tuple[int, Mapping[str, EngineTensor]]]:
     """Each want's place in the list, and its parts."""
     arena = Arena()
 
@@ -169,7 +169,7 @@ def _read(
         if isinstance(target, Assembly):
             yield index, target.parts or {}
         else:
-            yield index, {"": Part(want.tensor.dtype, want.shape, target)}
+            yield index, {"": EngineTensor(want.tensor.dtype, want.shape, target)}
 
 
 def _writable(data: Bytes) -> Bytes:

@@ -20,7 +20,7 @@ from modelstore.format.dtypes import dtype
 from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.names import check_file
 from modelstore.format.region import Region, Shape, nbytes
-from modelstore.format.safetensors import METADATA, Entry, build_header
+from modelstore.format.safetensors import METADATA, HeaderEntry, build_header
 
 if TYPE_CHECKING:
     from modelstore.execute.read.reader import Reader
@@ -80,7 +80,7 @@ class _Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacedTensor:
     """A tensor's bytes within a file. A tied tensor's second copy does not count as progress.
 
     With a `form`, that says where the bytes go, and `offset` is where the first of them lies.
@@ -105,7 +105,7 @@ class OutFile:
 
     path: str
     header: bytes
-    tensors: tuple[Placed, ...]
+    tensors: tuple[PlacedTensor, ...]
     size: int
     weights: Weights | None = None
 
@@ -264,17 +264,19 @@ def _weights(path: str, items: Iterable[_Item], metadata: Mapping[str, str]) -> 
                 tensor=name,
             )
         size = nbytes(shape, known.itemsize)
-        entries.append(Entry(name, kind, shape, at, at + size))
+        entries.append(HeaderEntry(name, kind, shape, at, at + size))
         at += size
     header = build_header(entries, {"format": "pt", **metadata})
     offsets = {entry.name: len(header) + entry.start for entry in entries}
-    plain = [Placed(item.tensor, offsets[name], item.counts) for item, (name, _, _) in parts if item.packing is None]
+    plain = [
+        PlacedTensor(item.tensor, offsets[name], item.counts) for item, (name, _, _) in parts if item.packing is None
+    ]
     made = []
     for item in {item.name: item for item, _ in parts}.values():
         if item.packing is None:
             continue
         places = [offsets[name] for name, _, _ in item.parts]
-        made.append(Placed(item.tensor, min(places), item.counts, item.packing.form(places)))
+        made.append(PlacedTensor(item.tensor, min(places), item.counts, item.packing.form(places)))
     return OutFile(path, header, (*plain, *made), len(header) + at)
 
 
@@ -291,7 +293,7 @@ def _files(manifest: Manifest, places: Sequence[Weights]) -> Iterator[OutFile]:
         if any(place.has(path) for place in places):
             log.warning("file %s of the model is left out: the exported weights have that name", path)
             continue
-        yield OutFile(path, b"", (Placed(file, 0, False),), file.nbytes)
+        yield OutFile(path, b"", (PlacedTensor(file, 0, False),), file.nbytes)
 
 
 def _check_paths(outputs: Iterable[OutFile]) -> None:

@@ -95,7 +95,7 @@ class _Remote:
                 if _completes(key) if key in mine else (self.zarr or _takes_for_weights(key, mine)):
                     self.storage.delete(key)
         for name in ordered:
-            self.storage.put(name, _Pieces(folder / name), (folder / name).stat().st_size)
+            self.storage.put(name, _FilePieces(folder / name), (folder / name).stat().st_size)
 
 
 def _completes(name: str) -> int:
@@ -113,7 +113,7 @@ def _takes_for_weights(key: str, mine: Iterable[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Pieces:
+class _FilePieces:
     """A file's bytes, as often as they are asked for: a request that failed is sent again."""
 
     path: Path

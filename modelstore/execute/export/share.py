@@ -17,7 +17,7 @@ from modelstore.plan.layout import Share, whole
 
 
 @dataclass(frozen=True)
-class Cut:
+class TensorShare:
     """A tensor of which only a share goes into a file."""
 
     tensor: Tensor
@@ -77,7 +77,7 @@ def cuts(manifest: Manifest, shares: Mapping[str, Share]) -> dict[str, Packing |
     """How each tensor that is to be written goes into a file: as it is (None), or cut."""
     tensors = {name: manifest.by_name[name] for name in shares}
     return {
-        name: None if shares[name] == whole(tensor.shape) else Cut(tensor, shares[name])
+        name: None if shares[name] == whole(tensor.shape) else TensorShare(tensor, shares[name])
         for name, tensor in tensors.items()
     }
 

@@ -35,7 +35,7 @@ class Done(msgspec.Struct, frozen=True):
     limit: int = 0
 
 
-class _State(msgspec.Struct):
+class _ExportState(msgspec.Struct):
     """What an interrupted export had finished. `placing`: which export had all files whole, and was giving them their names."""
 
     files: dict[str, Done] = {}
@@ -67,7 +67,7 @@ class Target:
         self._outputs = outputs
         self._staging = f".{path.name}.partial" if single else STAGING
         self._lock = -1
-        self._state = _State()
+        self._state = _ExportState()
         self._unwritten = False  # whether the state has changed since it was recorded
         self._written_at = 0.0
         self._identity = name_of("\0".join(f"{o.path}\0{o.digest}" for o in outputs).encode())
@@ -332,12 +332,12 @@ class Target:
                     paths.remove_in(at, entry.name)
         self._state.files = {k: v for k, v in self._state.files.items() if k in mine}
 
-    def _read_state(self) -> _State:
+    def _read_state(self) -> _ExportState:
         try:
             with os.fdopen(paths.open_file(self.root, f"{self._staging}/state.json"), "rb") as file:
-                return msgspec.json.decode(file.read(_MAX_STATE), type=prepared(_State))
+                return msgspec.json.decode(file.read(_MAX_STATE), type=prepared(_ExportState))
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # none, or not ours
-            return _State()
+            return _ExportState()
 
     def _write_state(self) -> None:
         with paths.folder(self.root, self._staging) as at:

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from modelstore.execute.export.layout import OutFile, Placed
+from modelstore.execute.export.layout import OutFile, PlacedTensor
 from modelstore.execute.export.target import Done, Target, writing
 from modelstore.execute.read.reader import Reader
 from modelstore.format.buffers import Bytes, view
@@ -43,7 +43,7 @@ class _Open:
 class _Block:
     file: int
     number: int
-    placed: Placed
+    placed: PlacedTensor
     region: Region
 
 
@@ -232,14 +232,14 @@ class _Writer:
             self._target.note(file.output, done)
 
 
-def _nbytes(placed: Placed, region: Region) -> int:
+def _nbytes(placed: PlacedTensor, region: Region) -> int:
     nbytes = placed.tensor.kind.itemsize
     for n in extent(region):
         nbytes *= n
     return nbytes
 
 
-def _write_region(placed: Placed, region: Region, buffer: Bytes, descriptor: int) -> None:
+def _write_region(placed: PlacedTensor, region: Region, buffer: Bytes, descriptor: int) -> None:
     """Write a region's bytes where they belong in the file: at once, or run by run."""
     shape, itemsize = placed.tensor.shape, placed.tensor.kind.itemsize
     data = view(buffer)

@@ -35,34 +35,34 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Held:
+class LoadedVersion:
     """One version in memory."""
 
     manifest: Manifest
     cells: Mapping[Slot, Cell] = field(default_factory=dict)
 
 
-def plan(old: Held | None, model: Variant, wanted: Iterable[Slot]) -> Update:
+def plan(old: LoadedVersion | None, model: Variant, wanted: Iterable[Slot]) -> Update:
     """What is to be read of `model`, where `old` is held."""
     slots = tuple(dict.fromkeys(wanted))
     return plan_update(old.manifest, old.cells, model.manifest, slots) if old is not None else Update(read=slots)
 
 
 def advance(
-    old: Held | None,
+    old: LoadedVersion | None,
     model: Variant,
     update: Update,
     work: Work,
     *,
     device: torch.device,
-) -> Held:
+) -> LoadedVersion:
     """The version that `update` makes of `old`, whose own values stay as they are."""
     before = old.cells if old is not None else {}
     begin = _begin_on_host if device.type == "cpu" else _begin_on_device
     cells = {slot: before[source] for slot, source in update.same.items()}
     cells |= begin(before, model, update, work, device)
     _patch(cells, model, update, work)
-    return Held(model.manifest, cells)
+    return LoadedVersion(model.manifest, cells)
 
 
 # ---------------------------------------------------------------------- new tensors, changed chunks not yet read

@@ -15,7 +15,7 @@ from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.digest import digest_of
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.region import Region, extent, intersect, rows, shift, size
-from modelstore.plan.write import Part, Step, TensorPlan
+from modelstore.plan.write import ReadStep, Step, TensorPlan
 
 ReadRegion = Callable[[Region, Bytes], None]
 EncodeRegion = Callable[[Bytes, Region], tuple[Buffer, ...]]  # a region's raw bytes, and where it lies → its planes
@@ -56,7 +56,7 @@ class Encoded:
     indices in the grid with each plane's digest and bytes. `losses` has one for each view, none where there are no chunks.
     """
 
-    part: Part
+    part: ReadStep
     values: tuple[Bytes, ...]
     chunks: tuple[tuple[int, tuple[tuple[bytes, Buffer], ...]], ...]
     losses: tuple[Loss, ...]
@@ -73,7 +73,7 @@ def encode_step(step: Step, inputs: Sequence[Input]) -> list[Encoded]:
     return encoded
 
 
-def _encode_part(part: Part, item: Input, raw: Bytes) -> Encoded:
+def _encode_part(part: ReadStep, item: Input, raw: Bytes) -> Encoded:
     item.read(part.region, raw)
     decoded = tuple(np.empty_like(raw) for _ in item.views)
     encode = item.encode_in(part.region, raw)

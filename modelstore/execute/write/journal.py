@@ -27,7 +27,7 @@ from modelstore.storage.base import Storage
 from modelstore.store.shelf import Shelf
 
 
-class _Chunk(msgspec.Struct, frozen=True, array_like=True):
+class _NotedChunk(msgspec.Struct, frozen=True, array_like=True):
     digest: Digest
     pack: Digest
     offset: int
@@ -36,7 +36,7 @@ class _Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 class _Tensor(msgspec.Struct, frozen=True, array_like=True):
     digest: Digest
-    planes: dict[str, tuple[_Chunk, ...]]
+    planes: dict[str, tuple[_NotedChunk, ...]]
     views: tuple[Viewed, ...] = ()
 
 
@@ -44,7 +44,7 @@ class Page(msgspec.Struct, frozen=True):
     """One page: tensors that are stored, each with all its chunks, and stored chunks of others."""
 
     tensors: dict[str, _Tensor]
-    chunks: tuple[_Chunk, ...]
+    chunks: tuple[_NotedChunk, ...]
 
 
 class Journal:
@@ -100,12 +100,12 @@ class Journal:
             self._storage.delete(info.key)
 
 
-def _placed(chunk: _Chunk) -> Placed:
+def _placed(chunk: _NotedChunk) -> Placed:
     return bytes.fromhex(chunk.digest), (chunk.pack, chunk.offset, chunk.length)
 
 
-def _chunks(placed: Sequence[Placed]) -> tuple[_Chunk, ...]:
-    return tuple(_Chunk(digest.hex(), *at) for digest, at in placed)
+def _chunks(placed: Sequence[Placed]) -> tuple[_NotedChunk, ...]:
+    return tuple(_NotedChunk(digest.hex(), *at) for digest, at in placed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from modelstore.format.note import Note
 from modelstore.format.record import VersionRecord, pack_key
 from modelstore.format.region import Region, Shape, extent, full, intersect, shift, size
 from modelstore.format.sealed import seal
-from modelstore.plan.parts import Piece, cells, common_chunk, piece_problem
+from modelstore.plan.parts import RankSlice, cells, common_chunk, piece_problem
 from modelstore.plan.work import Work
 from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.base import Source
@@ -45,10 +45,10 @@ from modelstore.store.shelf import Shelf
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class StoredSlice:
     """A piece of a tensor, with the entry that its rank's manifest has of it, and its codec."""
 
-    piece: Piece
+    piece: RankSlice
     tensor: Tensor
     codec: CodecSpec
 
@@ -62,7 +62,7 @@ class Held:
 class Merge:
     """What the parts make together: each tensor's pieces, in model order; ties; files by path and the rank that gives them."""
 
-    tensors: Mapping[str, tuple[Held, ...]]
+    tensors: Mapping[str, tuple[StoredSlice, ...]]
     aliases: Mapping[str, str]
     files: Mapping[str, tuple[int, Tensor]]
     metadata: Mapping[str, str]
@@ -87,7 +87,7 @@ def plan_merge(parts: Sequence[Stored], replaced: Collection[str] = ()) -> Merge
     for page in pages:
         if page.codec != pages[0].codec:
             raise wrong(f"rank {pages[0].rank} has codec {pages[0].codec!r}, rank {page.rank} has {page.codec!r}")
-    held: dict[str, list[Held]] = {}
+    held: dict[str, list[StoredSlice]] = {}
     ties: dict[str, set[str | None]] = {}
     files: dict[str, tuple[int, Tensor]] = {}
     metadata: dict[str, str] = {}
@@ -97,8 +97,8 @@ def plan_merge(parts: Sequence[Stored], replaced: Collection[str] = ()) -> Merge
             place = page.slices.get(name)
             whole, region = (place.shape, place.region) if place else (tensor.shape, full(tensor.shape))
             chunk = place.chunk if place else tensor.chunk
-            piece = Piece(page.rank, tensor.dtype, whole, region, chunk)
-            held.setdefault(name, []).append(Held(piece, tensor, page.manifest.codecs[tensor.codec]))
+            piece = RankSlice(page.rank, tensor.dtype, whole, region, chunk)
+            held.setdefault(name, []).append(StoredSlice(piece, tensor, page.manifest.codecs[tensor.codec]))
             ties.setdefault(name, set()).add(page.manifest.aliases.get(name))
         for file in page.manifest.files:
             rank, before = files.setdefault(file.name, (page.rank, file))
@@ -234,10 +234,10 @@ def _refresh(storage: Storage, parts: Sequence[Stored], live: set[str], shelf: S
     list(ordered(refresh, ranks.items(), REQUESTS, "modelstore-parts"))
 
 
-class _Pieces:
+class _RankSlices:
     """Reads regions of a tensor out of the slices that ranks stored."""
 
-    def __init__(self, pieces: Sequence[Held], readers: Mapping[int, Reader]) -> None:
+    def __init__(self, pieces: Sequence[StoredSlice], readers: Mapping[int, Reader]) -> None:
         self._pieces = pieces
         self._readers = readers
         self._kind = DTYPES[pieces[0].piece.dtype]
@@ -259,18 +259,18 @@ class _Pieces:
             boxes.paste(values, out, extent(region), self._kind.itemsize, shift(both, region))
 
 
-def _input(name: str, pieces: Sequence[Held], readers: Mapping[int, Reader], previous: Against | None) -> Input:
+def _input(name: str, pieces: Sequence[StoredSlice], readers: Mapping[int, Reader], previous: Against | None) -> Input:
     """A tensor that is to be cut anew, read from its slices."""
     first = pieces[0]
     piece = first.piece
     before = previous.manifest.by_name.get(name) if previous else None
     like = before.chunk if before and (before.shape, before.dtype) == (piece.shape, piece.dtype) else None
     plan = plan_tensor(name, piece.dtype, piece.shape, first.codec, like=like)
-    return Input(plan, make_codec(first.codec.name, first.codec.params), _Pieces(pieces, readers).read)
+    return Input(plan, make_codec(first.codec.name, first.codec.params), _RankSlices(pieces, readers).read)
 
 
 def _planes(
-    pieces: Sequence[Held], chunk: Shape, manifests: Mapping[int, Manifest]
+    pieces: Sequence[StoredSlice], chunk: Shape, manifests: Mapping[int, Manifest]
 ) -> dict[str, list[tuple[bytes, Location]]]:
     """The planes of a tensor whose slices kept to one cut: every rank's chunks at their places in the whole grid."""
     shape = pieces[0].piece.shape
@@ -288,7 +288,7 @@ def _planes(
 
 
 def _digests(
-    tensors: Mapping[str, tuple[Sequence[Held], Shape]],
+    tensors: Mapping[str, tuple[Sequence[StoredSlice], Shape]],
     readers: Mapping[int, Reader],
     work: Work,
 ) -> dict[str, str]:
@@ -296,9 +296,9 @@ def _digests(
     threads = max(1, min(work.limits.threads or os.cpu_count() or 1, len(tensors) or 1))
     limit = work.memory // (4 * threads)
 
-    def digest(item: tuple[Sequence[Held], Shape]) -> str:
+    def digest(item: tuple[Sequence[StoredSlice], Shape]) -> str:
         pieces, chunk = item
-        piece, read = pieces[0].piece, _Pieces(pieces, readers).read
+        piece, read = pieces[0].piece, _RankSlices(pieces, readers).read
         itemsize = DTYPES[piece.dtype].itemsize
 
         def bands() -> Iterator[Bytes]:

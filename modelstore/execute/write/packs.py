@@ -83,7 +83,7 @@ class _Progress:
         return Written(digest, planes, tuple(Viewed(d, loss) for d, loss in zip(viewed, self.losses, strict=True)))
 
 
-class _Place(NamedTuple):
+class _ChunkPlace(NamedTuple):
     """Which chunk of which plane of which tensor, and its digest."""
 
     tensor: int
@@ -114,7 +114,7 @@ class PackWriter:
         `finished` hears, as packs are stored, of tensors whose every chunk is, and of the pack's chunks of other tensors.
         """
         self.shelf.expect(pack for pack, _, _ in self.known.values())
-        state = _State(self, inputs)
+        state = _PackState(self, inputs)
         threads = self.work.limits.threads or max(2, os.cpu_count() or 1)
         steps = plan_steps(((i, item.plan) for i, item in enumerate(inputs)), self._slab_limit)
         # Of a step's raw bytes there are: themselves, the encoded ones, those of a chunk, and two for each view.
@@ -145,7 +145,7 @@ class PackWriter:
         return state.written()
 
 
-class _State:
+class _PackState:
     """The pack being filled, and the tensors on their way; used by one thread."""
 
     def __init__(self, writer: PackWriter, inputs: Sequence[Input]) -> None:
@@ -153,10 +153,10 @@ class _State:
         self._inputs = inputs
         self.filled = 0  # bytes of the pack being filled
         self._tensors: dict[int, _Progress] = {}
-        self._filled: list[tuple[int, _Place, Buffer]] = []  # the plane's number, the place, the bytes
+        self._filled: list[tuple[int, _ChunkPlace, Buffer]] = []  # the plane's number, the place, the bytes
         self._filling: set[bytes] = set()  # digests in packs not stored yet
-        self._twins: list[_Place] = []  # the same chunk again, before its pack was stored
-        self._uploading: tuple[Future[bool], list[tuple[_Place, int, int]], Pack] | None = None
+        self._twins: list[_ChunkPlace] = []  # the same chunk again, before its pack was stored
+        self._uploading: tuple[Future[bool], list[tuple[_ChunkPlace, int, int]], Pack] | None = None
         self._done: dict[str, Written] = {}
         self._own: set[str] = set()  # packs that were stored here
         for index, item in enumerate(inputs):
@@ -184,7 +184,7 @@ class _State:
                     self._writer.tally.find(digest, at[2])
                     continue
                 tensor.waiting += 1
-                place = _Place(index, name, chunk, digest)
+                place = _ChunkPlace(index, name, chunk, digest)
                 if digest in self._filling:
                     self._twins.append(place)
                     continue
@@ -247,7 +247,7 @@ class _State:
                     self._settle(place, known)
         self._finish(stored)
 
-    def _settle(self, place: _Place, at: Location) -> None:
+    def _settle(self, place: _ChunkPlace, at: Location) -> None:
         tensor = self._tensors[place.tensor]
         tensor.planes[place.plane][place.chunk] = (place.digest, at)
         tensor.waiting -= 1

@@ -27,7 +27,7 @@ from modelstore.format.sealed import seal, unseal
 from modelstore.plan.parts import shared_chunk
 from modelstore.plan.work import Work
 from modelstore.plan.write import TensorPlan, plan_tensor
-from modelstore.sources.slices import PartSource, Place
+from modelstore.sources.slices import PartSource, SliceBounds
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.shelf import Shelf
@@ -162,7 +162,7 @@ def save_part(
 
 
 def _slice_input(
-    item: Input, place: Place, codec: str, ranks: int, earlier: Sequence[Manifest]
+    item: Input, place: SliceBounds, codec: str, ranks: int, earlier: Sequence[Manifest]
 ) -> tuple[Input, SlicePlace]:
     """The input of a slice, cut so that it fits the other ranks' slices where that can be."""
     plan, spec = item.plan, CodecSpec(codec)
