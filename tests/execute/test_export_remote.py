@@ -65,7 +65,7 @@ def sent(monkeypatch: pytest.MonkeyPatch, *, dies_after: int = 1 << 30) -> list[
         order.append(path.name)
         return pieces(path)
 
-    monkeypatch.setattr(export_remote, "_Pieces", noted)
+    monkeypatch.setattr(export_remote, "_FilePieces", noted)
     return order
 
 
