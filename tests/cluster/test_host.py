@@ -61,7 +61,7 @@ class World:
         self.limits = {"memory": 1 << 20, "disk": str(root / "disk"), "disk_bytes": 1 << 20, **limits}
         self.host = self.open()
 
-    def open(self, peers: host.Peers | None = None) -> ShardHost:
+    def open(self, peers: host.FromPeers | None = None) -> ShardHost:
         shm = self.root / f"{folders.ROOT}x" / f"h{len(list(self.root.glob('*')))}-{os.urandom(3).hex()}"
         return ShardHost(HostSettings("h", "n", str(shm), **self.limits), peers)  # type: ignore[arg-type]
 

@@ -14,6 +14,7 @@ from modelstore.cluster.host.host import HostStats
 from modelstore.cluster.host.node import NodeHost
 from modelstore.cluster.logs import log_as_json
 from modelstore.cluster.metrics import HostMetrics
+from modelstore.cluster.peers import Peers
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.read.making import Made, Unstored
 from modelstore.cluster.save.orders import Order
@@ -34,9 +35,10 @@ class StorageActor:
         self._problem: Exception | None = None
         try:
             check(settings)
+            peers = Peers(view, settings.secret)
             show = HostMetrics(member.id, member.node).show
             here = ray.util.get_node_ip_address
-            self._host = NodeHost(member, settings, view, device, address=here, join=Session, show=show)
+            self._host = NodeHost(member, settings, peers, device, address=here, join=Session, show=show)
         except (ModelStoreError, ValueError, OSError) as error:
             self._problem = error  # said by `member`: Ray would say only that the actor died
 

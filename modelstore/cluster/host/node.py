@@ -1,4 +1,5 @@
-"""All that a node's host does: its pieces, images and saves, for readers and for the other hosts. Runs in any process."""
+"""All that a node's host does: its pieces, images and saves, for readers and for the other hosts. Runs in any process: other
+hosts are reached by `Peers`."""
 
 from __future__ import annotations
 
@@ -52,8 +53,8 @@ class NodeHost:
         self,
         member: Member,
         settings: ClusterSettings,
-        view: View,
-        device: str | None,
+        peers: Peers,
+        device: str | None = None,
         *,
         address: Callable[[], str],
         join: Callable[[], Holding],
@@ -64,7 +65,7 @@ class NodeHost:
         folder = settings.folder(member.id)
         self._member = member
         self._settings = settings
-        self._peers = Peers(view, settings.secret)
+        self._peers = peers
         self._before: View | None = None
         self._repaired = 0
         self._join = join
