@@ -5,18 +5,16 @@ One block is in memory at a time, with the sums of its inputs; what it gives for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from modelstore.calibrate.gptq import Factored, Solved, solve
+from modelstore.calibrate.methods import WAYS, Layer, Solution
 from modelstore.calibrate.statistics import Gathered
 from modelstore.calibrate.text import Samples
-from modelstore.codecs.integer.codec import Int
-from modelstore.codecs.numeric.scaled import scale_dtype
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.calibrated import Write
 from modelstore.compress.plan import weight_codec
@@ -25,10 +23,10 @@ from modelstore.execute.read.tensors import bytes_of, to_torch
 from modelstore.execute.spool import Spool
 from modelstore.execute.write.encoding import Encoder, Input
 from modelstore.execute.write.packs import Written
-from modelstore.format.buffers import Buffer, Bytes
-from modelstore.format.dtypes import DType
+from modelstore.format.buffers import Buffer
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
-from modelstore.format.region import Region, extent
+from modelstore.format.recipe import METHODS, Method
+from modelstore.format.region import full
 
 Layers = Mapping[str, tuple[torch.nn.Linear, str, str]]  # by name: the layer, its parameter, and its tensor
 _SHARDS = 8  # runs that the samples are divided into
@@ -37,16 +35,17 @@ _TOKENS = 2  # for each column: an input that fewer came to says too little
 
 @dataclass
 class Calibrated:
-    """GPTQ over a model's blocks. `specs`: the codec of each tensor that is compressed; `wanted`: those that are to be solved.
+    """A model's blocks, solved in their order. `specs`: the codec of each tensor that is compressed; `wanted`: how those are
+    found that are to be solved.
 
-    `notes`, once it has run: why tensors among them were rounded without data, by name.
+    `notes`, once it has run: why tensors among them were made of their weights alone, by name.
     """
 
     stages: Stages
     manifest: Manifest
     samples: Samples
     specs: Mapping[str, CodecSpec]
-    wanted: Collection[str]
+    wanted: Mapping[str, Method]
     memory: int
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -65,12 +64,8 @@ class Calibrated:
         while layers and not layers[-1]:  # nothing is to be solved behind
             layers.pop()
 
-        def keep(solved: Mapping[str, Solved]) -> None:
-            fresh = [
-                replace(left[name], encoder=_encoder(self._int(name), one, self.manifest.by_name[name].kind))
-                for name, one in solved.items()
-                if name in left
-            ]
+        def keep(solved: Mapping[str, Solution]) -> None:
+            fresh = [replace(left[name], encoder=_encoder(one)) for name, one in solved.items() if name in left]
             written.update(write(fresh) if fresh else {})
 
         try:
@@ -91,7 +86,7 @@ class Calibrated:
         layers: Layers,
         shards: Sequence[torch.Tensor],
         before: Spool,
-        keep: Callable[[Mapping[str, Solved]], None],
+        keep: Callable[[Mapping[str, Solution]], None],
     ) -> Spool:
         """Solve a block, have that kept, and give what the block as it is stored makes of the samples; it is read once."""
         stored = self.stages.stored(block)
@@ -121,7 +116,7 @@ class Calibrated:
         values: Mapping[str, torch.Tensor],
         shards: Sequence[torch.Tensor],
         before: Spool,
-    ) -> dict[str, Solved]:
+    ) -> dict[str, Solution]:
         gathered = Gathered()
         with (
             self.stages.skeleton.at(block, values) as run,
@@ -131,30 +126,31 @@ class Calibrated:
                 gathered.begin()
                 run(ids, before[at] if block else None)
         solved = {}
-        shared, factored = "", None  # by layers that follow each other, such as q, k and v
+        shared, prepared = None, None  # by layers that follow each other, such as q, k and v
         for name, (_, parameter, tensor) in layers.items():
-            read, codec = gathered.read_by(name), self._int(tensor)
+            read, method = gathered.read_by(name), self.wanted[tensor]
             weight = values[parameter]
             if read is None or read.count < _TOKENS * weight.shape[1]:
                 self.notes[tensor] = (
                     f"{read.count if read else 0} tokens came to its {weight.shape[1]} columns, and {_TOKENS} for each are due"
                 )
                 continue
-            stored = getattr(torch, scale_dtype(self.manifest.by_name[tensor].kind))
-            if factored is None or shared != gathered.of[name]:
-                shared, factored = gathered.of[name], Factored.of(read.hessian)
-            found = solve(weight, factored, codec.bits, codec.group_size, stored)
-            if found.damping is None:
-                self.notes[tensor] = "its inputs have no factor: plain rounding"
+            if self.specs[tensor].name not in METHODS[method.name].codecs:
+                self.notes[tensor] = (
+                    f"it takes the scheme of a layer that it is fused with, which {method.name} is not for"
+                )
+                continue
+            way = WAYS[method.name]
+            if shared != (gathered.of[name], method.name):
+                shared, prepared = (gathered.of[name], method.name), way.prepare(read.hessian)
+            about = self.manifest.by_name[tensor]
+            found = way.solve(Layer(weight, weight_codec(self.specs[tensor]), about.kind, method.told), prepared)
+            if found.note:
+                self.notes[tensor] = found.note
             solved[tensor] = found
         return solved
 
-    def _int(self, tensor: str) -> Int:
-        codec = weight_codec(self.specs[tensor])
-        assert isinstance(codec, Int), "recipes with gptq have int codecs"
-        return codec
-
-    def _as_stored(self, name: str, tensor: torch.Tensor, solved: Mapping[str, Solved]) -> torch.Tensor:
+    def _as_stored(self, name: str, tensor: torch.Tensor, solved: Mapping[str, Solution]) -> torch.Tensor:
         """How a tensor of the block will read in the variant."""
         about = self.manifest.by_name[name]
         if about.name not in self.specs:
@@ -162,7 +158,7 @@ class Calibrated:
         codec = weight_codec(self.specs[about.name])
         one = solved.get(about.name)
         if one is not None:
-            planes = self._int(about.name).encode_with(one.codes, one.scales, about.shape, about.kind)
+            planes = one.planes(full(about.shape))
         else:
             raw = bytes_of(tensor.contiguous())
             if raw is None:
@@ -177,12 +173,6 @@ def _decoded(codec: WeightCodec, planes: Sequence[Buffer], about: Tensor) -> tor
     return to_torch(out.reshape(-1), about.dtype, about.shape)
 
 
-def _encoder(codec: Int, solved: Solved, kind: DType) -> Encoder:
-    """How regions of a weight are encoded that was solved."""
-
-    def encode(_: Bytes, region: Region) -> tuple[Buffer, ...]:
-        rows, columns = (slice(*pair) for pair in region)
-        groups = slice(columns.start // codec.group_size, -(-columns.stop // codec.group_size))
-        return codec.encode_with(solved.codes[rows, columns], solved.scales[rows, groups], extent(region), kind)
-
-    return lambda part, raw: encode  # noqa: ARG005  the part adds nothing
+def _encoder(solved: Solution) -> Encoder:
+    """How regions of a weight are encoded that was solved, whatever the values."""
+    return lambda part, raw: lambda values, region: solved.planes(region)  # noqa: ARG005

@@ -156,7 +156,7 @@ def _calibrated(
     samples = cut(ids, how, int(text.vocab_size), getattr(text, "max_position_embeddings", None))
     specs = {choice.name: choice.codec for choice in plan.compressed if choice.codec}
     rules = {choice.name: recipe.rule(choice.name, choice.kind) for choice in plan.compressed}
-    wanted = {name for name, rule in rules.items() if rule is not None and rule.method is not None}
+    wanted = {name: rule.method for name, rule in rules.items() if rule is not None and rule.method is not None}
     limits = access.limits()
     stages = Stages(opened, class_of(config), limits)
     return Calibrated(stages, parent.manifest, samples, specs, wanted, limits.memory // 4)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from modelstore.format.manifest import CodecSpec
-from modelstore.format.recipe import Method, Recipe, Rule
+from modelstore.format.recipe import Method, Recipe, Rule, Value
 from modelstore.format.suggest import suggestion
 
-Value = int | float | str | bool
 _WEIGHTS = ("linear", "convolution")
 LADDER = "ladder"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -29,13 +30,29 @@ KINDS: tuple[str, ...] = get_args(Kind)
 _EXPRESSION = "re:"
 
 
-METHODS = ("gptq",)
+Value = int | float | str | bool
+
+
+class Takes(NamedTuple):
+    """Of a method: the codecs that can store what it finds, and what it can be told, with what it takes otherwise."""
+
+    codecs: tuple[str, ...]
+    params: Mapping[str, Value] = MappingProxyType({})
+
+
+METHODS: Mapping[str, Takes] = MappingProxyType({"gptq": Takes(("int",))})
 
 
 class Method(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How the values that a codec stores are found, where that takes data: by GPTQ ("gptq")."""
+    """How the values that a codec stores are found, where that takes data: by GPTQ ("gptq"); and what it is told."""
 
     name: str
+    params: dict[str, Value] = {}
+
+    @property
+    def told(self) -> Mapping[str, Value]:
+        """All its parameters, with the defaults of those that are left out."""
+        return {**METHODS[self.name].params, **self.params}
 
 
 class Rule(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -97,13 +114,23 @@ def recipe(value: Mapping[str, Any]) -> Recipe:
 
 
 def _check_method(name: str, rule: Rule) -> None:
-    assert rule.method is not None, "asked for rules with one"
-    if rule.method.name not in METHODS:
-        raise ValueError(f"recipe {name!r}: method {rule.method.name!r} is not one of {', '.join(METHODS)}")
-    params = rule.codec.params if rule.codec else {}
+    method, codec = rule.method, rule.codec
+    assert method is not None, "asked for rules with one"
+    known = METHODS.get(method.name)
+    if known is None:
+        raise ValueError(f"recipe {name!r}: method {method.name!r} is not one of {', '.join(METHODS)}")
+    for key, value in method.params.items():
+        if key not in known.params:
+            takes = f"it takes {', '.join(known.params)}" if known.params else "it takes none"
+            raise ValueError(f"recipe {name!r}: method {method.name} has no parameter {key!r}; {takes}")
+        kind = type(known.params[key])
+        if type(value) is not kind:
+            raise ValueError(f"recipe {name!r}: method {method.name}, {key}: {value!r} is no {kind.__name__}")
+    params = codec.params if codec else {}
     plain = params.get("symmetric", True) is True and params.get("granularity", "group") == "group"
-    if rule.codec is None or rule.codec.name != "int" or not plain:
-        raise ValueError(f"recipe {name!r}: method gptq is for codec int, symmetric and in groups")
+    if codec is None or codec.name not in known.codecs or (codec.name == "int" and not plain):
+        which = " or ".join(one + ", symmetric and in groups" * (one == "int") for one in known.codecs)
+        raise ValueError(f"recipe {name!r}: method {method.name} is for codec {which}")
 
 
 def check(value: Recipe) -> None:
