@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from modelstore import errors
     from modelstore.calibrate.text import Calibration
     from modelstore.client import Cluster, Model, Store, open
+    from modelstore.codecs.spec import CodecSpec
     from modelstore.compress.presets import presets
-    from modelstore.format.manifest import CodecSpec
     from modelstore.format.recipe import Recipe, Rule
     from modelstore.format.structure import Inert
     from modelstore.plan.layout import ExpertParallel, Layers, PipelineStage, Regions, TensorParallel
@@ -49,7 +49,7 @@ __all__ = [
 
 _HOMES = {
     "Calibration": "modelstore.calibrate.text",
-    "CodecSpec": "modelstore.format.manifest",
+    "CodecSpec": "modelstore.codecs.spec",
     "Inert": "modelstore.format.structure",
     "Recipe": "modelstore.format.recipe",
     "Rule": "modelstore.format.recipe",

@@ -45,6 +45,16 @@ def explained(error: OSError) -> str:
     return f"{said}: {advice}" if advice else said
 
 
+def from_home(path: str | os.PathLike[str]) -> Path:
+    """A path in which `~` and `~user` stand for a home; `ValueError` where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{str(path).partition('/')[0]} in {str(path)!r} is no user of this machine: write the whole path, or ./{path}"
+        ) from None
+
+
 def in_the_way(path: Path) -> str | None:
     """Why a file cannot take its name from what is there: a folder, or a pipe or a device, as /dev/null is; None where it can."""
     if path.is_dir():

@@ -26,7 +26,7 @@ from modelstore.cli.options import (
     StoreUrl,
     open_store,
 )
-from modelstore.paths import in_the_way
+from modelstore.paths import from_home, in_the_way
 
 
 def checkpoint(
@@ -53,7 +53,7 @@ def checkpoint(
 
     if "://" in out:
         raise usage(f"{out} is a URL: give a file on this machine")
-    path, started = Path(out).expanduser().absolute(), time.monotonic()
+    path, started = from_home(out).absolute(), time.monotonic()
     if problem := in_the_way(path):
         raise usage(problem)
     if not path.parent.is_dir():

@@ -9,7 +9,7 @@ import typer
 
 from modelstore.cli import output, units
 from modelstore.cli.failures import usage
-from modelstore.cli.options import AsJson, Debug, Quiet, Reference, StoreUrl, open_store
+from modelstore.cli.options import AsJson, Debug, Quiet, Reference, StoreUrl, duration_of, open_store
 from modelstore.cli.starting import start
 from modelstore.cli.states import state, state_lines
 from modelstore.errors import StorageError
@@ -74,7 +74,13 @@ def top(
 def stop(
     address: Address = "auto",
     wait: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="For saves that are not in the storage yet.")
+        float,
+        typer.Option(
+            metavar="TIME",
+            parser=duration_of,
+            show_default=False,
+            help="For saves that are not in the storage yet, such as 60s or 5m (a minute unless said otherwise).",
+        ),
     ] = 60.0,
     force: Annotated[bool, typer.Option("--force", help="Stop all the same, and lose them.")] = False,
     json: AsJson = False,
@@ -107,7 +113,13 @@ def stop(
 def drain(
     node: Node,
     wait: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="Until all is handed on; 0 returns at once.")
+        float,
+        typer.Option(
+            metavar="TIME",
+            parser=duration_of,
+            show_default=False,
+            help="Until all is handed on, such as 90s or 10m (ten minutes unless said otherwise); 0 returns at once.",
+        ),
     ] = 600.0,
     address: Address = "auto",
     json: AsJson = False,

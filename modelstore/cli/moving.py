@@ -9,7 +9,7 @@ import typer
 
 from modelstore.cli import complete, output, swapped, units
 from modelstore.cli.failures import usage
-from modelstore.cli.options import AsJson, Debug, Memory, Mirrors, ModelName, Quiet, StoreUrl, open_store
+from modelstore.cli.options import AsJson, Debug, Memory, Mirrors, ModelName, Quiet, StoreUrl, lasting, open_store
 
 if TYPE_CHECKING:
     from modelstore.format.inventory import Copied, StoreUsage
@@ -52,6 +52,7 @@ def copy(
     if len(what) > 2 or (len(what) == 1 and not everything):
         raise usage("copy takes a reference and a store, copy REF DEST; or with --all a store alone")
     ref, target = (what[0], what[1]) if len(what) == 2 else (None, what[0])
+    lasting(target)
     opened = open_store(store, memory=memory, mirrors=mirror)
     with output.progress(quiet=quiet) as report, swapped.told(opened, "copy", (ref, target), ("REF", "DEST")):
         done = opened.copy(ref, target, name=name, variants=variants, tags=tags, all=everything, progress=report)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstore.cli import complete, units
+from modelstore.cli import complete
 from modelstore.cli.failures import usage
-from modelstore.format.units import parse_size
+from modelstore.format.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from modelstore.client import Store
@@ -24,10 +24,10 @@ def size_of(text: str | int) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-def duration_of(text: str | int) -> int:
-    """The value of an option that takes a duration."""
+def duration_of(text: str | float) -> float:
+    """The value of an option that takes a time."""
     try:
-        return units.parse_duration(str(text))
+        return parse_duration(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -91,7 +91,7 @@ Mirrors = Annotated[
     ),
 ]
 Grace = Annotated[
-    int,
+    float,
     typer.Option(
         "--grace",
         metavar="TIME",
@@ -127,6 +127,12 @@ OptionalReference = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 OutputPath = Path
+
+
+def lasting(place: str | None) -> None:
+    """Refuse a place to write to that ends with the command."""
+    if place is not None and place.lower().startswith("memory://"):
+        raise typer.BadParameter("memory:// ends with this command: give a folder, or a URL like s3://bucket/folder")
 
 
 def open_store(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from modelstore.cli import complete, output, units
 from modelstore.cli.failures import usage
-from modelstore.cli.options import AsJson, Cluster, Debug, Memory, ModelName, Quiet, StoreUrl, open_store
+from modelstore.cli.options import AsJson, Cluster, Debug, Memory, ModelName, Quiet, StoreUrl, lasting, open_store
 from modelstore.format.names import is_model
+from modelstore.paths import from_home
 from modelstore.sources.checkpoint import BESIDE
 
 if TYPE_CHECKING:
@@ -150,12 +150,13 @@ def save(
     """
     from modelstore.sources.hub import hub_id
 
-    there = Path(source).expanduser().exists()
-    if not there and is_model(source) and not is_model(name) and Path(name).expanduser().exists():
+    there = from_home(source).exists()
+    if not there and is_model(source) and not is_model(name) and from_home(name).exists():
         raise usage(f"SOURCE and NAME are swapped: write modelstore save {name} {source}")
     if hub_id(source) is None and not there:
         raise usage(f"there is no file or folder {source}: give what is to be saved, then the model's name")
     entries = dict(_entry(text) for text in meta or ())
+    lasting(store)
     opened = open_store(store, memory=memory, cluster=cluster)
     with output.progress(quiet=quiet) as report:
         saved = opened.save(

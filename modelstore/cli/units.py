@@ -1,21 +1,8 @@
-"""Times as people write them; sizes, times and shares as they read them."""
+"""Sizes, times and shares as people read them."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-
-from modelstore.format.units import NUMBER
-
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-
-
-def parse_duration(text: str) -> int:
-    """Seconds of a duration such as '90s', '12h', '7d' or '3600'; `ValueError` saying what is accepted."""
-    match = NUMBER.fullmatch(text)
-    unit = _SECONDS.get(match[2].lower()) if match else None
-    if match is None or unit is None:
-        raise ValueError(f"{text!r} is not a duration: write a number and a unit of s, m, h, d or w, such as 12h or 7d")
-    return int(float(match[1]) * unit)
 
 
 def size(count: int) -> str:

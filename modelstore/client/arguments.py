@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args
 from modelstore.format import given
 from modelstore.format.given import told
 from modelstore.format.names import check_model, check_word, parse_reference
-from modelstore.format.units import parse_size
+from modelstore.format.units import parse_duration, parse_size
 from modelstore.plan.layout import as_layout
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,8 +25,6 @@ Check = Callable[[str, Any], Any]
 LEAST = {  # the least that a number may be
     "threads": 1,
     "replicas": 1,
-    "grace": 0,
-    "timeout": 0,
     "context": 2,
     "stride": 1,
     "limit": 2,
@@ -140,8 +138,21 @@ def _no_nul(name: str, value: Any) -> Any:
     return value
 
 
+def _is_store(value: Any) -> bool:
+    return isinstance(getattr(value, "url", None), str) and hasattr(value, "repo")
+
+
+def _stores(name: str, value: Any) -> Any:
+    if isinstance(value, str | bytes | os.PathLike) or _is_store(value):
+        shown = repr(value) if isinstance(value, str) else "…"
+        raise TypeError(f"{name} is a list of stores: write [{shown}]")
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} is a list of stores' paths or URLs, or of opened stores, not {told(value)}")
+    return tuple(_store(f"one of {name}", one) for one in value)
+
+
 def _store(name: str, value: Any) -> Any:
-    if isinstance(getattr(value, "url", None), str):
+    if _is_store(value):
         return value
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} is to be a store's path or URL, or an opened store, not {told(value)}")
@@ -167,6 +178,8 @@ def _source(name: str, value: Any) -> Any:
     """What nothing can be saved from; all else is looked at by `open_source`."""
     if value is None or isinstance(value, bool | int | float | bytes):
         raise TypeError(f"{name} is {told(value)}: give a path, a mapping from names to tensors, or a module")
+    if hasattr(value, "repo") or type(value).__module__ == "modelstore.client.model":
+        raise TypeError(f"{name} is {told(value)}: copy(ref, destination) brings a model of a store to another one")
     return _no_nul(name, value)
 
 
@@ -239,6 +252,15 @@ def _size(name: str, value: Any) -> Any:
         raise ValueError(f"{name}: {error}") from None
 
 
+def _duration(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return given.amount(name, value, 0)
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def _recipe(name: str, value: Any) -> Any:
     from modelstore.format.recipe import Recipe
 
@@ -292,11 +314,13 @@ ANNOTATIONS: dict[str, Check] = {
     "bool | float": _share,
     "int | str": _memory,
     "Size": _size,
+    "Duration": _duration,
     "str | os.PathLike[str]": _path,
     "str | PathLike[str]": _path,
     "str | Path": _path,
     "Path": _path,
-    "str | os.PathLike[str] | Base": _store,
+    "str | os.PathLike[str] | OpenedStore": _store,
+    "Sequence[str | os.PathLike[str] | OpenedStore]": _stores,
     "bool | Iterable[str]": _some,
     "Iterable[str]": given.texts,
     "Sequence[str]": given.texts,

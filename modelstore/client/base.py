@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from modelstore.client.access import Access
 from modelstore.client.arguments import Checked
 from modelstore.client.model import Model
 from modelstore.storage.base import Storage
+from modelstore.storage.open import open_storage
 from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
@@ -51,6 +54,11 @@ class OpenedStore(Checked):
     def _at(self, ref: str) -> Model:
         """The model that a reference names, which is looked up when it is first asked for something."""
         return Model(self._access, ref)
+
+
+def storage_of(where: str | os.PathLike[str] | OpenedStore, options: Mapping[str, Any] | None = None) -> Storage:
+    """The storage, for reading, of another store: of an open one its own, of a URL a new one."""
+    return where.repo.storage if isinstance(where, OpenedStore) else open_storage(where, options, read_only=True)
 
 
 def _again(kind: type[OpenedStore], access: Access) -> OpenedStore:

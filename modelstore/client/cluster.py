@@ -13,6 +13,7 @@ from modelstore.errors import NotFoundError
 from modelstore.format import results
 from modelstore.format.names import parse_reference
 from modelstore.format.progress import Progress, meter
+from modelstore.format.units import Duration, parse_duration
 from modelstore.plan.layout import Shard, as_layout
 
 if TYPE_CHECKING:
@@ -245,12 +246,13 @@ class Cluster(Checked):
         if not cancel(job):
             raise NotFoundError(f"no job {job!r} runs on the cluster: list them with 'modelstore jobs'")
 
-    def drain(self, node: str, *, wait: float = 0.0) -> list[str]:
+    def drain(self, node: str, *, wait: Duration = 0.0) -> list[str]:
         """Prepare for a node to leave: its hosts become home to nothing, and others are sent what they hold.
 
         Args:
             node: The node's id or the beginning of it, its address, or its host's name.
-            wait: Seconds to wait at most until all is handed on, as far as others have room; `status` shows what is left.
+            wait: How long to wait at most, in seconds or as a text such as "10m", until all is handed on as far as
+                others have room; `status` shows what is left.
 
         Returns:
             The names of the node's hosts.
@@ -263,7 +265,7 @@ class Cluster(Checked):
         Example:
             >>> store.cluster.drain("10.0.0.7", wait=60)
         """
-        return self.session.drain(node, seconds=wait)
+        return self.session.drain(node, seconds=parse_duration(wait))
 
     def undrain(self, node: str) -> list[str]:
         """Let the hosts of a node that does not leave after all be homes again.

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelstore.client.access import Access
@@ -16,6 +15,7 @@ from modelstore.format.names import ORIGINAL, check_word, parse_reference
 from modelstore.format.progress import Progress
 from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
+from modelstore.paths import from_home
 from modelstore.plan.work import Work
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _codes(access: Access, where: str | PathLike[str] | None) -> Iterator[Codes 
     if where is None:
         yield None
         return
-    path = Path(where).expanduser()
+    path = from_home(where)
     if path.is_dir():
         codes: Codes = DirectoryCodes(path)
     else:

@@ -10,6 +10,7 @@ from modelstore.client.base import OpenedStore
 from modelstore.execute.write.vote import Vote
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.progress import Progress
+from modelstore.format.units import Duration, parse_duration
 from modelstore.plan.layout import Shard, as_layout
 from modelstore.store.watch import Watch
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class Following(OpenedStore):
     """The part of a store that follows models over time."""
 
-    def watch(self, name: str, *, tag: str | None = None, poll: float = 1.0, since: int | None = None) -> Watch:
+    def watch(self, name: str, *, tag: str | None = None, poll: Duration = 1.0, since: int | None = None) -> Watch:
         """Give each version of a model as it becomes the newest, or the one that a tag names.
 
         It begins with what is there, unless that is version `since`, and blocks until there is another. A model that is not
@@ -32,7 +33,7 @@ class Following(OpenedStore):
         Args:
             name: The model's name.
             tag: Follow this tag; without it, the newest version.
-            poll: Seconds between two looks, of one request each.
+            poll: The time between two looks, in seconds or as a text such as "5s"; a look is one request.
             since: The number of a version that is known already.
 
         Returns:
@@ -45,7 +46,7 @@ class Following(OpenedStore):
         check_model(name)
         if tag is not None:
             check_word(tag, "tag")
-        return Watch(self.repo.catalog, name, tag, poll, since)
+        return Watch(self.repo.catalog, name, tag, parse_duration(poll), since)
 
     def follow(
         self,
@@ -108,7 +109,7 @@ class Following(OpenedStore):
             progress=progress,
         )
 
-    def together(self, session: str, *, rank: int, ranks: int, timeout: float = 60.0) -> Vote:
+    def together(self, session: str, *, rank: int, ranks: int, timeout: Duration = 60.0) -> Vote:
         """Make a vote for `Live.swap_to(…, together=…)`: all of the processes swap, or none does.
 
         A rank that dies, or is not ready in time, keeps all from it.
@@ -117,7 +118,7 @@ class Following(OpenedStore):
             session: Names this swap among all ranks, such as f"swap-{version}"; used for no other, nor for a second attempt.
             rank: The number of this process, from 0.
             ranks: How many processes vote.
-            timeout: Seconds in which every rank has to be ready.
+            timeout: In what time every rank has to be ready, in seconds or as a text such as "5m".
 
         Returns:
             The vote.
@@ -128,6 +129,6 @@ class Following(OpenedStore):
         Example:
             >>> live.swap_to(7, together=store.together("swap-7", rank=rank, ranks=8))
         """
-        vote = Vote(self.repo.storage, session, rank=rank, ranks=ranks, timeout=timeout)
+        vote = Vote(self.repo.storage, session, rank=rank, ranks=ranks, timeout=parse_duration(timeout))
         self.repo.catalog.open()
         return vote

@@ -10,6 +10,7 @@ from modelstore.client.cluster import Cluster
 from modelstore.client.forwards import told_by
 from modelstore.format import results
 from modelstore.format.progress import Progress
+from modelstore.format.units import Duration
 from modelstore.plan.layout import Shard
 
 
@@ -83,7 +84,7 @@ class OfCluster(OpenedStore):
         self._joined.cancel(job)
 
     @told_by(Cluster.drain, "store.cluster.drain(…)")
-    def drain(self, node: str, *, wait: float = 0.0) -> list[str]:
+    def drain(self, node: str, *, wait: Duration = 0.0) -> list[str]:
         return self._joined.drain(node, wait=wait)
 
     @told_by(Cluster.undrain, "store.cluster.undrain(…)")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from contextlib import suppress
 
 from modelstore.client.access import log
-from modelstore.client.base import OpenedStore
+from modelstore.client.base import OpenedStore, storage_of
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, of_version, parse_reference
 from modelstore.format.progress import Progress, meter
-from modelstore.storage.open import open_storage
+from modelstore.format.units import Duration, parse_duration
 from modelstore.store.catalog import Catalog
 from modelstore.store.damage import DAMAGED
 
@@ -48,7 +49,11 @@ class Keeping(OpenedStore):
         )
 
     def repair(
-        self, ref: str | None = None, *, source: str | None = None, progress: Progress | None = None
+        self,
+        ref: str | None = None,
+        *,
+        source: str | os.PathLike[str] | OpenedStore | None = None,
+        progress: Progress | None = None,
     ) -> results.Report:
         """Mend what `verify` finds: lost manifests from their copies, damaged packs from another copy of the store.
 
@@ -57,7 +62,7 @@ class Keeping(OpenedStore):
 
         Args:
             ref: What to mend: a model, a version or a variant; without it, everything live.
-            source: The URL of another copy of the store.
+            source: Another copy of the store: its URL, or the opened store.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
@@ -71,7 +76,7 @@ class Keeping(OpenedStore):
         """
         from modelstore.store.repair import repair
 
-        other = open_storage(source, read_only=True) if source is not None else None
+        other = storage_of(source) if source is not None else None
         if other is not None:
             with suppress(*DAMAGED):  # what else it holds may be good
                 Catalog(other).open()
@@ -151,7 +156,7 @@ class Keeping(OpenedStore):
         self,
         *,
         dry_run: bool = True,
-        grace: float = GRACE,
+        grace: Duration = GRACE,
         compact: bool | float = False,
         progress: Progress | None = None,
     ) -> results.Swept:
@@ -161,7 +166,7 @@ class Keeping(OpenedStore):
 
         Args:
             dry_run: Only say what would be removed.
-            grace: Seconds for which what nothing refers to is left alone.
+            grace: For how long what nothing refers to is left alone: seconds, or a text such as "12h".
             compact: First rewrite packs of which less than this share is live (True: 0.8): what is live of them moves, as it is
                 stored, to new packs, and versions are read from there. The old packs stay for the grace period, as what was
                 deleted does; until then the store takes more, by what was moved.
@@ -183,7 +188,7 @@ class Keeping(OpenedStore):
         return clean(
             self.repo,
             dry_run=dry_run,
-            grace=grace,
+            grace=parse_duration(grace),
             bound=bound,
             work=self._access.work(progress),
         )

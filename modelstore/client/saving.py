@@ -21,6 +21,7 @@ from modelstore.format.note import note
 from modelstore.format.progress import Progress
 from modelstore.format.record import VersionRecord
 from modelstore.format.region import nbytes
+from modelstore.format.units import Duration, parse_duration
 from modelstore.sources.choosing import Selection
 from modelstore.sources.open import check_holds, open_source
 from modelstore.store.relying import again
@@ -306,11 +307,11 @@ class Saving(OpenedStore):
         Shelf(self.repo.storage).require(name, manifest.packs)
         return record
 
-    def flush(self, timeout: float | None = None) -> list[results.Saved]:
+    def flush(self, timeout: Duration | None = None) -> list[results.Saved]:
         """Wait until every save of this object with `ack="memory"` is in the storage.
 
         Args:
-            timeout: Seconds to wait at most; None waits as long as it takes.
+            timeout: How long to wait at most, in seconds or as a text such as "5m"; None waits as long as it takes.
 
         Returns:
             Those saves, with their versions.
@@ -327,7 +328,8 @@ class Saving(OpenedStore):
 
         pending = dict(self._access.pending)
         orders = [order for order, _ in pending.values()]
-        found = wait_durable(in_cluster(self._access)[0], self.repo.storage, orders, timeout)
+        seconds = None if timeout is None else parse_duration(timeout)
+        found = wait_durable(in_cluster(self._access)[0], self.repo.storage, orders, seconds)
         for save in pending:
             self._access.pending.pop(save, None)
         return [msgspec.structs.replace(done, version=found[save], durable=True) for save, (_, done) in pending.items()]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelstore.client.arguments import checked
+from modelstore.client.base import OpenedStore, storage_of
 from modelstore.client.checkpoints import Checkpoints
 from modelstore.client.copying import Copying
 from modelstore.client.following import Following
@@ -25,7 +26,7 @@ def open(
     *,
     memory: int | str | None = None,
     threads: int | None = None,
-    mirrors: Sequence[str] = (),
+    mirrors: Sequence[str | os.PathLike[str] | OpenedStore] = (),
     storage_options: Mapping[str, Any] | None = None,
     engine: str | None = None,
     read_only: bool = False,
@@ -38,7 +39,8 @@ def open(
         memory: The working memory of each call, in bytes or as a text like "1GiB" (default: a quarter of what is free, at
             most 4 GiB; at least 64 MiB). What a call returns comes on top.
         threads: Threads of each call (default: the cores; more where requests wait for a network).
-        mirrors: Copies of the store, read where this one's bytes are wrong or gone, which they then replace.
+        mirrors: Copies of the store, as URLs or opened stores, read where this one's bytes are wrong or gone, which they then
+            replace.
         storage_options: fsspec's for the protocol.
         engine: The S3 client, "obstore" or "s3fs".
         read_only: Write nothing. Protocols that cannot hold a store safely, such as http, can be read so.
@@ -56,7 +58,7 @@ def open(
     Example:
         >>> store = ms.open("s3://bucket/models", memory="1GiB")
     """
-    copies = tuple(open_storage(mirror, storage_options, read_only=True) for mirror in mirrors)
+    copies = tuple(storage_of(mirror, storage_options) for mirror in mirrors)
     storage = open_storage(url, storage_options, engine, read_only=read_only)
     session = source = None
     if cluster is not None:

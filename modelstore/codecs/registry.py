@@ -17,6 +17,8 @@ from typing import cast
 
 from modelstore.codecs.base import Codec
 from modelstore.errors import UnsupportedError
+from modelstore.format.given import told
+from modelstore.format.suggest import suggestion
 
 _ROWS = MappingProxyType(
     {
@@ -42,6 +44,7 @@ _ROWS = MappingProxyType(
 
 
 _GROUP = "modelstore.codecs"
+_LARGEST = 1 << 62
 
 
 @cache
@@ -60,15 +63,40 @@ def codec(name: str, params: Mapping[str, object] | None = None) -> Codec:
 
     `UnsupportedError` where no codec has that name, `ValueError` where it has no such parameter or refuses its value.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a codec is named by a text such as 'int', not by {told(name)}")
     place = _ROWS.get(name) or added().get(name)
     if place is None:
-        raise UnsupportedError(f"codec {name!r} is not known; known are {', '.join(names())}")
+        raise UnsupportedError(
+            f"codec {name!r} is not known{suggestion(name, names())}; known are {', '.join(names())}"
+        )
     module, attribute = place.split(":")
     made = getattr(import_module(module), attribute)
-    params = params or {}
+    params = {} if params is None else params
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            f"codec {name!r}: its parameters are a mapping by name, such as {{'bits': 4}}, not {told(params)}"
+        )
     known = [field.name for field in dataclasses.fields(made)]
-    unknown = sorted(set(params) - set(known))
+    unknown = sorted(str(one) for one in params if one not in known)
     if unknown:
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise ValueError(f"codec {name!r} has no parameter {', '.join(map(repr, unknown))}; {takes}")
-    return cast(Codec, made(**params))
+    try:
+        for field in dataclasses.fields(made):
+            if field.name in params:
+                _check_kind(field.name, params[field.name], field.default)
+        return cast(Codec, made(**params))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"codec {name!r}: {error}") from None
+
+
+def _check_kind(name: str, value: object, default: object) -> None:
+    """A parameter is of the kind that its default is of, as a manifest holds it: a whole number does for a share, too."""
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    kind = type(default)
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if kind in kinds and not fits:
+        raise ValueError(f"{name} is to be {kinds[kind]}, not {told(value)}")
+    if isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:  # NaN is not within, either
+        raise ValueError(f"{name} is {told(value)}, beyond all bounds")

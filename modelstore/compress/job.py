@@ -39,6 +39,7 @@ from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region, extent, shift
 from modelstore.format.results import CodecChoice, CompressionPlan
+from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.work import Limits, Work
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
@@ -92,8 +93,8 @@ def variants_of(plan: CompressionPlan, name: str) -> tuple[str, ...]:
     """
     found = {weight_codec(choice.codec).views for choice in plan.compressed if choice.codec}
     if found <= {()}:
-        if name == ORIGINAL:
-            raise ValueError("a variant cannot be called 'original': choose another name")
+        if name in (ORIGINAL, CHECKPOINT):
+            raise ValueError(f"a variant that is made cannot be called {name!r}, as saves make it: choose another name")
         return (name,)
     if len(found) > 1:
         raise ValueError(f"recipe {plan.recipe!r} mixes ladder with other codecs: make them variants of their own")

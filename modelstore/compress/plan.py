@@ -17,7 +17,7 @@ from modelstore.compress.presets import preset
 from modelstore.errors import UnsupportedError
 from modelstore.format.architecture import Architecture
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
-from modelstore.format.recipe import KINDS, Kind, Recipe, Rule, check, matches, recipe
+from modelstore.format.recipe import KINDS, Kind, Recipe, Rule, as_checked, check, matches, recipe
 from modelstore.format.results import CodecChoice, CompressionPlan
 from modelstore.plan.write import TensorPlan, plan_tensor
 
@@ -248,7 +248,7 @@ def resolve(value: str | Recipe | Mapping[str, Any], include: Iterable[str] = ()
     if isinstance(value, str):
         made = preset(value)
     elif isinstance(value, Recipe):
-        made = value
+        made = as_checked(value)
     elif isinstance(value, Mapping):
         made = recipe(value)
     else:
@@ -260,4 +260,7 @@ def resolve(value: str | Recipe | Mapping[str, Any], include: Iterable[str] = ()
     rules = [Rule(tuple(skip), None)] * bool(skip) + [Rule(tuple(include), codec, method)] * bool(include)
     made = made.with_rules(*rules)
     check(made)
+    for rule in made.rules:  # also one that speaks of no tensor of this model
+        if rule.codec:
+            weight_codec(rule.codec)
     return made

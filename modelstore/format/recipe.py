@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import msgspec
 
 from modelstore.format.decoding import prepared
+from modelstore.format.given import told
 from modelstore.format.manifest import CodecSpec
+from modelstore.format.names import check_word
 
 Kind = Literal[
     "linear",
@@ -67,6 +69,12 @@ class Rule(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
     codec: CodecSpec | None = None
     method: Method | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            raise TypeError(f"targets is a list of kinds and patterns: write ({self.targets!r},)")
+        if self.codec is not None and not isinstance(self.codec, CodecSpec):
+            raise TypeError(f"codec is a CodecSpec, such as CodecSpec('int', {{'bits': 4}}), not {told(self.codec)}")
+
 
 class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Rules, of which the first that speaks of a tensor counts; a tensor that none speaks of is kept as it is.
@@ -113,6 +121,14 @@ def recipe(value: Mapping[str, Any]) -> Recipe:
     return made
 
 
+def as_checked(value: Recipe) -> Recipe:
+    """A recipe that was made in Python, all of whose values are of their kinds; `ValueError` says what is wrong with it."""
+    try:
+        return recipe(msgspec.to_builtins(value))
+    except TypeError as error:
+        raise ValueError(f"the recipe is not valid: {error}") from None
+
+
 def _check_method(name: str, rule: Rule) -> None:
     method, codec = rule.method, rule.codec
     assert method is not None, "asked for rules with one"
@@ -135,6 +151,7 @@ def _check_method(name: str, rule: Rule) -> None:
 
 def check(value: Recipe) -> None:
     """`ValueError` where a recipe cannot be meant so."""
+    check_word(value.name, "recipe")  # it is what the variant is called
     if value.prune is not None and not 0 < value.prune < 1:
         raise ValueError(f"recipe {value.name!r}: prune={value.prune} is no share between 0 and 1")
     for rule in value.rules:

@@ -1,10 +1,12 @@
-"""Sizes as people write them."""
+"""Sizes and times as people write them, for the command line and for Python alike."""
 
 from __future__ import annotations
 
+import math
 import re
 
 Size = int | str  # bytes, or a text such as "8GiB"
+Duration = float | str  # seconds, or a text such as "12h"
 
 NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 _BYTES = {
@@ -23,6 +25,7 @@ _BYTES = {
     "TB": 1000**4,
     "TIB": 1 << 40,
 }
+_SECONDS = {"": 1, "S": 1, "M": 60, "H": 3600, "D": 86_400, "W": 604_800}
 _MOST = 1 << 100
 _LONGEST = 40  # characters of a size: beyond that it is no number that a machine has bytes for
 
@@ -42,3 +45,20 @@ def parse_size(size: Size) -> int:
     if found <= 0:
         raise ValueError(f"{text!r} is no size to work with: it must be at least one byte")
     return found
+
+
+def parse_duration(duration: Duration) -> float:
+    """Seconds of a time such as '90s', '12h', '7d' or 3600; `ValueError` saying what is accepted, `TypeError` for no time."""
+    if isinstance(duration, bool) or not isinstance(duration, int | float | str):
+        raise TypeError(f"a time is a number of seconds or a text such as '12h', not {type(duration).__name__}")
+    if isinstance(duration, int | float):
+        if math.isnan(duration) or duration < 0:
+            raise ValueError(f"{duration} is no time to wait or to spare: it must be 0 or more")
+        return duration
+    match = NUMBER.fullmatch(duration) if len(duration) <= _LONGEST else None
+    unit = _SECONDS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ValueError(
+            f"{duration[:_LONGEST]!r} is not a time: write a number and a unit of s, m, h, d or w, such as 12h or 7d"
+        )
+    return float(match[1]) * unit if "." in match[1] else int(match[1]) * unit

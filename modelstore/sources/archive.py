@@ -40,8 +40,11 @@ class Archive:
                 infos = zipped.infolist()
         except ModelStoreError:
             raise
-        except Exception as error:  # zipfile fails in its own ways on bytes that are no zip
-            raise self._bad(f"not a valid torch.save archive ({error})") from None
+        except Exception:  # zipfile fails in its own ways on bytes that are no zip
+            raise self._bad(
+                "it begins as a file of torch.save, and its directory, which is at the end, cannot be read: it was cut short, or "
+                "is damaged, so copy or save it again"
+            ) from None
         self._records = {info.filename: info for info in infos}
         if len(self._records) != len(infos):
             raise self._bad("the archive names a record twice")
@@ -150,7 +153,9 @@ class FileRange(io.RawIOBase):
         left = max(0, self._length - self._at)
         count = left if size is None or size < 0 else min(size, left)
         if count > self._limit:
-            raise ValueError(f"a table of {count} bytes, where {self._limit} is the limit")
+            raise FormatError(
+                f"{self._path}: a table of {count} bytes, where {self._limit} is the limit", object=str(self._path)
+            )
         data = self._opened.bytes(self._path, self._start + self._at, count)
         self._at += count
         return data

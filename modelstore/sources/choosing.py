@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelstore.errors import UnsupportedError
+from modelstore.errors import FormatError, UnsupportedError
+from modelstore.paths import from_home
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source
 from modelstore.sources.folder import check_fetched
-from modelstore.sources.reading import open_regular
+from modelstore.sources.reading import open_regular, require_file
 
 INCLUDES = ("model", "all")
 GGUFS = ("dequantize", "blocks")
@@ -57,7 +58,7 @@ def open_chosen(what: Any, choice: Selection) -> Source | None:
         from modelstore.sources.training import open_training
 
         return open_training(what, choice.key, everything=choice.everything)
-    path = Path(what).expanduser() if isinstance(what, (str, Path)) and "://" not in str(what) else None
+    path = from_home(what) if isinstance(what, (str, Path)) and "://" not in str(what) else None
     if path is not None and path.is_file():
         check_fetched(path)
         return _open_file(path, choice)
@@ -66,12 +67,16 @@ def open_chosen(what: Any, choice: Selection) -> Source | None:
         from modelstore.sources.pickled import open_directory
 
         return open_directory(path, key=choice.key, everything=choice.everything)
+    if path is not None and path.exists() and not path.is_dir():
+        require_file(path)  # says what it is
     _only(choice, "this source", gguf=False, pickled=False)
     return None
 
 
 def _open_file(path: Path, choice: Selection) -> Source | None:
     head = _head(path)
+    if not head:
+        raise FormatError(f"{path} is empty: it was cut short, so copy or save it again", object=str(path))
     if head[:4] == b"GGUF":
         _only(choice, f"{path}, a GGUF file,", pickled=False)
         from modelstore.sources.gguf import open_gguf

@@ -14,12 +14,12 @@ from modelstore.format.checkpoint import PIPELINE
 from modelstore.format.given import told
 from modelstore.format.names import check_file
 from modelstore.format.region import Region
-from modelstore.paths import explained
+from modelstore.paths import explained, from_home
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source, TensorSpec
 from modelstore.sources.choosing import Selection, open_chosen
 from modelstore.sources.hub import cached_snapshot, hub_id, open_hub
-from modelstore.sources.reading import Files
+from modelstore.sources.reading import Files, require_file
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ def _dispatch(what: Any) -> Source:
         wrong = [str(item) for item in what if Path(item).suffix != ".safetensors"]
         if wrong:
             raise ValueError(f"a list must name safetensors files only, and has {wrong[0]!r}")
-        return safetensors.open_files([Path(item).expanduser() for item in what])
+        return safetensors.open_files([from_home(item) for item in what])
     raise TypeError(f"a {type(what).__module__}.{type(what).__qualname__} cannot be saved: give {_ACCEPTED}")
 
 
@@ -99,7 +99,7 @@ def _open_path(given: str | Path) -> Source:
         return _open_directory(found) if isinstance(found, Path) else found
     if "://" in str(given):
         raise UnsupportedError(f"{given} is a URL, and sources are local: fetch it first, or mount it")
-    path = Path(given).expanduser()
+    path = from_home(given)
     if path.is_dir():
         return _open_directory(cached_snapshot(path) or path)
     if not path.exists():
@@ -175,9 +175,8 @@ def checked_files(files: Mapping[str, str | Path | bytes]) -> dict[str, Path | b
         except FormatError as error:
             raise ValueError(str(error)) from None
         if isinstance(file, (str, Path)):
-            file = Path(file)
-            if not file.is_file():
-                raise NotFoundError(f"{file}, given as {name!r}, is not a file", object=str(file))
+            file = from_home(file)
+            require_file(file)
         elif not isinstance(file, bytes):
             raise TypeError(f"file {name!r} must be a path or bytes, not a {type(file).__name__}")
         checked[name] = file

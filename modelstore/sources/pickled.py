@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.errors import FormatError, NotFoundError, UnsupportedError
+from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import region as regions
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import Region, nbytes
@@ -29,7 +29,7 @@ from modelstore.sources.filed import CheckpointIndex, FiledBox, FiledSource, che
 from modelstore.sources.folder import Folder, leave_duplicates, read_index, scan
 from modelstore.sources.legacy import LegacyArchive, is_legacy
 from modelstore.sources.pickled_tensors import NotDense, Ref
-from modelstore.sources.reading import ArrayPlace, Files, boxed, open_regular
+from modelstore.sources.reading import ArrayPlace, Files, boxed, open_regular, require_file
 from modelstore.sources.states import states_of
 from modelstore.sources.structure import TensorView, beside_state
 
@@ -79,8 +79,7 @@ def open_file(
     `everything`: with all that lies beside the state dict, as further tensors and a file of plain values.
     `FormatError` where it is not clear which dict is the model, and where something in that is no tensor.
     """
-    if not path.is_file():
-        raise NotFoundError(f"{path} is not a file", object=str(path))
+    require_file(path)
     opened = Files(states_of([path]))
     return _open({path.name: path}, opened, kept=files or {}, skipped={}, key=key, everything=everything)
 

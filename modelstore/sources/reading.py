@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.errors import FormatError, StorageError
+from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.format.buffers import Bytes
 from modelstore.format.locks import Lock
 from modelstore.format.region import Region, extent
@@ -58,6 +58,20 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise FormatError(f"{path} is not a regular file: leave it out, or give a file in its place", object=str(path))
     return descriptor
+
+
+def require_file(path: Path) -> None:
+    """`NotFoundError` where there is no such file; `FormatError` where there is a pipe, a device or a folder in its place."""
+    if path.is_file():
+        return
+    if not path.exists():
+        raise NotFoundError(f"{path} does not exist: check the path", object=str(path))
+    what = (
+        "a folder: give the file"
+        if path.is_dir()
+        else "a pipe or a device, where a file is needed: write it to one first"
+    )
+    raise FormatError(f"{path} is {what}", object=str(path))
 
 
 def read_whole(path: Path, limit: int) -> bytes:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modelstore.errors import FormatError, ModelStoreError, NotFoundError, UnsupportedError
+from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
 from modelstore.format import region as regions
 from modelstore.format.checkpoint import PIPELINE, Weights, components
 from modelstore.format.dtypes import dtype
@@ -18,7 +18,7 @@ from modelstore.format.safetensors import PREFIX, HeaderEntry, header_length, pa
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import Budget, CheckpointIndex, FiledBox, FiledSource, check_tiling, fingerprint
 from modelstore.sources.folder import Folder, leave_duplicates, read_index, read_json, scan
-from modelstore.sources.reading import ArrayPlace, Files, row_major
+from modelstore.sources.reading import ArrayPlace, Files, require_file, row_major
 from modelstore.sources.states import State, states_of
 
 SHARDING = "DCP_SHARDING_INFO"  # torch DCP's Hugging Face writer puts each piece's place in its tensor there
@@ -33,8 +33,7 @@ def open_files(paths: Sequence[Path], *, files: Mapping[str, Path | bytes] | Non
     if not paths:
         raise ValueError("no safetensors files were given")
     for path in paths:
-        if not path.is_file():
-            raise NotFoundError(f"{path} is not a file", object=str(path))
+        require_file(path)
     shards = {f"{i:06}/{path.name}": path for i, path in enumerate(paths)}
     return _open(shards, Files(states_of(paths)), kept=files or {}, skipped={})
 

@@ -126,6 +126,8 @@ class _Reader(_Base):  # type: ignore[misc]
         self._inert = inert
 
     def find_class(self, module: Any, name: Any) -> Stand:
+        if not module or not name:
+            raise pickle.UnpicklingError("a name is empty, or cut short")
         full = f"{module}.{name}"
         if full in self._allowed:
             return self._allowed[full]
@@ -292,6 +294,10 @@ def unpickle(
         raise FormatError(f"{where}: {error}", object=where) from None
     except MemoryError:
         raise FormatError(f"{where}: the pickle asks for more memory than there is", object=where) from None
+    except EOFError:
+        raise FormatError(
+            f"{where}: the pickle ends too early: it was cut short, so copy or save it again", object=where
+        ) from None
     except Exception as error:  # a reader of hostile bytes fails in any way: index, attribute, type, value, struct, …
         raise FormatError(
             f"{where}: not a valid pickle ({type(error).__name__}): it is damaged, or a file of another kind",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 # Of the protocols that people write; others are URLs, too, where they are followed by "://".
 _PROTOCOLS = (
@@ -15,10 +15,20 @@ _PROTOCOLS = (
 _MISTYPED = re.compile(rf"({_PROTOCOLS}):(?!//)/?", re.IGNORECASE)
 
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*")
+_FILE = ("file", "local")
+_MACHINE = ("", "localhost")  # hosts of a file URL that stand for this machine
+
+
 def is_url(address: str | os.PathLike[str]) -> bool:
-    """Whether it is a URL. `ValueError` where it is neither a URL nor meant as a path, such as `s3:/bucket`."""
+    """Whether it is a URL. `ValueError` where it is neither a URL nor meant as a path, such as `s3:/bucket` or `://x`."""
     text = os.fspath(address)
-    if "://" in text:
+    scheme, separator, rest = text.partition("://")
+    if separator:
+        if not _SCHEME.fullmatch(scheme.rpartition("::")[2] or scheme):
+            raise ValueError(
+                f"invalid URL {text!r}: {scheme!r} before '://' is no protocol, write a folder, or a URL like s3://bucket/prefix"
+            )
         return True
     if found := _MISTYPED.match(text):
         rest = text[found.end() :]
@@ -29,10 +39,35 @@ def is_url(address: str | os.PathLike[str]) -> bool:
     return False
 
 
-def local_path(address: str | os.PathLike[str]) -> Path | None:
-    """The local path that an address is, `file://` ones among them; None for any other URL, `ValueError` as `is_url`."""
+def normal(address: str | os.PathLike[str]) -> str:
+    """An address as a text, a URL's protocol in small letters; `ValueError` as `is_url`."""
     text = os.fspath(address)
     if not is_url(address):
+        return text
+    scheme, separator, rest = text.partition("://")
+    return f"{scheme.lower()}{separator}{rest}"
+
+
+def local_path(address: str | os.PathLike[str]) -> Path | None:
+    """The local path that an address is, `file://` ones among them; None for any other URL, `ValueError` as `is_url`.
+
+    Also where a `file://` URL names another machine, or no path, as `file://store` does.
+    """
+    text = normal(address)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
         return Path(text)
-    scheme = text.partition("://")[0].lower()
-    return Path(unquote(urlsplit(text).path)) if scheme in ("file", "local") else None
+    if scheme not in _FILE:
+        return None
+    host, slash, path = rest.partition("/")
+    if not slash or host not in _MACHINE:
+        raise ValueError(
+            f"invalid URL {text!r}: a path follows {scheme}:// with a slash of its own, as in {scheme}:///models; or write the "
+            f"folder as it is"
+        )
+    return Path(unquote(slash + path))
+
+
+def file_url(path: Path) -> str:
+    """The URL of a local path, from which `local_path` gives it back."""
+    return f"file://{path}".replace("%", "%25")

@@ -17,6 +17,7 @@ from typing import Any
 from modelstore import paths
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Buffer, as_bytes
+from modelstore.storage.address import file_url
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.descriptors import Descriptors
 from modelstore.storage.failures import ends_before
@@ -52,7 +53,7 @@ class LocalStorage(Storage):
 
     @property
     def url(self) -> str:
-        return f"file://{self.root}"
+        return file_url(self.root)
 
     @property
     def local(self) -> bool:

@@ -12,8 +12,9 @@ from urllib.parse import unquote, urlsplit
 
 from modelstore.errors import ModelStoreError, UnsupportedError
 from modelstore.format.digest import name_of
+from modelstore.paths import from_home
 from modelstore.storage.added import added, open_added
-from modelstore.storage.address import is_url
+from modelstore.storage.address import local_path, normal
 from modelstore.storage.base import Storage
 from modelstore.storage.exclusive import ProvedStorage
 from modelstore.storage.failures import cannot_open
@@ -48,15 +49,15 @@ def open_storage(
     obstore (the default) or s3fs. Nothing is asked of the network yet. What cannot create objects exclusively is refused with
     `UnsupportedError`, unless it is opened with `read_only`; everything remote is retried.
     """
-    text, options = os.fspath(url), dict(storage_options or {})
+    text, options = normal(url), dict(storage_options or {})
     if not text:
         raise ValueError("invalid URL '': give a folder, or a URL like s3://bucket/prefix")
     if engine not in (None, *ENGINES):
         raise ValueError(f"invalid engine {engine!r}: one of {', '.join(ENGINES)}")
-    is_url(url)  # says what is wrong with one that was mistyped
-    scheme, separator, rest = text.partition("://")
-    if not separator or scheme in ("file", "local"):
-        storage = _local(unquote(urlsplit(text).path) if separator else text, options, engine)
+    here = local_path(url)
+    scheme, _, rest = text.partition("://")
+    if here is not None:
+        storage = _local(here, options, engine)
     elif scheme == "memory":
         _no_more(options, engine, scheme)
         storage = MemoryStorage(rest.strip("/"))
@@ -75,6 +76,7 @@ def open_target(url: str, storage_options: StorageOptions | None = None) -> Stor
 
     `memory://` is fsspec's. `UnsupportedError` for what can only be read.
     """
+    url = normal(url)
     scheme = url.partition("://")[0]
     if scheme in _READ_ONLY or "::" in url:
         raise UnsupportedError(f"{_shown(url)} can only be read: give a folder, or a URL like s3://bucket/prefix")
@@ -91,9 +93,9 @@ def open_target(url: str, storage_options: StorageOptions | None = None) -> Stor
     return storage
 
 
-def _local(path: str, options: dict[str, Any], engine: str | None) -> Storage:
+def _local(path: Path, options: dict[str, Any], engine: str | None) -> Storage:
     _no_more(options, engine, "file")
-    return LocalStorage(Path(path).expanduser())
+    return LocalStorage(from_home(path))
 
 
 def _added(scheme: str, url: str, options: dict[str, Any], read_only: bool) -> Storage:

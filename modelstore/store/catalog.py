@@ -17,6 +17,7 @@ from modelstore.format.names import ORIGINAL, is_word
 from modelstore.format.note import Note
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.format.sealed import seal
+from modelstore.storage.address import file_url
 from modelstore.storage.base import SMALL, Storage
 from modelstore.store.damage import DAMAGED, UNREADABLE, noting
 from modelstore.store.lookup import Lookup
@@ -74,7 +75,7 @@ class Catalog(Lookup):
         for above in inside.parents[1:]:
             if f"{inside.relative_to(above).parts[0]}/" in rec.FOLDERS and (above / rec.STORE_KEY).is_file():
                 raise UnsupportedError(
-                    f"{self._storage.url} lies within the store file://{above}, among its own objects: give another place"
+                    f"{self._storage.url} lies within the store {file_url(above)}, among its own objects: give another place"
                 )
 
     # ------------------------------------------------------------------ publishing

@@ -268,3 +268,8 @@ def test_arguments_in_their_places_are_not_said_to_be_swapped(
 def test_only_of_latest_is_said_what_it_means(saved: Command) -> None:
     assert "always means the newest version" in saved("tag", "acme/toy", "latest", code=2).stderr
     assert "latest" not in saved("tag", "acme/toy", "a b", code=2).stderr
+
+
+def test_nothing_is_saved_where_it_ends_with_the_command(saved: Command, model: Path) -> None:
+    for args in (("save", model, "acme/other", "--store", "memory://x"), ("copy", "acme/toy@1", "memory://x")):
+        assert "memory:// ends with this command" in saved(*args, code=2).stderr

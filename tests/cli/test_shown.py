@@ -88,7 +88,7 @@ def wanted(command: Any, folder: Path) -> list[str]:
 def arguments(name: str, folder: Path) -> list[str]:
     """A command line that does what the command is for."""
     more = {"show": ["--tensors"], "rm": ["--yes"]}.get(name, [])
-    return [*name.split(), *wanted(COMMANDS[name], folder), *more, "--store", "memory://x"]
+    return [*name.split(), *wanted(COMMANDS[name], folder), *more, "--store", str(folder / "store")]
 
 
 def of(monkeypatch: pytest.MonkeyPatch, text: str, args: list[str], error: Exception | None = None) -> Screen:

@@ -15,6 +15,7 @@ import modelstore as ms
 from modelstore.client import Store
 from modelstore.client.arguments import check_of
 from modelstore.client.live import Live
+from modelstore.storage.local import LocalStorage
 from modelstore.text import is_plain
 
 WEIGHTS = {f"model.layers.{i}.weight": torch.randn(20, 20) for i in range(300)}
@@ -66,12 +67,23 @@ WRONG: dict[str, list[Any]] = {  # by annotation, None aside
     "str | PathLike[str]": [WEIGHTS, 3, "", "a\0b", b"x"],
     "str | Path": [WEIGHTS, 3, "", b"x"],
     "Path": [WEIGHTS, 3, "", b"x"],
-    "str | os.PathLike[str] | Base": [WEIGHTS, 3, "", "a\0b", b"x", True],
+    "str | os.PathLike[str] | OpenedStore": [WEIGHTS, 3, "", "a\0b", b"x", True, LocalStorage("x")],
+    "Sequence[str | os.PathLike[str] | OpenedStore]": [
+        "s3://x",
+        Path("x"),
+        STORE,
+        3,
+        [3],
+        [b"x"],
+        {"a": "b"},
+        LocalStorage("x"),
+    ],
+    "Duration": ["soon", "", "-1h", "1y", "9" * 400, True, [1], float("nan"), -1.0, 10**400, torch.ones(3), WEIGHTS],
     "bool | Iterable[str]": ["int8", 3, [3], b"x"],
     "Iterable[str]": ["one.name", 3, [3], [b"x"], b"x", [None]],
     "Sequence[str]": ["s3://x", 3, [3], b"x"],
     "list[str]": ["x", 3, [3]],
-    "Openable": [3, True, 1.5, b"x", "a\0b"],
+    "Openable": [3, True, 1.5, b"x", "a\0b", STORE],
     "torch.nn.Module": [{}, WEIGHTS, "m", 3],
     "Shard": ["0/3", (0, 3), 3, ms.TensorParallel, [1]],
     "Sequence[Shard | None]": ["0/3", 3, ["0/3"], [3]],

@@ -194,7 +194,7 @@ def test_wrong_input() -> None:
         store.compress("other", "int8")
     with pytest.raises(ValueError, match="names a variant"):
         store.compress("m:int8", "int4")
-    with pytest.raises(ValueError, match="cannot be called 'original'"):
+    with pytest.raises(ValueError, match="made cannot be called 'original'"):
         store.compress("m", "int8", variant="original")
     rules = [{"targets": [t], "codec": {"name": c}} for t, c in (("linear", "ladder"), ("convolution", "int"))]
     with pytest.raises(ValueError, match="mixes ladder with other codecs"):

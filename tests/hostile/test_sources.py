@@ -321,11 +321,13 @@ class TestPipes:
     @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.bin", "x.ckpt", "x.pth.tar", "x.gguf", "x"])
     def test_pipes_devices_and_folders_in_place_of_a_file(self, tmp_path: Path, name: str) -> None:
         os.mkfifo(tmp_path / name)
-        with pytest.raises(ModelStoreError):
+        with pytest.raises(FormatError, match="a pipe or a device"):
             open_source(tmp_path / name)
+        with pytest.raises(FormatError, match="a pipe or a device"):
+            open_source({}, files={"config.json": tmp_path / name})
         (tmp_path / name).unlink()
         (tmp_path / name).symlink_to("/dev/zero")
-        with pytest.raises(ModelStoreError):
+        with pytest.raises(FormatError, match="a pipe or a device"):
             open_source(tmp_path / name)
         (tmp_path / name).unlink()
         (tmp_path / name).mkdir()

@@ -283,7 +283,16 @@ class TestHostile:
         whole = buffer.getvalue()
         for stop in range(0, len(whole), 41):
             (tmp_path / "x.pt").write_bytes(whole[:stop])
-            with pytest.raises(FormatError):
+            with pytest.raises(FormatError, match=r"cut short|not a valid pickle \(KeyError\)"):  # "P" alone
+                open_source(tmp_path / "x.pt")
+
+    def test_every_cut_of_an_old_file_is_refused(self, tmp_path: Path) -> None:
+        buffer = io.BytesIO()
+        torch.save(OrderedDict(w=torch.ones(4)), buffer, _use_new_zipfile_serialization=False)
+        whole = buffer.getvalue()
+        for stop in range(0, len(whole), 7):
+            (tmp_path / "x.pt").write_bytes(whole[:stop])
+            with pytest.raises(FormatError, match=r"cut short|not a valid pickle"):
                 open_source(tmp_path / "x.pt")
 
     def test_no_changed_byte_makes_it_fail_otherwise(self, tmp_path: Path) -> None:

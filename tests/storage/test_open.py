@@ -28,6 +28,22 @@ def test_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "a b", "100%", "ä", "a::b", "%2e%2e"])
+def test_the_url_of_a_folder_leads_to_it(tmp_path: Path, name: str) -> None:
+    storage = open_storage(tmp_path / name)
+    storage.create("x", b"1")
+    assert open_storage(storage.url).get("x") == b"1"
+    assert (tmp_path / name / "x").is_file()
+
+
+@pytest.mark.parametrize("url", ["FILE://{}", "File://localhost{}", "local://{}"])
+def test_protocols_are_read_in_any_case(tmp_path: Path, url: str) -> None:
+    open_storage(url.format(tmp_path)).create("x", b"1")
+    assert (tmp_path / "x").is_file()
+    assert open_storage("MEMORY://any").url == open_storage("memory://any").url
+    assert open_storage("S3://bucket/x", KEYS).url == "s3://bucket/x"
+
+
 def test_memory() -> None:
     one, other = open_storage("memory://one"), open_storage("memory://other")
     assert isinstance(one, MemoryStorage)
@@ -75,6 +91,16 @@ def test_clouds() -> None:
         ("s3://bucket", {}, "curl", "one of obstore, s3fs"),
         ("az://box", {}, None, "cannot open az://box.*[Aa]ccount"),
         ("nonsense://x", {}, None, "nonsense"),
+        ("://x", {}, None, "'' before '://' is no protocol"),
+        ("://", {}, None, "no protocol"),
+        (" ://x", {}, None, "no protocol"),
+        ("1x://a", {}, None, "no protocol"),
+        ("a b://c", {}, None, "no protocol"),
+        ("./a://b", {}, None, "no protocol"),
+        ("file://", {}, None, "as in file:///models"),
+        ("file://store", {}, None, "as in file:///models"),
+        ("file://server/store", {}, None, "as in file:///models"),
+        ("~nobody.has.this.name/x", {}, None, "is no user of this machine"),
     ],
 )
 def test_wrong_arguments(url: str, options: dict[str, object], engine: str | None, said: str) -> None:

@@ -43,13 +43,11 @@ class Fp8(WeightCodec):
 
     def __post_init__(self) -> None:
         if self.format not in _FORMATS:
-            raise ValueError(f"fp8: format {self.format!r} is not known; known are {', '.join(_FORMATS)}")
+            raise ValueError(f"format {self.format!r} is not known; known are {', '.join(_FORMATS)}")
         if self.granularity not in _GRANULARITIES:
-            raise ValueError(
-                f"fp8: granularity {self.granularity!r} is not known; known are {', '.join(_GRANULARITIES)}"
-            )
+            raise ValueError(f"granularity {self.granularity!r} is not known; known are {', '.join(_GRANULARITIES)}")
         if type(self.group_size) is not int or not 16 <= self.group_size <= 4096 or self.group_size % 16:
-            raise ValueError(f"fp8: group_size {self.group_size!r} is no multiple of 16 from 16 to 4096")
+            raise ValueError(f"group_size {self.group_size!r} is no multiple of 16 from 16 to 4096")
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ class Half(WeightCodec):
 
     def __post_init__(self) -> None:
         if self.dtype not in KINDS:
-            raise ValueError(f"half: dtype {self.dtype!r} is not known; known are {', '.join(KINDS)}")
+            raise ValueError(f"dtype {self.dtype!r} is not known; known are {', '.join(KINDS)}")
 
     @property
     def name(self) -> str:

@@ -73,21 +73,19 @@ class Int(WeightCodec):
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (2, 3, 4, 8):
-            raise ValueError(f"int: bits is {self.bits!r}; allowed are 2, 3, 4 and 8")
+            raise ValueError(f"bits is {self.bits!r}; allowed are 2, 3, 4 and 8")
         if type(self.symmetric) is not bool:
-            raise ValueError(f"int: symmetric is {self.symmetric!r}; allowed are true and false")
+            raise ValueError(f"symmetric is {self.symmetric!r}; allowed are true and false")
         if self.granularity not in _GRANULARITIES:
-            raise ValueError(
-                f"int: granularity {self.granularity!r} is not known; known are {', '.join(_GRANULARITIES)}"
-            )
+            raise ValueError(f"granularity {self.granularity!r} is not known; known are {', '.join(_GRANULARITIES)}")
         if type(self.group_size) is not int or not 16 <= self.group_size <= 4096 or self.group_size % 8:
-            raise ValueError(f"int: group_size {self.group_size!r} is no multiple of 8 from 16 to 4096")
+            raise ValueError(f"group_size {self.group_size!r} is no multiple of 8 from 16 to 4096")
         if self.granularity == "block" and self.group_size > 512:
-            raise ValueError(f"int: blocks have at most 512 columns, not {self.group_size}")
+            raise ValueError(f"blocks have at most 512 columns, not {self.group_size}")
         if self.method not in _METHODS:
-            raise ValueError(f"int: method {self.method!r} is not known; known are {', '.join(_METHODS)}")
+            raise ValueError(f"method {self.method!r} is not known; known are {', '.join(_METHODS)}")
         if self.method == "hqq" and self.granularity in ("tensor", "channel"):
-            raise ValueError(f"int: hqq works on groups and blocks, not on a whole {self.granularity}; take mse")
+            raise ValueError(f"hqq works on groups and blocks, not on a whole {self.granularity}; take mse")
 
     @property
     def name(self) -> str:
@@ -153,9 +151,9 @@ class Int(WeightCodec):
         """
         half = 1 << (self.bits - 1)
         if not self.symmetric or codes.shape != matrix(shape) or scales.shape != self.layout.grid(shape):
-            raise ValueError(f"int: codes {codes.shape} and scales {scales.shape} are not those of {shape}")
+            raise ValueError(f"codes {codes.shape} and scales {scales.shape} are not those of {shape}")
         if codes.size and not (-half <= int(codes.min()) and int(codes.max()) < half):
-            raise ValueError(f"int: there are codes beyond {self.bits} bits")
+            raise ValueError(f"there are codes beyond {self.bits} bits")
         return self.pack(codes, scales, np.zeros_like(scales), dtype)
 
     def pack(self, codes: NDArray[np.int8], scales: Floats, zeros: Floats, dtype: DType) -> tuple[Buffer, ...]:
