@@ -269,7 +269,7 @@ ONCE: dict[str, set[str]] = {
     # Boxes of raw bytes are cut and pasted: `format/boxes.py`.
     r"""view\(f["']V""": {"boxes.py"},
     # `~` of a user that there is not: `from_home` in `paths.py`.
-    r"expanduser\(": {"modelstore/paths.py", "control/runtime.py", "control/joining.py"},
+    r"expanduser\(": {"paths.py", "control/runtime.py", "control/joining.py"},
     # A region is wanted as one range a dimension: `Share.of`.
     r"\(pair,\) for pair in": {"layout_share.py"},
     # A storage says itself whether it is local, and sweeps what is left in it: wrappers forward both.

@@ -376,32 +376,3 @@ MEANINGS: dict[str, Check] = {
     "session": _session,
     "url": _url,
 }
-
-
-MAX_SHARD = 5_000_000_000  # bytes of one file of an exported folder
-
-
-def check_export(
-    format: str,
-    path: str,
-    gguf_type: str | None,
-    dequantize: bool,
-    max_shard_bytes: int,
-    activations: str | None = None,
-) -> None:
-    """`ValueError` for what would have no effect on an export, or makes a folder where a file is meant."""
-    if activations is not None and (format != "hf" or dequantize):
-        what = "dequantize=True writes dense weights" if format == "hf" else f"format={format!r} is always dense"
-        raise ValueError(f"activations={activations!r} is for packed weights, and {what}: leave one of the two out")
-    if format != "gguf" and gguf_type is not None:
-        raise ValueError(f"gguf_type={gguf_type!r} is for format='gguf', and this is {format!r}: leave it out")
-    if format != "hf" and dequantize:
-        raise ValueError(f"dequantize is for format='hf', and {format!r} is always dense: leave it out")
-    if format != "hf" and max_shard_bytes != MAX_SHARD:
-        raise ValueError(f"a largest shard is for format='hf', and this is {format!r}: leave it out")
-    ending = next((one for one in ("safetensors", "gguf", "zarr") if path.rstrip("/").endswith(f".{one}")), None)
-    if format == "hf" and ending is not None:
-        raise ValueError(
-            f"{path!r} is the name of a {ending} export, and format='hf' writes a folder of that name: add format={ending!r} "
-            f"(--format {ending}), or name another folder"
-        )

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.client.access import Access, log
-from modelstore.client.arguments import check_export
 from modelstore.execute.read.loading import Variant
 from modelstore.format import results
 from modelstore.format.progress import Progress
@@ -17,6 +16,8 @@ from modelstore.plan.layout import Shard, Share, as_layout
 
 if TYPE_CHECKING:
     from modelstore.client.reading import Readable
+
+MAX_SHARD = 5_000_000_000  # bytes of one file of an exported folder
 
 
 def export(
@@ -103,3 +104,29 @@ def _check_part(model: Variant, shares: Mapping[str, Share]) -> None:
     if empty:
         named = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
         log.warning("this part holds no element of %d tensors, which are written empty: %s", len(empty), named)
+
+
+def check_export(
+    format: str,
+    path: str,
+    gguf_type: str | None,
+    dequantize: bool,
+    max_shard_bytes: int,
+    activations: str | None = None,
+) -> None:
+    """`ValueError` for what would have no effect on an export, or makes a folder where a file is meant."""
+    if activations is not None and (format != "hf" or dequantize):
+        what = "dequantize=True writes dense weights" if format == "hf" else f"format={format!r} is always dense"
+        raise ValueError(f"activations={activations!r} is for packed weights, and {what}: leave one of the two out")
+    if format != "gguf" and gguf_type is not None:
+        raise ValueError(f"gguf_type={gguf_type!r} is for format='gguf', and this is {format!r}: leave it out")
+    if format != "hf" and dequantize:
+        raise ValueError(f"dequantize is for format='hf', and {format!r} is always dense: leave it out")
+    if format != "hf" and max_shard_bytes != MAX_SHARD:
+        raise ValueError(f"a largest shard is for format='hf', and this is {format!r}: leave it out")
+    ending = next((one for one in ("safetensors", "gguf", "zarr") if path.rstrip("/").endswith(f".{one}")), None)
+    if format == "hf" and ending is not None:
+        raise ValueError(
+            f"{path!r} is the name of a {ending} export, and format='hf' writes a folder of that name: add format={ending!r} "
+            f"(--format {ending}), or name another folder"
+        )

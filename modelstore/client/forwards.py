@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from modelstore.client.arguments import MAX_SHARD
 from modelstore.client.base import OpenedStore
+from modelstore.client.exporting import MAX_SHARD
 from modelstore.client.evaluating import DTypeName, evaluate
+from modelstore.client.exporting import MAX_SHARD
 from modelstore.client.model import Model
 from modelstore.execute.read.loading import LazyTensor
 from modelstore.format import results

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from modelstore.calibrate.text import Calibration
 from modelstore.client.access import Access
-from modelstore.client.arguments import MAX_SHARD
 from modelstore.client.compressing import compress, plan_compression
 from modelstore.client.evaluating import DTypeName, evaluate
-from modelstore.client.exporting import export
+from modelstore.client.exporting import MAX_SHARD, export
 from modelstore.client.reading import Readable
 from modelstore.format import results
 from modelstore.format.progress import Progress
