@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from modelstore.client.base import OpenedStore
-from modelstore.client.exporting import MAX_SHARD
 from modelstore.client.evaluating import DTypeName, evaluate
 from modelstore.client.exporting import MAX_SHARD
 from modelstore.client.model import Model

@@ -7,7 +7,7 @@ from modelstore.errors import UnsupportedError
 from modelstore.format import manifest
 
 
-class CodecSpec(manifest.CodecSpec, frozen=True, omit_defaults=True, eq=False):
+class CheckedSpec(manifest.CodecSpec, frozen=True, omit_defaults=True, eq=False):
     """A codec's name and parameters, which are checked: `ValueError` says what the codec takes.
 
     Args:
@@ -32,3 +32,9 @@ class CodecSpec(manifest.CodecSpec, frozen=True, omit_defaults=True, eq=False):
         if not isinstance(other, manifest.CodecSpec):
             return NotImplemented
         return (self.name, self.params) == (other.name, other.params)
+
+    def __repr__(self) -> str:
+        return f"CodecSpec({self.name!r}, {self.params!r})"
+
+
+CodecSpec = CheckedSpec  # as users know it
