@@ -54,7 +54,7 @@ def export(
 
         write = partial(export_zarr, opened.reader)
     elif format == "gguf":
-        from modelstore.integrations.gguf_export import export_gguf
+        from modelstore.integrations.gguf.export import export_gguf
 
         write = partial(export_gguf, opened.reader, name=model.name, gguf_type=gguf_type)
     else:

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 import modelstore as ms
 from modelstore.errors import ConflictError, ModelStoreError, UnsupportedError
 from modelstore.execute.export import write as export_write
-from modelstore.integrations.gguf_export import export_gguf
-from modelstore.integrations.gguf_model import rows_in_order
-from modelstore.integrations.gguf_quants import TYPES, quantize
-from modelstore.integrations.gguf_vocab import rule
+from modelstore.integrations.gguf.export import export_gguf
+from modelstore.integrations.gguf.model import rows_in_order
+from modelstore.integrations.gguf.quants import TYPES, quantize
+from modelstore.integrations.gguf.vocab import rule
 from tests.helpers.llama_cpp import llama_cpp
 from tests.integrations.models import (
     CONFIG,

@@ -16,9 +16,9 @@ from modelstore.errors import ModelStoreError, UnsupportedError
 from modelstore.execute.export.layout import OutFile
 from modelstore.format.gguf import parse_header
 from modelstore.format.manifest import ChunkTable, CodecSpec, Manifest, Tensor
-from modelstore.integrations.gguf_export import layout
-from modelstore.integrations.gguf_model import gguf_model
-from modelstore.integrations.gguf_vocab import MAX_MEMBERS, ModelFiles, Vocabulary, read_vocabulary
+from modelstore.integrations.gguf.export import layout
+from modelstore.integrations.gguf.model import gguf_model
+from modelstore.integrations.gguf.vocab import MAX_MEMBERS, ModelFiles, Vocabulary, read_vocabulary
 from tests.integrations.models import CONFIG, SETTINGS, VOCABULARY, byte_level, pieces, weights
 
 pytest.importorskip("gguf")

@@ -8,8 +8,8 @@ from typing import Any
 
 from modelstore.architecture.config import Config, language
 from modelstore.errors import FormatError, UnsupportedError
-from modelstore.integrations.gguf_rules import Entries, absurd, around, entries, objects
-from modelstore.integrations.gguf_tokens import Tokens
+from modelstore.integrations.gguf.rules import Entries, absurd, around, entries, objects
+from modelstore.integrations.gguf.tokens import Tokens
 
 Template = str | list[dict[str, str]] | None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelstore.errors import FormatError, UnsupportedError
-from modelstore.integrations.gguf_rules import Entries, absurd, entries, objects, whole
+from modelstore.integrations.gguf.rules import Entries, absurd, entries, objects, whole
 
 _PLAIN = ("lstrip", "rstrip", "single_word")  # how an added token takes what is around it
 _UNKNOWN = "unk_token"

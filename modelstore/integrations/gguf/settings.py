@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from modelstore.architecture.config import Config, absurd, architectures, count, flag, model_type, number, word
 from modelstore.codecs.numeric.numbers import Floats
 from modelstore.errors import UnsupportedError
-from modelstore.integrations.gguf_rope import in_float32, rope
+from modelstore.integrations.gguf.rope import in_float32, rope
 
 Value = int | float | str | bool
 

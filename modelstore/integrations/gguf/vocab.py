@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from modelstore.architecture.config import Config, parse
 from modelstore.errors import FormatError, UnsupportedError
-from modelstore.integrations.gguf_rules import Entries, prefixes, rule
-from modelstore.integrations.gguf_special import Special, Template, special, template
-from modelstore.integrations.gguf_tokens import Tokens, tokens_of
+from modelstore.integrations.gguf.rules import Entries, prefixes, rule
+from modelstore.integrations.gguf.special import Special, Template, special, template
+from modelstore.integrations.gguf.tokens import Tokens, tokens_of
 
 if TYPE_CHECKING:
     import gguf

@@ -24,9 +24,9 @@ from modelstore.format import results
 from modelstore.format.buffers import Bytes
 from modelstore.format.gguf import parse_header
 from modelstore.format.region import Region, extent
-from modelstore.integrations.gguf_model import GgufModel, Named, gguf_model, rows_in_order, type_of
-from modelstore.integrations.gguf_quants import TYPES, quantize, row_bytes
-from modelstore.integrations.gguf_vocab import ModelFiles, Vocabulary, add_tokenizer, read_vocabulary
+from modelstore.integrations.gguf.model import GgufModel, Named, gguf_model, rows_in_order, type_of
+from modelstore.integrations.gguf.quants import TYPES, quantize, row_bytes
+from modelstore.integrations.gguf.vocab import ModelFiles, Vocabulary, add_tokenizer, read_vocabulary
 from modelstore.plan.work import Work
 from modelstore.sources.gguf import CONTENT, HEADER, SIZE
 

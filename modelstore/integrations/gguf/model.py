@@ -16,8 +16,8 @@ from modelstore.architecture.quantized import method
 from modelstore.codecs.numeric.numbers import Floats
 from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import Manifest, Tensor
-from modelstore.integrations.gguf_quants import BLOCK
-from modelstore.integrations.gguf_settings import Settings, Value, settings
+from modelstore.integrations.gguf.quants import BLOCK
+from modelstore.integrations.gguf.settings import Settings, Value, settings
 
 _SKIPPED = ".rotary_emb.inv_freq"  # computed again by every loader
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
