@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelstore.errors import FormatError
-from modelstore.sources.unpickle import Key, Ordered, Record
+from modelstore.sources.pickles.unpickle import Key, Ordered, Record
 
 # What trainers call the model's own state dict.
 USUAL = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")

@@ -64,7 +64,7 @@ def open_chosen(what: Any, choice: Selection) -> Source | None:
         return _open_file(path, choice)
     if path is not None and path.is_dir() and pickled and _holds_pickled(path):
         _only(choice, "a folder", gguf=False)
-        from modelstore.sources.pickled import open_directory
+        from modelstore.sources.pickles.source import open_directory
 
         return open_directory(path, key=choice.key, everything=choice.everything)
     if path is not None and path.exists() and not path.is_dir():
@@ -85,7 +85,7 @@ def _open_file(path: Path, choice: Selection) -> Source | None:
         return source
     if head[_TAR[0] :].startswith(_TAR[1]):
         raise UnsupportedError(f"{path} is a tar archive, as torch before 0.2 wrote it: unpack it, or save it again")
-    from modelstore.sources import pickled
+    from modelstore.sources.pickles import source as pickled
 
     if pickled.recognised(head) or path.suffix in _PICKLED:
         _only(choice, f"{path}, a file of torch.save,", gguf=False)

@@ -18,7 +18,6 @@ from modelstore.format.dtypes import DType
 from modelstore.format.names import check_file
 from modelstore.format.region import Region, Shape
 from modelstore.format.safetensors import MAX_BYTES, MAX_DIMENSIONS
-from modelstore.sources.archive import Archive
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import (
     Budget,
@@ -30,9 +29,10 @@ from modelstore.sources.filed import (
     fingerprint,
 )
 from modelstore.sources.folder import Folder, scan
-from modelstore.sources.pickled_tensors import Ref, stand_ins
+from modelstore.sources.pickles.archive import Archive
+from modelstore.sources.pickles.tensors import Ref, stand_ins
+from modelstore.sources.pickles.unpickle import Record, ordered_dict, record, unpickle
 from modelstore.sources.reading import ArrayPlace, Files
-from modelstore.sources.unpickle import Record, ordered_dict, record, unpickle
 
 METADATA = ".metadata"
 MAX_METADATA = 1 << 30

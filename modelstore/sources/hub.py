@@ -154,7 +154,7 @@ def _open(hub: Any, repository: Repository, root: Path) -> Source:
 
 def _open_fetched(hub: Any, repository: Repository, root: Path, remote: dict[Path, str]) -> Source:
     """A repository without safetensors: its files are fetched whole, since such are not read by ranges."""
-    from modelstore.sources import pickled
+    from modelstore.sources.pickles import source as pickled
 
     if not any(path.endswith(_TORCH) for path in repository.sizes):
         raise UnsupportedError(

@@ -82,7 +82,7 @@ def _dispatch(what: Any) -> Source:
         import zarr
 
         if isinstance(what, zarr.Group):
-            from modelstore.sources.zarr import open_group
+            from modelstore.sources.zarr.source import open_group
 
             return open_group(what)
     if isinstance(what, (list, tuple)) and what and all(isinstance(item, (str, Path)) for item in what):
@@ -127,7 +127,7 @@ def _open_directory(root: Path) -> Source:
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in top):
         return safetensors.open_directory(root)
     if any(name.endswith((*_PICKLED, ".bin.index.json")) for name in top):
-        from modelstore.sources import pickled
+        from modelstore.sources.pickles import source as pickled
 
         return pickled.open_directory(root)
     if "manifest.ocdbt" in top or _has_arrays(root, iter(range(_LOOKS))):
@@ -138,7 +138,7 @@ def _open_directory(root: Path) -> Source:
 
 def _open_zarr(root: Path) -> Source:
     try:
-        from modelstore.sources import zarr
+        from modelstore.sources.zarr import source as zarr
     except ImportError as error:
         raise UnsupportedError(f"{root} is Zarr: install zarr to read it ({error})") from None
     return zarr.open_directory(root)

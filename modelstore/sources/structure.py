@@ -22,9 +22,9 @@ from modelstore.format.names import check_tensor
 from modelstore.format.structure import EXACT, MAX_BYTES, MAX_DEPTH, VERSION
 from modelstore.sources.arrays import is_tensor_dtype
 from modelstore.sources.checkpoint import Chosen, shown
-from modelstore.sources.pickled_tensors import Size, StorageRef
-from modelstore.sources.reduced import as_record
-from modelstore.sources.unpickle import ClassStub, Key, Ordered, Record
+from modelstore.sources.pickles.reduced import as_record
+from modelstore.sources.pickles.tensors import Size, StorageRef
+from modelstore.sources.pickles.unpickle import ClassStub, Key, Ordered, Record
 
 MAX_NODES = 2_000_000
 _PATHS = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")

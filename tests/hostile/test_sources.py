@@ -23,7 +23,7 @@ import zarr
 from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
 from modelstore.format.safetensors import parse_header
 from modelstore.sources.open import open_source
-from modelstore.sources.unpickle import Key, unpickle
+from modelstore.sources.pickles.unpickle import Key, unpickle
 from tests.sources.contract import read
 from tests.sources.test_pickled import archive, storage, tensor
 
@@ -103,7 +103,7 @@ class TestPickles:
 
     def test_views_of_one_hash_are_compared_by_text(self) -> None:
         from modelstore.format.dtypes import DTYPES
-        from modelstore.sources.pickled_tensors import Ref
+        from modelstore.sources.pickles.tensors import Ref
 
         prime = 2**61 - 1
         refs = [Ref("0", DTYPES["float32"], 0, (1, 1), (a * prime, b * prime)) for a in range(4) for b in range(4)]

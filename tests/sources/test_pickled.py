@@ -18,7 +18,7 @@ import torch
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.dtypes import DTYPES
 from modelstore.sources.open import open_source
-from modelstore.sources.pickled import PickledSource
+from modelstore.sources.pickles.source import PickledSource
 from tests.sources.contract import Opened, SourceContract, bits, raw, read
 
 
@@ -188,7 +188,7 @@ class TestHostile:
         "name",
         [
             b"builtins\neval", b"torch\nload", b"torch._utils\n_rebuild_device_tensor_from_numpy", b"numpy\nload",
-            b"modelstore.sources.unpickle\nunpickle", b"torch\nsave", b"\n", b"torch.serialization\nload",
+            b"modelstore.sources.pickles.unpickle\nunpickle", b"torch\nsave", b"\n", b"torch.serialization\nload",
         ],
     )  # fmt: skip
     def test_other_names_are_refused(self, tmp_path: Path, name: bytes) -> None:

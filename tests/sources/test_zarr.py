@@ -12,7 +12,7 @@ import zarr
 
 from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
 from modelstore.sources.open import open_source
-from modelstore.sources.zarr_chunks import Chunks
+from modelstore.sources.zarr.chunks import Chunks
 from tests.sources.contract import Opened, SourceContract, bits, raw, read
 
 _NATIVE = (

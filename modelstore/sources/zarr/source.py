@@ -29,9 +29,9 @@ from modelstore.sources.filed import check_expansion, fingerprint
 from modelstore.sources.folder import hidden, read_json
 from modelstore.sources.reading import Files, boxed
 from modelstore.sources.trees import TreeFiles
-from modelstore.sources.zarr_bounds import bound, check_array
-from modelstore.sources.zarr_chunks import Chunks, chunk_bytes, overlapping
-from modelstore.sources.zarr_dtypes import RenamedDtypes
+from modelstore.sources.zarr.bounds import bound, check_array
+from modelstore.sources.zarr.chunks import Chunks, chunk_bytes, overlapping
+from modelstore.sources.zarr.dtypes import RenamedDtypes
 
 ATTRIBUTES = "zarr_attributes.json"
 MAX_CHUNK = 16 << 30  # a chunk is decoded whole

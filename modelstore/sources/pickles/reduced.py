@@ -6,7 +6,7 @@ import copyreg
 import types
 from typing import Any
 
-from modelstore.sources.unpickle import ClassStub, Record
+from modelstore.sources.pickles.unpickle import ClassStub, Record
 
 _PROTOCOL = 2  # as torch.save writes
 _FUNCTIONS = (type, types.FunctionType, types.BuiltinFunctionType)

@@ -21,14 +21,14 @@ from modelstore.format import region as regions
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import Region, nbytes
 from modelstore.format.structure import FILE as STRUCTURE
-from modelstore.sources.archive import Archive
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import Source, TensorSpec
 from modelstore.sources.checkpoint import BESIDE, Tensors, choose
 from modelstore.sources.filed import CheckpointIndex, FiledBox, FiledSource, check_expansion, fingerprint
 from modelstore.sources.folder import Folder, leave_duplicates, read_index, scan
-from modelstore.sources.legacy import LegacyArchive, is_legacy
-from modelstore.sources.pickled_tensors import NotDense, Ref
+from modelstore.sources.pickles.archive import Archive
+from modelstore.sources.pickles.legacy import LegacyArchive, is_legacy
+from modelstore.sources.pickles.tensors import NotDense, Ref
 from modelstore.sources.reading import ArrayPlace, Files, boxed, open_regular, require_file
 from modelstore.sources.states import states_of
 from modelstore.sources.structure import TensorView, beside_state

@@ -12,7 +12,7 @@ from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.region import Shape
 from modelstore.format.safetensors import MAX_BYTES, MAX_DIMENSIONS
-from modelstore.sources.unpickle import ClassStub, Stand, ordered_dict, reconstructed, record
+from modelstore.sources.pickles.unpickle import ClassStub, Stand, ordered_dict, reconstructed, record
 
 _LEGACY = {
     "DoubleStorage": "float64",

@@ -1,0 +1,1 @@
+"""Zarr hierarchies: their arrays as tensors, their codecs within bounds."""
