@@ -24,7 +24,7 @@ from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.results import Exported, Saved
 from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.work import Limits, Work
-from modelstore.storage.options import without_secrets
+from modelstore.storage.remote.options import without_secrets
 from modelstore.store.damage import UNREADABLE
 from modelstore.store.repo import Repo
 

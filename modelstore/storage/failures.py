@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, StorageError
-from modelstore.storage.causes import cause_of, chain
+from modelstore.storage.remote.causes import cause_of, chain
 
 
 class TransientStorageError(StorageError):

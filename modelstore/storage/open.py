@@ -16,14 +16,14 @@ from modelstore.paths import from_home
 from modelstore.storage.added import added, open_added
 from modelstore.storage.address import local_path, normal
 from modelstore.storage.base import Storage
-from modelstore.storage.exclusive import ProvedStorage
 from modelstore.storage.failures import cannot_open
-from modelstore.storage.filesystem import FsspecStorage, require_exclusive_create
-from modelstore.storage.forks import OpenedAnew
 from modelstore.storage.keys import check_prefix
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
-from modelstore.storage.options import StorageOptions, s3_options, without_secrets
+from modelstore.storage.remote.exclusive import ProvedStorage
+from modelstore.storage.remote.filesystem import FsspecStorage, require_exclusive_create
+from modelstore.storage.remote.forks import OpenedAnew
+from modelstore.storage.remote.options import StorageOptions, s3_options, without_secrets
 from modelstore.storage.retry import RetryingStorage
 from modelstore.storage.wrapping import ReadOnlyStorage
 
@@ -154,7 +154,7 @@ def _object_store(
     )
     if engine == "s3fs":
         return _remote(OpenedAnew(again(), again, pickled), engine, options)
-    objects = _needs("modelstore.storage.objects", "obstore", scheme)
+    objects = _needs("modelstore.storage.remote.objects", "obstore", scheme)
     storage = getattr(objects, _MAKERS[scheme])(container, prefix, options)
     # obstore's own threads are made once in a process, and a forked one cannot have others: there s3fs, which can.
     return _remote(OpenedAnew(storage, again, pickled), "obstore", options)
@@ -170,7 +170,7 @@ def _lost(url: str) -> Storage:
 def _s3fs(bucket: str, prefix: str, options: dict[str, Any]) -> Storage:
     filesystem = _needs("s3fs", "s3fs", "s3").S3FileSystem
     said = s3_options(options)  # the same options whatever the engine; unknown ones are named
-    settings = _needs("modelstore.storage.aws", "botocore", "s3").s3_settings(bucket, said)
+    settings = _needs("modelstore.storage.remote.aws", "botocore", "s3").s3_settings(bucket, said)
     arguments: dict[str, Any] = {
         "key": said.key,
         "secret": said.secret,

@@ -13,7 +13,7 @@ import pytest
 
 from modelstore.errors import CorruptionError, FormatError, NotFoundError, StorageError
 from modelstore.storage.base import Storage
-from modelstore.storage.exclusive import prove_exclusive_create
+from modelstore.storage.remote.exclusive import prove_exclusive_create
 from modelstore.storage.wrapping import ReadOnlyStorage
 from modelstore.testing.faults import CountingStorage
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.s3
 BOUND = 100  # seconds that the process may take on a busy machine: less than the patience of retries
 START = """
 from modelstore.cli import failures
-from modelstore.storage import options
+from modelstore.storage.remote import options
 options.STALL_SECONDS, failures.PATIENCE = 10_000.0, 0.5  # the request never ends
 from modelstore.__main__ import main
 main()

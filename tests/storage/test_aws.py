@@ -14,11 +14,11 @@ import pytest
 
 from modelstore.errors import StorageError
 from modelstore.storage.open import open_storage
-from modelstore.storage.options import s3_options
+from modelstore.storage.remote.options import s3_options
 from tests.storage.answers import Answers, answering
 
 pytest.importorskip("obstore")
-aws = pytest.importorskip("modelstore.storage.aws")
+aws = pytest.importorskip("modelstore.storage.remote.aws")
 botocore_session = pytest.importorskip("botocore.session")
 
 KEYS = {"AWS_ACCESS_KEY_ID": "AKID", "AWS_SECRET_ACCESS_KEY": "hush"}

@@ -11,10 +11,10 @@ import torch
 import modelstore
 from modelstore.client import Store
 from modelstore.errors import UnsupportedError
-from modelstore.storage import exclusive
-from modelstore.storage.exclusive import ProvedStorage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.open import open_storage
+from modelstore.storage.remote import exclusive
+from modelstore.storage.remote.exclusive import ProvedStorage
 from modelstore.testing.faults import CountingStorage
 from tests.helpers.stores import keys
 from tests.storage.proxy import Proxy

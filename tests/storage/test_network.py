@@ -54,7 +54,7 @@ def test_a_fault_that_stays_ends_in_an_error(proxy: Proxy, s3_url: str, engine: 
 
 @pytest.mark.parametrize("fault", ["drop", "stall"])
 def test_a_part_of_a_put_is_repeated(proxy: Proxy, s3_url: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from modelstore.storage import objects
+    from modelstore.storage.remote import objects
 
     monkeypatch.setattr(objects, "SLOWEST", 64 << 20)
     storage = behind(proxy, s3_url, "obstore")

@@ -10,11 +10,11 @@ import pytest
 
 from modelstore.errors import NotFoundError, StorageError, UnsupportedError
 from modelstore.storage.added import added
-from modelstore.storage.filesystem import require_exclusive_create
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.open import open_storage
-from modelstore.storage.options import azure_settings, gcs_settings
+from modelstore.storage.remote.filesystem import require_exclusive_create
+from modelstore.storage.remote.options import azure_settings, gcs_settings
 
 KEYS = {"key": "AKIA", "secret": "hush", "client_kwargs": {"region_name": "eu-west-1"}}
 
@@ -173,7 +173,7 @@ def test_reading_any_file_system(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
-    monkeypatch.delitem(sys.modules, "modelstore.storage.objects", raising=False)
+    monkeypatch.delitem(sys.modules, "modelstore.storage.remote.objects", raising=False)
     for url, extra in (("s3://bucket", "s3"), ("gs://bucket", "gs"), ("az://bucket", "az")):
         with pytest.raises(UnsupportedError, match=rf"obstore: pip install 'modelstore\[{extra}\]'"):
             open_storage(url)

@@ -19,10 +19,10 @@ from modelstore.errors import (
     UnsupportedError,
 )
 from modelstore.storage.base import Storage
-from modelstore.storage.exclusive import prove_exclusive_create
 from modelstore.storage.failures import TransientStorageError, UnknownHostError, failure, transient
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.pool import Pool, pause
+from modelstore.storage.remote.exclusive import prove_exclusive_create
 from modelstore.storage.retry import RetryingStorage
 from modelstore.storage.wrapping import ReadOnlyStorage
 from modelstore.testing.faults import CountingStorage, FaultyStorage, Killed

@@ -17,7 +17,7 @@ from modelstore.format.results import Exported
 from modelstore.storage.address import local_path
 from modelstore.storage.base import Storage
 from modelstore.storage.open import open_target
-from modelstore.storage.options import StorageOptions
+from modelstore.storage.remote.options import StorageOptions
 
 _ZARR = "zarr.json"
 _LAST = (CONFIG, ADAPTER, PIPELINE, _ZARR)  # at the top, without these no loader begins

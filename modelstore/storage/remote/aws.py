@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 from modelstore.errors import StorageError, UnsupportedError
 from modelstore.format.locks import Lock
 from modelstore.paths import from_home
-from modelstore.storage.causes import cause_of
 from modelstore.storage.failures import TransientStorageError
-from modelstore.storage.options import ClientSettings, S3Options
+from modelstore.storage.remote.causes import cause_of
+from modelstore.storage.remote.options import ClientSettings, S3Options
 
 # obstore asks again when less than five minutes are left: so each minute, and botocore renews ten minutes ahead.
 RENEWED = timedelta(minutes=6)

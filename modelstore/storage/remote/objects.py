@@ -15,18 +15,18 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from modelstore.errors import ModelStoreError, NotFoundError, StorageError
 from modelstore.format.buffers import Buffer, as_bytes
-from modelstore.storage.aws import s3_settings
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.failures import TransientStorageError, ends_before, failure, transient
 from modelstore.storage.keys import check_key, check_prefix, key_problem
-from modelstore.storage.options import (
+from modelstore.storage.pieces import fitted, joined
+from modelstore.storage.remote.aws import s3_settings
+from modelstore.storage.remote.options import (
     ClientSettings,
     StorageOptions,
     azure_settings,
     gcs_settings,
     s3_options,
 )
-from modelstore.storage.pieces import fitted, joined
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
