@@ -74,7 +74,7 @@ class Keeping(OpenedStore):
         Example:
             >>> store.repair(source="s3://backup/models").problems
         """
-        from modelstore.store.repair import repair
+        from modelstore.store.mend.repair import repair
 
         other = storage_of(source) if source is not None else None
         if other is not None:
@@ -181,7 +181,7 @@ class Keeping(OpenedStore):
         Example:
             >>> store.gc(dry_run=False, compact=True).bytes
         """
-        from modelstore.store.compaction import LIVE_SHARE, clean
+        from modelstore.store.compact.compaction import LIVE_SHARE, clean
 
         bound = LIVE_SHARE if compact is True else float(compact)
         self.repo.catalog.open()

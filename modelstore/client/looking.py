@@ -10,8 +10,8 @@ from modelstore.format import results
 from modelstore.format.history import LogEntry
 from modelstore.format.names import check_model, of_version, parse_reference
 from modelstore.storage.pool import REQUESTS, ordered
+from modelstore.store.collect.condemned import never_was
 from modelstore.store.compare import diff
-from modelstore.store.condemned import never_was
 from modelstore.store.describe import log_entry, model_info, variant_infos, version_info
 
 

@@ -31,9 +31,9 @@ from modelstore.storage.base import Storage
 from modelstore.storage.pool import ordered
 from modelstore.store.damage import noting
 from modelstore.store.describe import problem
+from modelstore.store.mend.records import damage
+from modelstore.store.mend.repair import live, read_copy
 from modelstore.store.packs import open_pack
-from modelstore.store.records import damage
-from modelstore.store.repair import live, read_copy
 from modelstore.store.repo import Repo
 from modelstore.store.unread import told_once
 

@@ -16,7 +16,7 @@ from modelstore.format.record import TagRecord, VariantEntry, VersionRecord
 from modelstore.format.suggest import suggestion
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.pool import REQUESTS, ordered
-from modelstore.store.condemned import never_was
+from modelstore.store.collect.condemned import never_was
 from modelstore.store.damage import DAMAGED, Damaged, listed, naming, noting
 
 _DOUBTFUL = 10_000_000  # a version from which on is looked at before its number counts: no model comes to have so many

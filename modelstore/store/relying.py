@@ -24,8 +24,8 @@ from modelstore.format.manifest import FORMAT, Manifest
 from modelstore.format.record import VariantEntry, VersionRecord, is_own, manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import REQUESTS, ordered
+from modelstore.store.compact.rehouse import Rehousing
 from modelstore.store.damage import DAMAGED
-from modelstore.store.rehouse import Rehousing
 
 log = logging.getLogger("modelstore")
 

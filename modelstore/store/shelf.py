@@ -20,9 +20,9 @@ from modelstore.format.record import pack_key
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.clock import REFRESH, now
-from modelstore.store.heal import checked_pieces
+from modelstore.store.mend.heal import checked_pieces
+from modelstore.store.mend.remake import contents, remake
 from modelstore.store.packs import Pack
-from modelstore.store.remake import contents, remake
 
 log = logging.getLogger("modelstore")
 

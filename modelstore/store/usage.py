@@ -15,8 +15,8 @@ from modelstore.format.manifest import Manifest
 from modelstore.format.record import JOBS, MODELS, PACKS, VersionRecord, is_own, manifest_key, pack_key
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import noting
+from modelstore.store.mend.repair import copy_of
 from modelstore.store.packs import data_start
-from modelstore.store.repair import copy_of
 from modelstore.store.repo import Repo
 
 _HEADER = 50  # a gap of less than a fiftieth of a pack is its header: whether something in it is dead is not looked at

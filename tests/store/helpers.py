@@ -17,9 +17,9 @@ from modelstore.plan.work import Limits
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.catalog import Catalog
-from modelstore.store.garbage import collect
+from modelstore.store.collect.garbage import collect
 from modelstore.store.manifests import Manifests
-from modelstore.store.repair import repair
+from modelstore.store.mend.repair import repair
 from modelstore.store.repo import Repo
 
 LIMITS = Limits(64 << 20, 2)

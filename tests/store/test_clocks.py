@@ -15,7 +15,7 @@ from modelstore.format.buffers import Buffer
 from modelstore.format.sealed import seal
 from modelstore.storage.base import Storage
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
-from modelstore.store.condemned import VOID
+from modelstore.store.collect.condemned import VOID
 from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import open_on
 from tests.store.helpers import Small, weights

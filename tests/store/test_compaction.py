@@ -21,7 +21,8 @@ from modelstore.format.inventory import Compaction
 from modelstore.format.record import manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.wrapping import T, Verb, WrappingStorage
-from modelstore.store import packs, repack
+from modelstore.store import packs
+from modelstore.store.compact import repack
 from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import all_bits, open_on, pack_sizes, shrink
 from tests.store.helpers import Small, flip

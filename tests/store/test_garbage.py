@@ -16,7 +16,7 @@ from modelstore.format.record import manifest_key, pack_key
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.keys import TEMPORARY
 from modelstore.storage.wrapping import ReadOnlyStorage, Verb, WrappingStorage
-from modelstore.store import garbage
+from modelstore.store.collect import garbage
 from modelstore.testing.faults import FaultyStorage, Killed
 from tests.store.helpers import Small, cut, weights
 

@@ -17,7 +17,7 @@ from modelstore.format.record import LAST, VersionRecord, pack_key
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.keys import key_problem
 from modelstore.storage.wrapping import WRITES, T, Verb, WrappingStorage
-from modelstore.store.condemned import FORGOTTEN, Condemnation
+from modelstore.store.collect.condemned import FORGOTTEN, Condemnation
 from modelstore.testing.faults import FaultyStorage, Killed
 from tests.store.helpers import Small, weights
 

@@ -14,7 +14,7 @@ from modelstore.format.names import parse_reference
 from modelstore.format.record import manifest_key, pack_key
 from modelstore.storage.wrapping import Verb, WrappingStorage
 from modelstore.store.manifests import Manifests
-from modelstore.store.repair import repair
+from modelstore.store.mend.repair import repair
 from modelstore.store.repo import Repo
 from modelstore.testing.faults import CountingStorage, FaultyStorage, Killed
 from tests.store.helpers import Small, cut, flip, weights

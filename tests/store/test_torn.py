@@ -20,8 +20,8 @@ from modelstore.format.sealed import seal
 from modelstore.plan.work import Limits, Work
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
-from modelstore.store.compaction import clean
-from modelstore.store.condemned import VOID, Condemnation
+from modelstore.store.collect.condemned import VOID, Condemnation
+from modelstore.store.compact.compaction import clean
 from modelstore.store.manifests import Manifests
 from modelstore.store.repo import Repo
 from tests.helpers.stores import all_bits, copy_all, keys, open_on, overwrite, shrink, weights

@@ -23,8 +23,8 @@ from modelstore.plan import work
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.catalog import Catalog
-from modelstore.store.compaction import clean
-from modelstore.store.garbage import collect
+from modelstore.store.collect.garbage import collect
+from modelstore.store.compact.compaction import clean
 from modelstore.store.relying import check_there, relied_on
 from modelstore.store.repo import Repo
 from modelstore.testing.faults import Killed
@@ -246,7 +246,7 @@ def test_interleavings_of_three_at_random(hours: float, monkeypatch: pytest.Monk
 
 def test_the_checker_finds_a_handshake_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the intents, which a collection reads, something is lost."""
-    monkeypatch.setattr("modelstore.store.garbage.held_by_writers", lambda *_, **__: set())
+    monkeypatch.setattr("modelstore.store.collect.garbage.held_by_writers", lambda *_, **__: set())
     setup, works, saved = CASES["a save of content that was deleted, and a collection"]
     with pytest.raises((ModelStoreError, AssertionError)):
         explore(setup, works, visible_is_whole, acknowledged_is_there(saved), is_record)

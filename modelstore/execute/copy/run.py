@@ -22,7 +22,7 @@ from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, 
 from modelstore.plan.work import Limits, Work
 from modelstore.storage.pool import ordered
 from modelstore.store import packs
-from modelstore.store.heal import checked_pieces, pack_is_good
+from modelstore.store.mend.heal import checked_pieces, pack_is_good
 from modelstore.store.relying import GoneError, again
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf

@@ -18,8 +18,8 @@ from modelstore.format.manifest import Manifest
 from modelstore.format.record import pack_key
 from modelstore.plan.read import Range, ReadJob, Want
 from modelstore.storage.base import Storage
-from modelstore.store.heal import replace_pack
-from modelstore.store.moved import moved
+from modelstore.store.compact.moved import moved
+from modelstore.store.mend.heal import replace_pack
 
 log = logging.getLogger("modelstore")
 

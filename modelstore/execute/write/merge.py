@@ -38,7 +38,7 @@ from modelstore.plan.write import TensorPlan, plan_tensor
 from modelstore.sources.base import Source
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import REQUESTS, ordered
-from modelstore.store.heal import replace_pack
+from modelstore.store.mend.heal import replace_pack
 from modelstore.store.packs import FILE
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf

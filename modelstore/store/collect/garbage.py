@@ -22,10 +22,10 @@ from modelstore.format.results import Swept, SweptObject
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.clock import now
-from modelstore.store.condemned import Condemnation, forget_dead, held_by_writers
+from modelstore.store.collect.condemned import Condemnation, forget_dead, held_by_writers
+from modelstore.store.collect.marking import Doubt, needed_manifests
 from modelstore.store.damage import DAMAGED
-from modelstore.store.marking import Doubt, needed_manifests
-from modelstore.store.records import torn_journals
+from modelstore.store.mend.records import torn_journals
 from modelstore.store.repo import Repo
 
 _ROUNDS = 5  # how often a collection begins anew that writers have stopped

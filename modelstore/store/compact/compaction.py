@@ -24,9 +24,9 @@ from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.catalog import Catalog
-from modelstore.store.garbage import collect, now_of
-from modelstore.store.marking import Doubt, Needed, needed_manifests
-from modelstore.store.repack import PLACE, DamagedPackError, Moved, Old, Places, arrange, moved, old_pack, write
+from modelstore.store.collect.garbage import collect, now_of
+from modelstore.store.collect.marking import Doubt, Needed, needed_manifests
+from modelstore.store.compact.repack import PLACE, DamagedPackError, Moved, Old, Places, arrange, moved, old_pack, write
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 

@@ -23,8 +23,8 @@ from modelstore.format.safetensors import HeaderEntry
 from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
 from modelstore.store import packs
+from modelstore.store.compact.rehouse import NONCE
 from modelstore.store.packs import METADATA_KEY, PackBuilder, PackNote
-from modelstore.store.rehouse import NONCE
 from modelstore.store.repo import Repo
 from modelstore.store.runs import PIECE, Span, read, runs
 

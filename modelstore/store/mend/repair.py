@@ -25,12 +25,13 @@ from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, 
 from modelstore.format.results import Problem, Report
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import ordered
-from modelstore.store import packs, records, relying
+from modelstore.store import packs, relying
 from modelstore.store.catalog import Catalog
 from modelstore.store.damage import noting
 from modelstore.store.describe import problem
-from modelstore.store.heal import pack_is_good, replace_pack
-from modelstore.store.remake import Elsewhere, PackedChunk, contents, locations, remake
+from modelstore.store.mend import records
+from modelstore.store.mend.heal import pack_is_good, replace_pack
+from modelstore.store.mend.remake import Elsewhere, PackedChunk, contents, locations, remake
 from modelstore.store.repo import Repo
 from modelstore.store.unread import told_once
 

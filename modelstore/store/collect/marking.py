@@ -17,8 +17,8 @@ from modelstore.storage.base import Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import DAMAGED, listed
 from modelstore.store.describe import problem
+from modelstore.store.mend.repair import copy_of, read_copy
 from modelstore.store.packs import manifest_copies
-from modelstore.store.repair import copy_of, read_copy
 from modelstore.store.repo import Repo
 
 _DIGEST = re.compile("[0-9a-f]{64}")

@@ -18,7 +18,7 @@ from modelstore.format.record import VariantEntry, manifest_key, pack_key
 from modelstore.format.safetensors import build_header
 from modelstore.storage.base import Storage
 from modelstore.store import packs
-from modelstore.store.heal import pieces
+from modelstore.store.mend.heal import pieces
 
 NONCE = "nonce"  # in a pack's metadata: says nothing, and gives the pack another name
 

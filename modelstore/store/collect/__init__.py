@@ -1,0 +1,1 @@
+"""What nothing refers to is found, condemned, and removed."""

@@ -1,0 +1,1 @@
+"""What is live of packs that are mostly dead moves to new ones."""
