@@ -49,7 +49,7 @@ def bench(
     just before: the disk's cache is warm, so these are the speeds of the program, not of the disk.
     """
     import modelstore as ms
-    from modelstore.cli.demo_model import find_model
+    from modelstore.cli.demo.model import find_model
 
     name, source = find_model(model)
     files = sorted(source.glob("*.safetensors"))

@@ -13,7 +13,6 @@ from modelstore.cli import (
     checkpoints,
     clusters,
     compressing,
-    demo,
     evaluating,
     listing,
     loading,
@@ -22,6 +21,7 @@ from modelstore.cli import (
     removing,
     saving,
 )
+from modelstore.cli.demo.command import demo
 from modelstore.cli.failures import Commands
 
 EPILOG = (
@@ -62,7 +62,7 @@ for command in (
     moving.du,
     checking.verify,
     checking.repair,
-    demo.demo,
+    demo,
     bench.bench,
     about.version,
 ):

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import modelstore as ms
-from modelstore.cli.demo_model import PACKAGE
+from modelstore.cli.demo.model import PACKAGE
 from modelstore.cli.main import app
 from tests.cli.models import weights, write_model
 

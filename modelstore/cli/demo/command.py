@@ -43,8 +43,8 @@ def demo(
     Saves it, reads it back bit for bit, saves a second version, reads slices, exports it, damages a copy and mends
     that. Nothing is left behind, unless --store or --keep is given.
     """
-    from modelstore.cli.demo_model import find_model
-    from modelstore.cli.demo_steps import Demo
+    from modelstore.cli.demo.model import find_model
+    from modelstore.cli.demo.steps import Demo
 
     if keep is not None and keep.exists():
         raise usage(f"{keep} is there already: --keep wants a new folder")
