@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 
-from modelstore.calibrate import gptq
+from modelstore.calibrate import gptq, pruned
 from modelstore.codecs.integer.codec import Int
+from modelstore.codecs.numeric.levels import narrowed
+from modelstore.codecs.numeric.numbers import limit
 from modelstore.codecs.numeric.scaled import scale_dtype
+from modelstore.codecs.sparse.codec import Sparse
+from modelstore.codecs.sparse.pruning import Pruning
 from modelstore.codecs.weight import WeightCodec
-from modelstore.format.buffers import Buffer
+from modelstore.format import boxes
+from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.recipe import Value
 from modelstore.format.region import Region, extent
@@ -59,4 +66,42 @@ def _gptq(layer: Layer, inputs: gptq.Factored) -> Solution:
     return Solution(planes, "its inputs have no factor: plain rounding" if found.damping is None else "")
 
 
-WAYS: Mapping[str, Way] = MappingProxyType({"gptq": Way(gptq.Factored.of, _gptq)})
+def _pruned(layer: Layer, inputs: pruned.Moments, *, second_order: bool) -> Solution:
+    """By Wanda, or where the inputs have a factor by SparseGPT; then what is left loses least, where that is asked for."""
+    pruning, weight, note = _pruning(layer), layer.weight.float(), ""
+    factored = inputs.factored(pruning.m) if second_order else None
+    if factored is not None:
+        found = pruned.sparsegpt(weight, factored, pruning)
+    else:
+        found = pruned.wanda(weight, inputs, pruning)
+        note = "its inputs have no factor: pruned by Wanda" if second_order else ""
+    if layer.params["reconstruct"]:
+        found = pruned.reconstructed(found, weight, inputs)
+    raw = raw_of(found, layer.kind)
+
+    def planes(region: Region) -> tuple[Buffer, ...]:
+        part = boxes.cut(raw, tuple(found.shape), layer.kind.itemsize, region)
+        return Sparse().encode(part, extent(region), layer.kind)  # all that is no zero
+
+    return Solution(planes, note)
+
+
+def _pruning(layer: Layer) -> Pruning:
+    codec = layer.codec
+    assert isinstance(codec, Sparse), "recipes have the codecs that their methods are for"
+    return codec.pruning
+
+
+def raw_of(weight: torch.Tensor, kind: DType) -> Bytes:
+    """The raw bytes of a weight, rounded to the dtype that it is stored in."""
+    most = float(limit(kind))
+    return narrowed(np.ascontiguousarray(weight.clamp(-most, most).float().numpy()), kind)
+
+
+WAYS: Mapping[str, Way] = MappingProxyType(
+    {
+        "gptq": Way(gptq.Factored.of, _gptq),
+        "wanda": Way(pruned.Moments, partial(_pruned, second_order=False)),
+        "sparsegpt": Way(pruned.Moments, partial(_pruned, second_order=True)),
+    }
+)

@@ -67,9 +67,28 @@ def _gptq(bits: int, group_size: int) -> Recipe:
     return Recipe(f"gptq{bits}", (Rule(("linear",), codec, Method("gptq")),), description=said)
 
 
+def _data(name: str, description: str, codec: CodecSpec, method: Method) -> Recipe:
+    return Recipe(
+        name, (Rule(("linear",), codec, method),), description=f"{description}: looks at a text, calibration="
+    )
+
+
+_HALF, _TWO_OF_FOUR = CodecSpec("sparse", {"sparsity": 0.5}), CodecSpec("sparse", {"n": 2, "m": 4})
+_EACH_ROW = CodecSpec("sparse", {"sparsity": 0.5, "scope": "row"})
 # These look at data, so that no variant of theirs is made while it is read.
 CALIBRATED: Mapping[str, Recipe] = MappingProxyType(
-    {preset.name: preset for preset in (_gptq(4, 128), _gptq(3, 128), _gptq(2, 64))}
+    {
+        preset.name: preset
+        for preset in (
+            _gptq(4, 128),
+            _gptq(3, 128),
+            _gptq(2, 64),
+            _data("wanda50", "half of each row pruned, what least comes through (Wanda)", _EACH_ROW, Method("wanda")),
+            _data("wanda24", "two of every four pruned, by Wanda", _TWO_OF_FOUR, Method("wanda")),
+            _data("sparsegpt50", "half pruned, the rest makes up for it (SparseGPT)", _HALF, Method("sparsegpt")),
+            _data("sparsegpt24", "two of every four pruned, by SparseGPT", _TWO_OF_FOUR, Method("sparsegpt")),
+        )
+    }
 )
 
 

@@ -42,11 +42,18 @@ class Takes(NamedTuple):
     params: Mapping[str, Value] = MappingProxyType({})
 
 
-METHODS: Mapping[str, Takes] = MappingProxyType({"gptq": Takes(("int",))})
+_PRUNED: Mapping[str, Value] = MappingProxyType({"reconstruct": False})  # whether what is left is made to lose least
+METHODS: Mapping[str, Takes] = MappingProxyType(
+    {
+        "gptq": Takes(("int",)),
+        "wanda": Takes(("sparse",), _PRUNED),
+        "sparsegpt": Takes(("sparse",), _PRUNED),
+    }
+)
 
 
 class Method(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How the values that a codec stores are found, where that takes data: by GPTQ ("gptq"); and what it is told."""
+    """How the values that a codec stores are found, where that takes data, such as "gptq" or "wanda"; and what it is told."""
 
     name: str
     params: dict[str, Value] = {}
@@ -147,6 +154,10 @@ def _check_method(name: str, rule: Rule) -> None:
     if codec is None or codec.name not in known.codecs or (codec.name == "int" and not plain):
         which = " or ".join(one + ", symmetric and in groups" * (one == "int") for one in known.codecs)
         raise ValueError(f"recipe {name!r}: method {method.name} is for codec {which}")
+    if codec.name == "sparse" and not ({"sparsity", "n", "m"} & params.keys()):
+        raise ValueError(
+            f"recipe {name!r}: method {method.name} prunes a share: give codec sparse a sparsity, or n and m"
+        )
 
 
 def check(value: Recipe) -> None:

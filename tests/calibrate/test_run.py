@@ -6,12 +6,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 import modelstore as ms
 from modelstore.errors import ConflictError, FormatError
 from modelstore.execute.write.packs import PackWriter
+from modelstore.format.recipe import Method
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.language import TEXT, make_language_model
 from tests.helpers.stores import open_on
@@ -29,6 +31,14 @@ RECIPE: dict[str, Any] = {
         }
     ],
 }
+
+
+def pruning(params: dict[str, Any], method: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that prunes linear layers."""
+    return {
+        "name": "pruned",
+        "rules": [{"targets": ["linear"], "codec": {"name": "sparse", "params": params}, "method": method}],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +77,33 @@ def test_each_layer_loses_less_of_what_comes_to_it(store: ms.Store) -> None:
         torch.__version__.split("+")[0],
     ) or (said["torch"] == torch.__version__)
     assert len(said["digest"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("plain", "solved"), [("sparse50", "wanda50"), ("sparse24", "wanda24"), ("sparse24", "sparsegpt24")]
+)
+def test_pruning_that_looks_at_data_loses_less(store: ms.Store, plain: str, solved: str) -> None:
+    store.compress("m", plain)
+    store.compress("m", solved, calibration=DATA)
+    again = ms.presets()[solved]
+    again = msgspec.structs.replace(
+        again,
+        name="again",
+        rules=(
+            msgspec.structs.replace(again.rules[0], method=Method(again.rules[0].method.name, {"reconstruct": True})),
+        ),
+    )
+    store.compress("m", again, calibration=DATA)
+    found = store.eval([f"m:{plain}", f"m:{solved}", "m:again"], text=TEXT, context=32)
+    losses = [one.measured.kl for one in found]
+    assert losses[0] > losses[1] > losses[2]
+    for variant in (solved, "again"):
+        for name, tensor in store.load(f"m:{variant}").items():
+            if "proj" in name and "24" in solved:
+                assert ((tensor.reshape(len(tensor), -1, 4) != 0).sum(2) <= 2).all()
+            if "proj" in name:
+                assert 0.49 < float((tensor == 0).float().mean()) < 0.51
+    assert store.describe("m:again").recipe["rules"][0]["method"]["params"] == {"reconstruct": True}
 
 
 def test_the_same_again_does_nothing_and_other_data_are_a_conflict(store: ms.Store) -> None:
@@ -149,6 +186,24 @@ def test_activations_that_are_no_numbers_are_refused(store: ms.Store) -> None:
         (RECIPE, "nowhere.txt", "no file"),
         ({**RECIPE, "rules": [{**RECIPE["rules"][0], "codec": {"name": "nf4"}}]}, DATA, "method gptq is for codec int"),
         ({**RECIPE, "rules": [{**RECIPE["rules"][0], "method": {"name": "awq"}}]}, DATA, "not one of gptq"),
+        (
+            pruning({"sparsity": 0.5}, {"name": "wanda", "params": {"shape": 1}}),
+            DATA,
+            "no parameter 'shape'; it takes reconstr",
+        ),
+        (
+            pruning({"sparsity": 0.5}, {"name": "wanda", "params": {"reconstruct": 1}}),
+            DATA,
+            "reconstruct: 1 is no bool",
+        ),
+        (pruning({"threshold": 0.5}, {"name": "sparsegpt"}), DATA, "give codec sparse a sparsity, or n and m"),
+        (pruning({"n": 5, "m": 4}, {"name": "sparsegpt"}), DATA, "n of every m are kept"),
+        ({**pruning({}, {"name": "wanda"}), "prune": 0.5}, DATA, "give codec sparse a sparsity, or n and m"),
+        (
+            {**RECIPE, "rules": [{**RECIPE["rules"][0], "method": {"name": "wanda"}}]},
+            DATA,
+            "method wanda is for codec sparse",
+        ),
     ],
 )
 def test_wrong_input_is_refused_in_a_sentence(store: ms.Store, recipe: Any, calibration: Any, says: str) -> None:

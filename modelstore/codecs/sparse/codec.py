@@ -48,14 +48,15 @@ class Sparse(WeightCodec):
     m: int = 0
 
     def __post_init__(self) -> None:
-        assert self._pruning
+        assert self.pruning
 
     @property
     def name(self) -> str:
         return "sparse"
 
     @property
-    def _pruning(self) -> Pruning:
+    def pruning(self) -> Pruning:
+        """Which weights are kept."""
         return Pruning(self.threshold, self.sparsity, self.scope, self.n, self.m)
 
     def planes(self, dtype: DType) -> tuple[str, ...]:  # noqa: ARG002
@@ -64,17 +65,17 @@ class Sparse(WeightCodec):
 
     def group(self, shape: Shape) -> Shape:
         """Whole rows or patterns, where those are pruned."""
-        return self._pruning.group(shape)
+        return self.pruning.group(shape)
 
     def size(self, shape: Shape, dtype: DType) -> int:
         """An estimate, for normal weights; a threshold is taken to prune nothing."""
         count = math.prod(shape)
-        kept = self._pruning.kept
-        return mask_size(count, self._pruning) + math.ceil(count * kept * _CODED.get(dtype.name, dtype.itemsize))
+        kept = self.pruning.kept
+        return mask_size(count, self.pruning) + math.ceil(count * kept * _CODED.get(dtype.name, dtype.itemsize))
 
     def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
         """Look for the magnitude at which a sparsity over the whole tensor is reached; else nothing is looked at."""
-        keep = self._pruning.fit(read, shape, dtype)
+        keep = self.pruning.fit(read, shape, dtype)
 
         def encode(values: Bytes, region: tuple[tuple[int, int], ...]) -> tuple[Buffer, ...]:
             check.values(values, extent(region), dtype)

@@ -1,0 +1,154 @@
+"""Pruning on data gives what its definition gives, loses less than it says it does, and is stored as it was found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from modelstore.calibrate.methods import WAYS, Layer
+from modelstore.calibrate.pruned import Moments, lost, reconstructed, sparsegpt, wanda
+from modelstore.codecs.sparse.codec import Sparse
+from modelstore.codecs.sparse.pruning import Pruning
+from modelstore.format.dtypes import DTYPES
+
+HALF, EACH_ROW, TWO_OF_FOUR = Pruning(sparsity=0.5), Pruning(sparsity=0.5, scope="row"), Pruning(n=2, m=4)
+
+
+def moments(columns: int, seed: int = 0, rank: int | None = None) -> Moments:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4 * columns, rank or columns, generator=generator)
+    x = x @ torch.randn(rank or columns, columns, generator=generator)
+    return Moments((x.T @ x).double())
+
+
+def weight(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def by_sparsegpt(values: torch.Tensor, inputs: Moments, pruning: Pruning) -> torch.Tensor:
+    factored = inputs.factored(pruning.m)
+    assert factored is not None
+    return sparsegpt(values, factored, pruning)
+
+
+def direct(values: torch.Tensor, inputs: Moments, mask: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The definition: of one column after the other, let all that come later minimise the error of what the mask takes."""
+    left = values.double().clone()
+    damped = inputs.hessian + 0.01 * inputs.diagonal.mean() * torch.eye(len(inputs.hessian))
+    rest = order.tolist()
+    while rest:
+        at = rest[0]
+        inverse = torch.linalg.inv(damped[rest][:, rest])
+        gone = torch.where(mask[:, at], 0.0, left[:, at])
+        left[:, rest] -= torch.outer(gone / inverse[0, 0], inverse[0])
+        left[:, at] = torch.where(mask[:, at], left[:, at], 0.0)
+        rest = rest[1:]
+    return left
+
+
+@pytest.mark.parametrize("pruning", [HALF, EACH_ROW, TWO_OF_FOUR], ids=["tensor", "row", "pattern"])
+@pytest.mark.parametrize(("rows", "columns"), [(70, 48), (5, 200)])
+def test_sparsegpt_is_the_direct_solution_under_its_mask(rows: int, columns: int, pruning: Pruning) -> None:
+    values, inputs = weight(rows, columns), moments(columns)
+    found = by_sparsegpt(values, inputs, pruning)
+    factored = inputs.factored(pruning.m)
+    assert factored is not None
+    expected = direct(values, inputs, found != 0, factored.order)
+    assert torch.allclose(found.double(), expected, atol=2e-3)
+    alone = torch.where(found != 0, values, 0.0)
+    assert lost(found, values, inputs.hessian).sum() < 0.8 * lost(alone, values, inputs.hessian).sum()
+
+
+@pytest.mark.parametrize("columns", [16, 41, 150])
+def test_nothing_pruned_is_the_identity(columns: int) -> None:
+    values = weight(7, columns)
+    assert torch.equal(by_sparsegpt(values, moments(columns), Pruning()), values)
+    assert torch.equal(wanda(values, moments(columns), Pruning()), values)
+
+
+@pytest.mark.parametrize("columns", [48, 150, 130])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 3), (4, 8)])
+def test_of_every_pattern_so_many_are_kept(columns: int, n: int, m: int) -> None:
+    values, inputs, pruning = weight(9, columns), moments(columns), Pruning(n=n, m=m)
+    for found in (by_sparsegpt(values, inputs, pruning), wanda(values, inputs, pruning)):
+        kept = (found != 0).int()
+        for at in range(0, columns, m):
+            assert (kept[:, at : at + m].sum(1) == min(n, columns - at)).all()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.77])
+def test_the_share_that_is_pruned_is_exact(share: float) -> None:
+    values, inputs = weight(11, 301), moments(301)
+    over_all = by_sparsegpt(values, inputs, Pruning(sparsity=share))
+    assert int((over_all == 0).sum()) == int(share * values.numel() + 0.5)
+    for found in (by_sparsegpt, wanda):
+        rows = found(values, inputs, Pruning(sparsity=share, scope="row"))  # type: ignore[operator]
+        assert ((rows == 0).sum(1) == int(share * 301 + 0.5)).all()
+
+
+@pytest.mark.parametrize("pruning", [EACH_ROW, TWO_OF_FOUR], ids=["row", "pattern"])
+def test_wanda_with_equal_norms_is_magnitude(pruning: Pruning) -> None:
+    values = weight(9, 150)
+    kind, raw = DTYPES["float32"], values.numpy().tobytes()
+    kept = pruning.fit(lambda _: np.empty(0, np.uint8), (9, 150), kind)
+    mask = kept(np.frombuffer(raw, np.uint8), ((0, 9), (0, 150))).reshape(9, 150)
+    for level in (1.0, 1e-30, 1e30, 0.0):  # where nothing comes through at all, magnitude is all that is known
+        found = wanda(values, Moments(level * torch.eye(150, dtype=torch.float64)), pruning)
+        assert np.array_equal((found != 0).numpy(), mask != 0)
+        assert torch.equal(found[found != 0], values[found != 0])
+
+
+def test_wanda_looks_at_what_comes_through() -> None:
+    values = torch.tensor([[3.0, 2.0, 1.0, 0.5]])
+    inputs = Moments(torch.diag(torch.tensor([0.0, 1.0, 100.0, 1.0], dtype=torch.float64)))
+    assert wanda(values, inputs, EACH_ROW).tolist() == [[0.0, 2.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("rank", [None, 20], ids=["full", "rank 20"])
+@pytest.mark.parametrize("pruning", [EACH_ROW, TWO_OF_FOUR], ids=["row", "pattern"])
+def test_reconstruction_is_the_least_squares_under_the_mask(pruning: Pruning, rank: int | None) -> None:
+    values, inputs = weight(6, 64), moments(64, rank=rank)
+    for start in (wanda(values, inputs, pruning), by_sparsegpt(values, inputs, pruning)):
+        found = reconstructed(start, values, inputs)
+        assert torch.equal(found != 0, start != 0)
+        assert (lost(found, values, inputs.hessian) <= lost(start, values, inputs.hessian)).all()
+        damped = inputs.damped.double()
+        for row in range(6):
+            left = start[row] != 0
+            expected = torch.linalg.solve(damped[left][:, left], (damped @ values[row].double())[left])
+            best = torch.zeros(64, dtype=torch.float64)
+            best[left] = expected
+            least, had = (lost(one[None].float(), values[row : row + 1], damped) for one in (best, found[row]))
+            assert float(had) <= 1.01 * float(least) + 1e-6
+
+
+def test_dead_columns_and_inputs_without_a_factor() -> None:
+    values, inputs = weight(8, 32), moments(32)
+    inputs.hessian[3] = inputs.hessian[:, 3] = 0
+    assert torch.isfinite(by_sparsegpt(values, inputs, HALF)).all()
+    broken = torch.eye(16, dtype=torch.float64)
+    broken[0, 1] = broken[1, 0] = 100
+    for reconstruct in (False, True):
+        layer = Layer(weight(4, 16), Sparse(sparsity=0.5), DTYPES["float32"], {"reconstruct": reconstruct})
+        solved = WAYS["sparsegpt"].solve(layer, Moments(broken))
+        assert "no factor" in solved.note
+        assert np.isfinite(decoded(solved.planes(((0, 4), (0, 16))), (4, 16), "float32")).all()
+
+
+def decoded(planes: tuple[object, ...], shape: tuple[int, int], dtype: str) -> np.ndarray:
+    kind = DTYPES[dtype]
+    out = np.empty((1, shape[0] * shape[1] * kind.itemsize), np.uint8)
+    Sparse().decode(planes, shape, kind, out)  # type: ignore[arg-type]
+    return torch.frombuffer(bytearray(out.tobytes()), dtype=getattr(torch, dtype)).float().reshape(shape).numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_was_found_is_stored_region_by_region(dtype: str) -> None:
+    layer = Layer(weight(12, 40) * 1e5, Sparse(n=2, m=4), DTYPES[dtype], {"reconstruct": True})
+    solved = WAYS["sparsegpt"].solve(layer, moments(40))
+    whole = decoded(solved.planes(((0, 12), (0, 40))), (12, 40), dtype)
+    assert np.isfinite(whole).all()
+    assert ((whole != 0).reshape(12, 10, 4).sum(2) <= 2).all()
+    parts = [decoded(solved.planes(((a, a + 4), (8, 40))), (4, 32), dtype) for a in (0, 4, 8)]
+    assert np.array_equal(np.concatenate(parts), whole[:, 8:])
