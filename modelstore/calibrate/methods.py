@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelstore.calibrate import gptq, pruned
+from modelstore.calibrate import gptq, lowrank, pruned
 from modelstore.codecs.integer.codec import Int
+from modelstore.codecs.lowrank.codec import LowRank, factor_dtype, packed
 from modelstore.codecs.numeric.levels import narrowed
 from modelstore.codecs.numeric.numbers import limit
 from modelstore.codecs.numeric.scaled import scale_dtype
@@ -92,6 +93,20 @@ def _pruning(layer: Layer) -> Pruning:
     return codec.pruning
 
 
+def _low_rank(layer: Layer, inputs: lowrank.Whitening) -> Solution:
+    codec, stored = layer.codec, factor_dtype(layer.kind)
+    assert isinstance(codec, LowRank), "recipes have the codecs that their methods are for"
+    rank = codec.rank_of(*layer.weight.shape)
+    found = lowrank.solve(layer.weight, inputs, rank, codec.energy, getattr(torch, stored.name))
+
+    def planes(region: Region) -> tuple[Buffer, ...]:
+        (a, b), (c, d) = region
+        left, right = raw_of(found.left[a:b], stored), raw_of(found.right[:, c:d], stored)
+        return packed(left, right, len(found.right), stored)
+
+    return Solution(planes, "" if inputs.known else "its inputs have no factor: plain singular vectors")
+
+
 def raw_of(weight: torch.Tensor, kind: DType) -> Bytes:
     """The raw bytes of a weight, rounded to the dtype that it is stored in."""
     most = float(limit(kind))
@@ -103,5 +118,6 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "gptq": Way(gptq.Factored.of, _gptq),
         "wanda": Way(pruned.Moments, partial(_pruned, second_order=False)),
         "sparsegpt": Way(pruned.Moments, partial(_pruned, second_order=True)),
+        "svd-llm": Way(lowrank.Whitening.of, _low_rank),
     }
 )

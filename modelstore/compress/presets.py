@@ -86,6 +86,12 @@ CALIBRATED: Mapping[str, Recipe] = MappingProxyType(
             _data("wanda50", "half of each row pruned, what least comes through (Wanda)", _EACH_ROW, Method("wanda")),
             _data("wanda24", "two of every four pruned, by Wanda", _TWO_OF_FOUR, Method("wanda")),
             _data("sparsegpt50", "half pruned, the rest makes up for it (SparseGPT)", _HALF, Method("sparsegpt")),
+            _data(
+                "svd-llm",
+                "factors of half the parameters, of what comes through (SVD-LLM)",
+                CodecSpec("lowrank", {"ratio": 0.5}),
+                Method("svd-llm"),
+            ),
             _data("sparsegpt24", "two of every four pruned, by SparseGPT", _TWO_OF_FOUR, Method("sparsegpt")),
         )
     }

@@ -48,6 +48,7 @@ METHODS: Mapping[str, Takes] = MappingProxyType(
         "gptq": Takes(("int",)),
         "wanda": Takes(("sparse",), _PRUNED),
         "sparsegpt": Takes(("sparse",), _PRUNED),
+        "svd-llm": Takes(("lowrank",)),
     }
 )
 

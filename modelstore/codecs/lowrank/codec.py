@@ -77,7 +77,7 @@ class LowRank(WeightCodec):
         if reason or len(shape) < 2:
             return reason or "is no matrix"
         _, rows, columns = _stack(shape)
-        rank = self._rank(rows, columns) or 1
+        rank = self.rank_of(rows, columns) or 1
         if rank >= min(rows, columns):
             return f"is {rows} × {columns}, which leaves no rank below that of {rank}"
         stored = rank * (rows + columns) * factor_dtype(dtype).itemsize
@@ -88,12 +88,12 @@ class LowRank(WeightCodec):
     def size(self, shape: Shape, dtype: DType) -> int:
         """An estimate: by energy, of factors that have half the numbers."""
         count, rows, columns = _stack(shape)
-        rank = self._rank(rows, columns) or LowRank(ratio=0.5)._rank(rows, columns)
+        rank = self.rank_of(rows, columns) or LowRank(ratio=0.5).rank_of(rows, columns)
         stored = factor_dtype(dtype)
         coded = {"bfloat16": 1.33, "float16": 1.75, "float32": 3.35}[stored.name]
         return _RANK + math.ceil(count * rank * (rows + columns) * coded)
 
-    def _rank(self, rows: int, columns: int) -> int:
+    def rank_of(self, rows: int, columns: int) -> int:
         """The rank where it is known without the values, else 0."""
         if self.ratio:
             return max(1, int(self.ratio * rows * columns / (rows + columns)))
@@ -102,7 +102,7 @@ class LowRank(WeightCodec):
     def memory(self, shape: Shape, dtype: DType) -> int:
         """Bytes that are held while a matrix is decomposed, and factors of matrices of the tensor after that."""
         count, rows, columns = _stack(shape)
-        rank = self._rank(rows, columns)
+        rank = self.rank_of(rows, columns)
         factors = (rank or min(rows, columns)) * (rows + columns) * factor_dtype(dtype).itemsize
         return decompose.memory(rows, columns, rank) + factors * min(2, count)
 
@@ -113,7 +113,7 @@ class LowRank(WeightCodec):
         """
         count, rows, columns = _stack(shape)
         bands = [_bands(read, shape, dtype, index) for index in range(count)]
-        needed = [decompose.enough(one, self.energy) if self.energy else self._rank(rows, columns) for one in bands]
+        needed = [decompose.enough(one, self.energy) if self.energy else self.rank_of(rows, columns) for one in bands]
         rank = min(max(needed), rows, columns)
         stored = factor_dtype(dtype)
         most = float(limit(stored))
@@ -133,9 +133,7 @@ class LowRank(WeightCodec):
                 left, right = pairs.get(index)
                 ones.append(left[a:b].reshape(-1))
                 twos.append(np.ascontiguousarray(right[:, c:d]).reshape(-1))
-            head = np.array([rank], "<u4").view(np.uint8)
-            one, two = np.concatenate(ones), np.concatenate(twos)
-            return np.concatenate([head, byteplanes.encode(one, stored)]), byteplanes.encode(two, stored)
+            return packed(np.concatenate(ones), np.concatenate(twos), rank, stored)
 
         return encode
 
@@ -180,6 +178,12 @@ def factors(planes: Sequence[Buffer], shape: Shape, dtype: DType) -> tuple[Bytes
     """
     (left, right), ((_, _, rank), _) = _stored(planes, shape, dtype)
     return left, right, rank
+
+
+def packed(left: Bytes, right: Bytes, rank: int, stored: DType) -> tuple[Buffer, ...]:
+    """The planes of a region's factors, raw bytes of `factor_dtype`: its rows of left, its columns of right."""
+    head = np.array([rank], "<u4").view(np.uint8)
+    return np.concatenate([head, byteplanes.encode(left, stored)]), byteplanes.encode(right, stored)
 
 
 def factor_dtype(dtype: DType) -> DType:
