@@ -30,7 +30,7 @@ _ROWS = 1 << 22  # numbers that they look at a time
 
 
 @dataclass(frozen=True)
-class Factored:
+class InOrder:
     """The order in which columns are pruned, and the upper factor of the inverse in that order."""
 
     order: torch.Tensor
@@ -42,14 +42,14 @@ class Moments:
     """Of an input that layers share: the sum of outer products, float64, and what is computed of it once."""
 
     hessian: torch.Tensor
-    _factored: dict[int, Factored | None] = field(default_factory=dict)
+    _factored: dict[int, InOrder | None] = field(default_factory=dict)
 
     @cached_property
     def diagonal(self) -> torch.Tensor:
         """How much comes through each column."""
         return self.hessian.diagonal()
 
-    def factored(self, width: int) -> Factored | None:
+    def factored(self, width: int) -> InOrder | None:
         """What SparseGPT takes, None where there is no factor.
 
         Patterns of `width` columns come in the order of how much comes through them. Without patterns (0) columns stay as
@@ -58,7 +58,7 @@ class Moments:
         if width not in self._factored:
             order = self._order(width) if width else torch.arange(len(self.diagonal))
             upper = factor(self.hessian[order][:, order], self.diagonal[order] == 0)[0]
-            self._factored[width] = Factored(order, upper) if upper is not None else None
+            self._factored[width] = InOrder(order, upper) if upper is not None else None
         return self._factored[width]
 
     def _order(self, width: int) -> torch.Tensor:
@@ -90,7 +90,7 @@ def wanda(weight: torch.Tensor, inputs: Moments, pruning: Pruning) -> torch.Tens
 
 
 def sparsegpt(
-    weight: torch.Tensor, inputs: Factored, pruning: Pruning, scales: torch.Tensor | None = None, bits: int = 0
+    weight: torch.Tensor, inputs: InOrder, pruning: Pruning, scales: torch.Tensor | None = None, bits: int = 0
 ) -> torch.Tensor:
     """A weight (rows, columns) pruned column by column, and rounded to codes of `bits` with these scales (rows, columns)."""
     order = inputs.order
