@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstore.cli import output, swapped, units
+from modelstore.cli import fitting, output, swapped, units
 from modelstore.cli.failures import usage
 from modelstore.cli.options import AsJson, Cluster, Debug, Memory, Quiet, Reference, StoreUrl, open_store
 
 if TYPE_CHECKING:
+    from modelstore.calibrate.text import Calibration
     from modelstore.client import Store
     from modelstore.format.results import CompressionPlan
 
 Recipe = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="RECIPE",
         show_default=False,
-        help="A preset, such as int8, int4 or ladder ('modelstore presets' lists them), or a .json file of a recipe.",
+        help="A preset, such as int8 or int4 ('modelstore presets' lists them), or a recipe's .json file. Or: --fit, --max-kl.",
     ),
 ]
 Include = Annotated[
@@ -61,12 +62,80 @@ Requantize = Annotated[
     ),
 ]
 
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit",
+        metavar="SIZE",
+        show_default=False,
+        help="Instead of a recipe: the most bytes as stored, such as 120MiB. Each layer gets the format that is worth it.",
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        show_default=False,
+        help="With --fit or --max-kl: how values are found, such as gptq. Rounded if not given.",
+    ),
+]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format",
+        metavar="PRESET",
+        show_default=False,
+        help="With --fit or --max-kl: a format that layers may get, such as int4. Several times. Int of 2 to 8 bits else.",
+    ),
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+        help="The text, in UTF-8, that a recipe such as gptq4 looks at, and on which --fit measures what formats cost.",
+    ),
+]
+Samples = Annotated[
+    int, typer.Option("--samples", metavar="N", min=1, help="Windows that are cut out of the calibration's text.")
+]
+Length = Annotated[int, typer.Option("--length", metavar="TOKENS", min=2, help="Tokens of such a window.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Draws where the windows lie.")]
+
 plan = typer.Typer(name="plan", help="Print what a command would do, and do nothing.", no_args_is_help=True)
 
 
 def compress(
     ref: Reference,
-    recipe: Recipe,
+    recipe: Recipe = None,
+    fit: Fit = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl",
+            metavar="NATS",
+            min=0,
+            show_default=False,
+            help="Instead of a recipe: the most it may diverge from the original, a token, on --text. The smallest such mix.",
+        ),
+    ] = None,
+    judged: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="With --max-kl: the text that mixes are judged on, another one than --calibration.",
+        ),
+    ] = None,
+    method: Method = None,
+    formats: Formats = None,
     variant: Annotated[
         str | None,
         typer.Option(
@@ -77,22 +146,10 @@ def compress(
     include: Include = None,
     skip: Skip = None,
     requantize: Requantize = False,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration",
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            show_default=False,
-            help="The text, in UTF-8, that a recipe such as gptq4 looks at.",
-        ),
-    ] = None,
-    samples: Annotated[
-        int, typer.Option("--samples", metavar="N", min=1, help="Windows that are cut out of the calibration's text.")
-    ] = 128,
-    length: Annotated[int, typer.Option("--length", metavar="TOKENS", min=2, help="Tokens of such a window.")] = 512,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Draws where the windows lie.")] = 0,
+    calibration: Text = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    seed: Seed = 0,
     store: StoreUrl = None,
     memory: Memory = None,
     cluster: Cluster = None,
@@ -104,21 +161,23 @@ def compress(
 
     The original stays exact. A compression that was interrupted goes on when it is started again.
     """
-    import modelstore as ms
-
-    if calibration is None and (samples, length, seed) != (128, 512, 0):
-        raise usage("--samples, --length and --seed say how a text is cut: give it with --calibration FILE")
+    text = _calibration(calibration, samples, length, seed)
     opened = open_store(store, memory=memory, cluster=cluster)
     with output.progress(quiet=quiet) as report, _told_apart(opened, "compress", ref, recipe):
         done = opened.compress(
             ref,
             _recipe(recipe),
+            fit=fit,
+            max_kl=max_kl,
+            text=judged,
+            method=method,
+            formats=formats or (),
             variant=variant,
             codes=codes,
             include=include or (),
             skip=skip or (),
             requantize=requantize,
-            calibration=ms.Calibration(calibration, samples, length, seed) if calibration is not None else None,
+            calibration=text,
             progress=report,
         )
 
@@ -147,24 +206,57 @@ def compress(
 @plan.command("compress")
 def plan_compress(
     ref: Reference,
-    recipe: Recipe,
+    recipe: Recipe = None,
+    fit: Fit = None,
+    method: Method = None,
+    formats: Formats = None,
     codes: Codes = None,
     include: Include = None,
     skip: Skip = None,
     requantize: Requantize = False,
+    calibration: Text = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    seed: Seed = 0,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="With --fit: measure now what formats cost, and keep that with the original."),
+    ] = False,
     store: StoreUrl = None,
+    memory: Memory = None,
     json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Print what compress would do, tensor by tensor.
 
-    Only the model's manifest is read.
+    Only the model's manifest is read, unless --measure is given.
     """
-    opened = open_store(store)
+    text = _calibration(calibration, samples, length, seed)
+    opened = open_store(store, memory=memory)
+    also: dict[str, Any] = {"include": include or (), "skip": skip or ()}
+    if fit is not None:
+        if recipe is not None or codes is not None or requantize:
+            raise usage("--fit chooses formats itself: leave out RECIPE, --codes and --requantize")
+        with output.progress(quiet=quiet) as report:
+            fitted = opened.plan_fit(
+                ref,
+                fit,
+                method=method,
+                formats=formats or (),
+                calibration=text,
+                measure=measure,
+                progress=report,
+                **also,
+            )
+        output.result(fitted, fitting.lines(fitted), as_json=json)
+        return
+    if recipe is None:
+        raise usage("say what is to be made: a RECIPE such as int4, or --fit SIZE")
+    if method is not None or formats or text is not None or measure:
+        raise usage("--method, --format, --calibration and --measure are for --fit here: a recipe says them itself")
     with _told_apart(opened, "plan compress", ref, recipe):
-        found = opened.plan_compression(
-            ref, _recipe(recipe), codes=codes, include=include or (), skip=skip or (), requantize=requantize
-        )
+        found = opened.plan_compression(ref, _named(recipe), codes=codes, requantize=requantize, **also)
     output.result(found, _plan_lines(found), as_json=json)
 
 
@@ -204,8 +296,20 @@ def _plan_lines(found: CompressionPlan) -> Iterator[str]:
         )
 
 
-def _told_apart(opened: Store, command: str, ref: str, text: str) -> AbstractContextManager[None]:
+def _calibration(text: Path | None, samples: int, length: int, seed: int) -> Calibration | None:
+    """A text, and how it is cut."""
     import modelstore as ms
+
+    if text is None and (samples, length, seed) != (128, 512, 0):
+        raise usage("--samples, --length and --seed say how a text is cut: give it with --calibration FILE")
+    return ms.Calibration(text, samples, length, seed) if text is not None else None
+
+
+def _told_apart(opened: Store, command: str, ref: str, text: str | None) -> AbstractContextManager[None]:
+    import modelstore as ms
+
+    if text is None:
+        return nullcontext()
 
     def names_recipe(one: str) -> bool:
         return one.endswith(".json") or one in ms.presets()
@@ -217,7 +321,11 @@ def _codec(name: str, params: dict[str, Any]) -> str:
     return " ".join([name, *(f"{key}={value}" for key, value in params.items())])
 
 
-def _recipe(text: str) -> str | dict[str, Any]:
+def _recipe(text: str | None) -> str | dict[str, Any] | None:
+    return None if text is None else _named(text)
+
+
+def _named(text: str) -> str | dict[str, Any]:
     """The preset's name as it is, or what a file of JSON holds."""
     if not text.endswith(".json"):
         return text

@@ -20,11 +20,12 @@ from modelstore.plan.work import Work
 
 if TYPE_CHECKING:
     from modelstore.calibrate.run import Calibrated
-    from modelstore.calibrate.text import Calibration
+    from modelstore.calibrate.text import Calibration, Samples
     from modelstore.client.reading import Readable
     from modelstore.compress.codes import Codes
     from modelstore.compress.job import Spread
     from modelstore.compress.parent import Parent
+    from modelstore.execute.read.loading import Variant
 
 
 def compress(
@@ -45,7 +46,7 @@ def compress(
 
     started = time.monotonic()
     with _codes(access, codes) as given:
-        parent, plan, wanted = _planned(access, model, value, given, include, skip, requantize)
+        parent, plan, wanted = planned(access, model, value, given, include, skip, requantize)
         name = check_word(variant, "variant") if variant is not None else plan.recipe
         variants = variants_of(plan, name)
         if variant is not None and variants != (name,):
@@ -86,10 +87,10 @@ def plan_compression(
 ) -> results.CompressionPlan:
     """What `compress` would do."""
     with _codes(access, codes) as given:
-        return _planned(access, model, value, given, include, skip, requantize)[1]
+        return planned(access, model, value, given, include, skip, requantize)[1]
 
 
-def _planned(
+def planned(
     access: Access,
     model: Readable,
     value: str | Recipe | Mapping[str, Any],
@@ -98,6 +99,7 @@ def _planned(
     skip: Iterable[str],
     requantize: bool,
 ) -> tuple[Parent, results.CompressionPlan, Recipe]:
+    """What is compressed, what becomes of it, and the recipe with what is included and skipped."""
     from modelstore.compress.plan import check_requantize, check_targets, give_codes, plan_compression, resolve
     from modelstore.compress.requantized import parent_of
 
@@ -142,24 +144,31 @@ def _calibrated(
             "requantize=True makes weights that no text is run through: compress without data, or dequantize first"
         )
     from modelstore.calibrate.run import Calibrated
-    from modelstore.calibrate.text import Calibration, cut
-    from modelstore.client.evaluating import text_of
-    from modelstore.compress.evaluate.model import class_of, language_config, tokens
+    from modelstore.compress.evaluate.model import class_of
     from modelstore.compress.stages import Stages
 
-    how = given if isinstance(given, Calibration) else Calibration(given)
     entry = access.repo.catalog.variant(parent.record, ORIGINAL)
     opened = access.opened(model.name, entry)
-    config = language_config(opened)
-    text = config.get_text_config()
-    ids = tokens(opened, text_of(how.text)[1])
-    samples = cut(ids, how, int(text.vocab_size), getattr(text, "max_position_embeddings", None))
+    config, samples = looked_at(opened, given)
     specs = {choice.name: choice.codec for choice in plan.compressed if choice.codec}
     rules = {choice.name: recipe.rule(choice.name, choice.kind) for choice in plan.compressed}
     wanted = {name: rule.method for name, rule in rules.items() if rule is not None and rule.method is not None}
     limits = access.limits()
     stages = Stages(opened, class_of(config), limits)
     return Calibrated(stages, parent.manifest, samples, specs, wanted, limits.memory // 4)
+
+
+def looked_at(opened: Variant, given: str | PathLike[str] | Calibration) -> tuple[Any, Samples]:
+    """A model's config as transformers has it, and the samples of a text that it looks at."""
+    from modelstore.calibrate.text import Calibration, cut
+    from modelstore.client.evaluating import text_of
+    from modelstore.compress.evaluate.model import language_config, tokens
+
+    how = given if isinstance(given, Calibration) else Calibration(given)
+    config = language_config(opened)
+    text = config.get_text_config()
+    ids = tokens(opened, text_of(how.text)[1])
+    return config, cut(ids, how, int(text.vocab_size), getattr(text, "max_position_embeddings", None))
 
 
 def _spread(access: Access, parent: Parent, earlier: Iterable[VariantEntry], work: Work) -> Spread | None:

@@ -12,6 +12,7 @@ from modelstore.client.exporting import MAX_SHARD
 from modelstore.client.model import Model
 from modelstore.execute.read.loading import LazyTensor
 from modelstore.format import results
+from modelstore.format.fitted import FitPlan
 from modelstore.format.names import parse_reference
 from modelstore.format.progress import Progress
 from modelstore.format.recipe import Recipe
@@ -142,8 +143,13 @@ class OfModels(OpenedStore):
     def compress(
         self,
         ref: str,
-        recipe: str | Recipe | Mapping[str, Any],
+        recipe: str | Recipe | Mapping[str, Any] | None = None,
         *,
+        fit: Size | None = None,
+        max_kl: float | None = None,
+        text: str | os.PathLike[str] | None = None,
+        method: str | None = None,
+        formats: Iterable[str] = (),
         variant: str | None = None,
         codes: str | os.PathLike[str] | None = None,
         include: Iterable[str] = (),
@@ -154,6 +160,11 @@ class OfModels(OpenedStore):
     ) -> results.Compressed:
         return self._at(ref).compress(
             recipe,
+            fit=fit,
+            max_kl=max_kl,
+            text=text,
+            method=method,
+            formats=formats,
             variant=variant,
             codes=codes,
             include=include,
@@ -175,6 +186,31 @@ class OfModels(OpenedStore):
         requantize: bool = False,
     ) -> results.CompressionPlan:
         return self._at(ref).plan_compression(recipe, codes=codes, include=include, skip=skip, requantize=requantize)
+
+    @told_by(Model.plan_fit, "store[ref].plan_fit(…)")
+    def plan_fit(
+        self,
+        ref: str,
+        fit: Size,
+        *,
+        method: str | None = None,
+        formats: Iterable[str] = (),
+        include: Iterable[str] = (),
+        skip: Iterable[str] = (),
+        calibration: str | os.PathLike[str] | Calibration | None = None,
+        measure: bool = False,
+        progress: Progress | None = None,
+    ) -> FitPlan:
+        return self._at(ref).plan_fit(
+            fit,
+            method=method,
+            formats=formats,
+            include=include,
+            skip=skip,
+            calibration=calibration,
+            measure=measure,
+            progress=progress,
+        )
 
     @overload
     def eval(

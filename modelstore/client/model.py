@@ -8,11 +8,22 @@ from typing import Any, Literal
 
 from modelstore.calibrate.text import Calibration
 from modelstore.client.access import Access
+<<<<<<< HEAD
 from modelstore.client.compressing import compress, plan_compression
 from modelstore.client.evaluating import DTypeName, evaluate
 from modelstore.client.exporting import MAX_SHARD, export
+=======
+from modelstore.client.arguments import MAX_SHARD
+from modelstore.client.bounded import bounded
+from modelstore.client.compressing import compress, plan_compression
+from modelstore.client.evaluating import DTypeName, evaluate
+from modelstore.client.exporting import export
+from modelstore.client.fitting import Wish, check_asked, plan_fit
+from modelstore.client.fitting import fit as fit_to
+>>>>>>> a3f6af8 (Variants that fit: the best mix of formats of a size, measured once for all sizes, or the smallest that holds a bound)
 from modelstore.client.reading import Readable
 from modelstore.format import results
+from modelstore.format.fitted import FitPlan
 from modelstore.format.progress import Progress
 from modelstore.format.recipe import Recipe
 from modelstore.format.units import Size
@@ -105,8 +116,13 @@ class Model(Readable):
 
     def compress(
         self,
-        recipe: str | Recipe | Mapping[str, Any],
+        recipe: str | Recipe | Mapping[str, Any] | None = None,
         *,
+        fit: Size | None = None,
+        max_kl: float | None = None,
+        text: str | os.PathLike[str] | None = None,
+        method: str | None = None,
+        formats: Iterable[str] = (),
         variant: str | None = None,
         codes: str | os.PathLike[str] | None = None,
         include: Iterable[str] = (),
@@ -123,7 +139,16 @@ class Model(Readable):
 
         Args:
             recipe: A preset's name (`modelstore.presets()`), a `Recipe`, or one as plain data.
-            variant: The name of what is made (default: the recipe's name).
+            fit: Instead of a recipe: the most bytes that the variant may have as stored, such as "120MiB". It is the mix of
+                formats, layer by layer, of which the least loss is expected; what each costs is measured once on the text of
+                `calibration`, and kept with the original.
+            max_kl: Instead of a recipe: the most that the variant may diverge from the original, in nats a token, on the first
+                8,192 tokens of `text`. It is the smallest mix that was found to hold that, of at most four that are made.
+            text: With `max_kl`, the text that is judged on, other than that of `calibration`.
+            method: With `fit` or `max_kl`, how the values of these formats are found: "gptq"; rounded where nothing is said.
+            formats: With `fit` or `max_kl`, what a layer may get, besides to be kept: names of presets that engines run
+                (default: int of 2, 3, 4 and 8 bits, symmetric, in groups, clipped).
+            variant: The name of what is made (default: the recipe's name; "fit-" and the size; "kl-" and the bound).
             codes: A ladder's int4 codes, found by GPTQ or the like: a directory of compressed-tensors (pack-quantized,
                 symmetric, in groups), or a reference to a stored variant with such. Weights without any are rounded to nearest.
             include: Further targets to compress by the recipe's first rule: kinds ("embedding", "head", …) or patterns of
@@ -141,12 +166,23 @@ class Model(Readable):
         Raises:
             ValueError: The recipe or the codes do not fit the model, or this is no original.
             FormatError: The codes have another layout.
-            UnsupportedError: The values of a quantized checkpoint cannot be computed here.
+            UnsupportedError: The values of a quantized checkpoint cannot be computed here; or `fit` is less than the smallest
+                size that is possible, which is said; or no mix holds `max_kl`.
             ConflictError: There is another variant of that name.
 
         Example:
             >>> store["acme/llama"].compress("int4")
+            >>> store["acme/llama"].compress(fit="120MiB", calibration="book.txt")
         """
+        asked: dict[str, Any] = {"recipe": recipe, "fit": fit, "max_kl": max_kl, "text": text}
+        formats, include, skip = tuple(formats), tuple(include), tuple(skip)
+        check_asked(**asked, method=method, formats=formats, codes=codes, requantize=requantize)
+        wish = Wish(calibration, method, formats, include, skip)
+        if fit is not None:
+            return fit_to(self._access, self, fit, wish, variant=variant, progress=progress)
+        if max_kl is not None and text is not None:
+            return bounded(self._access, self, max_kl, text, wish, variant=variant, progress=progress)
+        assert recipe is not None, "or it was refused"
         return compress(
             self._access,
             self,
@@ -191,6 +227,46 @@ class Model(Readable):
         return plan_compression(
             self._access, self, recipe, codes=codes, include=include, skip=skip, requantize=requantize
         )
+
+    def plan_fit(
+        self,
+        fit: Size,
+        *,
+        method: str | None = None,
+        formats: Iterable[str] = (),
+        include: Iterable[str] = (),
+        skip: Iterable[str] = (),
+        calibration: str | os.PathLike[str] | Calibration | None = None,
+        measure: bool = False,
+        progress: Progress | None = None,
+    ) -> FitPlan:
+        """Tell what `compress(fit=…)` would do; nothing is made.
+
+        Where it was measured before what the formats cost, the mix, its recipe and the mixes of other sizes are told; else what
+        the measurement takes, from manifests alone.
+
+        Args:
+            fit: As for `compress`.
+            method: As for `compress`.
+            formats: As for `compress`.
+            include: As for `compress`.
+            skip: As for `compress`.
+            calibration: As for `compress`; where none is given, the newest measurement counts.
+            measure: Measure it now, and keep that with the original.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Returns:
+            The plan. `recipe` is one that `compress` takes.
+
+        Raises:
+            ValueError: The formats do not fit the model, this is no original, or there is neither a text nor a measurement.
+            UnsupportedError: `fit` is less than the smallest size that is possible, or the model cannot be run.
+
+        Example:
+            >>> store["acme/llama"].plan_fit("120MiB", calibration="book.txt", measure=True).cost
+        """
+        wish = Wish(calibration, method, tuple(formats), tuple(include), tuple(skip))
+        return plan_fit(self._access, self, fit, wish, measure=measure, progress=progress)
 
     def eval(
         self,

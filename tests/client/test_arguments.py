@@ -47,6 +47,7 @@ VALID: dict[str, Any] = {  # by the parameter's name; None does for what is opti
     "tag": "prod",
     "module": torch.nn.Linear(2, 2),
     "recipe": "int8",
+    "fit": "120MiB",
     "session": "s",
     "rank": 0,
     "ranks": 2,

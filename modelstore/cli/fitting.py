@@ -1,0 +1,52 @@
+"""`plan compress --fit`: what a fit would do, as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from modelstore.cli import output, units
+
+if TYPE_CHECKING:
+    from modelstore.format.fitted import FitPlan, Mixed
+
+_SHOWN = 12  # points of the front
+
+
+def lines(found: FitPlan) -> Iterator[str]:
+    """A fit's groups and its front; or what has to be measured first."""
+    possible = f"{units.size(found.smallest)} (the smallest) to {units.size(found.original)} (all kept)"
+    if not found.measured:
+        yield f"sizes from {possible} are possible; {units.size(found.budget)} are given"
+        yield (
+            f"it was not measured yet what formats cost: {found.passes} passes over the data come first, "
+            f"{units.count(found.blocks, 'block')} there and back, with up to {units.size(found.spool)} of activations; "
+            f"--measure does it now"
+        )
+        return
+    assert found.bytes is not None
+    assert found.cost is not None
+    rows = [
+        (
+            one.tensors[0] + (f" and {len(one.tensors) - 1} more" if len(one.tensors) > 1 else ""),
+            _codec(one),
+            units.size(one.bytes),
+            f"{one.cost:.2e}",
+        )
+        for one in found.groups
+    ]
+    yield from output.table(rows, ("TENSORS", "FORMAT", "SIZE", "COST"), right=(2, 3))
+    front = found.front[:: max(1, -(-len(found.front) // _SHOWN))]
+    yield from output.table(
+        [(units.size(one.bytes), f"{one.cost:.3g}") for one in front], ("ANOTHER SIZE", "COST"), right=(0, 1)
+    )
+    if found.unseen:
+        yield f"{units.count(len(found.unseen), 'tensor')} the data say nothing of: they count as the dearest of their kind"
+    yield (
+        f"{units.size(found.bytes)} of {units.size(found.budget)}, expected to diverge by {found.cost:.3g} nats a token; "
+        f"possible are {possible}"
+    )
+
+
+def _codec(one: Mixed) -> str:
+    return " ".join([one.codec, *(f"{key}={value}" for key, value in one.params.items())]) if one.codec else "kept"

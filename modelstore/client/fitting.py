@@ -1,0 +1,272 @@
+"""Variants that fit: the best mix of formats of a size, or the smallest that holds a bound on its divergence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from modelstore.client.access import Access
+from modelstore.client.compressing import compress, looked_at, planned
+from modelstore.format import results
+from modelstore.format.fitted import FitPlan
+from modelstore.format.names import ORIGINAL, check_word
+from modelstore.format.progress import Progress, meter
+from modelstore.format.recipe import METHODS, Method, Recipe, Rule, check
+from modelstore.format.sensitivity import Sensitivity
+from modelstore.format.units import Size, parse_size
+
+if TYPE_CHECKING:
+    from modelstore.calibrate.text import Calibration, Samples
+    from modelstore.client.reading import Readable
+    from modelstore.compress.stages import Stages
+    from modelstore.execute.read.loading import Variant
+    from modelstore.format.manifest import CodecSpec
+    from modelstore.format.record import VersionRecord
+    from modelstore.search.mix import Mix, Mixture
+
+
+_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a mix beside its size, as `Model.compress` says. `ValueError` for a method that there is not."""
+
+    calibration: str | PathLike[str] | Calibration | None
+    method: str | None
+    formats: tuple[str, ...]
+    include: tuple[str, ...]
+    skip: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.method is not None and self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not one of {', '.join(METHODS)}")
+        if self.method is not None and self.calibration is None:
+            raise ValueError(f"method={self.method!r} looks at data: give a text, calibration='book.txt'")
+
+
+class Fitting:
+    """A model of which it is known what takes part in a mix; what its formats cost is measured when it is asked for."""
+
+    def __init__(self, access: Access, model: Readable, wish: Wish) -> None:
+        from modelstore.search.known import known
+
+        self._access, self._model, self._wish = access, model, wish
+        self.formats, self.plan, self.record = self._planned()
+        self.opened: Variant = access.opened(model.name, access.repo.catalog.variant(self.record, ORIGINAL))
+        self._config: Any = None
+        self.samples: Samples | None = None
+        if wish.calibration is not None:
+            self._config, self.samples = looked_at(self.opened, wish.calibration)
+        data = self.samples.recorded if self.samples else None
+        self.sensitivity = known(self.opened.manifest.metrics, self.formats, self.wanted, data)
+
+    @property
+    def wanted(self) -> list[str]:
+        """The tensors that take part."""
+        return [choice.name for choice in self.plan.compressed]
+
+    def mixture(self) -> Mixture:
+        """The groups with what each format costs, as far as that is known."""
+        from modelstore.search.mix import mixture
+
+        costs = self.sensitivity.costs if self.sensitivity else None
+        return mixture(self.plan, self.opened.manifest, self.formats, costs)
+
+    def stages(self) -> Stages:
+        """The model, to be run block by block. `ValueError` where there is no text to run."""
+        from modelstore.compress.evaluate.model import class_of
+        from modelstore.compress.stages import Stages
+
+        if self.samples is None:
+            raise ValueError(
+                f"it was not measured yet what these formats cost {self._model.asked}: give a text that it is measured on, "
+                f"calibration='book.txt'"
+            )
+        return Stages(self.opened, class_of(self._config), self._access.limits())
+
+    def measure(self, progress: Progress | None) -> None:
+        """Measure what formats cost, unless it is known, and keep that with the original."""
+        from modelstore.compress.plan import weight_codec
+        from modelstore.search.known import keep, rounded
+        from modelstore.search.sensitivity import Measuring
+
+        if self.sensitivity is not None:
+            return
+        stages = self.stages()
+        assert self.samples is not None, "or there were no stages"
+        data, limits = self.samples.recorded, self._access.limits()
+        count = meter(progress, 2 * self.opened.manifest.nbytes, f"measuring {self._model.asked}")
+        codecs = [weight_codec(spec) for spec in self.formats]
+        made = Measuring(
+            stages, self.opened.manifest, self.samples.ids, codecs, self.wanted, data["seed"], limits.memory // 4, count
+        ).run()
+        self.sensitivity = Sensitivity(data, self.formats, rounded(made))
+        at = self.record.version
+        keep(self._access.repo, self.record.model, at, self.opened.manifest.content, self.sensitivity)
+
+    def recipe(self, mix: Mix, name: str, why: str) -> Recipe:
+        """The recipe of a mix, which says on what data it was chosen."""
+        return mix.recipe(name, self._wish.method, self.said(why))
+
+    def said(self, why: str) -> str:
+        """A recipe's description: why it is what it is, and by which data."""
+        assert self.sensitivity is not None, "a mix is chosen by what formats cost"
+        data = self.sensitivity.data
+        of = f"{data['samples']} samples of {data['length']} tokens, seed {data['seed']}, {str(data['digest'])[:16]}"
+        return f"{why}, by what formats cost on {of}"
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model looks at, where its config says it."""
+        from modelstore.compress.evaluate.model import language_config
+
+        config = self._config or language_config(self.opened)
+        found = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
+    def _planned(self) -> tuple[tuple[CodecSpec, ...], results.CompressionPlan, VersionRecord]:
+        """The formats, and the plan in which each tensor that takes part has the smallest of them."""
+        from modelstore.compress.plan import weight_codec
+        from modelstore.format.dtypes import DTYPES
+        from modelstore.search.mix import default_formats, named_formats
+
+        def made(formats: tuple[CodecSpec, ...]) -> tuple[results.CompressionPlan, VersionRecord]:
+            least = min(formats, key=lambda spec: weight_codec(spec).size((1024, 1024), DTYPES["bfloat16"]))
+            recipe = Recipe("fit", (Rule(("linear",), least),))
+            parent, plan, _ = planned(
+                self._access, self._model, recipe, None, self._wish.include, self._wish.skip, False
+            )
+            return plan, parent.record
+
+        if self._wish.formats:
+            formats = named_formats(self._wish.formats)
+        else:
+            formats = default_formats([choice.shape[-1] for choice in made(default_formats([]))[0].compressed])
+        method = Method(self._wish.method) if self._wish.method else None
+        check(Recipe("fit", tuple(Rule(("linear",), spec, method) for spec in formats)))
+        return formats, *made(formats)
+
+
+def check_asked(
+    *,
+    recipe: object,
+    fit: object,
+    max_kl: float | None,
+    text: object,
+    method: object,
+    formats: object,
+    codes: object,
+    requantize: object,
+) -> None:
+    """`ValueError` unless one thing is asked for: a recipe, a size or a bound; or for what has no effect beside it."""
+    asked = {name: one for name, one in (("recipe", recipe), ("fit", fit), ("max_kl", max_kl)) if one is not None}
+    if not asked:
+        raise ValueError(
+            "say what is to be made: a recipe such as 'int4', a size, fit='120MiB', or a bound, max_kl=0.05"
+        )
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(f'{name}=' for name in asked)} each say what is to be made: give one of them")
+    if recipe is not None:
+        idle = {"method": method, "formats": formats, "text": text}
+        why = "a recipe says itself what is stored and how it is found"
+    else:
+        idle = {"codes": codes, "requantize": requantize} | ({"text": text} if max_kl is None else {})
+        why = f"{next(iter(asked))}= chooses formats itself, for the original's own weights"
+    for name, value in idle.items():
+        if value:
+            raise ValueError(f"{name}= has no effect here: {why}; leave it out")
+    if max_kl is not None and not 0 < max_kl < float("inf"):
+        raise ValueError(f"max_kl={max_kl!r} is no bound: give nats a token, such as 0.05")
+    if max_kl is not None and text is None:
+        raise ValueError("max_kl= is judged on a text that nothing was chosen on: give one, text='other.txt'")
+
+
+def fit(
+    access: Access, model: Readable, budget: Size, wish: Wish, *, variant: str | None, progress: Progress | None
+) -> results.Compressed:
+    """Make the best mix of at most `budget` bytes as stored, as `Model.compress` says."""
+    bytes = parse_size(budget)
+    name = _named(variant, bytes, wish)
+    ready = Fitting(access, model, wish)
+    before = ready.mixture()
+    if bytes >= before.largest:
+        raise ValueError(
+            f"fit={bytes} leaves nothing to compress: {model.asked} has {before.largest} bytes as it is stored, exact"
+        )
+    if bytes < before.smallest:
+        before.best(bytes)  # says what is possible
+    ready.measure(progress)
+    recipe = ready.recipe(ready.mixture().best(bytes), name, f"the best mix of {bytes} bytes")
+    return made(access, model, recipe, name, wish, progress)
+
+
+def made(
+    access: Access, model: Readable, recipe: Recipe, variant: str, wish: Wish, progress: Progress | None
+) -> results.Compressed:
+    """Make a variant of a mix's recipe."""
+    return compress(
+        access,
+        model,
+        recipe,
+        variant=variant,
+        codes=None,
+        include=(),
+        skip=(),
+        requantize=False,
+        calibration=wish.calibration if wish.method else None,
+        progress=progress,
+    )
+
+
+def plan_fit(
+    access: Access, model: Readable, budget: Size, wish: Wish, *, measure: bool, progress: Progress | None
+) -> FitPlan:
+    """Tell what `fit` would do, as `Model.plan_fit` says."""
+    ready, bytes = Fitting(access, model, wish), parse_size(budget)
+    if bytes < ready.mixture().smallest:
+        ready.mixture().best(bytes)
+    if measure:
+        ready.measure(progress)
+    mixture = ready.mixture()
+    blank = FitPlan(
+        ready.record.model,
+        ready.record.version,
+        bytes,
+        mixture.smallest,
+        mixture.largest,
+        ready.sensitivity is not None,
+        0,
+        0,
+        0,
+    )
+    if ready.sensitivity is None:
+        skeleton, ids = ready.stages().skeleton, ready.samples.ids if ready.samples else None
+        width = skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        tokens = 0 if ids is None else ids.numel()
+        return msgspec.structs.replace(
+            blank, passes=2, blocks=skeleton.count, spool=4 * tokens * width * skeleton.count
+        )
+    best = mixture.best(bytes)
+    compresses = any(group.codec for group in best.groups)
+    recipe = ready.recipe(best, _named(None, bytes, wish), f"the best mix of {bytes} bytes") if compresses else None
+    return msgspec.structs.replace(
+        blank,
+        bytes=best.bytes,
+        cost=best.cost,
+        recipe=msgspec.to_builtins(recipe) if recipe else None,
+        groups=best.groups,
+        front=tuple(mix.point for mix in mixture.front()),
+        unseen=mixture.unseen,
+    )
+
+
+def _named(variant: str | None, bytes: int, wish: Wish) -> str:
+    """The variant's name: that which is given, or one that says the size."""
+    if variant is not None:
+        return check_word(variant, "variant")
+    unit, divisor = next((pair for pair in _UNITS if bytes % pair[1] == 0), ("", 1))
+    return f"{wish.method or 'fit'}-{bytes // divisor}{unit}"

@@ -1,0 +1,52 @@
+"""What a fit answers: which format each layer gets, at which size, and what that is expected to cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modelstore.format.brief import Result
+
+
+class Mixed(Result, frozen=True):
+    """Tensors that share a format, since engines run them as one, or one alone; `codec` is "" where they are kept.
+
+    `bytes` as stored, `cost` in nats a token: what they are expected to add to the divergence from the original.
+    """
+
+    tensors: tuple[str, ...]
+    codec: str
+    params: dict[str, Any]
+    bytes: int
+    cost: float
+
+
+class FrontPoint(Result, frozen=True):
+    """The best mix of a size: its bytes as stored, and the divergence in nats a token that is expected of it."""
+
+    bytes: int
+    cost: float
+
+
+class FitPlan(Result, frozen=True):
+    """What a fit would do. `budget`, `smallest` (the least that is possible) and `original` are bytes as stored.
+
+    `measured`: whether it is known what each format costs; where it is not, `passes` over the data (`blocks` blocks there and
+    back, with up to `spool` bytes of activations) come first, and what follows is not known. `bytes` and `cost` are those of
+    the mix, `recipe` makes it, `front` tells other sizes, `unseen` the tensors of which the data say nothing.
+    """
+
+    model: str
+    version: int
+    budget: int
+    smallest: int
+    original: int
+    measured: bool
+    passes: int
+    blocks: int
+    spool: int
+    bytes: int | None = None
+    cost: float | None = None
+    recipe: dict[str, Any] | None = None
+    groups: tuple[Mixed, ...] = ()
+    front: tuple[FrontPoint, ...] = ()
+    unseen: tuple[str, ...] = ()

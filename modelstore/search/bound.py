@@ -1,0 +1,40 @@
+"""The smallest mix that holds a bound on what is measured: few are made and judged, the front says which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+TRIALS = 4
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A mix that was made and judged, by its number on the front, and what came out."""
+
+    at: int
+    found: float
+
+
+def bisect(expected: Sequence[float], limit: float, judge: Callable[[int], float]) -> tuple[int | None, list[Trial]]:
+    """The number of the smallest mix that was found to hold `limit`, None where none did; and all trials, at most four.
+
+    `expected`: of mixes by size, what each is expected to come to, falling. What is measured is taken to be a multiple of it,
+    the same at neighbours; a mix that was found to hold, or not, ends the search on its side.
+    """
+    low, high = -1, len(expected)  # the largest known not to hold, the smallest known to
+    trials: list[Trial] = []
+    ratio = 1.0
+    while len(trials) < TRIALS and high - low > 1:
+        spare = 1.0 if len(trials) < TRIALS - 1 or high < len(expected) else 1.25  # the last one is to hold
+        fits = [at for at in range(low + 1, high) if expected[at] * ratio * spare <= limit]
+        at = fits[0] if fits else high - 1
+        found = judge(at)
+        trials.append(Trial(at, found))
+        if found <= limit:
+            high = at
+        else:
+            low = at
+        if expected[at] > 0 and found > 0:
+            ratio = found / expected[at]
+    return (high if high < len(expected) else None), trials

@@ -1,0 +1,211 @@
+"""A mix of formats: which tensors get one together, what each costs, and the recipe of the best mix of a size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from modelstore.architecture.fused import fused
+from modelstore.compress.plan import weight_codec
+from modelstore.compress.presets import preset
+from modelstore.errors import UnsupportedError
+from modelstore.format.architecture import general
+from modelstore.format.fitted import FrontPoint, Mixed
+from modelstore.format.manifest import CodecSpec, Manifest
+from modelstore.format.recipe import KINDS, Method, Recipe, Rule
+from modelstore.format.results import Choice, CompressionPlan
+from modelstore.search.allocate import Option, allocate, smallest
+
+_BITS = (2, 3, 4, 8)
+_GROUP_SIZES = (128, 64, 32, 16)
+_POINTS = 48  # sizes that a front is told of
+
+Costs = Mapping[str, Sequence[float | None]]
+
+
+def default_formats(columns: Sequence[int]) -> tuple[CodecSpec, ...]:
+    """Integers of 2, 3, 4 and 8 bits, clipped, in groups of at most 128 that divide the columns of each weight."""
+    size = next((one for one in _GROUP_SIZES if all(n % one == 0 for n in columns)), 128)
+    return tuple(CodecSpec("int", {"bits": bits, "group_size": size, "method": "mse"}) for bits in _BITS)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Groups of tensors, and the formats that each can have: None is to keep them.
+
+    `fixed`: bytes of all else; `measured`: whether costs are known; `unseen`: tensors of which the data say nothing.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    formats: tuple[tuple[CodecSpec | None, ...], ...]
+    options: tuple[tuple[Option, ...], ...]
+    fixed: int
+    measured: bool
+    unseen: tuple[str, ...] = ()
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the smallest mix."""
+        return self.fixed + smallest(self.options)
+
+    @property
+    def largest(self) -> int:
+        """Bytes where all is kept."""
+        return self.fixed + sum(each[-1].bytes for each in self.options)
+
+    def best(self, budget: int) -> Mix:
+        """The best mix of a size. `UnsupportedError` where it is below the smallest."""
+        least = self.smallest
+        if budget < least:
+            cost = sum(min(each, key=lambda one: (one.bytes, one.cost)).cost for each in self.options)
+            expected = f", and is expected to diverge by {cost:.3g} nats a token" if self.measured else ""
+            raise UnsupportedError(
+                f"{budget} bytes are too few: the smallest mix has {least} ({least / 2**20:.2f} MiB), {self.fixed} of them in "
+                f"what is kept{expected}: give that much, let more be compressed (include=['embedding']), or name formats of "
+                f"fewer bits"
+            )
+        return Mix(self, tuple(allocate(self.options, budget - self.fixed)))
+
+    def front(self) -> list[Mix]:
+        """The best mixes of sizes from the smallest to where all is kept, without those that are the same."""
+        low, high = self.smallest, self.largest
+        found: list[Mix] = []
+        for step in range(_POINTS):
+            made = self.best(low + (high - low) * step // (_POINTS - 1))
+            if not found or made.chosen != found[-1].chosen:
+                found.append(made)
+        return found
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One format for each group, by its number."""
+
+    of: Mixture
+    chosen: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes as stored, of all tensors and files."""
+        return self.of.fixed + sum(each[at].bytes for each, at in zip(self.of.options, self.chosen, strict=True))
+
+    @property
+    def cost(self) -> float:
+        """The divergence that is expected, in nats a token."""
+        return sum(each[at].cost for each, at in zip(self.of.options, self.chosen, strict=True))
+
+    @property
+    def point(self) -> FrontPoint:
+        """Its place on the front."""
+        return FrontPoint(self.bytes, self.cost)
+
+    @property
+    def groups(self) -> tuple[Mixed, ...]:
+        """Each group with its format."""
+        found = []
+        for names, formats, options, at in zip(
+            self.of.groups, self.of.formats, self.of.options, self.chosen, strict=True
+        ):
+            spec = formats[at]
+            params = dict(spec.params) if spec else {}
+            found.append(Mixed(names, spec.name if spec else "", params, options[at].bytes, options[at].cost))
+        return tuple(found)
+
+    def recipe(self, name: str, method: str | None, description: str) -> Recipe:
+        """The recipe that makes it: a rule for each format, with the names of its tensors. All else is kept."""
+        found: list[tuple[CodecSpec, list[str]]] = []
+        for names, formats, at in zip(self.of.groups, self.of.formats, self.chosen, strict=True):
+            spec = formats[at]
+            if spec is None:
+                continue
+            mine = next((names for one, names in found if one == spec), None)
+            if mine is None:
+                found.append((spec, mine := []))
+            mine += [_exactly(one) for one in names]
+        how = Method(method) if method else None
+        found.sort(key=lambda pair: msgspec.json.encode(pair[0], order="sorted"))
+        return Recipe(name, tuple(Rule(tuple(names), spec, how) for spec, names in found), description=description)
+
+
+def mixture(plan: CompressionPlan, manifest: Manifest, formats: Sequence[CodecSpec], costs: Costs | None) -> Mixture:
+    """The groups of a model. `plan`: in which the tensors that take part are compressed, by one of the formats.
+
+    `costs`: of each of these tensors by format; None where they are not known, and count as nothing. A tensor that the data
+    say nothing of, such as an expert that no token came to, counts as the dearest of its kind; where all of them are so,
+    it is kept.
+    """
+    taking = {choice.name: choice for choice in plan.compressed}
+    together = fused(taking)
+    alone = taking.keys() - {name for group in together for name in group}
+    order = {name: at for at, name in enumerate(taking)}
+    groups = sorted([*together, *((name,) for name in alone)], key=lambda group: order[group[0]])
+    known, unseen = _seen(taking, costs) if costs is not None else (None, ())
+    specs, options = [], []
+    for group in groups:
+        mine = [(spec, _option(group, at, spec, taking, manifest, known)) for at, spec in enumerate(formats)]
+        kept = Option(sum(taking[name].stored for name in group), 0.0)
+        fits = [(spec, option) for spec, option in mine if option is not None and option.bytes < kept.bytes]
+        specs.append((*(spec for spec, _ in fits), None))
+        options.append((*(option for _, option in fits), kept))
+    rest = sum(choice.stored for choice in plan.choices if choice.name not in taking)
+    files = sum(int(manifest.length[manifest.rows(file)].sum()) for file in manifest.files)
+    return Mixture(tuple(groups), tuple(specs), tuple(options), rest + files, costs is not None, unseen)
+
+
+def _option(
+    group: Sequence[str],
+    at: int,
+    spec: CodecSpec,
+    taking: Mapping[str, Choice],
+    manifest: Manifest,
+    known: Costs | None,
+) -> Option | None:
+    """What a group takes in a format, and costs; None where one of its tensors cannot be stored so."""
+    codec = weight_codec(spec)
+    size, cost = 0, 0.0
+    for name in group:
+        kind, one = manifest.by_name[name].kind, 0.0 if known is None else known[name][at]
+        if one is None or codec.refuses(taking[name].shape, kind):
+            return None
+        size += codec.size(taking[name].shape, kind)
+        cost += one
+    return Option(size, cost)
+
+
+def _seen(taking: Mapping[str, Choice], costs: Costs) -> tuple[Costs, tuple[str, ...]]:
+    """Costs in which what is not seen counts as the dearest of its kind; and what was not seen."""
+    unseen = tuple(name for name in taking if not any(costs[name]))
+    dearest: dict[str, list[float | None]] = {}
+    for name in taking.keys() - set(unseen):
+        worst = dearest.setdefault(general(name), [None] * len(costs[name]))
+        for at, cost in enumerate(costs[name]):
+            if cost is not None:
+                worst[at] = max(cost, worst[at] or 0.0)
+    nothing: list[float | None] = [None] * max((len(each) for each in costs.values()), default=0)
+    return {name: dearest.get(general(name), nothing) if name in unseen else costs[name] for name in taking}, unseen
+
+
+def _exactly(name: str) -> str:
+    """A target that speaks of one tensor."""
+    plain = name not in KINDS and not name.startswith("re:") and not any(c in name for c in "*?[")
+    return name if plain else f"re:{re.escape(name)}"
+
+
+def named_formats(names: Sequence[str]) -> tuple[CodecSpec, ...]:
+    """The codecs of presets, each once. `ValueError` where one is none that engines run, or has several."""
+    found: list[CodecSpec] = []
+    for name in names:
+        made = preset(name)
+        if made.calibrated or made.prune is not None or len(made.rules) != 1:
+            raise ValueError(f"formats: {name!r} is more than a format: name what is stored, such as int4, and method=")
+        spec = made.rules[0].codec
+        if spec is None or weight_codec(spec).view is None:
+            raise ValueError(
+                f"formats: no engine runs {name!r} as it is stored: name others, such as int4, int8 or fp8"
+            )
+        if spec not in found:
+            found.append(spec)
+    return tuple(found)
