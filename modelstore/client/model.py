@@ -8,19 +8,12 @@ from typing import Any, Literal
 
 from modelstore.calibrate.text import Calibration
 from modelstore.client.access import Access
-<<<<<<< HEAD
-from modelstore.client.compressing import compress, plan_compression
-from modelstore.client.evaluating import DTypeName, evaluate
-from modelstore.client.exporting import MAX_SHARD, export
-=======
-from modelstore.client.arguments import MAX_SHARD
 from modelstore.client.bounded import bounded
 from modelstore.client.compressing import compress, plan_compression
 from modelstore.client.evaluating import DTypeName, evaluate
-from modelstore.client.exporting import export
+from modelstore.client.exporting import MAX_SHARD, export
 from modelstore.client.fitting import Wish, check_asked, plan_fit
 from modelstore.client.fitting import fit as fit_to
->>>>>>> a3f6af8 (Variants that fit: the best mix of formats of a size, measured once for all sizes, or the smallest that holds a bound)
 from modelstore.client.reading import Readable
 from modelstore.format import results
 from modelstore.format.fitted import FitPlan

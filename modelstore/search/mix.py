@@ -16,7 +16,7 @@ from modelstore.format.architecture import general
 from modelstore.format.fitted import FrontPoint, Mixed
 from modelstore.format.manifest import CodecSpec, Manifest
 from modelstore.format.recipe import KINDS, Method, Recipe, Rule
-from modelstore.format.results import Choice, CompressionPlan
+from modelstore.format.results import CodecChoice, CompressionPlan
 from modelstore.search.allocate import Option, allocate, smallest
 
 _BITS = (2, 3, 4, 8)
@@ -159,7 +159,7 @@ def _option(
     group: Sequence[str],
     at: int,
     spec: CodecSpec,
-    taking: Mapping[str, Choice],
+    taking: Mapping[str, CodecChoice],
     manifest: Manifest,
     known: Costs | None,
 ) -> Option | None:
@@ -175,7 +175,7 @@ def _option(
     return Option(size, cost)
 
 
-def _seen(taking: Mapping[str, Choice], costs: Costs) -> tuple[Costs, tuple[str, ...]]:
+def _seen(taking: Mapping[str, CodecChoice], costs: Costs) -> tuple[Costs, tuple[str, ...]]:
     """Costs in which what is not seen counts as the dearest of its kind; and what was not seen."""
     unseen = tuple(name for name in taking if not any(costs[name]))
     dearest: dict[str, list[float | None]] = {}
