@@ -19,13 +19,36 @@ _DEEPEST = 4
 
 def parse(content: bytes, most_bytes: int = MAX_CONFIG, most_members: int = MAX_MEMBERS) -> Config | None:
     """The JSON object in a file of a model; None where it is none, or has more bytes or members than are looked into."""
-    if len(content) > most_bytes or sum(map(content.count, (b"{", b"[", b",", b":"))) > most_members:
-        return None
+    found = examined(content, most_bytes, most_members)
+    return None if isinstance(found, str) else found
+
+
+def examined(content: bytes, most_bytes: int = MAX_CONFIG, most_members: int = MAX_MEMBERS) -> Config | str:
+    """As `parse`, and what is wrong in place of None, in words that follow the file's name."""
+    if len(content) > most_bytes:
+        return f"has {len(content):,} bytes, more than the {most_bytes:,} that are looked into"
+    if sum(map(content.count, (b"{", b"[", b",", b":"))) > most_members:
+        return f"has more than the {most_members:,} entries that are looked into"
+    if not content.strip():
+        return "is empty"
     try:
         found = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+    except RecursionError:
+        return "is nested too deeply to be looked into"
+    except ValueError as error:
+        return f"is not valid JSON ({str(error)[:80]})"
+    return found if isinstance(found, dict) else "holds no JSON object"
+
+
+def oddity(content: bytes) -> str:
+    """What is wrong with a `config.json`, in words that follow its name; "" where nothing is that shows by itself."""
+    found = examined(content)
+    if isinstance(found, str):
+        return found
+    named = found.get("model_type")
+    if "model_type" not in found or (isinstance(named, str) and named):
+        return ""  # others than transformers name what they are otherwise
+    return f"has model_type {json.dumps(named)[:40]}, which names no type"
 
 
 def language(config: Config) -> Config:
@@ -42,6 +65,14 @@ def model_type(config: Config) -> str:
     """The model type of the config, "" where it names none."""
     found = config.get("model_type")
     return found if isinstance(found, str) else ""
+
+
+def kind_of(config: Config) -> str:
+    """What a config says that the model is, for a message: "model type 'llama'"."""
+    found = config.get("model_type")
+    if isinstance(found, str) and found:
+        return f"model type {found[:80]!r}"
+    return "no model type" if "model_type" not in config else f"no model type (model_type is {json.dumps(found)[:40]})"
 
 
 def count(config: Config, *keys: str) -> int | None:

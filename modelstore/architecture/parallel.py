@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
 
-from modelstore.architecture.config import Config, count, language, model_type
+from modelstore.architecture.config import Config, count, kind_of, language, model_type
 from modelstore.architecture.parallel_table import BESIDE, FAMILIES, KINDS, AxisCut, Kind, ParallelPlan
 from modelstore.errors import UnsupportedError
 from modelstore.format.architecture import Architecture, Sliced, find
@@ -36,7 +36,7 @@ def axes(
 
 def in_table(config: Config | None) -> bool:
     """Whether the table has the architecture, so that nobody else needs to be asked."""
-    return _family(config)[1] is not None
+    return _family(config)[0] is not None
 
 
 class Cuts:
@@ -48,12 +48,17 @@ class Cuts:
     def __init__(
         self, config: Config | None, plan: Plan | None, known: Architecture | None = None, strict: bool = True
     ) -> None:
-        kind, family, inner = _family(config)
+        family, inner = _family(config)
         self.slices = known.slices if known and family is None else None
         if family is None and self.slices is None and plan is None and strict:
+            said = (
+                "the model has no config.json that can be read"
+                if config is None
+                else f"config.json has {kind_of(config)}"
+            )
             raise UnsupportedError(
-                f"no tensor-parallel layout is known for model type {kind!r}, neither here nor by transformers (where it is "
-                f"installed): give plan={{pattern: axis}} to TensorParallel, or Regions; known are {', '.join(FAMILIES)}"
+                f"no tensor-parallel layout is known: {said}, of which neither this package knows one nor transformers (where it "
+                f"is installed): give plan={{pattern: axis}} to TensorParallel, or Regions; known are {', '.join(FAMILIES)}"
             )
         self.strict = strict
         self.cuts: Mapping[str, AxisCut] = family.cuts if family else {}
@@ -132,10 +137,10 @@ def _kind(part: str) -> Kind:
     return part  # type: ignore[return-value]
 
 
-def _family(config: Config | None) -> tuple[str | None, ParallelPlan | None, Config]:
-    """(model type, its entry or None, the config of the language model, which is nested in a multimodal one)."""
+def _family(config: Config | None) -> tuple[ParallelPlan | None, Config]:
+    """(the entry of its model type or None, the config of the language model, which is nested in a multimodal one)."""
     if config is None:
-        return None, None, {}
+        return None, {}
     inner = language(config)
     known = FAMILIES.get(model_type(inner)) or FAMILIES.get(model_type(config))
-    return config.get("model_type"), known, inner
+    return known, inner

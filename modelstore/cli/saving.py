@@ -187,6 +187,7 @@ def _remarks(saved: Saved) -> Iterator[str]:
     yield f"written {written}, already there {units.size(saved.reused)}"
     if saved.left_out:
         yield f"not saved: {_named(saved.left_out)}"
+    yield from saved.remarks
     if any(item.why == BESIDE for item in saved.left_out):
         yield "--include all keeps what lies beside a state dict"
 

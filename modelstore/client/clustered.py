@@ -85,4 +85,5 @@ def saved(name: str, version: int, outcome: Outcome, seconds: float) -> results.
         outcome.entry.manifest,
         durable=version > 0,
         left_out=outcome.left_out,
+        remarks=outcome.remarks,
     )

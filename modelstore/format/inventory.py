@@ -60,9 +60,9 @@ class StoreUsage(Result, frozen=True):
     """What a store's packs and manifests take.
 
     `live` bytes of packs are held by some version; `dead` ones lie in the packs of these and are held by none: compaction
-    frees them. `unused` bytes are of packs and manifests that no version needs: garbage collection frees them, when they are
-    old enough. `manifests` are those that are needed, with their copies. `problems` say what could not be read: what it holds
-    counts as unused, or dead.
+    frees them. `unused` bytes are of packs and manifests that no version needs, and of what killed saves left half written:
+    garbage collection frees them, when they are old enough. `manifests` are those that are needed, with their copies.
+    `problems` say what could not be read: what it holds counts as unused, or dead.
     """
 
     models: tuple[Usage, ...]

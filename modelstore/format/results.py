@@ -36,8 +36,8 @@ class Problem(Result, frozen=True):
 class Saved(Result, frozen=True):
     """A version that was made: raw bytes of its tensors, bytes newly stored, and of chunks found already stored.
 
-    One that is not `durable` lies in the memory of two nodes, and has no version yet: 0. `left_out` says what the source holds
-    and was not saved. With `include="all"` the sums are of all that was saved.
+    One that is not `durable` lies in the memory of two nodes, and has no version yet: 0. `left_out` is what the source holds
+    and was not saved; `remarks` are of what is odd, and kept as it is. With `include="all"` the sums are of all that was saved.
     """
 
     model: str
@@ -51,6 +51,7 @@ class Saved(Result, frozen=True):
     digest: str
     durable: bool = True
     left_out: tuple[LeftOut, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 class Part(Result, frozen=True):
@@ -176,8 +177,7 @@ class Exported(Result, frozen=True):
 class Report(Result, frozen=True):
     """What a verification or repair found, what it mended, and `notes` on what is now otherwise than it was.
 
-    `chunks` were checked, each counted once whatever shares it, and `bytes` are theirs as stored. Headers of packs, manifests
-    and what a deep verification reads again for another variant do not count.
+    `chunks` were checked, each counted once whatever shares it; `bytes` are theirs as stored, and nothing else's.
     """
 
     chunks: int

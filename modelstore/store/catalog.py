@@ -10,18 +10,18 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 
-from modelstore.errors import ConflictError, CorruptionError, ModelStoreError, NotFoundError, UnsupportedError
+from modelstore.errors import ConflictError, CorruptionError, ModelStoreError, NotFoundError
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
 from modelstore.format.names import ORIGINAL, is_word
 from modelstore.format.note import Note
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.format.sealed import seal
-from modelstore.storage.address import file_url
 from modelstore.storage.base import SMALL, Storage
 from modelstore.store.damage import DAMAGED, UNREADABLE, noting
 from modelstore.store.lookup import Lookup
 from modelstore.store.manifests import Manifests
+from modelstore.store.place import check_place, told_of
 from modelstore.store.relying import Reliance
 
 _RACES = 1000  # how often a lost race is tried again before giving up; each loss means that another writer won
@@ -59,24 +59,10 @@ class Catalog(Lookup):
                     object=rec.STORE_KEY,
                 ) from None
         if not create:
-            raise NotFoundError(
-                f"there is no store at {self._storage.url}: save a model to make one, or check the address",
-                object=rec.STORE_KEY,
-            )
-        self._check_place()
+            raise NotFoundError(told_of(self._storage), object=rec.STORE_KEY)
+        check_place(self._storage)
         self._storage.create(rec.STORE_KEY, seal(StoreInfo(FORMAT, uuid.uuid4().hex)))
         return rec.parse(self._storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
-
-    def _check_place(self) -> None:
-        """`UnsupportedError` where the store would lie among the objects of another one, which would take its own for theirs."""
-        inside = self._storage.path(rec.STORE_KEY)
-        if inside is None:
-            return
-        for above in inside.parents[1:]:
-            if f"{inside.relative_to(above).parts[0]}/" in rec.FOLDERS and (above / rec.STORE_KEY).is_file():
-                raise UnsupportedError(
-                    f"{self._storage.url} lies within the store {file_url(above)}, among its own objects: give another place"
-                )
 
     # ------------------------------------------------------------------ publishing
 

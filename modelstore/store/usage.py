@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +36,8 @@ def usage(repo: Repo, model: str | None = None) -> StoreUsage:
         for record in repo.catalog.live(name, damaged):
             noting(damaged, partial(work.add, record))
     found = work.held(model)
-    return StoreUsage(*found, *work.totals(), tuple(map(str, damaged)))
+    left = noting(damaged, partial(repo.storage.sweep, math.inf, dry_run=True)) or ()  # by writers that were broken off
+    return StoreUsage(*found, *work.totals(sum(info.size for info in left)), tuple(map(str, damaged)))
 
 
 @dataclass
@@ -81,12 +83,13 @@ class _Counting:
             levels.append(tuple(_alone(groups, every[:, 2], model)))
         return levels[0], levels[1], levels[2]
 
-    def totals(self) -> tuple[int, int, int, int, int]:
-        """Bytes that are live, dead, unused, of manifests, and all."""
+    def totals(self, left: int) -> tuple[int, int, int, int, int]:
+        """Bytes that are live, dead, unused, of manifests, and all; `left` are those of files that nobody writes any more."""
         live = np.zeros(len(self.packs), np.int64)
         every = np.unique(np.concatenate(self.places or [_NONE]), axis=0)
         np.add.at(live, every[:, 0].astype(np.int64), every[:, 2].astype(np.int64))
-        unused = manifests = total = 0
+        unused = total = left
+        manifests = 0
         gaps: list[tuple[str, int]] = []
         for info in self._objects():
             total += info[1]

@@ -493,3 +493,30 @@ def test_after_the_last_number_there_is_none(storage: MemoryStorage) -> None:
         open_on(storage).save("m", weights(4))
     assert keys(storage, "intents/") == before
     assert all_bits(open_on(storage).load("m")) == all_bits(weights(1))
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_version_that_is_lost_is_told_of_precisely_and_nothing_else_is(storage: MemoryStorage, torn: str) -> None:
+    put(storage, V2, TORN[torn])  # its one record
+    store = open_on(storage)
+    assert [model.name for model in store.models()] == ["m", "other"]
+    assert [info.version for info in store.versions("m")] == [1, 3]
+    assert [entry.version for entry in store.log("m")] == [3, 1]
+    (problem,) = store.repair("m").problems
+    for part in (
+        "version 2 of model 'm' is lost",
+        V2,
+        "other versions are as they were",
+        "'modelstore repair m --from URL'",
+        "save the model again",
+        "after 'modelstore untag m prod' with 'modelstore rm m@2'",
+    ):
+        assert part in problem.message
+    saved = store.save("m", weights(2))
+    assert (saved.version, saved.stored) == (4, 0)
+    assert all_bits(store.load("m")) == all_bits(weights(2))
+    store.untag("m", "prod")
+    store.delete("m@2")
+    assert store.repair().ok
+    assert store.verify().ok
+    assert [info.version for info in store.versions("m")] == [1, 3, 4]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+import modelstore as ms
+from modelstore.storage.keys import TEMPORARY
 from tests.helpers.stores import pack_sizes
 from tests.store.helpers import Small
 
@@ -62,3 +66,19 @@ def test_dead_and_unused_bytes() -> None:
     found = small.store.du()
     assert found.dead == gone.nbytes
     assert found.unused == unused
+
+
+def test_what_killed_saves_left_half_written_is_counted(tmp_path: Path) -> None:
+    store = ms.open(tmp_path / "s")
+    store.save("m", {"w": torch.ones(4)})
+    folder = next((tmp_path / "s/packs").iterdir())
+    before = store.du()
+    assert before.unused == 0
+    (folder / f"{TEMPORARY}1-{16 * 'a'}").write_bytes(b"12345")
+    after = store.du()
+    assert (after.unused, after.total) == (5, before.total + 5)
+    dry = store.gc()
+    assert (dry.bytes, dry.young) == (0, 5)
+    assert store.gc(grace=0).bytes == 5
+    assert store.gc(dry_run=False, grace=0).bytes == 5
+    assert store.du() == before

@@ -23,6 +23,7 @@ from modelstore.compress.engine.assembly import lossy_codec, read_parts, units
 from modelstore.compress.engine.choice import choose
 from modelstore.errors import UnsupportedError
 from modelstore.execute.export.layout import Packing
+from modelstore.execute.model_files import without_config
 from modelstore.execute.read.reader import Reader
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
@@ -63,7 +64,7 @@ def engine_layout(
         return None
     if config is None:
         raise UnsupportedError(
-            f"engines read how weights are packed from config.json, and the model has none: {_DENSE}"
+            f"engines read how weights are packed from config.json, and the model {without_config(reader)}: {_DENSE}"
         )
     how = method(config)
     if how is not None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from modelstore.architecture.config import architectures
+from modelstore.architecture.config import architectures, kind_of, model_type
 from modelstore.architecture.quantized import method
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
+from modelstore.execute.model_files import without_config
 from modelstore.execute.read.loading import Variant
 from modelstore.plan.work import Limits, Work
 
@@ -45,7 +46,7 @@ def language_config(model: Variant) -> Any:
     content = model.config()
     if content is None:
         raise NotFoundError(
-            f"model {model.name!r} has no config.json that names its architecture, so it cannot be run: "
+            f"model {model.name!r} {without_config(model.reader)}, so what it is is not known, and it cannot be run: "
             f"save it again with files={{'config.json': …}}",
             model=model.name,
         )
@@ -54,6 +55,12 @@ def language_config(model: Variant) -> Any:
         raise UnsupportedError(
             f"model {model.name!r} was quantized before it was saved ({how[:80]}, says its config.json): "
             f"evaluate it in the engine that it was made for",
+            model=model.name,
+        )
+    if not model_type(content):
+        raise UnsupportedError(
+            f"model {model.name!r} has a config.json with {kind_of(content)}, so what it is is not known, and it cannot be run: "
+            f"save it again with its own config.json",
             model=model.name,
         )
     with tempfile.TemporaryDirectory(prefix="modelstore-eval-") as folder, _quiet(transformers):

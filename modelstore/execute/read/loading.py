@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from modelstore.architecture.config import Config
-from modelstore.errors import FormatError, NotFoundError
+from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.execute.memory import Arena
-from modelstore.execute.model_files import model_config
+from modelstore.execute.model_files import model_config, without_config
 from modelstore.execute.read.fetcher import Fetcher, Fetching
 from modelstore.execute.read.reader import Reader
 from modelstore.execute.write.save import LONGEST_CHAIN
@@ -125,7 +125,15 @@ class Variant:
             return {name: whole(every[name].shape) for name in chosen}
         # A rank's part is that of the model, whichever tensors are read of it: its layers and experts are counted.
         shapes = {name: tensor.shape for name, tensor in every.items()}
-        held = shard.shares(self.config(), shapes, self.manifest.architecture)
+        config = self.config()
+        try:
+            held = shard.shares(config, shapes, self.manifest.architecture)
+        except UnsupportedError as error:
+            if config is not None:
+                raise
+            raise UnsupportedError(
+                f"model {self.name!r} {without_config(self.reader)}: {error}", model=self.name
+            ) from None
         return {name: held[name] for name in chosen if name in held}
 
     def stream(

@@ -21,6 +21,7 @@ from modelstore.execute.read.reader import Reader
 from modelstore.execute.write.encoding import Encoder, Input, ReadRegion
 from modelstore.execute.write.journal import Journal, resume
 from modelstore.execute.write.packs import PackWriter, Tally, Written, known_chunks, require_bases
+from modelstore.execute.write.remarks import remarks
 from modelstore.execute.write.whole import WholeWriter
 from modelstore.format.architecture import Architecture
 from modelstore.format.buffers import Buffer, Bytes
@@ -80,6 +81,7 @@ class Outcome:
     journal: Journal | None
     relied: Mapping[str, int]
     left_out: tuple[LeftOut, ...] = ()
+    remarks: tuple[str, ...] = ()
     others: Mapping[str, VariantEntry] = field(default_factory=dict)  # further variants of the version
 
 
@@ -153,7 +155,7 @@ def store(
         relied |= {manifest_key(model, whole_of.manifest): 1, pack_key(whole_of.copy): 1, **objects_of(everything)}
     if base is not None:
         relied = {**base_objects(storage, base.model, base.digest), **relied}
-    return Outcome(entry, tally, journal, relied, left_out(source), others)
+    return Outcome(entry, tally, journal, relied, left_out(source), remarks(source.files), others)
 
 
 def left_out(source: Source) -> tuple[LeftOut, ...]:

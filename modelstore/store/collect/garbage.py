@@ -7,6 +7,7 @@ if it were still named, so that its readers lose nothing; and what a journal nam
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -66,7 +67,8 @@ def collect(
         gone = _remove(repo, found, limit, now_, doubt, progress)
     gone += _temporaries(repo.storage, limit, dry_run)
     freed = sum(one.size for one in gone)
-    return Swept(tuple(gone), freed, found.kept, dry_run, tuple(doubt.problems.values()), young=found.young)
+    young = found.young + sum(info.size for info in repo.storage.sweep(math.inf, dry_run=True) if info.modified > limit)
+    return Swept(tuple(gone), freed, found.kept, dry_run, tuple(doubt.problems.values()), young=young)
 
 
 def _remove(

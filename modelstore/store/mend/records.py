@@ -27,6 +27,7 @@ from modelstore.format.sealed import intact, seal
 from modelstore.storage.base import LARGEST, SMALL, Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import DAMAGED, listed
+from modelstore.store.lookup import Lookup
 
 Record = VersionRecord | TagRecord
 # Why what a record names cannot be relied on, "" where all of it is there; it stays there until the end of the block.
@@ -42,6 +43,11 @@ class Series:
     keys: dict[int, str]
     good: dict[int, Record]
     bad: dict[int, ModelStoreError]
+
+    @property
+    def is_version(self) -> bool:
+        """Whether they are of a version, not of a tag."""
+        return self.what.startswith("version ")
 
     def problem(self, number: int) -> Problem:
         """What is to be said of a record that cannot be read."""
@@ -178,7 +184,7 @@ class _Mending:
         if not isinstance(error, DAMAGED) or self.storage.info(key) is None:  # not read; or a folder lies there
             self.made.problems.append(one.problem(number))
             return
-        parse: Callable[[bytes, str], Record] = rec.parse_version if "/versions/" in key else rec.parse_tag
+        parse: Callable[[bytes, str], Record] = rec.parse_version if one.is_version else rec.parse_tag
         copy = _copy(self.sources, key, parse)
         if copy is not None:
             one.good[number] = parse(copy, key)
@@ -232,10 +238,19 @@ class _Mending:
         one = self.one
         problem = one.problem(number)
         advice = f"run 'modelstore repair {one.model} --from URL' with another copy of the store"
-        ref = f"{one.model}@{one.what.split(' ')[1]}".replace("'", "")
-        is_version = "/versions/" in one.keys[number]
-        last = f"delete it with 'modelstore rm {ref}'" if is_version else "set it anew with 'modelstore tag'"
+        name = one.what.split(" ")[1].replace("'", "")
         text = f"{one.what} of model {one.model!r} is lost: object {one.keys[number]} is damaged, and {why}"
+        if one.is_version:
+            known = Lookup(self.storage).tags(one.model, [])
+            tags = [f"modelstore untag {one.model} {tag}" for tag, version in known.items() if str(version) == name]
+            first = f"after {' and '.join(map(repr, tags))} " if tags else ""
+            text += "; its tensors are not reached without it, and other versions are as they were"
+            last = (
+                f"save the model again, as a version of its own (what is stored of it still is not stored twice), or delete it "
+                f"{first}with 'modelstore rm {one.model}@{name}'"
+            )
+        else:
+            last = "set it anew with 'modelstore tag'"
         self.made.problems.append(msgspec.structs.replace(problem, message=f"{text}: {advice}, or {last}"))
 
 
