@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.integer.torch import Quantized, dequantize, quantize
@@ -39,6 +41,27 @@ def test_the_same_bits(dtype: str, method: str, device: str) -> None:
         assert np.array_equal(pack(found.codes.numpy(), bits), packed), what
         back = dequantize(Quantized(*(x.to(device) for x in found)), size, weight.dtype).cpu()
         assert back.contiguous().view(torch.uint8).numpy().tobytes() == as_bytes(out.reshape(-1)).tobytes(), what
+
+
+class LikeCuda(TorchDispatchMode):
+    """Divides by a number as CUDA does: times its reciprocal."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.div.Tensor and not isinstance(args[1], torch.Tensor):
+            return func(args[0], 1) * (1.0 / args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_divided_by_a_number_that_a_gpu_would_take_the_reciprocal_of() -> None:
+    """What only a GPU showed before."""
+    with LikeCuda():
+        assert not torch.equal(torch.arange(99.0) / 7.5, torch.arange(99.0) / torch.tensor(7.5)), "the trap is there"
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    for bits, symmetric, method in product((2, 3, 4, 8), (True, False), ("minmax", "mse")):
+        wanted = quantize(weight, bits, symmetric, 128, method)
+        with LikeCuda():
+            found = quantize(weight, bits, symmetric, 128, method)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), (bits, symmetric, method)
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The arithmetic of `int` in torch, bit for bit, on whatever device a tensor lies: groups of rows, by range or best clip.
 
 What `kernels` computes group by group is computed here for all groups at once, operation by operation and in the
-same order; eager torch joins no multiplication with an addition, so that a CUDA device gives the bits of the CPU.
+same order; eager torch joins no multiplication with an addition, so that a CUDA device gives the bits of the CPU. It divides by
+a Python number as by its reciprocal there, with other bits; so numbers to divide by are tensors here (`_divided`).
 """
 
 from __future__ import annotations
@@ -91,14 +92,19 @@ def _scale(low: Tensor, high: Tensor, part: float, bits: int, symmetric: bool, k
     top, least = float((1 << bits) - 1), float(-(1 << (bits - 1)))
     low, high = low * part, high * part
     if symmetric:
-        s = _stored(torch.maximum(-low, high) / (top / 2), kind)
+        s = _stored(_divided(torch.maximum(-low, high), top / 2), kind)
     else:
         width = high - low
-        halves = (high * 0.5 - low * 0.5) / (top * 0.5)
-        s = _stored(torch.where(width.isfinite(), width / top, halves), kind)
+        halves = _divided(high * 0.5 - low * 0.5, top * 0.5)
+        s = _stored(torch.where(width.isfinite(), _divided(width, top), halves), kind)
     s = s.where((low != 0) | (high != 0), 1.0)
     z = torch.zeros_like(s) if symmetric else (least - low / s).clamp(least, least + top).round()
     return s, z
+
+
+def _divided(values: Tensor, by: float) -> Tensor:
+    """values / by, rounded once on every device."""
+    return values / values.new_tensor(by)
 
 
 def _stored(s: Tensor, kind: dtype) -> Tensor:
@@ -135,7 +141,7 @@ def _clip(
     best_s, best_z, least = unit, zero, _loss(w, unit, zero, unit, bits, largest)
     worse = torch.zeros_like(unit, dtype=torch.int32)
     for i in range(1, _STEPS):
-        part = float(unit.new_tensor(1.0) - unit.new_tensor(float(i)) / 100)
+        part = float(unit.new_tensor(1.0) - _divided(unit.new_tensor(float(i)), 100.0))
         s, z = _scale(low, high, part, bits, symmetric, kind)
         loss = _loss(w, s, z, unit, bits, largest)
         better = (loss < least) & (worse < _PATIENCE)
