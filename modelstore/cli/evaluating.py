@@ -99,7 +99,7 @@ def evaluate(
 
     def lines() -> Iterator[str]:
         rows = [
-            (f"{e.model}@{e.version}:{e.variant}", *_measures(e.measured), _number(e.measured.baseline_perplexity, 3))
+            (f"{e.model}@{e.version}:{e.variant}", *measures(e.measured), _number(e.measured.baseline_perplexity, 3))
             for e in found
         ]
         heads = ("VARIANT", *_HEADS[4:], "ORIGINAL'S PERPLEXITY")
@@ -118,7 +118,7 @@ def table(found: Sequence[Quality]) -> Iterator[str]:
             units.size(one.stored),
             f"{one.bits:.2f}",
             f"{one.sqnr:.1f} dB" if one.sqnr is not None else "–",
-            *_measures(one.measured),
+            *measures(one.measured),
         )
         for one in found
     ]
@@ -180,7 +180,8 @@ def plot(found: Sequence[Quality], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _measures(measured: Measured | None) -> tuple[str, str, str]:
+def measures(measured: Measured | None) -> tuple[str, str, str]:
+    """Perplexity, divergence and agreement as a table has them."""
     if measured is None:
         return "–", "–", "–"
     top1 = f"{100 * measured.top1:.1f} %" if measured.top1 is not None else "–"

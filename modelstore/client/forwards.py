@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from modelstore.client.base import OpenedStore
+from modelstore.client.comparing import compare
 from modelstore.client.evaluating import DTypeName, evaluate
 from modelstore.client.exporting import MAX_SHARD
 from modelstore.client.model import Model
 from modelstore.execute.read.loading import LazyTensor
 from modelstore.format import results
+from modelstore.format.comparison import Compared
 from modelstore.format.fitted import FitPlan
 from modelstore.format.names import parse_reference
 from modelstore.format.progress import Progress
@@ -279,3 +281,46 @@ class OfModels(OpenedStore):
         if isinstance(ref, str):
             return self._at(ref).eval(**options)
         return evaluate(self._access, [parse_reference(one) for one in ref], **options)
+
+    def compare(
+        self,
+        ref: str | list[str] | tuple[str, ...],
+        *,
+        text: str | os.PathLike[str],
+        context: int = 512,
+        limit: int | None = None,
+        keep: bool = True,
+        plot: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Compared]:
+        """Compare variants, of one version or of several models: sizes, and what each loses on a text.
+
+        Each is compared to the original of its own version, on the CPU in float32. What was measured before is not again.
+        Perplexities of models with different tokenizers cannot be compared.
+
+        Args:
+            ref: References as `name[@version-or-tag][:variant]`; of one alone, all variants of its version are compared.
+            text: A file, or the text itself.
+            context: Tokens of a window.
+            limit: Only so many tokens of the text.
+            keep: Keep what is found with the variants.
+            plot: Draw divergence over bytes into this file, of SVG (".svg") or a page with it (".html").
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Returns:
+            A row for each; `front` marks those that no other beats in both size and divergence.
+
+        Raises:
+            NotFoundError: There is no such model or version, or a variant is not stored.
+            UnsupportedError: A model does not predict tokens.
+            ValueError: The text is too short, or `context` is longer than a model's.
+
+        Example:
+            >>> store.compare(["acme/llama:int4", "acme/llama:gptq4"], text="book.txt", plot="front.svg")
+        """
+        named = [parse_reference(one) for one in ((ref,) if isinstance(ref, str) else ref)]
+        if not named:
+            raise ValueError("nothing to compare: name variants, or a model")
+        return compare(
+            self._access, named, text=text, context=context, limit=limit, keep=keep, plot=plot, progress=progress
+        )

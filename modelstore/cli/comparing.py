@@ -1,0 +1,79 @@
+"""`compare`: one table over variants, and a picture of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelstore.cli import complete, output, units
+from modelstore.cli.evaluating import measures, of_text
+from modelstore.cli.options import AsJson, Debug, Memory, Quiet, StoreUrl, open_store
+
+_HEADS = ("VARIANT", "RECIPE", "STORED", "BITS/WEIGHT", "PERPLEXITY", "KL", "TOP-1", "FRONT")
+
+
+def compare(
+    refs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="REF...",
+            autocompletion=complete.references,
+            show_default=False,
+            help="NAME[@VERSION-OR-TAG][:VARIANT]; of one alone, all variants of its version.",
+        ),
+    ],
+    text: Annotated[
+        Path,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="The text to predict, in UTF-8: one that the models were not trained on.",
+        ),
+    ],
+    context: Annotated[int, typer.Option("--context", metavar="TOKENS", min=2, help="Tokens of a window.")] = 512,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="TOKENS", min=2, show_default=False, help="Only so many tokens of the text."),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep what is found with the variants.")] = True,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", show_default=False, help="Draw divergence over bytes (.svg or .html)."),
+    ] = None,
+    store: StoreUrl = None,
+    memory: Memory = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare variants: their sizes, and what each loses on a text.
+
+    Each is compared to the original of its own version. What is known already is not computed again. A star marks what no other
+    beats in both size and divergence.
+    """
+    opened = open_store(store, memory=memory)
+    with output.progress(quiet=quiet) as report:
+        found = opened.compare(refs, text=text, context=context, limit=limit, keep=keep, plot=plot, progress=report)
+
+    def lines() -> Iterator[str]:
+        rows = [
+            (
+                one.ref,
+                one.recipe,
+                units.size(one.stored),
+                f"{one.bits:.2f}",
+                *measures(one.measured),
+                "*" if one.front else "",
+            )
+            for one in found
+        ]
+        yield from output.table(rows, _HEADS, right=range(2, 7))
+        yield of_text(found[0].measured)
+
+    output.result(found, lines(), as_json=json)

@@ -1,0 +1,78 @@
+"""Comparing variants: one table over sizes and what they lose, and a picture of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import msgspec
+
+from modelstore.client.access import Access
+from modelstore.client.evaluating import evaluate, text_of
+from modelstore.format import results
+from modelstore.format.comparison import Compared
+from modelstore.format.names import Reference
+from modelstore.format.progress import Progress
+from modelstore.paths import from_home
+from modelstore.store.describe import variant_infos, weights_of
+
+
+def compare(
+    access: Access,
+    refs: Sequence[Reference],
+    *,
+    text: str | os.PathLike[str],
+    context: int,
+    limit: int | None,
+    keep: bool,
+    plot: str | os.PathLike[str] | None,
+    progress: Progress | None,
+) -> list[Compared]:
+    """Compare variants, as `Store.compare` says; of one reference alone, all variants of its version."""
+    from modelstore.search.picture import FORMATS, front, page, svg
+
+    target = from_home(plot) if plot is not None else None
+    if target is not None and target.suffix.lower() not in FORMATS:
+        raise ValueError(f"plot={str(target)!r} is not the name of a picture: let it end in {' or '.join(FORMATS)}")
+    access.repo.catalog.open()
+    groups: dict[tuple[str, int], list[str]] = {}
+    for one in refs:
+        record, _ = access.repo.catalog.entry(one)
+        there = groups.setdefault((record.model, record.version), [])
+        wanted = [info.variant for info in variant_infos(record)] if len(refs) == 1 else [one.variant]
+        there += [name for name in wanted if name not in there]
+    judged = []
+    for (model, version), variants in groups.items():
+        judged += evaluate(
+            access,
+            [Reference(model, version=version, variant=name) for name in variants],
+            text=text,
+            baseline=True,
+            keep=keep,
+            progress=progress,
+            context=context,
+            stride=None,
+            limit=limit,
+            batch=None,
+            device="cpu",
+            dtype="float32",
+        )
+    rows = [_row(access, one) for one in judged]
+    on_front = front([(row.stored, row.measured.kl) for row in rows])
+    rows = [msgspec.structs.replace(row, front=best) for row, best in zip(rows, on_front, strict=True)]
+    if target is not None:
+        draw = page if target.suffix.lower() == ".html" else svg
+        target.write_text(
+            draw(rows, f"{', '.join(model for model, _ in groups)} on {text_of(text)[0]}"), encoding="utf-8"
+        )
+    return rows
+
+
+def _row(access: Access, one: results.Evaluation) -> Compared:
+    record, entry = access.repo.catalog.entry(Reference(one.model, version=one.version, variant=one.variant))
+    manifest = access.repo.manifests.entry(record.model, entry)
+    weights, stored = weights_of(manifest)
+    bits = 8 * stored / weights if weights else 0.0
+    return Compared(
+        one.model, one.version, one.variant, entry.codec, entry.stored, weights, bits, one.measured, front=False
+    )
