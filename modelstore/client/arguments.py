@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, Literal, TypeVar, get_args
 
+from modelstore.codecs.kernels.jit import telling
 from modelstore.format import given
 from modelstore.format.given import told
 from modelstore.format.names import check_model, check_word, parse_reference
@@ -35,7 +36,7 @@ LEAST = {  # the least that a number may be
 
 
 def checked(function: F) -> F:
-    """The function, with its arguments checked first."""
+    """The function, with its arguments checked first; its `progress` hears, too, when it waits for kernels to be compiled."""
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.name != "self"]
     checks = {p.name: check for p in parameters if (check := check_of(p, signature)) is not None}
@@ -54,7 +55,8 @@ def checked(function: F) -> F:
             except TypeError:
                 _refuse_swapped(function.__name__, name, bound.arguments, checks, signature)
                 raise
-        return function(*bound.args, **bound.kwargs)
+        with telling(bound.arguments.get("progress")):
+            return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]
 

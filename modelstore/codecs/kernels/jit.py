@@ -1,17 +1,54 @@
 """Numba, loaded when the first kernel is wanted, and kernels compiled once a machine.
 
 Compiled code is kept beside the package, or in the user's cache folder where the package cannot be written. Where
-neither can be, kernels are compiled anew in each process (about half a second each), and nothing else changes.
+neither can be, kernels are compiled anew in each process (about half a second each), and nothing else changes. The works
+that go on when a kernel has to be compiled, and was not before, are told of it (`telling`): all of them may wait for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from modelstore.format.locks import Lock
+from modelstore.format.progress import Progress
 
+COMPILING = "compiling kernels, once on this machine"
 _lock = Lock()  # Numba does not say that threads may load from its cache at once
+_told: dict[int, Progress] = {}  # the works that go on in this process
+
+
+@contextmanager
+def telling(progress: Progress | None) -> Iterator[None]:
+    """Tell `progress`, at the first kernel that is compiled within the block, that this goes on; it takes no bytes."""
+    work = id(progress)
+    if progress is None or work in _told:  # a method of a store is one of its model's
+        yield
+        return
+    _told[work] = progress
+    try:
+        yield
+    finally:
+        _told.pop(work, None)
+
+
+@cache
+def _listen() -> None:
+    """Hear of it when Numba compiles, and does not find the code in its cache."""
+    from numba.core import event
+
+    class Compiling(event.Listener):
+        def on_start(self, event: Any) -> None:  # noqa: ARG002
+            for work in tuple(_told):
+                if (progress := _told.pop(work, None)) is not None:
+                    progress(0, 0, COMPILING)
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    event.register("numba:compile", Compiling())  # type: ignore[no-untyped-call]
 
 
 def compiled(function: Callable[..., Any], *signatures: Any, reorder: bool = False) -> Callable[..., Any]:
@@ -26,6 +63,7 @@ def compiled(function: Callable[..., Any], *signatures: Any, reorder: bool = Fal
     if reorder:
         options["fastmath"] = {"reassoc"}
     with _lock:
+        _listen()
         try:
             return numba.njit(list(signatures), cache=True, **options)(function)
         except (RuntimeError, OSError):  # no folder to cache in, or one that is full
