@@ -21,10 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import modelstore as ms
 from modelstore.codecs.integer.codec import Int
-from modelstore.compress.devices import encode
 from modelstore.execute.read.tensors import bytes_of
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.region import full
 
 WIDE = 4096
 
@@ -73,11 +71,12 @@ def searching(repeat: int) -> list[str]:
     codec = Int(4, True, "group", 128, "mse")
     kind, shape = DTYPES["bfloat16"], (WIDE, WIDE)
     raw = bytes_of(model(0.03)["layers.0.weight"])
-    assert raw is not None
+    on_device = codec.on_device
+    assert raw is not None and on_device is not None
     rows = []
     for name, work in {
         "one thread of the processor": lambda: codec.encode(raw, shape, kind),
-        "the GPU": lambda: encode(codec, raw, full(shape), kind, "cuda"),
+        "the GPU": lambda: on_device(raw, shape, kind, "cuda"),
     }.items():
         seconds = median(repeat, work)
         speed = WIDE * WIDE * 2 / seconds / 1e9

@@ -210,3 +210,16 @@ def test_bytes_that_change_on_the_way_are_found_out() -> None:
     data[17] ^= 1
     with pytest.raises(ms.errors.CorruptionError, match="'w' arrived with other bytes"):
         tensors_of(Batch(data, (entry,)))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "why"),
+    [([["0"], ["0"]], "GPU 0 is that of two"), ([["0"], []], "has none"), ([["0"], ["1", "2"], ["2"]], "GPU 2")],
+)
+def test_nccl_takes_a_gpu_for_each(gpus: list[list[str]], why: str) -> None:
+    with pytest.raises(ValueError, match=f"takes a GPU for each worker.*{why}"):
+        delivery._check_apart(gpus)
+
+
+def test_gpus_of_their_own_are_right_for_nccl() -> None:
+    delivery._check_apart([["0"], ["1"], ["GPU-2f"]])

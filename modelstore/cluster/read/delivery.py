@@ -158,7 +158,8 @@ def deliver(
 ) -> tuple[int, int, str]:
     """Call `method` of every worker with its tensors, batch by batch: bytes handed over, senders, the transport.
 
-    `ConflictError` where a worker is in a group of this transport already; `StorageError` where a worker or a sender is gone, or
+    `ConflictError` where a worker is in a group of this transport already; `ValueError` where NCCL is asked for and a GPU is that
+    of two; `StorageError` where a worker or a sender is gone, or
     no sender comes up. What a worker's own method raises is raised here.
     """
     chosen = list(names) if names is not None else None
@@ -276,6 +277,8 @@ def _group(actors: Sequence[Any], transport: str) -> Iterator[None]:
     """
     from ray.experimental.collective import create_collective_group, destroy_collective_group, get_collective_groups
 
+    if transport == "nccl":
+        _check_apart(_get([actor.__ray_call__.remote(_gpus) for actor in actors]))
     taken = [actor for actor in actors if get_collective_groups([actor], backend=transport)]
     if taken or (transport == "gloo" and any(_get([actor.__ray_call__.remote(_in_torch_group) for actor in actors]))):
         raise ConflictError(
@@ -293,6 +296,23 @@ def _group(actors: Sequence[Any], transport: str) -> Iterator[None]:
             destroy_collective_group(group)
             if transport == "gloo":
                 _get([actor.__ray_call__.remote(_leave_torch_group) for actor in actors])
+
+
+def _gpus(_: Any) -> list[str]:
+    return [str(one) for one in ray.get_gpu_ids()]
+
+
+def _check_apart(gpus: Sequence[Sequence[str]]) -> None:
+    """`ValueError` where not everyone on a node, the sender first, has a GPU of its own. Pure."""
+    taken: set[str] = set()
+    for mine in gpus:
+        if not mine or not taken.isdisjoint(mine):
+            why = f"GPU {mine[0]} is that of two" if mine else "one of them has none from Ray"
+            raise ValueError(
+                f'transport="nccl" takes a GPU for each worker and one for the sender of a node, and {why}: use "cuda_ipc" where '
+                f'they share one, or "nixl", or "object_store"'
+            )
+        taken |= set(mine)
 
 
 def _in_torch_group(_: Any) -> bool:
