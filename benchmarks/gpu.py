@@ -72,7 +72,8 @@ def searching(repeat: int) -> list[str]:
     kind, shape = DTYPES["bfloat16"], (WIDE, WIDE)
     raw = bytes_of(model(0.03)["layers.0.weight"])
     on_device = codec.on_device
-    assert raw is not None and on_device is not None
+    assert raw is not None
+    assert on_device is not None
     rows = []
     for name, work in {
         "one thread of the processor": lambda: codec.encode(raw, shape, kind),
