@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from modelstore.calibrate import gptq, lowrank, pruned
 from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.lowrank.codec import LowRank, factor_dtype, packed
 from modelstore.codecs.numeric.levels import narrowed
-from modelstore.codecs.numeric.numbers import limit
+from modelstore.codecs.numeric.numbers import Floats, limit
 from modelstore.codecs.numeric.scaled import scale_dtype
 from modelstore.codecs.sparse.codec import Sparse
 from modelstore.codecs.sparse.pruning import Pruning
@@ -37,11 +37,14 @@ class Layer:
     params: Mapping[str, Value]
 
 
+Planes = Callable[[Region], tuple[Buffer, ...]]
+
+
 @dataclass(frozen=True)
 class Solution:
     """A weight that was found: the planes of any region of it, and why it looks at no data where it could not (`note`)."""
 
-    planes: Callable[[Region], tuple[Buffer, ...]]
+    planes: Planes
     note: str = ""
 
 
@@ -58,26 +61,56 @@ def _gptq(layer: Layer, inputs: gptq.Factored) -> Solution:
     assert isinstance(codec, Int), "recipes have the codecs that their methods are for"
     stored = getattr(torch, scale_dtype(kind))
     found = gptq.solve(layer.weight, inputs, codec.bits, codec.group_size, stored)
+    note = "its inputs have no factor: plain rounding" if found.damping is None else ""
+    return Solution(_coded(codec, found.codes, found.scales, kind), note)
 
+
+def _coded(codec: Int, codes: NDArray[np.int8], scales: Floats, kind: DType) -> Planes:
     def planes(region: Region) -> tuple[Buffer, ...]:
         rows, columns = (slice(*pair) for pair in region)
         groups = slice(columns.start // codec.group_size, -(-columns.stop // codec.group_size))
-        return codec.encode_with(found.codes[rows, columns], found.scales[rows, groups], extent(region), kind)
+        return codec.encode_with(codes[rows, columns], scales[rows, groups], extent(region), kind)
 
-    return Solution(planes, "its inputs have no factor: plain rounding" if found.damping is None else "")
+    return planes
 
 
-def _pruned(layer: Layer, inputs: pruned.Moments, *, second_order: bool) -> Solution:
-    """By Wanda, or where the inputs have a factor by SparseGPT; then what is left loses least, where that is asked for."""
-    pruning, weight, note = _pruning(layer), layer.weight.float(), ""
-    factored = inputs.factored(pruning.m) if second_order else None
-    if factored is not None:
-        found = pruned.sparsegpt(weight, factored, pruning)
+def _wanda(layer: Layer, inputs: pruned.Moments) -> Solution:
+    return _kept(layer, inputs, pruned.wanda(layer.weight.float(), inputs, _sparse(layer).pruning))
+
+
+def _sparsegpt(layer: Layer, inputs: pruned.Moments) -> Solution:
+    if isinstance(layer.codec, Int):
+        return _pruned_codes(layer, layer.codec, inputs)
+    weight, pruning = layer.weight.float(), _sparse(layer).pruning
+    factored = inputs.factored(pruning.m)
+    if factored is None:
+        return _kept(layer, inputs, pruned.wanda(weight, inputs, pruning), "its inputs have no factor: pruned by Wanda")
+    return _kept(layer, inputs, pruned.sparsegpt(weight, factored, pruning))
+
+
+def _pruned_codes(layer: Layer, codec: Int, inputs: pruned.Moments) -> Solution:
+    """Pruned and rounded column by column: what follows makes up for both."""
+    weight, told, half = layer.weight.float(), layer.params, 1 << (codec.bits - 1)
+    pruning = Pruning(sparsity=float(told["sparsity"]), n=int(told["n"]), m=int(told["m"]))
+    stored = getattr(torch, scale_dtype(layer.kind))
+    scales = gptq.search(weight, inputs.diagonal.float(), codec.bits, codec.group_size, stored)
+    wide = scales.repeat_interleave(codec.group_size, 1)[:, : weight.shape[1]]
+    factored = inputs.factored(pruning.m)
+    if factored is None:
+        found, note = (
+            pruned.wanda(weight, inputs, pruning),
+            "its inputs have no factor: pruned by Wanda, and plain rounding",
+        )
     else:
-        found = pruned.wanda(weight, inputs, pruning)
-        note = "its inputs have no factor: pruned by Wanda" if second_order else ""
+        found, note = pruned.sparsegpt(weight, factored, pruning, wide, codec.bits), ""
+    codes = (found / wide).round().clamp(-half, half - 1).to(torch.int8).numpy()
+    return Solution(_coded(codec, codes, scales.numpy(), layer.kind), note)
+
+
+def _kept(layer: Layer, inputs: pruned.Moments, found: torch.Tensor, note: str = "") -> Solution:
+    """What is left, or the weights in its places that lose least, where that is asked for."""
     if layer.params["reconstruct"]:
-        found = pruned.reconstructed(found, weight, inputs)
+        found = pruned.reconstructed(found, layer.weight.float(), inputs)
     raw = raw_of(found, layer.kind)
 
     def planes(region: Region) -> tuple[Buffer, ...]:
@@ -87,10 +120,9 @@ def _pruned(layer: Layer, inputs: pruned.Moments, *, second_order: bool) -> Solu
     return Solution(planes, note)
 
 
-def _pruning(layer: Layer) -> Pruning:
-    codec = layer.codec
-    assert isinstance(codec, Sparse), "recipes have the codecs that their methods are for"
-    return codec.pruning
+def _sparse(layer: Layer) -> Sparse:
+    assert isinstance(layer.codec, Sparse), "recipes have the codecs that their methods are for"
+    return layer.codec
 
 
 def _low_rank(layer: Layer, inputs: lowrank.Whitening) -> Solution:
@@ -116,8 +148,8 @@ def raw_of(weight: torch.Tensor, kind: DType) -> Bytes:
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
         "gptq": Way(gptq.Factored.of, _gptq),
-        "wanda": Way(pruned.Moments, partial(_pruned, second_order=False)),
-        "sparsegpt": Way(pruned.Moments, partial(_pruned, second_order=True)),
+        "wanda": Way(pruned.Moments, _wanda),
+        "sparsegpt": Way(pruned.Moments, _sparsegpt),
         "svd-llm": Way(lowrank.Whitening.of, _low_rank),
     }
 )

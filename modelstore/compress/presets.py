@@ -93,6 +93,12 @@ CALIBRATED: Mapping[str, Recipe] = MappingProxyType(
                 Method("svd-llm"),
             ),
             _data("sparsegpt24", "two of every four pruned, by SparseGPT", _TWO_OF_FOUR, Method("sparsegpt")),
+            _data(
+                "sparsegpt24-int4",
+                "two of every four pruned and the rest 4 bits, groups of 128, in one pass (SparseGPT)",
+                CodecSpec("int", {"bits": 4, "method": "mse"}),
+                Method("sparsegpt", {"n": 2, "m": 4}),
+            ),
         )
     }
 )

@@ -42,12 +42,14 @@ class Takes(NamedTuple):
     params: Mapping[str, Value] = MappingProxyType({})
 
 
-_PRUNED: Mapping[str, Value] = MappingProxyType({"reconstruct": False})  # whether what is left is made to lose least
+# Whether what is left is made to lose least; and the pattern, where the codec does not say it.
+_LEFT: Mapping[str, Value] = MappingProxyType({"reconstruct": False})
+_PRUNED: Mapping[str, Value] = MappingProxyType({**_LEFT, "sparsity": 0.0, "n": 0, "m": 0})
 METHODS: Mapping[str, Takes] = MappingProxyType(
     {
         "gptq": Takes(("int",)),
-        "wanda": Takes(("sparse",), _PRUNED),
-        "sparsegpt": Takes(("sparse",), _PRUNED),
+        "wanda": Takes(("sparse",), _LEFT),
+        "sparsegpt": Takes(("sparse", "int"), _PRUNED),
         "svd-llm": Takes(("lowrank",)),
     }
 )
@@ -155,10 +157,31 @@ def _check_method(name: str, rule: Rule) -> None:
     if codec is None or codec.name not in known.codecs or (codec.name == "int" and not plain):
         which = " or ".join(one + ", symmetric and in groups" * (one == "int") for one in known.codecs)
         raise ValueError(f"recipe {name!r}: method {method.name} is for codec {which}")
-    if codec.name == "sparse" and not ({"sparsity", "n", "m"} & params.keys()):
-        raise ValueError(
-            f"recipe {name!r}: method {method.name} prunes a share: give codec sparse a sparsity, or n and m"
+    wrong = _wrong_pattern(method, codec) if "reconstruct" in known.params else None
+    if wrong:
+        raise ValueError(f"recipe {name!r}: method {method.name} {wrong}")
+
+
+def _wrong_pattern(method: Method, codec: CodecSpec) -> str | None:
+    """What is wrong with what a method is to prune, of which a codec of codes says nothing; None where that is nothing."""
+    said = {"sparsity", "n", "m"} & method.params.keys()
+    if codec.name == "sparse":
+        if said:
+            return f"takes its pattern from codec sparse: give {', '.join(sorted(said))} there"
+        return (
+            None
+            if {"sparsity", "n", "m"} & codec.params.keys()
+            else "prunes a share: give codec sparse a sparsity, or n and m"
         )
+    told = method.told
+    share, n, m = told["sparsity"], told["n"], told["m"]
+    if told["reconstruct"]:
+        return f"reconstructs weights as they are, and codec {codec.name} stores codes: leave reconstruct out"
+    if (share, n, m) == (0, 0, 0) or (share and (n or m)) or not 0 <= float(share) < 1:
+        return f"prunes a share of what codec {codec.name} stores: give it a sparsity between 0 and 1, or n and m"
+    return (
+        None if share or 0 < int(n) < int(m) <= 64 else f"has n, m = {n}, {m}: n of every m are kept, 0 < n < m <= 64"
+    )
 
 
 def check(value: Recipe) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from modelstore.calibrate.gptq import Factored, search, solve
 from modelstore.calibrate.methods import WAYS, Layer
 from modelstore.calibrate.pruned import Moments, lost, reconstructed, sparsegpt, wanda
 from modelstore.codecs.sparse.codec import Sparse
@@ -65,6 +66,32 @@ def test_nothing_pruned_is_the_identity(columns: int) -> None:
     values = weight(7, columns)
     assert torch.equal(by_sparsegpt(values, moments(columns), Pruning()), values)
     assert torch.equal(wanda(values, moments(columns), Pruning()), values)
+
+
+def test_rounding_in_the_same_pass_loses_less_than_after_it() -> None:
+    values, inputs = weight(20, 96), moments(96)
+    scales = search(values, inputs.diagonal.float(), 4, 32, torch.float32).repeat_interleave(32, 1)
+    factored = inputs.factored(4)
+    assert factored is not None
+    both = sparsegpt(values, factored, TWO_OF_FOUR, scales, 4)
+    assert ((both.reshape(20, 24, 4) != 0).sum(2) <= 2).all()
+    codes = both / scales
+    assert torch.allclose(codes, codes.round().clamp(-8, 7), atol=1e-4)
+    after = (sparsegpt(values, factored, TWO_OF_FOUR) / scales).round().clamp(-8, 7) * scales
+    assert lost(both, values, inputs.hessian).sum() < lost(after, values, inputs.hessian).sum()
+
+
+def test_nothing_pruned_and_rounded_is_gptq() -> None:
+    """In the order of the columns."""
+    values, inputs = weight(6, 96), moments(96)
+    order = torch.argsort(inputs.diagonal, descending=True, stable=True)
+    values, inputs = values[:, order], Moments(inputs.hessian[order][:, order])
+    expected = solve(values, Factored.of(inputs.hessian), 4, 32, torch.float32)
+    scales = torch.from_numpy(expected.scales).repeat_interleave(32, 1)
+    factored = inputs.factored(0)
+    assert factored is not None
+    found = sparsegpt(values, factored, Pruning(), scales, 4)
+    assert np.array_equal((found / scales).round().numpy(), expected.codes)
 
 
 @pytest.mark.parametrize("columns", [48, 150, 130])

@@ -41,6 +41,12 @@ def pruning(params: dict[str, Any], method: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def codes(params: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that prunes and rounds linear layers at once."""
+    rule = RECIPE["rules"][0]
+    return {"name": "both", "rules": [{**rule, "method": {"name": "sparsegpt", "params": params}}]}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_language_model(tmp_path_factory.mktemp("tiny"))
@@ -104,6 +110,15 @@ def test_pruning_that_looks_at_data_loses_less(store: ms.Store, plain: str, solv
             if "proj" in name:
                 assert 0.49 < float((tensor == 0).float().mean()) < 0.51
     assert store.describe("m:again").recipe["rules"][0]["method"]["params"] == {"reconstruct": True}
+
+
+def test_codes_are_pruned_in_the_same_pass(store: ms.Store) -> None:
+    store.compress("m", codes({"n": 2, "m": 4}), calibration=DATA)
+    for name, tensor in store.load("m:both").items():
+        if "proj" in name:
+            assert ((tensor.reshape(len(tensor), -1, 4) != 0).sum(2) <= 2).all()
+            groups = tensor.float().reshape(len(tensor), -1, 16)
+            assert all(len(group.unique()) <= 8 for row in groups for group in row)
 
 
 def test_the_same_again_does_nothing_and_other_data_are_a_conflict(store: ms.Store) -> None:
@@ -197,6 +212,15 @@ def test_activations_that_are_no_numbers_are_refused(store: ms.Store) -> None:
             "reconstruct: 1 is no bool",
         ),
         (pruning({"threshold": 0.5}, {"name": "sparsegpt"}), DATA, "give codec sparse a sparsity, or n and m"),
+        (
+            pruning({"n": 2, "m": 4}, {"name": "sparsegpt", "params": {"n": 1}}),
+            DATA,
+            "takes its pattern from codec sparse: give n",
+        ),
+        (codes({}), DATA, "give it a sparsity between 0 and 1, or n and m"),
+        (codes({"sparsity": 0.5, "n": 2, "m": 4}), DATA, "give it a sparsity between 0 and 1, or n and m"),
+        (codes({"n": 4, "m": 4}), DATA, "n of every m are kept"),
+        (codes({"n": 2, "m": 4, "reconstruct": True}), DATA, "leave reconstruct out"),
         (pruning({"n": 5, "m": 4}, {"name": "sparsegpt"}), DATA, "n of every m are kept"),
         ({**pruning({}, {"name": "wanda"}), "prune": 0.5}, DATA, "give codec sparse a sparsity, or n and m"),
         (
