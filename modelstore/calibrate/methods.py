@@ -50,10 +50,14 @@ class Solution:
 
 @dataclass(frozen=True)
 class Way:
-    """A method. `prepare`: what layers of one input share, of its sum of outer products; `solve`: one of them by that."""
+    """A method. `prepare`: what layers of one input share, of its sum of outer products; `by_codec`: how one is solved."""
 
     prepare: Callable[[torch.Tensor], Any]
-    solve: Callable[[Layer, Any], Solution]
+    by_codec: Mapping[str, Callable[[Layer, Any], Solution]]
+
+    def solve(self, layer: Layer, prepared: Any) -> Solution:
+        """A layer, stored by a codec that the method is for."""
+        return self.by_codec[layer.codec.name](layer, prepared)
 
 
 def _gptq(layer: Layer, inputs: gptq.Factored) -> Solution:
@@ -79,8 +83,6 @@ def _wanda(layer: Layer, inputs: pruned.Moments) -> Solution:
 
 
 def _sparsegpt(layer: Layer, inputs: pruned.Moments) -> Solution:
-    if isinstance(layer.codec, Int):
-        return _pruned_codes(layer, layer.codec, inputs)
     weight, pruning = layer.weight.float(), _sparse(layer).pruning
     factored = inputs.factored(pruning.m)
     if factored is None:
@@ -88,9 +90,11 @@ def _sparsegpt(layer: Layer, inputs: pruned.Moments) -> Solution:
     return _kept(layer, inputs, pruned.sparsegpt(weight, factored, pruning))
 
 
-def _pruned_codes(layer: Layer, codec: Int, inputs: pruned.Moments) -> Solution:
+def _pruned_codes(layer: Layer, inputs: pruned.Moments) -> Solution:
     """Pruned and rounded column by column: what follows makes up for both."""
-    weight, told, half = layer.weight.float(), layer.params, 1 << (codec.bits - 1)
+    codec, weight, told = layer.codec, layer.weight.float(), layer.params
+    assert isinstance(codec, Int), "recipes have the codecs that their methods are for"
+    half = 1 << (codec.bits - 1)
     pruning = Pruning(sparsity=float(told["sparsity"]), n=int(told["n"]), m=int(told["m"]))
     stored = getattr(torch, scale_dtype(layer.kind))
     scales = gptq.search(weight, inputs.diagonal.float(), codec.bits, codec.group_size, stored)
@@ -147,9 +151,9 @@ def raw_of(weight: torch.Tensor, kind: DType) -> Bytes:
 
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
-        "gptq": Way(gptq.Factored.of, _gptq),
-        "wanda": Way(pruned.Moments, _wanda),
-        "sparsegpt": Way(pruned.Moments, _sparsegpt),
-        "svd-llm": Way(lowrank.Whitening.of, _low_rank),
+        "gptq": Way(gptq.Factored.of, {"int": _gptq}),
+        "wanda": Way(pruned.Moments, {"sparse": _wanda}),
+        "sparsegpt": Way(pruned.Moments, {"sparse": _sparsegpt, "int": _pruned_codes}),
+        "svd-llm": Way(lowrank.Whitening.of, {"lowrank": _low_rank}),
     }
 )

@@ -12,6 +12,7 @@ from modelstore.calibrate.pruned import Moments, lost, reconstructed, sparsegpt,
 from modelstore.codecs.sparse.codec import Sparse
 from modelstore.codecs.sparse.pruning import Pruning
 from modelstore.format.dtypes import DTYPES
+from modelstore.format.recipe import METHODS
 
 HALF, EACH_ROW, TWO_OF_FOUR = Pruning(sparsity=0.5), Pruning(sparsity=0.5, scope="row"), Pruning(n=2, m=4)
 
@@ -148,6 +149,12 @@ def test_reconstruction_is_the_least_squares_under_the_mask(pruning: Pruning, ra
             best[left] = expected
             least, had = (lost(one[None].float(), values[row : row + 1], damped) for one in (best, found[row]))
             assert float(had) <= 1.01 * float(least) + 1e-6
+
+
+def test_recipes_and_methods_agree_on_the_codecs() -> None:
+    assert {name: tuple(way.by_codec) for name, way in WAYS.items()} == {
+        name: takes.codecs for name, takes in METHODS.items()
+    }
 
 
 def test_dead_columns_and_inputs_without_a_factor() -> None:
