@@ -84,12 +84,12 @@ def measure(args: argparse.Namespace, folder: str) -> None:
         )
     for row in rows:
         begin = time.process_time()
-        done = store.compress("m", row.recipe, **({"calibration": data} if row.method else {}))
+        store.compress("m", row.recipe, **({"calibration": data} if row.method else {}))
         seconds = time.process_time() - begin
         (found,) = store.eval([f"m:{row.name}"], text=args.text, limit=args.limit)
         one = found.measured
         quality = f"{one.perplexity:.2f} ± {one.perplexity_error:.2f} | {one.kl:.4f} ± {one.kl_error:.4f}"
-        print(f"| {row.what} | {row.how} | {quality} | {done.stored / 2**20:.1f} | {seconds:.1f} |", flush=True)
+        print(f"| {row.what} | {row.how} | {quality} | {seconds:.1f} |", flush=True)
     print(f"\noriginal: perplexity {one.baseline_perplexity:.2f}")
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="modelstore-calibration-") as folder:
-        print("| stored | how | perplexity | KL | MiB | processor s |\n|---|---|---|---|---|---|")
+        print("| stored | how | perplexity | KL | processor s |\n|---|---|---|---|---|")
         measure(args, folder)
     print(f"peak RSS with evaluation: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
