@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from modelstore.execute.read.loading import Variant
     from modelstore.format.manifest import CodecSpec
     from modelstore.format.record import VersionRecord
-    from modelstore.search.mix import Mix, Mixture
+    from modelstore.search.mix import Costs, Mix, Mixture
 
 
+_SOLVED = "gptq"  # the method by which codes are solved for data
+_TRIED = 3  # bits in which it is tried what that gains
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
 
@@ -62,7 +64,8 @@ class Fitting:
         if wish.calibration is not None:
             self._config, self.samples = looked_at(self.opened, wish.calibration)
         data = self.samples.recorded if self.samples else None
-        self.sensitivity = known(self.opened.manifest.metrics, self.formats, self.wanted, data)
+        solved = wish.method == _SOLVED
+        self.sensitivity = known(self.opened.manifest.metrics, self.formats, self.wanted, data, solved=solved)
 
     @property
     def wanted(self) -> list[str]:
@@ -71,9 +74,13 @@ class Fitting:
 
     def mixture(self) -> Mixture:
         """The groups with what each format costs, as far as that is known."""
-        from modelstore.search.mix import mixture
+        from modelstore.search.mix import mixture, scaled
 
-        costs = self.sensitivity.costs if self.sensitivity else None
+        costs: Costs | None = None
+        if self.sensitivity is not None:
+            costs = self.sensitivity.costs
+            if self._wish.method == _SOLVED:
+                costs = scaled(costs, self.sensitivity.gains or {})
         return mixture(self.plan, self.opened.manifest, self.formats, costs)
 
     def stages(self) -> Stages:
@@ -101,10 +108,21 @@ class Fitting:
         data, limits = self.samples.recorded, self._access.limits()
         count = meter(progress, 2 * self.opened.manifest.nbytes, f"measuring {self._model.asked}")
         codecs = [weight_codec(spec) for spec in self.formats]
+        tried = _tried(self.formats) if self._wish.method == _SOLVED else None
         made = Measuring(
-            stages, self.opened.manifest, self.samples.ids, codecs, self.wanted, data["seed"], limits.memory // 4, count
-        ).run()
-        self.sensitivity = Sensitivity(data, self.formats, rounded(made))
+            stages,
+            self.opened.manifest,
+            self.samples.ids,
+            codecs,
+            self.wanted,
+            data["seed"],
+            limits.memory // 4,
+            count,
+            tried,
+        )
+        costs = rounded(made.run())
+        gains = {name: round(gain, 4) for name, gain in made.gains.items()} if tried else None
+        self.sensitivity = Sensitivity(data, self.formats, costs, gains)
         at = self.record.version
         keep(self._access.repo, self.record.model, at, self.opened.manifest.content, self.sensitivity)
 
@@ -270,3 +288,9 @@ def _named(variant: str | None, bytes: int, wish: Wish) -> str:
         return check_word(variant, "variant")
     unit, divisor = next((pair for pair in _UNITS if bytes % pair[1] == 0), ("", 1))
     return f"{wish.method or 'fit'}-{bytes // divisor}{unit}"
+
+
+def _tried(formats: tuple[CodecSpec, ...]) -> tuple[int, int]:
+    """Bits and columns of a group in which it is tried what solving gains: of the formats that nearest to 3 bits."""
+    told = [(int(spec.params.get("bits", 4)), int(spec.params.get("group_size", 128))) for spec in formats]
+    return min(told, key=lambda one: abs(one[0] - _TRIED))

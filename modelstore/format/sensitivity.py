@@ -12,9 +12,11 @@ class Sensitivity(Result, frozen=True):
     """One measurement: on which `data` (as a calibrated recipe records them), of which formats, and what came out.
 
     `costs`: of each tensor the divergence, in nats a token, that each format costs alone, in the order of `formats`; None
-    where it cannot be stored so. They add up, to second order.
+    where it cannot be stored so. They add up, to second order. `gains`: of tensors, by what their costs are to be multiplied
+    where codes are solved for the data (GPTQ); None where that was not asked for.
     """
 
     data: dict[str, Any]
     formats: tuple[CodecSpec, ...]
     costs: dict[str, tuple[float | None, ...]]
+    gains: dict[str, float] | None = None

@@ -39,18 +39,22 @@ def known(
     formats: Sequence[CodecSpec],
     wanted: Collection[str],
     data: Mapping[str, Any] | None,
+    *,
+    solved: bool = False,
 ) -> Sensitivity | None:
     """The newest measurement of these data (of any, where None are given) that says all of these formats and tensors.
 
-    It has these formats, in their order. None where it was not made yet.
+    It has these formats, in their order. `solved`: it is to say what solving codes gains, too. None where it was not made yet.
     """
     for one in measured(metrics):
+        if solved and one.gains is None:
+            continue
         if data is not None and any(one.data.get(key) != data.get(key) for key in _DATA):
             continue
         if all(spec in one.formats for spec in formats) and one.costs.keys() >= set(wanted):
             at = [one.formats.index(spec) for spec in formats]
             costs = {name: tuple(one.costs[name][place] for place in at) for name in wanted}
-            return Sensitivity(one.data, tuple(formats), costs)
+            return Sensitivity(one.data, tuple(formats), costs, one.gains)
     return None
 
 
@@ -69,8 +73,10 @@ def keep(repo: Repo, model: str, version: int, content: str, made: Sensitivity) 
     """
 
     def with_it(metrics: Mapping[str, Any]) -> dict[str, Any]:
-        same = (made.data, made.formats)
-        others = [one for one in measured(metrics) if (one.data, one.formats) != same][: _KEPT - 1]
+        def what(one: Sensitivity) -> tuple[Any, ...]:
+            return one.data, one.formats, one.gains is None
+
+        others = [one for one in measured(metrics) if what(one) != what(made)][: _KEPT - 1]
         return {**metrics, SENSITIVITY: [msgspec.to_builtins(one) for one in (made, *others)]}
 
     change(repo, Reference(model, version=version, variant=ORIGINAL), content, with_it)

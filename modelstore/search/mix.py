@@ -32,6 +32,13 @@ def default_formats(columns: Sequence[int]) -> tuple[CodecSpec, ...]:
     return tuple(CodecSpec("int", {"bits": bits, "group_size": size, "method": "mse"}) for bits in _BITS)
 
 
+def scaled(costs: Costs, gains: Mapping[str, float]) -> Costs:
+    """Costs where codes are solved for data."""
+    return {
+        name: [None if cost is None else cost * gains.get(name, 1.0) for cost in each] for name, each in costs.items()
+    }
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Groups of tensors, and the formats that each can have: None is to keep them.

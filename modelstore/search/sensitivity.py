@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from modelstore.architecture.names import Made, values
+from modelstore.calibrate.statistics import Gathered
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.stages import Stages
 from modelstore.errors import FormatError
@@ -22,6 +23,7 @@ from modelstore.execute.read.tensors import bytes_of, to_torch
 from modelstore.execute.spool import Spool
 from modelstore.format.dtypes import DType
 from modelstore.format.manifest import Manifest, Tensor
+from modelstore.search.gains import gains, linears
 
 Count = Callable[[int], None]  # hears of bytes of weights that were run, twice each
 
@@ -30,6 +32,7 @@ Count = Callable[[int], None]  # hears of bytes of weights that were run, twice 
 class Measuring:
     """One measurement. `wanted`: names of tensors; `formats`: the codecs whose costs are asked for.
 
+    `solved`: bits and columns of a group in which it is tried what solving codes for the data gains; `gains` then says it.
     `costs`, once it has run: of each tensor in nats a token, by format; None where the codec refuses the tensor, or the
     model does not compute with it.
     """
@@ -42,6 +45,8 @@ class Measuring:
     seed: int
     memory: int
     count: Count | None = None
+    solved: tuple[int, int] | None = None
+    gains: dict[str, float] = field(default_factory=dict)
     costs: dict[str, list[float | None]] = field(default_factory=dict)
 
     def run(self) -> dict[str, list[float | None]]:
@@ -65,12 +70,18 @@ class Measuring:
     def _forward(self, stage: int, sequences: Sequence[torch.Tensor], given: Spool) -> None:
         """Append what a stage gives for each sequence."""
         stored = self.stages.stored(stage)
-        with self.stages.skeleton.at(stage, self.stages.values(stage, stored)) as run:
+        placed, gathered = self.stages.values(stage, stored), Gathered()
+        layers = linears(self.stages, self.manifest, stage, self.costs) if self.solved else {}
+        watched = {name: layer for name, (layer, _) in layers.items()}
+        with self.stages.skeleton.at(stage, placed) as run, gathered.watching(watched):
             for at, ids in enumerate(sequences):
+                gathered.begin()
                 before = given[(stage - 1) * len(sequences) + at] if stage else None
                 found = run(ids, before)
                 self._check(stage, found)
                 given.append(found)
+        if self.solved is not None:
+            self.gains |= gains(layers, gathered, placed, self.manifest, *self.solved)
         self._done(stored)
 
     def _backward(

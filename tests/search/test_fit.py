@@ -102,6 +102,24 @@ def test_values_may_be_solved_on_top(store: ms.Store) -> None:
     assert found[1].measured.kl < found[0].measured.kl
 
 
+def test_what_solving_gains_is_found_with_the_costs_and_kept(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement that does not say it is made again; one that does serves both."""
+    store.plan_fit("m", "21KiB", calibration=DATA, measure=True)
+    real, runs = Measuring.run, []
+    monkeypatch.setattr(Measuring, "run", lambda self: runs.append(1) or real(self))
+    solved = store.plan_fit("m", "21KiB", method="gptq", calibration=DATA, measure=True)
+    plain = store.plan_fit("m", "21KiB", calibration=DATA, measure=True)
+    store.plan_fit("m", "22KiB", method="gptq", calibration=DATA, measure=True)
+    assert runs == [1]
+    assert solved.cost is not None
+    assert plain.cost is not None
+    assert 0.05 * plain.cost < solved.cost < plain.cost
+    found = store.describe("m").metrics["sensitivity"]
+    assert [one["gains"] is None for one in found] == [False, True]
+    assert len(found[0]["gains"]) == 14
+    assert all(0 < gain <= 1 for gain in found[0]["gains"].values())
+
+
 def test_embeddings_and_heads_take_part_where_they_are_included(store: ms.Store) -> None:
     less = store.plan_fit("m", 1 << 20, calibration=DATA, include=["embedding", "head"]).smallest
     assert less < sizes(store).smallest
