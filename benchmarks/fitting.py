@@ -2,7 +2,7 @@
 
 python benchmarks/fitting.py MODEL --calibration emma.txt --text persuasion.txt [--group 128] [--plot front.svg]
 
-Uniform variants of 2, 3 and 4 bits (least-error clip, and GPTQ) give the sizes; mixes are made of the formats of 2, 3, 4 and 8 bits to
+Uniform variants of 2, 3 and 4 bits (least-error clip, and GPTQ) give the sizes; mixes are made of 2, 3, 4 and 8 bits to
 the size of 3 bits, and to the middle between 2 and 3, and 3 and 4. One thread. Seconds are those of the processor.
 """
 
