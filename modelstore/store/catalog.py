@@ -18,7 +18,7 @@ from modelstore.format.note import Note
 from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
 from modelstore.format.sealed import seal
 from modelstore.storage.base import SMALL, Storage
-from modelstore.store.damage import DAMAGED, UNREADABLE, noting
+from modelstore.store.damage import DAMAGED, UNREADABLE, listed, noting
 from modelstore.store.lookup import Lookup
 from modelstore.store.manifests import Manifests
 from modelstore.store.place import check_place, told_of
@@ -230,6 +230,9 @@ class Catalog(Lookup):
                     )
                 record = self._next(head, writer, variants={k: v for k, v in head.variants.items() if k != variant})
             if self._create_version(record):
+                if record.deleted:  # a tag that was set since the look above names nothing any more
+                    for tag in [tag for tag, at in self.tags(model, []).items() if at == version]:
+                        self._take_back(model, tag, version, writer)
                 return record
         raise self._busy(model)
 
@@ -251,10 +254,12 @@ class Catalog(Lookup):
     ) -> TagRecord | None:
         """Let a tag name a live version; version 0 removes the tag.
 
+        Who deletes the version at the same instant looks at its tags after that, and who sets the tag at the version after
+        that: one of the two finds the other, and the tag names again what it named before. `NotFoundError` then.
+
         `instead_of`: the version that it must name still; None, and nothing is changed, where it names another.
         """
-        if version and self.version(model, version).deleted:
-            raise NotFoundError(f"version {version} of model {model!r} was deleted: tag another", model=model)
+        self._check_live(model, version)
         for _ in range(_RACES):
             number = self._tag_number(model, tag) + 1  # told by the key, so that a damaged tag can be set anew
             if instead_of is not None:
@@ -265,8 +270,38 @@ class Catalog(Lookup):
             record = TagRecord(FORMAT, model, tag, number, writer, time.time(), version)
             key = rec.tag_key(model, tag, number)
             if self._storage.create(key, seal(record)) or self._own(key, TagRecord, record):
+                try:
+                    self._check_live(model, version)
+                except NotFoundError:
+                    self._take_back(model, tag, version, writer)
+                    raise
                 return record
         raise self._busy(model)
+
+    def _check_live(self, model: str, version: int) -> None:
+        if version and self.version(model, version).deleted:
+            raise NotFoundError(f"version {version} of model {model!r} was deleted: tag another", model=model)
+
+    def _take_back(self, model: str, tag: str, version: int, writer: str) -> None:
+        """Let a tag that names a deleted version name what it named before, if that is live, or nothing."""
+        for _ in range(_RACES):
+            head = self._tag_head(model, tag)
+            if head is None or head.version != version:
+                return  # somebody else did, or set it anew
+            before = noting([], lambda number=head.number: self._tagged(model, tag, number - 1)) or 0  # type: ignore[misc]
+            record = TagRecord(FORMAT, model, tag, head.number + 1, writer, time.time(), before)
+            if self._storage.create(rec.tag_key(model, tag, record.number), seal(record)):
+                if not before or not self.version(model, before).deleted:
+                    return
+                version = before  # and it was deleted meanwhile, too
+
+    def _tagged(self, model: str, tag: str, number: int) -> int:
+        """The version that a record of a tag names, 0 where there is none, or it is not live."""
+        if number < 1:
+            return 0
+        key = rec.tag_key(model, tag, number)
+        named = rec.parse_tag(listed(self._storage, key), key).version
+        return named if named and not self.version(model, named).deleted else 0
 
     # ------------------------------------------------------------------ within
 

@@ -520,3 +520,20 @@ def test_a_version_that_is_lost_is_told_of_precisely_and_nothing_else_is(storage
     assert store.repair().ok
     assert store.verify().ok
     assert [info.version for info in store.versions("m")] == [1, 3, 4]
+
+
+def test_a_tag_of_a_deleted_version_is_told_of_and_removed(storage: MemoryStorage) -> None:
+    """As one that was set by who was killed while the version was deleted."""
+    store = open_on(storage)
+    store.untag("m", "prod")
+    store.delete("m@2")
+    key = rec.tag_key("m", "prod", 4)
+    put(storage, key, seal(rec.TagRecord(FORMAT, "m", "prod", 4, "killed", 0.0, 2)))
+    (problem,) = store.verify().problems
+    assert "tag 'prod' of model 'm' names version 2, which was deleted: run 'modelstore repair m'" in problem.message
+    assert problem.object == key
+    report = store.repair()
+    assert report.ok
+    assert report.notes == ("tag 'prod' of model 'm' is gone: it named version 2, which was deleted",)
+    assert store.verify().ok
+    assert store.models()[0].tags == {"first": 1}

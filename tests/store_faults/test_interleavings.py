@@ -250,3 +250,43 @@ def test_the_checker_finds_a_handshake_that_is_broken(monkeypatch: pytest.Monkey
     setup, works, saved = CASES["a save of content that was deleted, and a collection"]
     with pytest.raises((ModelStoreError, AssertionError)):
         explore(setup, works, visible_is_whole, acknowledged_is_there(saved), is_record)
+
+
+def tagging(ref: str, tag: str = "prod") -> Work:
+    """Let a tag name a version."""
+    return lambda storage: open_on(storage).tag(ref, tag)
+
+
+def nothing(_: Storage) -> None:
+    """Between two writes a tag may name what is being deleted."""
+
+
+def tags_name_what_is_there(storage: Storage, actors: list[Actor]) -> None:
+    """A check for the end: who was not told otherwise did what he was asked, or was overtaken; no tag leads nowhere."""
+    catalog = Catalog(MemoryStorage(storage.url.removeprefix("memory://")))
+    for actor in actors:
+        if actor.error and not isinstance(actor.error, (ConflictError, NotFoundError)):
+            raise actor.error
+    live = {record.version for record in catalog.live("m")}
+    assert set(catalog.tags("m").values()) <= live
+
+
+TAGS: dict[str, tuple[Callable[[], Aged], list[Work]]] = {
+    "a tag and a deletion": (made(saving("a"), saving("b")), [tagging("m@1"), deleting(1)]),
+    "a tag that moves, and a deletion": (made(saving("a"), saving("b"), tagging("m@2")), [tagging("m@1"), deleting(1)]),
+    "a tag that moves away, and deletions of both": (
+        made(saving("a"), saving("b"), tagging("m@1")),
+        [tagging("m@2"), deleting(2), deleting(1)],
+    ),
+    "two tags and a deletion": (made(saving("a"), saving("b")), [tagging("m@1"), tagging("m@2"), deleting(1)]),
+}
+
+
+@pytest.mark.parametrize("case", TAGS.values(), ids=TAGS)
+def test_no_tag_names_what_is_deleted(case: tuple[Callable[[], Aged], list[Work]]) -> None:
+    setup, works = case
+    if len(works) == 2 or not RUNS:
+        assert explore(setup, works, nothing, tags_name_what_is_there).runs > 1
+    else:
+        for seed in range(RUNS):
+            at_random(setup(), works, seed, nothing, tags_name_what_is_there, mortal=False)

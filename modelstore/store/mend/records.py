@@ -99,11 +99,31 @@ def _read(
 
 
 def damage(storage: Storage, models: Sequence[str], *, journals: bool) -> list[Problem]:
-    """Everything small that cannot be read: records of these models, and of no model's the journals."""
-    found = [one.problem(number) for model in models for one in series(storage, model) for number in sorted(one.bad)]
+    """Everything small that cannot be read: records of these models, and of no model's the journals; tags that lead nowhere."""
+    found = []
+    for model in models:
+        gone: set[int] = set()
+        for one in series(storage, model):  # versions before tags
+            found += [one.problem(number) for number in sorted(one.bad)]
+            lost = _leads_nowhere(one, gone)
+            if lost is not None:
+                advice = f"run 'modelstore repair {model}', or set it anew with 'modelstore tag'"
+                message = f"{one.what} of model {model!r} names version {lost.version}, which was deleted: {advice}"
+                found.append(Problem("conflict", message, model, object=one.keys[lost.number]))
     if journals:
         found += [Problem(error.kind, str(error), object=error.object) for error in torn_journals(storage)]
     return found
+
+
+def _leads_nowhere(one: Series, gone: set[int]) -> TagRecord | None:
+    """The newest record of a tag, where it names a deleted version, as who set it was killed while that was deleted.
+
+    `gone` gets the versions that are.
+    """
+    head = one.good.get(max(one.keys, default=0))
+    if isinstance(head, VersionRecord) and head.deleted:
+        gone.add(head.version)
+    return head if isinstance(head, TagRecord) and head.version in gone else None
 
 
 def _is_note(key: str) -> bool:
@@ -150,6 +170,7 @@ def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *,
     made = Mended([], [], [])
     for model in models:
         live: set[int] = set()
+        gone: set[int] = set()
         for one in series(storage, model):  # versions before tags
             work = _Mending(storage, sources, one, made, keep, live)
             for number in sorted(one.bad):
@@ -157,6 +178,9 @@ def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *,
             head = one.good.get(max(one.keys, default=0))
             if isinstance(head, VersionRecord) and not head.deleted:
                 live.add(head.version)
+            lost = _leads_nowhere(one, gone)
+            if lost is not None:
+                _untag(storage, lost, made)
     if journals:
         for error in torn_journals(storage):
             if isinstance(error, DAMAGED) and error.object and error.object.startswith(rec.JOBS):
@@ -165,6 +189,17 @@ def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *,
             else:
                 made.problems.append(Problem(error.kind, str(error), object=error.object))
     return made
+
+
+def _untag(storage: Storage, lost: TagRecord, made: Mended) -> None:
+    """Remove a tag that leads nowhere, unless it was set anew meanwhile."""
+    record = msgspec.structs.replace(lost, number=lost.number + 1, version=0)
+    key = rec.tag_key(lost.model, lost.tag, record.number)
+    if storage.create(key, seal(record)):
+        made.repaired.append(key)
+        made.notes.append(
+            f"tag {lost.tag!r} of model {lost.model!r} is gone: it named version {lost.version}, which was deleted"
+        )
 
 
 @dataclass(frozen=True, slots=True)
