@@ -92,16 +92,21 @@ def swapping(store: ms.Store, tensors: dict[str, torch.Tensor], repeat: int) -> 
         changed[name] = changed[name].clone()
         changed[name][: WIDE // 50] += 1
     store.save("raw", changed, codec="raw")
-    live = store.follow("raw@1", device="cuda")
-    took = []
+    took, loads = [], []
     for _ in range(repeat):
+        live = store.follow("raw@1", device="cuda")
         torch.cuda.synchronize()
         begin = time.perf_counter()
         done = live.swap_to(2)
         torch.cuda.synchronize()
         took.append(time.perf_counter() - begin)
-        live.rollback()
-    return [f"| swap on the GPU, {done.read / 1e6:.0f} MB changed | {statistics.median(took) * 1000:.0f} ms | |"]
+        del live
+        loads.append(median(1, lambda: dict(store.stream("raw@2", device="cuda"))))
+    swap, whole = statistics.median(took), statistics.median(loads)
+    return [
+        f"| version 2 in the place of version 1 on the GPU, {done.read / 1e6:.0f} MB read: `swap_to` | {swap * 1000:.0f} ms | |",
+        f"| the same, streamed anew | {whole * 1000:.0f} ms | |",
+    ]
 
 
 def delivering(url: str, size: int, repeat: int) -> list[str]:
