@@ -2,10 +2,11 @@
 
 python benchmarks/calibration.py MODEL --calibration emma.txt --text persuasion.txt [--bits 4 3 2] [--group 64] [--only NAME …]
 
-Each bit width is made by GPTQ, by the least-error clip (`mse`) and by plain rounding (`minmax`), in groups; half of the weights,
-and two of every four, are pruned by magnitude, by Wanda, by SparseGPT, and by that with reconstruction; factors of half the
-numbers are those of the weights, and of SVD-LLM. Embeddings and heads are kept. One thread. Seconds are those of the processor
-for the whole of `compress`; imports and compiling come before. `--only`: rows whose names hold one of these words.
+Each bit width is made by GPTQ, by the clip weighted by what comes through each column (`imatrix`), by the least-error clip
+(`mse`) and by plain rounding (`minmax`), in groups; half of the weights, and two of every four, are pruned by magnitude, by
+Wanda, by SparseGPT, and by that with reconstruction; factors of half the numbers are those of the weights, and of SVD-LLM.
+Embeddings and heads are kept. One thread. Seconds are those of the processor for the whole of `compress`; imports and compiling
+come before. `--only`: rows whose names hold one of these words.
 """
 
 from __future__ import annotations
@@ -47,7 +48,12 @@ def rounded(bits: int, group: int) -> list[Row]:
     codec = {"name": "int", "params": {"bits": bits, "group_size": group, "method": "mse"}}
     plain = {"name": "int", "params": {"bits": bits, "group_size": group, "method": "minmax"}}
     what = f"{bits} bits"
-    return [Row(what, "gptq", codec, {"name": "gptq"}), Row(what, "mse", codec, None), Row(what, "minmax", plain, None)]
+    return [
+        Row(what, "gptq", codec, {"name": "gptq"}),
+        Row(what, "imatrix", codec, {"name": "imatrix"}),
+        Row(what, "mse", codec, None),
+        Row(what, "minmax", plain, None),
+    ]
 
 
 def pruned(what: str, pattern: dict[str, Any], rows: dict[str, Any]) -> list[Row]:

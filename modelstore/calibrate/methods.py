@@ -69,6 +69,23 @@ def _gptq(layer: Layer, inputs: gptq.Factored) -> Solution:
     return Solution(_coded(codec, found.codes, found.scales, kind), note)
 
 
+def _weighted(layer: Layer, importance: torch.Tensor) -> Solution:
+    """Plain rounding, with the clip of each group that loses least where each column counts by what comes through it."""
+    codec, weight = layer.codec, layer.weight.float()
+    assert isinstance(codec, Int), "recipes have the codecs that their methods are for"
+    half, stored = 1 << (codec.bits - 1), getattr(torch, scale_dtype(layer.kind))
+    scales = gptq.search(weight, importance, codec.bits, codec.group_size, stored)
+    wide = scales.repeat_interleave(codec.group_size, 1)[:, : weight.shape[1]]
+    codes = (weight / wide).round().clamp(-half, half - 1).to(torch.int8).numpy()
+    return Solution(_coded(codec, codes, scales.numpy(), layer.kind))
+
+
+def _importance(hessian: torch.Tensor) -> torch.Tensor:
+    """Of mean 1; where nothing comes through any column, all are alike."""
+    found = hessian.diagonal().float()
+    return found / found.mean() if bool(found.any()) else torch.ones_like(found)
+
+
 def _coded(codec: Int, codes: NDArray[np.int8], scales: Floats, kind: DType) -> Planes:
     def planes(region: Region) -> tuple[Buffer, ...]:
         rows, columns = (slice(*pair) for pair in region)
@@ -152,6 +169,7 @@ def raw_of(weight: torch.Tensor, kind: DType) -> Bytes:
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
         "gptq": Way(gptq.Factored.of, {"int": _gptq}),
+        "imatrix": Way(_importance, {"int": _weighted}),
         "wanda": Way(pruned.Moments, {"sparse": _wanda}),
         "sparsegpt": Way(pruned.Moments, {"sparse": _sparsegpt, "int": _pruned_codes}),
         "svd-llm": Way(lowrank.Whitening.of, {"lowrank": _low_rank}),

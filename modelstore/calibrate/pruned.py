@@ -24,8 +24,8 @@ from modelstore.format.buffers import Bytes
 _BLOCK = 128  # columns that are pruned before the others hear of it
 _LEAST = 1e-10  # of the largest norm: a column through which nothing comes counts so much, so that magnitude orders its weights
 _DAMP = 0.01  # of the mean of the diagonal
-_STEPS = 60  # of conjugate gradients, at most
-_NEAR = 1e-5  # of the gradient that there was: less ends them
+_STEPS = 40  # of conjugate gradients, at most
+_NEAR = 1e-3  # of the gradient that there was: where no row has more, they end
 _ROWS = 1 << 22  # numbers that they look at a time
 
 

@@ -86,18 +86,18 @@ CALIBRATED: Mapping[str, Recipe] = MappingProxyType(
             _data("wanda50", "half of each row pruned, what least comes through (Wanda)", _EACH_ROW, Method("wanda")),
             _data("wanda24", "two of every four pruned, by Wanda", _TWO_OF_FOUR, Method("wanda")),
             _data("sparsegpt50", "half pruned, the rest makes up for it (SparseGPT)", _HALF, Method("sparsegpt")),
-            _data(
-                "svd-llm",
-                "factors of half the parameters, of what comes through (SVD-LLM)",
-                CodecSpec("lowrank", {"ratio": 0.5}),
-                Method("svd-llm"),
-            ),
             _data("sparsegpt24", "two of every four pruned, by SparseGPT", _TWO_OF_FOUR, Method("sparsegpt")),
             _data(
                 "sparsegpt24-int4",
                 "two of every four pruned and the rest 4 bits, groups of 128, in one pass (SparseGPT)",
                 CodecSpec("int", {"bits": 4, "method": "mse"}),
                 Method("sparsegpt", {"n": 2, "m": 4}),
+            ),
+            _data(
+                "svd-llm",
+                "factors of half the parameters, of what comes through (SVD-LLM)",
+                CodecSpec("lowrank", {"ratio": 0.5}),
+                Method("svd-llm"),
             ),
         )
     }

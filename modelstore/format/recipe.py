@@ -48,6 +48,7 @@ _PRUNED: Mapping[str, Value] = MappingProxyType({**_LEFT, "sparsity": 0.0, "n": 
 METHODS: Mapping[str, Takes] = MappingProxyType(
     {
         "gptq": Takes(("int",)),
+        "imatrix": Takes(("int",)),
         "wanda": Takes(("sparse",), _LEFT),
         "sparsegpt": Takes(("sparse", "int"), _PRUNED),
         "svd-llm": Takes(("lowrank",)),

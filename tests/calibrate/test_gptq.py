@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modelstore.calibrate.gptq import Factored, factor, search, solve
+from modelstore.calibrate.methods import WAYS, Layer
 from modelstore.codecs.integer.codec import Int
 from modelstore.format.dtypes import DTYPES
 
@@ -64,6 +65,31 @@ def test_independent_inputs_give_plain_rounding(bits: int) -> None:
     assert torch.equal(scales, scales.to(torch.bfloat16).float())
     half, wide = 1 << (bits - 1), scales.repeat_interleave(64, 1)[:, :150]
     assert np.array_equal(found.codes, (weight / wide).round().clamp(-half, half - 1).to(torch.int8).numpy())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_clip_weighted_by_what_comes_through_loses_less_of_it(bits: int) -> None:
+    """Each column by itself, in the norm that the clip is looked for in: never more than any other clip."""
+    weight = torch.randn(20, 150, generator=torch.Generator().manual_seed(3))
+    through = torch.rand(150, generator=torch.Generator().manual_seed(4)) ** 8
+    codec, kind, half = Int(bits=bits, group_size=64, method="mse"), DTYPES["float32"], 1 << (bits - 1)
+    layer = Layer(weight, codec, kind, {})
+
+    def values(moments: torch.Tensor) -> torch.Tensor:
+        way = WAYS["imatrix"]
+        planes = way.solve(layer, way.prepare(moments)).planes(((0, 20), (0, 150)))
+        out = np.empty((1, 4 * weight.numel()), np.uint8)
+        codec.decode(planes, (20, 150), kind, out)
+        return torch.from_numpy(out.view(np.float32).reshape(20, 150).copy())
+
+    def lost(found: torch.Tensor) -> float:
+        return float(((found - weight).abs() ** 2.4 * through).sum())
+
+    one, any_input = values(torch.diag(through.double())), values(torch.eye(150, dtype=torch.float64))
+    assert lost(one) < 0.98 * lost(any_input)
+    scales = search(weight, torch.ones(150), bits, 64, torch.float32).repeat_interleave(64, 1)[:, :150]
+    assert torch.equal(any_input, (weight / scales).round().clamp(-half, half - 1) * scales)
+    assert torch.equal(values(torch.zeros(150, 150, dtype=torch.float64)), any_input)
 
 
 def test_dead_and_dependent_columns() -> None:
