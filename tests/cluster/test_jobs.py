@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 import modelstore as ms
 from modelstore.cluster.pieces import pieces
-from modelstore.cluster.work import compression
+from modelstore.cluster.work import compression, jobs
 from modelstore.compress.job import Portion
+from modelstore.errors import CancelledError
 from modelstore.format.manifest import CodecSpec
+from modelstore.format.results import JobStatus
 from modelstore.plan.placement import Member, View
 
 INT = CodecSpec("int", {"bits": 8, "granularity": "channel"})
@@ -72,3 +78,99 @@ def test_work_goes_where_most_of_its_chunks_are_at_home(url: str) -> None:
     heavy = View(1, (Member("a", "n", weight=1e-9), Member("b", "o")))
     assert compression.nearest(whole, manifest, heavy) == "o"
     assert len(pieces(manifest, range(3))) == 3
+
+
+class Doubling:
+    """A task that is no compression: portions are numbers, each of which is worth twice itself."""
+
+    job, model, version, variants, title = "j", "m", 1, ("v",), "double"
+
+    def portions(self) -> list[int]:
+        return [1, 3, 2]
+
+    def nbytes(self, portion: int) -> int:
+        return 10 * portion
+
+    def nearest(self, portion: int, view: View) -> str | None:
+        return view.members[0].node if portion == 3 else None
+
+    def gpus(self, portion: int, free: Mapping[str, float]) -> float:
+        return 0.5 * (portion == 1) * free["GPU"]
+
+    def first(self, portion: int) -> str:
+        return f"tensor {portion}"
+
+    def work(self) -> Callable[[int, str | None], int]:
+        return lambda portion, device: 2 * portion  # noqa: ARG005
+
+
+class Workers:
+    """What `jobs` wants of Ray: one worker, which works when it is waited for, on what came last."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self) -> None:
+        self.options: list[dict[str, Any]] = []
+        self.told: list[JobStatus | None] = []
+        self.cancelled = False
+
+    def remote(self, function: Callable[..., Any]) -> Any:
+        def options(**given: Any) -> Any:
+            self.options.append(given)
+            return SimpleNamespace(remote=lambda *arguments: partial(function, *arguments))
+
+        return SimpleNamespace(options=options)
+
+    def wait(self, refs: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return refs[-1:], refs[:-1]
+
+    def get(self, ref: Callable[[], int]) -> int:
+        return ref()
+
+    def cancel(self, *_: Any, **__: Any) -> None:
+        self.options.append({"cancelled": True})
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": 1, "GPU": 1}
+
+    cluster_resources = available_resources
+
+    def get_gpu_ids(self) -> list[int]:
+        return []
+
+    def report(self, _: float, __: Any, status: JobStatus | None, job: str) -> bool:
+        self.told.append(status)
+        return self.cancelled
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    made = Workers()
+    monkeypatch.setattr(jobs, "ray", made)
+    monkeypatch.setattr(jobs, "ask_directory_once", made.report)
+    monkeypatch.setattr(jobs, "Session", lambda: SimpleNamespace(view=lambda fresh: View(1, (Member("a", "ab" * 28),))))  # noqa: ARG005
+    return made
+
+
+def test_any_task_is_a_job(workers: Workers) -> None:
+    done: list[int] = []
+    assert jobs.run(Doubling(), done.append) == 12
+    assert sum(done) == 60
+    assert [given["num_gpus"] for given in workers.options] == [0, 0, 0.5], (
+        "the largest first, as each portion wants it"
+    )
+    assert [given["scheduling_strategy"] != "SPREAD" for given in workers.options] == [True, False, False]
+    assert {given["name"] for given in workers.options} == {"double"}
+    *during, last = workers.told
+    assert [status.finished for status in during if status] == [1, 2, 3]
+    assert during[-1] is not None
+    assert (during[-1].done, during[-1].bytes, during[-1].variants) == (60, 60, ("v",))
+    assert last is None, "that it ended is told, too"
+
+
+def test_a_task_that_is_cancelled_leaves_nothing_under_way(workers: Workers) -> None:
+    workers.cancelled = True
+    with pytest.raises(CancelledError, match="job j was cancelled"):
+        jobs.run(Doubling())
+    assert workers.options[-1] == {"cancelled": True}
+    assert workers.told[-1] is None
