@@ -290,7 +290,10 @@ def _named(variant: str | None, bytes: int, wish: Wish) -> str:
     return f"{wish.method or 'fit'}-{bytes // divisor}{unit}"
 
 
-def _tried(formats: tuple[CodecSpec, ...]) -> tuple[int, int]:
-    """Bits and columns of a group in which it is tried what solving gains: of the formats that nearest to 3 bits."""
-    told = [(int(spec.params.get("bits", 4)), int(spec.params.get("group_size", 128))) for spec in formats]
-    return min(told, key=lambda one: abs(one[0] - _TRIED))
+def _tried(formats: tuple[CodecSpec, ...]) -> tuple[int, int, int]:
+    """The format in which it is tried what solving gains, that nearest to 3 bits: its number, bits, and columns of a group."""
+    told = [
+        (at, int(spec.params.get("bits", 4)), int(spec.params.get("group_size", 128)))
+        for at, spec in enumerate(formats)
+    ]
+    return min(told, key=lambda one: abs(one[1] - _TRIED))

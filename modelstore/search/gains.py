@@ -6,7 +6,7 @@ not see. The share of tr(ΔW H ΔWᵀ) that solving leaves is much the same in a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -36,9 +36,18 @@ def linears(
 
 
 def gains(
-    layers: Linears, gathered: Gathered, values: Mapping[str, torch.Tensor], manifest: Manifest, bits: int, group: int
+    layers: Linears,
+    gathered: Gathered,
+    values: Mapping[str, torch.Tensor],
+    rounded: Callable[[str], torch.Tensor],
+    manifest: Manifest,
+    bits: int,
+    group: int,
 ) -> dict[str, float]:
-    """Of each tensor, the share that solving leaves; of those that too little came to, nothing is said."""
+    """Of each tensor, the share that solving leaves; of those that too little came to, nothing is said.
+
+    `rounded`: a layer's weight by its parameter's name, as its format stores it without data.
+    """
     found = {}
     shared, factored = "", None  # by layers that follow each other, such as q, k and v
     for name, (_, tensor) in layers.items():
@@ -50,9 +59,8 @@ def gains(
         stored = getattr(torch, scale_dtype(manifest.by_name[tensor].kind))
         made = solve(weight, factored, bits, group, stored)
         scales = torch.from_numpy(made.scales).repeat_interleave(group, 1)[:, : weight.shape[1]]
-        half = 1 << (bits - 1)
-        plain = (weight / scales).round().clamp(-half, half - 1)
-        lost = [_error(codes * scales - weight, read.hessian) for codes in (torch.from_numpy(made.codes), plain)]
+        moved = (torch.from_numpy(made.codes) * scales - weight, rounded(f"{name}.weight").float() - weight)
+        lost = [_error(one, read.hessian) for one in moved]
         if lost[1] > 0:
             found[tensor] = min(1.0, lost[0] / lost[1])
     return found

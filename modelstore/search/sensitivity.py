@@ -32,7 +32,8 @@ Count = Callable[[int], None]  # hears of bytes of weights that were run, twice 
 class Measuring:
     """One measurement. `wanted`: names of tensors; `formats`: the codecs whose costs are asked for.
 
-    `solved`: bits and columns of a group in which it is tried what solving codes for the data gains; `gains` then says it.
+    `solved`: the number of a format, its bits and its columns of a group, in which it is tried what solving codes for the data
+    gains; `gains` then says it.
     `costs`, once it has run: of each tensor in nats a token, by format; None where the codec refuses the tensor, or the
     model does not compute with it.
     """
@@ -45,7 +46,7 @@ class Measuring:
     seed: int
     memory: int
     count: Count | None = None
-    solved: tuple[int, int] | None = None
+    solved: tuple[int, int, int] | None = None
     gains: dict[str, float] = field(default_factory=dict)
     costs: dict[str, list[float | None]] = field(default_factory=dict)
 
@@ -81,7 +82,13 @@ class Measuring:
                 self._check(stage, found)
                 given.append(found)
         if self.solved is not None:
-            self.gains |= gains(layers, gathered, placed, self.manifest, *self.solved)
+            format, bits, group = self.solved
+
+            def rounded(parameter: str) -> torch.Tensor:
+                source = self.stages.names.made[parameter].sources[0]
+                return as_stored(self.formats[format], stored[source], self.manifest.by_name[source])
+
+            self.gains |= gains(layers, gathered, placed, rounded, self.manifest, bits, group)
         self._done(stored)
 
     def _backward(
