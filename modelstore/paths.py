@@ -134,6 +134,14 @@ def open_in(at: int, name: str, flags: int, path: str, mode: int = 0o666) -> int
     return opened
 
 
+def read_named(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file that a user named, which may be a link. `OSError`, also for a pipe or a device: none is waited for."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, where a file is needed", str(path))
+        return file.read()
+
+
 def status_in(at: int, name: str) -> os.stat_result:
     """The status of a name in an open folder, of a link that of the link itself."""
     return os.stat(name, dir_fd=at, follow_symlinks=False)

@@ -12,6 +12,7 @@ import typer
 from modelstore.cli import fitting, output, swapped, units
 from modelstore.cli.failures import usage
 from modelstore.cli.options import AsJson, Cluster, Debug, Memory, Quiet, Reference, StoreUrl, open_store
+from modelstore.paths import explained, read_named
 
 if TYPE_CHECKING:
     from modelstore.calibrate.text import Calibration
@@ -334,9 +335,11 @@ def _named(text: str) -> str | dict[str, Any]:
     from modelstore.format.recipe import recipe
 
     try:
-        found = msgspec.json.decode(Path(text).read_bytes())
+        found = msgspec.json.decode(read_named(text))
     except FileNotFoundError:
         raise usage(f"there is no file {text}") from None
+    except OSError as error:
+        raise usage(f"{text} cannot be read: {explained(error)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise usage(f"{text} is not JSON ({error})") from None
     if not isinstance(found, dict):

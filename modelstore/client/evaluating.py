@@ -11,6 +11,7 @@ from modelstore.client.access import Access
 from modelstore.format import results
 from modelstore.format.names import Reference
 from modelstore.format.progress import Progress
+from modelstore.paths import read_named
 from modelstore.store.describe import variant_infos, weights_of
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def text_of(text: str | os.PathLike[str]) -> tuple[str, str]:
     if not isinstance(text, str) or (len(text) < 4096 and not any(c in text for c in "\n\0") and _is_file(text)):
         path = Path(text)
         try:
-            return path.name, path.read_text(encoding="utf-8")
+            return path.name, read_named(path).decode().replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not text in UTF-8") from None
         except OSError as error:

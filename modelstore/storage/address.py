@@ -60,6 +60,8 @@ def local_path(address: str | os.PathLike[str]) -> Path | None:
     if scheme not in _FILE:
         return None
     host, slash, path = rest.partition("/")
+    if "%00" in path:
+        raise ValueError(f"invalid URL {text!r}: it has a character with the number 0, as no path has")
     if not slash or host not in _MACHINE:
         raise ValueError(
             f"invalid URL {text!r}: a path follows {scheme}:// with a slash of its own, as in {scheme}:///models; or write the "

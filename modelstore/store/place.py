@@ -42,7 +42,7 @@ def check_place(storage: Storage) -> None:
 def told_of(storage: Storage) -> str:
     """What to say of a place that has no store."""
     inside = storage.path(rec.STORE_KEY)
-    if inside is not None and inside.parent.is_file():
+    if inside is not None and inside.parent.exists() and not inside.parent.is_dir():
         return f"{storage.url} is a file, and a store is a folder: check the address"
     return f"there is no store at {storage.url}: save a model to make one, or check the address"
 

@@ -273,3 +273,9 @@ def test_only_of_latest_is_said_what_it_means(saved: Command) -> None:
 def test_nothing_is_saved_where_it_ends_with_the_command(saved: Command, model: Path) -> None:
     for args in (("save", model, "acme/other", "--store", "memory://x"), ("copy", "acme/toy@1", "memory://x")):
         assert "memory:// ends with this command" in saved(*args, code=2).stderr
+
+
+def test_a_pipe_in_place_of_a_text_or_a_recipe_is_not_waited_for(saved: Command, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for args in (("eval", "acme/toy", "--text"), ("compress", "acme/toy")):
+        assert "it is a pipe or a device" in saved(*args, tmp_path / "pipe.json", code=2).stderr

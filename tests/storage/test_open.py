@@ -98,6 +98,7 @@ def test_clouds() -> None:
         ("a b://c", {}, None, "no protocol"),
         ("./a://b", {}, None, "no protocol"),
         ("file://", {}, None, "as in file:///models"),
+        ("file:///a%00b", {}, None, "the number 0"),
         ("file://store", {}, None, "as in file:///models"),
         ("file://server/store", {}, None, "as in file:///models"),
         ("~nobody.has.this.name/x", {}, None, "is no user of this machine"),

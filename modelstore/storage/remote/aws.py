@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from modelstore.errors import StorageError, UnsupportedError
 from modelstore.format.locks import Lock
-from modelstore.paths import from_home
+from modelstore.paths import from_home, read_named
 from modelstore.storage.failures import TransientStorageError
 from modelstore.storage.remote.causes import cause_of
 from modelstore.storage.remote.options import ClientSettings, S3Options
@@ -54,7 +54,7 @@ def s3_settings(bucket: str, options: S3Options) -> ClientSettings:
         http["allow_invalid_certificates"] = True
     elif isinstance(verify, str):
         try:
-            http["root_certificate"] = from_home(verify).read_bytes()
+            http["root_certificate"] = read_named(from_home(verify))
         except OSError as error:
             raise ValueError(
                 f"cannot read the CA bundle {verify!r} (AWS_CA_BUNDLE or verify): {error.strerror}"
