@@ -104,7 +104,7 @@ def swapping(store: ms.Store, tensors: dict[str, torch.Tensor], repeat: int) -> 
         loads.append(median(1, lambda: dict(store.stream("raw@2", device="cuda"))))
     swap, whole = statistics.median(took), statistics.median(loads)
     return [
-        f"| version 2 in the place of version 1 on the GPU, {done.read / 1e6:.0f} MB read: `swap_to` | {swap * 1000:.0f} ms | |",
+        f"| version 2 in the place of version 1 on the GPU, {done.bytes / 1e6:.0f} MB read: `swap_to` | {swap * 1000:.0f} ms | |",
         f"| the same, streamed anew | {whole * 1000:.0f} ms | |",
     ]
 
