@@ -20,6 +20,7 @@ import pytest
 from modelstore.cli.main import app
 from modelstore.client import Store
 from modelstore.format import inventory, manifest, recipe, results
+from modelstore.format.comparison import Compared
 from modelstore.format.history import LogEntry
 
 
@@ -46,6 +47,7 @@ HOMES = {
     "manifest": manifest,
     "inventory": inventory,
     "LogEntry": LogEntry,
+    "Compared": Compared,
     "Any": Any,
 }
 
