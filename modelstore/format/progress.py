@@ -9,7 +9,10 @@ Advance = Callable[[int], None]  # whom a work tells: bytes done since it told l
 
 
 def meter(progress: Progress | None, total: int, what: str) -> Advance | None:
-    """A counter of bytes that reports the sum so far; None where nobody listens."""
+    """A counter of bytes that reports the sum so far; None where nobody listens.
+
+    The total is never 0, so that a caller may divide by it: where it is not known, it grows with what is done.
+    """
     if progress is None:
         return None
     done = 0
@@ -17,7 +20,7 @@ def meter(progress: Progress | None, total: int, what: str) -> Advance | None:
     def count(nbytes: int) -> None:
         nonlocal done
         done += nbytes
-        progress(done, max(total, done), what)
+        progress(done, max(total, done, 1), what)
 
-    progress(0, total, what)
+    progress(0, max(total, 1), what)
     return count

@@ -537,3 +537,16 @@ def test_a_tag_of_a_deleted_version_is_told_of_and_removed(storage: MemoryStorag
     assert report.notes == ("tag 'prod' of model 'm' is gone: it named version 2, which was deleted",)
     assert store.verify().ok
     assert store.models()[0].tags == {"first": 1}
+
+
+def test_a_tag_of_a_deleted_version_is_set_back_to_what_it_named_before(storage: MemoryStorage) -> None:
+    """As who sets a tag does where he lives on."""
+    store = open_on(storage)
+    store.untag("m", "prod")
+    store.delete("m@2")
+    put(storage, rec.tag_key("m", "first", 2), seal(rec.TagRecord(FORMAT, "m", "first", 2, "killed", 0.0, 2)))
+    report = store.repair()
+    assert report.ok
+    assert report.notes == ("tag 'first' of model 'm' names version 1 again: it named version 2, which was deleted",)
+    assert store.verify().ok
+    assert store.models()[0].tags == {"first": 1}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.cluster.pieces import StoreAddress
 from modelstore.errors import UnsupportedError
+from modelstore.storage.address import normal
 
 if TYPE_CHECKING:
     from modelstore.cluster.control.session import Session
@@ -32,7 +33,7 @@ def join(cluster: str) -> Session:
 
 def source_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None, engine: str | None) -> StoreAddress:
     """A store's address as hosts can use it; `ValueError` for one that only this process sees."""
-    text = os.fspath(url)
+    text = normal(url)
     scheme, separator, _ = text.partition("://")
     if separator and scheme == "memory":
         raise ValueError(

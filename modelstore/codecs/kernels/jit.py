@@ -7,6 +7,7 @@ that go on when a kernel has to be compiled, and was not before, are told of it 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,12 +18,13 @@ from modelstore.format.progress import Progress
 
 COMPILING = "compiling kernels, once on this machine"
 _lock = Lock()  # Numba does not say that threads may load from its cache at once
+_ours = threading.local()  # whether this thread compiles a kernel of this module: others may use Numba, too
 _told: dict[int, Progress] = {}  # the works that go on in this process
 
 
 @contextmanager
 def telling(progress: Progress | None) -> Iterator[None]:
-    """Tell `progress`, at the first kernel that is compiled within the block, that this goes on; it takes no bytes."""
+    """Tell `progress`, at the first kernel that is compiled within the block, that this goes on: as 0 bytes of 1."""
     work = id(progress)
     if progress is None or work in _told:  # a method of a store is one of its model's
         yield
@@ -41,9 +43,11 @@ def _listen() -> None:
 
     class Compiling(event.Listener):
         def on_start(self, event: Any) -> None:  # noqa: ARG002
+            if not getattr(_ours, "compiling", False):
+                return
             for work in tuple(_told):
                 if (progress := _told.pop(work, None)) is not None:
-                    progress(0, 0, COMPILING)
+                    progress(0, 1, COMPILING)
 
         def on_end(self, event: Any) -> None:
             pass
@@ -64,7 +68,10 @@ def compiled(function: Callable[..., Any], *signatures: Any, reorder: bool = Fal
         options["fastmath"] = {"reassoc"}
     with _lock:
         _listen()
+        _ours.compiling = True
         try:
             return numba.njit(list(signatures), cache=True, **options)(function)
         except (RuntimeError, OSError):  # no folder to cache in, or one that is full
             return numba.njit(list(signatures), cache=False, **options)(function)
+        finally:
+            _ours.compiling = False

@@ -180,7 +180,7 @@ def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *,
                 live.add(head.version)
             lost = _leads_nowhere(one, gone)
             if lost is not None:
-                _untag(storage, lost, made)
+                _set_back(storage, lost, one, live, made)
     if journals:
         for error in torn_journals(storage):
             if isinstance(error, DAMAGED) and error.object and error.object.startswith(rec.JOBS):
@@ -191,14 +191,17 @@ def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *,
     return made
 
 
-def _untag(storage: Storage, lost: TagRecord, made: Mended) -> None:
-    """Remove a tag that leads nowhere, unless it was set anew meanwhile."""
-    record = msgspec.structs.replace(lost, number=lost.number + 1, version=0)
+def _set_back(storage: Storage, lost: TagRecord, one: Series, live: set[int], made: Mended) -> None:
+    """Let a tag that leads nowhere name what it named before, if that is live, or nothing; unless it was set anew meanwhile."""
+    before = one.good.get(lost.number - 1)
+    version = before.version if isinstance(before, TagRecord) and before.version in live else 0
+    record = msgspec.structs.replace(lost, number=lost.number + 1, version=version)
     key = rec.tag_key(lost.model, lost.tag, record.number)
     if storage.create(key, seal(record)):
         made.repaired.append(key)
+        now = f"names version {version} again" if version else "is gone"
         made.notes.append(
-            f"tag {lost.tag!r} of model {lost.model!r} is gone: it named version {lost.version}, which was deleted"
+            f"tag {lost.tag!r} of model {lost.model!r} {now}: it named version {lost.version}, which was deleted"
         )
 
 
