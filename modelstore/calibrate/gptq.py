@@ -16,7 +16,7 @@ from modelstore.codecs.kernels import gptq as kernel
 
 _STEPS = 20  # of the search for a clip: from the whole range down to 0.32 of it
 _NORM = 2.4
-_DAMP, _MOST_DAMP = 0.01, 0.1  # of the mean of the diagonal
+_DAMP, _MOST_DAMP = 0.01, 0.1  # of the mean of the diagonal, columns through which nothing comes left out
 _EXACT = 4096  # columns up to which the factor is computed in float64
 _ROWS = 1 << 22  # numbers that the search looks at a time
 
@@ -101,11 +101,15 @@ def _best(part: torch.Tensor, heavy: torch.Tensor, bits: int, stored: torch.dtyp
 
 
 def factor(hessian: torch.Tensor, dead: torch.Tensor) -> tuple[torch.Tensor | None, float | None]:
-    """The upper Cholesky factor of the inverse, and the damping that it took; None and None where none is enough."""
+    """The upper Cholesky factor of the inverse, and the damping that it took; None and None where none is enough.
+
+    dead: the columns through which nothing comes; they count as much as the others do on average, so that no scale of the
+    inputs matters.
+    """
     kind = torch.float64 if len(hessian) <= _EXACT else torch.float32
     base = hessian.to(kind).clone()
-    base.diagonal()[dead] = 1
-    mean = base.diagonal().mean()
+    mean = live_mean(base.diagonal())
+    base.diagonal()[dead] = mean
     damping = _DAMP
     while damping <= _MOST_DAMP:
         damped = base.clone()
@@ -117,6 +121,12 @@ def factor(hessian: torch.Tensor, dead: torch.Tensor) -> tuple[torch.Tensor | No
                 return upper.float(), damping
         damping *= 10
     return None, None
+
+
+def live_mean(diagonal: torch.Tensor) -> torch.Tensor:
+    """The mean of what comes through the columns through which anything does; 1 where there are none."""
+    live = int((diagonal != 0).sum())
+    return diagonal.sum() / live if live else torch.ones((), dtype=diagonal.dtype)
 
 
 def _rounded(weight: torch.Tensor, upper: torch.Tensor | None, scales: torch.Tensor, bits: int) -> NDArray[np.int8]:

@@ -109,8 +109,9 @@ def _sparsegpt(layer: Layer, inputs: pruned.Moments) -> Solution:
 
 def _pruned_codes(layer: Layer, inputs: pruned.Moments) -> Solution:
     """Pruned and rounded column by column: what follows makes up for both."""
-    codec, weight, told = layer.codec, layer.weight.float(), layer.params
+    codec, told = layer.codec, layer.params
     assert isinstance(codec, Int), "recipes have the codecs that their methods are for"
+    weight = torch.where(inputs.diagonal == 0, 0.0, layer.weight.float())  # no scale is as wide as what goes
     half = 1 << (codec.bits - 1)
     pruning = Pruning(sparsity=float(told["sparsity"]), n=int(told["n"]), m=int(told["m"]))
     stored = getattr(torch, scale_dtype(layer.kind))

@@ -13,8 +13,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from modelstore.calibrate.gptq import factor
+from modelstore.calibrate.gptq import factor, live_mean
 from modelstore.codecs.kernels import prune as kernel
 from modelstore.codecs.numeric.numbers import Floats
 from modelstore.codecs.sparse.kernels import kernels
@@ -23,7 +24,7 @@ from modelstore.format.buffers import Bytes
 
 _BLOCK = 128  # columns that are pruned before the others hear of it
 _LEAST = 1e-10  # of the largest norm: a column through which nothing comes counts so much, so that magnitude orders its weights
-_DAMP = 0.01  # of the mean of the diagonal
+_DAMP = 0.01  # of the mean of the diagonal, columns through which nothing comes left out
 _STEPS = 40  # of conjugate gradients, at most
 _NEAR = 1e-3  # of the gradient that there was: where no row has more, they end
 _ROWS = 1 << 22  # numbers that they look at a time
@@ -31,10 +32,14 @@ _ROWS = 1 << 22  # numbers that they look at a time
 
 @dataclass(frozen=True)
 class InOrder:
-    """The order in which columns are pruned, and the upper factor of the inverse in that order."""
+    """The order in which columns are pruned, the upper factor of the inverse in it, and which columns in it are dead.
+
+    Nothing comes through a dead column.
+    """
 
     order: torch.Tensor
     upper: torch.Tensor
+    dead: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,9 @@ class Moments:
         """
         if width not in self._factored:
             order = self._order(width) if width else torch.arange(len(self.diagonal))
-            upper = factor(self.hessian[order][:, order], self.diagonal[order] == 0)[0]
-            self._factored[width] = InOrder(order, upper) if upper is not None else None
+            dead = self.diagonal[order] == 0
+            upper = factor(self.hessian[order][:, order], dead)[0]
+            self._factored[width] = InOrder(order, upper, dead) if upper is not None else None
         return self._factored[width]
 
     def _order(self, width: int) -> torch.Tensor:
@@ -72,7 +78,7 @@ class Moments:
     def damped(self) -> torch.Tensor:
         """What reconstruction minimises by, float32."""
         found = self.hessian.clone()
-        found.diagonal().add_(_DAMP * self.diagonal.mean())
+        found.diagonal().add_(_DAMP * live_mean(self.diagonal))
         return found.float()
 
 
@@ -92,10 +98,15 @@ def wanda(weight: torch.Tensor, inputs: Moments, pruning: Pruning) -> torch.Tens
 def sparsegpt(
     weight: torch.Tensor, inputs: InOrder, pruning: Pruning, scales: torch.Tensor | None = None, bits: int = 0
 ) -> torch.Tensor:
-    """A weight (rows, columns) pruned column by column, and rounded to codes of `bits` with these scales (rows, columns)."""
-    order = inputs.order
-    left = np.ascontiguousarray(weight[:, order].numpy().T, np.float32)
+    """A weight (rows, columns) pruned column by column, and rounded to codes of `bits` with these scales (rows, columns).
+
+    Weights of dead columns all go, and count in the share that does: the others are pruned for the rest of it.
+    """
+    order, dead = inputs.order, inputs.dead.numpy()
+    left = np.array(weight[:, order].numpy().T, np.float32, order="C")
+    left[dead] = 0
     columns, rows = left.shape
+    quota = Quota.of(pruning.sparsity, dead)
     each = np.zeros_like(left) if scales is None else np.ascontiguousarray(scales[:, order].numpy().T, np.float32)
     factors, half = inputs.upper.numpy(), 1 << max(0, bits - 1)
     run, gone = kernel.columns(), 0
@@ -105,7 +116,7 @@ def sparsegpt(
         inner = np.ascontiguousarray(factors[start:stop, start:stop])
         mask: Bytes = np.ones((stop - start, rows), np.uint8)
         if not pruning.m:
-            gone += _mask(left[start:stop] / inner.diagonal()[:, None], pruning, (stop, gone), mask)
+            gone += _mask(left[start:stop] / inner.diagonal()[:, None], pruning.scope, (quota, stop, gone), mask)
         errors = np.empty((stop - start, rows), np.float32)
         run(left[start:stop], inner, each[start:stop], -half, half - 1, pruning.n, pruning.m, mask, errors)
         if stop < columns:
@@ -157,25 +168,45 @@ def _least(start: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> 
     return torch.where(better[:, None], found, start)
 
 
-def _mask(scores: Floats, pruning: Pruning, upto: tuple[int, int], mask: Bytes) -> int:
+def _mask(scores: Floats, scope: str, upto: tuple[Quota, int, int], mask: Bytes) -> int:
     """Prune the smallest of a block's scores (columns, rows), so many that the share holds up to its end; how many go.
 
-    upto: the columns up to the block's end, and what went before; with scope "row" that of each row.
+    upto: what is to go, the columns up to the block's end, and what went before; with scope "row" that of each row.
     """
-    stop, before = upto
+    quota, stop, before = upto
     rows = scores.shape[1]
-    if pruning.scope == "row":
-        pruned = _count(pruning.sparsity, stop) - before
+    if scope == "row":
+        pruned = quota.until(stop, 1) - before
         along = np.ascontiguousarray(np.abs(scores).T)
         if pruned:
             smallest = np.argsort(along, axis=1, kind="stable")[:, :pruned]
             mask[smallest, np.arange(rows)[:, None]] = 0
         return pruned
-    pruned = _count(pruning.sparsity, stop * rows) - before
+    pruned = quota.until(stop, rows) - before
     if pruned:
         flat = np.abs(scores).reshape(-1)
         mask.reshape(-1)[np.argpartition(flat, min(pruned, flat.size - 1))[:pruned]] = 0
     return pruned
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How many weights go, column by column: those of dead columns, and of the others a `share`."""
+
+    share: float
+    dead: NDArray[np.int64]  # how many of the first columns are
+
+    @classmethod
+    def of(cls, sparsity: float, dead: NDArray[np.bool_]) -> Quota:
+        """sparsity: the share that goes of all columns, where no more of them are dead."""
+        gone, columns = int(dead.sum()), dead.size
+        share = sparsity if not gone else max(0.0, sparsity * columns - gone) / max(1, columns - gone)
+        return cls(share, np.concatenate([[0], np.cumsum(dead)]))
+
+    def until(self, stop: int, rows: int) -> int:
+        """How many go of the first `stop` columns."""
+        dead = int(self.dead[stop])
+        return dead * rows + _count(self.share, (stop - dead) * rows)
 
 
 def _count(share: float, of: int) -> int:

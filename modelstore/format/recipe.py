@@ -169,11 +169,7 @@ def _wrong_pattern(method: Method, codec: CodecSpec) -> str | None:
     if codec.name == "sparse":
         if said:
             return f"takes its pattern from codec sparse: give {', '.join(sorted(said))} there"
-        return (
-            None
-            if {"sparsity", "n", "m"} & codec.params.keys()
-            else "prunes a share: give codec sparse a sparsity, or n and m"
-        )
+        return _wrong_share(method.name, codec.params)
     told = method.told
     share, n, m = told["sparsity"], told["n"], told["m"]
     if told["reconstruct"]:
@@ -183,6 +179,19 @@ def _wrong_pattern(method: Method, codec: CodecSpec) -> str | None:
     return (
         None if share or 0 < int(n) < int(m) <= 64 else f"has n, m = {n}, {m}: n of every m are kept, 0 < n < m <= 64"
     )
+
+
+def _wrong_share(method: str, params: Mapping[str, Any]) -> str | None:
+    """What is wrong with the pattern that codec sparse has for a method; its values are checked where the codec is made."""
+    if params.get("threshold"):
+        return "prunes by no threshold: give codec sparse a sparsity, or n and m, and leave threshold out"
+    if params.get("n") or params.get("m"):
+        return None
+    if not params.get("sparsity"):
+        return "prunes a share above 0: give codec sparse a sparsity, or n and m"
+    if method == "wanda" and params.get("scope") != "row":
+        return 'prunes each row by itself: give codec sparse "scope": "row" beside its sparsity, or n and m'
+    return None
 
 
 def check(value: Recipe) -> None:

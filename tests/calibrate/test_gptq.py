@@ -102,6 +102,31 @@ def test_dead_and_dependent_columns() -> None:
     assert not found.codes[:, 3].any()
 
 
+@pytest.mark.parametrize("c", [1e-6, 1e6])
+def test_codes_do_not_depend_on_the_scale_of_the_inputs(c: float) -> None:
+    """With columns through which nothing comes as well."""
+    hessian = inputs(64)
+    hessian[::4] = hessian[:, ::4] = 0
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
+    one, other = (solve(weight, Factored.of(each), 4, 16, torch.float32) for each in (hessian, c * hessian))
+    assert np.array_equal(one.codes, other.codes)
+    assert np.array_equal(one.scales, other.scales)
+    assert one.damping == other.damping == 0.01
+
+
+def test_dead_columns_change_nothing_for_the_others() -> None:
+    hessian, live = inputs(64), torch.arange(64) % 4 != 0
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
+    alone = factor(hessian[live][:, live], torch.zeros(48, dtype=torch.bool))[0]
+    hessian[~live] = hessian[:, ~live] = 0
+    both = factor(hessian, ~live)[0]
+    assert alone is not None
+    assert both is not None
+    assert torch.allclose(both[live][:, live], alone)
+    nothing = solve(weight, Factored.of(torch.zeros(64, 64, dtype=torch.float64)), 4, 16, torch.float32)
+    assert not nothing.codes.any()
+
+
 def test_sums_without_a_factor_are_rounded_plainly() -> None:
     broken = torch.eye(16, dtype=torch.float64)
     broken[0, 1] = broken[1, 0] = 100

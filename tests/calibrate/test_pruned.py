@@ -9,6 +9,7 @@ import torch
 from modelstore.calibrate.gptq import Factored, search, solve
 from modelstore.calibrate.methods import WAYS, Layer
 from modelstore.calibrate.pruned import Moments, lost, reconstructed, sparsegpt, wanda
+from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.sparse.codec import Sparse
 from modelstore.codecs.sparse.pruning import Pruning
 from modelstore.format.dtypes import DTYPES
@@ -168,6 +169,69 @@ def test_dead_columns_and_inputs_without_a_factor() -> None:
         solved = WAYS["sparsegpt"].solve(layer, Moments(broken))
         assert "no factor" in solved.note
         assert np.isfinite(decoded(solved.planes(((0, 4), (0, 16))), (4, 16), "float32")).all()
+
+
+def with_dead(columns: int, dead: torch.Tensor, c: float = 1.0) -> Moments:
+    """Moments of inputs of which nothing comes through some columns."""
+    hessian = c * moments(columns).hessian
+    hessian[dead] = hessian[:, dead] = 0
+    return Moments(hessian)
+
+
+@pytest.mark.parametrize("c", [1e-6, 1e-3, 1e6])
+@pytest.mark.parametrize("pruning", [HALF, EACH_ROW, TWO_OF_FOUR], ids=["tensor", "row", "pattern"])
+def test_masks_do_not_depend_on_the_scale_of_the_inputs(pruning: Pruning, c: float) -> None:
+    values, dead = weight(8, 160), torch.arange(160) % 4 == 0
+    for way in (by_sparsegpt, wanda):
+        one, other = (way(values, with_dead(160, dead, each), pruning) for each in (1.0, c))
+        assert torch.equal(one != 0, other != 0)
+        assert torch.allclose(one, other, atol=1e-5)
+        assert not one[:, dead].any()
+        for found, scaled in ((one, 1.0), (other, c)):
+            again = reconstructed(found, values, with_dead(160, dead, scaled))
+            assert torch.equal(again != 0, found != 0)
+
+
+@pytest.mark.parametrize("c", [1e-6, 1e6])
+@pytest.mark.parametrize("params", [{"sparsity": 0.5, "n": 0, "m": 0}, {"sparsity": 0.0, "n": 2, "m": 4}])
+def test_pruned_codes_do_not_depend_on_the_scale_of_the_inputs(params: dict[str, float], c: float) -> None:
+    codec, dead, kind = Int(bits=4, group_size=32), torch.arange(160) % 4 == 0, DTYPES["float32"]
+    values = weight(8, 160)
+    values[:, dead] *= 100  # no scale is as wide as these
+    found = []
+    for each in (1.0, c):
+        planes = (
+            WAYS["sparsegpt"]
+            .solve(Layer(values, codec, kind, params), with_dead(160, dead, each))
+            .planes(((0, 8), (0, 160)))
+        )
+        out = np.empty((1, 4 * values.numel()), np.uint8)
+        codec.decode(planes, (8, 160), kind, out)
+        found.append(out.view(np.float32).reshape(8, 160).copy())
+    assert np.array_equal(found[0], found[1])
+    assert not found[0][:, dead.numpy()].any()
+    assert np.abs(found[0] - values.numpy())[:, ~dead.numpy()].mean() < 1
+
+
+@pytest.mark.parametrize("dead", [slice(0, 130), slice(170, 300), slice(0, 300, 3)], ids=["first", "last", "among"])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.77])
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_dead_weights_count_in_the_share_wherever_they_lie(dead: slice, share: float, scope: str) -> None:
+    """And where more are dead than the share, nothing else is pruned."""
+    gone = torch.zeros(300, dtype=torch.bool)
+    gone[dead] = True
+    found = by_sparsegpt(weight(10, 300), with_dead(300, gone), Pruning(sparsity=share, scope=scope))
+    assert not found[:, gone].any()
+    due = max(share, float(gone.double().mean()))
+    if scope == "row":
+        assert ((found == 0).sum(1) == int(due * 300 + 0.5)).all()
+    assert int((found == 0).sum()) == int(due * 3000 + 0.5)
+
+
+def test_through_a_layer_without_inputs_nothing_comes() -> None:
+    nothing = Moments(torch.zeros(32, 32, dtype=torch.float64))
+    for pruning in (HALF, EACH_ROW, TWO_OF_FOUR):
+        assert not by_sparsegpt(weight(4, 32), nothing, pruning).any()
 
 
 def decoded(planes: tuple[object, ...], shape: tuple[int, int], dtype: str) -> np.ndarray:

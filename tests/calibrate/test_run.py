@@ -212,6 +212,12 @@ def test_activations_that_are_no_numbers_are_refused(store: ms.Store) -> None:
             "reconstruct: 1 is no bool",
         ),
         (pruning({"threshold": 0.5}, {"name": "sparsegpt"}), DATA, "give codec sparse a sparsity, or n and m"),
+        (pruning({"sparsity": 0.0}, {"name": "wanda"}), DATA, "give codec sparse a sparsity, or n and m"),
+        (pruning({"n": 0, "m": 0}, {"name": "sparsegpt"}), DATA, "give codec sparse a sparsity, or n and m"),
+        (pruning({"sparsity": 0.0, "threshold": 0.1}, {"name": "wanda"}), DATA, "leave threshold out"),
+        (pruning({"n": 2, "m": 4, "threshold": 0.1}, {"name": "sparsegpt"}), DATA, "leave threshold out"),
+        (pruning({"sparsity": 0.5}, {"name": "wanda"}), DATA, '"scope": "row"'),
+        (pruning({"sparsity": 0.5, "scope": "tensor"}, {"name": "wanda"}), DATA, '"scope": "row"'),
         (
             pruning({"n": 2, "m": 4}, {"name": "sparsegpt", "params": {"n": 1}}),
             DATA,
