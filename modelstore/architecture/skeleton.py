@@ -129,7 +129,7 @@ class Skeleton:
     def _run(self, stage: int, got: list[Any], ids: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
         self._carried = before
         got.clear()
-        with torch.set_grad_enabled(self._graded):
+        with torch.set_grad_enabled(self._graded and torch.is_grad_enabled()):
             try:
                 output = self.model(ids, use_cache=False)
             except _StopError:

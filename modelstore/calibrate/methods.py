@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from modelstore.calibrate import gptq, lowrank, pruned
+from modelstore.calibrate import gptq, lowrank, pruned, tuned
 from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.lowrank.codec import LowRank, factor_dtype, packed
 from modelstore.codecs.numeric.levels import narrowed
@@ -42,18 +42,25 @@ Planes = Callable[[Region], tuple[Buffer, ...]]
 
 @dataclass(frozen=True)
 class Solution:
-    """A weight that was found: the planes of any region of it, and why it looks at no data where it could not (`note`)."""
+    """A weight that was found: the planes of any region of it, and why it looks at no data where it could not (`note`).
+
+    `coded`: what was found, where that are codes which can be tuned.
+    """
 
     planes: Planes
     note: str = ""
+    coded: gptq.Solved | None = None
 
 
 @dataclass(frozen=True)
 class Way:
-    """A method. `prepare`: what layers of one input share, of its sum of outer products; `by_codec`: how one is solved."""
+    """A method. `prepare`: what layers of one input share, of its sum of outer products; `by_codec`: how one is solved; `tunes`:
+    whether the layers of a block are then tuned together.
+    """
 
     prepare: Callable[[torch.Tensor], Any]
     by_codec: Mapping[str, Callable[[Layer, Any], Solution]]
+    tunes: bool = False
 
     def solve(self, layer: Layer, prepared: Any) -> Solution:
         """A layer, stored by a codec that the method is for."""
@@ -66,7 +73,20 @@ def _gptq(layer: Layer, inputs: gptq.Factored) -> Solution:
     stored = getattr(torch, scale_dtype(kind))
     found = gptq.solve(layer.weight, inputs, codec.bits, codec.group_size, stored)
     note = "its inputs have no factor: plain rounding" if found.damping is None else ""
-    return Solution(_coded(codec, found.codes, found.scales, kind), note)
+    return coded(layer, found, note)
+
+
+def coded(layer: Layer, found: gptq.Solved, note: str = "") -> Solution:
+    """A layer whose codes and scales were found."""
+    assert isinstance(layer.codec, Int), "recipes have the codecs that their methods are for"
+    return Solution(_coded(layer.codec, found.codes, found.scales, layer.kind), note, found)
+
+
+def rounding_of(layer: Layer, start: gptq.Solved) -> tuned.Rounding:
+    """A layer's rounding, to be tuned from what was found for it."""
+    assert isinstance(layer.codec, Int), "recipes have the codecs that their methods are for"
+    stored = getattr(torch, scale_dtype(layer.kind))
+    return tuned.Rounding.of(layer.weight, start, layer.codec.bits, layer.codec.group_size, stored)
 
 
 def _weighted(layer: Layer, importance: torch.Tensor) -> Solution:
@@ -170,6 +190,7 @@ def raw_of(weight: torch.Tensor, kind: DType) -> Bytes:
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
         "gptq": Way(gptq.Factored.of, {"int": _gptq}),
+        "tuned": Way(gptq.Factored.of, {"int": _gptq}, tunes=True),
         "imatrix": Way(_importance, {"int": _weighted}),
         "wanda": Way(pruned.Moments, {"sparse": _wanda}),
         "sparsegpt": Way(pruned.Moments, {"sparse": _sparsegpt, "int": _pruned_codes}),

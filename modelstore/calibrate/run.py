@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelstore.calibrate.methods import WAYS, Layer, Solution
+from modelstore.calibrate.methods import WAYS, Layer, Solution, coded, rounding_of
 from modelstore.calibrate.statistics import Gathered
 from modelstore.calibrate.text import Samples
+from modelstore.calibrate.tuned import Block, tune
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.calibrated import Write
 from modelstore.compress.plan import weight_codec
@@ -90,7 +91,12 @@ class Calibrated:
     ) -> Spool:
         """Solve a block, have that kept, and give what the block as it is stored makes of the samples; it is read once."""
         stored = self.stages.stored(block)
-        solved = self._solve(block, layers, self.stages.values(block, stored), shards, before)
+        values, given = self.stages.values(block, stored), Spool(self.memory // 4)
+        try:
+            solved = self._solve(block, layers, values, shards, before, given)
+            solved |= self._tuned(block, layers, values, shards, before, given, solved)
+        finally:
+            given.close()
         keep(solved)
         made = {name: self._as_stored(name, tensor, solved) for name, tensor in stored.items()}
         return self.stages.pass_on(block, self.stages.values(block, made), shards, before, self.memory // 2)
@@ -116,15 +122,20 @@ class Calibrated:
         values: Mapping[str, torch.Tensor],
         shards: Sequence[torch.Tensor],
         before: Spool,
+        given: Spool,
     ) -> dict[str, Solution]:
+        """Solve layers one by one. `given` is what the block gives, kept where layers are tuned by it."""
         gathered = Gathered()
+        kept = any(WAYS[self.wanted[tensor].name].tunes for _, _, tensor in layers.values())
         with (
             self.stages.skeleton.at(block, values) as run,
             gathered.watching({name: layer for name, (layer, _, _) in layers.items()}),
         ):
             for at, ids in enumerate(shards):
                 gathered.begin()
-                run(ids, before[at] if block else None)
+                found = run(ids, before[at] if block else None)
+                if kept:
+                    given.append(found)
         solved = {}
         shared, prepared = None, None  # by layers that follow each other, such as q, k and v
         for name, (_, parameter, tensor) in layers.items():
@@ -143,12 +154,59 @@ class Calibrated:
             way = WAYS[method.name]
             if shared != (gathered.of[name], method.name):
                 shared, prepared = (gathered.of[name], method.name), way.prepare(read.hessian)
-            about = self.manifest.by_name[tensor]
-            found = way.solve(Layer(weight, weight_codec(self.specs[tensor]), about.kind, method.told), prepared)
-            if found.note:
-                self.notes[tensor] = found.note
-            solved[tensor] = found
+            one = way.solve(self._layer(tensor, weight), prepared)
+            if one.note:
+                self.notes[tensor] = one.note
+            solved[tensor] = one
         return solved
+
+    def _layer(self, tensor: str, weight: torch.Tensor) -> Layer:
+        codec, kind = weight_codec(self.specs[tensor]), self.manifest.by_name[tensor].kind
+        return Layer(weight, codec, kind, self.wanted[tensor].told)
+
+    def _tuned(
+        self,
+        block: int,
+        layers: Layers,
+        values: Mapping[str, torch.Tensor],
+        shards: Sequence[torch.Tensor],
+        before: Spool,
+        given: Spool,
+        solved: Mapping[str, Solution],
+    ) -> dict[str, Solution]:
+        """Those of the solved layers whose method tunes, tuned together; none where that gains nothing."""
+        chosen = {
+            parameter: (self._layer(tensor, values[parameter]), solved[tensor].coded)
+            for _, parameter, tensor in layers.values()
+            if tensor in solved and WAYS[self.wanted[tensor].name].tunes
+        }
+        starts = {name: (layer, start) for name, (layer, start) in chosen.items() if start is not None}
+        if not starts:
+            return {}
+        roundings = {name: rounding_of(layer, start) for name, (layer, start) in starts.items()}
+        told = next(iter(starts.values()))[0].params  # the same for all, as recipes are
+        steps, batch, reach = int(told["steps"]), int(told["batch"]), float(told["reach"])
+        places = [(at, row) for at, ids in enumerate(shards) for row in range(len(ids))]
+        fresh = {name: torch.empty_like(values[name]) for name in starts}
+        with self.stages.skeleton.at(block, {**values, **fresh}, list(starts)) as run:
+
+            def loss(batch: Sequence[int]) -> torch.Tensor:
+                at = [places[one] for one in batch]
+                ids = torch.stack([shards[shard][row] for shard, row in at])
+                came = torch.stack([before[shard][row] for shard, row in at]) if block else None
+                return (run(ids, came) - torch.stack([given[shard][row] for shard, row in at])).square().mean()
+
+            parameters = {name: self.stages.skeleton.model.get_parameter(name) for name in starts}
+            gained = tune(Block(parameters, loss, len(places)), roundings, steps, batch, reach)
+        if not gained:
+            return {}
+        return {
+            tensor: coded(
+                starts[parameter][0], roundings[parameter].solved(starts[parameter][1].damping), solved[tensor].note
+            )
+            for _, parameter, tensor in layers.values()
+            if parameter in starts
+        }
 
     def _as_stored(self, name: str, tensor: torch.Tensor, solved: Mapping[str, Solution]) -> torch.Tensor:
         """How a tensor of the block will read in the variant."""

@@ -61,18 +61,19 @@ _ALL = (
 PRESETS: Mapping[str, Recipe] = MappingProxyType({preset.name: preset for preset in _ALL})
 
 
-def _gptq(bits: int, group_size: int) -> Recipe:
-    codec = CodecSpec("int", {"bits": bits, "group_size": group_size, "method": "mse"})
-    said = f"{bits} bits, symmetric, groups of {group_size}, GPTQ: looks at a text, calibration="
-    return Recipe(f"gptq{bits}", (Rule(("linear",), codec, Method("gptq")),), description=said)
-
-
 def _data(name: str, description: str, codec: CodecSpec, method: Method) -> Recipe:
     return Recipe(
         name, (Rule(("linear",), codec, method),), description=f"{description}: looks at a text, calibration="
     )
 
 
+def _codes(method: str, bits: int, group_size: int, how: str) -> Recipe:
+    codec = CodecSpec("int", {"bits": bits, "group_size": group_size, "method": "mse"})
+    said = f"{bits} bits, symmetric, groups of {group_size}, {how}"
+    return _data(f"{method}{bits}", said, codec, Method(method))
+
+
+_SIGNED = "GPTQ, then tuned block by block (SignRound)"
 _HALF, _TWO_OF_FOUR = CodecSpec("sparse", {"sparsity": 0.5}), CodecSpec("sparse", {"n": 2, "m": 4})
 _EACH_ROW = CodecSpec("sparse", {"sparsity": 0.5, "scope": "row"})
 # These look at data, so that no variant of theirs is made while it is read.
@@ -80,9 +81,12 @@ CALIBRATED: Mapping[str, Recipe] = MappingProxyType(
     {
         preset.name: preset
         for preset in (
-            _gptq(4, 128),
-            _gptq(3, 128),
-            _gptq(2, 64),
+            _codes("gptq", 4, 128, "GPTQ"),
+            _codes("gptq", 3, 128, "GPTQ"),
+            _codes("gptq", 2, 64, "GPTQ"),
+            _codes("tuned", 4, 128, _SIGNED),
+            _codes("tuned", 3, 128, _SIGNED),
+            _codes("tuned", 2, 64, _SIGNED),
             _data("wanda50", "half of each row pruned, what least comes through (Wanda)", _EACH_ROW, Method("wanda")),
             _data("wanda24", "two of every four pruned, by Wanda", _TWO_OF_FOUR, Method("wanda")),
             _data("sparsegpt50", "half pruned, the rest makes up for it (SparseGPT)", _HALF, Method("sparsegpt")),

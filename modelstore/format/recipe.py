@@ -45,9 +45,12 @@ class Takes(NamedTuple):
 # Whether what is left is made to lose least; and the pattern, where the codec does not say it.
 _LEFT: Mapping[str, Value] = MappingProxyType({"reconstruct": False})
 _PRUNED: Mapping[str, Value] = MappingProxyType({**_LEFT, "sparsity": 0.0, "n": 0, "m": 0})
+# Steps, samples that each looks at, and how far all steps together can move a number between two codes.
+_TUNED: Mapping[str, Value] = MappingProxyType({"steps": 100, "batch": 1, "reach": 0.1})
 METHODS: Mapping[str, Takes] = MappingProxyType(
     {
         "gptq": Takes(("int",)),
+        "tuned": Takes(("int",), _TUNED),
         "imatrix": Takes(("int",)),
         "wanda": Takes(("sparse",), _LEFT),
         "sparsegpt": Takes(("sparse", "int"), _PRUNED),
@@ -153,6 +156,9 @@ def _check_method(name: str, rule: Rule) -> None:
         kind = type(known.params[key])
         if type(value) is not kind:
             raise ValueError(f"recipe {name!r}: method {method.name}, {key}: {value!r} is no {kind.__name__}")
+    wrong = _wrong_tuning(method) if method.name == "tuned" else None
+    if wrong:
+        raise ValueError(f"recipe {name!r}: method tuned {wrong}")
     params = codec.params if codec else {}
     plain = params.get("symmetric", True) is True and params.get("granularity", "group") == "group"
     if codec is None or codec.name not in known.codecs or (codec.name == "int" and not plain):
@@ -161,6 +167,15 @@ def _check_method(name: str, rule: Rule) -> None:
     wrong = _wrong_pattern(method, codec) if "reconstruct" in known.params else None
     if wrong:
         raise ValueError(f"recipe {name!r}: method {method.name} {wrong}")
+
+
+def _wrong_tuning(method: Method) -> str | None:
+    """What is wrong with what tuning is told; None where that is nothing."""
+    told = method.told
+    for key, most in (("steps", 100_000), ("batch", 1 << 20)):
+        if not 1 <= int(told[key]) <= most:
+            return f"has {key}={told[key]}, which is no whole number from 1 to {most}"
+    return None if 0 < float(told["reach"]) <= 1 else f"has reach={told['reach']}, which is not above 0 and at most 1"
 
 
 def _wrong_pattern(method: Method, codec: CodecSpec) -> str | None:
@@ -199,6 +214,15 @@ def check(value: Recipe) -> None:
     check_word(value.name, "recipe")  # it is what the variant is called
     if value.prune is not None and not 0 < value.prune < 1:
         raise ValueError(f"recipe {value.name!r}: prune={value.prune} is no share between 0 and 1")
+    if (
+        len(
+            {tuple(sorted(one.method.told.items())) for one in value.rules if one.method and one.method.name == "tuned"}
+        )
+        > 1
+    ):
+        raise ValueError(
+            f"recipe {value.name!r}: rules tell method tuned different things, and all layers of a block are tuned together"
+        )
     for rule in value.rules:
         if value.prune is not None and rule.codec and (rule.codec.name != "sparse" or rule.codec.params):
             raise ValueError(
