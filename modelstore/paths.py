@@ -46,9 +46,15 @@ def explained(error: OSError) -> str:
 
 
 def from_home(path: str | os.PathLike[str]) -> Path:
-    """A path in which `~` and `~user` stand for a home; `ValueError` where there is no such user."""
+    """A path in which `~` and `~user` stand for a home; `ValueError` where there is no such user.
+
+    `./~x` is a file of that name, and becomes a whole path, since a Path would lose the `./`.
+    """
+    plain = Path(path)
+    if not os.fspath(path).startswith("~"):
+        return Path.cwd() / plain if str(plain).startswith("~") else plain
     try:
-        return Path(path).expanduser()
+        return plain.expanduser()
     except RuntimeError:
         raise ValueError(
             f"{str(path).partition('/')[0]} in {str(path)!r} is no user of this machine: write the whole path, or ./{path}"

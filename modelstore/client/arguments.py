@@ -180,7 +180,7 @@ def _source(name: str, value: Any) -> Any:
     """What nothing can be saved from; all else is looked at by `open_source`."""
     if value is None or isinstance(value, bool | int | float | bytes):
         raise TypeError(f"{name} is {told(value)}: give a path, a mapping from names to tensors, or a module")
-    if hasattr(value, "repo") or type(value).__module__ == "modelstore.client.model":
+    if _is_store(value) or type(value).__module__ == "modelstore.client.model":
         raise TypeError(f"{name} is {told(value)}: copy(ref, destination) brings a model of a store to another one")
     return _no_nul(name, value)
 

@@ -47,7 +47,7 @@ def compress(
     started = time.monotonic()
     with _codes(access, codes) as given:
         parent, plan, wanted = planned(access, model, value, given, include, skip, requantize)
-        name = check_word(variant, "variant") if variant is not None else plan.recipe
+        name = check_word(variant, "variant") if variant is not None else check_word(plan.recipe, "recipe")
         variants = variants_of(plan, name)
         if variant is not None and variants != (name,):
             raise ValueError(

@@ -8,6 +8,7 @@ of the group `modelstore.codecs`, of the same form; `modelstore.testing` has the
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -98,5 +99,7 @@ def _check_kind(name: str, value: object, default: object) -> None:
     fits = type(value) is kind or (kind is float and type(value) is int)
     if kind in kinds and not fits:
         raise ValueError(f"{name} is to be {kinds[kind]}, not {told(value)}")
-    if isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:  # NaN is not within, either
-        raise ValueError(f"{name} is {told(value)}, beyond all bounds")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {told(value)}, which is no finite number")
+    if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name} is {told(value)}, beyond all bounds of a whole number")

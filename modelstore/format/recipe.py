@@ -13,7 +13,6 @@ import msgspec
 from modelstore.format.decoding import prepared
 from modelstore.format.given import told
 from modelstore.format.manifest import CodecSpec
-from modelstore.format.names import check_word
 
 Kind = Literal[
     "linear",
@@ -211,7 +210,6 @@ def _wrong_share(method: str, params: Mapping[str, Any]) -> str | None:
 
 def check(value: Recipe) -> None:
     """`ValueError` where a recipe cannot be meant so."""
-    check_word(value.name, "recipe")  # it is what the variant is called
     if value.prune is not None and not 0 < value.prune < 1:
         raise ValueError(f"recipe {value.name!r}: prune={value.prune} is no share between 0 and 1")
     if (

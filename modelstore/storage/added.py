@@ -16,7 +16,8 @@ from modelstore.storage.base import Storage
 from modelstore.storage.failures import cannot_open
 
 _GROUP = "modelstore.storage"
-_METHODS = ("get", "read", "create", "put", "info", "list", "folders", "delete", "path")
+_METHODS = ("get", "read", "create", "put", "info", "list", "folders", "delete", "path", "sweep")
+_VALUES = (("url", str), ("local", bool))
 
 
 @cache
@@ -49,9 +50,10 @@ def open_added(scheme: str, url: str, options: Mapping[str, Any], shown: str) ->
     except Exception as error:  # of a client that connects when it is made
         raise cannot_open(error, shown) from error
     missing = [name for name in _METHODS if not callable(getattr(storage, name, None))]
-    if missing or not isinstance(getattr(storage, "url", None), str):
+    missing += [name for name, kind in _VALUES if not isinstance(getattr(storage, name, None), kind)]
+    if missing:
         raise UnsupportedError(
             f"{scheme}:// is opened by the package {package}, which gives no storage: {type(storage).__name__} lacks "
-            f"{', '.join(missing or ['url'])}"
+            f"{', '.join(missing)}"
         )
     return cast(Storage, storage)

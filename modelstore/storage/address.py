@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
+from modelstore.paths import from_home
+
 # Of the protocols that people write; others are URLs, too, where they are followed by "://".
 _PROTOCOLS = (
     "abfs|abfss|az|azure|dropbox|file|ftp|gcs|gdrive|gs|hdfs|hf|http|https|local|memory|oci|oss|r2|s3|s3a|s3n|sftp|smb|ssh|"
@@ -33,8 +35,9 @@ def is_url(address: str | os.PathLike[str]) -> bool:
     if found := _MISTYPED.match(text):
         rest = text[found.end() :]
         why = "" if isinstance(address, str) else " as a text, since a Path makes one slash of two"
+        slash = "/" * (found[1].lower() in _FILE)  # a path's own, after those of the URL
         raise ValueError(
-            f"invalid URL {text!r}: write {found[1].lower()}://{rest}{why}; a local path of that name is ./{text}"
+            f"invalid URL {text!r}: write {found[1].lower()}://{slash}{rest}{why}; a local path of that name is ./{text}"
         )
     return False
 
@@ -56,7 +59,7 @@ def local_path(address: str | os.PathLike[str]) -> Path | None:
     text = normal(address)
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return Path(text)
+        return from_home(text)
     if scheme not in _FILE:
         return None
     host, slash, path = rest.partition("/")

@@ -151,6 +151,10 @@ class LocalStorage(Storage):
             found = paths.entries(self.root, folder)
         except (FileNotFoundError, NotADirectoryError, paths.LinkError):  # pruned, or put in its place, meanwhile
             return
+        except PermissionError:
+            if folder:  # another's, as lost+found is: writers of this user left nothing in it
+                return
+            raise
         for entry in found:
             relative = f"{folder}/{entry.name}".lstrip("/")
             if entry.kind == "folder":

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
+from modelstore import paths
 from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, UnsupportedError
 from modelstore.format import record as rec
 from modelstore.storage.address import file_url
 from modelstore.storage.base import SMALL, Storage
+from modelstore.storage.keys import key_problem
 
 _LOOKS = 100  # objects of a place without `modelstore.json` that are looked at: one request
 _PASSING = tuple(folder for folder in rec.FOLDERS if folder not in (rec.PACKS, rec.MODELS))  # notes of works
 _NAMED = 3  # of these in a message
 # What file systems and their tools put into a folder by themselves.
 _LITTER = re.compile(
-    r"lost\+found|\.(DS_Store|snapshot|zfs|Trash.*|nfs.*|gitkeep|gitignore|fseventsd|Spotlight-V100)|Thumbs\.db|desktop\.ini"
+    r"lost\+found|\.(DS_Store|snapshots?|zfs|Trash.*|nfs.*|fuse_hidden.*|directory|fseventsd|Spotlight-V100|_.*)"
+    r"|\.(keep|git(keep|ignore|attributes))|Thumbs\.db|desktop\.ini|System Volume Information|\$RECYCLE\.BIN|@eaDir"
+    r"|aquota\.(user|group)"
 )
 
 
@@ -31,9 +37,8 @@ def check_place(storage: Storage) -> None:
     try:
         storage.get(rec.STORE_KEY, SMALL)  # somebody may have made one just now
     except NotFoundError:
-        listed = ", ".join(repr(name) for name in names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
         raise ConflictError(
-            f"{storage.url} is not empty, and no store: it holds {listed}; give a place of its own, such as "
+            f"{storage.url} is not empty, and no store: it holds {_listed(names)}; give a place of its own, such as "
             f"{storage.url.rstrip('/')}/store, or the address of a store",
             object=rec.STORE_KEY,
         ) from None
@@ -44,7 +49,14 @@ def told_of(storage: Storage) -> str:
     inside = storage.path(rec.STORE_KEY)
     if inside is not None and inside.parent.exists() and not inside.parent.is_dir():
         return f"{storage.url} is a file, and a store is a folder: check the address"
+    names = _names(storage)
+    if names:
+        return f"there is no store at {storage.url}, which holds {_listed(names)}: check the address"
     return f"there is no store at {storage.url}: save a model to make one, or check the address"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 
 def _not_within(storage: Storage) -> None:
@@ -59,10 +71,35 @@ def _not_within(storage: Storage) -> None:
 
 
 def _names(storage: Storage) -> list[str]:
-    """The first names of what lies in a place, but for litter and what is there for a moment, before a store is made."""
+    """The first names of what lies in a place, but for litter and what is there for a moment, before a store is made.
+
+    Only its top is looked at, so that what lies deeper, and may be large or closed, does not matter.
+    """
+    for look in (lambda: storage.folders(""), lambda: _files(storage)):  # the folders are told in one request
+        with suppress(ModelStoreError):  # not everything that can be written to can be listed
+            found = [name for name in look() if not _LITTER.fullmatch(name) and not _passes(storage, name)]
+            if found:
+                return found
+    return []
+
+
+def _files(storage: Storage) -> Iterator[str]:
+    """Objects at the top of a place: of a folder all, else those among the first keys."""
+    inside = storage.path(rec.STORE_KEY)
+    if inside is None:
+        yield from (info.key for info in storage.list("", limit=_LOOKS) if "/" not in info.key)
+        return
+    with suppress(OSError):  # a folder that is not there, or is closed
+        entries = paths.entries(inside.parent)
+        yield from sorted(one.name for one in entries if one.kind != "folder" and key_problem(one.name) is None)
+
+
+def _passes(storage: Storage, name: str) -> bool:
+    """Whether a folder holds notes of works alone, and not what others keep under the same name."""
+    folder = f"{name}/"
+    if folder not in _PASSING:
+        return False
     try:
-        keys = [info.key for info in storage.list("", limit=_LOOKS)]
+        return all(rec.is_own(info.key) for info in storage.list(folder, limit=_LOOKS))
     except ModelStoreError:
-        return []  # not everything that can be written to can be listed
-    found = dict.fromkeys(key.partition("/")[0] for key in keys if not key.startswith(_PASSING))
-    return [name for name in found if not _LITTER.fullmatch(name)]
+        return False

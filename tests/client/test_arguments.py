@@ -214,3 +214,10 @@ def test_versions_to_swap_to_are_numbers(tmp_path: Path) -> None:
     for wrong in ("1", 1.0, "prod"):
         with pytest.raises(TypeError, match="number"):
             live.swap_to(wrong)  # type: ignore[arg-type]
+
+
+def test_a_module_may_have_what_a_store_has() -> None:
+    class Mine(torch.nn.Linear):
+        repo = "github.com/x/y"
+
+    assert ms.open("memory://mine").save("m", Mine(2, 2)).version == 1

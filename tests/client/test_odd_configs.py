@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import modelstore as ms
 from modelstore.errors import ModelStoreError, UnsupportedError
+from modelstore.execute.write.remarks import remarks
 
 WEIGHTS = {"model.layers.0.self_attn.q_proj.weight": torch.ones(8, 8)}
 ODD = {
@@ -60,3 +62,9 @@ def test_other_files_of_json_are_looked_at() -> None:
     files = {"tokenizer.json": b'{"a": ', "generation_config.json": b"", "x.json": b'{"b": NaN}', "notes.txt": b"{"}
     saved = ms.open("memory://others").save("m", WEIGHTS, files=files)
     assert [said.split()[0] for said in saved.remarks] == ["generation_config.json", "tokenizer.json"]
+
+
+def test_a_file_that_vanishes_is_not_remarked_on(tmp_path: Path) -> None:
+    assert remarks({"config.json": tmp_path / "gone.json", "tokenizer.json": b""}) == (
+        "tokenizer.json is empty: it is kept as it is",
+    )

@@ -14,6 +14,7 @@ import torch
 
 import modelstore as ms
 from modelstore.codecs import registry
+from modelstore.codecs.floating.rounded import Round
 from modelstore.format import manifest
 
 WRONG: list[Any] = [
@@ -113,3 +114,22 @@ def test_rules_and_recipes_are_of_their_kinds() -> None:
         with pytest.raises(ValueError, match=says):
             store.compress("m", recipe)
     assert list(store.versions("m")[0].variants) == ["original"]
+
+
+def test_a_recipe_is_named_as_a_variant_only_where_its_variant_is() -> None:
+    store = ms.open("memory://named")
+    store.save("m", {"a.weight": torch.ones(64, 64)})
+    store.compress("m", ms.Recipe("4 bits (mine)", (ms.Rule(("a*",), ms.CodecSpec("int", {"bits": 4})),)), variant="v4")
+    assert list(store.versions("m")[0].variants) == ["original", "v4"]
+    assert store.verify().ok
+
+
+@pytest.mark.parametrize("step", [2.0**-100, 2.0**63, 2.0**100])
+def test_a_step_is_as_large_as_its_codec_says(step: float) -> None:
+    assert registry.codec("round", {"step": step}) == Round(step)
+
+
+@pytest.mark.parametrize("step", [math.nan, math.inf, -math.inf, 10**400])
+def test_a_step_is_finite(step: float) -> None:
+    with pytest.raises(ValueError, match=r"no finite number|beyond all bounds"):
+        registry.codec("round", {"step": step})

@@ -14,7 +14,7 @@ from safetensors.torch import load as loads
 import modelstore
 from modelstore.errors import ConflictError, StorageError, UnsupportedError
 from modelstore.execute.export import remote as export_remote
-from modelstore.storage.address import is_url
+from modelstore.storage.address import is_url, local_path
 from modelstore.storage.open import open_storage, open_target
 
 TENSORS = {"a": torch.arange(3000.0), "b": torch.ones(50, 20)}
@@ -154,3 +154,20 @@ def test_what_cannot_be_written_is_refused(store: modelstore.Store, wrong: str) 
     with pytest.raises((ValueError, UnsupportedError, StorageError)):
         store.export("m", wrong)
     assert os.listdir(".") == []  # noqa: PTH208
+
+
+@pytest.mark.parametrize("wrong", ["file:/tmp/x", "FILE:/tmp/x", "local:/tmp/x"])
+def test_what_is_advised_for_a_mistyped_file_url_is_taken(wrong: str) -> None:
+    with pytest.raises(ValueError, match="write") as caught:
+        local_path(wrong)
+    advised = str(caught.value).partition("write ")[2].partition(";")[0]
+    assert local_path(advised) == Path("/tmp/x")
+
+
+def test_a_folder_that_begins_with_a_tilde_is_reached_as_is_advised(store: modelstore.Store) -> None:
+    name = "~nobody.has.this.name"
+    with pytest.raises(ValueError, match=r"is no user of this machine: write the whole path, or \./~nobody"):
+        modelstore.open(name)
+    modelstore.open(f"./{name}").save("m", TENSORS)
+    store.export("m", f"./{name}-files")
+    assert sorted(os.listdir(".")) == [name, f"{name}-files"]  # noqa: PTH208

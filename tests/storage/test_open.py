@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -224,5 +225,24 @@ def test_a_package_takes_no_scheme_of_this_one(monkeypatch: pytest.MonkeyPatch) 
     added.cache_clear()
     try:
         assert open_storage("memory://x").url == "memory://x"
+    finally:
+        added.cache_clear()
+
+
+def unsweepable(url: str) -> object:
+    """What has all of a storage but what says what lies where, and what sweeps."""
+    methods = ("get", "read", "create", "put", "info", "list", "folders", "delete", "path")
+    return SimpleNamespace(url=url, **dict.fromkeys(methods, print))
+
+
+def test_a_storage_that_lacks_what_is_called_later_is_refused_when_it_is_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    point = EntryPoint("kept", f"{__name__}:unsweepable", "modelstore.storage")
+    monkeypatch.setattr("modelstore.storage.added.entry_points", lambda group: [point])  # noqa: ARG005
+    added.cache_clear()
+    try:
+        with pytest.raises(UnsupportedError, match="gives no storage: SimpleNamespace lacks sweep, local"):
+            open_storage("kept://somewhere")
     finally:
         added.cache_clear()

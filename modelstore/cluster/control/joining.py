@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelstore.cluster.pieces import StoreAddress
 from modelstore.errors import UnsupportedError
+from modelstore.paths import from_home
 from modelstore.storage.address import normal
 
 if TYPE_CHECKING:
@@ -39,4 +39,4 @@ def source_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None, en
         raise ValueError(
             f"{text} lies in this process's memory, where a cluster cannot read it: use a folder or a bucket"
         )
-    return StoreAddress(text if separator else str(Path(text).expanduser().resolve()), dict(options or {}), engine)
+    return StoreAddress(text if separator else str(from_home(text).resolve()), dict(options or {}), engine)

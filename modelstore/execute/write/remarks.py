@@ -28,10 +28,10 @@ def remarks(files: Mapping[str, Path | bytes]) -> tuple[str, ...]:
 
 
 def _of(content: Path | bytes, look: Callable[[bytes], str], limit: int) -> str:
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    if size > limit:
-        return f"has {size:,} bytes, more than the {limit:,} that are looked into" if limit == MAX_CONFIG else ""
     try:
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        if size > limit:
+            return f"has {size:,} bytes, more than the {limit:,} that are looked into" if limit == MAX_CONFIG else ""
         return look(content if isinstance(content, bytes) else read_whole(content, limit))
     except (ModelStoreError, OSError):
         return ""  # the save says so where it reads it
