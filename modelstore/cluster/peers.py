@@ -44,11 +44,6 @@ class Peers:
         """The members, as they were last seen."""
         return self._view
 
-    @property
-    def met(self) -> set[str]:
-        """The members whose actors were looked up."""
-        return set(self._handles)
-
     def see(self, view: View) -> None:
         """Take another view of the cluster."""
         self._view = view

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -82,6 +82,3 @@ def batches(parts: Sequence[Piece], size: int) -> Iterator[list[Piece]]:
             batch, nbytes = [], 0
     if batch:
         yield batch
-
-
-Held = Mapping[bytes, Any]  # digest → bytes

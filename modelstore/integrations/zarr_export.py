@@ -207,11 +207,6 @@ def _write_chunks(reader: Reader, nodes: Nodes, staging: Path, work: Work) -> in
     return size
 
 
-def _raw_size(chunk: _WrittenChunk) -> int:
-    region = chunk.node.stored_region(chunk.index)
-    return math.prod(b - a for a, b in region) * chunk.node.stored.itemsize
-
-
 def _check_space(folder: Path, need: int) -> None:
     """`StorageError` where the next chunks would not fit if they could not be compressed."""
     disk = os.statvfs(folder)

@@ -14,7 +14,6 @@ from blake3 import blake3
 from modelstore.errors import FormatError
 from modelstore.format import region as regions
 from modelstore.format.buffers import Bytes
-from modelstore.format.dtypes import dtype
 from modelstore.format.names import check_tensor
 from modelstore.format.region import Region, Shape, nbytes
 from modelstore.sources.base import TensorSpec
@@ -147,11 +146,6 @@ def check_expansion(
                 tensor=spec.name,
                 object=where,
             )
-
-
-def spec_of(name: str, dtype_name: str, shape: Shape) -> TensorSpec:
-    """A spec with its dtype looked up; `UnsupportedError` naming the tensor where there is none."""
-    return TensorSpec(name, dtype(dtype_name), shape)
 
 
 class Budget:

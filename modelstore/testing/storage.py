@@ -49,6 +49,10 @@ class StorageContract:
         storage.read(key, start, memoryview(out))
         return bytes(out)
 
+    def leave_behind(self, storage: Storage) -> str | None:  # noqa: ARG002
+        """Leave in an empty storage what a killed writer would, and give its name; None where nothing can be left."""
+        return None
+
     def keys(self, storage: Storage, prefix: str = "", limit: int | None = None) -> list[str]:
         return [item.key for item in storage.list(prefix, limit=limit)]
 
@@ -269,6 +273,21 @@ class StorageContract:
             storage.put("a/b", pieces(), 6)
         storage.sweep(time.time() + 3600)
         assert storage.sweep(time.time() + 3600, dry_run=True) == ()
+        assert self.keys(storage) == []
+
+    def test_what_a_killed_writer_left_is_swept(self, storage: Storage) -> None:
+        """By every wrapper that may write, and a dry run of each names it."""
+        left = self.leave_behind(storage)
+        if left is None:
+            pytest.skip("writers leave nothing here")
+        later = time.time() + 3600
+        for each in (storage, CountingStorage(storage), ReadOnlyStorage(storage)):
+            assert [info.key for info in each.sweep(later, dry_run=True)] == [left]
+            assert each.sweep(0.0, dry_run=True) == (), "it is younger"
+        for each in (storage, CountingStorage(storage)):
+            assert self.leave_behind(storage) == left
+            assert [info.key for info in each.sweep(later)] == [left]
+            assert storage.sweep(later, dry_run=True) == ()
         assert self.keys(storage) == []
 
     def test_threads_read_and_write(self, storage: Storage) -> None:

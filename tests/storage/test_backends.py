@@ -20,7 +20,16 @@ def mended(storage: Storage) -> Storage:
     return RetryingStorage(FaultyStorage(storage, seed=7, failing=0.2), seed=7, sleep=lambda _: None)
 
 
-class TestLocal(StorageContract):
+class LocalContract(StorageContract):
+    def leave_behind(self, storage: Storage) -> str:
+        file = storage.path("a/x")
+        assert file is not None
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_name(".tmp-1-0123456789abcdef").write_bytes(b"half")
+        return "a/.tmp-1-0123456789abcdef"
+
+
+class TestLocal(LocalContract):
     @pytest.fixture
     def storage(self, tmp_path: Path) -> Storage:
         return LocalStorage(tmp_path / "store")
@@ -49,7 +58,7 @@ class TestS3fs(StorageContract):
         return open_storage(s3_url, engine="s3fs")
 
 
-class TestFaultyLocal(StorageContract):
+class TestFaultyLocal(LocalContract):
     @pytest.fixture
     def storage(self, tmp_path: Path) -> Storage:
         return mended(LocalStorage(tmp_path / "store"))
