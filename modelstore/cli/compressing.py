@@ -78,7 +78,7 @@ Method = Annotated[
         "--method",
         metavar="NAME",
         show_default=False,
-        help="With --fit or --max-kl: how values are found, such as gptq. Rounded if not given.",
+        help="With --fit or --max-kl: how values are found: gptq or imatrix, for int. Rounded if not given.",
     ),
 ]
 Formats = Annotated[

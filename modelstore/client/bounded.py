@@ -7,14 +7,16 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from modelstore.client.access import Access
-from modelstore.client.compressing import compress
+from modelstore.client.ahead import check_judge, check_made, check_writes, recipe_there
 from modelstore.client.evaluating import evaluate, text_of
-from modelstore.client.fitting import Fitting, Wish
-from modelstore.errors import ConflictError, UnsupportedError
+from modelstore.client.fitting import Fitting, Wish, made
+from modelstore.errors import UnsupportedError
 from modelstore.format import results
 from modelstore.format.digest import name_of
-from modelstore.format.names import Reference, check_word
+from modelstore.format.names import Reference
 from modelstore.format.progress import Progress
 from modelstore.format.recipe import Recipe
 
@@ -39,26 +41,56 @@ def bounded(
 ) -> results.Compressed:
     """Make the smallest mix that was found to diverge by at most `limit` nats a token, as `Model.compress` says.
 
-    What was made and judged before an interruption is found again by the same call.
+    What was made and judged before a crash is found again by the same call. An error leaves nothing but the measurement.
     """
     from modelstore.search.bound import bisect
 
-    name = check_word(variant or f"kl-{limit:g}", "variant")
-    why = f"the smallest mix found to hold max_kl={limit:g} on {name_of(text_of(text)[1].encode())[:16]}"
+    limit = float(limit)
+    name = check_made(variant or f"kl-{_shown(limit)}")
     ready = Fitting(access, model, wish)
-    search = _Search(access, model, ready, text, wish, name, why, progress)
-    before = search.there()
-    if before is not None:
-        return before
-    ready.measure(progress)
-    front = [mix for mix in ready.mixture().front() if any(group.codec for group in mix.groups)]
-    at, trials = bisect([mix.cost for mix in front], limit, lambda at: search.judge(front[at]))
+    digest = _digest(ready, limit, text, wish)
+    why = f"the smallest mix found to hold max_kl={_shown(limit)} on the text of {digest}"
+    search = _Search(access, model, ready, text, wish, name, digest, why, progress)
     try:
+        before = recipe_there(access, ready.record, name, ready.said(why) if ready.data else "")
+        if before is not None:
+            return made(access, model, before, name, wish, progress)
+        check_writes(access)
+        check_judge(ready.opened, text, search.context, wish.calibration)
+        if not any(group.codec for group in ready.mixture().front()[0].groups):
+            raise UnsupportedError(
+                f"no format is smaller than what is stored of {model.asked}: name others, formats=['int4']"
+            )
+        ready.measure(progress)
+        front = [mix for mix in ready.mixture().front() if any(group.codec for group in mix.groups)]
+        if not front:
+            raise UnsupportedError(f"the data say nothing of what takes part in {model.asked}: give another text")
+        at, trials = bisect([mix.cost for mix in front], limit, lambda at: search.judge(front[at]))
         if at is None:
             raise UnsupportedError(_none(limit, [front[one.at] for one in trials], trials))
         return search.publish(front[at])
     finally:
         search.clear()
+
+
+def _shown(limit: float) -> str:
+    """A limit with all its digits, as a name may have them."""
+    return repr(limit).removesuffix(".0").replace("e+", "e")
+
+
+def _digest(ready: Fitting, limit: float, text: str | os.PathLike[str], wish: Wish) -> str:
+    """The digest of all that is asked for, by which the same call finds what it made."""
+    asked = {
+        "limit": repr(limit),
+        "method": wish.method,
+        "formats": [[spec.name, sorted(spec.params.items())] for spec in ready.formats],
+        "include": sorted(set(wish.include)),
+        "skip": sorted(set(wish.skip)),
+        "data": ready.data,
+        "text": name_of(text_of(text)[1].encode()),
+        "judged": [_TOKENS, _CONTEXT],
+    }
+    return name_of(msgspec.json.encode(asked, order="deterministic"))[:16]
 
 
 class _Search:
@@ -72,36 +104,21 @@ class _Search:
         text: str | os.PathLike[str],
         wish: Wish,
         name: str,
+        digest: str,
         why: str,
         progress: Progress | None,
     ) -> None:
         self._access, self._model, self._ready, self._text, self._wish = access, model, ready, text, wish
-        self._name, self._why, self._progress = name, why, progress
+        self._name, self._digest, self._why, self._progress = name, digest, why, progress
         self._made: dict[int, results.Compressed] = {}
-
-    def there(self) -> results.Compressed | None:
-        """What the same call made before; None where it made nothing. `ConflictError` where the name is another's."""
-        entry = self._ready.record.variants.get(self._name)
-        if entry is None:
-            return None
-        manifest = self._access.repo.manifests.entry(self._ready.record.model, entry)
-        said = str(manifest.recipe.get("description", ""))
-        same = self._ready.sensitivity is not None and said == self._ready.said(self._why)
-        if not same or manifest.recipe.get("name") != self._name:
-            raise ConflictError(
-                f"{self._model.asked} has a variant {self._name!r} already, of another recipe: delete it first, or give "
-                f"another name",
-                model=self._ready.record.model,
-            )
-        rules = {key: manifest.recipe[key] for key in ("name", "rules", "description")}
-        return self._compress(rules, self._name)
+        longest = ready.positions
+        self.context = min(_CONTEXT, longest) if longest else _CONTEXT
 
     def judge(self, mix: Mix) -> float:
         """How far a mix is from the original."""
         trial = self._trial(mix)
         self._made[mix.bytes] = self._compress(self._ready.recipe(mix, self._name, self._why), trial)
         at = Reference(self._ready.record.model, version=self._ready.record.version, variant=trial)
-        longest = self._ready.positions
         (found,) = evaluate(
             self._access,
             [at],
@@ -109,7 +126,7 @@ class _Search:
             baseline=True,
             keep=True,
             progress=self._progress,
-            context=min(_CONTEXT, longest) if longest else _CONTEXT,
+            context=self.context,
             stride=None,
             limit=_TOKENS,
             batch=None,
@@ -123,15 +140,15 @@ class _Search:
         record, repo = self._ready.record, self._access.repo
         entry = repo.catalog.variant(repo.catalog.version(record.model, record.version), self._trial(mix))
         repo.catalog.publish_variants(record.model, record.version, {self._name: entry}, uuid.uuid4().hex)
-        made = self._made[mix.bytes]
+        first = self._made[mix.bytes]
         again = self._compress(self._ready.recipe(mix, self._name, self._why), self._name)
         return results.Compressed(
-            made.model,
-            made.version,
+            first.model,
+            first.version,
             again.variants,
-            made.compressed,
-            made.kept,
-            made.bytes,
+            first.compressed,
+            first.kept,
+            first.bytes,
             sum(one.stored for one in self._made.values()),
             sum(one.seconds for one in self._made.values()),
             again.metrics,
@@ -139,38 +156,27 @@ class _Search:
 
     def clear(self) -> None:
         """Delete what was judged; a garbage collection frees its bytes."""
+        from modelstore.search.bound import is_trial
+
         record, catalog = self._ready.record, self._access.repo.catalog
-        there = catalog.version(record.model, record.version).variants
-        for size in self._made:
-            if self._named(size) in there:
-                catalog.delete(record.model, record.version, self._named(size), uuid.uuid4().hex)
+        for name in catalog.version(record.model, record.version).variants:
+            if is_trial(name, self._digest):
+                catalog.delete(record.model, record.version, name, uuid.uuid4().hex)
 
     def _trial(self, mix: Mix) -> str:
-        return self._named(mix.bytes)
+        from modelstore.search.bound import trial
 
-    def _named(self, size: int) -> str:
-        return check_word(f"{self._name}.trial-{size}", "variant")
+        return trial(self._digest, mix.bytes)
 
-    def _compress(self, recipe: Recipe | dict[str, object], variant: str) -> results.Compressed:
-        return compress(
-            self._access,
-            self._model,
-            recipe,
-            variant=variant,
-            codes=None,
-            include=(),
-            skip=(),
-            requantize=False,
-            calibration=self._wish.calibration if self._wish.method else None,
-            progress=self._progress,
-        )
+    def _compress(self, recipe: Recipe, variant: str) -> results.Compressed:
+        return made(self._access, self._model, recipe, variant, self._wish, self._progress)
 
 
 def _none(limit: float, mixes: Sequence[Mix], trials: Sequence[Trial]) -> str:
     """Why there is no such mix."""
     least = min(range(len(trials)), key=lambda at: trials[at].found)
     return (
-        f"no mix was found that holds max_kl={limit:g} on this text: of {len(trials)} that were made, that of "
+        f"no mix was found that holds max_kl={_shown(limit)} on this text: of {len(trials)} that were made, that of "
         f"{mixes[least].bytes} bytes was closest, with {trials[least].found:.3g} nats a token: give a larger bound, or name "
         f"formats of more bits"
     )

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 import msgspec
 
 from modelstore.client.access import Access
+from modelstore.client.ahead import check_writes
 from modelstore.client.evaluating import evaluate, text_of
+from modelstore.errors import NotFoundError
 from modelstore.format import results
 from modelstore.format.comparison import Compared
 from modelstore.format.names import Reference
 from modelstore.format.progress import Progress
+from modelstore.format.structure import CHECKPOINT
 from modelstore.paths import from_home
 from modelstore.store.describe import variant_infos, weights_of
 
@@ -29,17 +32,25 @@ def compare(
     progress: Progress | None,
 ) -> list[Compared]:
     """Compare variants, as `Store.compare` says; of one reference alone, all variants of its version."""
+    from modelstore.search.bound import is_trial
     from modelstore.search.picture import FORMATS, front, page, svg
 
     target = from_home(plot) if plot is not None else None
     if target is not None and target.suffix.lower() not in FORMATS:
         raise ValueError(f"plot={str(target)!r} is not the name of a picture: let it end in {' or '.join(FORMATS)}")
+    if target is not None and not target.parent.is_dir():
+        raise NotFoundError(f"there is no folder {target.parent} for the picture: make it first", object=str(target))
+    if keep:
+        check_writes(access)
     access.repo.catalog.open()
     groups: dict[tuple[str, int], list[str]] = {}
     for one in refs:
         record, _ = access.repo.catalog.entry(one)
         there = groups.setdefault((record.model, record.version), [])
-        wanted = [info.variant for info in variant_infos(record)] if len(refs) == 1 else [one.variant]
+        judgeable = [
+            name for info in variant_infos(record) if (name := info.variant) != CHECKPOINT and not is_trial(name)
+        ]
+        wanted = judgeable if len(refs) == 1 else [one.variant]
         there += [name for name in wanted if name not in there]
     judged = []
     for (model, version), variants in groups.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from modelstore.client.access import Access
+from modelstore.client.ahead import check_made, check_writes, recipe_there
 from modelstore.client.compressing import compress, looked_at, planned
 from modelstore.format import results
 from modelstore.format.fitted import FitPlan
-from modelstore.format.names import ORIGINAL, check_word
+from modelstore.format.names import ORIGINAL
 from modelstore.format.progress import Progress, meter
-from modelstore.format.recipe import METHODS, Method, Recipe, Rule, check
+from modelstore.format.recipe import MIXABLE, Method, Recipe, Rule, check
 from modelstore.format.sensitivity import Sensitivity
 from modelstore.format.units import Size, parse_size
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 _SOLVED = "gptq"  # the method by which codes are solved for data
 _TRIED = 3  # bits in which it is tried what that gains
-_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("GB", 10**9), ("MB", 10**6), ("KB", 1000))
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,16 @@ class Wish:
     skip: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.method is not None and self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is not one of {', '.join(METHODS)}")
+        from modelstore.compress.presets import preset
+
+        if self.method is not None and self.method not in MIXABLE:
+            raise ValueError(f"method={self.method!r} is not one of {', '.join(MIXABLE)}, which find a mix's values")
         if self.method is not None and self.calibration is None:
             raise ValueError(f"method={self.method!r} looks at data: give a text, calibration='book.txt'")
+        for name in self.formats if self.method is not None else ():
+            rules = tuple(Rule(one.targets, one.codec, Method(self.method or "")) for one in preset(name).rules)
+            if not preset(name).calibrated:
+                check(Recipe(name, rules))  # says of which format it is
 
 
 class Fitting:
@@ -71,6 +79,15 @@ class Fitting:
     def wanted(self) -> list[str]:
         """The tensors that take part."""
         return [choice.name for choice in self.plan.compressed]
+
+    @property
+    def data(self) -> Mapping[str, Any] | None:
+        """What data say, or are to say, what formats cost; None where there are none."""
+        from modelstore.search.known import found_by
+
+        if self.samples is not None:
+            return found_by(self.samples.recorded)
+        return found_by(self.sensitivity.data) if self.sensitivity is not None else None
 
     def mixture(self) -> Mixture:
         """The groups with what each format costs, as far as that is known."""
@@ -132,8 +149,8 @@ class Fitting:
 
     def said(self, why: str) -> str:
         """A recipe's description: why it is what it is, and by which data."""
-        assert self.sensitivity is not None, "a mix is chosen by what formats cost"
-        data = self.sensitivity.data
+        data = self.data
+        assert data is not None, "a mix is chosen by what formats cost"
         of = f"{data['samples']} samples of {data['length']} tokens, seed {data['seed']}, {str(data['digest'])[:16]}"
         return f"{why}, by what formats cost on {of}"
 
@@ -217,13 +234,22 @@ def fit(
         )
     if bytes < before.smallest:
         before.best(bytes)  # says what is possible
+    why = f"the best mix of {bytes} bytes"
+    recipe_there(access, ready.record, name, ready.said(why) if ready.data else "")
+    if ready.record.variants.get(name) is None:
+        check_writes(access)
     ready.measure(progress)
-    recipe = ready.recipe(ready.mixture().best(bytes), name, f"the best mix of {bytes} bytes")
+    recipe = ready.recipe(ready.mixture().best(bytes), name, why)
     return made(access, model, recipe, name, wish, progress)
 
 
 def made(
-    access: Access, model: Readable, recipe: Recipe, variant: str, wish: Wish, progress: Progress | None
+    access: Access,
+    model: Readable,
+    recipe: Recipe | Mapping[str, Any],
+    variant: str,
+    wish: Wish,
+    progress: Progress | None,
 ) -> results.Compressed:
     """Make a variant of a mix's recipe."""
     return compress(
@@ -248,6 +274,8 @@ def plan_fit(
     if bytes < ready.mixture().smallest:
         ready.mixture().best(bytes)
     if measure:
+        if ready.sensitivity is None:
+            check_writes(access)
         ready.measure(progress)
     mixture = ready.mixture()
     blank = FitPlan(
@@ -285,7 +313,7 @@ def plan_fit(
 def _named(variant: str | None, bytes: int, wish: Wish) -> str:
     """The variant's name: that which is given, or one that says the size."""
     if variant is not None:
-        return check_word(variant, "variant")
+        return check_made(variant)
     unit, divisor = next((pair for pair in _UNITS if bytes % pair[1] == 0), ("", 1))
     return f"{wish.method or 'fit'}-{bytes // divisor}{unit}"
 

@@ -137,11 +137,14 @@ class Model(Readable):
                 `calibration`, and kept with the original.
             max_kl: Instead of a recipe: the most that the variant may diverge from the original, in nats a token, on the first
                 8,192 tokens of `text`. It is the smallest mix that was found to hold that, of at most four that are made.
-            text: With `max_kl`, the text that is judged on, other than that of `calibration`.
-            method: With `fit` or `max_kl`, how the values of these formats are found: "gptq"; rounded where nothing is said.
+            text: With `max_kl`, the text that is judged on, other than that of `calibration`, of 512 tokens or more (of the
+                model's whole context, where that is less).
+            method: With `fit` or `max_kl`, how the values of these formats are found: "gptq" or "imatrix", both for int;
+                rounded where nothing is said.
             formats: With `fit` or `max_kl`, what a layer may get, besides to be kept: names of presets that engines run
                 (default: int of 2, 3, 4 and 8 bits, symmetric, in groups, clipped).
-            variant: The name of what is made (default: the recipe's name; "fit-" and the size; "kl-" and the bound).
+            variant: The name of what is made (default: the recipe's name; "fit-", or the method and "-", and the size;
+                "kl-" and the bound).
             codes: A ladder's int4 codes, found by GPTQ or the like: a directory of compressed-tensors (pack-quantized,
                 symmetric, in groups), or a reference to a stored variant with such. Weights without any are rounded to nearest.
             include: Further targets to compress by the recipe's first rule: kinds ("embedding", "head", …) or patterns of

@@ -56,6 +56,7 @@ METHODS: Mapping[str, Takes] = MappingProxyType(
         "svd-llm": Takes(("lowrank",)),
     }
 )
+MIXABLE = ("gptq", "imatrix")  # methods that find the values of a mix's formats
 
 
 class Method(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):

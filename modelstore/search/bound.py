@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 TRIALS = 4
+_TRIAL = re.compile(r"kl-trial-[0-9a-f]{16}-[0-9]+")
+
+
+def trial(wish: str, size: int) -> str:
+    """The name of a variant while it is judged, by the digest of what is asked for."""
+    return f"kl-trial-{wish}-{size}"
+
+
+def is_trial(name: str, wish: str = "") -> bool:
+    """Whether a variant is there to be judged only; of what is asked for, where its digest is given."""
+    return bool(_TRIAL.fullmatch(name)) and name.startswith(f"kl-trial-{wish}")
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,11 @@ def known(
     return None
 
 
+def found_by(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What data are found again by."""
+    return {key: data.get(key) for key in _DATA}
+
+
 def rounded(costs: Mapping[str, Sequence[float | None]]) -> dict[str, tuple[float | None, ...]]:
     """Costs with as many digits as are kept."""
     return {

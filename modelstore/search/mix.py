@@ -141,8 +141,8 @@ def mixture(plan: CompressionPlan, manifest: Manifest, formats: Sequence[CodecSp
     """The groups of a model. `plan`: in which the tensors that take part are compressed, by one of the formats.
 
     `costs`: of each of these tensors by format; None where they are not known, and count as nothing. A tensor that the data
-    say nothing of, such as an expert that no token came to, counts as the dearest of its kind; where all of them are so,
-    it is kept.
+    say nothing of (None in all formats), such as an expert that no token came to, counts as the dearest of its kind; where
+    all of them are so, it is kept.
     """
     taking = {choice.name: choice for choice in plan.compressed}
     together = fused(taking)
@@ -184,7 +184,7 @@ def _option(
 
 def _seen(taking: Mapping[str, CodecChoice], costs: Costs) -> tuple[Costs, tuple[str, ...]]:
     """Costs in which what is not seen counts as the dearest of its kind; and what was not seen."""
-    unseen = tuple(name for name in taking if not any(costs[name]))
+    unseen = tuple(name for name in taking if all(cost is None for cost in costs[name]))
     dearest: dict[str, list[float | None]] = {}
     for name in taking.keys() - set(unseen):
         worst = dearest.setdefault(general(name), [None] * len(costs[name]))

@@ -34,8 +34,8 @@ class Measuring:
 
     `solved`: the number of a format, its bits and its columns of a group, in which it is tried what solving codes for the data
     gains; `gains` then says it.
-    `costs`, once it has run: of each tensor in nats a token, by format; None where the codec refuses the tensor, or the
-    model does not compute with it.
+    `costs`, once it has run: of each tensor in nats a token, by format; None where the codec refuses the tensor, the model
+    does not compute with it, or no gradient came to it; 0 where the format stores it exactly.
     """
 
     stages: Stages
@@ -140,6 +140,7 @@ class Measuring:
         """Add the costs of the tensors that make a parameter, whose F is given as its sum over all tokens."""
         names = [self.manifest.by_name[source].name for source in made.sources]
         owner = self._owner(made, parameter, stored)
+        weight = _sums(square, owner, len(names))
         true = self._value(made, parameter, stored)
         for at, codec in enumerate(self.formats):
             fits = {
@@ -153,14 +154,12 @@ class Measuring:
                 source: as_stored(codec, stored[source], self.manifest.by_name[name]) for source, name in fits.items()
             }
             lost = (self._value(made, parameter, dict(stored) | rounded) - true).square_().mul_(square).double()
-            sums = torch.zeros(len(names), dtype=torch.float64)
-            if owner is None:
-                sums[0] = lost.sum()
-            else:
-                sums.index_add_(0, owner.reshape(-1), lost.reshape(-1))
+            sums = _sums(lost, owner, len(names))
             for source, name in fits.items():
-                before = self.costs[name][at] or 0.0
-                self.costs[name][at] = before + float(sums[made.sources.index(source)]) / (2 * self.ids.numel())
+                of = made.sources.index(source)
+                if float(weight[of]) > 0:  # else the data say nothing of it
+                    before = self.costs[name][at] or 0.0
+                    self.costs[name][at] = before + float(sums[of]) / (2 * self.ids.numel())
 
     def _value(self, made: Made, parameter: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return values(self.stages.built, made, stored.__getitem__, torch.float32)[parameter]
@@ -201,6 +200,15 @@ def as_stored(codec: WeightCodec, tensor: torch.Tensor, about: Tensor) -> torch.
     out = np.empty((1, about.nbytes), np.uint8)
     codec.decode(codec.encode(raw, *_form(about)), *_form(about), out)
     return to_torch(out.reshape(-1), about.dtype, about.shape)
+
+
+def _sums(numbers: torch.Tensor, owner: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Sums of a parameter's numbers, of each tensor that makes it."""
+    found = torch.zeros(count, dtype=torch.float64)
+    if owner is None:
+        found[0] = numbers.double().sum()
+        return found
+    return found.index_add_(0, owner.reshape(-1), numbers.double().reshape(-1))
 
 
 def _form(about: Tensor) -> tuple[tuple[int, ...], DType]:

@@ -89,6 +89,10 @@ class Storage(Protocol):
     def path(self, key: str) -> Path | None:
         """The file that is the object, None where the storage is not local."""
 
+    def check_writable(self, what: str) -> None:  # noqa: ARG002
+        """`UnsupportedError` where it is open for reading only, and cannot do `what`."""
+        return None
+
     def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:  # noqa: ARG002
         """Remove what writers that were broken off left behind, and did not touch since `before` (Unix seconds by the storage's
         clock); what it was, under names that are no keys. Nobody's work is disturbed. Empty where nothing can be left."""

@@ -68,6 +68,10 @@ class WrappingStorage(Storage):
     def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:
         return self.inner.sweep(before, dry_run=dry_run)
 
+    def check_writable(self, what: str) -> None:
+        if hasattr(self.inner, "check_writable"):  # a package's own storage has what is necessary alone
+            self.inner.check_writable(what)
+
 
 class ReadOnlyStorage(WrappingStorage):
     """Reads only: every write is an `UnsupportedError`."""
@@ -81,3 +85,6 @@ class ReadOnlyStorage(WrappingStorage):
         if not dry_run:
             raise UnsupportedError(f"cannot sweep {self.url}: it is open for reading only")
         return super().sweep(before, dry_run=True)
+
+    def check_writable(self, what: str) -> None:
+        raise UnsupportedError(f"cannot {what}: {self.url} is open for reading only")

@@ -23,6 +23,7 @@ from tests.helpers.stores import open_on
 
 pytest.importorskip("transformers")
 
+OTHER = TEXT[5:]  # than that of the calibration
 DATA = ms.Calibration(TEXT, samples=6, length=32)
 
 
@@ -169,8 +170,18 @@ def test_too_small_is_refused_with_what_is_possible(store: ms.Store) -> None:
         ({"fit": "21KiB", "formats": ["gptq4"], "calibration": DATA}, "is more than a format"),
         ({"fit": "21KiB", "formats": ["sparse50"], "calibration": DATA}, "no engine runs 'sparse50'"),
         ({"fit": "21KiB", "formats": ["int5"], "calibration": DATA}, "there is no preset 'int5'"),
-        ({"fit": "21KiB", "formats": ["fp8"], "method": "gptq", "calibration": DATA}, "method gptq is for codec int"),
+        (
+            {"fit": "21KiB", "formats": ["fp8"], "method": "gptq", "calibration": DATA},
+            "'fp8': method gptq is for codec int",
+        ),
         ({"fit": "21KiB", "include": ["nothing*"], "calibration": DATA}, "include='nothing.' has no effect"),
+        ({"fit": "21KiB", "method": "wanda", "calibration": DATA}, "is not one of gptq, imatrix"),
+        ({"fit": "21KiB", "variant": "original", "calibration": DATA}, "as saves make it"),
+        ({"fit": "21KiB", "variant": "checkpoint", "calibration": DATA}, "as saves make it"),
+        ({"max_kl": 0.1, "variant": "checkpoint", "text": OTHER, "calibration": DATA}, "as saves make it"),
+        ({"max_kl": 0.1, "variant": "v" * 97, "text": OTHER, "calibration": DATA}, "is not valid"),
+        ({"max_kl": 0.1, "text": TEXT, "calibration": DATA}, "is the calibration's own"),
+        ({"max_kl": 0.1, "text": "the sea", "calibration": DATA}, "tokens, and one whole context is 64"),
         ({"max_kl": 0.1, "calibration": DATA}, "is judged on a text"),
         ({"max_kl": 0.0, "text": TEXT, "calibration": DATA}, "max_kl=0.0 is no bound"),
     ],
@@ -182,21 +193,85 @@ def test_wrong_input_is_refused_in_a_sentence(store: ms.Store, given: dict[str, 
 
 
 def test_the_smallest_that_holds_a_bound(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = store.compress("m", max_kl=0.05, text=TEXT, calibration=DATA)
+    done = store.compress("m", max_kl=0.05, text=OTHER, calibration=DATA)
     assert [info.variant for info in done.variants] == ["kl-0.05"]
     assert [info.variant for info in store.variants("m")] == [ORIGINAL, "kl-0.05"]
-    (found,) = store.eval(["m:kl-0.05"], text=TEXT, context=64, limit=8192)
+    (found,) = store.eval(["m:kl-0.05"], text=OTHER, context=64, limit=8192)
     assert found.known  # it was judged
     assert found.measured.kl <= 0.05
-    wider = store.compress("m", max_kl=0.2, text=TEXT, calibration=DATA).variants[0]
+    wider = store.compress("m", max_kl=0.2, text=OTHER, calibration=DATA).variants[0]
     assert wider.stored < done.variants[0].stored
-    again = store.compress("m", max_kl=0.05, text=TEXT, calibration=DATA)
+    again = store.compress("m", max_kl=0.05, text=OTHER, calibration=DATA)
     assert (again.stored, again.variants) == (0, done.variants)
     with pytest.raises(ConflictError, match="of another recipe"):
-        store.compress("m", max_kl=0.05, text=TEXT + " more", calibration=DATA)
+        store.compress("m", max_kl=0.05, text=OTHER + " more", calibration=DATA)
     with pytest.raises(UnsupportedError, match="no mix was found that holds"):
-        store.compress("m", max_kl=1e-9, text=TEXT, calibration=DATA, formats=["int4"])
+        store.compress("m", max_kl=1e-9, text=OTHER, calibration=DATA, formats=["int4"])
     assert [info.variant for info in store.variants("m")] == [ORIGINAL, "kl-0.05", "kl-0.2"]
+
+
+def test_a_bound_is_another_where_anything_of_the_call_is(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the name is another's, which is said before anything is measured or made; nothing of the call stays."""
+    asked: dict[str, Any] = {"max_kl": 0.2, "text": OTHER, "calibration": DATA, "formats": ["int4", "int3"]}
+    store.compress("m", **{**asked, "variant": "b" * 90})
+    monkeypatch.setattr(Measuring, "run", lambda _: pytest.fail("it was measured"))
+    for change in (
+        {"max_kl": 0.2000000001},
+        {"formats": ["int4"]},
+        {"skip": ["*.q_proj.weight"]},
+        {"include": ["embedding"]},
+        {"method": "gptq"},
+        {"calibration": ms.Calibration(TEXT, samples=5, length=32)},
+    ):
+        with pytest.raises(ConflictError, match="of another recipe"):
+            store.compress("m", **{**asked, **change, "variant": "b" * 90})
+    assert store.compress("m", **{**asked, "variant": "b" * 90}).stored == 0
+    with pytest.raises(ConflictError, match="of another recipe"):
+        store.compress("m", fit="21KiB", calibration=DATA, variant="b" * 90)
+
+
+def test_any_bound_has_a_name(store: ms.Store) -> None:
+    assert store.compress("m", max_kl=1e20, text=OTHER, calibration=DATA).variants[0].variant == "kl-1e20"
+
+
+def test_trials_do_not_outlive_an_error(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelstore.client import bounded
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bounded, "evaluate", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            store.compress("m", max_kl=0.2, text=OTHER, calibration=DATA)
+    assert [info.variant for info in store.variants("m")] == [ORIGINAL]
+    with monkeypatch.context() as broken:  # a crash: nothing is cleared
+        broken.setattr(bounded, "evaluate", lambda *_, **__: 1 / 0)
+        broken.setattr(bounded._Search, "clear", lambda _: None)
+        with pytest.raises(ZeroDivisionError):
+            store.compress("m", max_kl=0.2, text=OTHER, calibration=DATA)
+    assert len(store.variants("m")) == 2
+    assert len(store.compare(["m"], text=OTHER, context=64, keep=False)) == 1  # trials are not compared
+    store.compress("m", max_kl=0.2, text=OTHER, calibration=DATA)
+    assert [info.variant for info in store.variants("m")] == [ORIGINAL, "kl-0.2"]
+
+
+def test_where_no_format_is_smaller_a_bound_is_refused(folder: Path, tmp_path: Path) -> None:
+    store = on_grid(folder, tmp_path / "grid")
+    with pytest.raises(UnsupportedError, match="no format is smaller"):
+        store.compress("grid", max_kl=0.2, text=OTHER, calibration=DATA, formats=["fp8"])
+
+
+def test_a_store_for_reading_only_refuses_before_it_measures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ms.open(tmp_path / "s").save("m", folder)
+    monkeypatch.setattr(Measuring, "run", lambda _: pytest.fail("it was measured"))
+    store = ms.open(tmp_path / "s", read_only=True)
+    for act in (
+        lambda: store.compress("m", fit="21KiB", calibration=DATA),
+        lambda: store.compress("m", max_kl=0.2, text=OTHER, calibration=DATA),
+        lambda: store.plan_fit("m", "21KiB", calibration=DATA, measure=True),
+    ):
+        with pytest.raises(UnsupportedError, match="open for reading only"):
+            act()
 
 
 def mixed(costs: dict[str, list[float | None]] | None, store: ms.Store) -> Mixture:
@@ -215,9 +290,9 @@ def test_what_no_token_came_to_counts_as_the_dearest_of_its_kind() -> None:
     store.save("moe", {name: torch.randn(64, 64) for name in [*names, other]})
     costs: dict[str, list[float | None]] = {
         names[0]: [4.0, 1.0],
-        names[1]: [0.0, 0.0],
+        names[1]: [None, None],
         names[2]: [2.0, 0.5],
-        other: [0.0, None],
+        other: [None, None],
     }
     made = mixed(costs, store)
     assert set(made.unseen) == {names[1], other}
@@ -225,3 +300,24 @@ def test_what_no_token_came_to_counts_as_the_dearest_of_its_kind() -> None:
     assert [one.cost for one in options[names[1]]] == [4.0, 1.0, 0.0]
     assert len(options[other]) == 1
     assert mixed(None, store).smallest < made.smallest
+
+
+def on_grid(folder: Path, out: Path) -> ms.Store:
+    """A store with the model "grid", whose weights mxfp4 stores exactly."""
+    store = open_on(MemoryStorage(uuid.uuid4().hex))
+    store.save("m", folder)
+    store.compress("m", "mxfp4")
+    store["m:mxfp4"].export(out, dequantize=True)
+    store.save("grid", out)
+    return store
+
+
+def test_a_model_on_a_formats_grid_fits_that_format(folder: Path, tmp_path: Path) -> None:
+    """What costs nothing was seen: it is not taken for what the data say nothing of."""
+    store = on_grid(folder, tmp_path / "grid")
+    plan = store.plan_fit("grid", 1 << 20, calibration=DATA, formats=["mxfp4"])
+    store.compress(
+        "grid", fit=(plan.smallest + plan.original) // 2, calibration=DATA, formats=["mxfp4"], variant="half"
+    )
+    done = store.plan_fit("grid", plan.smallest, formats=["mxfp4"])
+    assert (done.unseen, done.cost) == ((), 0.0)
