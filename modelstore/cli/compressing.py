@@ -254,8 +254,10 @@ def plan_compress(
         return
     if recipe is None:
         raise usage("say what is to be made: a RECIPE such as int4, or --fit SIZE")
-    if method is not None or formats or text is not None or measure:
-        raise usage("--method, --format, --calibration and --measure are for --fit here: a recipe says them itself")
+    if method is not None or formats or measure:
+        raise usage("--method, --format and --measure are for --fit: a recipe says itself what becomes of each tensor")
+    if text is not None:
+        raise usage("the plan of a recipe reads no text: leave out --calibration here, and give it to 'modelstore compress'")
     with _told_apart(opened, "plan compress", ref, recipe):
         found = opened.plan_compression(ref, _named(recipe), codes=codes, requantize=requantize, **also)
     output.result(found, _plan_lines(found), as_json=json)
