@@ -257,7 +257,9 @@ def plan_compress(
     if method is not None or formats or measure:
         raise usage("--method, --format and --measure are for --fit: a recipe says itself what becomes of each tensor")
     if text is not None:
-        raise usage("the plan of a recipe reads no text: leave out --calibration here, and give it to 'modelstore compress'")
+        raise usage(
+            "the plan of a recipe reads no text: leave out --calibration here, and give it to 'modelstore compress'"
+        )
     with _told_apart(opened, "plan compress", ref, recipe):
         found = opened.plan_compression(ref, _named(recipe), codes=codes, requantize=requantize, **also)
     output.result(found, _plan_lines(found), as_json=json)
