@@ -60,7 +60,7 @@ def solve(weight: torch.Tensor, inputs: Factored, bits: int, group: int, stored:
     weight[:, inputs.diagonal == 0] = 0
     scales = search(weight, inputs.diagonal.float(), bits, group, stored)
     order = inputs.order
-    each = scales.repeat_interleave(group, 1)[:, : weight.shape[1]][:, order]
+    each = by_column(scales, group, weight.shape[1])[:, order]
     codes = _rounded(weight[:, order], inputs.upper, each, bits)
     back = np.empty_like(codes)
     back[:, order.numpy()] = codes
@@ -81,6 +81,11 @@ def search(weight: torch.Tensor, importance: torch.Tensor, bits: int, group: int
     for at in range(0, rows, step):
         found[at : at + step] = _best(wide[at : at + step], heavy, bits, stored)
     return found
+
+
+def by_column(groups: torch.Tensor, group: int, columns: int) -> torch.Tensor:
+    """What each group (rows, groups) has, for each of its columns."""
+    return groups.repeat_interleave(group, 1)[:, :columns]
 
 
 def _best(part: torch.Tensor, heavy: torch.Tensor, bits: int, stored: torch.dtype) -> torch.Tensor:

@@ -95,7 +95,7 @@ def _weighted(layer: Layer, importance: torch.Tensor) -> Solution:
     assert isinstance(codec, Int), "recipes have the codecs that their methods are for"
     half, stored = 1 << (codec.bits - 1), getattr(torch, scale_dtype(layer.kind))
     scales = gptq.search(weight, importance, codec.bits, codec.group_size, stored)
-    wide = scales.repeat_interleave(codec.group_size, 1)[:, : weight.shape[1]]
+    wide = gptq.by_column(scales, codec.group_size, weight.shape[1])
     codes = (weight / wide).round().clamp(-half, half - 1).to(torch.int8).numpy()
     return Solution(_coded(codec, codes, scales.numpy(), layer.kind))
 
@@ -136,7 +136,7 @@ def _pruned_codes(layer: Layer, inputs: pruned.Moments) -> Solution:
     pruning = Pruning(sparsity=float(told["sparsity"]), n=int(told["n"]), m=int(told["m"]))
     stored = getattr(torch, scale_dtype(layer.kind))
     scales = gptq.search(weight, inputs.diagonal.float(), codec.bits, codec.group_size, stored)
-    wide = scales.repeat_interleave(codec.group_size, 1)[:, : weight.shape[1]]
+    wide = gptq.by_column(scales, codec.group_size, weight.shape[1])
     factored = inputs.factored(pruning.m)
     if factored is None:
         found, note = (

@@ -9,29 +9,39 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
+from modelstore.calibrate.layers import Linears, as_stored, decoded, linears
 from modelstore.calibrate.methods import WAYS, Layer, Solution, coded, rounding_of
-from modelstore.calibrate.statistics import Gathered
+from modelstore.calibrate.statistics import TOKENS, Gathered
 from modelstore.calibrate.text import Samples
 from modelstore.calibrate.tuned import Block, tune
-from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.calibrated import Write
 from modelstore.compress.plan import weight_codec
 from modelstore.compress.stages import Stages
-from modelstore.execute.read.tensors import bytes_of, to_torch
 from modelstore.execute.spool import Spool
 from modelstore.execute.write.encoding import Encoder, Input
 from modelstore.execute.write.packs import Written
-from modelstore.format.buffers import Buffer
-from modelstore.format.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.manifest import CodecSpec, Manifest
 from modelstore.format.recipe import METHODS, Method
 from modelstore.format.region import full
 
-Layers = Mapping[str, tuple[torch.nn.Linear, str, str]]  # by name: the layer, its parameter, and its tensor
 _SHARDS = 8  # runs that the samples are divided into
-_TOKENS = 2  # for each column: an input that fewer came to says too little
+
+
+@dataclass(frozen=True)
+class _Solving:
+    """A block that is solved: its number, its layers that are to be, its values, and the samples with what comes to it."""
+
+    number: int
+    layers: Linears
+    values: Mapping[str, torch.Tensor]
+    shards: Sequence[torch.Tensor]
+    before: Spool
+
+    def came(self, shard: int) -> torch.Tensor | None:
+        """What the block before gave for a shard; None where there is none before."""
+        return self.before[shard] if self.number else None
 
 
 @dataclass
@@ -61,7 +71,8 @@ class Calibrated:
         written: dict[str, Written] = {}
         shards = torch.tensor_split(self.samples.ids, min(_SHARDS, len(self.samples.ids)))
         before = Spool(0)
-        layers = [self._layers(block) for block in range(self.stages.skeleton.count)]
+        count = self.stages.skeleton.count
+        layers = [linears(self.stages, self.manifest, block, self.wanted) for block in range(count)]
         while layers and not layers[-1]:  # nothing is to be solved behind
             layers.pop()
 
@@ -84,66 +95,45 @@ class Calibrated:
     def _pass(
         self,
         block: int,
-        layers: Layers,
+        layers: Linears,
         shards: Sequence[torch.Tensor],
         before: Spool,
         keep: Callable[[Mapping[str, Solution]], None],
     ) -> Spool:
         """Solve a block, have that kept, and give what the block as it is stored makes of the samples; it is read once."""
         stored = self.stages.stored(block)
-        values, given = self.stages.values(block, stored), Spool(self.memory // 4)
+        given = Spool(self.memory // 4)
+        mine = _Solving(block, layers, self.stages.values(block, stored), shards, before)
         try:
-            solved = self._solve(block, layers, values, shards, before, given)
-            solved |= self._tuned(block, layers, values, shards, before, given, solved)
+            solved = self._solve(mine, given)
+            solved |= self._tuned(mine, given, solved)
         finally:
             given.close()
         keep(solved)
         made = {name: self._as_stored(name, tensor, solved) for name, tensor in stored.items()}
         return self.stages.pass_on(block, self.stages.values(block, made), shards, before, self.memory // 2)
 
-    def _layers(self, block: int) -> Layers:
-        """A block's linear layers that are to be solved, by name: the layer, its parameter, and its tensor."""
-        name = f"{self.stages.skeleton.stack}.{block}"
-        found = {}
-        for below, module in self.stages.built.model.get_submodule(name).named_modules(prefix=name):
-            parameter = f"{below}.weight"
-            made = self.stages.names.made.get(parameter)
-            if not isinstance(module, torch.nn.Linear) or made is None or made.patterns != ("",):
-                continue
-            tensor = self.manifest.by_name[made.sources[0]].name
-            if tensor in self.wanted:
-                found[below] = (module, parameter, tensor)
-        return found
-
-    def _solve(
-        self,
-        block: int,
-        layers: Layers,
-        values: Mapping[str, torch.Tensor],
-        shards: Sequence[torch.Tensor],
-        before: Spool,
-        given: Spool,
-    ) -> dict[str, Solution]:
+    def _solve(self, block: _Solving, given: Spool) -> dict[str, Solution]:
         """Solve layers one by one. `given` is what the block gives, kept where layers are tuned by it."""
         gathered = Gathered()
-        kept = any(WAYS[self.wanted[tensor].name].tunes for _, _, tensor in layers.values())
+        kept = any(self._tunes(layer.tensor) for layer in block.layers.values())
         with (
-            self.stages.skeleton.at(block, values) as run,
-            gathered.watching({name: layer for name, (layer, _, _) in layers.items()}),
+            self.stages.skeleton.at(block.number, block.values) as run,
+            gathered.watching({name: layer.module for name, layer in block.layers.items()}),
         ):
-            for at, ids in enumerate(shards):
+            for at, ids in enumerate(block.shards):
                 gathered.begin()
-                found = run(ids, before[at] if block else None)
+                found = run(ids, block.came(at))
                 if kept:
                     given.append(found)
         solved = {}
         shared, prepared = None, None  # by layers that follow each other, such as q, k and v
-        for name, (_, parameter, tensor) in layers.items():
+        for name, (_, parameter, tensor) in block.layers.items():
             read, method = gathered.read_by(name), self.wanted[tensor]
-            weight = values[parameter]
-            if read is None or read.count < _TOKENS * weight.shape[1]:
+            weight = block.values[parameter]
+            if read is None or not read.enough:
                 self.notes[tensor] = (
-                    f"{read.count if read else 0} tokens came to its {weight.shape[1]} columns, and {_TOKENS} for each are due"
+                    f"{read.count if read else 0} tokens came to its {weight.shape[1]} columns, and {TOKENS} for each are due"
                 )
                 continue
             if self.specs[tensor].name not in METHODS[method.name].codecs:
@@ -164,36 +154,29 @@ class Calibrated:
         codec, kind = weight_codec(self.specs[tensor]), self.manifest.by_name[tensor].kind
         return Layer(weight, codec, kind, self.wanted[tensor].told)
 
-    def _tuned(
-        self,
-        block: int,
-        layers: Layers,
-        values: Mapping[str, torch.Tensor],
-        shards: Sequence[torch.Tensor],
-        before: Spool,
-        given: Spool,
-        solved: Mapping[str, Solution],
-    ) -> dict[str, Solution]:
+    def _tunes(self, tensor: str) -> bool:
+        return WAYS[self.wanted[tensor].name].tunes
+
+    def _tuned(self, block: _Solving, given: Spool, solved: Mapping[str, Solution]) -> dict[str, Solution]:
         """Those of the solved layers whose method tunes, tuned together; none where that gains nothing."""
-        chosen = {
-            parameter: (self._layer(tensor, values[parameter]), solved[tensor].coded)
-            for _, parameter, tensor in layers.values()
-            if tensor in solved and WAYS[self.wanted[tensor].name].tunes
+        starts = {
+            parameter: (tensor, self._layer(tensor, block.values[parameter]), found)
+            for _, parameter, tensor in block.layers.values()
+            if tensor in solved and self._tunes(tensor) and (found := solved[tensor].coded) is not None
         }
-        starts = {name: (layer, start) for name, (layer, start) in chosen.items() if start is not None}
         if not starts:
             return {}
-        roundings = {name: rounding_of(layer, start) for name, (layer, start) in starts.items()}
-        told = next(iter(starts.values()))[0].params  # the same for all, as recipes are
+        roundings = {name: rounding_of(layer, found) for name, (_, layer, found) in starts.items()}
+        told = next(layer.params for _, layer, _ in starts.values())  # the same for all, as recipes are
         steps, batch, reach = int(told["steps"]), int(told["batch"]), float(told["reach"])
-        places = [(at, row) for at, ids in enumerate(shards) for row in range(len(ids))]
-        fresh = {name: torch.empty_like(values[name]) for name in starts}
-        with self.stages.skeleton.at(block, {**values, **fresh}, list(starts)) as run:
+        places = [(at, row) for at, ids in enumerate(block.shards) for row in range(len(ids))]
+        fresh = {name: torch.empty_like(block.values[name]) for name in starts}
+        with self.stages.skeleton.at(block.number, {**block.values, **fresh}, list(starts)) as run:
 
             def loss(batch: Sequence[int]) -> torch.Tensor:
                 at = [places[one] for one in batch]
-                ids = torch.stack([shards[shard][row] for shard, row in at])
-                came = torch.stack([before[shard][row] for shard, row in at]) if block else None
+                ids = torch.stack([block.shards[shard][row] for shard, row in at])
+                came = torch.stack([block.before[shard][row] for shard, row in at]) if block.number else None
                 return (run(ids, came) - torch.stack([given[shard][row] for shard, row in at])).square().mean()
 
             parameters = {name: self.stages.skeleton.model.get_parameter(name) for name in starts}
@@ -201,11 +184,8 @@ class Calibrated:
         if not gained:
             return {}
         return {
-            tensor: coded(
-                starts[parameter][0], roundings[parameter].solved(starts[parameter][1].damping), solved[tensor].note
-            )
-            for _, parameter, tensor in layers.values()
-            if parameter in starts
+            tensor: coded(layer, roundings[name].solved(found.damping), solved[tensor].note)
+            for name, (tensor, layer, found) in starts.items()
         }
 
     def _as_stored(self, name: str, tensor: torch.Tensor, solved: Mapping[str, Solution]) -> torch.Tensor:
@@ -215,20 +195,9 @@ class Calibrated:
             return tensor
         codec = weight_codec(self.specs[about.name])
         one = solved.get(about.name)
-        if one is not None:
-            planes = one.planes(full(about.shape))
-        else:
-            raw = bytes_of(tensor.contiguous())
-            if raw is None:
-                return tensor
-            planes = codec.encode(raw, about.shape, about.kind)
-        return _decoded(codec, planes, about)
-
-
-def _decoded(codec: WeightCodec, planes: Sequence[Buffer], about: Tensor) -> torch.Tensor:
-    out = np.empty((1, about.nbytes), np.uint8)
-    codec.decode(planes, about.shape, about.kind, out)
-    return to_torch(out.reshape(-1), about.dtype, about.shape)
+        if one is None:
+            return as_stored(codec, tensor, about)
+        return decoded(codec, one.planes(full(about.shape)), about)
 
 
 def _encoder(solved: Solution) -> Encoder:

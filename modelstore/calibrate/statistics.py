@@ -18,6 +18,14 @@ class Inputs:
     hessian: torch.Tensor
     count: int = 0
 
+    @property
+    def enough(self) -> bool:
+        """Whether layers that read it can be solved."""
+        return self.count >= TOKENS * len(self.hessian)
+
+
+TOKENS = 2  # for each column: an input that fewer came to says too little
+
 
 @dataclass
 class Gathered:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from modelstore.calibrate.gptq import Solved
+from modelstore.calibrate.gptq import Solved, by_column
 
 _EDGE = 0.49  # from a code, where a number is still rounded to it
 _NARROWEST, _WIDEST = 0.5, 1.5  # scales, by those that were begun with
@@ -41,7 +41,7 @@ class Rounding:
     def of(cls, weight: torch.Tensor, start: Solved, bits: int, group: int, stored: torch.dtype) -> Rounding:
         """Of a weight, from the codes and scales that were found for it."""
         begun, codes = torch.from_numpy(start.scales).float(), torch.from_numpy(start.codes).float()
-        numbers = weight.float() / _wide(begun, group, weight.shape[1])
+        numbers = weight.float() / by_column(begun, group, weight.shape[1])
         numbers = codes + (numbers - codes).clamp_(-_EDGE, _EDGE)
         return cls(numbers, begun, torch.ones_like(begun), bits, group, stored)
 
@@ -53,7 +53,7 @@ class Rounding:
 
     def _numbers(self) -> torch.Tensor:
         """Weights over the scales of now."""
-        return self.numbers * _wide(self.begun / self.scales, self.group, self.numbers.shape[1])
+        return self.numbers * by_column(self.begun / self.scales, self.group, self.numbers.shape[1])
 
     def codes(self) -> torch.Tensor:
         """The codes of now, float32 (rows, columns)."""
@@ -62,7 +62,7 @@ class Rounding:
 
     def values(self) -> torch.Tensor:
         """The weight that the codes of now give."""
-        return self.codes().mul_(_wide(self.scales, self.group, self.numbers.shape[1]))
+        return self.codes().mul_(by_column(self.scales, self.group, self.numbers.shape[1]))
 
     def move(self, gradient: torch.Tensor, rate: float) -> None:
         """Against the gradient of a loss by the weight: numbers by `rate`, scales by a share of it."""
@@ -76,7 +76,7 @@ class Rounding:
         padded = torch.nn.functional.pad(by_scale, (0, groups * self.group - columns))
         turned = padded.reshape(rows, groups, self.group).sum(-1) * self.begun
         self.ratios.sub_(turned.sign().float(), alpha=rate * _SHARE ** (1 - self.bits)).clamp_(_NARROWEST, _WIDEST)
-        signs = gradient.sign().mul_(inside).mul_(_wide(scales.sign(), self.group, columns))
+        signs = gradient.sign().mul_(inside).mul_(by_column(scales.sign(), self.group, columns))
         self.numbers.sub_(signs, alpha=rate)
 
     def solved(self, damping: float | None) -> Solved:
@@ -136,7 +136,3 @@ def _when_graded(parameter: torch.nn.Parameter, rounding: Rounding, rate: Sequen
         found.grad = None
 
     return parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
-
-
-def _wide(groups: torch.Tensor, group: int, columns: int) -> torch.Tensor:
-    return groups.repeat_interleave(group, 1)[:, :columns]

@@ -6,33 +6,15 @@ not see. The share of tr(ΔW H ΔWᵀ) that solving leaves is much the same in a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
-from modelstore.calibrate.gptq import Factored, solve
+from modelstore.calibrate.gptq import Factored, by_column, solve
+from modelstore.calibrate.layers import Linears
 from modelstore.calibrate.statistics import Gathered
 from modelstore.codecs.numeric.scaled import scale_dtype
-from modelstore.compress.stages import Stages
 from modelstore.format.manifest import Manifest
-
-_TOKENS = 2  # for each column: of an input that fewer came to nothing is solved
-Linears = Mapping[str, tuple[torch.nn.Linear, str]]  # by name: the layer, and its tensor
-
-
-def linears(
-    stages: Stages, manifest: Manifest, stage: int, wanted: Collection[str]
-) -> dict[str, tuple[torch.nn.Linear, str]]:
-    """A block's linear layers with a tensor of their own among the wanted."""
-    found = {}
-    name = f"{stages.skeleton.stack}.{stage}"
-    for below, module in stages.skeleton.model.get_submodule(name).named_modules(prefix=name):
-        made = stages.names.made.get(f"{below}.weight")
-        if isinstance(module, torch.nn.Linear) and made is not None and made.patterns == ("",):
-            tensor = manifest.by_name[made.sources[0]].name
-            if tensor in wanted:
-                found[below] = (module, tensor)
-    return found
 
 
 def gains(
@@ -49,17 +31,17 @@ def gains(
     `rounded`: a layer's weight by its parameter's name, as its format stores it without data.
     """
     found = {}
-    shared, factored = "", None  # by layers that follow each other, such as q, k and v
-    for name, (_, tensor) in layers.items():
-        read, weight = gathered.read_by(name), values[f"{name}.weight"]
-        if read is None or read.count < _TOKENS * weight.shape[1]:
+    shared, factored = None, None  # by layers that follow each other, such as q, k and v
+    for name, (_, parameter, tensor) in layers.items():
+        read, weight = gathered.read_by(name), values[parameter]
+        if read is None or not read.enough:
             continue
-        if factored is None or shared != gathered.of[name]:
-            shared, factored = gathered.of[name], Factored.of(read.hessian)
+        if factored is None or shared is not read:
+            shared, factored = read, Factored.of(read.hessian)
         stored = getattr(torch, scale_dtype(manifest.by_name[tensor].kind))
         made = solve(weight, factored, bits, group, stored)
-        scales = torch.from_numpy(made.scales).repeat_interleave(group, 1)[:, : weight.shape[1]]
-        moved = (torch.from_numpy(made.codes) * scales - weight, rounded(f"{name}.weight").float() - weight)
+        scales = by_column(torch.from_numpy(made.scales), group, weight.shape[1])
+        moved = (torch.from_numpy(made.codes) * scales - weight, rounded(parameter).float() - weight)
         lost = [_error(one, read.hessian) for one in moved]
         if lost[1] > 0:
             found[tensor] = min(1.0, lost[0] / lost[1])

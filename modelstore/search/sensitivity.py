@@ -11,19 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from modelstore.architecture.names import Made, values
+from modelstore.calibrate.layers import as_stored, linears
 from modelstore.calibrate.statistics import Gathered
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.stages import Stages
 from modelstore.errors import FormatError
-from modelstore.execute.read.tensors import bytes_of, to_torch
 from modelstore.execute.spool import Spool
-from modelstore.format.dtypes import DType
-from modelstore.format.manifest import Manifest, Tensor
-from modelstore.search.gains import gains, linears
+from modelstore.format.manifest import Manifest
+from modelstore.search.gains import gains
 
 Count = Callable[[int], None]  # hears of bytes of weights that were run, twice each
 
@@ -73,7 +71,7 @@ class Measuring:
         stored = self.stages.stored(stage)
         placed, gathered = self.stages.values(stage, stored), Gathered()
         layers = linears(self.stages, self.manifest, stage, self.costs) if self.solved else {}
-        watched = {name: layer for name, (layer, _) in layers.items()}
+        watched = {name: layer.module for name, layer in layers.items()}
         with self.stages.skeleton.at(stage, placed) as run, gathered.watching(watched):
             for at, ids in enumerate(sequences):
                 gathered.begin()
@@ -146,7 +144,8 @@ class Measuring:
             fits = {
                 source: name
                 for source, name in zip(made.sources, names, strict=True)
-                if name in self.costs and codec.refuses(*_form(self.manifest.by_name[name])) is None
+                if name in self.costs
+                and codec.refuses((about := self.manifest.by_name[name]).shape, about.kind) is None
             }
             if not fits:
                 continue
@@ -192,16 +191,6 @@ class Measuring:
             self.count(sum(one.nbytes for one in stored.values()))
 
 
-def as_stored(codec: WeightCodec, tensor: torch.Tensor, about: Tensor) -> torch.Tensor:
-    """How a tensor reads once a codec has stored it."""
-    raw = bytes_of(tensor.contiguous())
-    if raw is None:
-        return tensor
-    out = np.empty((1, about.nbytes), np.uint8)
-    codec.decode(codec.encode(raw, *_form(about)), *_form(about), out)
-    return to_torch(out.reshape(-1), about.dtype, about.shape)
-
-
 def _sums(numbers: torch.Tensor, owner: torch.Tensor | None, count: int) -> torch.Tensor:
     """Sums of a parameter's numbers, of each tensor that makes it."""
     found = torch.zeros(count, dtype=torch.float64)
@@ -209,10 +198,6 @@ def _sums(numbers: torch.Tensor, owner: torch.Tensor | None, count: int) -> torc
         found[0] = numbers.double().sum()
         return found
     return found.index_add_(0, owner.reshape(-1), numbers.double().reshape(-1))
-
-
-def _form(about: Tensor) -> tuple[tuple[int, ...], DType]:
-    return about.shape, about.kind
 
 
 def _drawn(logits: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
