@@ -10,7 +10,7 @@ import typer
 
 from modelstore.cli import complete, output, units
 from modelstore.cli.evaluating import measures, of_text
-from modelstore.cli.options import AsJson, Debug, Memory, Quiet, StoreUrl, open_store
+from modelstore.cli.options import AsJson, Context, Debug, Limit, Memory, Quiet, StoreUrl, open_store
 
 _HEADS = ("VARIANT", "RECIPE", "STORED", "BITS/WEIGHT", "PERPLEXITY", "KL", "TOP-1", "FRONT")
 
@@ -36,11 +36,8 @@ def compare(
             help="The text to predict, in UTF-8: one that the models were not trained on.",
         ),
     ],
-    context: Annotated[int, typer.Option("--context", metavar="TOKENS", min=2, help="Tokens of a window.")] = 512,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", metavar="TOKENS", min=2, show_default=False, help="Only so many tokens of the text."),
-    ] = None,
+    context: Context = 512,
+    limit: Limit = None,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep what is found with the variants.")] = True,
     plot: Annotated[
         Path | None,

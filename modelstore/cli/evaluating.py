@@ -10,7 +10,7 @@ import typer
 
 from modelstore.cli import complete, output, units
 from modelstore.cli.failures import usage
-from modelstore.cli.options import AsJson, Debug, Memory, Quiet, StoreUrl, open_store
+from modelstore.cli.options import AsJson, Context, Debug, Limit, Memory, Quiet, StoreUrl, open_store
 from modelstore.text import shown
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def evaluate(
             "--baseline/--no-baseline", help="Run the original too, and measure how far from it the variants are."
         ),
     ] = True,
-    context: Annotated[int, typer.Option("--context", metavar="TOKENS", min=2, help="Tokens of a window.")] = 512,
+    context: Context = 512,
     stride: Annotated[
         int | None,
         typer.Option(
@@ -58,10 +58,7 @@ def evaluate(
             help="From one window's beginning to the next one's: the context if not given.",
         ),
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", metavar="TOKENS", min=2, show_default=False, help="Only so many tokens of the text."),
-    ] = None,
+    limit: Limit = None,
     batch: Annotated[
         int | None,
         typer.Option("--batch", metavar="N", min=1, show_default=False, help="Windows that are run at once."),

@@ -124,6 +124,11 @@ OptionalReference = Annotated[
         show_default=False,
     ),
 ]
+Context = Annotated[int, typer.Option("--context", metavar="TOKENS", min=2, help="Tokens of a window.")]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="TOKENS", min=2, show_default=False, help="Only so many tokens of the text."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 
 

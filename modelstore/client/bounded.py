@@ -123,15 +123,10 @@ class _Search:
             self._access,
             [at],
             text=self._text,
-            baseline=True,
             keep=True,
             progress=self._progress,
             context=self.context,
-            stride=None,
             limit=_TOKENS,
-            batch=None,
-            device="cpu",
-            dtype="float32",
         )
         return float("inf") if found.measured.kl is None else found.measured.kl
 

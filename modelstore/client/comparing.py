@@ -58,15 +58,10 @@ def compare(
             access,
             [Reference(model, version=version, variant=name) for name in variants],
             text=text,
-            baseline=True,
             keep=keep,
             progress=progress,
             context=context,
-            stride=None,
             limit=limit,
-            batch=None,
-            device="cpu",
-            dtype="float32",
         )
     rows = [_row(access, one) for one in judged]
     on_front = front([(row.stored, row.measured.kl) for row in rows])

@@ -25,11 +25,11 @@ def evaluate(
     refs: list[Reference],
     *,
     text: str | os.PathLike[str],
-    baseline: bool,
     keep: bool,
     progress: Progress | None,
     context: int,
-    stride: int | None,
+    baseline: bool = True,
+    stride: int | None = None,
     **options: Any,
 ) -> list[results.Evaluation]:
     """Evaluate variants of one version, as `Model.eval` says, with one run of the original for all of them."""

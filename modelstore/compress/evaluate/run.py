@@ -34,10 +34,10 @@ class Choice:
 
     context: int
     stride: int
-    limit: int | None
-    batch: int | None
-    device: str
-    dtype: str
+    limit: int | None = None
+    batch: int | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
 
     def check(self) -> None:
         """`ValueError` where the settings cannot be meant so."""
