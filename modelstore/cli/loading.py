@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import codecs
 import sys
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +28,9 @@ from modelstore.cli.options import (
     size_of,
 )
 from modelstore.text import shown
+
+if TYPE_CHECKING:
+    from modelstore.execute.export.view import ExportedFile
 
 
 class Format(StrEnum):
@@ -120,6 +124,13 @@ def cat(
         str,
         typer.Argument(metavar="FILE", help="One of the model's files, such as config.json.", show_default=False),
     ],
+    exported: Annotated[
+        bool,
+        typer.Option(
+            "--exported",
+            help="One of the files that export would write, such as model.safetensors, as it would write it.",
+        ),
+    ] = False,
     store: StoreUrl = None,
     mirror: Mirrors = None,
     memory: Memory = None,
@@ -128,7 +139,9 @@ def cat(
     """Write one of the model's files to stdout, as it is; on a terminal, with what would steer it shown as escapes."""
     opened = open_store(store, memory=memory, mirrors=mirror)
     with swapped.told(opened, "cat", (ref, path), ("REF", "FILE")):
-        pieces = opened.cat(ref, path)
+        pieces: Iterable[bytes | memoryview] = (
+            _exported(opened.exported(ref), ref, path) if exported else opened.cat(ref, path)
+        )
     if sys.stdout.isatty():
         decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         for piece in pieces:
@@ -139,6 +152,15 @@ def cat(
     for piece in pieces:
         sys.stdout.buffer.write(piece)
     sys.stdout.buffer.flush()
+
+
+def _exported(files: Mapping[str, ExportedFile], ref: str, path: str) -> Iterable[bytes | memoryview]:
+    """A file of an export, in pieces."""
+    from modelstore.errors import NotFoundError
+
+    if path not in files:
+        raise NotFoundError(f"the export of {ref} has no file {path!r}: it has {', '.join(files)}")
+    return files[path].stream()
 
 
 def export(

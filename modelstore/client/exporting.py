@@ -1,4 +1,4 @@
-"""Writing a variant to files of another format."""
+"""Writing a variant to files of another format, and reading these files without writing them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from modelstore.format.units import Size, parse_size
 from modelstore.plan.layout import Shard, Share, as_layout
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from modelstore.client.reading import Readable
+    from modelstore.compress.engine.export import EngineLayout
+    from modelstore.execute.export.view import ExportedFile
 
 MAX_SHARD = 5_000_000_000  # bytes of one file of an exported folder
 
@@ -48,7 +52,7 @@ def export(
     if names is not None or shard is not None:
         _check_part(opened, shares := opened.shares(as_layout(shard), names))
     write: Callable[..., results.Exported]
-    dense = False
+    layout = None
     if format == "zarr":
         from modelstore.integrations.zarr_export import export_zarr
 
@@ -58,41 +62,75 @@ def export(
 
         write = partial(export_gguf, opened.reader, name=model.name, gguf_type=gguf_type)
     else:
-        write, dense = _safetensors(opened, format, dequantize, activations, limit, shares)
+        layout = _engine_layout(opened, dequantize, activations) if format == "hf" else None
+        write = partial(_safetensors, opened, format, layout, limit, shares)
     work = access.work(progress).begin(opened.nbytes(shares), f"exporting {model.asked}")
     write = partial(write, work=work, overwrite=overwrite)
     done = deliver(path, storage_options, format=format, overwrite=overwrite, export=write)
-    if dense:
+    if format == "hf" and layout is None and not dequantize:
         access.tell_dense(model.reference, model.asked, done)
     return done
+
+
+def exported(
+    access: Access,
+    model: Readable,
+    *,
+    format: Literal["hf", "safetensors", "gguf"],
+    gguf_type: str | None,
+    dequantize: bool,
+    activations: Literal["int8"] | None,
+    max_shard_bytes: Size,
+) -> dict[str, ExportedFile]:
+    """The files that `export` writes, as `Model.exported` says."""
+    from modelstore.execute.export.files import folder
+    from modelstore.execute.export.layout import one_file
+    from modelstore.execute.export.view import ExportedFile
+
+    limit = parse_size(max_shard_bytes)
+    check_export(format, "", gguf_type, dequantize, limit, activations)
+    opened = model.opened()
+    if format == "safetensors":
+        outputs = [one_file(opened.manifest, "model.safetensors")]
+    elif format == "gguf":
+        from modelstore.integrations.gguf.export import gguf_file
+
+        stem = model.name.rpartition("/")[2]
+        path = f"{stem}-{gguf_type}.gguf" if gguf_type else f"{stem}.gguf"
+        outputs = [gguf_file(opened.reader, path, name=model.name, gguf_type=gguf_type)]
+    else:
+        layout = _engine_layout(opened, dequantize, activations)
+        outputs = folder(opened.reader, max_shard_bytes=limit, **_in_place(layout))
+    return {output.path: ExportedFile(opened.reader, output, access.limits()) for output in outputs}
+
+
+def _engine_layout(opened: Variant, dequantize: bool, activations: Literal["int8"] | None) -> EngineLayout | None:
+    """How a variant is written packed; None where it is written dense."""
+    if dequantize:
+        return None
+    from modelstore.compress.engine.export import engine_layout
+
+    return engine_layout(opened.reader, opened.config(), activations)
+
+
+def _in_place(layout: EngineLayout | None) -> dict[str, Any]:
+    """What of a folder is written otherwise than it is stored."""
+    return {"packed": layout.packed, "instead": {"config.json": layout.config}} if layout else {}
 
 
 def _safetensors(
     opened: Variant,
     format: Literal["hf", "safetensors"],
-    dequantize: bool,
-    activations: Literal["int8"] | None,
+    layout: EngineLayout | None,
     limit: int,
     shares: Mapping[str, Share] | None,
-) -> tuple[Callable[..., results.Exported], bool]:
-    """What writes a folder or one file, and whether a compressed variant is written dense though nobody asked for that."""
+    path: Path,
+    **rest: Any,
+) -> results.Exported:
+    """Write a folder or one file."""
     from modelstore.execute.export.files import export as write
 
-    layout = None
-    if format == "hf" and not dequantize:
-        from modelstore.compress.engine.export import engine_layout
-
-        layout = engine_layout(opened.reader, opened.config(), activations)
-    written = partial(
-        write,
-        opened.reader,
-        format=format,
-        max_shard_bytes=limit,
-        packed=layout.packed if layout else None,
-        instead={"config.json": layout.config} if layout else None,
-        shares=shares,
-    )
-    return written, format == "hf" and layout is None and not dequantize
+    return write(opened.reader, path, format=format, max_shard_bytes=limit, shares=shares, **_in_place(layout), **rest)
 
 
 def _check_part(model: Variant, shares: Mapping[str, Share]) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from modelstore.calibrate.text import Calibration
+    from modelstore.execute.export.view import ExportedFile
     from modelstore.integrations.zarr import ModelArrays
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -135,6 +136,25 @@ class OfModels(OpenedStore):
             shard=shard,
             storage_options=storage_options,
             progress=progress,
+        )
+
+    @told_by(Model.exported, "store[ref].exported(…)")
+    def exported(
+        self,
+        ref: str,
+        *,
+        format: Literal["hf", "safetensors", "gguf"] = "hf",
+        gguf_type: str | None = None,
+        dequantize: bool = False,
+        activations: Literal["int8"] | None = None,
+        max_shard_bytes: Size = MAX_SHARD,
+    ) -> dict[str, ExportedFile]:
+        return self._at(ref).exported(
+            format=format,
+            gguf_type=gguf_type,
+            dequantize=dequantize,
+            activations=activations,
+            max_shard_bytes=max_shard_bytes,
         )
 
     @told_by(Model.describe, "store[ref].describe(…)")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.calibrate.text import Calibration
 from modelstore.client.access import Access
 from modelstore.client.bounded import bounded
 from modelstore.client.compressing import compress, plan_compression
 from modelstore.client.evaluating import DTypeName, evaluate
-from modelstore.client.exporting import MAX_SHARD, export
+from modelstore.client.exporting import MAX_SHARD, export, exported
 from modelstore.client.fitting import Wish, check_asked, plan_fit
 from modelstore.client.fitting import fit as fit_to
 from modelstore.client.reading import Readable
@@ -21,6 +21,9 @@ from modelstore.format.progress import Progress
 from modelstore.format.recipe import Recipe
 from modelstore.format.units import Size
 from modelstore.plan.layout import Shard
+
+if TYPE_CHECKING:
+    from modelstore.execute.export.view import ExportedFile
 
 
 class Model(Readable):
@@ -105,6 +108,48 @@ class Model(Readable):
             shard=shard,
             storage_options=storage_options,
             progress=progress,
+        )
+
+    def exported(
+        self,
+        *,
+        format: Literal["hf", "safetensors", "gguf"] = "hf",
+        gguf_type: str | None = None,
+        dequantize: bool = False,
+        activations: Literal["int8"] | None = None,
+        max_shard_bytes: Size = MAX_SHARD,
+    ) -> dict[str, ExportedFile]:
+        """The files that `export` would write, without writing them: any bytes of them can be read.
+
+        A range of a file is made of the chunks that it touches, and of no others. Sizes are known before anything is read.
+
+        Args:
+            format: As for `export`: the files of a folder, or the one file "model.safetensors" or "NAME.gguf".
+            gguf_type: As for `export`.
+            dequantize: As for `export`.
+            activations: As for `export`.
+            max_shard_bytes: As for `export`.
+
+        Returns:
+            The files by their paths, in the order in which they are written.
+
+        Raises:
+            NotFoundError: There is no such model, version or variant.
+            UnsupportedError: The format cannot hold this variant.
+
+        Example:
+            >>> files = store["acme/llama:int4"].exported()
+            >>> sizes = {path: file.size for path, file in files.items()}
+            >>> files["model.safetensors"].read(0, 1 << 20)
+        """
+        return exported(
+            self._access,
+            self,
+            format=format,
+            gguf_type=gguf_type,
+            dequantize=dequantize,
+            activations=activations,
+            max_shard_bytes=max_shard_bytes,
         )
 
     def compress(

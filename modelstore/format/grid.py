@@ -105,9 +105,21 @@ def slabs(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[Region]:
     """
     shape, chunk = tuple(shape), tuple(chunk)
     # Leading dimensions that are cut into single steps go step by step; the next one chunk by chunk; the rest is whole.
-    lead = next((i for i, c in enumerate(chunk) if c != 1), max(0, len(shape) - 1)) + 1
+    lead = _lead(chunk) + 1
     for index in range(count(shape[:lead], chunk[:lead]) if 0 not in shape else 0):
         yield chunk_region(shape[:lead], chunk[:lead], index) + tuple((0, n) for n in shape[lead:])
+
+
+def _lead(chunk: Sequence[int]) -> int:
+    """The dimension along which slabs follow each other."""
+    return next((i for i, c in enumerate(chunk) if c != 1), max(0, len(chunk) - 1))
+
+
+def slab_sizes(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, int]:
+    """(period, slab): the elements of a slab of `slabs`, and after how many of them slabs begin anew, the last cut short."""
+    lead = _lead(chunk)
+    inner = math.prod(shape[lead + 1 :])
+    return math.prod(shape[lead:]), math.prod(chunk[lead : lead + 1]) * inner
 
 
 def bands(region: Region, itemsize: int, limit: int) -> Iterator[Region]:

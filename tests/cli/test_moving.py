@@ -81,6 +81,13 @@ def test_cat(saved: Command) -> None:
     assert "config.json" in saved("cat", "acme/toy", "other.json", code=1).output
 
 
+def test_cat_of_a_file_that_export_would_write(saved: Command, tmp_path: Path) -> None:
+    saved("export", "acme/toy", str(tmp_path / "out"))
+    written = (tmp_path / "out/model.safetensors").read_bytes()
+    assert saved("cat", "acme/toy", "model.safetensors", "--exported").stdout_bytes == written
+    assert "model.safetensors" in saved("cat", "acme/toy", "other.json", "--exported", code=1).output
+
+
 def test_load_of_some_tensors(saved: Command, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     saved("load", "acme/toy@1", "-o", out, "--names", "layer.0.*", "--names", "steps")

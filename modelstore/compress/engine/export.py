@@ -29,7 +29,7 @@ from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import dtype
 from modelstore.format.manifest import Tensor
-from modelstore.format.region import Region, Shape, nbytes
+from modelstore.format.region import Region, Shape, extent, nbytes
 from modelstore.plan.read import Want, plan_read
 
 _WORD = (
@@ -73,7 +73,16 @@ def engine_layout(
             f"{_DENSE}"
         )
     choice = choose(reader.manifest, views, config, modules_of(config, len(reader.manifest.tensors)))
-    packed = {name: Packed(reader, reader.manifest.by_name[name], view) for name, view in choice.packed.items()}
+    packed: dict[str, Packing] = {}
+    kinds: dict[
+        tuple[int, str], Mapping[str, np.dtype[Any]]
+    ] = {}  # what a codec unpacks a dtype into: read of one weight
+    for name, view in choice.packed.items():
+        tensor = reader.manifest.by_name[name]
+        same = (tensor.codec, tensor.dtype)
+        if same not in kinds:
+            kinds[same] = _kinds(reader, tensor, view)
+        packed[name] = Packed(reader, tensor, view, kinds[same])
     made = {**config, "quantization_config": choice.quantization}
     return EngineLayout(packed, json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n")
 
@@ -100,12 +109,11 @@ def _beside_int8(reader: Reader, views: Mapping[str, EngineView]) -> Iterator[tu
 class Packed:
     """A weight [rows, columns] as the parts that engines take; see `EngineView.parts`."""
 
-    def __init__(self, reader: Reader, tensor: Tensor, view: EngineView) -> None:
+    def __init__(self, reader: Reader, tensor: Tensor, view: EngineView, kinds: Mapping[str, np.dtype[Any]]) -> None:
         self.tensor = tensor
         self.view = view
         self.unit = math.lcm(units(tensor.shape, view.cells(tensor.shape))[0], _WORD)
         self._codec = json.dumps([reader.codec(tensor).name, view.format, view.scheme()])
-        kinds = _kinds(reader, tensor, view)
         rows = tensor.shape[0]
         one, two = (self._parts(min(rows, n * self.unit), kinds) for n in (1, 2))
         rest = self._parts(rows % self.unit, kinds) if rows % self.unit else {}
@@ -145,9 +153,13 @@ class _Bands:
     key: str
 
     def regions(self, limit: int) -> Iterator[Region]:
-        """Whole rows, in multiples of what shares a scale or a word, and of chunks where these are not too large."""
+        """Whole rows, in multiples of what shares a scale or a word, and of chunks where these are not too large.
+
+        Before them no rows at all, for what is known before any are read.
+        """
         tensor, step = self.packed.tensor, self.packed.unit
         rows = tensor.shape[0]
+        yield ((0, 0), (0, tensor.shape[1]))
         across = max(1, tensor.nbytes // rows)
         chunk = math.lcm(step, tensor.chunk[0])
         step = chunk if chunk * across <= limit else step
@@ -155,22 +167,31 @@ class _Bands:
         for start in range(0, rows, step):
             yield ((start, min(rows, start + step)), (0, tensor.shape[1]))
 
-    def read(self, reader: Reader, region: Region) -> list[tuple[int, Bytes]]:
+    def places(self, region: Region) -> list[tuple[int, int]]:
+        """As `Form.places`: each part's rows; with the first of them the parts that do not grow with rows; before, the shape."""
+        return [(self.offsets[name] + at, length) for name, at, length in self._spans(region)]
+
+    def read(self, reader: Reader, region: Region) -> list[Bytes]:
         """As `Form.read`."""
         tensor = self.packed.tensor
+        if not extent(region)[0]:
+            return [np.array(tensor.shape, "<i8").view(np.uint8) for _ in self._spans(region)]
         parts = read_parts(reader, tensor, self.packed.view, region)
-        pieces = []
-        start = region[0][0]
-        for name, part in parts.items():
-            step = self.packed.steps[name]
-            data = np.array(tensor.shape, "<i8").view(np.uint8) if name == _SHAPE else part.data
-            if step or start == 0:
-                pieces.append((self.offsets[name] + start // self.packed.unit * step, data))
-        return pieces
+        return [parts[name].data for name, _, _ in self._spans(region)]
+
+    def _spans(self, region: Region) -> Iterator[tuple[str, int, int]]:
+        """Which bytes of which parts a region of rows makes: where they begin, and how many they are."""
+        packed, (start, stop) = self.packed, region[0]
+        for name, (kind, shape) in packed.specs.items():
+            size, step = nbytes(shape, dtype(kind).itemsize), packed.steps[name]
+            first = start // packed.unit * step
+            last = size if stop == packed.tensor.shape[0] or not step else stop // packed.unit * step
+            if (name == _SHAPE) == (start == stop) and (step or start == 0):
+                yield name, first, last - first
 
 
 def _kinds(reader: Reader, tensor: Tensor, view: EngineView) -> dict[str, np.dtype[Any]]:
-    """The dtypes of a weight's arrays, from its first chunk."""
+    """The dtypes of a weight's arrays, from its first chunk; the same for each of its codec and dtype."""
     region = grid.chunk_region(tensor.shape, tensor.chunk, 0)
     want = Want.of(tensor, region)
     for job in plan_read(reader.manifest, [want]):

@@ -4,6 +4,7 @@ layout   which files there are, and where each tensor lies in them
 target   the folder they go to: hidden until whole, resumable, one export at a time
 share    ranks' shares of tensors
 write    the work itself
+view     the same files read without being written
 """
 
 from __future__ import annotations
@@ -58,19 +59,12 @@ def export(
     """
     started = time.monotonic()
     path = Path(os.path.abspath(path))  # noqa: PTH100  a link at the end is followed when it is opened, not before
-    manifest = reader.manifest
-    outputs: list[OutFile]
     if format == "safetensors":
         if path.suffix != ".safetensors":
             raise ValueError(f"{path} is not the name of a safetensors file: let it end in .safetensors")
-        outputs = [one_file(manifest, path.name, None if shares is None else cuts(manifest, shares))]
+        outputs = [one_file(reader.manifest, path.name, None if shares is None else cuts(reader.manifest, shares))]
     elif format == "hf":
-        if max_shard_bytes < 1:
-            raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")
-        config = model_config(reader)
-        files, names = {file.name for file in manifest.files}, {tensor.name for tensor in manifest.tensors}
-        places = checkpoint.places(files, names, json_object(reader, checkpoint.PIPELINE), config)
-        outputs = directory(manifest, config, places, max_shard_bytes, packed, instead)
+        outputs = folder(reader, max_shard_bytes=max_shard_bytes, packed=packed, instead=instead)
     else:
         raise ValueError(f"format {format!r} is not known: hf and safetensors are")
     with Target(path, outputs, single=format == "safetensors", overwrite=overwrite) as target:
@@ -82,3 +76,19 @@ def export(
         sum(output.size for output in outputs),
         time.monotonic() - started,
     )
+
+
+def folder(
+    reader: Reader,
+    *,
+    max_shard_bytes: int = MAX_SHARD,
+    packed: Mapping[str, Packing] | None = None,
+    instead: Mapping[str, bytes] | None = None,
+) -> list[OutFile]:
+    """The files of "hf", as `export` writes them."""
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")
+    manifest, config = reader.manifest, model_config(reader)
+    files, names = {file.name for file in manifest.files}, {tensor.name for tensor in manifest.tensors}
+    places = checkpoint.places(files, names, json_object(reader, checkpoint.PIPELINE), config)
+    return directory(manifest, config, places, max_shard_bytes, packed, instead)

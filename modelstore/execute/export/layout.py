@@ -47,8 +47,11 @@ class Form(Protocol):
     def regions(self, limit: int) -> Iterator[Region]:
         """The tensor in regions of about `limit` raw bytes, in order."""
 
-    def read(self, reader: Reader, region: Region) -> list[tuple[int, Bytes]]:
-        """A region read and made into what is written: offsets in the file, and the bytes there."""
+    def places(self, region: Region) -> list[tuple[int, int]]:
+        """Where a region's bytes go: runs of the file, each as its offset and how many bytes it has."""
+
+    def read(self, reader: Reader, region: Region) -> list[Bytes]:
+        """A region read and made into what is written: the bytes of each of its `places`."""
 
 
 class Packing(Protocol):
@@ -198,6 +201,11 @@ def _shards(place: Weights, items: Sequence[_Item], metadata: Mapping[str, str],
         text = index.encode() + b"\n"
         files.append(OutFile(place.folder + place.index, text, (), len(text), place))
     return files
+
+
+def block_limit(memory: int) -> int:
+    """Raw bytes that are read and made into what is written at once, within that much working memory."""
+    return max(2 << 20, min(16 << 20, memory // 16))
 
 
 def blocks(tensor: Tensor, limit: int) -> Iterator[Region]:

@@ -51,26 +51,33 @@ class _Shared:
                 if region is not None:
                     yield region
 
-    def read(self, reader: Reader, region: Region) -> list[tuple[int, Bytes]]:
-        """A region of the tensor, and where its runs of bytes go."""
-        data = reader.region(self.tensor, region)
-        runs: list[tuple[int, Bytes]] = []
+    def places(self, region: Region) -> list[tuple[int, int]]:
+        """As `Form.places`."""
+        runs: list[tuple[int, int]] = []
         for source, target in self.share.pieces():
             if intersect(source, region) == region:
-                runs += self._runs(data, shift(region, _moved(source, target)))
+                runs += self._runs(shift(region, _moved(source, target)))
         return runs
 
-    def _runs(self, data: Bytes, placed: Region) -> Iterator[tuple[int, Bytes]]:
+    def read(self, reader: Reader, region: Region) -> list[Bytes]:
+        """As `Form.read`; a region that lies at several places of the share is read once."""
+        data, at, found = reader.region(self.tensor, region), 0, []
+        for _, length in self.places(region):
+            found.append(data[at : at + length])
+            at = (at + length) % max(1, len(data))
+        return found
+
+    def _runs(self, placed: Region) -> Iterator[tuple[int, int]]:
         """A region of the share as runs of bytes in the file."""
         shape, itemsize = self.share.shape, self.tensor.kind.itemsize
         # The dimensions before `inner` are walked; from there on the region is one run.
         inner = next(i for i in range(len(shape) + 1) if is_contiguous(placed[i:], shape[i:]))
         lead = extent(placed)[:inner]
-        run = len(data) // max(1, math.prod(lead))
-        for number, index in enumerate(np.ndindex(*lead)):
+        run = math.prod(extent(placed)[inner:]) * itemsize
+        for index in np.ndindex(*lead):
             corner = tuple((a + i, a + i + 1) for (a, _), i in zip(placed, index, strict=False))
             at = self.offset + offset((*corner, *placed[inner:]), shape) * itemsize
-            yield at, data[number * run : (number + 1) * run]
+            yield at, run
 
 
 def cuts(manifest: Manifest, shares: Mapping[str, Share]) -> dict[str, Packing | None]:

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from modelstore.execute.export.layout import OutFile, PlacedTensor
+from modelstore.execute.export.layout import OutFile, PlacedTensor, block_limit
 from modelstore.execute.export.target import Done, Target, writing
 from modelstore.execute.read.reader import Reader
 from modelstore.format.buffers import Bytes, view
@@ -49,7 +49,7 @@ class _Block:
 
 def write(reader: Reader, outputs: Sequence[OutFile], target: Target, work: Work) -> None:
     """Write all files to where they are staged, going on from what an earlier run left."""
-    limit = max(2 << 20, min(16 << 20, work.memory // 16))
+    limit = block_limit(work.memory)
     found = [(output, target.done(output, limit)) for output in outputs]
     _write_all(reader, found, target, work, limit)
     # What an earlier run left was believed so far: it is looked at now that it is whole.
@@ -106,8 +106,10 @@ def _formed(reader: Reader, wanted: Sequence[_Block], work: Work, limit: int, wr
     ahead = max(1, min(2 * threads, work.memory // (4 * limit)))
 
     def read(block: _Block) -> list[tuple[int, Bytes]]:
-        assert block.placed.form is not None
-        return block.placed.form.read(reader, block.region)
+        form = block.placed.form
+        assert form is not None
+        places, found = form.places(block.region), form.read(reader, block.region)
+        return [(at, data) for (at, _), data in zip(places, found, strict=True)]
 
     made = ordered(read, wanted, threads, "modelstore-export", ahead=ahead)
     for block, pieces in zip(wanted, made, strict=True):

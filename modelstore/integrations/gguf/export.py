@@ -55,10 +55,19 @@ def export_gguf(
     """
     started = time.monotonic()
     path = Path(os.path.abspath(path))  # noqa: PTH100  a link at the end stays what it is
-    if gguf_type is not None and gguf_type not in TYPES:
-        raise ValueError(f"gguf_type={gguf_type!r} is not known: {', '.join(TYPES)} are")
     if path.suffix != ".gguf":
         raise ValueError(f"{path} is not the name of a GGUF file: let it end in .gguf")
+    output = gguf_file(reader, path.name, name=name, gguf_type=gguf_type)
+    with Target(path, [output], single=True, overwrite=overwrite) as target:
+        write(reader, [output], target, work)
+        target.place()
+    return results.Exported(str(path), (path.name,), output.size, time.monotonic() - started)
+
+
+def gguf_file(reader: Reader, path: str, *, name: str, gguf_type: str | None = None) -> OutFile:
+    """The one file of a model named `name`, as `export_gguf` writes it to `path`; its errors."""
+    if gguf_type is not None and gguf_type not in TYPES:
+        raise ValueError(f"gguf_type={gguf_type!r} is not known: {', '.join(TYPES)} are")
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -67,19 +76,11 @@ def export_gguf(
     if manifest.metadata.get(CONTENT) == "blocks":
         if gguf_type is not None:
             raise ValueError("the model was saved as the blocks of a GGUF file, and is written so: leave gguf_type out")
-        output = _again(reader, path.name)
-        with Target(path, [output], single=True, overwrite=overwrite) as target:
-            write(reader, [output], target, work)
-            target.place()
-        return results.Exported(str(path), (path.name,), output.size, time.monotonic() - started)
+        return _again(reader, path)
     config = model_config(reader)
     model = gguf_model(manifest, config)
     vocabulary = read_vocabulary(_files(reader), config or {}, int(model.values[".vocab_size"]))
-    output = layout(model, vocabulary, path.name, name, gguf_type or _default(model))
-    with Target(path, [output], single=True, overwrite=overwrite) as target:
-        write(reader, [output], target, work)
-        target.place()
-    return results.Exported(str(path), (path.name,), output.size, time.monotonic() - started)
+    return layout(model, vocabulary, path, name, gguf_type or _default(model))
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,22 @@ class _Rows:
         for start in range(0, rows, step):
             yield ((start, min(rows, start + step)), *((0, n) for n in tensor.shape[1:]))
 
-    def read(self, reader: Reader, region: Region) -> list[tuple[int, Bytes]]:
+    def places(self, region: Region) -> list[tuple[int, int]]:
+        """As `Form.places`."""
+        (start, stop), *rest = region
+        width = row_bytes(self.kind, math.prod(extent(tuple(rest))))
+        return [(self.offset + start * width, (stop - start) * width)]
+
+    def read(self, reader: Reader, region: Region) -> list[Bytes]:
+        """As `Form.read`."""
         tensor = self.named.tensor
         raw = reader.region(tensor, region)
-        rows, columns = extent(region)[0], math.prod(extent(region)[1:])  # of a vector, each number is a row
+        rows = extent(region)[0]  # of a vector, each number is a row
         if self.named.head:
             raw = raw.reshape(rows, -1)[rows_in_order(rows, self.named.head)].reshape(-1)
-        width = row_bytes(self.kind, columns)
         same = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(self.kind) == tensor.dtype
         data = raw if same else quantize(to_float32(raw, tensor.kind), self.kind)
-        return [(self.offset + region[0][0] * width, data)]
+        return [data]
 
 
 def _again(reader: Reader, path: str) -> OutFile:
