@@ -31,12 +31,14 @@ class Place:
     """Where a weight of the checkpoint goes. `why`: why it is not packed there, as the end of "it …"; None where it can be.
 
     `fused`: the parameter of which it becomes one part, such as that of all experts of a layer, by a conversion that takes
-    packed weights apart; None where it stays by itself. `needed`: transformers looks at the layer's `weight` before it unpacks.
+    packed weights apart; None where it stays by itself. `early`: why it has to be unpacked while the model is loaded, and not
+    when it runs first, as the end of "it …". `needed`: so it is where its packed layer has no `weight`.
     """
 
     module: str
     why: str | None = None
     fused: str | None = None
+    early: str | None = None
     needed: bool = False
 
 
@@ -46,6 +48,10 @@ class Modules(Protocol):
     @property
     def linears(self) -> Sequence[str]:
         """The names of all modules that engines quantize where a config says "Linear" and does not name them as ignored."""
+
+    @property
+    def early(self) -> str | None:
+        """Why all weights have to be unpacked while the model is loaded, as a sentence; None where they need not."""
 
     def place(self, name: str, shape: Shape) -> Place:
         """Where a weight of the checkpoint of that name and shape goes."""
@@ -75,6 +81,7 @@ class _Plain:
     """Modules that bear the names of their weights."""
 
     linears = ()
+    early = None
 
     def place(self, name: str, shape: Shape) -> Place:  # noqa: ARG002
         """As `Modules.place`."""
@@ -99,7 +106,7 @@ class _Built:
         parts = (f"{name}.{part}" for name in self._linears for part in _PARTS)
         self._known = {**model.state_dict(), **dict.fromkeys(parts, True)}
         _refuse_replaced(self._modules.values())
-        _refuse_cast(model, self._modules)
+        self.early = _cast(model, self._modules)
         self._float32 = _kept_in_float32(model)
         self._needed = _needed(model, self._modules, self._linears)
 
@@ -125,8 +132,6 @@ class _Built:
             return Place(module, f"{what}: {type(found).__name__} of transformers")
         if there in self._tied:
             return Place(module, "is tied to another weight")
-        if self._float32(f"{owner}.weight_scale") and not self._float32(there):
-            return Place(module, "is unpacked to float32, as transformers keeps its scales so")
         if tuple(self._known[there].shape) != shape:
             raise UnsupportedError(
                 f"tensor {name!r} is {list(shape)} where config.json describes a model with {list(self._known[there].shape)}: "
@@ -135,7 +140,9 @@ class _Built:
             )
         if any(self._rename(part_name(name, part), self._known)[0] != f"{owner}.{part}" for part in _PARTS):
             return Place(module, "is renamed by transformers, which does not rename its packed parts")
-        return Place(module, needed=owner in self._needed)
+        wide = self._float32(f"{owner}.weight_scale") and not self._float32(there)
+        early = "is unpacked to float32 where it runs, as transformers keeps its scales so" if wide else None
+        return Place(module, early=early, needed=owner in self._needed)
 
     def _converted(self, there: str, source: str) -> Place:
         """The place of a tensor that transformers makes something else of while it loads."""
@@ -187,15 +194,13 @@ def _kept_in_float32(model: Any) -> Callable[[str], bool]:
     return lambda name: found is not None and found.search(name) is not None
 
 
-def _refuse_cast(model: Any, modules: Mapping[str, Any]) -> None:
-    """A model that gives a buffer another dtype while it runs: compressed-tensors keeps the one that the buffer has."""
+def _cast(model: Any, modules: Mapping[str, Any]) -> str | None:
+    """The buffer that a model gives another dtype while it runs: beside packed layers it keeps the one that it has."""
     for name, one in modules.items():
         for buffer in one._buffers:
             if buffer in _cast_by(type(one)):  # type: ignore[arg-type]  # classes are hashable
-                raise UnsupportedError(
-                    f"{type(model).__name__} of transformers casts '{name}.{buffer}' while it runs, which has no effect beside "
-                    f"packed weights: {_DENSE}"
-                )
+                return f"{type(model).__name__} of transformers casts '{name}.{buffer}' while it runs"
+    return None
 
 
 @cache

@@ -117,14 +117,12 @@ def test_transformers_computes_the_same_from_packed_weights(tmp_path: Path, name
 def test_zero_points(tmp_path: Path, bits: int) -> None:
     # Packed zero points are loaded where transformers dequantizes while it loads: what compressed-tensors 0.20 makes
     # of a module on the meta device has them unpacked, and its own checkpoints of that kind do not fit either.
-    from transformers import CompressedTensorsConfig
-
     store = saved(tmp_path)
     store.compress("m", recipe("int", bits=bits, symmetric=False, group_size=64), variant="v")
     packed = exported(store, tmp_path / "packed")
     dense = exported(store, tmp_path / "dense", dequantize=True)
-    found = logits(packed, quantization_config=CompressedTensorsConfig(dequantize=True))
-    assert torch.equal(found, logits(dense))
+    assert json.loads((packed / "config.json").read_text())["quantization_config"]["dequantize"] is True
+    assert torch.equal(logits(packed), logits(dense))
 
 
 @pytest.mark.parametrize("variant", ["int8", "int4"])
@@ -179,8 +177,6 @@ def odd() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_odd_rows_are_packed_and_columns_that_do_not_fit_are_dense(tmp_path: Path, symmetric: bool) -> None:
-    from transformers import CompressedTensorsConfig
-
     store = saved(tmp_path, odd(), ODD | {"tie_word_embeddings": False})
     store.compress("m", recipe("int", ("linear", "head"), bits=4, group_size=32, symmetric=symmetric), variant="v")
     packed = exported(store, tmp_path / "packed")
@@ -194,8 +190,7 @@ def test_odd_rows_are_packed_and_columns_that_do_not_fit_are_dense(tmp_path: Pat
     if not symmetric:
         assert found[f"{LAYER}self_attn.k_proj.weight_zero_point"].shape == (3, 4)
     dense = exported(store, tmp_path / "dense", dequantize=True)
-    options = {} if symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    assert torch.equal(logits(packed, **options), logits(dense))
+    assert torch.equal(logits(packed), logits(dense))
 
 
 # ---------------------------------------------------------------------- how they are written

@@ -2,7 +2,8 @@
 
 The rule is what transformers and compressed-tensors load, and vLLM's config reader takes: a packed weight is that of an untied
 linear layer whose shape its codec has a layout for. Weights that transformers makes one parameter of while it loads, such
-as experts, are dequantized then, all of a model by one scheme, and for a few schemes only.
+as experts, are dequantized then, all of a model by one scheme, and for a few schemes only. Where a layer would not bear that
+its weight is missing until the model runs, config.json has transformers dequantize all of the model while it loads.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _DENSE = "export it with dequantize=True"
 # What vLLM's kernels for int8 weights want to be told of activations: rounded token by token, when they are there.
 _TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 _UNPACKED = ("float-quantized", "int-quantized")  # a layer's codes are its `weight`
-_BFLOAT16 = ("mxfp4-pack-quantized", "nvfp4-pack-quantized")  # what layers of other models could not multiply
+# What compressed-tensors unpacks to bfloat16: powers of two times numbers of four bits are exact in it, others are rounded.
+_EXACT, _ROUNDED = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
+_WORD = 32  # bits, into which the zero points of several rows are packed
 _LOADED = "compress with int4, int8, fp8 or mxfp4"
 
 
@@ -48,37 +51,76 @@ class _SortedWeights:
     modules: set[str] = field(default_factory=set)
     fused: dict[str, dict[str, EngineView | None]] = field(default_factory=dict)  # parameter → its tensors
     dense: list[str] = field(default_factory=list)  # modules that "Linear" could mean
+    early: list[str] = field(default_factory=list)  # packed ones that have to be dequantized while they are loaded
     reasons: list[tuple[int, str]] = field(default_factory=list)  # bytes of a tensor, why it is dense
 
 
 def choose(
-    manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[str, Any], modules: Modules
+    manifest: Manifest,
+    views: Mapping[str, EngineView],
+    config: Mapping[str, Any],
+    modules: Modules,
+    plain: Mapping[str, EngineView],
 ) -> EngineChoice:
-    """Which weights are packed. `UnsupportedError` where engines could not load the whole as it would be written."""
-    found = _sorted(manifest, views, config, modules)
+    """Which weights are packed. `UnsupportedError` where engines could not load the whole as it would be written.
+
+    `plain`: the same weights without what `views` have beside them, such as int8 activations. Those that transformers makes one
+    parameter of are packed so.
+    """
+    views = _taken_apart(manifest, views, modules, plain)
+    found = _sorted(manifest, views, config, modules, early=True)
+    if found.early and len({_key(view) for view in found.packed.values()}) > 1:
+        found = _sorted(manifest, views, config, modules, early=False)  # transformers does so for one scheme only
     why = min(found.reasons)[1] if found.reasons else "none is linear"
     if not found.packed:
         raise UnsupportedError(f"no weight can be packed for engines ({why}): {_DENSE}")
     together = {name for members in found.fused.values() for name in members}
     groups = _grouped(found.packed, together)
     _check_fused(found, together)
-    if len(groups) > 1 and not all(view.scheme().get("symmetric", True) for view, _ in groups):
-        raise UnsupportedError(
-            f"the variant has weights with zero points beside other ones, which transformers takes for one scheme: {_DENSE}"
-        )
-    if not all(view.scheme().get("symmetric", True) for view, _ in groups):
-        log.warning(
-            "transformers loads weights with zero points with quantization_config=CompressedTensorsConfig(dequantize=True) only"
-        )
+    whole = _in_loading(found, groups, modules)
     if found.reasons:
         more = f" (and {len(found.reasons) - 1} more like it)" if len(found.reasons) > 1 else ""
         log.warning("%s%s", why, more)
-    return EngineChoice(found.packed, _quantization(groups, _ignored(found, manifest, modules), modules))
+    return EngineChoice(found.packed, _quantization(groups, _ignored(found, manifest, modules), modules, whole))
+
+
+def _taken_apart(
+    manifest: Manifest, views: Mapping[str, EngineView], modules: Modules, plain: Mapping[str, EngineView]
+) -> dict[str, EngineView]:
+    """The views, with the plain ones where transformers takes only these apart."""
+    found = dict(views)
+    for name, view in views.items():
+        other = name.endswith(_WEIGHT) and not _loaded_in_one(view) and _loaded_in_one(plain[name])
+        if other and modules.place(name, manifest.by_name[name].shape).fused is not None:
+            found[name] = plain[name]
+    changed = [name for name in views if found[name] is not views[name]]
+    if changed:
+        log.warning(
+            "%d weights such as %r are written for activations as they are: transformers makes one parameter of them while it "
+            "loads them, and takes them so only",
+            len(changed),
+            changed[0],
+        )
+    return found
+
+
+def _in_loading(found: _SortedWeights, groups: Sequence[tuple[EngineView, list[str]]], modules: Modules) -> bool:
+    """Whether transformers has to dequantize all weights while it loads them, for which they must have one scheme.
+
+    Its compressed layers have a place for zero points of another shape, and no `weight` until they run.
+    """
+    affine = not all(view.scheme().get("symmetric", True) for view, _ in groups)
+    if len(groups) > 1 and (affine or modules.early):
+        what = "has weights with zero points beside other ones" if affine else f"has {len(groups)} schemes"
+        because = f" ({modules.early})" if modules.early else ""
+        raise UnsupportedError(f"the variant {what}, which transformers takes for one scheme{because}: {_DENSE}")
+    return affine or bool(modules.early or found.early)
 
 
 def _sorted(
-    manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[str, Any], modules: Modules
+    manifest: Manifest, views: Mapping[str, EngineView], config: Mapping[str, Any], modules: Modules, *, early: bool
 ) -> _SortedWeights:
+    """The weights; with `early` those are packed, too, that have to be dequantized while they are loaded."""
     found = _SortedWeights()
     kinds = kinds_in(manifest, config)
     for tensor in manifest.tensors:
@@ -86,9 +128,12 @@ def _sorted(
         kind = kinds[tensor.name]
         place = modules.place(tensor.name, tensor.shape) if tensor.name.endswith(_WEIGHT) else None
         reason = _reason(tensor, view, place)
+        soon = _early(tensor, view, place) if reason is None else None
+        reason = reason if early else reason or soon
         if view is not None and place is not None and reason is None:
             found.packed[tensor.name] = view
             found.modules.add(place.module)
+            found.early += [tensor.name] if soon else []
         else:
             if place is not None and kind in ("linear", "head", "router"):
                 found.dense.append(tensor.name.removesuffix(_WEIGHT))
@@ -110,11 +155,20 @@ def _reason(tensor: Tensor, view: EngineView | None, place: Place | None) -> str
         return f"is {len(tensor.shape)}-d, which engines have no packed layout for"
     if place is None:
         return "is no layer's weight"
-    if place.needed and view.format not in _UNPACKED:
-        return "is looked at by transformers before it is unpacked"
-    if view.format in _BFLOAT16 and tensor.dtype != "bfloat16":
+    if tensor.dtype != "bfloat16" and (view.format == _ROUNDED or (view.format == _EXACT and place.fused)):
         return f"is {tensor.dtype}, and compressed-tensors unpacks {view.format} to bfloat16 only"
     return _unfit(view, tensor.shape) or place.why
+
+
+def _early(tensor: Tensor, view: EngineView | None, place: Place | None) -> str | None:
+    """Why a weight has to be dequantized while it is loaded, as the end of "it …"; None where it need not."""
+    if view is None or place is None or place.fused is not None:
+        return None
+    if place.needed and view.format not in _UNPACKED:
+        return "is looked at by transformers before it is unpacked"
+    if view.format == _EXACT and tensor.dtype != "bfloat16":
+        return f"is {tensor.dtype}, and compressed-tensors unpacks {view.format} to bfloat16 where it runs"
+    return place.early
 
 
 def _is_stack(tensor: Tensor, kind: Kind) -> bool:
@@ -130,7 +184,10 @@ def _unfit(view: EngineView, shape: Shape) -> str | None:
         view.cells(shape)
     except UnsupportedError as error:
         return f"does not fit: {error}"
-    group = view.scheme().get("group_size")
+    scheme = view.scheme()
+    if not scheme.get("symmetric", True) and shape[0] * scheme["num_bits"] <= _WORD:
+        return f"has {shape[0]} rows, whose zero points are one word, which compressed-tensors does not unpack"
+    group = scheme.get("group_size")
     columns = matrix(shape)[1]
     if isinstance(group, int) and group > 0 and columns % group:
         return f"has {columns} columns, which are not whole groups of {group}"
@@ -201,9 +258,12 @@ def _ignored(found: _SortedWeights, manifest: Manifest, modules: Modules) -> lis
 
 
 def _quantization(
-    groups: Sequence[tuple[EngineView, list[str]]], ignored: Sequence[str], modules: Modules
+    groups: Sequence[tuple[EngineView, list[str]]], ignored: Sequence[str], modules: Modules, whole: bool
 ) -> dict[str, Any]:
-    """compressed-tensors' account of the packed weights: a group for each scheme."""
+    """compressed-tensors' account of the packed weights: a group for each scheme.
+
+    `whole`: transformers dequantizes all of them while it loads them; other engines do not read that.
+    """
     formats = {view.format for view, _ in groups}
 
     def targets(names: Sequence[str]) -> Iterator[str]:
@@ -217,6 +277,7 @@ def _quantization(
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": list(ignored),
+        **({"dequantize": True} if whole else {}),
         "config_groups": {
             f"group_{at}": {
                 "targets": ["Linear"] if len(groups) == 1 else list(dict.fromkeys(targets(names))),

@@ -57,9 +57,8 @@ def engine_layout(
     scheme that transformers does not take apart, a model without a config or quantized when it came; for "int8" also weights
     that are compressed otherwise than to 8 bits, symmetric, with a scale a channel.
     """
-    views = {t.name: view for t in reader.manifest.tensors if (view := _view(reader, t)) is not None}
-    if activations is not None:
-        views = dict(_beside_int8(reader, views))
+    plain = {t.name: view for t in reader.manifest.tensors if (view := _view(reader, t)) is not None}
+    views = plain if activations is None else dict(_beside_int8(reader, plain))
     if not views:
         return None
     if config is None:
@@ -72,7 +71,7 @@ def engine_layout(
             f"the model was quantized before it was saved ({how[:80]}), and its config.json can speak of one scheme only: "
             f"{_DENSE}"
         )
-    choice = choose(reader.manifest, views, config, modules_of(config, len(reader.manifest.tensors)))
+    choice = choose(reader.manifest, views, config, modules_of(config, len(reader.manifest.tensors)), plain)
     packed: dict[str, Packing] = {}
     kinds: dict[
         tuple[int, str], Mapping[str, np.dtype[Any]]
