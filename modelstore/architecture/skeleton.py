@@ -84,6 +84,16 @@ class Skeleton:
         around = [name for name in names if not name.startswith(tuple(skipped))]
         return [*around, *(name for name in names if name.startswith(block))]
 
+    @property
+    def config(self) -> Any:
+        """The part of the model's config that speaks of its blocks."""
+        return self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+
+    @property
+    def widest(self) -> torch.nn.Module:
+        """The block that has most parameters."""
+        return max(self._blocks, key=lambda block: sum(one.numel() for one in block.parameters()))
+
     def carried(self) -> Any:
         """What the stubs return now."""
         return (self._carried,) if self._tuple else self._carried

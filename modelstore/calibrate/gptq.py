@@ -45,8 +45,8 @@ class Factored:
 
     @classmethod
     def of(cls, hessian: torch.Tensor) -> Factored:
-        """hessian: float64 (columns, columns), the sum of outer products of the inputs."""
-        diagonal = hessian.diagonal()
+        """hessian: float64, or float32, (columns, columns), the sum of outer products of the inputs."""
+        diagonal = hessian.diagonal().clone()  # a view would keep all of it
         order = torch.argsort(diagonal, descending=True, stable=True)
         return cls(diagonal, order, *factor(hessian[order][:, order], diagonal[order] == 0))
 
@@ -108,24 +108,33 @@ def _best(part: torch.Tensor, heavy: torch.Tensor, bits: int, stored: torch.dtyp
 def factor(hessian: torch.Tensor, dead: torch.Tensor) -> tuple[torch.Tensor | None, float | None]:
     """The upper Cholesky factor of the inverse, and the damping that it took; None and None where none is enough.
 
-    dead: the columns through which nothing comes; they count as much as the others do on average, so that no scale of the
-    inputs matters.
+    hessian: which is changed. dead: the columns through which nothing comes; they count as much as the others do on average, so
+    that no scale of the inputs matters.
     """
     kind = torch.float64 if len(hessian) <= _EXACT else torch.float32
-    base = hessian.to(kind).clone()
-    mean = live_mean(base.diagonal())
-    base.diagonal()[dead] = mean
+    damped = hessian.to(kind)
+    diagonal = damped.diagonal().clone()
+    mean = live_mean(diagonal)
+    diagonal[dead] = mean
     damping = _DAMP
     while damping <= _MOST_DAMP:
-        damped = base.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return upper.float(), damping
+        damped.diagonal().copy_(diagonal + damping * mean)
+        upper = _upper(damped)
+        if upper is not None:
+            return upper.float(), damping
         damping *= 10
     return None, None
+
+
+def _upper(matrix: torch.Tensor) -> torch.Tensor | None:
+    """The upper Cholesky factor of a matrix's inverse, None where it has none; at most two more matrices are there at a time."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if failed or not bool(torch.isfinite(upper).all()) else upper
 
 
 def live_mean(diagonal: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Calibrates a model block by block: statistics, codes, and what the block gives with them, on which the next one is solved.
 
-One block is in memory at a time, with the sums of its inputs; what it gives for the samples waits in a spool.
+One block is in memory at a time, with the sums of its inputs; what it gives for the samples waits in a spool. A block that an
+earlier run finished is not solved again: it is read as it is stored, and run.
 """
 
 from __future__ import annotations
@@ -11,70 +12,49 @@ from typing import Any
 
 import torch
 
-from modelstore.calibrate.layers import Linears, as_stored, decoded, linears
-from modelstore.calibrate.methods import WAYS, Layer, Solution, coded, rounding_of
-from modelstore.calibrate.statistics import TOKENS, Gathered
+from modelstore.calibrate.block import Asked, Solving
+from modelstore.calibrate.layers import Linears, as_stored, decoded
+from modelstore.calibrate.methods import Solution
+from modelstore.calibrate.shards import runs_of
 from modelstore.calibrate.text import Samples
-from modelstore.calibrate.tuned import Block, tune
-from modelstore.compress.calibrated import Write
+from modelstore.compress.calibrated import Begun, Write
 from modelstore.compress.plan import weight_codec
-from modelstore.compress.stages import Stages
 from modelstore.execute.spool import Spool
 from modelstore.execute.write.encoding import Encoder, Input
 from modelstore.execute.write.packs import Written
-from modelstore.format.manifest import CodecSpec, Manifest
-from modelstore.format.recipe import METHODS, Method
 from modelstore.format.region import full
-
-_SHARDS = 8  # runs that the samples are divided into
-
-
-@dataclass(frozen=True)
-class _Solving:
-    """A block that is solved: its number, its layers that are to be, its values, and the samples with what comes to it."""
-
-    number: int
-    layers: Linears
-    values: Mapping[str, torch.Tensor]
-    shards: Sequence[torch.Tensor]
-    before: Spool
-
-    def came(self, shard: int) -> torch.Tensor | None:
-        """What the block before gave for a shard; None where there is none before."""
-        return self.before[shard] if self.number else None
 
 
 @dataclass
 class Calibrated:
-    """A model's blocks, solved in their order. `specs`: the codec of each tensor that is compressed; `wanted`: how those are
-    found that are to be solved.
+    """A model's blocks, solved in their order, of what is asked; `memory`: bytes for what blocks hand on.
 
     `notes`, once it has run: why tensors among them were made of their weights alone, by name.
     """
 
-    stages: Stages
-    manifest: Manifest
+    asked: Asked
     samples: Samples
-    specs: Mapping[str, CodecSpec]
-    wanted: Mapping[str, Method]
+    shards: Sequence[torch.Tensor]
     memory: int
     notes: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, asked: Asked, samples: Samples, memory: int) -> Calibrated:
+        """On samples of a text, in `memory` bytes. `UnsupportedError` where one sample alone takes more than a quarter."""
+        skeleton = asked.stages.skeleton
+        return cls(asked, samples, runs_of(samples.ids, skeleton, memory // 4), memory // 4)
 
     @property
     def recorded(self) -> dict[str, Any]:
         """What a manifest says of the data."""
         return self.samples.recorded
 
-    def run(self, items: Sequence[Input], write: Write) -> dict[str, Written]:
+    def run(self, items: Sequence[Input], write: Write, begun: Begun) -> dict[str, Written]:
         """Write items, those that are to be solved with their codes. The order is that of the model."""
         left = {item.plan.name: item for item in items}
         written: dict[str, Written] = {}
-        shards = torch.tensor_split(self.samples.ids, min(_SHARDS, len(self.samples.ids)))
         before = Spool(0)
-        count = self.stages.skeleton.count
-        layers = [linears(self.stages, self.manifest, block, self.wanted) for block in range(count)]
-        while layers and not layers[-1]:  # nothing is to be solved behind
-            layers.pop()
+        layers = self.asked.layers()
 
         def keep(solved: Mapping[str, Solution]) -> None:
             fresh = [replace(left[name], encoder=_encoder(one)) for name, one in solved.items() if name in left]
@@ -82,122 +62,84 @@ class Calibrated:
 
         try:
             for block, mine in enumerate(layers):
-                before = self._pass(block, mine, shards, before, keep)
+                done = _finished(begun, block)
+                if done is not None:
+                    self.notes |= done
+                    before = self._pass_on(block, before, self._read(block, begun))
+                else:
+                    before = self._solve(block, mine, before, keep, begun.note)
         finally:
             before.close()
         rest = [item for name, item in left.items() if name not in written]
-        tried = {tensor for mine in layers for _, _, tensor in mine.values()}
-        for name in self.wanted:
-            if name not in tried:
-                self.notes.setdefault(name, "it is no linear layer of a block with a weight of its own")
+        self.notes = self.asked.no_layers(layers) | self.notes
         return written | (write(rest) if rest else {})
 
-    def _pass(
+    def _solve(
         self,
         block: int,
         layers: Linears,
-        shards: Sequence[torch.Tensor],
         before: Spool,
         keep: Callable[[Mapping[str, Solution]], None],
+        note: Callable[[str, Any], None],
     ) -> Spool:
-        """Solve a block, have that kept, and give what the block as it is stored makes of the samples; it is read once."""
-        stored = self.stages.stored(block)
+        """Solve a block, have that kept and noted, and give what the block as it is stored makes of the samples."""
+        stages = self.asked.stages
+        stored = stages.stored(block)
         given = Spool(self.memory // 4)
-        mine = _Solving(block, layers, self.stages.values(block, stored), shards, before)
+        solving = Solving(self.asked, block, layers, stages.values(block, stored), self.shards, before)
         try:
-            solved = self._solve(mine, given)
-            solved |= self._tuned(mine, given, solved)
+            solved = solving.solve(given)
         finally:
             given.close()
+        notes = solving.notes
+        del solving  # the block's values are made anew, as they are stored
+        self.notes |= notes
         keep(solved)
-        made = {name: self._as_stored(name, tensor, solved) for name, tensor in stored.items()}
-        return self.stages.pass_on(block, self.stages.values(block, made), shards, before, self.memory // 2)
+        note(_page(block), {"solved": sorted(solved), "notes": notes})
+        made = {}
+        for name in list(stored):  # one after the other is let go of
+            made[name] = self._as_stored(name, stored.pop(name), solved)
+        del solved
+        return self._pass_on(block, before, made)
 
-    def _solve(self, block: _Solving, given: Spool) -> dict[str, Solution]:
-        """Solve layers one by one. `given` is what the block gives, kept where layers are tuned by it."""
-        gathered = Gathered()
-        kept = any(self._tunes(layer.tensor) for layer in block.layers.values())
-        with (
-            self.stages.skeleton.at(block.number, block.values) as run,
-            gathered.watching({name: layer.module for name, layer in block.layers.items()}),
-        ):
-            for at, ids in enumerate(block.shards):
-                gathered.begin()
-                found = run(ids, block.came(at))
-                if kept:
-                    given.append(found)
-        solved = {}
-        shared, prepared = None, None  # by layers that follow each other, such as q, k and v
-        for name, (_, parameter, tensor) in block.layers.items():
-            read, method = gathered.read_by(name), self.wanted[tensor]
-            weight = block.values[parameter]
-            if read is None or not read.enough:
-                self.notes[tensor] = (
-                    f"{read.count if read else 0} tokens came to its {weight.shape[1]} columns, and {TOKENS} for each are due"
-                )
-                continue
-            if self.specs[tensor].name not in METHODS[method.name].codecs:
-                self.notes[tensor] = (
-                    f"it takes the scheme of a layer that it is fused with, which {method.name} is not for"
-                )
-                continue
-            way = WAYS[method.name]
-            if shared != (gathered.of[name], method.name):
-                shared, prepared = (gathered.of[name], method.name), way.prepare(read.hessian)
-            one = way.solve(self._layer(tensor, weight), prepared)
-            if one.note:
-                self.notes[tensor] = one.note
-            solved[tensor] = one
-        return solved
-
-    def _layer(self, tensor: str, weight: torch.Tensor) -> Layer:
-        codec, kind = weight_codec(self.specs[tensor]), self.manifest.by_name[tensor].kind
-        return Layer(weight, codec, kind, self.wanted[tensor].told)
-
-    def _tunes(self, tensor: str) -> bool:
-        return WAYS[self.wanted[tensor].name].tunes
-
-    def _tuned(self, block: _Solving, given: Spool, solved: Mapping[str, Solution]) -> dict[str, Solution]:
-        """Those of the solved layers whose method tunes, tuned together; none where that gains nothing."""
-        starts = {
-            parameter: (tensor, self._layer(tensor, block.values[parameter]), found)
-            for _, parameter, tensor in block.layers.values()
-            if tensor in solved and self._tunes(tensor) and (found := solved[tensor].coded) is not None
-        }
-        if not starts:
-            return {}
-        roundings = {name: rounding_of(layer, found) for name, (_, layer, found) in starts.items()}
-        told = next(layer.params for _, layer, _ in starts.values())  # the same for all, as recipes are
-        steps, batch, reach = int(told["steps"]), int(told["batch"]), float(told["reach"])
-        places = [(at, row) for at, ids in enumerate(block.shards) for row in range(len(ids))]
-        fresh = {name: torch.empty_like(block.values[name]) for name in starts}
-        with self.stages.skeleton.at(block.number, {**block.values, **fresh}, list(starts)) as run:
-
-            def loss(batch: Sequence[int]) -> torch.Tensor:
-                at = [places[one] for one in batch]
-                ids = torch.stack([block.shards[shard][row] for shard, row in at])
-                came = torch.stack([block.before[shard][row] for shard, row in at]) if block.number else None
-                return (run(ids, came) - torch.stack([given[shard][row] for shard, row in at])).square().mean()
-
-            parameters = {name: self.stages.skeleton.model.get_parameter(name) for name in starts}
-            gained = tune(Block(parameters, loss, len(places)), roundings, steps, batch, reach)
-        if not gained:
-            return {}
+    def _read(self, block: int, begun: Begun) -> dict[str, torch.Tensor]:
+        """What a finished block's tensors read as in the variant; those that were not solved are made again of their weights."""
+        stored = self.asked.stages.stored(block, begun.reader)
+        there = begun.reader.manifest.by_name
         return {
-            tensor: coded(layer, roundings[name].solved(found.damping), solved[tensor].note)
-            for name, (tensor, layer, found) in starts.items()
+            name: tensor if self.asked.manifest.by_name[name].name in there else self._as_stored(name, tensor, {})
+            for name, tensor in stored.items()
         }
+
+    def _pass_on(self, block: int, before: Spool, made: Mapping[str, torch.Tensor]) -> Spool:
+        """What a block of these tensors gives for the samples; what came to it is let go of."""
+        stages = self.asked.stages
+        return stages.pass_on(block, stages.values(block, made), self.shards, before, self.memory // 2)
 
     def _as_stored(self, name: str, tensor: torch.Tensor, solved: Mapping[str, Solution]) -> torch.Tensor:
         """How a tensor of the block will read in the variant."""
-        about = self.manifest.by_name[name]
-        if about.name not in self.specs:
+        about = self.asked.manifest.by_name[name]
+        if about.name not in self.asked.specs:
             return tensor
-        codec = weight_codec(self.specs[about.name])
+        codec = weight_codec(self.asked.specs[about.name])
         one = solved.get(about.name)
         if one is None:
             return as_stored(codec, tensor, about)
         return decoded(codec, one.planes(full(about.shape)), about)
+
+
+def _page(block: int) -> str:
+    """By what name it is noted that a block is finished."""
+    return f"block {block}"
+
+
+def _finished(begun: Begun, block: int) -> dict[str, str] | None:
+    """What was noted of a block's tensors when it was finished; None where it was not, or what was solved is gone."""
+    page = begun.notes.get(_page(block))
+    if page is None or not set(page["solved"]) <= set(begun.written):
+        return None
+    found: dict[str, str] = page["notes"]
+    return found
 
 
 def _encoder(solved: Solution) -> Encoder:

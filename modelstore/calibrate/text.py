@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 
+SAMPLES, LENGTH = 128, 512  # where nothing is said
+
+
 @dataclass(frozen=True)
 class Calibration:
     """A text, and what of it a calibrated compression looks at: `samples` windows of `length` tokens, at places drawn by `seed`.
@@ -22,8 +25,8 @@ class Calibration:
     """
 
     text: str | os.PathLike[str]
-    samples: int = 128
-    length: int = 512
+    samples: int = SAMPLES
+    length: int = LENGTH
     seed: int = 0
 
     def __post_init__(self) -> None:

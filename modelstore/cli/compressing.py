@@ -17,6 +17,7 @@ from modelstore.paths import explained, read_named
 if TYPE_CHECKING:
     from modelstore.calibrate.text import Calibration
     from modelstore.client import Store
+    from modelstore.format.looks import Looks
     from modelstore.format.results import CompressionPlan
 
 Recipe = Annotated[
@@ -231,7 +232,8 @@ def plan_compress(
 ) -> None:
     """Print what compress would do, tensor by tensor.
 
-    Only the model's manifest is read, unless --measure is given.
+    No weights are read, unless --measure is given. Of a recipe that looks at data it says what is run, what waits between blocks,
+    and which tensors are left without data.
     """
     text = _calibration(calibration, samples, length, seed)
     opened = open_store(store, memory=memory)
@@ -256,12 +258,10 @@ def plan_compress(
         raise usage("say what is to be made: a RECIPE such as int4, or --fit SIZE")
     if method is not None or formats or measure:
         raise usage("--method, --format and --measure are for --fit: a recipe says itself what becomes of each tensor")
-    if text is not None:
-        raise usage(
-            "the plan of a recipe reads no text: leave out --calibration here, and give it to 'modelstore compress'"
-        )
     with _told_apart(opened, "plan compress", ref, recipe):
-        found = opened.plan_compression(ref, _named(recipe), codes=codes, requantize=requantize, **also)
+        found = opened.plan_compression(
+            ref, _named(recipe), codes=codes, requantize=requantize, calibration=text, **also
+        )
     output.result(found, _plan_lines(found), as_json=json)
 
 
@@ -299,6 +299,18 @@ def _plan_lines(found: CompressionPlan) -> Iterator[str]:
             f"the checkpoint is quantized by {found.requantized}: it is compressed from its dequantized values, and the errors "
             "of both add up"
         )
+    if found.looks is not None:
+        yield from _looks_lines(found.looks)
+
+
+def _looks_lines(looks: Looks) -> Iterator[str]:
+    yield (
+        f"it looks at {units.count(looks.samples, 'sample')} of {looks.length} tokens: {looks.passes} passes through each of "
+        f"{units.count(looks.blocks, 'block')}, with up to {units.size(looks.spool)} of activations between them; "
+        f"{units.count(looks.solved, 'tensor')} are found so"
+    )
+    for name, why in looks.data_free.items():
+        yield f"without data: {name}, since {why}"
 
 
 def _calibration(text: Path | None, samples: int, length: int, seed: int) -> Calibration | None:

@@ -8,6 +8,8 @@ from contextlib import closing, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from modelstore.client.access import Access
 from modelstore.errors import NotFoundError
 from modelstore.format import results
@@ -19,6 +21,7 @@ from modelstore.paths import from_home
 from modelstore.plan.work import Work
 
 if TYPE_CHECKING:
+    from modelstore.calibrate.block import Asked
     from modelstore.calibrate.run import Calibrated
     from modelstore.calibrate.text import Calibration, Samples
     from modelstore.client.reading import Readable
@@ -84,10 +87,25 @@ def plan_compression(
     include: Iterable[str],
     skip: Iterable[str],
     requantize: bool,
+    calibration: str | PathLike[str] | Calibration | None,
 ) -> results.CompressionPlan:
     """What `compress` would do."""
     with _codes(access, codes) as given:
-        return planned(access, model, value, given, include, skip, requantize)[1]
+        parent, plan, wanted = planned(access, model, value, given, include, skip, requantize)
+    opened = _looks(access, model, parent, wanted, calibration)
+    if opened is None:
+        return plan
+    from modelstore.calibrate.foretold import foretold
+    from modelstore.calibrate.text import LENGTH, SAMPLES
+    from modelstore.compress.evaluate.model import language_config
+
+    if calibration is None:
+        config, count, length = language_config(opened), SAMPLES, LENGTH
+    else:
+        config, samples = looked_at(opened, calibration)
+        count, length = samples.ids.shape
+    asked = _asked(access, opened, config, parent, plan, wanted)
+    return msgspec.structs.replace(plan, looks=foretold(asked, count, length))
 
 
 def planned(
@@ -131,31 +149,44 @@ def _calibrated(
     given: str | PathLike[str] | Calibration | None,
 ) -> Calibrated | None:
     """What solves a recipe's tensors on a text; None where the recipe takes none."""
-    if not recipe.calibrated:
-        if given is not None:
-            raise ValueError(f"calibration= has no effect: recipe {recipe.name!r} looks at no data, leave it out")
+    opened = _looks(access, model, parent, recipe, given)
+    if opened is None:
         return None
     if given is None:
         raise ValueError(
             f"recipe {recipe.name!r} looks at data: give a text that it is calibrated on, calibration='book.txt'"
         )
+    from modelstore.calibrate.run import Calibrated
+
+    config, samples = looked_at(opened, given)
+    return Calibrated.of(_asked(access, opened, config, parent, plan, recipe), samples, access.limits().memory)
+
+
+def _looks(access: Access, model: Readable, parent: Parent, recipe: Recipe, given: object) -> Variant | None:
+    """The original, where a recipe looks at data, None where it does not; `ValueError` where it cannot, or a text is idle."""
+    if not recipe.calibrated:
+        if given is not None:
+            raise ValueError(f"calibration= has no effect: recipe {recipe.name!r} looks at no data, leave it out")
+        return None
     if parent.stored is not None:
         raise ValueError(
             "requantize=True makes weights that no text is run through: compress without data, or dequantize first"
         )
-    from modelstore.calibrate.run import Calibrated
+    return access.opened(model.name, access.repo.catalog.variant(parent.record, ORIGINAL))
+
+
+def _asked(
+    access: Access, opened: Variant, config: Any, parent: Parent, plan: results.CompressionPlan, recipe: Recipe
+) -> Asked:
+    """What a plan asks of a model's layers; no weight is read yet."""
+    from modelstore.calibrate.block import Asked
     from modelstore.compress.evaluate.model import class_of
     from modelstore.compress.stages import Stages
 
-    entry = access.repo.catalog.variant(parent.record, ORIGINAL)
-    opened = access.opened(model.name, entry)
-    config, samples = looked_at(opened, given)
     specs = {choice.name: choice.codec for choice in plan.compressed if choice.codec}
     rules = {choice.name: recipe.rule(choice.name, choice.kind) for choice in plan.compressed}
     wanted = {name: rule.method for name, rule in rules.items() if rule is not None and rule.method is not None}
-    limits = access.limits()
-    stages = Stages(opened, class_of(config), limits)
-    return Calibrated(stages, parent.manifest, samples, specs, wanted, limits.memory // 4)
+    return Asked(Stages(opened, class_of(config), access.limits()), parent.manifest, specs, wanted)
 
 
 def looked_at(opened: Variant, given: str | PathLike[str] | Calibration) -> tuple[Any, Samples]:

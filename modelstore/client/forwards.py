@@ -206,8 +206,11 @@ class OfModels(OpenedStore):
         include: Iterable[str] = (),
         skip: Iterable[str] = (),
         requantize: bool = False,
+        calibration: str | os.PathLike[str] | Calibration | None = None,
     ) -> results.CompressionPlan:
-        return self._at(ref).plan_compression(recipe, codes=codes, include=include, skip=skip, requantize=requantize)
+        return self._at(ref).plan_compression(
+            recipe, codes=codes, include=include, skip=skip, requantize=requantize, calibration=calibration
+        )
 
     @told_by(Model.plan_fit, "store[ref].plan_fit(…)")
     def plan_fit(

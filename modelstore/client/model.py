@@ -245,8 +245,11 @@ class Model(Readable):
         include: Iterable[str] = (),
         skip: Iterable[str] = (),
         requantize: bool = False,
+        calibration: str | os.PathLike[str] | Calibration | None = None,
     ) -> results.CompressionPlan:
-        """Tell what `compress` would do, tensor by tensor. Only manifests and headers are read.
+        """Tell what `compress` would do, tensor by tensor; no weights are read.
+
+        Of a recipe that looks at data, `looks` tells what is run, what waits between blocks, and what is left without data.
 
         Args:
             recipe: As for `compress`.
@@ -254,6 +257,7 @@ class Model(Readable):
             include: As for `compress`.
             skip: As for `compress`.
             requantize: As for `compress`.
+            calibration: As for `compress`; where none is given, 128 samples of 512 tokens are told of.
 
         Returns:
             The plan: each tensor's codec, or why it is kept, with sizes in bytes.
@@ -266,7 +270,14 @@ class Model(Readable):
             >>> store["acme/llama"].plan_compression("int4", skip=["head"]).compressed
         """
         return plan_compression(
-            self._access, self, recipe, codes=codes, include=include, skip=skip, requantize=requantize
+            self._access,
+            self,
+            recipe,
+            codes=codes,
+            include=include,
+            skip=skip,
+            requantize=requantize,
+            calibration=calibration,
         )
 
     def plan_fit(

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
+from modelstore.execute.read.reader import Reader
 from modelstore.execute.write.encoding import Input
 from modelstore.execute.write.packs import Written
 from modelstore.format.manifest import Manifest
 
 Write = Callable[[list[Input]], dict[str, Written]]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What an earlier run of the same work left, where it was broken off.
+
+    `written`: names of tensors that are stored; `reader` gives these, as the variant will. `notes`: what was noted, by name;
+    `note` notes more for a later run, plain data.
+    """
+
+    written: Collection[str]
+    reader: Reader
+    notes: Mapping[str, Any]
+    note: Callable[[str, Any], None]
 
 
 class Solver(Protocol):
@@ -25,8 +41,8 @@ class Solver(Protocol):
     def notes(self) -> dict[str, str]:
         """Once it has run: why tensors were left to what the weights alone give, by name."""
 
-    def run(self, items: list[Input], write: Write) -> dict[str, Written]:
-        """Write all items, in calls as it likes."""
+    def run(self, items: list[Input], write: Write, begun: Begun) -> dict[str, Written]:
+        """Write all items, in calls as it likes; those that are written already are not among them."""
 
 
 def noted(manifest: Manifest, calibrated: Solver | None) -> Manifest:

@@ -17,10 +17,11 @@ import msgspec
 from modelstore.architecture.parallel import axes
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
 from modelstore.compress.budget import check_memory
-from modelstore.compress.calibrated import Solver, noted
+from modelstore.compress.calibrated import Begun, Solver, noted
 from modelstore.compress.codes import Codes, encoder_of
 from modelstore.compress.devices import fit_on
-from modelstore.compress.kept import keep_architecture, metrics
+from modelstore.compress.kept import keep_architecture
+from modelstore.compress.made import manifest_of, reader_of, view_spec
 from modelstore.compress.parent import Parent
 from modelstore.compress.plan import tensor_plan, weight_codec
 from modelstore.compress.threshold import with_threshold
@@ -33,7 +34,6 @@ from modelstore.execute.write.save import store_manifest
 from modelstore.format import boxes, grid, results
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.manifest import CodecSpec, Manifest, Tensor
-from modelstore.format.manifest_builder import ManifestBuilder
 from modelstore.format.names import ORIGINAL
 from modelstore.format.recipe import Recipe
 from modelstore.format.record import VariantEntry, VersionRecord
@@ -45,7 +45,6 @@ from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.describe import variant_infos
 from modelstore.store.manifests import Manifests
-from modelstore.store.packs import FILE
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
@@ -157,12 +156,17 @@ def compress(
         within = work.within(work.memory, threads)
         return PackWriter(repo.storage, within, known, shelf, resumed.journal.note, tally).write(items)
 
-    written = resumed.written | (calibrated.run(left, write) if calibrated else write(left))
+    if calibrated is None:
+        written = resumed.written | write(left)
+    else:
+        reader = reader_of(parent, variants, inputs, resumed.written)
+        before_it = Begun(resumed.written.keys(), reader, resumed.notes, resumed.journal.remark)
+        written = resumed.written | calibrated.run(left, write, before_it)
     _prove(parent, variants, plan, written)
     require_others(shelf, parent.reader, written)
     entries, measured = {}, {}
     for at, variant in enumerate(variants):
-        manifest = noted(_manifest(parent, variants, at, inputs, written, recorded), calibrated)
+        manifest = noted(manifest_of(parent, variants, at, inputs, written, recorded), calibrated)
         entries[variant] = store_manifest(repo.manifests, model, manifest, recipe.name, shelf)
         measured[variant] = manifest.metrics
     record = _publish(repo.catalog, parent, entries)
@@ -199,11 +203,6 @@ def encode(
     writer = PackWriter(storage, Work(Limits(limits.memory, threads)), known, shelf, journal.note, tally)
     writer.write(inputs)
     return tally
-
-
-def view_spec(spec: CodecSpec, variant: str) -> CodecSpec:
-    """The codec by which a variant reads what the codec of a plan stores."""
-    return CodecSpec(spec.name, {**spec.params, "variant": variant}) if weight_codec(spec).views else spec
 
 
 def encoder(
@@ -334,57 +333,6 @@ def _prove(parent: Parent, variants: tuple[str, ...], plan: CompressionPlan, wri
                     model=parent.record.model,
                     tensor=choice.name,
                 )
-
-
-def _manifest(
-    parent: Parent,
-    variants: tuple[str, ...],
-    at: int,
-    inputs: Iterable[Input],
-    written: Mapping[str, Written],
-    recorded: dict[str, Any],
-) -> Manifest:
-    variant, manifest = variants[at], parent.manifest
-    losses = {name: done.views[at].loss for name, done in written.items() if done.views}  # files have none
-    builder = ManifestBuilder()
-    fresh = {item.plan.name: item for item in inputs}
-    tensors = []
-    kept_delta = False
-    for tensor in manifest.tensors:
-        item = fresh.get(tensor.name)
-        if item is None:
-            tensors.append(builder.carry(manifest, tensor))
-            kept_delta = kept_delta or manifest.codecs[tensor.codec].name == "delta"
-            continue
-        done, plan = written[tensor.name], item.plan
-        planes = {name: done.planes[name] for name in item.views[at].planes(tensor.kind)}
-        spec = view_spec(plan.codec, variant)
-        digest = done.views[at].digest
-        tensors.append(builder.tensor(plan.name, plan.dtype, plan.shape, plan.chunk, spec, digest, planes))
-    is_original = variant == ORIGINAL
-    return builder.build(
-        tensors,
-        [_file(builder, manifest, file, fresh.get(FILE + file.name), written) for file in manifest.files],
-        aliases=manifest.aliases,
-        metadata=manifest.metadata,
-        base=manifest.base if kept_delta else None,
-        recipe={} if is_original else recorded,
-        parent=None if is_original else parent.content,
-        metrics=manifest.metrics
-        if is_original
-        else metrics(losses),  # an original's are of what it predicts: still true
-        architecture=parent.architecture,
-    )
-
-
-def _file(
-    builder: ManifestBuilder, manifest: Manifest, file: Tensor, fresh: Input | None, written: Mapping[str, Written]
-) -> Tensor:
-    """The entry of a file of the original, or of what is written instead of it."""
-    if fresh is None:
-        return builder.carry(manifest, file)
-    plan, done = fresh.plan, written[fresh.plan.name]
-    return builder.tensor(file.name, plan.dtype, plan.shape, plan.chunk, plan.codec, done.digest, done.planes)
 
 
 def _publish(catalog: Catalog, parent: Parent, entries: Mapping[str, VariantEntry]) -> VersionRecord:

@@ -198,7 +198,7 @@ def give_codes(
     return msgspec.structs.replace(plan, choices=made, **_sums(made))
 
 
-def _sums(choices: Sequence[CodecChoice]) -> dict[str, int]:
+def _sums(choices: Sequence[CodecChoice]) -> dict[str, Any]:
     """Bytes of all choices together: raw, as stored now, and then."""
     return {
         "bytes": sum(choice.bytes for choice in choices),

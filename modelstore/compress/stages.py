@@ -9,6 +9,7 @@ from modelstore.architecture.model_class import build
 from modelstore.architecture.names import parameters, values
 from modelstore.errors import UnsupportedError
 from modelstore.execute.read.loading import Variant
+from modelstore.execute.read.reader import Reader
 from modelstore.execute.read.unsaved import made_again
 from modelstore.execute.spool import Spool
 from modelstore.plan.work import Limits, Work
@@ -37,10 +38,22 @@ class Stages:
             raise UnsupportedError(f"a {class_name} cannot be run block by block: {error}") from None
         self._buffers = {buffer.name: value for buffer, value in made.items()}
 
-    def stored(self, stage: int) -> dict[str, torch.Tensor]:
-        """The stored tensors that make what a stage computes with: its block's parameters and those around the blocks."""
+    def stored(self, stage: int, instead: Reader | None = None) -> dict[str, torch.Tensor]:
+        """The stored tensors that make what a stage computes with: its block's parameters and those around the blocks.
+
+        `instead`: what gives those that it has.
+        """
         sources = [name for one in self.names.of(self.skeleton.needs(stage)) for name in one.sources]
-        return self._model.load(self._model.shares(None, sources), Work(self._limits))
+        about = self._model.manifest.by_name
+        other = {one for one in sources if instead is not None and about[one].name in instead.manifest.by_name}
+        found = self._load(self._model, [one for one in sources if one not in other])
+        if instead is not None:
+            replaced = self._load(self._model.read_by(instead), sorted({about[one].name for one in other}))
+            found |= {one: replaced[about[one].name] for one in other}
+        return found
+
+    def _load(self, model: Variant, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return model.load(model.shares(None, names), Work(self._limits)) if names else {}
 
     def values(self, stage: int, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What a stage computes with, made of `stored`, or of what is put in the place of these tensors."""

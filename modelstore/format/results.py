@@ -8,6 +8,7 @@ import msgspec
 
 from modelstore.format.brief import Result
 from modelstore.format.inventory import Compaction
+from modelstore.format.looks import Looks
 from modelstore.format.manifest import CodecSpec
 
 
@@ -253,7 +254,7 @@ class CompressionPlan(Result, frozen=True):
     """All choices in model order, and their sums in bytes.
 
     `needs_threshold`: weights are first looked at as a whole. `requantized`: the method by which the original is quantized, where
-    it is compressed from its dequantized values; "" where it is not.
+    it is compressed from its dequantized values; "" where it is not. `looks`: what a recipe that looks at data does.
     """
 
     recipe: str
@@ -263,6 +264,7 @@ class CompressionPlan(Result, frozen=True):
     expected: int
     needs_threshold: bool
     requantized: str = ""
+    looks: Looks | None = None
 
     @property
     def compressed(self) -> tuple[CodecChoice, ...]:

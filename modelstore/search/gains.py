@@ -31,18 +31,19 @@ def gains(
     `rounded`: a layer's weight by its parameter's name, as its format stores it without data.
     """
     found = {}
-    shared, factored = None, None  # by layers that follow each other, such as q, k and v
+    shared, hessian, factored = None, None, None  # by layers that follow each other, such as q, k and v
     for name, (_, parameter, tensor) in layers.items():
         read, weight = gathered.read_by(name), values[parameter]
         if read is None or not read.enough:
             continue
-        if factored is None or shared is not read:
-            shared, factored = read, Factored.of(read.hessian)
+        if factored is None or hessian is None or shared is not read:
+            shared, hessian = read, read.hessian
+            factored = Factored.of(hessian)
         stored = getattr(torch, scale_dtype(manifest.by_name[tensor].kind))
         made = solve(weight, factored, bits, group, stored)
         scales = by_column(torch.from_numpy(made.scales), group, weight.shape[1])
         moved = (torch.from_numpy(made.codes) * scales - weight, rounded(parameter).float() - weight)
-        lost = [_error(one, read.hessian) for one in moved]
+        lost = [_error(one, hessian) for one in moved]
         if lost[1] > 0:
             found[tensor] = min(1.0, lost[0] / lost[1])
     return found

@@ -12,25 +12,13 @@ import torch
 
 import modelstore as ms
 from modelstore.errors import ConflictError, FormatError
-from modelstore.execute.write.packs import PackWriter
 from modelstore.format.recipe import Method
 from modelstore.storage.memory import MemoryStorage
+from tests.calibrate.killed import DATA, RECIPE
 from tests.helpers.language import TEXT, make_language_model
 from tests.helpers.stores import open_on
 
 transformers = pytest.importorskip("transformers")
-
-DATA = ms.Calibration(TEXT, samples=10, length=32)
-RECIPE: dict[str, Any] = {
-    "name": "solved",
-    "rules": [
-        {
-            "targets": ["linear"],
-            "codec": {"name": "int", "params": {"bits": 3, "group_size": 16, "method": "mse"}},
-            "method": {"name": "gptq"},
-        }
-    ],
-}
 
 
 def pruning(params: dict[str, Any], method: dict[str, Any]) -> dict[str, Any]:
@@ -128,31 +116,6 @@ def test_the_same_again_does_nothing_and_other_data_are_a_conflict(store: ms.Sto
     assert content(store, "m:solved") == before
     with pytest.raises(ConflictError):
         store.compress("m", RECIPE, calibration=ms.Calibration(TEXT, samples=10, length=32, seed=1))
-
-
-def test_what_was_interrupted_gives_the_same_bytes(
-    store: ms.Store, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store.compress("m", RECIPE, calibration=DATA)
-    other = open_on(MemoryStorage(uuid.uuid4().hex))
-    other.save("m", folder)
-    real, calls = PackWriter.write, []
-
-    def dying(self: PackWriter, items: Any) -> Any:
-        calls.append(len(items))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(self, items)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PackWriter, "write", dying)
-        with pytest.raises(KeyboardInterrupt):
-            other.compress("m", RECIPE, calibration=DATA)
-    assert other.compress("m", RECIPE, calibration=DATA).compressed == 14
-    one, two = store.load("m:solved"), other.load("m:solved")
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    digests = [{t.name: t.digest for t in s["m:solved"].opened().manifest.tensors} for s in (store, other)]
-    assert digests[0] == digests[1]
 
 
 def test_layers_that_no_text_reaches_are_rounded_without_data_and_named(folder: Path, tmp_path: Path) -> None:

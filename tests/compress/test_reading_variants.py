@@ -17,7 +17,7 @@ from modelstore.client import Store
 from modelstore.codecs import registry
 from modelstore.codecs.weight import WeightCodec, part_name
 from modelstore.compress.engine.assembly import Assembly, units
-from modelstore.compress.job import view_spec
+from modelstore.compress.made import view_spec
 from modelstore.errors import CorruptionError, UnsupportedError
 from modelstore.format import grid
 from modelstore.format.dtypes import DTYPES

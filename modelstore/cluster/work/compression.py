@@ -11,7 +11,8 @@ import msgspec
 from modelstore.cluster.control.session import Session
 from modelstore.cluster.pieces import StoreAddress, pieces, section_keys
 from modelstore.cluster.read.models import opened, repo_of
-from modelstore.compress.job import Portion, encode, view_spec
+from modelstore.compress.job import Portion, encode
+from modelstore.compress.made import view_spec
 from modelstore.compress.plan import weight_codec
 from modelstore.format.manifest import CodecSpec, Manifest
 from modelstore.format.names import ORIGINAL

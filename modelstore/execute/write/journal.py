@@ -9,6 +9,7 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -41,10 +42,11 @@ class _Tensor(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Page(msgspec.Struct, frozen=True):
-    """One page: tensors that are stored, each with all its chunks, and stored chunks of others."""
+    """One page: tensors that are stored, each with all its chunks, stored chunks of others, and what the work itself notes."""
 
     tensors: dict[str, _Tensor]
     chunks: tuple[_NotedChunk, ...]
+    notes: dict[str, Any] = {}
 
 
 class Journal:
@@ -54,13 +56,14 @@ class Journal:
         self._storage = storage
         self._prefix = f"{JOBS}{job}/"
 
-    def finished(self, shelf: Shelf) -> tuple[dict[str, Written], dict[bytes, Location]]:
-        """Tensors that an earlier run stored, and where all chunks that it stored lie.
+    def finished(self, shelf: Shelf) -> tuple[dict[str, Written], dict[bytes, Location], dict[str, Any]]:
+        """Tensors that an earlier run stored, where all chunks that it stored lie, and what it noted by names of its own.
 
         Without those whose pack is gone, or old (such a pack may be garbage about to be collected), or not good.
         """
         found: dict[str, Written] = {}
         known: dict[bytes, Location] = {}
+        notes: dict[str, Any] = {}
         there: dict[str, bool] = {}
 
         def is_there(pack: str) -> bool:
@@ -76,6 +79,7 @@ class Journal:
                 continue
             except FormatError:  # what it says is not known, so it is stored again
                 continue
+            notes.update(page.notes)
             known.update(_placed(chunk) for chunk in page.chunks if is_there(chunk.pack))
             for name, tensor in page.tensors.items():
                 planes = {plane: [_placed(chunk) for chunk in chunks] for plane, chunks in tensor.planes.items()}
@@ -83,7 +87,7 @@ class Journal:
                 known.update(at for at in placed if is_there(at[1][0]))
                 if all(is_there(pack) for _, (pack, _, _) in placed):
                     found[name] = Written(tensor.digest, planes, tensor.views)
-        return found, known
+        return found, known, notes
 
     def note(self, written: Mapping[str, Written], chunks: Sequence[Placed]) -> None:
         """Record tensors of which every chunk is stored, and stored chunks of others."""
@@ -91,7 +95,13 @@ class Journal:
             name: _Tensor(done.digest, {plane: _chunks(placed) for plane, placed in done.planes.items()}, done.views)
             for name, done in written.items()
         }
-        page = Page(tensors, _chunks(chunks))
+        self._write(Page(tensors, _chunks(chunks)))
+
+    def remark(self, name: str, said: Any) -> None:
+        """Record plain data that the work wants to find again, by a name of its own."""
+        self._write(Page({}, (), {name: said}))
+
+    def _write(self, page: Page) -> None:
         self._storage.create(f"{self._prefix}{uuid.uuid4().hex}.json", seal(page))
 
     def clear(self) -> None:
@@ -110,11 +120,12 @@ def _chunks(placed: Sequence[Placed]) -> tuple[_NotedChunk, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """A work that goes on: its journal, the tensors that are done, and the chunks that are stored."""
+    """A work that goes on: its journal, the tensors that are done, the chunks that are stored, and what it noted."""
 
     journal: Journal
     written: dict[str, Written]
     known: dict[bytes, Location]
+    notes: dict[str, Any]
 
 
 def resume(
@@ -130,7 +141,7 @@ def resume(
     `identity` is all that the work's result depends on: its like names the same journal.
     """
     journal = Journal(storage, job_id(identity))
-    finished, known = journal.finished(shelf)
+    finished, known, notes = journal.finished(shelf)
     if finished or known:
         journal.note({}, ())  # a fresh page: garbage collection keeps what a journal names while it is being written
     written = {}
@@ -146,7 +157,7 @@ def resume(
                 tally.find(digest, at[2])
         if progress:
             progress(raw)
-    return Resumed(journal, written, known)
+    return Resumed(journal, written, known, notes)
 
 
 def job_id(identity: Sequence[str]) -> str:

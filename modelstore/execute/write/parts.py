@@ -133,7 +133,7 @@ def save_part(
             item, slices[item.plan.name] = _slice_input(item, place, codec, ranks, manifests)
         inputs.append(item)
     journal = Journal(storage, job_id(("part", model, session, str(rank))))
-    _, stored = journal.finished(shelf)
+    _, stored, _ = journal.finished(shelf)
     known = known_chunks(manifests) | (_still_there(storage, before.page, shelf) if before else {}) | stored
     if stored:
         journal.note({}, ())  # a fresh page: what the journal names is kept while this goes on

@@ -1,0 +1,21 @@
+"""What a plan answers of a recipe that looks at data."""
+
+from __future__ import annotations
+
+from modelstore.format.brief import Result
+
+
+class Looks(Result, frozen=True):
+    """What a recipe that looks at data does: so many `passes` of `samples` of `length` tokens through each of `blocks` blocks.
+
+    `solved` tensors are found on the data; up to `spool` bytes of activations wait between blocks, in memory or in a file.
+    `data_free`: the tensors that are made of their weights alone, and why.
+    """
+
+    samples: int
+    length: int
+    blocks: int
+    solved: int
+    passes: int
+    spool: int
+    data_free: dict[str, str]
