@@ -130,6 +130,7 @@ def rows(dtype: str, raw: Bytes, repeat: int) -> Iterator[Row]:
     """All codecs on one dtype's weights."""
     yield ours("raw", dtype, raw, repeat)
     yield ours("lossless", dtype, raw, repeat)
+    yield ours("packed", dtype, raw, repeat)
     if dtype in MADE:
         tuned = raw.view(MADE[dtype]).astype(np.float32)
         tuned += np.random.default_rng(1).standard_normal(tuned.size, np.float32) * (0.01 * np.nanstd(tuned))

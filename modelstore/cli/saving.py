@@ -25,6 +25,7 @@ class StorageCodec(StrEnum):
     """How an original is stored: all give back every bit."""
 
     lossless = "lossless"
+    packed = "packed"
     raw = "raw"
     delta = "delta"
 
@@ -86,7 +87,8 @@ def save(
         StorageCodec,
         typer.Option(
             "--codec",
-            help="lossless: exact and smaller. raw: the bytes as they are. delta: exact, as the difference to --parent.",
+            help="lossless: exact and smallest. packed: exact, loaded soonest. raw: the bytes as they are. "
+            "delta: exact, as the difference to --parent.",
         ),
     ] = StorageCodec.lossless,
     grid: Annotated[

@@ -57,6 +57,9 @@ _ALL = (
     _preset("deep", "half pruned, the rest shared values, entropy-coded (Deep Compression)", "deep"),
     _preset("lowrank", "factors of half the parameters (SVD)", "lowrank", ratio=0.5),
     _preset(LADDER, "original, int8 and int4 in one set of bytes", "ladder"),
+    _preset(
+        "packed", "every bit, a twentieth larger than lossless, decoded in less than half the time", "packed", ("*",)
+    ),
 )
 PRESETS: Mapping[str, Recipe] = MappingProxyType({preset.name: preset for preset in _ALL})
 

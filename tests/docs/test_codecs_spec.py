@@ -199,6 +199,10 @@ def read_lowrank(planes: Planes, shape: tuple[int, ...], dtype: str, p: Mapping[
 BLOCK = 1 << 18
 
 
+def read_packed(planes: Planes, shape: tuple[int, ...], dtype: str, p: Mapping[str, Any]) -> Bytes:
+    return lossless(planes["data"], dtype, math.prod(shape) * SIZES[dtype])
+
+
 def nibbles(plane: Bytes, count: int) -> NDArray[np.int64]:
     assert plane[:4].tolist() == [1, 0, 0, 17]
     blocks = math.ceil(count / BLOCK)
@@ -310,6 +314,7 @@ READERS: dict[str, Callable[[Planes, tuple[int, ...], str, Mapping[str, Any]], B
     "deep": read_deep,
     "lowrank": read_lowrank,
     "ladder": read_ladder,
+    "packed": read_packed,
 }
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("int", {}),
@@ -337,6 +342,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sparse", {"n": 2, "m": 4}),
     ("deep", {}),
     ("lowrank", {"ratio": 0.4}),
+    ("packed", {}),
 ]
 SHAPES = [(70, 200), (3, 40, 72), (24, 5, 3, 3), (301,)]
 LADDERS: list[dict[str, Any]] = [

@@ -196,8 +196,57 @@ def unzstd(frame: bytes) -> bytes:
     return zstandard.ZstdDecompressor().decompress(frame)
 
 
+def unpack(data: Bytes, width: int, count: int) -> Bytes:
+    """A chunk of codes of fixed width (docs/codecs.md)."""
+    tiles = math.ceil(count / 2048)
+    version, bits, stored_width, log = data[:4].tolist()
+    assert (version, bits, stored_width, log) == (2, 3, width, 11)
+    assert not data[4:8].any()
+    sizes = [min(2048, count - 2048 * t) for t in range(tiles)]
+    lengths = [math.ceil(n / 64) * 8 for n in sizes]  # m of each tile
+    parts, at = [], 16
+    for size in (3 * sum(lengths), (width - 1) * count, tiles, 2 * tiles, 2 * tiles):
+        parts.append(data[at : at + size])
+        at += size
+    codes, planes, tops, escapes, whole = (
+        parts[0],
+        parts[1].reshape(-1, count),
+        parts[2],
+        *(p.view("<u2") for p in parts[3:]),
+    )
+    nibbles = data[at : at + sum(math.ceil(int(k) / 2) for k in escapes)]
+    rest = data[at + len(nibbles) :]
+    assert len(rest) == whole.sum() == int(data[8:16].view("<u8")[0])
+    words, first = [], 0
+    for t, (n, m) in enumerate(zip(sizes, lengths, strict=True)):
+        two, one = codes[first : first + 2 * m], codes[first + 2 * m : first + 3 * m]
+        first += 3 * m
+        upper = np.concatenate([(two >> (2 * s)) & 3 for s in range(4)])
+        code = 2 * upper + np.concatenate([(one >> s) & 1 for s in range(8)])
+        top = np.array([(int(tops[t]) - int(c)) % 256 for c in code], np.uint8)
+        places = [s * m + j for j in range(m) for s in range(8) if code[s * m + j] == 7]
+        assert len(places) == escapes[t]
+        for k, place in enumerate(places):
+            nibble = int(nibbles[k // 2]) >> 4 * (k % 2) & 15
+            if nibble == 15:
+                top[place], rest = rest[0], rest[1:]
+            else:
+                top[place] = 0 if nibble == 14 else (int(tops[t]) + 4 - nibble - (7 if nibble > 3 else 0)) % 256
+        nibbles = nibbles[math.ceil(len(places) / 2) :]
+        words.append(top[:n].astype(np.uint64))
+    w = np.concatenate(words)
+    for plane in planes:
+        w = w << np.uint64(8) | plane
+    above, sign = np.uint64(0xFF << (8 * width - 8)), np.uint64(1 << (8 * width - 9))
+    one_bit = np.uint64(1)
+    w = (w & above) >> one_bit | (w & sign) << np.uint64(8) | w & (sign - one_bit)
+    return w.astype(f"<u{width}").view(np.uint8)
+
+
 def decode(data: Bytes, dtype: str, size: int, base: Bytes | None = None) -> Bytes:
-    """A chunk stored by `lossless` or `delta` (docs/codecs.md)."""
+    """A chunk stored by `lossless`, `packed` or `delta` (docs/codecs.md)."""
+    if data[0] == 2:
+        return unpack(data, WIDTHS[dtype], size // WIDTHS[dtype])
     complex_ = dtype.startswith("complex")
     width = WIDTHS[dtype] // 2 if complex_ else WIDTHS[dtype]
     bits = 8 * width
@@ -322,6 +371,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, base: State, second: State, t
     store.save("acme/llama", second, files=FILES)
     store.save("whole", base, codec="raw", grid="whole", files=FILES)
     store.save("raw", base, codec="raw")
+    store.save("packed", base, codec="packed")
     store.save("tuned", tuned, codec="delta", parent="acme/llama@2", files=FILES)
     store.save("tuned", again, codec="delta", parent="tuned@1", files=FILES)
     store.save("acme/llama", {"x": torch.ones(1)})
@@ -356,6 +406,7 @@ def assert_same(model: SpecModel, state: State) -> None:
         ("acme/llama@moved", "second"),
         ("whole", "base"),
         ("raw", "base"),
+        ("packed", "base"),
         ("tuned@1", "tuned"),
         ("tuned@2", "again"),  # a delta of a delta
     ],
@@ -388,6 +439,8 @@ def test_the_store_has_what_the_pages_speak_of(root: Path) -> None:
     assert one.manifest["aliases"] == {"lm_head.weight": "model.embed_tokens.weight"}
     assert set(two.manifest["packs"]) & set(one.manifest["packs"])
     assert {codec["name"] for codec in fine.manifest["codecs"]} == {"delta", "lossless"}
+    packed = reader.open("packed")
+    assert 2 in {int(packed.stored(tensor["planes"][0][1])[0]) for tensor in packed.manifest["tensors"]}
     assert fine.base is not None
     assert fine.base.base is not None
     flags = {int(fine.stored(t["planes"][0][1])[1]) for t in fine.manifest["tensors"] if t["name"].startswith("bits.")}

@@ -80,6 +80,13 @@ def encode(values: Bytes, dtype: DType, base: Bytes | None = None) -> Bytes:
     return _write(lanes, under if differs else none, how, costs)
 
 
+def estimate(values: Bytes, dtype: DType) -> float:
+    """Estimated bits of a word, as `encode` will store it without a base."""
+    how = words_of(dtype)
+    lanes = np.ascontiguousarray(values).view(how.dtype)
+    return sum(cost if cost < TRY else 8.0 for cost in _costs(lanes, lanes[:0], how))
+
+
 def _costs(lanes: NDArray[Word], base: NDArray[Word], how: Words) -> list[float]:
     """Estimated bits a byte of each plane."""
     bits = np.empty(how.width)
@@ -167,7 +174,7 @@ def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes | None = None) -
     if not count:
         return
     lengths = np.frombuffer(data, "<u4", blocks * width, HEADER.size).reshape(blocks, width).tolist()
-    flat, row, stride = _flat(out, how)
+    flat, row, stride = as_words(out, dtype)
     under = np.ascontiguousarray(base).view(how.dtype) if differs and base is not None else flat[:0]
     _, merge, _ = words.kernels(width)
     change = (how.magnitude, 0 if differs else how.top)
@@ -214,8 +221,9 @@ def _pieces(data: Bytes, at: int, sizes: list[int], n: int) -> tuple[tuple[Bytes
     return tuple(pieces), at
 
 
-def _flat(out: Bytes, how: Words) -> tuple[NDArray[Word], int, int]:
+def as_words(out: Bytes, dtype: DType) -> tuple[NDArray[Word], int, int]:
     """(words over all that `out` spans, words of a row, words from row to row); new memory where rows lie at odd distances."""
+    how = words_of(dtype)
     rows, size = out.shape
     step = out.strides[0]
     if out.flags.c_contiguous:

@@ -32,7 +32,7 @@ from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.shelf import Shelf
 
-CODECS = ("lossless", "raw")
+CODECS = ("lossless", "packed", "raw")
 MAX_RANKS = 100_000
 T = TypeVar("T", bound=msgspec.Struct)
 _ADVICE = "save that rank again"

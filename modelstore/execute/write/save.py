@@ -55,7 +55,7 @@ from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
 ACKS = ("storage", "memory")
-CODECS = ("lossless", "raw", "delta")
+CODECS = ("lossless", "packed", "raw", "delta")
 GRIDS = ("auto", "whole")
 LONGEST_CHAIN = 8  # deltas of deltas: each link is another read
 _LADDER = "ladder"
