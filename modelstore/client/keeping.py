@@ -133,7 +133,7 @@ class Keeping(OpenedStore):
 
         Raises:
             NotFoundError: There is no such version or variant.
-            ConflictError: A tag names the version.
+            ConflictError: A tag names the version. One that is set while this deletes it is taken back, with a warning.
             ValueError: No version is named, and `all` is not given.
 
         Example:

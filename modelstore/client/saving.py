@@ -14,6 +14,7 @@ import msgspec
 from modelstore.client.base import OpenedStore
 from modelstore.client.clustered import acknowledged, in_cluster, saved
 from modelstore.errors import ConflictError
+from modelstore.execute.write.remarks import remarks
 from modelstore.execute.write.save import Outcome, check_options, publish, store
 from modelstore.format import results
 from modelstore.format.names import check_model, check_word, parse_reference
@@ -207,7 +208,8 @@ class Saving(OpenedStore):
         finally:
             part.source.close()
         tensors, seconds, left = len(page.manifest.tensors), time.monotonic() - started, left_out(part.source)
-        return results.Part(name, session, rank, ranks, tensors, total, tally.stored, tally.reused, seconds, left)
+        said = remarks(part.source.files)
+        return results.Part(name, session, rank, ranks, tensors, total, tally.stored, tally.reused, seconds, left, said)
 
     def publish(
         self,
@@ -261,6 +263,7 @@ class Saving(OpenedStore):
         self.repo.catalog.open()
         version = published(self.repo.storage, name, session)
         stored = reused = 0
+        said: tuple[str, ...] = ()
         if version is not None:
             record = self._published(name, session, version)
         else:
@@ -268,6 +271,7 @@ class Saving(OpenedStore):
             previous = self._access.newest(name)
             total = sum(part.page.manifest.nbytes for part in parts)
             with contextlib.closing(open_source({}, files=files)) as added:
+                said = remarks(added.files)
                 record, manifest = publish(
                     self.repo,
                     parts,
@@ -293,6 +297,7 @@ class Saving(OpenedStore):
             reused,
             time.monotonic() - started,
             entry.manifest,
+            remarks=said,
         )
 
     def _published(self, name: str, session: str, version: int) -> VersionRecord:

@@ -56,7 +56,10 @@ class Saved(Result, frozen=True):
 
 
 class Part(Result, frozen=True):
-    """One rank's part of a version to come: raw bytes of its tensors, bytes newly stored, and of chunks found already stored."""
+    """One rank's part of a version to come: raw bytes of its tensors, bytes newly stored, and of chunks found already stored.
+
+    `remarks` are of what is odd in its files, and kept as it is.
+    """
 
     model: str
     session: str
@@ -68,6 +71,7 @@ class Part(Result, frozen=True):
     reused: int
     seconds: float
     left_out: tuple[LeftOut, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 class Prepared(Result, frozen=True):

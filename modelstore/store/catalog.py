@@ -5,6 +5,7 @@ Nothing else in the package makes anything visible, so atomicity stands or falls
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from modelstore.store.lookup import Lookup
 from modelstore.store.manifests import Manifests
 from modelstore.store.place import check_place, told_of
 from modelstore.store.relying import Reliance
+
+log = logging.getLogger("modelstore")
 
 _RACES = 1000  # how often a lost race is tried again before giving up; each loss means that another writer won
 _Entries = Mapping[str, VariantEntry]
@@ -233,6 +236,12 @@ class Catalog(Lookup):
                 if record.deleted:  # a tag that was set since the look above names nothing any more
                     for tag in [tag for tag, at in self.tags(model, []).items() if at == version]:
                         self._take_back(model, tag, version, writer)
+                        log.warning(
+                            "tag %r of model %r was set to version %d while that was deleted: it was taken back",
+                            tag,
+                            model,
+                            version,
+                        )
                 return record
         raise self._busy(model)
 

@@ -66,13 +66,25 @@ class Lookup:
                 yield record
 
     def newest(self, model: str) -> VersionRecord:
-        """The newest live version of a model: one listing and one read, however many versions there are."""
+        """The newest live version of a model: one listing and one read, however many versions there are.
+
+        Where a record that may be it is damaged, the error names the newest version that can be read.
+        """
         for limit in (_NEWEST, None):
             for _, key in self._heads(model, limit):
-                record = self._version_at(key)
+                try:
+                    record = self._version_at(key)
+                except DAMAGED as error:
+                    raise self._not_known(model, error) from error
                 if not record.deleted:
                     return record
         raise self._no_model(model)
+
+    def _not_known(self, model: str, error: ModelStoreError) -> ModelStoreError:
+        """Why it cannot be said which version is the newest, and which one can be read."""
+        older = next((f"{model}@{record.version}" for record in self.readable(model)), None)
+        advice = f": name a version, such as {older}, the newest that can be read" if older else ""
+        return type(error)(f"{error}{advice}", model=model, object=error.object)
 
     def highest(self, model: str) -> int:
         """The highest number that a version of a model ever had, 0 where it never had one.

@@ -64,6 +64,13 @@ def test_other_files_of_json_are_looked_at() -> None:
     assert [said.split()[0] for said in saved.remarks] == ["generation_config.json", "tokenizer.json"]
 
 
+def test_what_is_odd_in_parts_and_beside_them_is_said() -> None:
+    store = ms.open("memory://odd-parts")
+    part = store.save_part("m", WEIGHTS, session="s", rank=0, ranks=1, files={"tokenizer.json": b"{"})
+    saved = store.publish("m", "s", ranks=1, files={"config.json": b"[1]"})
+    assert [said.split()[0] for said in (*part.remarks, *saved.remarks)] == ["tokenizer.json", "config.json"]
+
+
 def test_a_file_that_vanishes_is_not_remarked_on(tmp_path: Path) -> None:
     assert remarks({"config.json": tmp_path / "gone.json", "tokenizer.json": b""}) == (
         "tokenizer.json is empty: it is kept as it is",

@@ -72,6 +72,7 @@ def test_the_newest_record_of_a_model(data: bytes, storage: MemoryStorage, caplo
         with pytest.raises(FormatError, match="version 3 of model 'm'") as caught:
             store.load(ref)  # which one is the newest is not known, and not guessed
         assert caught.value.object == key
+        assert ("such as m@2, the newest that can be read" in str(caught.value)) == (ref == "m")
     assert all_bits(store.load("m@2")) == all_bits(weights(2))
     assert all_bits(store.load("m@prod")) == all_bits(weights(2))
     assert store.describe("m@2").tags == ("prod",)
