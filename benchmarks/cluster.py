@@ -146,7 +146,7 @@ def between(url: str, repeat: int) -> dict[str, float]:
                 return self._data[at : at + PIECE]
 
         there = NodeAffinitySchedulingStrategy(other.node, soft=False)
-        holder = Holder.options(scheduling_strategy=there).remote(nbytes)
+        holder = Holder.options(scheduling_strategy=there).remote(nbytes)  # type: ignore[attr-defined]
         ray.get(holder.read.remote(0))
 
         def ours() -> None:

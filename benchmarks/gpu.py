@@ -128,7 +128,7 @@ def delivering(url: str, size: int, repeat: int) -> list[str]:
             def forget(self) -> None:
                 self.held = {}
 
-        worker: Any = Worker.remote()
+        worker: Any = Worker.remote()  # type: ignore[attr-defined]
         rows = []
         store.cluster.prefetch("raw@1", tier="gpu")
         seconds = median(repeat, lambda: store.load("raw@1"))

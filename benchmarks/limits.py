@@ -24,21 +24,6 @@ HEADER = 40_008  # bytes before the tensors: they do not begin at a page
 PARTS = {"the wire alone": (False, False), "and digests": (True, False), "and decoding": (True, True)}
 
 
-class _Anything:
-    """Stands for a digest that matches whatever it is compared with."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def digest(self) -> _Anything:
-        return self
-
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    def __hash__(self) -> int:
-        return 0
-
-
 def part(model: str, url: str, digests: bool, decoding: bool) -> dict[str, Any]:
     """`store.load` with parts of its work left out: its result is of no use then, but its time is."""
     import modelstore.execute.read.fetcher as fetch
@@ -47,9 +32,9 @@ def part(model: str, url: str, digests: bool, decoding: bool) -> dict[str, Any]:
 
     load.prepare()
     if not digests:
-        fetch.blake3 = _Anything  # type: ignore[assignment, misc]
+        fetch.matches = lambda *_: True  # type: ignore[attr-defined]
     if not decoding:
-        reading.Reader._decode = lambda *_: None  # type: ignore[method-assign, assignment]
+        reading.Reader.decode = lambda *_: None  # type: ignore[method-assign]
     return load.ours(model, url)
 
 

@@ -91,7 +91,7 @@ def torchao_config(bits: int, group: int, symmetric: bool = True) -> Any:
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup
 
     return IntxWeightOnlyConfig(
-        weight_dtype=torch.int8 if bits == 8 else torch.int4,
+        weight_dtype=torch.int8 if bits == 8 else torch.int4,  # type: ignore[attr-defined]
         granularity=PerGroup(group) if group else PerAxis(0),
         mapping_type=MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC,
     )

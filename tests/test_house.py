@@ -247,7 +247,7 @@ def test_structs_are_prepared_before_they_are_decoded() -> None:
             if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("msgspec."):
                 continue
             kinds = [key.value for key in node.keywords if key.arg == "type"]
-            if node.func.attr in ("convert", "Decoder"):  # type: ignore[union-attr]
+            if node.func.attr in ("convert", "Decoder"):  # type: ignore[attr-defined]
                 kinds += node.args[-1:]
             if path.name != "decoding.py":
                 named = [ast.unparse(kind) for kind in kinds]

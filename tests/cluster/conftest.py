@@ -28,7 +28,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         arguments = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=arguments)
         try:
-            cluster.others = [cluster.add_node(num_cpus=2, object_store_memory=100 << 20) for _ in range(2)]
+            cluster.others = [  # type: ignore[attr-defined]
+                cluster.add_node(num_cpus=2, object_store_memory=100 << 20) for _ in range(2)
+            ]
             ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="modelstore")
             settings = runtime.default_settings(memory=256 << 20, images=256 << 20, replicas=2)
             runtime.deploy(settings, hosts=3, seconds=180)  # other tests may keep the machine busy

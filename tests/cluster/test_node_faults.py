@@ -160,7 +160,7 @@ def test_the_control_plane_stops_for_a_while(nodes: Any, store: ms.Store, url: s
         """Whether this reader, which goes on reading, knows how to speak to the one that followed."""
         assert equal(reader.load("m"), tensors())
         members = {member.id for member in session.view().members}
-        return len(members) == 3 and victim not in members and members <= session.peers.met
+        return len(members) == 3 and victim not in members and members <= session.peers._handles.keys()
 
     until(met)
     until(lambda: held(store) >= 1.9 * store.describe("m").stored)

@@ -378,7 +378,7 @@ def test_what_was_collected_between_its_storing_and_the_announcement_is_saved_ag
 def test_a_save_that_cannot_be_published_holds_up_no_other(
     nodes: Nodes, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish, blocked = write_behind.Catalog.publish_version, threading.Event()
+    publish, blocked = Catalog.publish_version, threading.Event()
 
     def refused(self: Any, model: str, writer: str, *rest: Any, **named: Any) -> Any:
         if not blocked.is_set() and writer == first.order.save:
@@ -389,7 +389,7 @@ def test_a_save_that_cannot_be_published_holds_up_no_other(
     gate.open.clear()
     first = save(nodes, gate)
     others = [save(nodes, gate, {"x": torch.full((9,), float(n))}) for n in range(6)]
-    monkeypatch.setattr(write_behind.Catalog, "publish_version", refused)
+    monkeypatch.setattr(Catalog, "publish_version", refused)
     gate.open.set()
     assert durable(nodes, gate, *others) == [1, 2, 3, 4, 5, 6]
     assert "missing" in str(nodes.hosts["a"].stats().problem)

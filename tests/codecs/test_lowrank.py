@@ -8,6 +8,7 @@ from modelstore.codecs.lowrank import codec as lowrank
 from modelstore.codecs.lowrank import decompose
 from modelstore.codecs.lowrank.codec import LowRank
 from modelstore.codecs.sparse.codec import within
+from modelstore.codecs.weight import ReadValues
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.region import Shape
@@ -91,7 +92,7 @@ def test_a_large_matrix_is_read_in_bands(monkeypatch: pytest.MonkeyPatch) -> Non
         largest = 0
         inner = within(values, shape, F32)
 
-        def read(region: tuple[tuple[int, int], ...], inner: lowrank.ReadValues = inner) -> Bytes:
+        def read(region: tuple[tuple[int, int], ...], inner: ReadValues = inner) -> Bytes:
             nonlocal largest
             found = inner(region)
             largest = max(largest, found.size)

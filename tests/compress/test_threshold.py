@@ -10,7 +10,7 @@ import torch
 
 import modelstore as ms
 from modelstore.storage.memory import MemoryStorage
-from tests.compress.test_job import open_on
+from tests.helpers.stores import open_on
 
 
 def weights() -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from modelstore.cluster.control.runtime import KEEP_STORES
+from modelstore.cluster.control.nodes import KEEP_STORES
 from modelstore.cluster.control.supervisor import RESOURCE
 from tests.deploy.checking import ROOT, documents, parse_command, pod_specs, problems, size, walk
 

@@ -64,6 +64,7 @@ def stored(source: Any, *, codec: str = "lossless", grid: str = "auto", files: A
 def with_manifest(reader: Reader, **changes: Any) -> Reader:
     """The same chunks under a manifest that was tampered with."""
     fetcher = reader._fetcher
+    assert isinstance(fetcher, Fetcher)
     return Reader(Fetcher(fetcher.model, msgspec.structs.replace(fetcher.manifest, **changes), fetcher.storage), None)
 
 
@@ -647,7 +648,9 @@ def test_a_file_never_takes_the_weights_place(reader: Reader, tmp_path: Path, na
 
 
 def test_a_full_disk_is_seen_beforehand(reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_target.os, "statvfs", lambda _: SimpleNamespace(f_bavail=1000, f_frsize=4096))
+    monkeypatch.setattr(
+        "modelstore.execute.export.target.os.statvfs", lambda _: SimpleNamespace(f_bavail=1000, f_frsize=4096)
+    )
     with pytest.raises(StorageError, match=r"needs .* bytes and the disk of .* has 4,096,000 left"):
         export(reader, tmp_path / "out", format="hf", work=Work(LIMITS))
     assert not list(tmp_path.iterdir())
@@ -658,7 +661,7 @@ def test_a_disk_that_fills_up(reader: Reader, tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_write.os, "pwrite", full)
+        patch.setattr("modelstore.execute.export.write.os.pwrite", full)
         with pytest.raises(StorageError, match="disk is full"):
             export(reader, tmp_path, format="hf", work=Work(LIMITS))
     assert {p.name for p in tmp_path.iterdir()} == {STAGING}

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelstore.errors import FormatError, UnsupportedError
+from modelstore.format import grid
 from modelstore.format import manifest as man
 from modelstore.format import record as rec
 from modelstore.format.manifest import CodecSpec, Manifest, Plane, Tensor, chunk_table
@@ -17,7 +18,7 @@ from modelstore.format.names import check_file
 
 
 def tensor(name: str, shape: tuple[int, ...], chunk: tuple[int, ...], first: int, planes: int = 1) -> Tensor:
-    n = man.grid.count(shape, chunk)
+    n = grid.count(shape, chunk)
     return Tensor(
         name, "bfloat16", shape, chunk, 0, "a" * 64, tuple(Plane(f"p{i}", first + i * n) for i in range(planes))
     )

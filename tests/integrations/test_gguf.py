@@ -19,7 +19,7 @@ from modelstore.execute.export import write as export_write
 from modelstore.integrations.gguf.export import export_gguf
 from modelstore.integrations.gguf.model import rows_in_order
 from modelstore.integrations.gguf.quants import TYPES, quantize
-from modelstore.integrations.gguf.vocab import rule
+from modelstore.integrations.gguf.rules import rule
 from tests.helpers.llama_cpp import llama_cpp
 from tests.integrations.models import (
     CONFIG,

@@ -233,8 +233,8 @@ def test_parallel_layer_equals_whole(kind: str, size: int) -> None:
 
 def test_fused_rows_are_several_ranges() -> None:
     config = {"model_type": "phi3", "num_attention_heads": 8, "num_key_value_heads": 2}
-    share = TensorParallel(5, 8).shares(config, {"model.layers.0.self_attn.qkv_proj.weight": (96, 64)})
-    [share] = share.values()
+    shares = TensorParallel(5, 8).shares(config, {"model.layers.0.self_attn.qkv_proj.weight": (96, 64)})
+    [share] = shares.values()
     assert share == Share((((40, 48), (72, 80), (88, 96)), ((0, 64),)))
     assert share.shape == (24, 64)
     assert share.region is None

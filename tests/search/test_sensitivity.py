@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import modelstore as ms
+from modelstore.calibrate.layers import as_stored
 from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.plan import weight_codec
@@ -17,7 +18,7 @@ from modelstore.compress.stages import Stages
 from modelstore.errors import FormatError
 from modelstore.format.manifest import CodecSpec
 from modelstore.plan.work import Limits
-from modelstore.search.sensitivity import Measuring, as_stored
+from modelstore.search.sensitivity import Measuring
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.stores import open_on
 

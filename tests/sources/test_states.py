@@ -18,6 +18,7 @@ import modelstore
 from modelstore.errors import ConflictError
 from modelstore.sources import reading
 from modelstore.sources.open import open_source
+from modelstore.sources.states import State
 from modelstore.storage.memory import MemoryStorage
 from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import all_bits, copy_all, journal, open_on, shrink
@@ -160,7 +161,7 @@ def test_the_same_size_and_time_are_not_the_same_source(tmp_path: Path, make: Ca
 def test_contents_differ_where_a_file_system_keeps_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1_000_000)}, path)
-    monkeypatch.setattr(reading.State, "lasting", property(lambda self: self.size))
+    monkeypatch.setattr(State, "lasting", property(lambda self: self.size))
     before = open_source(path).fingerprint
     rewritten(path)
     assert open_source(path).fingerprint != before

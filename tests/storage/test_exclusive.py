@@ -13,7 +13,6 @@ from modelstore.client import Store
 from modelstore.errors import UnsupportedError
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.open import open_storage
-from modelstore.storage.remote import exclusive
 from modelstore.storage.remote.exclusive import ProvedStorage
 from modelstore.testing.faults import CountingStorage
 from tests.helpers.stores import keys
@@ -78,7 +77,7 @@ def test_it_is_proved_once_a_process_and_way_with_three_requests() -> None:
 
 def test_it_is_proved_again_after_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(exclusive.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("modelstore.storage.remote.exclusive.time.monotonic", lambda: now[0])
     inner = CountingStorage(MemoryStorage("again"))
     storage = ProvedStorage(inner, "a way that grows old")
     for seconds, proofs in ((0, 1), (3599, 1), (2, 2)):
