@@ -16,7 +16,7 @@ from blake3 import blake3
 import modelstore as ms
 from modelstore.cluster.calls import actor, host_name
 from modelstore.cluster.control import runtime
-from tests.cluster.test_cluster import equal, fetched, held, tensors, until
+from tests.cluster.test_cluster import equal, fetched, held, tensors, until, until_it_holds
 from tests.cluster.test_node_faults import while_four_read
 from tests.storage.proxy import Proxy
 
@@ -38,14 +38,21 @@ def store(nodes: Any, url: str) -> ms.Store:
     until(lambda: len(store.cluster_status().hosts) == 3)
     store.evict()
     store.prefetch("m")
-    until(lambda: is_whole(store))
+    until_whole(store)
     return store
 
 
-def is_whole(store: ms.Store) -> bool:
-    """Whether three hosts answer, and hold two copies of each chunk."""
-    hosts = store.cluster_status().hosts
-    return len(hosts) == 3 and all(h.stats for h in hosts) and held(store) >= 1.9 * store.describe("m").stored
+def check_whole(store: ms.Store) -> None:
+    """Three hosts answer, and hold two copies of each chunk."""
+    hosts, stored = store.cluster_status().hosts, store.describe("m").stored
+    assert len(hosts) == 3, hosts
+    assert all(h.stats for h in hosts), hosts
+    assert held(store) >= 1.9 * stored, (stored, hosts)
+
+
+def until_whole(store: ms.Store) -> None:
+    """Wait for that: a request between hosts may last for a minute where one of them stops."""
+    until_it_holds(lambda: check_whole(store), 150)
 
 
 def found_wrong(store: ms.Store) -> int:
@@ -97,7 +104,8 @@ def test_a_killed_host(store: ms.Store, url: str, where: str) -> None:
 
     def kill() -> None:
         kill_host(victim)
-        until(lambda: victim not in [h.member for h in store.cluster_status().hosts] and is_whole(store))
+        until(lambda: victim not in [h.member for h in store.cluster_status().hosts])
+        until_whole(store)
 
     while_four_read(url, kill)
     assert fetched(store) <= count, "copies came from hosts, not from the storage"
@@ -113,7 +121,8 @@ def test_bytes_that_change_in_memory(store: ms.Store, url: str) -> None:
     def flip() -> None:
         assert change(chunks(*folders)) > 0
         until(lambda: found_wrong(store) > wrong)
-        until(lambda: are_right(chunks(*folders)) and is_whole(store))
+        until(lambda: are_right(chunks(*folders)))
+        until_whole(store)
 
     while_four_read(url, flip)
 
@@ -131,7 +140,8 @@ def test_bytes_that_change_in_one_copy(store: ms.Store, url: str) -> None:
     def flip() -> None:
         count = change(chunks(folder))
         until(lambda: found_wrong(store) >= wrong + count)
-        until(lambda: are_right(chunks(folder)) and is_whole(store))
+        until(lambda: are_right(chunks(folder)))
+        until_whole(store)
 
     while_four_read(url, flip)
 
@@ -196,7 +206,7 @@ def test_an_object_storage_that_fails_now_and_then_while_it_is_read_cold(
             store.evict()
             until(lambda: fetched(store) > before)  # noqa: B023
         proxy.rule = lambda *_: "pass"
-        until(lambda: is_whole(store))
+        until_whole(store)
 
     while_four_read(s3_url, fail, storage_options=options)
     assert equal(store.load("m"), tensors())
@@ -211,13 +221,13 @@ def test_an_object_storage_that_is_gone_for_what_is_held(nodes: Any, s3_url: str
     options = {**keys, "endpoint_url": proxy.endpoint, "config_kwargs": {"connect_timeout": 2, "read_timeout": 1}}
     store = ms.open(s3_url, cluster="auto", storage_options=options)
     store.prefetch("m")
-    until(lambda: is_whole(store))
+    until_whole(store)
     seen = len(proxy.requests)
 
     def stall() -> None:
         proxy.rule = lambda _, request: "stall" if b"/packs/" in request[:200] else "pass"
         kill_host(store.cluster_status().hosts[0].member)
-        until(lambda: is_whole(store))
+        until_whole(store)
         proxy.rule = lambda *_: "pass"
 
     while_four_read(s3_url, stall, storage_options=options)
