@@ -186,7 +186,8 @@ class Readable(Checked):
         """Fill a module's parameters and buffers in place. Those on the meta device get memory.
 
         Args:
-            module: The module, also one that is wrapped or compiled.
+            module: The module, also one that is wrapped, compiled, or sharded by `fully_shard` (FSDP2) or tensor parallelism:
+                each rank reads what it holds of it.
             shard: A rank's layout, as for `load`.
             strict: Every name must be on both sides.
             progress: Called with the bytes done, the bytes in all, and what is being done.
@@ -201,9 +202,7 @@ class Readable(Checked):
             ...     module = AutoModelForCausalLM.from_config(config)
             >>> store["acme/llama"].load_into(module)
         """
-        model = self.opened()
-        work = self._access.work(progress).begin(model.manifest.nbytes, f"loading {self.asked}")
-        model.load_into(module, work, shard=as_layout(shard), strict=strict)
+        self.opened().load_into(module, self._access.work(progress), shard=as_layout(shard), strict=strict)
 
     def tensor(self, name: str) -> LazyTensor:
         """A tensor to be sliced. Slicing reads only the chunks that the slice touches.

@@ -112,27 +112,40 @@ def _placed(
     return (values, SliceBounds(whole, region)) if 0 not in here else None
 
 
-def _of_dtensor(name: str, tensor: DTensor) -> tuple[torch.Tensor, SliceBounds | None] | None:
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:  # the tensor is not on this process
+def box_of(name: str, tensor: DTensor) -> Region | None:
+    """The box of a DTensor that this process holds in `to_local()`; None where it holds nothing of it.
+
+    `UnsupportedError` where sums are not done, or what is held is no box.
+    """
+    if tensor.device_mesh.get_coordinate() is None:  # the tensor is not on this process
         return None
     if any(placement.is_partial() for placement in tensor.placements):
         raise UnsupportedError(
             f"tensor {name!r} is a DTensor with placements {tensor.placements}, of which the sums are not done: "
-            f"call .redistribute() before it is saved",
+            f"call .redistribute() first",
             tensor=name,
         )
-    if any(at for at, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate()):
-        return None  # the first replica gives the values
-    local = tensor.to_local().detach()
+    local = tuple(tensor.to_local().shape)
     # The protocol by which torch's own checkpoints find a shard's place.
     (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    if not local.numel() and tensor.numel():
+    if 0 in local and tensor.numel():
         return None
-    if extent(tuple((a, a + n) for a, n in zip(chunk.offsets, chunk.sizes, strict=True))) != tuple(local.shape):
+    box = tuple((a, a + n) for a, n in zip(chunk.offsets, chunk.sizes, strict=True))
+    if extent(box) != local:
         raise UnsupportedError(
             f"tensor {name!r} is a DTensor whose shard is no box of it (placements {tensor.placements}): "
-            f"call .redistribute() to Shard placements before it is saved",
+            f"call .redistribute() to Shard placements first",
             tensor=name,
         )
-    return _placed(name, local, tuple(chunk.offsets), tuple(tensor.shape))
+    return box
+
+
+def _of_dtensor(name: str, tensor: DTensor) -> tuple[torch.Tensor, SliceBounds | None] | None:
+    box = box_of(name, tensor)
+    if box is None:
+        return None
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "who is not on the mesh holds no box"
+    if any(at for at, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate()):
+        return None  # the first replica gives the values
+    return _placed(name, tensor.to_local().detach(), tuple(a for a, _ in box), tuple(tensor.shape))

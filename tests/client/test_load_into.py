@@ -6,12 +6,14 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import modelstore as ms
+from tests.client.test_parts_processes import run_all
 from tests.helpers.stores import all_bits
 
 CONFIG = {
@@ -62,14 +64,70 @@ def test_a_wrapped_module_is_loaded_as_it_was_saved(store: ms.Store, group: None
     assert all_bits(store.load("m")) == all_bits(given.state_dict())
 
 
-def test_what_is_sharded_is_refused(store: ms.Store, group: None) -> None:
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+def test_what_has_copies_for_tensors_is_refused(store: ms.Store, group: None) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     store.save("m", layers())
-    with pytest.raises(ValueError, match=r"DTensor.*before it is sharded"):
-        store.load_into(fully_shard(layers(), mesh=torch.distributed.init_device_mesh("cpu", (1,))), "m")
     with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*before it is wrapped"):
         store.load_into(FullyShardedDataParallel(layers(), device_id=torch.device("cpu")), "m")
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["own memory", "meta"])
+def test_a_sharded_module_is_filled(store: ms.Store, group: None, meta: bool) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    given = layers()
+    store.save("m", given)
+    with torch.device("meta" if meta else "cpu"):
+        module = layers()
+    fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"leave shard= out"):
+        store.load_into(module, "m", shard={"0.weight": None})
+    store.load_into(module, "m")
+    found = {name: value.full_tensor() for name, value in module.state_dict().items()}
+    assert all_bits(found) == all_bits(given.state_dict())
+    with pytest.raises(ValueError, match=r"DTensor.*cannot be exchanged"):
+        store.follow("m", into=module)
+
+
+def fill(url: str, meeting: str, rank: int) -> None:
+    """What a rank's process runs: two ways to shard, each filled, computed with, and saved again."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=3)
+    try:
+        mesh = init_device_mesh("cpu", (3,))
+        store, given = ms.open(url), layers()
+        given.load_state_dict(store.load("m"))
+        x = torch.arange(8.0)
+        for number, where in enumerate(["meta", "cpu", "cpu"]):
+            with torch.device(where):
+                module = layers()
+            if number == 2:
+                parallelize_module(module, mesh, {"0": ColwiseParallel(use_local_output=False)})
+            else:
+                fully_shard(module, mesh=mesh)
+            read: list[int] = []
+            store.load_into(module, "m", progress=lambda _done, total, _what, read=read: read.append(total))  # type: ignore
+            whole = {
+                name: value.full_tensor() if hasattr(value, "full_tensor") else value
+                for name, value in module.state_dict().items()
+            }
+            assert all_bits(whole) == all_bits(given.state_dict())
+            assert read[0] < sum(value.nbytes for value in whole.values()), "a rank reads its own part"
+            if number < 2:
+                assert torch.equal(module(x), given(x))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_each_rank_reads_what_it_holds(tmp_path: Path) -> None:
+    """Of 8 rows three ranks hold 3, 3 and 2."""
+    ms.open(str(tmp_path / "store")).save("m", layers())
+    run_all(fill, str(tmp_path / "store"), str(tmp_path / "meeting"), ranks=3)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mixtral", "Gemma2", "Bert"])

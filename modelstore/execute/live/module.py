@@ -8,25 +8,43 @@ from collections.abc import Container, Mapping
 import torch
 
 from modelstore.execute.read.tensors import check_targets
-from modelstore.sources.slices import is_dtensor
+from modelstore.format.region import Region
+from modelstore.sources.slices import box_of, is_dtensor
 from modelstore.sources.torch import unwrapped
 
 
 def targets_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's parameters and buffers by their names, as they are; `ValueError` where they are shards."""
+    """A module's parameters and buffers by their names, as they are; `ValueError` where these are copies."""
     targets = {n: value for n, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
-    for name, value in targets.items():
-        if is_dtensor(value):
-            raise ValueError(
-                f"{name!r} is a DTensor, of which each rank holds a part: load the module before it is sharded, or each rank's "
-                f"part with shard=modelstore.Regions(…)"
-            )
     fully = sys.modules.get("torch.distributed.fsdp")
     if fully is not None and any(isinstance(part, fully.FullyShardedDataParallel) for part in module.modules()):
         raise ValueError(
-            "the state_dict of a FullyShardedDataParallel module is a copy: load the module before it is wrapped"
+            "the state_dict of a FullyShardedDataParallel module is a copy: load the module before it is wrapped, or shard it "
+            "by fully_shard"
         )
     return targets
+
+
+def boxes_of(targets: Mapping[str, torch.Tensor]) -> dict[str, Region | None]:
+    """Of each DTensor the box that this process holds, None where it holds nothing of it."""
+    return {name: box_of(name, value) for name, value in targets.items() if is_dtensor(value)}
+
+
+def local_of(target: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a target, in the target's own memory."""
+    return target.detach().to_local() if is_dtensor(target) else target
+
+
+def like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What takes the place of a target that has no memory: these values, of its dtype, and as it is divided."""
+    value = value.to(target.dtype)
+    if not is_dtensor(target):
+        return value
+    mesh, places = target.device_mesh, target.placements
+    value = value.to(mesh.device_type)
+    return type(target.detach()).from_local(
+        value, mesh, places, run_check=False, shape=target.shape, stride=target.stride()
+    )
 
 
 def to_fill(targets: Mapping[str, torch.Tensor], stored: Container[str]) -> dict[str, torch.Tensor]:
@@ -44,6 +62,11 @@ class ModuleSlots:
     def __init__(self, module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         module = unwrapped(module)
         self._targets = targets_of(module)
+        for name, value in self._targets.items():
+            if is_dtensor(value):
+                raise ValueError(
+                    f"{name!r} is a DTensor, of which each rank holds a part: it cannot be exchanged; fill it by load_into"
+                )
         self._wanted = to_fill(self._targets, tensors)
         self.check(tensors)
         self._places: dict[str, list[tuple[torch.nn.Module, str, bool]]] = {}

@@ -189,25 +189,32 @@ class Variant:
     def load_into(self, module: torch.nn.Module, work: Work, *, shard: Layout | None, strict: bool) -> None:
         """Fill a module's parameters and buffers, in place; those on the meta device are given memory.
 
-        Host tensors are decoded straight into their own memory. `ValueError` where names or shapes do not fit, or a buffer
-        would stay on the meta device, before anything is changed.
+        Host tensors are decoded straight into their own memory. Of a DTensor that box is read which this process holds.
+        `ValueError` where names or shapes do not fit, or a buffer would stay on the meta device, before anything is changed.
         """
         import torch
 
-        from modelstore.execute.live.module import targets_of, to_fill
+        from modelstore.execute.live.module import boxes_of, like, local_of, targets_of, to_fill
         from modelstore.execute.read import tensors as ten
         from modelstore.execute.read.unsaved import made_again
         from modelstore.sources.torch import unwrapped
 
         module = unwrapped(module)
         targets = targets_of(module)
+        boxes = boxes_of(targets)
+        if boxes and shard is not None:
+            raise ValueError(
+                f"{next(iter(boxes))!r} is a DTensor, which says what each rank holds of it: leave shard= out"
+            )
         shares = self.shares(shard, None)
         stored = {name: (self.tensor(name).dtype, share.shape) for name, share in shares.items()}
         ten.check_targets(to_fill(targets, stored), stored, strict)
         buffers = made_again(module, strict)
-        names = [name for name in shares if name in targets]
+        shares |= {name: Share.of(box) for name, box in boxes.items() if box is not None and name in shares}
+        names = [name for name in shares if name in targets and boxes.get(name, ()) is not None]
+        work = work.begin(self.nbytes({name: shares[name] for name in names}), f"loading {self.name}")
         wants = [Want(self.tensor(name), shares[name]) for name in names]
-        direct = [self._own_memory(targets[name], want) for name, want in zip(names, wants, strict=True)]
+        direct = [self._own_memory(local_of(targets[name]), want) for name, want in zip(names, wants, strict=True)]
         arena = Arena()
 
         def allocate(index: int, nbytes: int) -> Bytes:
@@ -221,10 +228,10 @@ class Variant:
                 continue
             value = ten.to_torch(buffer, wants[index].tensor.dtype, wants[index].shape)
             if target.is_meta:
-                made[id(target)] = value.to(target.dtype)
+                made[id(target)] = like(target, value)
             else:
                 with torch.no_grad():
-                    target.copy_(value)
+                    local_of(target).copy_(value)
         if made:
             _materialize(module, made)
         for (part, key, _), values in buffers.items():
