@@ -32,7 +32,7 @@ def boxes_of(targets: Mapping[str, torch.Tensor]) -> dict[str, Region | None]:
 
 def local_of(target: torch.Tensor) -> torch.Tensor:
     """What this process holds of a target, in the target's own memory."""
-    return target.detach().to_local() if is_dtensor(target) else target
+    return target.to_local().detach() if is_dtensor(target) else target
 
 
 def like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -40,11 +40,11 @@ def like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     value = value.to(target.dtype)
     if not is_dtensor(target):
         return value
+    from torch.distributed.tensor import DTensor
+
     mesh, places = target.device_mesh, target.placements
     value = value.to(mesh.device_type)
-    return type(target.detach()).from_local(
-        value, mesh, places, run_check=False, shape=target.shape, stride=target.stride()
-    )
+    return DTensor.from_local(value, mesh, places, run_check=False, shape=target.shape, stride=target.stride())
 
 
 def to_fill(targets: Mapping[str, torch.Tensor], stored: Container[str]) -> dict[str, torch.Tensor]:
@@ -62,8 +62,8 @@ class ModuleSlots:
     def __init__(self, module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         module = unwrapped(module)
         self._targets = targets_of(module)
-        for name, value in self._targets.items():
-            if is_dtensor(value):
+        for name, target in self._targets.items():
+            if is_dtensor(target):
                 raise ValueError(
                     f"{name!r} is a DTensor, of which each rank holds a part: it cannot be exchanged; fill it by load_into"
                 )
