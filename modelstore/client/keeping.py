@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from modelstore.client.access import log
 from modelstore.client.base import OpenedStore, storage_of
-from modelstore.format import results
+from modelstore.format import inventory, results
 from modelstore.format.names import check_model, check_word, of_version, parse_reference
 from modelstore.format.progress import Progress, meter
 from modelstore.format.units import Duration, parse_duration
@@ -159,7 +159,7 @@ class Keeping(OpenedStore):
         grace: Duration = GRACE,
         compact: bool | float = False,
         progress: Progress | None = None,
-    ) -> results.Swept:
+    ) -> inventory.Swept:
         """Remove objects that nothing refers to and that are older than the grace period; by default only say which.
 
         What was deleted within the grace period is kept too: readers and writers at work then lose nothing.

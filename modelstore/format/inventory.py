@@ -1,8 +1,9 @@
-"""What copying, renaming and counting a store answer: plain data. Sizes are bytes, times seconds."""
+"""What copying, renaming, counting and collecting a store answer: plain data. Sizes are bytes, times seconds."""
 
 from __future__ import annotations
 
 from modelstore.format.brief import Result
+from modelstore.format.results import Problem
 
 
 class CopiedVersion(Result, frozen=True):
@@ -90,3 +91,28 @@ class Compaction(Result, frozen=True):
     variants: tuple[str, ...]
     left: tuple[str, ...]
     dry_run: bool
+
+
+class SweptObject(Result, frozen=True):
+    """An object that nothing refers to."""
+
+    key: str
+    size: int
+
+
+class Swept(Result, frozen=True):
+    """What garbage collection removed, or would remove, and how many objects stay.
+
+    `problems`: what could not be read, so that what it may refer to was kept.
+    `dead` bytes lie in packs that stay, since something else in these is needed: `compaction` says what became of them,
+    where it was asked for. `young` bytes are those of objects that nothing refers to, but that are younger than the grace period.
+    """
+
+    objects: tuple[SweptObject, ...]
+    bytes: int
+    kept: int
+    dry_run: bool
+    problems: tuple[Problem, ...] = ()
+    dead: int = 0
+    compaction: Compaction | None = None
+    young: int = 0

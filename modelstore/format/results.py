@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 
 from modelstore.format.brief import Result
-from modelstore.format.inventory import Compaction
 from modelstore.format.looks import Looks
 from modelstore.format.manifest import CodecSpec
 
@@ -213,31 +212,6 @@ class Diff(Result, frozen=True):
     chunks_total: int
     bytes_changed: int
     bytes_total: int
-
-
-class SweptObject(Result, frozen=True):
-    """An object that nothing refers to."""
-
-    key: str
-    size: int
-
-
-class Swept(Result, frozen=True):
-    """What garbage collection removed, or would remove, and how many objects stay.
-
-    `problems`: what could not be read, so that what it may refer to was kept.
-    `dead` bytes lie in packs that stay, since something else in these is needed: `compaction` says what became of them,
-    where it was asked for. `young` bytes are those of objects that nothing refers to, but that are younger than the grace period.
-    """
-
-    objects: tuple[SweptObject, ...]
-    bytes: int
-    kept: int
-    dry_run: bool
-    problems: tuple[Problem, ...] = ()
-    dead: int = 0
-    compaction: Compaction | None = None
-    young: int = 0
 
 
 class CodecChoice(Result, frozen=True):

@@ -47,7 +47,7 @@ def test_a_result_fits_a_screen(kind: type[Any]) -> None:
 
 
 def test_a_result_tells_what_it_is() -> None:
-    swept = results.Swept((results.SweptObject("k", 1),) * 300, 5, 6, True)
+    swept = inventory.Swept((inventory.SweptObject("k", 1),) * 300, 5, 6, True)
     assert repr(swept).startswith("Swept(objects=(300 × SweptObject), bytes=5, kept=6, dry_run=True")
     diff = results.Diff(("a", "b", "c", "d"), (), ("x",), 1, 2, 3, 4)
     assert "added=('a', 'b', 'c', … 1 more), removed=(), changed=('x')" in repr(diff)

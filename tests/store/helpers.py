@@ -10,6 +10,7 @@ import torch
 
 import modelstore.client
 from modelstore.format import results
+from modelstore.format.inventory import Swept
 from modelstore.format.manifest import Manifest
 from modelstore.format.names import Reference, parse_reference
 from modelstore.format.record import VariantEntry
@@ -82,7 +83,7 @@ class Small:
         """The keys of all objects."""
         return set(self.storage._shelf.objects)
 
-    def sweep(self, *, grace: float = 100.0, dry_run: bool = False, on: Storage | None = None) -> results.Swept:
+    def sweep(self, *, grace: float = 100.0, dry_run: bool = False, on: Storage | None = None) -> Swept:
         """Collect garbage, as a new process would."""
         storage = on or self.storage
         return collect(Repo.on(storage), dry_run=dry_run, grace=grace)

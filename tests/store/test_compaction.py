@@ -15,9 +15,8 @@ from safetensors.torch import load
 import modelstore.client
 from modelstore.codecs.exact import lossless
 from modelstore.errors import ModelStoreError
-from modelstore.format import results
 from modelstore.format.buffers import Buffer
-from modelstore.format.inventory import Compaction
+from modelstore.format.inventory import Compaction, Swept
 from modelstore.format.record import manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.wrapping import T, Verb, WrappingStorage
@@ -92,7 +91,7 @@ def right(small: Small, wanted: dict[str, Tensors]) -> None:
     assert store.verify(deep=True).problems == ()
 
 
-def compacted(swept: results.Swept) -> Compaction:
+def compacted(swept: Swept) -> Compaction:
     """What became of the packs."""
     assert swept.compaction is not None
     return swept.compaction

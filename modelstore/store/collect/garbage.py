@@ -17,9 +17,9 @@ from itertools import groupby
 
 from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, UnsupportedError
 from modelstore.format import record as rec
+from modelstore.format.inventory import Swept, SweptObject
 from modelstore.format.names import check_model
 from modelstore.format.progress import Advance
-from modelstore.format.results import Swept, SweptObject
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.clock import now
