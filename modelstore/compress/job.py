@@ -28,7 +28,7 @@ from modelstore.compress.threshold import with_threshold
 from modelstore.errors import ConflictError, CorruptionError
 from modelstore.execute.read.reader import Reader
 from modelstore.execute.write.encoding import Encoder, EncodeRegion, Input, ReadRegion
-from modelstore.execute.write.journal import Journal, job_id, resume
+from modelstore.execute.write.journal import Journal, Resumed, job_id, resume
 from modelstore.execute.write.packs import PackWriter, Tally, Written, known_chunks, require_others
 from modelstore.execute.write.save import store_manifest
 from modelstore.format import boxes, grid, results
@@ -133,8 +133,7 @@ def compress(
         work = work.within(max(work.memory - held, work.memory // 4), work.limits.threads)
     axis = axes(parent.config, known=parent.manifest.architecture) if parent.config else None
     inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed] + parent.file_inputs()
-    tally = Tally()
-    shelf = Shelf(repo.storage)
+    tally, shelf = Tally(), Shelf(repo.storage)
     settings = msgspec.json.encode(recorded, order="sorted").decode()
     identity = ("compress", model, parent.content, *variants, settings)
     resumed = resume(repo.storage, identity, inputs, shelf, tally, work.advance)
@@ -159,9 +158,7 @@ def compress(
     if calibrated is None:
         written = resumed.written | write(left)
     else:
-        reader = reader_of(parent, variants, inputs, resumed.written)
-        before_it = Begun(resumed.written.keys(), reader, resumed.notes, resumed.journal.remark)
-        written = resumed.written | calibrated.run(left, write, before_it)
+        written = resumed.written | calibrated.run(left, write, _begun(parent, variants, inputs, resumed))
     _prove(parent, variants, plan, written)
     require_others(shelf, parent.reader, written)
     entries, measured = {}, {}
@@ -174,6 +171,12 @@ def compress(
         keep_architecture(repo, parent.record, parent.manifest, parent.architecture, shelf)
     resumed.journal.clear()
     return CompressOutcome(record, measured, tally)
+
+
+def _begun(parent: Parent, variants: tuple[str, ...], inputs: Iterable[Input], resumed: Resumed) -> Begun:
+    """What a calibration that goes on finds of an earlier run."""
+    reader = reader_of(parent, variants, inputs, resumed.written)
+    return Begun(resumed.written.keys(), reader, resumed.notes, resumed.journal.remark)
 
 
 def encode(
