@@ -94,6 +94,16 @@ class Skeleton:
         """The block that has most parameters."""
         return max(self._blocks, key=lambda block: sum(one.numel() for one in block.parameters()))
 
+    @contextmanager
+    def experts_one_by_one(self) -> Iterator[None]:
+        """While it runs, experts that are stacked are multiplied one after the other, so that it can be seen what each reads."""
+        before = self.model.get_experts_implementation()  # type: ignore[operator]
+        self.model.set_experts_implementation("eager")  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.model.set_experts_implementation(before)  # type: ignore[operator]
+
     def carried(self) -> Any:
         """What the stubs return now."""
         return (self._carried,) if self._tuple else self._carried

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
-from modelstore.calibrate.layers import Linears, linears
+from modelstore.calibrate.layers import Linear, Linears, linears
 from modelstore.calibrate.methods import WAYS, Layer, Solution, coded, rounding_of
 from modelstore.calibrate.statistics import TOKENS, Gathered, Inputs
 from modelstore.calibrate.tuned import Block, tune
@@ -16,6 +17,8 @@ from modelstore.compress.stages import Stages
 from modelstore.execute.spool import Spool
 from modelstore.format.manifest import CodecSpec, Manifest
 from modelstore.format.recipe import METHODS, Method
+
+_SUM = 4  # bytes of sums for each pair of an input's numbers: float64, each pair once
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,23 @@ class Asked:
         why = "it is no linear layer of a block with a weight of its own"
         return {name: why for name in self.wanted if name not in there}
 
-    def layer(self, tensor: str, weight: torch.Tensor) -> Layer:
-        """A layer by its tensor's name, with its weight, float32 (rows, columns)."""
-        codec, kind = weight_codec(self.specs[tensor]), self.manifest.by_name[tensor].kind
-        return Layer(weight, codec, kind, self.wanted[tensor].told)
+    def layer(self, one: Linear, values: Mapping[str, torch.Tensor]) -> Layer:
+        """A layer with its weight, of the block's values."""
+        codec, kind = weight_codec(self.specs[one.tensor]), self.manifest.by_name[one.tensor].kind
+        return Layer(one.weight(values), codec, kind, self.wanted[one.tensor].told, one.across)
 
-    def unfit(self, tensor: str) -> str:
-        """Why a tensor's method cannot find what is stored of it; "" where it can."""
-        method = self.wanted[tensor].name
-        if self.specs[tensor].name in METHODS[method].codecs:
+    def unfit(self, layer: Linear) -> str:
+        """Why a layer's method cannot find what is stored of it; "" where it can."""
+        method = self.wanted[layer.tensor].name
+        if layer.across and not WAYS[method].across:
+            return f"its weight has inputs as rows, which {method} is not for"
+        if self.specs[layer.tensor].name in METHODS[method].codecs:
             return ""
         return f"it takes the scheme of a layer that it is fused with, which {method} is not for"
 
-    def tunes(self, tensor: str) -> bool:
-        """Whether a tensor's method tunes what was solved."""
-        return WAYS[self.wanted[tensor].name].tunes
+    def tunes(self, layer: Linear) -> bool:
+        """Whether a layer's method tunes what was solved; parts of a stack are left as they were."""
+        return layer.part is None and WAYS[self.wanted[layer.tensor].name].tunes
 
 
 def too_few(tokens: int, columns: int) -> str:
@@ -75,16 +80,18 @@ class Solving:
     values: Mapping[str, torch.Tensor]
     shards: Sequence[torch.Tensor]
     before: Spool
+    memory: int  # bytes for sums of stacks' layers
     notes: dict[str, str] = field(default_factory=dict)  # why tensors are made of their weights alone, by name
 
     def solve(self, given: Spool) -> dict[str, Solution]:
         """What was found for each layer's tensor. `given`: for what the block gives, kept where layers are tuned by it."""
-        gathered = self._gathered(given)
         found: dict[str, Solution] = {}
-        for first, names in self._by_input(gathered).items():
-            solved = self._solved(names, gathered.inputs.get(first))
-            found |= {self.layers[name].tensor: one for name, one in solved.items()}
-            gathered.inputs.pop(first, None)  # one input's sums after the other are let go of
+        for turn, layers in enumerate(self._turns()):
+            gathered = self._gathered(layers, None if turn else given)
+            for first, names in _by_input(layers, gathered).items():
+                solved = self._solved(names, gathered.inputs.get(first))
+                found |= {self.layers[name].tensor: one for name, one in solved.items()}
+                gathered.inputs.pop(first, None)  # one input's sums after the other are let go of
         in_order = [layer.tensor for layer in self.layers.values() if layer.tensor in found]
         found = {tensor: found[tensor] for tensor in in_order}
         return found | self._tuned(given, found)
@@ -93,58 +100,71 @@ class Solving:
         """What the block before gave for a shard; None where there is none before."""
         return self.before[shard] if self.number else None
 
-    def _gathered(self, given: Spool) -> Gathered:
+    def _turns(self) -> list[Linears]:
+        """The layers whose sums are taken together: those that are alone, then of stacks as many as the memory has room for."""
+        alone = {name: layer for name, layer in self.layers.items() if layer.part is None}
+        turns: list[dict[str, Linear]] = [alone]
+        left = 0
+        by_matrix: dict[tuple[str, int], dict[str, Linear]] = {}
+        for name, layer in self.layers.items():
+            if layer.part is not None:
+                by_matrix.setdefault((layer.parameter, layer.part.matrix), {})[name] = layer
+        for layers in by_matrix.values():
+            size = _SUM * next(iter(layers.values())).inputs(self.values) ** 2
+            if size > left:
+                turns.append({})
+                left = max(self.memory, size)
+            left -= size
+            turns[-1] |= layers
+        return [turn for turn in turns if turn]
+
+    def _gathered(self, layers: Linears, given: Spool | None) -> Gathered:
+        """What comes to layers. `given` is appended what the block gives, where layers are tuned by it."""
         gathered, skeleton = Gathered(), self.asked.stages.skeleton
-        kept = any(self.asked.tunes(layer.tensor) for layer in self.layers.values())
+        kept = given is not None and any(self.asked.tunes(layer) for layer in self.layers.values())
+        one_by_one = any(layer.part is not None for layer in layers.values())
         with (
             skeleton.at(self.number, self.values) as run,
-            gathered.watching({name: layer.module for name, layer in self.layers.items()}),
+            skeleton.experts_one_by_one() if one_by_one else nullcontext(),
+            gathered.watching(layers, self.values),
         ):
             for at, ids in enumerate(self.shards):
                 gathered.begin()
                 found = run(ids, self.came(at))
-                if kept:
+                if kept and given is not None:
                     given.append(found)
         return gathered
-
-    def _by_input(self, gathered: Gathered) -> dict[str, list[str]]:
-        """The layers' names by the first layer that reads the same; those that read nothing each by their own."""
-        found: dict[str, list[str]] = {}
-        for name in self.layers:
-            found.setdefault(gathered.of.get(name, name), []).append(name)
-        return found
 
     def _solved(self, names: Sequence[str], read: Inputs | None) -> dict[str, Solution]:
         """Layers of one input, by name."""
         found: dict[str, Solution] = {}
-        hessian = read.hessian if read is not None and read.enough else None
+        hessian = read.taken() if read is not None and read.enough else None
         methods: dict[str, list[str]] = {}
         for name in names:
-            _, parameter, tensor = self.layers[name]
-            method = self.asked.wanted[tensor].name
+            layer = self.layers[name]
+            method = self.asked.wanted[layer.tensor].name
             if hessian is None:
-                self.notes[tensor] = too_few(read.count if read else 0, self.values[parameter].shape[1])
-            elif why := self.asked.unfit(tensor):
-                self.notes[tensor] = why
+                self.notes[layer.tensor] = too_few(read.count if read else 0, layer.inputs(self.values))
+            elif why := self.asked.unfit(layer):
+                self.notes[layer.tensor] = why
             else:
                 methods.setdefault(method, []).append(name)
         for method, those in methods.items():
             prepared = WAYS[method].prepare(hessian) if hessian is not None else None
             if len(methods) == 1:
-                hessian = None  # it may be large
+                hessian = None
             for name in those:
-                _, parameter, tensor = self.layers[name]
-                found[name] = WAYS[method].solve(self.asked.layer(tensor, self.values[parameter]), prepared)
+                found[name] = WAYS[method].solve(self.asked.layer(self.layers[name], self.values), prepared)
                 if found[name].note:
-                    self.notes[tensor] = found[name].note
+                    self.notes[self.layers[name].tensor] = found[name].note
         return found
 
     def _tuned(self, given: Spool, solved: Mapping[str, Solution]) -> dict[str, Solution]:
         """Those of the solved layers whose method tunes, tuned together; none where that gains nothing."""
         starts = {
-            parameter: (tensor, self.asked.layer(tensor, self.values[parameter]), found)
-            for _, parameter, tensor in self.layers.values()
-            if tensor in solved and self.asked.tunes(tensor) and (found := solved[tensor].coded) is not None
+            one.parameter: (one.tensor, self.asked.layer(one, self.values), found)
+            for one in self.layers.values()
+            if one.tensor in solved and self.asked.tunes(one) and (found := solved[one.tensor].coded) is not None
         }
         if not starts:
             return {}
@@ -170,3 +190,11 @@ class Solving:
             tensor: coded(layer, roundings[name].solved(found.damping), solved[tensor].note)
             for name, (tensor, layer, found) in starts.items()
         }
+
+
+def _by_input(layers: Linears, gathered: Gathered) -> dict[str, list[str]]:
+    """The layers' names by the first layer that reads the same; those that read nothing each by their own."""
+    found: dict[str, list[str]] = {}
+    for name in layers:
+        found.setdefault(gathered.of.get(name, name), []).append(name)
+    return found

@@ -11,14 +11,20 @@ _FLOAT = 4
 
 
 def foretold(asked: Asked, samples: int, length: int) -> Looks:
-    """What is run, kept and left without data on so many samples of `length` tokens. Experts may turn out to see too few."""
+    """What is run, kept and left without data on so many samples of `length` tokens.
+
+    Experts may turn out to see too few of them, and those of a block may take turns.
+    """
     layers, skeleton = asked.layers(), asked.stages.skeleton
     tokens, left = samples * length, asked.no_layers(layers)
+    shapes = dict(skeleton.model.named_parameters())
     for layer in (one for mine in layers for one in mine.values()):
-        columns = skeleton.model.get_parameter(layer.parameter).shape[1]
-        why = too_few(tokens, columns) if tokens < TOKENS * columns else asked.unfit(layer.tensor)
+        columns = layer.inputs(shapes)
+        why = too_few(tokens, columns) if tokens < TOKENS * columns else asked.unfit(layer)
         left |= {layer.tensor: why} if why else {}
     width = skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    waiting = 3 if any(asked.tunes(tensor) for tensor in asked.wanted) else 2  # what came, what is given, and what was
+    waiting = (
+        3 if any(asked.tunes(one) for mine in layers for one in mine.values()) else 2
+    )  # what came, what is given, and what was
     solved = len(asked.wanted) - len(left)
     return Looks(samples, length, len(layers), solved, _PASSES, waiting * _FLOAT * tokens * width, left)

@@ -48,23 +48,32 @@ class Factored:
         """hessian: float64, or float32, (columns, columns), the sum of outer products of the inputs."""
         diagonal = hessian.diagonal().clone()  # a view would keep all of it
         order = torch.argsort(diagonal, descending=True, stable=True)
-        return cls(diagonal, order, *factor(hessian[order][:, order], diagonal[order] == 0))
+        return cls(diagonal, order, *factor(hessian, order, diagonal == 0))
 
 
-def solve(weight: torch.Tensor, inputs: Factored, bits: int, group: int, stored: torch.dtype) -> Solved:
-    """Codes and scales of a weight (rows, columns).
+def solve(
+    weight: torch.Tensor, inputs: Factored, bits: int, group: int, stored: torch.dtype, *, across: bool = False
+) -> Solved:
+    """Codes and scales of a weight (rows, columns), each column read by an input.
 
-    inputs: what comes to it; group: columns that share a scale, fewer at the end; stored: the dtype of the scales.
+    inputs: what comes to it; group: columns that share a scale, fewer at the end; stored: the dtype of the scales. across: the
+    weight is given, and its codes and scales are, with inputs as rows; groups lie along the outputs then.
     """
     weight = weight.float().clone()
-    weight[:, inputs.diagonal == 0] = 0
-    scales = search(weight, inputs.diagonal.float(), bits, group, stored)
+    dead = inputs.diagonal == 0
+    weight[dead if across else (slice(None), dead)] = 0
+    alike = (
+        torch.ones(weight.shape[1]) if across else inputs.diagonal.float()
+    )  # a group of outputs is read by one input
+    scales = search(weight, alike, bits, group, stored)
+    each = by_column(scales, group, weight.shape[1])
+    if across:
+        weight, each = weight.T, each.T
     order = inputs.order
-    each = by_column(scales, group, weight.shape[1])[:, order]
-    codes = _rounded(weight[:, order], inputs.upper, each, bits)
+    codes = _rounded(weight[:, order], inputs.upper, each[:, order], bits)
     back = np.empty_like(codes)
     back[:, order.numpy()] = codes
-    return Solved(back, scales.numpy(), inputs.damping)
+    return Solved(np.ascontiguousarray(back.T) if across else back, scales.numpy(), inputs.damping)
 
 
 def search(weight: torch.Tensor, importance: torch.Tensor, bits: int, group: int, stored: torch.dtype) -> torch.Tensor:
@@ -105,36 +114,39 @@ def _best(part: torch.Tensor, heavy: torch.Tensor, bits: int, stored: torch.dtyp
     return found
 
 
-def factor(hessian: torch.Tensor, dead: torch.Tensor) -> tuple[torch.Tensor | None, float | None]:
+def factor(hessian: torch.Tensor, order: torch.Tensor, dead: torch.Tensor) -> tuple[torch.Tensor | None, float | None]:
     """The upper Cholesky factor of the inverse, and the damping that it took; None and None where none is enough.
 
-    hessian: which is changed. dead: the columns through which nothing comes; they count as much as the others do on average, so
-    that no scale of the inputs matters.
+    order: of the columns in the factor. dead: those through which nothing comes; they count as much as the others do on
+    average, so that no scale of the inputs matters.
     """
     kind = torch.float64 if len(hessian) <= _EXACT else torch.float32
-    damped = hessian.to(kind)
-    diagonal = damped.diagonal().clone()
+    diagonal = hessian.diagonal().to(kind, copy=True)
     mean = live_mean(diagonal)
     diagonal[dead] = mean
     damping = _DAMP
     while damping <= _MOST_DAMP:
-        damped.diagonal().copy_(diagonal + damping * mean)
-        upper = _upper(damped)
+        upper = _upper(hessian.to(kind), (diagonal + damping * mean)[order], order)
         if upper is not None:
             return upper.float(), damping
         damping *= 10
     return None, None
 
 
-def _upper(matrix: torch.Tensor) -> torch.Tensor | None:
-    """The upper Cholesky factor of a matrix's inverse, None where it has none; at most two more matrices are there at a time."""
-    lower, failed = torch.linalg.cholesky_ex(matrix)
+def _upper(hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor | None:
+    """The upper Cholesky factor of the inverse of a matrix in this order and with this diagonal, None where it has none.
+
+    It is computed in place: wide matrices are large.
+    """
+    found = hessian[order][:, order]
+    found.diagonal().copy_(diagonal)
+    failed = torch.zeros((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(found, out=(found, failed))
     if failed:
         return None
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if failed or not bool(torch.isfinite(upper).all()) else upper
+    torch.cholesky_inverse(found, out=found)
+    torch.linalg.cholesky_ex(found, upper=True, out=(found, failed))
+    return None if failed or not bool(torch.isfinite(found).all()) else found
 
 
 def live_mean(diagonal: torch.Tensor) -> torch.Tensor:

@@ -29,12 +29,16 @@ from modelstore.format.region import Region, extent
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight that is to be found: float32 (rows, columns), its codec, its dtype as stored, and what its method is told."""
+    """A weight that is to be found: float32 (rows, columns), its codec, its dtype as stored, and what its method is told.
+
+    `across`: its rows are what it reads, its columns what it gives.
+    """
 
     weight: torch.Tensor
     codec: WeightCodec
     kind: DType
     params: Mapping[str, Value]
+    across: bool = False
 
 
 Planes = Callable[[Region], tuple[Buffer, ...]]
@@ -55,12 +59,13 @@ class Solution:
 @dataclass(frozen=True)
 class Way:
     """A method. `prepare`: what layers of one input share, of its sum of outer products; `by_codec`: how one is solved; `tunes`:
-    whether the layers of a block are then tuned together.
+    whether the layers of a block are then tuned together; `across`: whether weights may have inputs as rows.
     """
 
     prepare: Callable[[torch.Tensor], Any]
     by_codec: Mapping[str, Callable[[Layer, Any], Solution]]
     tunes: bool = False
+    across: bool = False
 
     def solve(self, layer: Layer, prepared: Any) -> Solution:
         """A layer, stored by a codec that the method is for."""
@@ -71,7 +76,7 @@ def _gptq(layer: Layer, inputs: gptq.Factored) -> Solution:
     codec, kind = layer.codec, layer.kind
     assert isinstance(codec, Int), "recipes have the codecs that their methods are for"
     stored = getattr(torch, scale_dtype(kind))
-    found = gptq.solve(layer.weight, inputs, codec.bits, codec.group_size, stored)
+    found = gptq.solve(layer.weight, inputs, codec.bits, codec.group_size, stored, across=layer.across)
     note = "its inputs have no factor: plain rounding" if found.damping is None else ""
     return coded(layer, found, note)
 
@@ -189,8 +194,8 @@ def raw_of(weight: torch.Tensor, kind: DType) -> Bytes:
 
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
-        "gptq": Way(gptq.Factored.of, {"int": _gptq}),
-        "tuned": Way(gptq.Factored.of, {"int": _gptq}, tunes=True),
+        "gptq": Way(gptq.Factored.of, {"int": _gptq}, across=True),
+        "tuned": Way(gptq.Factored.of, {"int": _gptq}, tunes=True, across=True),
         "imatrix": Way(_importance, {"int": _weighted}),
         "wanda": Way(pruned.Moments, {"sparse": _wanda}),
         "sparsegpt": Way(pruned.Moments, {"sparse": _sparsegpt, "int": _pruned_codes}),

@@ -62,9 +62,9 @@ class Moments:
         """
         if width not in self._factored:
             order = self._order(width) if width else torch.arange(len(self.diagonal))
-            dead = self.diagonal[order] == 0
-            upper = factor(self.hessian[order][:, order], dead)[0]
-            self._factored[width] = InOrder(order, upper, dead) if upper is not None else None
+            dead = self.diagonal == 0
+            upper = factor(self.hessian, order, dead)[0]
+            self._factored[width] = InOrder(order, upper, dead[order]) if upper is not None else None
         return self._factored[width]
 
     def _order(self, width: int) -> torch.Tensor:

@@ -13,16 +13,19 @@ from typing import Any
 import torch
 
 from modelstore.calibrate.block import Asked, Solving
-from modelstore.calibrate.layers import Linears, as_stored, decoded
+from modelstore.calibrate.layers import Linears, as_stored, decoded, differing
 from modelstore.calibrate.methods import Solution
 from modelstore.calibrate.shards import runs_of
 from modelstore.calibrate.text import Samples
 from modelstore.compress.calibrated import Begun, Write
 from modelstore.compress.plan import weight_codec
+from modelstore.execute.memory import trim
 from modelstore.execute.spool import Spool
 from modelstore.execute.write.encoding import Encoder, Input
 from modelstore.execute.write.packs import Written
 from modelstore.format.region import full
+
+_STACKED = "transformers changes it where it is stacked with others"
 
 
 @dataclass
@@ -86,7 +89,11 @@ class Calibrated:
         stages = self.asked.stages
         stored = stages.stored(block)
         given = Spool(self.memory // 4)
-        solving = Solving(self.asked, block, layers, stages.values(block, stored), self.shards, before)
+        values = stages.values(block, stored)
+        strange = {layers[name].tensor: _STACKED for name in differing(layers, values, stored)}
+        layers = {name: layer for name, layer in layers.items() if layer.tensor not in strange}
+        solving = Solving(self.asked, block, layers, values, self.shards, before, self.memory, strange)
+        del values
         try:
             solved = solving.solve(given)
         finally:
@@ -100,6 +107,7 @@ class Calibrated:
         for name in list(stored):  # one after the other is let go of
             made[name] = self._as_stored(name, stored.pop(name), solved)
         del solved
+        trim()
         return self._pass_on(block, before, made)
 
     def _read(self, block: int, begun: Begun) -> dict[str, torch.Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.overrides
 
+from modelstore.calibrate.layers import Linears
 from modelstore.errors import FormatError
 
 TOKENS = 2  # for each column: an input that fewer came to says too little
@@ -45,16 +48,33 @@ class Inputs:
         self.count += len(vectors)
         return finite
 
-    @property
-    def hessian(self) -> torch.Tensor:
-        """The sum (columns, columns), made anew: float64 up to 4,096 columns, float32 beyond them."""
-        whole = torch.empty(
-            self.columns, self.columns, dtype=torch.float64 if self.columns <= _EXACT else torch.float32
-        )
-        for at, panel in zip(range(0, self.columns, _PANEL), self._panels, strict=True):
+    def taken(self) -> torch.Tensor:
+        """The sum (columns, columns), which is let go of here: float64 up to 4,096 columns, float32 beyond them."""
+        kind = torch.float64 if self.columns <= _EXACT else torch.float32
+        whole = torch.empty(self.columns, self.columns, dtype=kind)
+        for at in range(0, self.columns, _PANEL):
+            panel = self._panels.pop(0)
             whole[at : at + _PANEL, at:] = panel
             whole[at:, at : at + _PANEL] = panel.T
         return whole
+
+
+class _Stacks(torch.overrides.TorchFunctionMode):
+    """Sees what is multiplied by each matrix of a stack, which is no module of its own."""
+
+    def __init__(
+        self, stacked: Mapping[int, Mapping[int, list[str]]], add: Callable[[str, torch.Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._stacked, self._add = stacked, add
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and len(args) > 1 and args[1].dim() == 2:
+            weight = args[1]
+            there = self._stacked.get(weight.untyped_storage().data_ptr(), {})
+            for name in there.get(weight.storage_offset() // weight.numel(), ()):
+                self._add(name, args[0])
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -69,14 +89,21 @@ class Gathered:
     _seen: list[tuple[torch.Tensor, str]] = field(default_factory=list)
 
     @contextmanager
-    def watching(self, layers: Mapping[str, torch.nn.Module]) -> Iterator[None]:
-        """While layers run, sum up what they read."""
+    def watching(self, layers: Linears, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """While layers run, with these values of their parameters, sum up what they read."""
+        alone = {name: layer.module for name, layer in layers.items() if layer.part is None}
+        stacked: dict[int, dict[int, list[str]]] = {}  # by where a stack lies: the layers of each of its matrices
+        for name, layer in layers.items():
+            if layer.part is not None:
+                at = values[layer.parameter].untyped_storage().data_ptr()
+                stacked.setdefault(at, {}).setdefault(layer.part.matrix, []).append(name)
         hooks = [
-            layer.register_forward_pre_hook(lambda _, given, name=name: self._add(name, given[0]))
-            for name, layer in layers.items()
+            module.register_forward_pre_hook(lambda _, given, name=name: self._add(name, given[0]))
+            for name, module in alone.items()
         ]
         try:
-            yield
+            with _Stacks(stacked, self._add) if stacked else nullcontext():
+                yield
         finally:
             self._seen.clear()
             for hook in hooks:

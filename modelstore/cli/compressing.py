@@ -11,6 +11,18 @@ import typer
 
 from modelstore.cli import fitting, output, swapped, units
 from modelstore.cli.failures import usage
+from modelstore.cli.fit_options import (
+    Batch,
+    Context,
+    Device,
+    Engine,
+    Fit,
+    Formats,
+    Judged,
+    MaxIncrease,
+    MaxKl,
+    Method,
+)
 from modelstore.cli.options import AsJson, Cluster, Debug, Memory, Quiet, Reference, StoreUrl, open_store
 from modelstore.paths import explained, read_named
 
@@ -64,33 +76,6 @@ Requantize = Annotated[
     ),
 ]
 
-Fit = Annotated[
-    str | None,
-    typer.Option(
-        "--fit",
-        metavar="SIZE",
-        show_default=False,
-        help="Instead of a recipe: the most bytes as stored, such as 120MiB. Each layer gets the format that is worth it.",
-    ),
-]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        "--method",
-        metavar="NAME",
-        show_default=False,
-        help="With --fit or --max-kl: how values are found: gptq or imatrix, for int. Rounded if not given.",
-    ),
-]
-Formats = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--format",
-        metavar="PRESET",
-        show_default=False,
-        help="With --fit or --max-kl: a format that layers may get, such as int4. Several times. Int of 2 to 8 bits else.",
-    ),
-]
 Text = Annotated[
     Path | None,
     typer.Option(
@@ -115,29 +100,15 @@ def compress(
     ref: Reference,
     recipe: Recipe = None,
     fit: Fit = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(
-            "--max-kl",
-            metavar="NATS",
-            min=0,
-            show_default=False,
-            help="Instead of a recipe: the most it may diverge from the original, a token, on --text. The smallest such mix.",
-        ),
-    ] = None,
-    judged: Annotated[
-        Path | None,
-        typer.Option(
-            "--text",
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            show_default=False,
-            help="With --max-kl: the text that mixes are judged on, another one than --calibration.",
-        ),
-    ] = None,
+    max_kl: MaxKl = None,
+    max_perplexity_increase: MaxIncrease = None,
+    judged: Judged = None,
     method: Method = None,
     formats: Formats = None,
+    context: Context = None,
+    batch: Batch = None,
+    engine: Engine = None,
+    device: Device = None,
     variant: Annotated[
         str | None,
         typer.Option(
@@ -171,9 +142,14 @@ def compress(
             _recipe(recipe),
             fit=fit,
             max_kl=max_kl,
+            max_perplexity_increase=max_perplexity_increase,
             text=judged,
             method=method,
             formats=formats or (),
+            context=context,
+            batch=batch,
+            engine=engine,
+            device=device,
             variant=variant,
             codes=codes,
             include=include or (),
@@ -212,6 +188,10 @@ def plan_compress(
     fit: Fit = None,
     method: Method = None,
     formats: Formats = None,
+    context: Context = None,
+    batch: Batch = None,
+    engine: Engine = None,
+    device: Device = None,
     codes: Codes = None,
     include: Include = None,
     skip: Skip = None,
@@ -247,6 +227,10 @@ def plan_compress(
                 fit,
                 method=method,
                 formats=formats or (),
+                context=context,
+                batch=batch,
+                engine=engine,
+                device=device,
                 calibration=text,
                 measure=measure,
                 progress=report,
@@ -256,8 +240,11 @@ def plan_compress(
         return
     if recipe is None:
         raise usage("say what is to be made: a RECIPE such as int4, or --fit SIZE")
-    if method is not None or formats or measure:
-        raise usage("--method, --format and --measure are for --fit: a recipe says itself what becomes of each tensor")
+    if method is not None or formats or measure or any(one is not None for one in (context, batch, engine, device)):
+        raise usage(
+            "--method, --format, --context, --batch, --engine, --device and --measure are for --fit: a recipe says itself what "
+            "becomes of each tensor"
+        )
     with _told_apart(opened, "plan compress", ref, recipe):
         found = opened.plan_compression(
             ref, _named(recipe), codes=codes, requantize=requantize, calibration=text, **also

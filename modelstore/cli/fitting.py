@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 from modelstore.cli import output, units
 
 if TYPE_CHECKING:
-    from modelstore.format.fitted import FitPlan, Mixed
+    from modelstore.format.fitted import FitPlan, Memory, Mixed
 
 _SHOWN = 12  # points of the front
 
 
 def lines(found: FitPlan) -> Iterator[str]:
     """A fit's groups and its front; or what has to be measured first."""
+    if found.memory is not None:
+        yield from _memory(found.memory)
     possible = f"{units.size(found.smallest)} (the smallest) to {units.size(found.original)} (all kept)"
     if not found.measured:
         yield f"sizes from {possible} are possible; {units.size(found.budget)} are given"
@@ -42,9 +44,19 @@ def lines(found: FitPlan) -> Iterator[str]:
     )
     if found.unseen:
         yield f"{units.count(len(found.unseen), 'tensor')} the data say nothing of: they count as the dearest of their kind"
+    if found.seconds is not None:
+        yield f"{found.seconds:.3g} s a token on the device, by what was measured there"
     yield (
         f"{units.size(found.bytes)} of {units.size(found.budget)}, expected to diverge by {found.cost:.3g} nats a token; "
         f"possible are {possible}"
+    )
+
+
+def _memory(found: Memory) -> Iterator[str]:
+    cache, activations, logits = (units.size(one) for one in (found.cache, found.activations, found.logits))
+    yield (
+        f"in memory, beside the weights: {cache} of KV cache, {activations} of activations and {logits} of logits, for "
+        f"{units.count(found.batch, 'sequence')} of {found.context} tokens"
     )
 
 

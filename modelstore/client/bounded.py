@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -12,7 +14,8 @@ import msgspec
 from modelstore.client.access import Access
 from modelstore.client.ahead import check_judge, check_made, check_writes, recipe_there
 from modelstore.client.evaluating import evaluate, text_of
-from modelstore.client.fitting import Fitting, Wish, made
+from modelstore.client.fitting import Fitting, made
+from modelstore.client.wishes import Wish
 from modelstore.errors import UnsupportedError
 from modelstore.format import results
 from modelstore.format.digest import name_of
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from modelstore.search.bound import Trial
     from modelstore.search.mix import Mix
 
+_MOST = 700.0  # of which the exponential is a number
 _TOKENS = 8192  # of the text that mixes are judged on
 _CONTEXT = 512
 
@@ -32,25 +36,24 @@ _CONTEXT = 512
 def bounded(
     access: Access,
     model: Readable,
-    limit: float,
+    bound: Bound,
     text: str | os.PathLike[str],
     wish: Wish,
     *,
     variant: str | None,
     progress: Progress | None,
 ) -> results.Compressed:
-    """Make the smallest mix that was found to diverge by at most `limit` nats a token, as `Model.compress` says.
+    """Make the smallest mix that was found to hold a bound, as `Model.compress` says.
 
     What was made and judged before a crash is found again by the same call. An error leaves nothing but the measurement.
     """
     from modelstore.search.bound import bisect
 
-    limit = float(limit)
-    name = check_made(variant or f"kl-{_shown(limit)}")
+    name = check_made(variant or f"{bound.word}-{_shown(bound.limit)}")
     ready = Fitting(access, model, wish)
-    digest = _digest(ready, limit, text, wish)
-    why = f"the smallest mix found to hold max_kl={_shown(limit)} on the text of {digest}"
-    search = _Search(access, model, ready, text, wish, name, digest, why, progress)
+    digest = _digest(ready, bound, text, wish)
+    why = f"the smallest mix found to hold {bound.name}={_shown(bound.limit)} on the text of {digest}"
+    search = _Search(access, model, ready, bound, text, wish, name, digest, why, progress)
     try:
         before = recipe_there(access, ready.record, name, ready.said(why) if ready.data else "")
         if before is not None:
@@ -65,12 +68,43 @@ def bounded(
         front = [mix for mix in ready.mixture().front() if any(group.codec for group in mix.groups)]
         if not front:
             raise UnsupportedError(f"the data say nothing of what takes part in {model.asked}: give another text")
-        at, trials = bisect([mix.cost for mix in front], limit, lambda at: search.judge(front[at]))
+        at, trials = bisect(
+            [bound.expected(mix.cost) for mix in front], bound.limit, lambda at: search.judge(front[at])
+        )
         if at is None:
-            raise UnsupportedError(_none(limit, [front[one.at] for one in trials], trials))
+            raise UnsupportedError(_none(bound, [front[one.at] for one in trials], trials))
         return search.publish(front[at])
     finally:
         search.clear()
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far a variant may be from the original: `limit` nats a token (`max_kl`), or a share of the original's perplexity."""
+
+    name: str  # of the argument
+    limit: float
+
+    @property
+    def word(self) -> str:
+        """With which names of variants begin."""
+        return "kl" if self.name == "max_kl" else "ppl"
+
+    def expected(self, cost: float) -> float:
+        """What a mix is expected to come to that is expected to diverge by so much."""
+        return cost if self.name == "max_kl" else math.expm1(min(cost, _MOST))
+
+    def found(self, measured: results.Measured) -> float:
+        """What an evaluation says of it; infinite where it says nothing."""
+        if self.name == "max_kl":
+            return float("inf") if measured.kl is None else measured.kl
+        if measured.perplexity is None or measured.baseline_perplexity is None:
+            return float("inf")
+        return max(0.0, measured.perplexity / measured.baseline_perplexity - 1)
+
+    def said(self, found: float) -> str:
+        """What was found, with its unit."""
+        return f"{found:.3g} nats a token" if self.name == "max_kl" else f"{100 * found:.3g} % more perplexity"
 
 
 def _shown(limit: float) -> str:
@@ -78,10 +112,10 @@ def _shown(limit: float) -> str:
     return repr(limit).removesuffix(".0").replace("e+", "e")
 
 
-def _digest(ready: Fitting, limit: float, text: str | os.PathLike[str], wish: Wish) -> str:
+def _digest(ready: Fitting, bound: Bound, text: str | os.PathLike[str], wish: Wish) -> str:
     """The digest of all that is asked for, by which the same call finds what it made."""
     asked = {
-        "limit": repr(limit),
+        "limit": [bound.name, repr(bound.limit)],
         "method": wish.method,
         "formats": [[spec.name, sorted(spec.params.items())] for spec in ready.formats],
         "include": sorted(set(wish.include)),
@@ -101,6 +135,7 @@ class _Search:
         access: Access,
         model: Readable,
         ready: Fitting,
+        bound: Bound,
         text: str | os.PathLike[str],
         wish: Wish,
         name: str,
@@ -108,7 +143,14 @@ class _Search:
         why: str,
         progress: Progress | None,
     ) -> None:
-        self._access, self._model, self._ready, self._text, self._wish = access, model, ready, text, wish
+        self._access, self._model, self._ready, self._bound, self._text, self._wish = (
+            access,
+            model,
+            ready,
+            bound,
+            text,
+            wish,
+        )
         self._name, self._digest, self._why, self._progress = name, digest, why, progress
         self._made: dict[int, results.Compressed] = {}
         longest = ready.positions
@@ -128,7 +170,7 @@ class _Search:
             context=self.context,
             limit=_TOKENS,
         )
-        return float("inf") if found.measured.kl is None else found.measured.kl
+        return self._bound.found(found.measured)
 
     def publish(self, mix: Mix) -> results.Compressed:
         """Give a mix that was judged its name."""
@@ -167,11 +209,11 @@ class _Search:
         return made(self._access, self._model, recipe, variant, self._wish, self._progress)
 
 
-def _none(limit: float, mixes: Sequence[Mix], trials: Sequence[Trial]) -> str:
+def _none(bound: Bound, mixes: Sequence[Mix], trials: Sequence[Trial]) -> str:
     """Why there is no such mix."""
     least = min(range(len(trials)), key=lambda at: trials[at].found)
     return (
-        f"no mix was found that holds max_kl={_shown(limit)} on this text: of {len(trials)} that were made, that of "
-        f"{mixes[least].bytes} bytes was closest, with {trials[least].found:.3g} nats a token: give a larger bound, or name "
+        f"no mix was found that holds {bound.name}={_shown(bound.limit)} on this text: of {len(trials)} that were made, that of "
+        f"{mixes[least].bytes} bytes was closest, with {bound.said(trials[least].found)}: give a larger bound, or name "
         f"formats of more bits"
     )

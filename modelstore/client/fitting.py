@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -12,16 +10,19 @@ import msgspec
 from modelstore.client.access import Access
 from modelstore.client.ahead import check_made, check_writes, recipe_there
 from modelstore.client.compressing import compress, looked_at, planned
+from modelstore.client.wishes import Wish
 from modelstore.format import results
-from modelstore.format.fitted import FitPlan
+from modelstore.format.digest import name_of
+from modelstore.format.dtypes import DTYPES
+from modelstore.format.fitted import FitPlan, Memory
 from modelstore.format.names import ORIGINAL
 from modelstore.format.progress import Progress, meter
-from modelstore.format.recipe import MIXABLE, Method, Recipe, Rule, check
+from modelstore.format.recipe import Method, Recipe, Rule, check
 from modelstore.format.sensitivity import Sensitivity
 from modelstore.format.units import Size, parse_size
 
 if TYPE_CHECKING:
-    from modelstore.calibrate.text import Calibration, Samples
+    from modelstore.calibrate.text import Samples
     from modelstore.client.reading import Readable
     from modelstore.compress.stages import Stages
     from modelstore.execute.read.loading import Variant
@@ -35,36 +36,15 @@ _TRIED = 3  # bits in which it is tried what that gains
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("GB", 10**9), ("MB", 10**6), ("KB", 1000))
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What is asked of a mix beside its size, as `Model.compress` says. `ValueError` for a method that there is not."""
-
-    calibration: str | PathLike[str] | Calibration | None
-    method: str | None
-    formats: tuple[str, ...]
-    include: tuple[str, ...]
-    skip: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        from modelstore.compress.presets import preset
-
-        if self.method is not None and self.method not in MIXABLE:
-            raise ValueError(f"method={self.method!r} is not one of {', '.join(MIXABLE)}, which find a mix's values")
-        if self.method is not None and self.calibration is None:
-            raise ValueError(f"method={self.method!r} looks at data: give a text, calibration='book.txt'")
-        for name in self.formats if self.method is not None else ():
-            rules = tuple(Rule(one.targets, one.codec, Method(self.method or "")) for one in preset(name).rules)
-            if not preset(name).calibrated:
-                check(Recipe(name, rules))  # says of which format it is
-
-
 class Fitting:
     """A model of which it is known what takes part in a mix; what its formats cost is measured when it is asked for."""
 
     def __init__(self, access: Access, model: Readable, wish: Wish) -> None:
+        from modelstore.search.device import read
         from modelstore.search.known import known
 
         self._access, self._model, self._wish = access, model, wish
+        self.device = read(wish.device) if wish.device is not None else None
         self.formats, self.plan, self.record = self._planned()
         self.opened: Variant = access.opened(model.name, access.repo.catalog.variant(self.record, ORIGINAL))
         self._config: Any = None
@@ -74,6 +54,11 @@ class Fitting:
         data = self.samples.recorded if self.samples else None
         solved = wish.method == _SOLVED
         self.sensitivity = known(self.opened.manifest.metrics, self.formats, self.wanted, data, solved=solved)
+        if self.sensitivity is None and self.samples is None:
+            raise ValueError(
+                f"it was not measured yet what these formats cost {model.asked}: give a text that it is measured on, "
+                f"calibration='book.txt'"
+            )
 
     @property
     def wanted(self) -> list[str]:
@@ -98,19 +83,59 @@ class Fitting:
             costs = self.sensitivity.costs
             if self._wish.method == _SOLVED:
                 costs = scaled(costs, self.sensitivity.gains or {})
-        return mixture(self.plan, self.opened.manifest, self.formats, costs)
+        return mixture(self.plan, self.opened.manifest, self.formats, costs, self.memory())
+
+    def memory(self) -> Memory | None:
+        """What an engine holds beside the weights; None where bytes are counted as stored."""
+        from modelstore.search.footprint import footprint
+
+        if self._wish.context is None:
+            return None
+        floats = [choice for choice in self.plan.choices if choice.name in set(self.wanted)]
+        number = max(DTYPES[choice.dtype].itemsize for choice in floats)
+        return footprint(self.config.get_text_config(), self._wish.context, self._wish.batch or 1, number)
+
+    def within(self, budget: Size) -> int:
+        """The bytes that a mix may have: no more than the device has."""
+        found = parse_size(budget)
+        return found if self.device is None else min(found, parse_size(self.device.bytes))
+
+    def seconds(self, mix: Mix) -> float | None:
+        """Seconds a token on the device, where all formats of the mix were measured there."""
+        from modelstore.search.device import seconds_of
+        from modelstore.search.mix import named_formats
+
+        if self.device is None or not self.device.seconds:
+            return None
+        named = {name: named_formats([name])[0] for name in self.device.seconds if name != "kept"}
+        return seconds_of(self.device, named, mix.weights({one.name: one.shape for one in self.plan.compressed}))
+
+    def why(self, bytes: int) -> str:
+        """Why a mix of a size is what it is; the same for the same formats, layers and use, and no others."""
+        asked = {
+            "formats": [[spec.name, sorted(spec.params.items())] for spec in self.formats],
+            "wanted": sorted(self.wanted),
+            "method": self._wish.method,
+            "held": [self._wish.context, self._wish.batch],
+        }
+        digest = name_of(msgspec.json.encode(asked, order="deterministic"))[:16]
+        return f"the best mix of {bytes} bytes, asked for as {digest}"
+
+    @property
+    def config(self) -> Any:
+        """The model's config, as transformers has it."""
+        from modelstore.compress.evaluate.model import language_config
+
+        if self._config is None:
+            self._config = language_config(self.opened)
+        return self._config
 
     def stages(self) -> Stages:
-        """The model, to be run block by block. `ValueError` where there is no text to run."""
+        """The model, to be run block by block."""
         from modelstore.compress.evaluate.model import class_of
         from modelstore.compress.stages import Stages
 
-        if self.samples is None:
-            raise ValueError(
-                f"it was not measured yet what these formats cost {self._model.asked}: give a text that it is measured on, "
-                f"calibration='book.txt'"
-            )
-        return Stages(self.opened, class_of(self._config), self._access.limits())
+        return Stages(self.opened, class_of(self.config), self._access.limits())
 
     def measure(self, progress: Progress | None) -> None:
         """Measure what formats cost, unless it is known, and keep that with the original."""
@@ -121,7 +146,7 @@ class Fitting:
         if self.sensitivity is not None:
             return
         stages = self.stages()
-        assert self.samples is not None, "or there were no stages"
+        assert self.samples is not None, "or it is known"
         data, limits = self.samples.recorded, self._access.limits()
         count = meter(progress, 2 * self.opened.manifest.nbytes, f"measuring {self._model.asked}")
         codecs = [weight_codec(spec) for spec in self.formats]
@@ -157,16 +182,12 @@ class Fitting:
     @property
     def positions(self) -> int | None:
         """The most tokens that the model looks at, where its config says it."""
-        from modelstore.compress.evaluate.model import language_config
-
-        config = self._config or language_config(self.opened)
-        found = getattr(config.get_text_config(), "max_position_embeddings", None)
+        found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return found if isinstance(found, int) else None
 
     def _planned(self) -> tuple[tuple[CodecSpec, ...], results.CompressionPlan, VersionRecord]:
         """The formats, and the plan in which each tensor that takes part has the smallest of them."""
         from modelstore.compress.plan import weight_codec
-        from modelstore.format.dtypes import DTYPES
         from modelstore.search.mix import default_formats, named_formats
 
         def made(formats: tuple[CodecSpec, ...]) -> tuple[results.CompressionPlan, VersionRecord]:
@@ -177,67 +198,38 @@ class Fitting:
             )
             return plan, parent.record
 
+        engine, run = self._wish.engine, self.device.formats if self.device else ()
         if self._wish.formats:
-            formats = named_formats(self._wish.formats)
+            formats = named_formats(self._wish.formats, engine)
+            if run and any(spec not in named_formats(run) for spec in formats):
+                raise ValueError(f"formats: the device runs {', '.join(run)} only: name some of these")
+        elif run:
+            formats = named_formats(run, engine)
         else:
-            formats = default_formats([choice.shape[-1] for choice in made(default_formats([]))[0].compressed])
+            columns = [choice.shape[-1] for choice in made(default_formats([]))[0].compressed]
+            formats = default_formats(columns, engine)
         method = Method(self._wish.method) if self._wish.method else None
         check(Recipe("fit", tuple(Rule(("linear",), spec, method) for spec in formats)))
         return formats, *made(formats)
 
 
-def check_asked(
-    *,
-    recipe: object,
-    fit: object,
-    max_kl: float | None,
-    text: object,
-    method: object,
-    formats: object,
-    codes: object,
-    requantize: object,
-) -> None:
-    """`ValueError` unless one thing is asked for: a recipe, a size or a bound; or for what has no effect beside it."""
-    asked = {name: one for name, one in (("recipe", recipe), ("fit", fit), ("max_kl", max_kl)) if one is not None}
-    if not asked:
-        raise ValueError(
-            "say what is to be made: a recipe such as 'int4', a size, fit='120MiB', or a bound, max_kl=0.05"
-        )
-    if len(asked) > 1:
-        raise ValueError(f"{' and '.join(f'{name}=' for name in asked)} each say what is to be made: give one of them")
-    if recipe is not None:
-        idle = {"method": method, "formats": formats, "text": text}
-        why = "a recipe says itself what is stored and how it is found"
-    else:
-        idle = {"codes": codes, "requantize": requantize} | ({"text": text} if max_kl is None else {})
-        why = f"{next(iter(asked))}= chooses formats itself, for the original's own weights"
-    for name, value in idle.items():
-        if value:
-            raise ValueError(f"{name}= has no effect here: {why}; leave it out")
-    if max_kl is not None and not 0 < max_kl < float("inf"):
-        raise ValueError(f"max_kl={max_kl!r} is no bound: give nats a token, such as 0.05")
-    if max_kl is not None and text is None:
-        raise ValueError("max_kl= is judged on a text that nothing was chosen on: give one, text='other.txt'")
-
-
 def fit(
     access: Access, model: Readable, budget: Size, wish: Wish, *, variant: str | None, progress: Progress | None
 ) -> results.Compressed:
-    """Make the best mix of at most `budget` bytes as stored, as `Model.compress` says."""
-    bytes = parse_size(budget)
-    name = _named(variant, bytes, wish)
+    """Make the best mix of at most `budget` bytes, as `Model.compress` says."""
+    name = _named(variant, parse_size(budget), wish)
     ready = Fitting(access, model, wish)
-    before = ready.mixture()
+    bytes, before = ready.within(budget), ready.mixture()
     if bytes >= before.largest:
-        raise ValueError(
-            f"fit={bytes} leaves nothing to compress: {model.asked} has {before.largest} bytes as it is stored, exact"
-        )
+        as_what = "as it is stored, exact" if before.memory is None else "in an engine's memory, exact, with its cache"
+        raise ValueError(f"fit={bytes} leaves nothing to compress: {model.asked} has {before.largest} bytes {as_what}")
     if bytes < before.smallest:
         before.best(bytes)  # says what is possible
-    why = f"the best mix of {bytes} bytes"
-    recipe_there(access, ready.record, name, ready.said(why) if ready.data else "")
-    if ready.record.variants.get(name) is None:
-        check_writes(access)
+    why = ready.why(bytes)
+    there = recipe_there(access, ready.record, name, ready.said(why) if ready.data else "")
+    if there is not None:
+        return made(access, model, there, name, wish, progress)
+    check_writes(access)
     ready.measure(progress)
     recipe = ready.recipe(ready.mixture().best(bytes), name, why)
     return made(access, model, recipe, name, wish, progress)
@@ -270,7 +262,8 @@ def plan_fit(
     access: Access, model: Readable, budget: Size, wish: Wish, *, measure: bool, progress: Progress | None
 ) -> FitPlan:
     """Tell what `fit` would do, as `Model.plan_fit` says."""
-    ready, bytes = Fitting(access, model, wish), parse_size(budget)
+    ready = Fitting(access, model, wish)
+    bytes = ready.within(budget)
     if bytes < ready.mixture().smallest:
         ready.mixture().best(bytes)
     if measure:
@@ -288,6 +281,7 @@ def plan_fit(
         0,
         0,
         0,
+        memory=mixture.memory,
     )
     if ready.sensitivity is None:
         skeleton, ids = ready.stages().skeleton, ready.samples.ids if ready.samples else None
@@ -298,7 +292,7 @@ def plan_fit(
         )
     best = mixture.best(bytes)
     compresses = any(group.codec for group in best.groups)
-    recipe = ready.recipe(best, _named(None, bytes, wish), f"the best mix of {bytes} bytes") if compresses else None
+    recipe = ready.recipe(best, _named(None, parse_size(budget), wish), ready.why(bytes)) if compresses else None
     return msgspec.structs.replace(
         blank,
         bytes=best.bytes,
@@ -307,6 +301,7 @@ def plan_fit(
         groups=best.groups,
         front=tuple(mix.point for mix in mixture.front()),
         unseen=mixture.unseen,
+        seconds=ready.seconds(best),
     )
 
 
@@ -315,7 +310,8 @@ def _named(variant: str | None, bytes: int, wish: Wish) -> str:
     if variant is not None:
         return check_made(variant)
     unit, divisor = next((pair for pair in _UNITS if bytes % pair[1] == 0), ("", 1))
-    return f"{wish.method or 'fit'}-{bytes // divisor}{unit}"
+    use = f"-{wish.batch or 1}x{wish.context}" if wish.context else ""
+    return f"{wish.method or 'fit'}-{bytes // divisor}{unit}{use}"
 
 
 def _tried(formats: tuple[CodecSpec, ...]) -> tuple[int, int, int]:

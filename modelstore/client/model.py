@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.calibrate.text import Calibration
 from modelstore.client.access import Access
-from modelstore.client.bounded import bounded
+from modelstore.client.bounded import Bound, bounded
 from modelstore.client.compressing import compress, plan_compression
 from modelstore.client.evaluating import DTypeName, evaluate
 from modelstore.client.exporting import MAX_SHARD, export, exported
-from modelstore.client.fitting import Wish, check_asked, plan_fit
 from modelstore.client.fitting import fit as fit_to
+from modelstore.client.fitting import plan_fit
 from modelstore.client.reading import Readable
+from modelstore.client.wishes import Wish, check_asked
 from modelstore.format import results
 from modelstore.format.fitted import FitPlan
 from modelstore.format.progress import Progress
@@ -158,9 +159,14 @@ class Model(Readable):
         *,
         fit: Size | None = None,
         max_kl: float | None = None,
+        max_perplexity_increase: float | None = None,
         text: str | os.PathLike[str] | None = None,
         method: str | None = None,
         formats: Iterable[str] = (),
+        context: int | None = None,
+        batch: int | None = None,
+        engine: Literal["transformers", "vllm", "llama.cpp"] | None = None,
+        device: str | os.PathLike[str] | None = None,
         variant: str | None = None,
         codes: str | os.PathLike[str] | None = None,
         include: Iterable[str] = (),
@@ -182,14 +188,21 @@ class Model(Readable):
                 `calibration`, and kept with the original.
             max_kl: Instead of a recipe: the most that the variant may diverge from the original, in nats a token, on the first
                 8,192 tokens of `text`. It is the smallest mix that was found to hold that, of at most four that are made.
-            text: With `max_kl`, the text that is judged on, other than that of `calibration`, of 512 tokens or more (of the
+            max_perplexity_increase: Instead of a recipe: as `max_kl`, of a share by which the perplexity may grow, such as 0.02.
+            text: With these bounds, the text that is judged on, other than that of `calibration`, of 512 tokens or more (of the
                 model's whole context, where that is less).
-            method: With `fit` or `max_kl`, how the values of these formats are found: "gptq" or "imatrix", both for int;
+            method: With `fit` or a bound, how the values of these formats are found: "gptq" or "imatrix", both for int;
                 rounded where nothing is said.
-            formats: With `fit` or `max_kl`, what a layer may get, besides to be kept: names of presets that engines run
+            formats: With `fit` or a bound, what a layer may get, besides to be kept: names of presets that engines run
                 (default: int of 2, 3, 4 and 8 bits, symmetric, in groups, clipped).
-            variant: The name of what is made (default: the recipe's name; "fit-", or the method and "-", and the size;
-                "kl-" and the bound).
+            context: With `fit`, which is then the most bytes in an engine's memory: weights and scales as it holds them, and for
+                so many tokens of each sequence the KV cache, activations and logits.
+            batch: With `context`, how many sequences there are at a time (default: 1).
+            engine: With `fit` or a bound, the engine whose formats alone are used.
+            device: With `fit`, a file of JSON that describes a device: its `bytes`, the `formats` that it runs, and `seconds` for
+                10⁹ weights of a format, where they were measured.
+            variant: The name of what is made (default: the recipe's name; "fit-", or the method and "-", and the size, with
+                the batch and context where these are given; "kl-" or "ppl-" and the bound).
             codes: A ladder's int4 codes, found by GPTQ or the like: a directory of compressed-tensors (pack-quantized,
                 symmetric, in groups), or a reference to a stored variant with such. Weights without any are rounded to nearest.
             include: Further targets to compress by the recipe's first rule: kinds ("embedding", "head", …) or patterns of
@@ -208,21 +221,22 @@ class Model(Readable):
             ValueError: The recipe or the codes do not fit the model, or this is no original.
             FormatError: The codes have another layout.
             UnsupportedError: The values of a quantized checkpoint cannot be computed here; or `fit` is less than the smallest
-                size that is possible, which is said; or no mix holds `max_kl`.
+                size that is possible, which is said; or no mix holds the bound.
             ConflictError: There is another variant of that name.
 
         Example:
             >>> store["acme/llama"].compress("int4")
-            >>> store["acme/llama"].compress(fit="120MiB", calibration="book.txt")
+            >>> store["acme/llama"].compress(fit="8GiB", context=8192, batch=4, calibration="book.txt")
         """
-        asked: dict[str, Any] = {"recipe": recipe, "fit": fit, "max_kl": max_kl, "text": text}
-        formats, include, skip = tuple(formats), tuple(include), tuple(skip)
-        check_asked(**asked, method=method, formats=formats, codes=codes, requantize=requantize)
-        wish = Wish(calibration, method, formats, include, skip)
+        wish = Wish(calibration, method, tuple(formats), tuple(include), tuple(skip), context, batch, engine, device)
+        bounds = {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase}
+        check_asked(recipe=recipe, fit=fit, text=text, wish=wish, codes=codes, requantize=requantize, **bounds)
+        wish.check()
         if fit is not None:
             return fit_to(self._access, self, fit, wish, variant=variant, progress=progress)
-        if max_kl is not None and text is not None:
-            return bounded(self._access, self, max_kl, text, wish, variant=variant, progress=progress)
+        bound = next((Bound(name, float(limit)) for name, limit in bounds.items() if limit is not None), None)
+        if bound is not None and text is not None:
+            return bounded(self._access, self, bound, text, wish, variant=variant, progress=progress)
         assert recipe is not None, "or it was refused"
         return compress(
             self._access,
@@ -230,8 +244,8 @@ class Model(Readable):
             recipe,
             variant=variant,
             codes=codes,
-            include=include,
-            skip=skip,
+            include=wish.include,
+            skip=wish.skip,
             requantize=requantize,
             calibration=calibration,
             progress=progress,
@@ -286,6 +300,10 @@ class Model(Readable):
         *,
         method: str | None = None,
         formats: Iterable[str] = (),
+        context: int | None = None,
+        batch: int | None = None,
+        engine: Literal["transformers", "vllm", "llama.cpp"] | None = None,
+        device: str | os.PathLike[str] | None = None,
         include: Iterable[str] = (),
         skip: Iterable[str] = (),
         calibration: str | os.PathLike[str] | Calibration | None = None,
@@ -301,6 +319,10 @@ class Model(Readable):
             fit: As for `compress`.
             method: As for `compress`.
             formats: As for `compress`.
+            context: As for `compress`.
+            batch: As for `compress`.
+            engine: As for `compress`.
+            device: As for `compress`.
             include: As for `compress`.
             skip: As for `compress`.
             calibration: As for `compress`; where none is given, the newest measurement counts.
@@ -317,7 +339,8 @@ class Model(Readable):
         Example:
             >>> store["acme/llama"].plan_fit("120MiB", calibration="book.txt", measure=True).cost
         """
-        wish = Wish(calibration, method, tuple(formats), tuple(include), tuple(skip))
+        wish = Wish(calibration, method, tuple(formats), tuple(include), tuple(skip), context, batch, engine, device)
+        wish.check()
         return plan_fit(self._access, self, fit, wish, measure=measure, progress=progress)
 
     def eval(

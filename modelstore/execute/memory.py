@@ -95,6 +95,12 @@ def huge(nbytes: int) -> Bytes:
     return buffer[start : start + nbytes]
 
 
+def trim() -> None:
+    """Give the system back what the allocator holds of freed memory, between large pieces of work; where it can."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def fault_ahead(buffers: Sequence[Bytes]) -> threading.Thread:
     """Map the pages of buffers in a thread of its own, ahead of whoever reads them. For maps of what lies in memory.
 

@@ -27,12 +27,34 @@ class FrontPoint(Result, frozen=True):
     cost: float
 
 
+class Memory(Result, frozen=True):
+    """What an engine holds beside the weights for `batch` sequences of `context` tokens, in bytes.
+
+    `cache`: keys and values of all layers; `activations`: the most that is there at a time within a block, where all tokens are
+    read at once; `logits`: those of the last token of each sequence.
+    """
+
+    context: int
+    batch: int
+    cache: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.cache + self.activations + self.logits
+
+
 class FitPlan(Result, frozen=True):
     """What a fit would do. `budget`, `smallest` (the least that is possible) and `original` are bytes as stored.
 
+    With `memory` they are bytes that an engine holds: weights, scales, and what `memory` says.
+
     `measured`: whether it is known what each format costs; where it is not, `passes` over the data (`blocks` blocks there and
     back, with up to `spool` bytes of activations) come first, and what follows is not known. `bytes` and `cost` are those of
-    the mix, `recipe` makes it, `front` tells other sizes, `unseen` the tensors of which the data say nothing.
+    the mix, `recipe` makes it, `front` tells other sizes, `unseen` the tensors of which the data say nothing. `seconds` a token
+    are those of a device where its formats were measured.
     """
 
     model: str
@@ -50,3 +72,5 @@ class FitPlan(Result, frozen=True):
     groups: tuple[Mixed, ...] = ()
     front: tuple[FrontPoint, ...] = ()
     unseen: tuple[str, ...] = ()
+    memory: Memory | None = None
+    seconds: float | None = None

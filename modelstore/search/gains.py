@@ -32,20 +32,20 @@ def gains(
     """
     found = {}
     shared, hessian, factored = None, None, None  # by layers that follow each other, such as q, k and v
-    for name, (_, parameter, tensor) in layers.items():
-        read, weight = gathered.read_by(name), values[parameter]
+    for name, layer in layers.items():
+        read, weight = gathered.read_by(name), layer.weight(values)
         if read is None or not read.enough:
             continue
         if factored is None or hessian is None or shared is not read:
-            shared, hessian = read, read.hessian
+            shared, hessian = read, read.taken()
             factored = Factored.of(hessian)
-        stored = getattr(torch, scale_dtype(manifest.by_name[tensor].kind))
-        made = solve(weight, factored, bits, group, stored)
+        stored = getattr(torch, scale_dtype(manifest.by_name[layer.tensor].kind))
+        made = solve(weight, factored, bits, group, stored, across=layer.across)
         scales = by_column(torch.from_numpy(made.scales), group, weight.shape[1])
-        moved = (torch.from_numpy(made.codes) * scales - weight, rounded(parameter).float() - weight)
-        lost = [_error(one, hessian) for one in moved]
+        moved = (torch.from_numpy(made.codes) * scales - weight, rounded(layer.parameter).float() - weight)
+        lost = [_error(one.T if layer.across else one, hessian) for one in moved]
         if lost[1] > 0:
-            found[tensor] = min(1.0, lost[0] / lost[1])
+            found[layer.tensor] = min(1.0, lost[0] / lost[1])
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,27 +10,40 @@ from dataclasses import dataclass
 import msgspec
 
 from modelstore.architecture.fused import fused
+from modelstore.codecs.weight import EngineView, WeightCodec, matrix
 from modelstore.compress.plan import weight_codec
 from modelstore.compress.presets import preset
 from modelstore.errors import UnsupportedError
 from modelstore.format.architecture import general
-from modelstore.format.fitted import FrontPoint, Mixed
+from modelstore.format.dtypes import DType
+from modelstore.format.fitted import FrontPoint, Memory, Mixed
 from modelstore.format.manifest import CodecSpec, Manifest
 from modelstore.format.recipe import KINDS, Method, Recipe, Rule
+from modelstore.format.region import Shape
 from modelstore.format.results import CodecChoice, CompressionPlan
 from modelstore.search.allocate import Option, allocate, smallest
+from modelstore.search.engines import refuses, runnable
 
 _BITS = (2, 3, 4, 8)
 _GROUP_SIZES = (128, 64, 32, 16)
+_WORD = 32  # bits that packed rows are whole numbers of
 _POINTS = 48  # sizes that a front is told of
 
 Costs = Mapping[str, Sequence[float | None]]
 
 
-def default_formats(columns: Sequence[int]) -> tuple[CodecSpec, ...]:
-    """Integers of 2, 3, 4 and 8 bits, clipped, in groups of at most 128 that divide the columns of each weight."""
-    size = next((one for one in _GROUP_SIZES if all(n % one == 0 for n in columns)), 128)
-    return tuple(CodecSpec("int", {"bits": bits, "group_size": size, "method": "mse"}) for bits in _BITS)
+def default_formats(columns: Sequence[int], engine: str | None = None) -> tuple[CodecSpec, ...]:
+    """Integers of 2, 3, 4 and 8 bits, clipped, in groups of at most 128 that divide the columns of each weight.
+
+    Of these, the ones that an engine runs, where one is named.
+    """
+
+    def of(size: int) -> tuple[CodecSpec, ...]:
+        every = [CodecSpec("int", {"bits": bits, "group_size": size, "method": "mse"}) for bits in _BITS]
+        return runnable(engine, every)
+
+    sizes = [size for size in _GROUP_SIZES if of(size)]
+    return of(next((one for one in sizes if all(n % one == 0 for n in columns)), sizes[0]))
 
 
 def scaled(costs: Costs, gains: Mapping[str, float]) -> Costs:
@@ -43,7 +57,8 @@ def scaled(costs: Costs, gains: Mapping[str, float]) -> Costs:
 class Mixture:
     """Groups of tensors, and the formats that each can have: None is to keep them.
 
-    `fixed`: bytes of all else; `measured`: whether costs are known; `unseen`: tensors of which the data say nothing.
+    `fixed`: bytes of all else; `measured`: whether costs are known; `unseen`: tensors of which the data say nothing. Bytes are as
+    stored; with `memory` they are those that an engine holds, and that is part of what is fixed.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -52,6 +67,12 @@ class Mixture:
     fixed: int
     measured: bool
     unseen: tuple[str, ...] = ()
+    memory: Memory | None = None
+
+    @property
+    def kept(self) -> int:
+        """Bytes of what is no group's."""
+        return self.fixed - (self.memory.total if self.memory else 0)
 
     @property
     def smallest(self) -> int:
@@ -69,10 +90,14 @@ class Mixture:
         if budget < least:
             cost = sum(min(each, key=lambda one: (one.bytes, one.cost)).cost for each in self.options)
             expected = f", and is expected to diverge by {cost:.3g} nats a token" if self.measured else ""
+            beside, less = "", ""
+            if self.memory is not None:
+                beside = f" and {self.memory.total} in KV cache, activations and logits"
+                less = "give a shorter context= or a smaller batch=, "
             raise UnsupportedError(
-                f"{budget} bytes are too few: the smallest mix has {least} ({least / 2**20:.2f} MiB), {self.fixed} of them in "
-                f"what is kept{expected}: give that much, let more be compressed (include=['embedding']), or name formats of "
-                f"fewer bits"
+                f"{budget} bytes are too few: the smallest mix has {least} ({least / 2**20:.2f} MiB), {self.kept} of them in "
+                f"what is kept{beside}{expected}: give that much, {less}let more be compressed (include=['embedding']), or name "
+                f"formats of fewer bits"
             )
         return Mix(self, tuple(allocate(self.options, budget - self.fixed)))
 
@@ -96,7 +121,7 @@ class Mix:
 
     @property
     def bytes(self) -> int:
-        """Bytes as stored, of all tensors and files."""
+        """Bytes of all, counted as the mixture counts them."""
         return self.of.fixed + sum(each[at].bytes for each, at in zip(self.of.options, self.chosen, strict=True))
 
     @property
@@ -121,6 +146,12 @@ class Mix:
             found.append(Mixed(names, spec.name if spec else "", params, options[at].bytes, options[at].cost))
         return tuple(found)
 
+    def weights(self, shapes: Mapping[str, Shape]) -> list[tuple[CodecSpec | None, int]]:
+        """Each group's format, None where it is kept, and how many weights it has."""
+        counts = [sum(math.prod(shapes[name]) for name in names) for names in self.of.groups]
+        formats = [each[at] for each, at in zip(self.of.formats, self.chosen, strict=True)]
+        return list(zip(formats, counts, strict=True))
+
     def recipe(self, name: str, method: str | None, description: str) -> Recipe:
         """The recipe that makes it: a rule for each format, with the names of its tensors. All else is kept."""
         found: list[tuple[CodecSpec, list[str]]] = []
@@ -137,12 +168,18 @@ class Mix:
         return Recipe(name, tuple(Rule(tuple(names), spec, how) for spec, names in found), description=description)
 
 
-def mixture(plan: CompressionPlan, manifest: Manifest, formats: Sequence[CodecSpec], costs: Costs | None) -> Mixture:
+def mixture(
+    plan: CompressionPlan,
+    manifest: Manifest,
+    formats: Sequence[CodecSpec],
+    costs: Costs | None,
+    memory: Memory | None = None,
+) -> Mixture:
     """The groups of a model. `plan`: in which the tensors that take part are compressed, by one of the formats.
 
     `costs`: of each of these tensors by format; None where they are not known, and count as nothing. A tensor that the data
     say nothing of (None in all formats), such as an expert that no token came to, counts as the dearest of its kind; where
-    all of them are so, it is kept.
+    all of them are so, it is kept. With `memory` bytes are those that an engine holds, weights as it takes them.
     """
     taking = {choice.name: choice for choice in plan.compressed}
     together = fused(taking)
@@ -152,14 +189,44 @@ def mixture(plan: CompressionPlan, manifest: Manifest, formats: Sequence[CodecSp
     known, unseen = _seen(taking, costs) if costs is not None else (None, ())
     specs, options = [], []
     for group in groups:
-        mine = [(spec, _option(group, at, spec, taking, manifest, known)) for at, spec in enumerate(formats)]
-        kept = Option(sum(taking[name].stored for name in group), 0.0)
+        mine = [
+            (spec, _option(group, at, spec, taking, manifest, known, held=memory is not None))
+            for at, spec in enumerate(formats)
+        ]
+        kept = Option(sum(_kept(taking[name], memory) for name in group), 0.0)
         fits = [(spec, option) for spec, option in mine if option is not None and option.bytes < kept.bytes]
         specs.append((*(spec for spec, _ in fits), None))
         options.append((*(option for _, option in fits), kept))
-    rest = sum(choice.stored for choice in plan.choices if choice.name not in taking)
+    rest = sum(_kept(choice, memory) for choice in plan.choices if choice.name not in taking)
     files = sum(int(manifest.length[manifest.rows(file)].sum()) for file in manifest.files)
-    return Mixture(tuple(groups), tuple(specs), tuple(options), rest + files, costs is not None, unseen)
+    fixed = rest + (memory.total if memory is not None else files)
+    return Mixture(tuple(groups), tuple(specs), tuple(options), fixed, costs is not None, unseen, memory)
+
+
+def _kept(choice: CodecChoice, memory: Memory | None) -> int:
+    """Bytes of a tensor that is kept: as stored, or as an engine holds it."""
+    return choice.stored if memory is None else choice.bytes
+
+
+def _has_layout(view: EngineView, shape: Shape) -> bool:
+    try:
+        view.cells(shape)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _stored(codec: WeightCodec, shape: Shape, kind: DType) -> int:
+    return codec.size(shape, kind)
+
+
+def _held(codec: WeightCodec, shape: Shape, kind: DType) -> int:
+    """Bytes of a weight as engines take it: rows of packed codes end with a whole word; what has no layout is dense."""
+    view, (rows, columns) = codec.view, matrix(shape)
+    if view is None or not _has_layout(view, shape):
+        return rows * columns * kind.itemsize
+    spare = -columns * int(view.scheme()["num_bits"]) % _WORD // 8 if view.format == "pack-quantized" else 0
+    return codec.size(shape, kind) + rows * spare
 
 
 def _option(
@@ -169,6 +236,8 @@ def _option(
     taking: Mapping[str, CodecChoice],
     manifest: Manifest,
     known: Costs | None,
+    *,
+    held: bool,
 ) -> Option | None:
     """What a group takes in a format, and costs; None where one of its tensors cannot be stored so."""
     codec = weight_codec(spec)
@@ -177,7 +246,7 @@ def _option(
         kind, one = manifest.by_name[name].kind, 0.0 if known is None else known[name][at]
         if one is None or codec.refuses(taking[name].shape, kind):
             return None
-        size += codec.size(taking[name].shape, kind)
+        size += (_held if held else _stored)(codec, taking[name].shape, kind)
         cost += one
     return Option(size, cost)
 
@@ -201,8 +270,8 @@ def _exactly(name: str) -> str:
     return name if plain else f"re:{re.escape(name)}"
 
 
-def named_formats(names: Sequence[str]) -> tuple[CodecSpec, ...]:
-    """The codecs of presets, each once. `ValueError` where one is none that engines run, or has several."""
+def named_formats(names: Sequence[str], engine: str | None = None) -> tuple[CodecSpec, ...]:
+    """The codecs of presets, each once. `ValueError` where one is none that engines, or this one, run, or has several."""
     found: list[CodecSpec] = []
     for name in names:
         made = preset(name)
@@ -213,6 +282,8 @@ def named_formats(names: Sequence[str]) -> tuple[CodecSpec, ...]:
             raise ValueError(
                 f"formats: no engine runs {name!r} as it is stored: name others, such as int4, int8 or fp8"
             )
+        if why := refuses(engine, spec):
+            raise ValueError(f"formats: {name!r} {why}: name others, or another engine=")
         if spec not in found:
             found.append(spec)
     return tuple(found)

@@ -71,8 +71,8 @@ class Measuring:
         stored = self.stages.stored(stage)
         placed, gathered = self.stages.values(stage, stored), Gathered()
         layers = linears(self.stages, self.manifest, stage, self.costs) if self.solved else {}
-        watched = {name: layer.module for name, layer in layers.items()}
-        with self.stages.skeleton.at(stage, placed) as run, gathered.watching(watched):
+        layers = {name: layer for name, layer in layers.items() if layer.part is None}  # of stacks' there are many sums
+        with self.stages.skeleton.at(stage, placed) as run, gathered.watching(layers, placed):
             for at, ids in enumerate(sequences):
                 gathered.begin()
                 before = given[(stage - 1) * len(sequences) + at] if stage else None

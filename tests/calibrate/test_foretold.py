@@ -94,6 +94,7 @@ def test_sums_are_those_of_outer_products(columns: int) -> None:
     assert all(inputs.add(part) for part in parts)
     whole = torch.cat(parts).double()
     assert inputs.count == 99
-    assert torch.equal(inputs.hessian, inputs.hessian.T)
-    assert torch.allclose(inputs.hessian, whole.T @ whole, rtol=1e-5, atol=1e-4)
-    assert not inputs.add(torch.full((1, columns), torch.inf))
+    found = inputs.taken()
+    assert torch.equal(found, found.T)
+    assert torch.allclose(found, whole.T @ whole, rtol=1e-5, atol=1e-4)
+    assert not Inputs(columns).add(torch.full((1, columns), torch.inf))

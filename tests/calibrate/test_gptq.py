@@ -117,9 +117,9 @@ def test_codes_do_not_depend_on_the_scale_of_the_inputs(c: float) -> None:
 def test_dead_columns_change_nothing_for_the_others() -> None:
     hessian, live = inputs(64), torch.arange(64) % 4 != 0
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
-    alone = factor(hessian[live][:, live], torch.zeros(48, dtype=torch.bool))[0]
+    alone = factor(hessian[live][:, live], torch.arange(48), torch.zeros(48, dtype=torch.bool))[0]
     hessian[~live] = hessian[:, ~live] = 0
-    both = factor(hessian, ~live)[0]
+    both = factor(hessian, torch.arange(64), ~live)[0]
     assert alone is not None
     assert both is not None
     assert torch.allclose(both[live][:, live], alone)
@@ -130,7 +130,7 @@ def test_dead_columns_change_nothing_for_the_others() -> None:
 def test_sums_without_a_factor_are_rounded_plainly() -> None:
     broken = torch.eye(16, dtype=torch.float64)
     broken[0, 1] = broken[1, 0] = 100
-    assert factor(broken, torch.zeros(16, dtype=torch.bool)) == (None, None)
+    assert factor(broken, torch.arange(16), torch.zeros(16, dtype=torch.bool)) == (None, None)
     weight = torch.randn(4, 16)
     found = solve(weight, Factored.of(broken), 4, 16, torch.float32)
     assert found.damping is None
@@ -156,3 +156,20 @@ def test_given_codes_are_stored_as_they_are(bits: int, shape: tuple[int, int]) -
             codec.encode_with(np.full(shape, half, np.int8), scales, shape, kind)
     with pytest.raises(ValueError, match="not those of"):
         codec.encode_with(codes, scales[:, :0], shape, kind)
+
+
+@pytest.mark.parametrize("group", [16, 24, 40])
+def test_weights_with_inputs_as_rows_lose_what_others_lose(group: int) -> None:
+    """One group a row and one scale alike: then both are the same problem; and in groups they lose less than plain rounding."""
+    hessian, weight = inputs(48), torch.randn(40, 48, generator=torch.Generator().manual_seed(5))
+    found = solve(weight.T.contiguous(), Factored.of(hessian), 3, group, torch.float32, across=True)
+    assert found.codes.shape == (48, 40)
+    assert found.scales.shape == (48, -(-40 // group))
+    wide = torch.from_numpy(found.scales).repeat_interleave(group, 1)[:, :40]
+
+    def lost(codes: torch.Tensor) -> float:
+        moved = (codes * wide).T - weight
+        return float(((moved.double() @ hessian) * moved).sum())
+
+    plain = (weight.T / wide).round().clamp(-4, 3)
+    assert lost(torch.from_numpy(found.codes).float()) < 0.8 * lost(plain)

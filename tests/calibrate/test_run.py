@@ -118,30 +118,94 @@ def test_the_same_again_does_nothing_and_other_data_are_a_conflict(store: ms.Sto
         store.compress("m", RECIPE, calibration=ms.Calibration(TEXT, samples=10, length=32, seed=1))
 
 
-def test_layers_that_no_text_reaches_are_rounded_without_data_and_named(folder: Path, tmp_path: Path) -> None:
-    """Stacked experts are no linear layers of their own; and few tokens say too little."""
-    config = transformers.MixtralConfig(
-        vocab_size=transformers.AutoConfig.from_pretrained(folder).vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=3,
-        max_position_embeddings=64,
-    )
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+def saved(folder: Path, out: Path, model: Any) -> ms.Store:
+    """A store with a model of another kind, and the tokenizer of the folder."""
+    torch.manual_seed(0)
+    made = getattr(transformers, model[0])(getattr(transformers, model[1])(**SMALL, **model[2]))
+    made.save_pretrained(out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+        (out / name).write_bytes((folder / name).read_bytes())
     store = open_on(MemoryStorage(uuid.uuid4().hex))
-    store.save("moe", tmp_path)
-    notes = store.compress("moe", RECIPE, calibration=DATA).metrics["solved"]["data_free"]
-    assert len(notes) == 2 * 3 * 3
-    assert all("expert" in name and "no linear layer" in why for name, why in notes.items())
-    few = store.compress("moe", RECIPE, variant="few", calibration=ms.Calibration(TEXT, samples=1, length=32))
+    store.save("m", out)
+    return store
+
+
+def vocabulary(folder: Path) -> int:
+    found: int = transformers.AutoConfig.from_pretrained(folder).vocab_size
+    return found
+
+
+SMALL: dict[str, Any] = {"initializer_range": 0.3}
+EXPERTS: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+MIXTRAL = ("MixtralForCausalLM", "MixtralConfig", {**EXPERTS, "num_local_experts": 3})
+QWEN = (
+    "Qwen3MoeForCausalLM",
+    "Qwen3MoeConfig",
+    {**EXPERTS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+)
+
+
+@pytest.mark.parametrize("model", [MIXTRAL, QWEN], ids=["mixtral", "qwen3-moe"])
+def test_experts_are_solved_on_what_the_router_sends_them(folder: Path, tmp_path: Path, model: Any) -> None:
+    store = saved(folder, tmp_path, (*model[:2], model[2] | {"vocab_size": vocabulary(folder)}))
+    made = store.compress("m", RECIPE, calibration=DATA)
+    assert not any("no linear layer" in why for why in made.metrics["solved"].get("data_free", {}).values())
+    plain = {**RECIPE, "name": "plain", "rules": [{**RECIPE["rules"][0], "targets": ["*.experts.*"], "method": None}]}
+    solved = {**plain, "name": "experts", "rules": [{**RECIPE["rules"][0], "targets": ["*.experts.*"]}]}
+    store.compress("m", plain)
+    store.compress("m", solved, calibration=DATA)
+    found = store.eval(["m:experts", "m:plain"], text=TEXT, context=32)
+    assert found[0].measured.kl < 0.9 * found[1].measured.kl
+
+
+def test_experts_that_take_turns_get_the_same_codes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = saved(folder, tmp_path, (*MIXTRAL[:2], MIXTRAL[2] | {"vocab_size": vocabulary(folder)}))
+    store.compress("m", RECIPE, calibration=DATA)
+    monkeypatch.setattr("modelstore.calibrate.block._SUM", 1 << 30)  # of each expert alone
+    store.compress("m", RECIPE, variant="turns", calibration=DATA)
+    one, two = store.load("m:solved"), store.load("m:turns")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_expert_that_too_few_tokens_reach_is_rounded_without_data_and_named(folder: Path, tmp_path: Path) -> None:
+    store = saved(folder, tmp_path, (*QWEN[:2], QWEN[2] | {"vocab_size": vocabulary(folder), "num_experts": 32}))
+    notes = store.compress("m", RECIPE, calibration=ms.Calibration(TEXT, samples=4, length=32)).metrics["solved"][
+        "data_free"
+    ]
+    assert notes
+    assert all("expert" in name and "tokens came to its" in why for name, why in notes.items())
+    few = store.compress("m", RECIPE, variant="few", calibration=ms.Calibration(TEXT, samples=1, length=32))
     assert (
         "32 tokens came to its 32 columns" in few.metrics["few"]["data_free"]["model.layers.1.self_attn.q_proj.weight"]
     )
+
+
+def test_weights_with_inputs_as_rows_are_solved(folder: Path, tmp_path: Path) -> None:
+    config = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": vocabulary(folder)}
+    store = saved(folder, tmp_path, ("GPT2LMHeadModel", "GPT2Config", config))
+    made = store.compress("m", RECIPE, calibration=DATA)
+    assert "data_free" not in made.metrics["solved"]
+    assert made.compressed == 8
+    plain = {**RECIPE, "name": "plain", "rules": [{**RECIPE["rules"][0], "method": None}]}
+    store.compress("m", plain)
+    tuned = {**RECIPE, "name": "tuned", "rules": [{**RECIPE["rules"][0], "method": {"name": "tuned"}}]}
+    store.compress("m", tuned, calibration=DATA)
+    found = store.eval(["m:solved", "m:tuned", "m:plain"], text=TEXT, context=32)
+    assert found[0].measured.kl < 0.8 * found[2].measured.kl
+    assert found[1].measured.kl < 0.8 * found[2].measured.kl
+    wanda = pruning({"sparsity": 0.5, "scope": "row"}, {"name": "wanda"})
+    notes = store.compress("m", wanda, calibration=DATA).metrics["pruned"]["data_free"]
+    assert len(notes) == 8
+    assert all("inputs as rows, which wanda is not for" in why for why in notes.values())
 
 
 def test_activations_that_are_no_numbers_are_refused(store: ms.Store) -> None:
