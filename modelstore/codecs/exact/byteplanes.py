@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.codecs.exact import frames
+from modelstore.codecs.exact import frames, plain
 from modelstore.codecs.exact import kernels as words
 from modelstore.codecs.exact.frames import BLOCK, Method
 from modelstore.errors import FormatError
@@ -174,6 +174,10 @@ def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes | None = None) -
     if not count:
         return
     lengths = np.frombuffer(data, "<u4", blocks * width, HEADER.size).reshape(blocks, width).tolist()
+    if not differs and blocks == 1 and plain.first.takes(count):
+        pieces, _ = _pieces(data, HEADER.size + 4 * width, lengths[0], count)
+        out[:] = plain.merge(pieces, how.top).view(np.uint8).reshape(out.shape)
+        return
     flat, row, stride = as_words(out, dtype)
     under = np.ascontiguousarray(base).view(how.dtype) if differs and base is not None else flat[:0]
     _, merge, _ = words.kernels(width)
