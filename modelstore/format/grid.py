@@ -80,6 +80,11 @@ def count(shape: Sequence[int], chunk: Sequence[int]) -> int:
     return math.prod(counts(shape, chunk))
 
 
+def is_one_chunk(shape: Shape, chunk: Shape) -> bool:
+    """Whether a tensor is one chunk, and not empty."""
+    return shape == chunk and 0 not in shape
+
+
 def chunk_region(shape: Sequence[int], chunk: Sequence[int], index: int) -> Region:
     """The region of the chunk at a row-major index of the grid."""
     region = []

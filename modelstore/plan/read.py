@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from modelstore.format import grid
 from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.region import Region, Shape, extent, intersect, shift
+from modelstore.format.region import Region, Shape, extent, full, intersect, shift
 from modelstore.plan.layout import Share
 
 JOB_BYTES = 8 << 20  # raw bytes that one job decodes, about
@@ -91,6 +91,11 @@ def chunk_reads(wants: Iterable[Want]) -> Iterator[ChunkRead]:
     """Every chunk that the wants touch, in their order."""
     for index, want in enumerate(wants):
         tensor = want.tensor
+        if grid.is_one_chunk(tensor.shape, tensor.chunk) and want.share.region == full(tensor.shape):
+            region = full(tensor.shape)  # all of it at once: what most tensors of a model with thousands are
+            rows = tuple(plane.first for plane in tensor.planes)
+            yield ChunkRead(index, 0, region, rows, (Destination(region, region),))
+            continue
         pieces = list(want.share.pieces())
         if len(pieces) == 1:
             touched = grid.touching(tensor.shape, tensor.chunk, pieces[0][0]).tolist()

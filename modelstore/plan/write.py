@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from modelstore.format import grid
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.manifest import CodecSpec
-from modelstore.format.region import Region, Shape
+from modelstore.format.region import Region, Shape, full
 
 STEP = 8 << 20  # raw bytes that one step reads and encodes, at least, where there is that much
 FILE_CODEC = CodecSpec("lossless")
@@ -99,6 +100,9 @@ def plan_steps(tensors: Iterable[tuple[int, TensorPlan]], slab_limit: int) -> It
 
 def _parts(index: int, tensor: TensorPlan, slab_limit: int) -> Iterator[ReadStep]:
     size = tensor.itemsize
+    if grid.is_one_chunk(tensor.shape, tensor.chunk) and size * math.prod(tensor.shape) <= STEP:
+        yield ReadStep(index, full(tensor.shape), (0,), True, size * math.prod(tensor.shape))
+        return
     for slab in grid.slabs(tensor.shape, tensor.chunk):
         touched = tuple(grid.touching(tensor.shape, tensor.chunk, slab).tolist())
         nbytes = _nbytes(slab, size)

@@ -199,6 +199,7 @@ def plan_inputs(
     axis = tensor_axes(source.files, known)
     storage_spec = CodecSpec("lossless" if codec == "delta" else codec)
     inputs = []
+    codecs: dict[object, Codec] = {}
     for spec in source.tensors:
         check_tensor(spec.name)
         if spec.name.startswith(FILE):
@@ -223,7 +224,8 @@ def plan_inputs(
             axis=axis,
             like=before[0] if before else None,
         )
-        codec_of = make_codec(plan.codec.name, plan.codec.params)
+        key = plan.codec.name, tuple(plan.codec.params.items())
+        codec_of = codecs.get(key) or codecs.setdefault(key, make_codec(plan.codec.name, plan.codec.params))
         encoder = _against_base(codec_of, spec.dtype, under) if under else None
         inputs.append(Input(plan, codec_of, _reading(source, spec.name), encoder))
     for path, content in source.files.items():
