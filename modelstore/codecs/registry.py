@@ -25,7 +25,7 @@ _ROWS = MappingProxyType(
     {
         "raw": "modelstore.codecs.exact.raw:Raw",
         "lossless": "modelstore.codecs.exact.lossless:Lossless",
-        "packed": "modelstore.codecs.exact.packed:Packed",
+        "packed": "modelstore.codecs.exact.packed:FixedRate",
         "delta": "modelstore.codecs.exact.delta:Delta",
         "ladder": "modelstore.codecs.ladder.codec:Ladder",
         "binary": "modelstore.codecs.signs.codec:Binary",

@@ -12,7 +12,7 @@ import pytest
 from modelstore.codecs.base import Codec
 from modelstore.codecs.exact import packed
 from modelstore.codecs.exact.lossless import Lossless
-from modelstore.codecs.exact.packed import Packed
+from modelstore.codecs.exact.packed import FixedRate
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES
@@ -24,12 +24,12 @@ MADE = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
 def encoded(values: Bytes, dtype: str) -> Bytes:
-    (plane,) = Packed().encode(values, (values.size // DTYPES[dtype].itemsize,), DTYPES[dtype])
+    (plane,) = FixedRate().encode(values, (values.size // DTYPES[dtype].itemsize,), DTYPES[dtype])
     return as_bytes(plane)
 
 
 class TestPacked(ExactCodecContract):
-    codec: ClassVar[Codec] = Packed()
+    codec: ClassVar[Codec] = FixedRate()
 
     @pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.697), ("float32", 0.85)])
     def test_size_of_weights(self, dtype: str, limit: float) -> None:

@@ -35,7 +35,7 @@ WORTH = 0.88  # of the size of packed codes: where `lossless` is estimated to co
 
 
 @dataclass(frozen=True, slots=True)
-class Packed(WeightCodec):
+class FixedRate(WeightCodec):
     """One plane, `data`, laid out as docs/codecs.md says.
 
     bfloat16 weights take 0.695 to 0.7 of their raw bytes where `lossless` takes 0.667, and decode at more than twice its speed.
