@@ -89,7 +89,7 @@ class FixedRate(WeightCodec):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TileParts:
     """Where the parts of an encoding lie in its bytes: views of it, and nothing beside.
 
     codes: of all tiles, one after the other; planes: (bytes of a word - 1, words); tops, and the numbers of escapes and of whole
@@ -112,13 +112,13 @@ def _fixed(count: int, width: int) -> tuple[int, int, int]:
     return tiles, codes, HEADER.size + codes + (width - 1) * count + 5 * tiles
 
 
-def _cut(data: Bytes, count: int, width: int) -> Layout:
+def _cut(data: Bytes, count: int, width: int) -> TileParts:
     """The parts of an encoding of so many words; what is left at its end are nibbles and whole bytes."""
     tiles, size, _ = _fixed(count, width)
     ends = np.cumsum([HEADER.size, size, (width - 1) * count, tiles, 2 * tiles, 2 * tiles]).tolist()
     codes, planes, tops, escapes, whole = (data[a:b] for a, b in pairwise(ends))
     planes = planes.reshape(width - 1, count)
-    return Layout(codes, planes, tops, escapes.view("<u2"), whole.view("<u2"), data[ends[-1] :])
+    return TileParts(codes, planes, tops, escapes.view("<u2"), whole.view("<u2"), data[ends[-1] :])
 
 
 def _vanishes(values: Bytes, dtype: DType) -> bool:
@@ -149,7 +149,7 @@ def _encode(values: Bytes, width: int) -> Bytes | None:
     return out[: fixed + nibbles + whole]
 
 
-def _laid_out(data: Bytes, count: int, width: int) -> Layout:
+def _laid_out(data: Bytes, count: int, width: int) -> TileParts:
     """The parts of stored bytes; `FormatError` where they are not as long as so many words and their escapes."""
     _, _, fixed = _fixed(count, width)
     if data.size < fixed:
@@ -166,7 +166,7 @@ def _laid_out(data: Bytes, count: int, width: int) -> Layout:
     return parts
 
 
-def _decode(parts: Layout, dtype: DType, out: Bytes) -> None:
+def _decode(parts: TileParts, dtype: DType, out: Bytes) -> None:
     from modelstore.codecs.exact.packed_kernels import kernels
 
     flat, row, stride = byteplanes.as_words(out, dtype)
