@@ -14,6 +14,7 @@ from modelstore.calibrate.statistics import TOKENS, Gathered, Inputs
 from modelstore.calibrate.tuned import Block, tune
 from modelstore.compress.plan import weight_codec
 from modelstore.compress.stages import Stages
+from modelstore.execute.memory import trim
 from modelstore.execute.spool import Spool
 from modelstore.format.manifest import CodecSpec, Manifest
 from modelstore.format.recipe import METHODS, Method
@@ -92,6 +93,7 @@ class Solving:
                 solved = self._solved(names, gathered.inputs.get(first))
                 found |= {self.layers[name].tensor: one for name, one in solved.items()}
                 gathered.inputs.pop(first, None)  # one input's sums after the other are let go of
+                trim()
         in_order = [layer.tensor for layer in self.layers.values() if layer.tensor in found]
         found = {tensor: found[tensor] for tensor in in_order}
         return found | self._tuned(given, found)

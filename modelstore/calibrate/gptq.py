@@ -18,6 +18,7 @@ _STEPS = 20  # of the search for a clip: from the whole range down to 0.32 of it
 _NORM = 2.4
 _DAMP, _MOST_DAMP = 0.01, 0.1  # of the mean of the diagonal, columns through which nothing comes left out
 _EXACT = 4096  # columns up to which the factor is computed in float64
+_OUTPUTS = 1024  # that are solved together: they need several copies of their weights
 _ROWS = 1 << 22  # numbers that the search looks at a time
 
 
@@ -59,7 +60,17 @@ def solve(
     inputs: what comes to it; group: columns that share a scale, fewer at the end; stored: the dtype of the scales. across: the
     weight is given, and its codes and scales are, with inputs as rows; groups lie along the outputs then.
     """
-    weight = weight.float().clone()
+    axis, step = int(across), max(1, _OUTPUTS // group) * group
+    parts = [_solve(one, inputs, bits, group, stored, across=across) for one in torch.split(weight, step, axis)]
+    codes, scales = (np.concatenate(each, axis) for each in zip(*parts, strict=True))
+    return Solved(codes, scales, inputs.damping)
+
+
+def _solve(
+    weight: torch.Tensor, inputs: Factored, bits: int, group: int, stored: torch.dtype, *, across: bool
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Of a few outputs, which are no business of the others."""
+    weight = weight.to(torch.float32, copy=True)
     dead = inputs.diagonal == 0
     weight[dead if across else (slice(None), dead)] = 0
     alike = (
@@ -73,7 +84,7 @@ def solve(
     codes = _rounded(weight[:, order], inputs.upper, each[:, order], bits)
     back = np.empty_like(codes)
     back[:, order.numpy()] = codes
-    return Solved(np.ascontiguousarray(back.T) if across else back, scales.numpy(), inputs.damping)
+    return np.ascontiguousarray(back.T) if across else back, scales.numpy()
 
 
 def search(weight: torch.Tensor, importance: torch.Tensor, bits: int, group: int, stored: torch.dtype) -> torch.Tensor:

@@ -94,6 +94,7 @@ class Calibrated:
         layers = {name: layer for name, layer in layers.items() if layer.tensor not in strange}
         solving = Solving(self.asked, block, layers, values, self.shards, before, self.memory, strange)
         del values
+        trim()
         try:
             solved = solving.solve(given)
         finally:

@@ -173,3 +173,15 @@ def test_weights_with_inputs_as_rows_lose_what_others_lose(group: int) -> None:
 
     plain = (weight.T / wide).round().clamp(-4, 3)
     assert lost(torch.from_numpy(found.codes).float()) < 0.8 * lost(plain)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_outputs_are_solved_a_few_at_a_time(across: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes no code: outputs are no business of each other."""
+    weight = torch.randn((64, 50) if across else (50, 64), generator=torch.Generator().manual_seed(5))
+    inputs_ = Factored.of(inputs(64))
+    one = solve(weight, inputs_, 4, 16, torch.float32, across=across)
+    monkeypatch.setattr("modelstore.calibrate.gptq._OUTPUTS", 17)
+    other = solve(weight, inputs_, 4, 16, torch.float32, across=across)
+    assert np.array_equal(one.codes, other.codes)
+    assert np.array_equal(one.scales, other.scales)
