@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 import modelstore as ms
-from modelstore.compress.engine.export import Packed, engine_layout
+from modelstore.compress.engine.export import PackedTensor, engine_layout
 from modelstore.errors import UnsupportedError
 from modelstore.execute.export import write as export_write
 from tests.compress.llama import CONFIG, LAYER, llama
@@ -217,7 +217,7 @@ def test_bands_make_the_same_bytes(tmp_path: Path, affine: bool) -> None:
     layout = engine_layout(model.reader, model.config())
     assert layout is not None
     packed = layout.packed[f"{LAYER}mlp.gate_proj.weight"]
-    assert isinstance(packed, Packed)
+    assert isinstance(packed, PackedTensor)
     sizes = [torch.empty(shape, dtype=getattr(torch, kind)).nbytes for _, kind, shape in packed.parts("x.weight")]
     offsets = [sum(sizes[:at]) for at in range(len(sizes))]
     made = []

@@ -81,7 +81,7 @@ def engine_layout(
         same = (tensor.codec, tensor.dtype)
         if same not in kinds:
             kinds[same] = _kinds(reader, tensor, view)
-        packed[name] = Packed(reader, tensor, view, kinds[same])
+        packed[name] = PackedTensor(reader, tensor, view, kinds[same])
     made = {**config, "quantization_config": choice.quantization}
     return EngineLayout(packed, json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n")
 
@@ -105,7 +105,7 @@ def _beside_int8(reader: Reader, views: Mapping[str, EngineView]) -> Iterator[tu
         yield tensor.name, beside
 
 
-class Packed:
+class PackedTensor:
     """A weight [rows, columns] as the parts that engines take; see `EngineView.parts`."""
 
     def __init__(self, reader: Reader, tensor: Tensor, view: EngineView, kinds: Mapping[str, np.dtype[Any]]) -> None:
@@ -147,7 +147,7 @@ class Packed:
 class _Bands:
     """A packed weight written in bands of its rows."""
 
-    packed: Packed
+    packed: PackedTensor
     offsets: Mapping[str, int]
     key: str
 
