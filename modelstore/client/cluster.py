@@ -10,7 +10,7 @@ from modelstore.client.access import Access
 from modelstore.client.arguments import Checked
 from modelstore.client.clustered import in_cluster
 from modelstore.errors import NotFoundError
-from modelstore.format import results
+from modelstore.format import cluster_results, results
 from modelstore.format.names import parse_reference
 from modelstore.format.progress import Progress, meter
 from modelstore.format.units import Duration, parse_duration
@@ -58,7 +58,7 @@ class Cluster(Checked):
         tier: Literal["memory", "disk", "gpu"] = "memory",
         replicas: int | None = None,
         progress: Progress | None = None,
-    ) -> results.Prefetched:
+    ) -> cluster_results.Prefetched:
         """Get a variant's chunks into the hosts' tier. Each chunk is read from the storage once.
 
         Args:
@@ -79,7 +79,7 @@ class Cluster(Checked):
         """
         return self._prefetch(ref, tier, replicas, None, progress)
 
-    def pin(self, ref: str, *, tier: Literal["memory", "disk", "gpu"] = "memory") -> results.Prefetched:
+    def pin(self, ref: str, *, tier: Literal["memory", "disk", "gpu"] = "memory") -> cluster_results.Prefetched:
         """Prefetch a variant, and evict neither its chunks nor the decoded model, where it is mapped, until `unpin`.
 
         Args:
@@ -134,7 +134,7 @@ class Cluster(Checked):
 
     def _prefetch(
         self, ref: str, tier: str, replicas: int | None, pin: str | None, progress: Progress | None
-    ) -> results.Prefetched:
+    ) -> cluster_results.Prefetched:
         from modelstore.cluster.read.prefetch import prefetch
 
         session, source = in_cluster(self._access)
@@ -156,7 +156,7 @@ class Cluster(Checked):
         device: str = "cpu",
         gpus: float = 0.01,
         progress: Progress | None = None,
-    ) -> results.Delivered:
+    ) -> cluster_results.Delivered:
         """Give Ray actors a variant's tensors: calls `method` of each with {name: tensor}, some at a time, until it has all.
 
         On every node with some of the workers, one sender reads and decodes the model once and hands it on: from host memory
@@ -210,11 +210,11 @@ class Cluster(Checked):
             gpus=gpus,
             progress=meter(progress, model.manifest.nbytes * len(workers), f"delivering {ref}"),
         )
-        return results.Delivered(ref, len(workers), senders, nbytes, used, time.monotonic() - started)
+        return cluster_results.Delivered(ref, len(workers), senders, nbytes, used, time.monotonic() - started)
 
     # ------------------------------------------------------------------ jobs and nodes
 
-    def jobs(self) -> list[results.JobStatus]:
+    def jobs(self) -> list[cluster_results.JobStatus]:
         """List the compressions that run on the cluster now, whoever started them.
 
         Returns:
@@ -284,7 +284,7 @@ class Cluster(Checked):
         """
         return self.session.drain(node, draining=False)
 
-    def status(self) -> results.ClusterStatus:
+    def status(self) -> cluster_results.ClusterStatus:
         """Tell of nodes, their hosts, what these hold by tier, hits, and work in flight.
 
         Returns:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from modelstore.client.base import OpenedStore
 from modelstore.client.cluster import Cluster
 from modelstore.client.forwards import told_by
-from modelstore.format import results
+from modelstore.format import cluster_results
 from modelstore.format.progress import Progress
 from modelstore.format.units import Duration
 from modelstore.plan.layout import Shard
@@ -34,11 +34,11 @@ class OfCluster(OpenedStore):
         tier: Literal["memory", "disk", "gpu"] = "memory",
         replicas: int | None = None,
         progress: Progress | None = None,
-    ) -> results.Prefetched:
+    ) -> cluster_results.Prefetched:
         return self._joined.prefetch(ref, tier=tier, replicas=replicas, progress=progress)
 
     @told_by(Cluster.pin, "store.cluster.pin(…)")
-    def pin(self, ref: str, *, tier: Literal["memory", "disk", "gpu"] = "memory") -> results.Prefetched:
+    def pin(self, ref: str, *, tier: Literal["memory", "disk", "gpu"] = "memory") -> cluster_results.Prefetched:
         return self._joined.pin(ref, tier=tier)
 
     @told_by(Cluster.unpin, "store.cluster.unpin(…)")
@@ -62,7 +62,7 @@ class OfCluster(OpenedStore):
         device: str = "cpu",
         gpus: float = 0.01,
         progress: Progress | None = None,
-    ) -> results.Delivered:
+    ) -> cluster_results.Delivered:
         return self._joined.deliver(
             ref,
             workers,
@@ -76,7 +76,7 @@ class OfCluster(OpenedStore):
         )
 
     @told_by(Cluster.jobs, "store.cluster.jobs(…)")
-    def jobs(self) -> list[results.JobStatus]:
+    def jobs(self) -> list[cluster_results.JobStatus]:
         return self._joined.jobs()
 
     @told_by(Cluster.cancel, "store.cluster.cancel(…)")
@@ -92,5 +92,5 @@ class OfCluster(OpenedStore):
         return self._joined.undrain(node)
 
     @told_by(Cluster.status, "store.cluster.status(…)")
-    def cluster_status(self) -> results.ClusterStatus:
+    def cluster_status(self) -> cluster_results.ClusterStatus:
         return self._joined.status()

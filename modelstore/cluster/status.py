@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from modelstore.errors import StorageError
-from modelstore.format import results
+from modelstore.format import cluster_results
 
 if TYPE_CHECKING:
     from modelstore.cluster.control.session import Session
 
 
-def status(session: Session) -> results.ClusterStatus:
+def status(session: Session) -> cluster_results.ClusterStatus:
     """Every host with what it holds and did; a host that does not answer has no figures."""
     import ray  # not before the session, which tells it the cluster's token
 
@@ -26,7 +26,7 @@ def status(session: Session) -> results.ClusterStatus:
     left = session.left() if any(member.draining for member in view.members) else {}
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}  # type: ignore[no-untyped-call]
     hosts = tuple(
-        results.HostStatus(
+        cluster_results.HostStatus(
             member.id,
             member.node,
             member.zone,
@@ -40,4 +40,4 @@ def status(session: Session) -> results.ClusterStatus:
     problems: dict[str, str] = {}
     with contextlib.suppress(StorageError):
         problems = ask_directory(Control.problems)
-    return results.ClusterStatus(view.epoch, session.settings.replicas, hosts, problems)
+    return cluster_results.ClusterStatus(view.epoch, session.settings.replicas, hosts, problems)

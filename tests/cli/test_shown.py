@@ -20,7 +20,7 @@ from modelstore.cli import complete, evaluating, output, states
 from modelstore.cli.main import app
 from modelstore.cluster.logs import JsonLines
 from modelstore.errors import ModelStoreError, NotFoundError
-from modelstore.format import results
+from modelstore.format import cluster_results, results
 from modelstore.text import cells, json_line, shortened, shown
 from tests.cli.screen import Answers, Screen, filled, on_screen
 
@@ -167,7 +167,7 @@ def test_a_clusters_status_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(cells(part) <= 80 for part in line.splitlines()), line
 
 
-def _status(text: str) -> results.ClusterStatus:
+def _status(text: str) -> cluster_results.ClusterStatus:
     stats = {
         "tiers": {"memory": {"bytes": 10**11}, "disk": {"bytes": 10**12}},
         "hits": 1,
@@ -177,9 +177,9 @@ def _status(text: str) -> results.ClusterStatus:
         "in_flight": 7,
         "pending": {"saves": 2, "bytes": 3, "problem": text},
     }
-    silent = filled(results.HostStatus, text)
-    return results.ClusterStatus(
-        3, 2, (results.HostStatus(text, text, text, stats), type(silent)(text, text, text, None))
+    silent = filled(cluster_results.HostStatus, text)
+    return cluster_results.ClusterStatus(
+        3, 2, (cluster_results.HostStatus(text, text, text, stats), type(silent)(text, text, text, None))
     )
 
 

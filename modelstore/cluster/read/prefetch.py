@@ -11,7 +11,7 @@ from modelstore.cluster.calls import HostGoneError
 from modelstore.cluster.host.protocol import Host
 from modelstore.cluster.pieces import Piece, StoreAddress, pieces, section_keys
 from modelstore.errors import StorageError
-from modelstore.format import results
+from modelstore.format import cluster_results
 from modelstore.format.manifest import Manifest
 from modelstore.format.progress import Advance
 from modelstore.plan.placement import View, holders
@@ -56,7 +56,7 @@ def prefetch(
     replicas: int | None,
     pin: str | None,
     progress: Advance | None,
-) -> results.Prefetched:
+) -> cluster_results.Prefetched:
     """Have every holder hold its chunks; where hosts die meanwhile, those that take their place.
 
     `StorageError` where none of the hosts answers, or they die again and again.
@@ -80,7 +80,7 @@ def prefetch(
         if not lost:
             wanted = sum(part.length for part in parts)
             members = min(copies, len(view.members))
-            return results.Prefetched(ref, wanted, held, members, time.monotonic() - started)
+            return cluster_results.Prefetched(ref, wanted, held, members, time.monotonic() - started)
     raise HostGoneError(
         f"hosts {', '.join(sorted(lost))} died while they were to hold {ref!r}: call it again, which goes on"
     )

@@ -18,8 +18,8 @@ from modelstore.cluster.calls import ask_directory, ask_directory_once
 from modelstore.cluster.control.protocol import Control
 from modelstore.cluster.control.session import Session
 from modelstore.errors import CancelledError, ModelStoreError, StorageError
+from modelstore.format.cluster_results import JobStatus
 from modelstore.format.progress import Advance
-from modelstore.format.results import JobStatus
 from modelstore.plan.placement import View
 
 _AHEAD = 2  # portions submitted for each core of the cluster
