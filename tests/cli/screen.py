@@ -19,7 +19,7 @@ import pytest
 
 from modelstore.cli.main import app
 from modelstore.client import Store
-from modelstore.format import inventory, manifest, recipe, results
+from modelstore.format import cluster_results, inventory, manifest, recipe, results
 from modelstore.format.comparison import Compared
 from modelstore.format.history import LogEntry
 
@@ -43,6 +43,7 @@ def filled(kind: Any, text: str) -> Any:
 
 HOMES = {
     "results": results,
+    "cluster_results": cluster_results,
     "recipe": recipe,
     "manifest": manifest,
     "inventory": inventory,
