@@ -17,7 +17,9 @@ Scheme = Literal["fp8", "mxfp4"]
 Described = Mapping[str, tuple[str, Shape]]  # name → dtype, shape
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
+_CODES = (*_FP8, "float8_e4m3fnuz", "float8_e5m2fnuz", "int8", "uint8")
 _FLOATS = ("float32", "bfloat16", "float16")
+POWERS = ("uint8", "float8_e8m0fnu")  # of two: a scale is 2^(byte - 127), 255 is no number
 _BLOCK = (128, 128)
 _GROUP = 32  # numbers that share a scale in mxfp4, two in a byte
 _SCALES = ("weight_scale_inv", "weight_scale")  # both are multiplied with
@@ -53,7 +55,7 @@ def dequantized(tensors: Described, config: Config | None) -> tuple[dict[str, De
     made = {one.codes: one for one in (*_fp8(tensors, already, config), *_mxfp4(tensors, already, config))}
     members = {name for one in made.values() for name in (one.codes, one.scales)}
     members |= {name for name in already if name.rpartition(".")[2] in _BESIDE}
-    rest = sorted(already - members)
+    rest = sorted((already | _bytes(tensors)) - members)
     if rest or not made:
         what = f"the values of {rest[0]!r} cannot be computed here" if rest else "none of its weights is found here"
         raise UnsupportedError(
@@ -69,6 +71,11 @@ def dequantized(tensors: Described, config: Config | None) -> tuple[dict[str, De
     return made, members
 
 
+def _bytes(tensors: Described) -> set[str]:
+    """Matrices of one byte a number: codes, whatever tool and names they are of."""
+    return {name for name, (dtype, shape) in tensors.items() if dtype in _CODES and len(shape) >= 2}
+
+
 def plain(config: Config) -> Config:
     """The config of the model with its weights dequantized."""
     kept = {key: value for key, value in config.items() if key not in METHODS}
@@ -82,7 +89,7 @@ def _fp8(tensors: Described, already: set[str], config: Config | None) -> Iterat
             continue
         base = codes.removesuffix("weight")
         scales = next((base + one for one in _SCALES if base + one in tensors), None)
-        if scales is None or tensors[scales][0] not in _FLOATS:
+        if scales is None or tensors[scales][0] not in (*_FLOATS, *POWERS):
             continue
         block = _block(shape, tensors[scales][1], config)
         if block is not None:

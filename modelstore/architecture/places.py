@@ -53,6 +53,10 @@ class Modules(Protocol):
     def early(self) -> str | None:
         """Why all weights have to be unpacked while the model is loaded, as a sentence; None where they need not."""
 
+    @property
+    def late(self) -> str | None:
+        """Why weights cannot be unpacked while the model is loaded, as a sentence; None where they can."""
+
     def place(self, name: str, shape: Shape) -> Place:
         """Where a weight of the checkpoint of that name and shape goes."""
 
@@ -82,6 +86,7 @@ class _Plain:
 
     linears = ()
     early = None
+    late = None
 
     def place(self, name: str, shape: Shape) -> Place:  # noqa: ARG002
         """As `Modules.place`."""
@@ -107,6 +112,7 @@ class _Built:
         self._known = {**model.state_dict(), **dict.fromkeys(parts, True)}
         _refuse_replaced(self._modules.values())
         self.early = _cast(model, self._modules)
+        self.late = _late(self._modules)
         self._float32 = _kept_in_float32(model)
         self._needed = _needed(model, self._modules, self._linears)
 
@@ -200,6 +206,14 @@ def _cast(model: Any, modules: Mapping[str, Any]) -> str | None:
         for buffer in one._buffers:
             if buffer in _cast_by(type(one)):  # type: ignore[arg-type]  # classes are hashable
                 return f"{type(model).__name__} of transformers casts '{name}.{buffer}' while it runs"
+    return None
+
+
+def _late(modules: Mapping[str, Any]) -> str | None:
+    """A frozen norm: all that is called `weight` is taken for a parameter where weights are unpacked while they are loaded."""
+    for name, one in modules.items():
+        if "weight" in one._buffers and "weight" not in one._non_persistent_buffers_set:
+            return f"transformers does not load the buffer '{name}.weight' of {type(one).__name__} then"
     return None
 
 

@@ -26,6 +26,7 @@ _TOGETHER = {
     "_g_idx": ("_packed",),
     ".input_scale": (".weight",),
     ".output_scale": (".weight",),
+    ".activation_scale": (".weight",),
     ".input_global_scale": (".weight", ".weight_packed"),
     ".absmax": ("",),  # bitsandbytes, 4 bits
     ".quant_map": ("",),

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.architecture.config import Config
-from modelstore.architecture.dequantized import Dequantized, dequantized, plain
+from modelstore.architecture.dequantized import POWERS, Dequantized, dequantized, plain
 from modelstore.architecture.described import described
 from modelstore.architecture.quantized import method
 from modelstore.codecs.floating.fp4 import E2M1
@@ -29,6 +29,7 @@ from modelstore.format.record import VersionRecord
 from modelstore.format.region import Region, extent
 from modelstore.plan.write import plan_tensor
 
+_NO_NUMBER = 255
 _GROUP = 32  # numbers of mxfp4 that share a scale
 _E2M1 = np.array(E2M1.levels, np.float32)
 
@@ -125,9 +126,12 @@ class RequantizedReader(Reader):
 
     def _scales(self, one: Dequantized, shape: tuple[int, int]) -> Floats:
         tensor = self.manifest.by_name[one.scales]
-        return to_float32(self._original.region(tensor, tuple((0, n) for n in tensor.shape)), tensor.kind).reshape(
-            shape
-        )
+        stored = self._original.region(tensor, tuple((0, n) for n in tensor.shape))
+        if tensor.dtype not in POWERS:
+            return to_float32(stored, tensor.kind).reshape(shape)
+        powers = stored.reshape(shape).astype(np.int32)
+        found: Floats = np.where(powers < _NO_NUMBER, np.ldexp(np.float32(1), powers - 127), np.float32(np.nan))
+        return found
 
     def _mxfp4(self, one: Dequantized, region: Region) -> Floats:
         """Numbers of four bits, the lower ones first, times a power of two for each 32 along a row, transposed."""

@@ -55,6 +55,43 @@ def test_layers_that_transformers_looks_at_of_two_schemes(store: ms.Store, tmp_p
     assert torch.equal(logits(tmp_path / "packed", "modernbert"), logits(tmp_path / "dense", "modernbert"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "right", "refused", "said"),
+    [
+        ("DeformableDetr", "fp8", "int4", r"is looked at by transformers before it is unpacked"),
+        ("Detr", "int4", "int4-affine", r"zero points\), and transformers does not load the buffer '.*weight'"),
+    ],
+)
+def test_weights_that_are_not_unpacked_while_they_are_loaded(
+    tmp_path: Path, kind: str, right: str, refused: str, said: str
+) -> None:
+    """Frozen norms have a buffer called `weight`, which transformers does not load then."""
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    backbone = transformers.ResNetConfig(**sizes, out_features=["stage4"])
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 64))}
+    config = getattr(transformers, f"{kind}Config")
+    made = getattr(transformers, f"{kind}ForObjectDetection")
+    torch.manual_seed(0)
+    model = made(config(backbone_config=backbone, d_model=64, num_queries=8, **layers))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    store = ms.open(tmp_path / "store", threads=1)
+    store.save("m", tmp_path / "m")
+    store.compress("m", recipe(FORMATS[right]), variant=right)
+    store.export(f"m:{right}", tmp_path / "packed")
+    store.export(f"m:{right}", tmp_path / "dense", dequantize=True)
+    pixels = torch.randn(1, 3, 64, 64).bfloat16()
+    with torch.no_grad():
+        packed, dense = (
+            made.from_pretrained(tmp_path / name, dtype=torch.bfloat16).eval()(pixels).logits
+            for name in ("packed", "dense")
+        )
+    assert torch.equal(packed, dense)
+    store.compress("m", recipe(FORMATS[refused]), variant=refused)
+    with pytest.raises(UnsupportedError, match=said):
+        store.export(f"m:{refused}", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------- experts
 
 
@@ -133,7 +170,7 @@ def test_a_model_that_casts_its_buffers(store: ms.Store, tmp_path: Path) -> None
     assert torch.equal(logits(tmp_path / "packed", "ctrl"), logits(tmp_path / "dense", "ctrl"))
     rules = [*recipe(FORMATS["int8"], ("*Wq*",))["rules"], *recipe(FORMATS["int4"])["rules"]]
     store.compress("ctrl", {"name": "v", "rules": rules}, variant="two")
-    with pytest.raises(UnsupportedError, match=r"has 2 schemes, .*casts 'transformer\.pos_encoding' while it runs"):
+    with pytest.raises(UnsupportedError, match=r"casts 'transformer\.pos_encoding' while it runs\), .* has 2"):
         store.export("ctrl:two", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

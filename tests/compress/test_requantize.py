@@ -148,6 +148,13 @@ OTHERS: dict[str, dict[str, torch.Tensor]] = {
     },
     "blocks of another size": {"a.weight": torch.ones(256, 256).to(FP8), "a.weight_scale_inv": torch.ones(3, 2)},
     "stacks": {"a.weight": torch.ones(2, 128, 128).to(FP8), "a.weight_scale_inv": torch.ones(2, 1, 1)},
+    "names of its own": {
+        "a.weight": torch.ones(256, 256).to(FP8),
+        "a.weight_scale_inv": torch.ones(2, 2),
+        "c.weight": torch.ones(256, 256).to(FP8),
+        "c.scale": torch.ones(2, 2),
+    },
+    "torchao": {"a.weight:qdata": torch.ones(64, 64, dtype=torch.int8), "a.weight:scale": torch.ones(64)},
     "nothing": {"a.weight": torch.ones(64, 64)},
 }
 

@@ -68,7 +68,7 @@ def choose(
     parameter of are packed so.
     """
     views = _taken_apart(manifest, views, modules, plain)
-    found = _sorted(manifest, views, config, modules, early=True)
+    found = _sorted(manifest, views, config, modules, early=modules.late is None)
     if found.early and len({_key(view) for view in found.packed.values()}) > 1:
         found = _sorted(manifest, views, config, modules, early=False)  # transformers does so for one scheme only
     why = min(found.reasons)[1] if found.reasons else "none is linear"
@@ -110,11 +110,13 @@ def _in_loading(found: _SortedWeights, groups: Sequence[tuple[EngineView, list[s
     Its compressed layers have a place for zero points of another shape, and no `weight` until they run.
     """
     affine = not all(view.scheme().get("symmetric", True) for view, _ in groups)
-    if len(groups) > 1 and (affine or modules.early):
-        what = "has weights with zero points beside other ones" if affine else f"has {len(groups)} schemes"
-        because = f" ({modules.early})" if modules.early else ""
-        raise UnsupportedError(f"the variant {what}, which transformers takes for one scheme{because}: {_DENSE}")
-    return affine or bool(modules.early or found.early)
+    because = modules.early or ("the variant has weights with zero points" if affine else None)
+    if because and (len(groups) > 1 or modules.late):
+        refused = modules.late or f"it does so for one scheme, and the variant has {len(groups)}"
+        raise UnsupportedError(
+            f"transformers has to unpack all weights while it loads them ({because}), and {refused}: {_DENSE}"
+        )
+    return bool(because or found.early)
 
 
 def _sorted(
