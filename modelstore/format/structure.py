@@ -10,9 +10,8 @@ import argparse
 import base64
 import collections
 import json
-import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ import numpy as np
 
 from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES
+from modelstore.format.hashed import check_hashes
+from modelstore.format.views import joined
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +31,10 @@ VERSION = 1
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 100
 EXACT = 1 << 53  # whole numbers below it are the same in every JSON reader
-_DISTINCT = 1 << 60  # whole numbers below it have hashes of their own
-_MAX_ALIKE = 1000  # other keys of a dict, whose hashes may be chosen
-_SMALL = 64 << 20  # bytes that views of shared memory may span beyond 16 times their own
-_FACTORIES: Mapping[str, Callable[[], Any]] = {
-    "list": list, "dict": dict, "int": int, "float": float, "set": set, "str": str, "tuple": tuple,
+FACTORIES: Mapping[str, Callable[[], Any]] = {
+    "list": list, "dict": dict, "int": int, "float": float, "set": set, "str": str, "tuple": tuple, "bool": bool,
+    "bytes": bytes, "complex": complex, "frozenset": frozenset, "Counter": collections.Counter,
+    "OrderedDict": collections.OrderedDict, "deque": collections.deque,
 }  # fmt: skip
 
 
@@ -61,45 +61,78 @@ class Inert:
 
 
 def structure(data: bytes, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The structure that a file says, with these tensors in it; views of one memory share one again.
+    """The structure that a file says, with these tensors in it; views of one memory share one again (`views` says which).
 
     `FormatError` where the file is not valid, or names a tensor that is not given.
     """
-    if len(data) > MAX_BYTES:
-        raise _bad(f"it has {len(data)} bytes, where {MAX_BYTES} is the limit")
     try:
-        table = json.loads(data)
-        if not isinstance(table, dict) or table.get("format") != VERSION:
-            raise _bad(f"its format is not {VERSION}")
-        maker = _Maker(tensors, table.get("views") or {})
-        return maker.make(table["root"])
-    except FormatError:
-        raise
-    except RecursionError:
-        raise _bad("it is nested too deeply") from None
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, struct.error) as error:
-        raise _bad(f"{type(error).__name__}: {str(error)[:200]}") from None
+        table = _table(data)
+        return _made(table, {**tensors, **joined(tensors, table.get("views") or {})})
+    except _WRONG as error:
+        raise FormatError(
+            f"{FILE} is not a valid structure of a checkpoint ({_told(error)}): restore it", object=FILE
+        ) from None
 
 
-def _bad(what: str) -> FormatError:
-    return FormatError(f"{FILE} is not a valid structure of a checkpoint ({what}): restore it", object=FILE)
+def check(data: bytes, names: Iterable[str]) -> None:
+    """`FormatError` where `structure` would not take a file with tensors of these names: asked before it is stored."""
+    try:
+        _made(_table(data), {name: _Absent() for name in names})
+    except _WRONG as error:
+        raise FormatError(
+            f"what lies beside the weights could not be given back ({_told(error)}): leave out what is named, or save "
+            'without include="all"'
+        ) from None
+
+
+class _Absent:
+    """Stands for a tensor, or the array that it is made into, whose values do not matter."""
+
+    def numpy(self) -> _Absent:
+        return self
+
+    copy = numpy
+
+
+_WRONG = (
+    RecursionError, KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, struct.error,
+)  # fmt: skip
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error)[:200] if type(error) is ValueError else f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _table(data: bytes) -> dict[str, Any]:
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it has {len(data)} bytes, where {MAX_BYTES} is the limit")
+    table = json.loads(data)
+    if not isinstance(table, dict) or table.get("format") != VERSION:
+        raise ValueError(f"its format is not {VERSION}")
+    return table
+
+
+def _made(table: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
+    return _Maker(tensors).make(table["root"])
 
 
 class _Maker:
     """Makes values of their nodes."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], views: Mapping[str, Any]) -> None:
-        self._tensors = {**tensors, **_shared(tensors, views)}
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors = tensors
 
     def make(self, node: Any) -> Any:
         if not isinstance(node, list):
             if isinstance(node, dict):
-                raise _bad("a value is a JSON object")
+                raise ValueError("a value is a JSON object")
             return node
         kind, *rest = node
         make = getattr(self, f"_{kind}", None) if isinstance(kind, str) and kind in _KINDS else None
         if make is None:
-            raise _bad(f"{str(kind)[:40]!r} is no kind of value")
+            raise ValueError(f"{str(kind)[:40]!r} is no kind of value")
         return make(*rest)
 
     def _many(self, nodes: tuple[Any, ...]) -> list[Any]:
@@ -107,11 +140,7 @@ class _Maker:
 
     def _pairs(self, pairs: tuple[Any, ...]) -> list[tuple[Any, Any]]:
         made = [(self.make(key), self.make(value)) for key, value in pairs]
-        odd = sum(not (isinstance(k, (str, bytes, bool)) or k is None or _distinct(k)) for k, _ in made)
-        if odd > _MAX_ALIKE:
-            raise _bad(
-                f"a dict has {odd} keys that are neither texts nor small numbers, where {_MAX_ALIKE} is the limit"
-            )
+        check_hashes([key for key, _ in made])
         return made
 
     def _int(self, text: str) -> int:
@@ -165,7 +194,7 @@ class _Maker:
         return made
 
     def _defaultdict(self, factory: str | None, *pairs: Any) -> collections.defaultdict[Any, Any]:
-        return collections.defaultdict(_FACTORIES.get(factory or ""), self._pairs(pairs))
+        return collections.defaultdict(FACTORIES.get(factory or ""), self._pairs(pairs))
 
     def _namespace(self, *pairs: Any) -> argparse.Namespace:
         made = argparse.Namespace()
@@ -195,17 +224,17 @@ class _Maker:
         try:
             return torch.device(text)
         except RuntimeError as error:
-            raise _bad(str(error)[:100]) from None
+            raise ValueError(str(error)[:100]) from None
 
     def _scalar(self, kind: str, text: str) -> Any:
         dtype = np.dtype(kind)
         if dtype.kind not in "biufc":
-            raise _bad(f"a number of dtype {kind[:40]!r}")
+            raise ValueError(f"a number of dtype {kind[:40]!r}")
         return np.frombuffer(self._bytes(text), dtype, 1)[0]
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _tensor(self, name: str) -> Any:
         if name not in self._tensors:
-            raise _bad(f"it names a tensor {name[:80]!r} that is not there")
+            raise ValueError(f"it names a tensor {name[:80]!r} that is not there")
         return self._tensors[name]
 
     def _array(self, name: str) -> Any:
@@ -223,47 +252,3 @@ _KINDS = frozenset(
         *("dtype", "device", "scalar", "tensor", "array", "object"),
     )
 )
-
-
-def _distinct(key: Any) -> bool:
-    return isinstance(key, float) or (isinstance(key, int) and abs(key) < _DISTINCT)
-
-
-def _shared(tensors: Mapping[str, torch.Tensor], views: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Tensors that were views of one memory, as views of one again: name → [memory, offset, strides], in elements."""
-    import torch
-
-    together: dict[int, list[tuple[str, int, tuple[int, ...]]]] = {}
-    for name, (memory, offset, strides) in views.items():
-        tensor = tensors[name]
-        numbers = (memory, offset, *strides)
-        if len(strides) != tensor.dim() or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-            raise _bad(f"the place of tensor {name[:80]!r} is not valid")
-        together.setdefault(memory, []).append((name, offset, tuple(strides)))
-    made: dict[str, torch.Tensor] = {}
-    for placed in together.values():
-        span = size = 0
-        for name, offset, strides in placed:
-            tensor = tensors[name]
-            last = offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
-            span = max(span, (last + 1) * tensor.element_size())
-            size += tensor.numel() * tensor.element_size()
-        if span > max(_SMALL, 16 * size):
-            raise _bad(f"views of {size} bytes would span {span}")
-        memory_of = torch.zeros(math.ceil(span / 16) * 16, dtype=torch.uint8, device=tensors[placed[0][0]].device)
-        for name, offset, strides in placed:
-            tensor = tensors[name]
-            made[name] = memory_of.view(tensor.dtype).as_strided(tuple(tensor.shape), strides, offset)
-            if tensor.numel():
-                _fill(made[name], tensor)
-    return made
-
-
-def _fill(view: torch.Tensor, tensor: torch.Tensor) -> None:
-    import torch
-
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(view.element_size())
-    if whole is None:  # complex128, of two lanes
-        torch.view_as_real(view).view(torch.int64).copy_(torch.view_as_real(tensor).view(torch.int64))
-    else:  # as integers, so that no NaN changes
-        view.view(whole).copy_(tensor.view(whole))

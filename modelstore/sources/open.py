@@ -226,6 +226,12 @@ class _WithFiles:
         return beside
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is odd in the source itself, and kept."""
+        said: tuple[str, ...] = getattr(self._source, "remarks", ())
+        return said
+
+    @property
     def skipped_bytes(self) -> Mapping[str, int]:
         """The bytes of what is not saved, where they are known."""
         sizes: Mapping[str, int] = getattr(self._source, "skipped_bytes", {})

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath, PureWindowsPath
 from typing import Any, Protocol
@@ -19,7 +19,8 @@ import numpy as np
 from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.names import check_tensor
-from modelstore.format.structure import EXACT, MAX_BYTES, MAX_DEPTH, VERSION
+from modelstore.format.structure import EXACT, FACTORIES, MAX_BYTES, MAX_DEPTH, VERSION, check
+from modelstore.format.views import SharedView, placed
 from modelstore.sources.arrays import is_tensor_dtype
 from modelstore.sources.checkpoint import Chosen, shown
 from modelstore.sources.pickles.reduced import as_record
@@ -40,7 +41,13 @@ class TensorView:
     memory: str
     offset: int
     strides: tuple[int, ...]
-    elements: int
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def elements(self) -> int:
+        """How many it has."""
+        return math.prod(self.shape)
 
 
 class Leaves(Protocol):
@@ -54,11 +61,12 @@ class Outline:
     """Collects the tensors of a structure under names that are theirs, and writes down the rest.
 
     `names`: tensors that have one already, by path. `UnsupportedError` where a value cannot be kept, `FormatError` where
-    the structure is larger than `nodes` values, 64 MiB of JSON, or 100 levels.
+    it could not be given back, or the structure is larger than `nodes` values, 64 MiB of JSON, or 100 levels.
     """
 
     def __init__(self, leaves: Leaves, names: Mapping[tuple[str, ...], str], nodes: int = MAX_NODES) -> None:
         self.tensors: dict[str, Any] = {}
+        self.apart: list[str] = []  # views of one memory that will share nothing
         self._leaves = leaves
         self._given = names
         self._taken = set(names.values())
@@ -71,12 +79,15 @@ class Outline:
     def write(self, root: Any) -> bytes:
         """The structure as the bytes of a file; its tensors are in `tensors` then."""
         node = self._node(root, (), 0)
-        views: dict[str, Any] = {}
-        for number, shared in enumerate(found for found in self._views.values() if len(found) > 1):
-            views |= {name: [number, view.offset, list(view.strides)] for name, view in shared}
+        views, self.apart = placed(
+            [SharedView(name, view.itemsize, view.shape, view.offset, view.strides) for name, view in shared]
+            for shared in self._views.values()
+            if len(shared) > 1
+        )
         data = json.dumps({"format": VERSION, "views": views, "root": node}, separators=(",", ":")).encode()
         if len(data) > MAX_BYTES:
             raise FormatError(f"what lies beside the tensors takes {len(data)} bytes, where {MAX_BYTES} is the limit")
+        check(data, self._taken)
         return data
 
     def give(self, tensor: Any, name: str, path: str) -> None:
@@ -84,7 +95,8 @@ class Outline:
         view = self._leaves.view(tensor, path)
         assert view is not None
         self._known[view.identity] = name
-        self._views.setdefault(view.memory, []).append((name, view))
+        if view.elements:
+            self._views.setdefault(view.memory, []).append((name, view))
 
     # ------------------------------------------------------------------ nodes
 
@@ -134,7 +146,7 @@ class Outline:
         if kind is collections.Counter:
             return ["counter", *self._pairs(value.items(), path, depth)]
         if kind is collections.defaultdict:
-            factory = getattr(value.default_factory, "__name__", None)
+            factory = next((name for name, made in FACTORIES.items() if made is value.default_factory), None)
             return ["defaultdict", factory, *self._pairs(value.items(), path, depth)]
         if kind is collections.deque:
             return ["deque", value.maxlen, *self._many(list(value), path, depth)]
@@ -150,7 +162,7 @@ class Outline:
             return word
         if isinstance(value, ClassStub):
             return ["object", self._text(f"class {value.kind}"), [], None, [], []]
-        storage = isinstance(value, StorageRef) or kind.__module__ == "torch.storage"
+        storage = isinstance(value, StorageRef) or (kind.__module__ == "torch.storage" and not isinstance(value, type))
         reduced = None if storage else as_record(value)
         if reduced is not None:
             self._alive.append(reduced)  # what is told apart by where it lies must stay there
@@ -161,16 +173,15 @@ class Outline:
         )
 
     def _record(self, value: Record, path: tuple[str, ...], depth: int) -> Any:
-        kind = value.kind.replace("__builtin__.", "builtins.").replace("xrange", "range")
-        args, first = value.args, value.args[0] if value.args else None
+        kind, args, first = value.kind, value.args, value.args[0] if value.args else None
         if kind in ("builtins.set", "builtins.frozenset"):
             given = first if isinstance(first, (list, tuple)) else ()
             return [kind.removeprefix("builtins."), *self._many([*given, *value.elements], path, depth)]
-        if kind in ("collections.Counter", "collections.OrderedDict"):
+        if kind == "collections.Counter":
             pairs = [*(first.items() if isinstance(first, dict) else ()), *value.items]
             return ["counter", *self._pairs(pairs, path, depth)]
         if kind == "collections.defaultdict":
-            factory = first.kind.rpartition(".")[2] if isinstance(first, ClassStub) else None
+            factory = _factory(first.kind) if isinstance(first, ClassStub) else None
             return ["defaultdict", factory, *self._pairs(value.items, path, depth)]
         if kind == "collections.deque":
             longest = args[1] if len(args) > 1 and type(args[1]) is int and args[1] >= 0 else None
@@ -195,7 +206,7 @@ class Outline:
         if isinstance(number, np.generic):
             return self._plain(number, path, depth)
         if number is not None and is_tensor_dtype(number.dtype):
-            view = TensorView(f"array {id(value)}", f"array {id(value)}", 0, (), number.size)
+            view = TensorView(f"array {id(value)}", f"array {id(value)}", 0, (), number.shape, number.itemsize)
             return ["array", self._name(number, view, path)]
         return [
             "object",
@@ -241,6 +252,12 @@ class Outline:
         return self._text(name)
 
 
+def _factory(kind: str) -> str | None:
+    """The name of a `defaultdict`'s factory, from a class's in a pickle; None for one that is not known."""
+    module, _, name = kind.rpartition(".")
+    return name if name in FACTORIES and FACTORIES[name].__module__ == module else None
+
+
 def _word(value: Any) -> list[Any] | None:
     """A dtype, device or size as it is written; None for what is none of these."""
     kind = type(value)
@@ -254,12 +271,19 @@ def _word(value: Any) -> list[Any] | None:
     return ["size", *value] if kind is Size or torchs == "Size" else None
 
 
-def beside_state(
-    saved: Any, chosen: Chosen, leaves: Leaves, aliases: Mapping[str, str], size: int | None
-) -> tuple[bytes, dict[str, Any]]:
-    """The file of a checkpoint's structure, and the tensors that are not in the model's state dict, by their names.
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside a model's state dict: the file of the structure, further tensors by name, and what is said of them."""
 
-    The model's own keep theirs. `size`: the bytes of the file it came from, to which its values are in proportion.
+    file: bytes
+    tensors: Mapping[str, Any]
+    remarks: tuple[str, ...]
+
+
+def beside_state(saved: Any, chosen: Chosen, leaves: Leaves, aliases: Mapping[str, str], size: int | None) -> Beside:
+    """All of a checkpoint that is not in the model's state dict.
+
+    The model's own tensors keep their names. `size`: the bytes of the file it came from, to which its values are in proportion.
     """
     names = {(*chosen.path, shown(name)): aliases.get(name, name) for name in chosen.state}
     nodes = MAX_NODES if size is None else min(MAX_NODES, 100_000 + size)
@@ -267,7 +291,18 @@ def beside_state(
     for name, tensor in chosen.state.items():
         if name not in aliases:
             outline.give(tensor, name, name)
-    return outline.write(saved), outline.tensors
+    data = outline.write(saved)
+    return Beside(data, outline.tensors, _of_apart(outline.apart))
+
+
+def _of_apart(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    some = ", ".join(repr(name[:80]) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (
+        f"tensors {some} overlap in a memory that is far larger than they are: each is kept exactly, but they share "
+        "nothing when they come back",
+    )
 
 
 def _valid(name: str) -> str:
@@ -290,7 +325,7 @@ def as_bytes(value: Record) -> bytes | None:
             return first.encode("latin1")
         except UnicodeEncodeError:
             return None
-    if value.kind in ("builtins.bytearray", "__builtin__.bytearray", "__builtin__.bytes", "builtins.bytes"):
+    if value.kind in ("builtins.bytearray", "builtins.bytes"):
         if first is None:
             return b""
         if isinstance(first, Record) and first.kind == _BYTES:

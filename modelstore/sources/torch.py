@@ -45,6 +45,7 @@ class StateDictSource:
         beside: frozenset[str] = frozenset(),
     ) -> None:
         self.beside = beside
+        self.remarks: tuple[str, ...] = ()
         self.skipped: Mapping[str, str] = {}
         self.skipped_bytes: Mapping[str, int] = {}
         self._values: dict[str, Value] = {}

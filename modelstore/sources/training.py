@@ -38,18 +38,18 @@ class _Live:
         if isinstance(value, np.ndarray):
             at = value.__array_interface__["data"][0]
             # Never tied: what is made of an array again is one of its own.
-            return TensorView(f"array {id(value)} {at}", f"array {id(value)}", 0, (), value.size)
+            return TensorView(f"array {id(value)} {at}", f"array {id(value)}", 0, (), value.shape, value.itemsize)
         if not isinstance(value, torch.Tensor):
             return None
         if not _dense(value):
             raise UnsupportedError(
                 f"{path} is a tensor without dense values here, which is not kept: make it dense first"
             )
-        memory = f"{value.device} {value.untyped_storage().data_ptr()}"
-        place = (value.storage_offset(), tuple(value.shape), value.stride(), value.is_conj(), value.is_neg())
-        return TensorView(
-            f"{memory} {value.dtype} {place}", memory, int(value.storage_offset()), value.stride(), value.numel()
-        )
+        # What is conjugated or negated as it is read has other values than its memory.
+        memory = f"{value.device} {value.untyped_storage().data_ptr()} {value.is_conj()} {value.is_neg()}"
+        offset, strides, shape = int(value.storage_offset()), value.stride(), tuple(value.shape)
+        identity = f"{memory} {value.dtype} {(offset, shape, strides)}"
+        return TensorView(identity, memory, offset, strides, shape, value.element_size())
 
 
 def open_training(saved: Mapping[str, Any], key: str | None, *, everything: bool) -> StateDictSource:
@@ -66,9 +66,13 @@ def open_training(saved: Mapping[str, Any], key: str | None, *, everything: bool
             source.skipped_bytes = {name: left.bytes for name, left in chosen.left.items()}
             return source
         aliases = StateDictSource(chosen.state).aliases
-        data, further = beside_state(plain, chosen, _Live(), aliases, None)
+        found = beside_state(plain, chosen, _Live(), aliases, None)
     except (FormatError, UnsupportedError) as error:
         raise TypeError(str(error)) from None
-    return StateDictSource(
-        {**chosen.state, **further}, files={STRUCTURE: data}, beside=frozenset({*further, STRUCTURE})
+    source = StateDictSource(
+        {**chosen.state, **found.tensors},
+        files={STRUCTURE: found.file},
+        beside=frozenset({*found.tensors, STRUCTURE}),
     )
+    source.remarks = found.remarks
+    return source

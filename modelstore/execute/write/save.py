@@ -155,7 +155,8 @@ def store(
         relied |= {manifest_key(model, whole_of.manifest): 1, pack_key(whole_of.copy): 1, **objects_of(everything)}
     if base is not None:
         relied = {**base_objects(storage, base.model, base.digest), **relied}
-    return Outcome(entry, tally, journal, relied, left_out(source), remarks(source.files), others)
+    said = (*remarks(source.files), *getattr(source, "remarks", ()))
+    return Outcome(entry, tally, journal, relied, left_out(source), said, others)
 
 
 def left_out(source: Source) -> tuple[LeftOut, ...]:

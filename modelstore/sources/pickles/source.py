@@ -6,7 +6,6 @@ bytes straight from where they lie.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +44,7 @@ _BESIDE_STEMS = ("rng_state", "random_states")
 class PickledSource(FiledSource[ArrayPlace]):
     """The tensors of one or more `torch.save` archives, and NumPy arrays that lie in their pickles.
 
-    `beside` names the tensors and files that are not the model's own.
+    `beside` names the tensors and files that are not the model's own, `remarks` are of what is odd in them.
     """
 
     def __init__(
@@ -54,10 +53,12 @@ class PickledSource(FiledSource[ArrayPlace]):
         opened: Files,
         arrays: Mapping[str, NDArray[Any]] = MappingProxyType({}),
         beside: frozenset[str] = frozenset(),
+        remarks: tuple[str, ...] = (),
     ) -> None:
         super().__init__(found, opened)
         self._arrays = arrays
         self.beside = beside
+        self.remarks = remarks
 
     def read(self, name: str, region: Region, out: Bytes) -> None:
         """See `FiledSource.read`."""
@@ -185,12 +186,13 @@ def _open(
         if not everything:
             state_of = fingerprint(files, opened)
             return PickledSource(CheckpointIndex(specs, pieces, aliases, kept, metadata, state_of, left, sizes), opened)
-        data, further = beside_state(saved, chosen, Pickled(), aliases, archive.size)
+        beside_it = beside_state(saved, chosen, Pickled(), aliases, archive.size)
+        data, further = beside_it.file, beside_it.tensors
         arrays = _add_beside(further, archive, specs, pieces)
         check_expansion(str(path), specs, archive.size)
         state_of = fingerprint(files, opened, {STRUCTURE: data})
         found = CheckpointIndex(specs, pieces, aliases, {**kept, STRUCTURE: data}, metadata, state_of, left, sizes)
-        return PickledSource(found, opened, arrays, frozenset({*further, STRUCTURE}))
+        return PickledSource(found, opened, arrays, frozenset({*further, STRUCTURE}), beside_it.remarks)
     except BaseException:
         opened.close()
         raise
@@ -221,7 +223,7 @@ class Pickled:
             raise UnsupportedError(f"{path} is {value.what}, which is not kept: make it dense first, or leave it out")
         if not isinstance(value, Ref):
             return None
-        return TensorView(value.key, value.storage, value.offset, value.strides, math.prod(value.shape))
+        return TensorView(value.key, value.storage, value.offset, value.strides, value.shape, value.dtype.itemsize)
 
 
 def _bytes(tensor: Ref | NotDense) -> int:

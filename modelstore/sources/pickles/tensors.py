@@ -14,19 +14,22 @@ from modelstore.format.region import Shape
 from modelstore.format.safetensors import MAX_BYTES, MAX_DIMENSIONS
 from modelstore.sources.pickles.unpickle import ClassStub, Stand, ordered_dict, reconstructed, record
 
-_LEGACY = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
+_STORAGES = {
+    "torch.QInt8Storage": "int8",
+    "torch.QUInt8Storage": "uint8",
+    "torch.QInt32Storage": "int32",
+    "torch.DoubleStorage": "float64",
+    "torch.FloatStorage": "float32",
+    "torch.HalfStorage": "float16",
+    "torch.BFloat16Storage": "bfloat16",
+    "torch.LongStorage": "int64",
+    "torch.IntStorage": "int32",
+    "torch.ShortStorage": "int16",
+    "torch.CharStorage": "int8",
+    "torch.ByteStorage": "uint8",
+    "torch.BoolStorage": "bool",
+    "torch.ComplexFloatStorage": "complex64",
+    "torch.ComplexDoubleStorage": "complex128",
 }
 
 
@@ -61,9 +64,14 @@ class NotDense:
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class _StorageType:
-    dtype: DType | None
+class _StorageType(ClassStub):
+    """A class of storages of one dtype; None for the untyped one."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, kind: str, dtype: DType | None) -> None:
+        super().__init__(kind)
+        self.dtype = dtype
 
 
 class Size(tuple[int, ...]):
@@ -158,11 +166,10 @@ _PLAIN_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.para
 
 ALLOWED: Mapping[str, Any] = MappingProxyType(
     stand_ins()
-    | {f"torch.{name}": _StorageType(DTYPES[of]) for name, of in _LEGACY.items()}
+    | {kind: _StorageType(kind, DTYPES[of]) for kind, of in _STORAGES.items()}
     | {
-        "torch.storage.UntypedStorage": _StorageType(None),
+        "torch.storage.UntypedStorage": _StorageType("torch.storage.UntypedStorage", None),
         "copyreg._reconstructor": reconstructed,
-        "copy_reg._reconstructor": reconstructed,
         "torch._utils._rebuild_tensor": _tensor_v1,
         "torch._tensor._rebuild_from_type": _of_type,
         "torch._tensor._rebuild_from_type_v2": _of_type,
@@ -181,8 +188,5 @@ ALLOWED: Mapping[str, Any] = MappingProxyType(
         "torch._utils._rebuild_meta_tensor_no_storage": _not_dense("a meta tensor, which has no values"),
         "torch.per_tensor_affine": record("torch.per_tensor_affine"),
         "torch.per_channel_affine": record("torch.per_channel_affine"),
-        "torch.QInt8Storage": _StorageType(DTYPES["int8"]),
-        "torch.QUInt8Storage": _StorageType(DTYPES["uint8"]),
-        "torch.QInt32Storage": _StorageType(DTYPES["int32"]),
     }
 )

@@ -8,10 +8,12 @@ Work and memory follow the pickle's length: no operation repeats what an earlier
 
 from __future__ import annotations
 
+import _compat_pickle
 import io
 import pickle
 import struct
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, BinaryIO
 
 from modelstore.errors import FormatError
@@ -31,6 +33,7 @@ _REFUSED = (
 _KEYS = (str, float, bytes, type(None))  # hashed by a secret, or at most some hundred of them alike
 _DISTINCT = 1 << 60  # whole numbers below this have hashes of their own
 MAX_ARGUMENTS = 64
+_OWN_NAMES = 3  # the first protocol that names what Python 3 has as it is there
 _MAX_MEMO = 1 << 32
 
 
@@ -76,6 +79,19 @@ class ClassStub:
 
     def __call__(self, *args: Any) -> Record:
         return Record(self.kind, args)
+
+
+class Known(ClassStub):
+    """A name on the list: calling it makes what it stands for; where it is only named it is what the pickle says."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, kind: str, make: Stand) -> None:
+        super().__init__(kind)
+        self._make = make
+
+    def __call__(self, *args: Any) -> Any:
+        return self._make(*args)
 
 
 class Ordered(dict[Any, Any]):
@@ -128,9 +144,12 @@ class _Reader(_Base):  # type: ignore[misc]
     def find_class(self, module: Any, name: Any) -> Stand:
         if not module or not name:
             raise pickle.UnpicklingError("a name is empty, or cut short")
+        if self.proto < _OWN_NAMES:
+            module, name = _todays(module, name)
         full = f"{module}.{name}"
         if full in self._allowed:
-            return self._allowed[full]
+            stand = self._allowed[full]
+            return Known(full, stand) if isinstance(stand, FunctionType) else stand
         if self._inert and full.strip("."):
             return ClassStub(full)
         raise FormatError(
@@ -266,6 +285,12 @@ class _Reader(_Base):  # type: ignore[misc]
         self.append(Record("builtins.frozenset", (self.pop_mark(),)))
 
     dispatch[pickle.FROZENSET[0]] = load_frozenset
+
+
+def _todays(module: str, name: str) -> tuple[str, str]:
+    """A name of Python 2, as old protocols write it, as it is today."""
+    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+    return _compat_pickle.IMPORT_MAPPING.get(module, module), name
 
 
 def _few(args: tuple[Any, ...]) -> tuple[Any, ...]:
