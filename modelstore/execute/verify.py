@@ -15,7 +15,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError, StorageError
+from modelstore.errors import (
+    CorruptionError,
+    FormatError,
+    ModelStoreError,
+    NotFoundError,
+    StorageError,
+    UnsupportedError,
+)
 from modelstore.execute.read.loading import Variant
 from modelstore.execute.read.reader import Reader, whole_want
 from modelstore.format import grid
@@ -123,7 +130,7 @@ class _Verification:
         for what, at, way in ways:
             try:
                 found.append(way())
-            except StorageError as error:  # which does not say that anything is damaged
+            except (StorageError, UnsupportedError) as error:  # which does not say that anything is damaged
                 self.problems.append(problem(error, model))
             except _BAD as error:
                 text = f"the {what} of model {model!r}, {at}, is damaged ({error}): run 'modelstore repair {model}'"
@@ -132,7 +139,7 @@ class _Verification:
             return found[0]
         try:
             return self.repo.manifests.read(model, digest)  # a mirror's
-        except CorruptionError:
+        except (CorruptionError, UnsupportedError):
             return None  # told above
 
     # ------------------------------------------------------------------ chunks

@@ -12,8 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from modelstore.errors import UnsupportedError
-from modelstore.format.manifest import FORMAT, Count
+from modelstore.format.manifest import Count
 from modelstore.format.names import is_model
 from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.sealed import seal, unseal
@@ -60,13 +59,7 @@ def encode(note: Intent | Condemned) -> bytes:
 
 def parse(data: bytes, kind: type[N], where: str) -> N:
     """An intent or a condemnation from its bytes; `FormatError` where it is not one, `UnsupportedError` for a newer format."""
-    note = unseal(data, kind, where, what=kind.__name__.lower() + " note", advice=advice(where))
-    if note.format != FORMAT:
-        raise UnsupportedError(
-            f"object {where} has format {note.format}, this release reads {FORMAT}: use a newer modelstore",
-            object=where,
-        )
-    return note
+    return unseal(data, kind, where, what=kind.__name__.lower() + " note", advice=advice(where))
 
 
 def advice(key: str) -> str:

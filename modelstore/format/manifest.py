@@ -18,13 +18,14 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from modelstore.errors import FormatError, UnsupportedError
+from modelstore.errors import FormatError
 from modelstore.format import grid
 from modelstore.format.architecture import Architecture
 from modelstore.format.decoding import prepared
 from modelstore.format.digest import name_of, name_of_pieces
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.names import check_file, check_model, check_tensors
+from modelstore.format.newer import check_format
 from modelstore.format.region import Shape
 
 FORMAT = 1
@@ -215,7 +216,7 @@ def form(manifest: Manifest) -> str:
 def decode(data: bytes, digest: str, where: str) -> Manifest:
     """The manifest from its stored bytes, checked against its digest and validated.
 
-    `FormatError` says what is wrong with the object called `where`.
+    `FormatError` says what is wrong with the object called `where`; `UnsupportedError` where it is of another format.
     """
 
     def wrong(what: str) -> FormatError:
@@ -236,12 +237,10 @@ def decode(data: bytes, digest: str, where: str) -> Manifest:
     try:
         manifest = _decoder.decode(text)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        check_format(text, FORMAT, f"manifest {where}", where)
         raise wrong(f"is not valid ({error})") from None
     if manifest.format != FORMAT:
-        raise UnsupportedError(
-            f"manifest {where} has format {manifest.format}, this release reads {FORMAT}: use a newer modelstore",
-            object=where,
-        )
+        check_format(text, FORMAT, f"manifest {where}", where)
     problem = first_problem(manifest)
     if problem:
         raise wrong(f"is not valid ({problem})")

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import msgspec
 
-from modelstore.errors import FormatError, UnsupportedError
-from modelstore.format.manifest import FORMAT, Count, Digest
+from modelstore.errors import FormatError
+from modelstore.format.manifest import Count, Digest
 from modelstore.format.names import ORIGINAL, check_model, check_word, is_model
 from modelstore.format.note import Note
 from modelstore.format.sealed import unseal
@@ -83,13 +83,7 @@ R = TypeVar("R", StoreInfo, VersionRecord, TagRecord)
 
 def parse(data: bytes, kind: type[R], where: str) -> R:
     """A record from its bytes; `FormatError` where it is not one, `UnsupportedError` for another format's version."""
-    record = unseal(data, kind, where)
-    if record.format != FORMAT:
-        raise UnsupportedError(
-            f"object {where} has format {record.format}, this release reads {FORMAT}: use a newer modelstore",
-            object=where,
-        )
-    return record
+    return unseal(data, kind, where)
 
 
 def parse_version(data: bytes, where: str) -> VersionRecord:

@@ -15,6 +15,8 @@ import msgspec
 from modelstore.errors import FormatError
 from modelstore.format.decoding import prepared
 from modelstore.format.digest import name_of
+from modelstore.format.manifest import FORMAT
+from modelstore.format.newer import check_format
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -38,7 +40,8 @@ def unseal(
 ) -> T:
     """A struct from its stored bytes, checked against the digest that they carry.
 
-    `FormatError` names the object called `where`: what it was to be (`what`), why it is not, and the `advice`.
+    `FormatError` names the object called `where`: what it was to be (`what`), why it is not, and the `advice`. `UnsupportedError`
+    where it is of another format: what the digest proves to be as it was written is not damaged, whatever its members are.
     """
 
     def wrong(why: object) -> FormatError:
@@ -48,6 +51,8 @@ def unseal(
     sealed = found is not None and found.end() == len(data)
     if found is not None and sealed and name_of(data[: found.start()]).encode() != found[1]:
         raise wrong("its bytes do not match its digest")
+    if sealed:
+        check_format(data, FORMAT, f"object {where}", where)
     try:
         value = msgspec.json.decode(data, type=prepared(kind))
         strange = [] if sealed else msgspec.json.decode(data, type=_MEMBERS).keys() - _members(kind)
@@ -55,6 +60,7 @@ def unseal(
         raise wrong(error if data else "it is empty") from None
     if strange:
         raise wrong(f"it has no digest, and a member {min(strange)[:40]!r}")
+    check_format(data, FORMAT, f"object {where}", where)
     return value
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from modelstore.errors import FormatError, NotFoundError
+from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.execute.write.encoding import Input
 from modelstore.execute.write.packs import Placed, Tally, Viewed, Written
 from modelstore.format import grid
@@ -77,7 +77,7 @@ class Journal:
                 page = unseal(self._storage.get(info.key), Page, info.key, what="journal")
             except NotFoundError:  # another run of the same work was finished meanwhile
                 continue
-            except FormatError:  # what it says is not known, so it is stored again
+            except (FormatError, UnsupportedError):  # what it says is not known, so it is stored again
                 continue
             notes.update(page.notes)
             known.update(_placed(chunk) for chunk in page.chunks if is_there(chunk.pack))

@@ -228,21 +228,27 @@ class _Mending:
             one.good[number] = parse(copy, key)
             self._put(key, copy)
             return
-        before = sorted((n for n in one.good if n < number), reverse=True)
         if number < max(one.keys):  # nobody reads it any more, but it tells when what it names was given up
-            beside = before or sorted(one.good)
+            beside = sorted((n for n in one.good if n < number), reverse=True) or sorted(one.good)
             if beside:
                 self._become(number, beside[0])
                 return
-        why = self._go_back(number, before)
+        why = self._go_back(number)
         if why:
             self._left(number, why)
 
-    def _go_back(self, number: int, before: Sequence[int]) -> str:
+    def _go_back(self, number: int) -> str:
         """Let the newest record say what an earlier one says; why that cannot be, "" where it was done."""
         lost = ""
-        for earlier in before:
-            said = self.one.good[earlier]
+        for earlier in sorted((n for n in self.one.keys if n < number), reverse=True):
+            error = self.one.bad.get(earlier)
+            if error is not None and not isinstance(
+                error, DAMAGED
+            ):  # it says something, which is not to be passed over
+                return f"its record {earlier} cannot be read by this release, or now ({error})"
+            said = self.one.good.get(earlier)
+            if said is None:
+                continue
             if isinstance(said, TagRecord):
                 if said.version and said.version not in self.live:
                     return f"its record {earlier} names version {said.version}, which is not there any more"
@@ -328,7 +334,11 @@ def mend_store(storage: Storage, sources: Sequence[Storage], models: Callable[[]
         found = models()
         if isinstance(error, NotFoundError) and not found:
             return False  # there is no store
-        if copy is None and found and not any(one.good for model in found for one in series(storage, model)):
+        said = [one for model in found for one in series(storage, model)] if copy is None else []
+        newer = next((bad for one in said for bad in one.bad.values() if isinstance(bad, UnsupportedError)), None)
+        if newer is not None:  # so is what it was
+            raise newer from error
+        if copy is None and found and not any(one.good for one in said):
             raise FormatError(
                 f"{error}; no record in {storage.url} can be read either", object=rec.STORE_KEY
             ) from error

@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError, StorageError
+from modelstore.errors import (
+    CorruptionError,
+    FormatError,
+    ModelStoreError,
+    NotFoundError,
+    StorageError,
+    UnsupportedError,
+)
 from modelstore.format import manifest as man
 from modelstore.format import record as rec
 from modelstore.format.buffers import view
@@ -228,8 +235,8 @@ class _Repair:
                 except (StorageError, CorruptionError) as error:  # all else is mended nevertheless
                     self.problems.append(problem(error, model))
             return manifest, data
-        unread = next((error for error in reasons if isinstance(error, StorageError)), None)
-        if unread is not None:  # it may be good
+        unread = next((error for error in reasons if isinstance(error, StorageError | UnsupportedError)), None)
+        if unread is not None:  # it may be good, or is of a newer release
             self.problems.append(problem(unread, model))
         else:
             message = (
@@ -260,7 +267,7 @@ class _Repair:
         for way in ways:
             try:
                 manifest, data = way()
-            except _LOST as error:
+            except (*_LOST, UnsupportedError) as error:
                 reasons.append(error)
                 continue
             return manifest, data, reasons
