@@ -190,7 +190,7 @@ class Copying(OpenedStore):
         if ref is not None and parse_reference(ref) != Reference(ref):
             raise ValueError(f"all=True copies every version of a model: give its name alone, not {ref!r}")
         wanted: list[Wanted] = []
-        for model in self.repo.catalog.models() if ref is None else [ref]:
+        for model in self.repo.catalog.models(closed=True) if ref is None else [ref]:
             live = self.repo.catalog.live(model, damaged)
             if not live and ref is not None:
                 self.repo.catalog.newest(model)  # says what is wrong

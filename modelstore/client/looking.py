@@ -31,7 +31,7 @@ class Looking(OpenedStore):
             >>> [model.name for model in store.models()]
         """
         self.repo.catalog.open()
-        infos = ordered(self._info, self.repo.catalog.models(), REQUESTS, "modelstore-records")
+        infos = ordered(self._info, self.repo.catalog.models(closed=True), REQUESTS, "modelstore-records")
         return [info for info in infos if info.versions or info.problems]
 
     def _info(self, name: str) -> results.ModelInfo:

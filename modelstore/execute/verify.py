@@ -72,7 +72,7 @@ def verify(
         if entry is not None:
             checking.variant(ref.name, entry, deep)
     else:
-        models = repo.catalog.models()
+        models = repo.catalog.models(closed=True)
         found = damage(repo.storage, models, journals=True)
         for model in models:
             for _, _, entry in live(repo.catalog, model, None, []):
@@ -139,7 +139,7 @@ class _Verification:
             return found[0]
         try:
             return self.repo.manifests.read(model, digest)  # a mirror's
-        except (CorruptionError, UnsupportedError):
+        except (CorruptionError, UnsupportedError, StorageError):
             return None  # told above
 
     # ------------------------------------------------------------------ chunks

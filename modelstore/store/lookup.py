@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
 
-from modelstore.errors import ModelStoreError, NotFoundError, UnsupportedError
+from modelstore.errors import ModelStoreError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format import record as rec
 from modelstore.format.names import Reference, is_model, is_word
 from modelstore.format.record import TagRecord, VariantEntry, VersionRecord
@@ -29,11 +29,20 @@ class Lookup:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    def models(self) -> list[str]:
-        """Names of all models that have records, ascending."""
+    def models(self, *, closed: bool = False) -> list[str]:
+        """Names of all models that have records, ascending.
+
+        `closed`: a folder that cannot be listed is no error, but named as a model, of which reading then says why.
+        """
         found = []
         for first in self._storage.folders(rec.MODELS):
-            inner = set(self._storage.folders(f"{rec.MODELS}{first}/"))
+            try:
+                inner = set(self._storage.folders(f"{rec.MODELS}{first}/"))
+            except StorageError:
+                if not closed:
+                    raise
+                found.append(first)
+                continue
             if "versions" in inner:
                 found.append(first)
             found += [f"{first}/{second}" for second in inner - {"versions", "tags", "manifests"}]
@@ -233,14 +242,14 @@ class Lookup:
 
     def _lives(self, model: str) -> bool:
         """Whether a model has a live version, or one that cannot be read."""
-        for _, key in self._heads(model, None):
-            record = noting([], lambda key=key: self._version_at(key))  # type: ignore[misc]
-            if record is None or not record.deleted:
-                return True
-        return False
+        keys = noting([], lambda: [key for _, key in self._heads(model, None)])
+        if keys is None:
+            return True
+        records = (noting([], lambda key=key: self._version_at(key)) for key in keys)  # type: ignore[misc]
+        return any(record is None or not record.deleted for record in records)
 
     def _no_model(self, model: str) -> ModelStoreError:
-        like = suggestion(model, self.models(), self._lives)
+        like = suggestion(model, self.models(closed=True), self._lives)
         return NotFoundError(
             f"there is no model {model!r} in {self._storage.url}{like}: list the models with 'modelstore ls'",
             model=model,

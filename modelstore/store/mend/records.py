@@ -16,7 +16,7 @@ from itertools import groupby
 
 import msgspec
 
-from modelstore.errors import FormatError, ModelStoreError, NotFoundError, UnsupportedError
+from modelstore.errors import FormatError, ModelStoreError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format import handshake as hs
 from modelstore.format import record as rec
 from modelstore.format.manifest import FORMAT
@@ -25,8 +25,9 @@ from modelstore.format.record import StoreInfo, TagRecord, VersionRecord
 from modelstore.format.results import Problem
 from modelstore.format.sealed import intact, seal
 from modelstore.storage.base import LARGEST, SMALL, Storage
+from modelstore.storage.failures import TransientStorageError
 from modelstore.storage.pool import REQUESTS, ordered
-from modelstore.store.damage import DAMAGED, listed
+from modelstore.store.damage import DAMAGED, listed, noting
 from modelstore.store.lookup import Lookup
 
 Record = VersionRecord | TagRecord
@@ -74,6 +75,19 @@ def series(storage: Storage, model: str) -> Iterator[Series]:
         yield _read(storage, model, f"tag {tag!r}", prefix, group, rec.parse_tag)
 
 
+def _open_series(storage: Storage, model: str, closed: list[Problem]) -> Iterator[Series]:
+    """The records of a model as far as they can be listed; why not further, such as a folder that is another user's, in `closed`.
+
+    A storage that cannot be reached is an error.
+    """
+    try:
+        yield from series(storage, model)
+    except StorageError as error:
+        if any(isinstance(one, TransientStorageError) for one in (error, error.__cause__)):
+            raise
+        closed.append(Problem(error.kind, str(error), model, object=error.object))
+
+
 def _read(
     storage: Storage, model: str, what: str, prefix: str, keys: Iterator[str], parse: Callable[[bytes, str], Record]
 ) -> Series:
@@ -100,10 +114,10 @@ def _read(
 
 def damage(storage: Storage, models: Sequence[str], *, journals: bool) -> list[Problem]:
     """Everything small that cannot be read: records of these models, and of no model's the journals; tags that lead nowhere."""
-    found = []
+    found: list[Problem] = []
     for model in models:
         gone: set[int] = set()
-        for one in series(storage, model):  # versions before tags
+        for one in _open_series(storage, model, found):  # versions before tags
             found += [one.problem(number) for number in sorted(one.bad)]
             lost = _leads_nowhere(one, gone)
             if lost is not None:
@@ -132,8 +146,11 @@ def _is_note(key: str) -> bool:
 
 def torn_journals(storage: Storage, keys: Sequence[str] | None = None) -> list[ModelStoreError]:
     """The journals, and what writers and collections tell each other, that cannot be read: of those at `keys` or of all."""
+    closed: list[ModelStoreError] = []
     if keys is None:
-        keys = [info.key for folder in (rec.JOBS, hs.INTENTS, hs.CONDEMNED) for info in storage.list(folder)]
+        keys = []
+        for folder in (rec.JOBS, hs.INTENTS, hs.CONDEMNED):
+            noting(closed, lambda folder=folder: keys.extend([info.key for info in storage.list(folder)]))  # type: ignore[misc]
 
     def look(key: str) -> ModelStoreError | None:
         try:
@@ -150,7 +167,7 @@ def torn_journals(storage: Storage, keys: Sequence[str] | None = None) -> list[M
         return FormatError(f"object {key} is damaged: {advice}", object=key)
 
     looked = ordered(look, filter(_is_note, keys), REQUESTS, "modelstore-records")
-    return [error for error in looked if error is not None]
+    return [*closed, *(error for error in looked if error is not None)]
 
 
 # ---------------------------------------------------------------------- mending
@@ -171,7 +188,7 @@ def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *,
     for model in models:
         live: set[int] = set()
         gone: set[int] = set()
-        for one in series(storage, model):  # versions before tags
+        for one in _open_series(storage, model, made.problems):  # versions before tags
             work = _Mending(storage, sources, one, made, keep, live)
             for number in sorted(one.bad):
                 work.record(number)

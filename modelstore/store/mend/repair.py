@@ -65,12 +65,12 @@ def repair(
     if records.mend_store(repo.storage, copies, repo.catalog.recorded):
         work.repaired.append(rec.STORE_KEY)
     repo.catalog.open()
-    names = [ref.name] if ref else repo.catalog.models()
+    names = [ref.name] if ref else repo.catalog.models(closed=True)
     mended = records.mend(
         repo.storage, copies, names, journals=ref is None, keep=lambda record: work.kept(record, copies)
     )
     work.repaired += mended.repaired
-    for model in [ref.name] if ref else repo.catalog.models():
+    for model in [ref.name] if ref else repo.catalog.models(closed=True):
         for record, variant, entry in live(repo.catalog, model, ref, work.problems):
             work.variant(record, variant, entry)
     for size in ordered(work.pack, work.packs, _THREADS, "modelstore-repair"):
