@@ -152,6 +152,7 @@ class Access:
             try:
                 return opened(record)
             except CorruptionError:
+                self.repo.catalog.open(again=True)
                 before, record = record, self.repo.catalog.resolve(ref)
                 if record == before:
                     raise

@@ -71,7 +71,7 @@ class Copying(OpenedStore):
         self.repo.catalog.open()
         damaged: list[ModelStoreError] = []
         wanted = self._everything(ref, name, variants, tags, damaged) if all else [self._one(ref, name, variants, tags)]
-        target.catalog.open(create=True)
+        target.catalog.open(create=True, again=True)
         source = self.repo
         what = f"copying {ref or 'everything'}"
         done = copy(

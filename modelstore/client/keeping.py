@@ -184,7 +184,7 @@ class Keeping(OpenedStore):
         from modelstore.store.compact.compaction import LIVE_SHARE, clean
 
         bound = LIVE_SHARE if compact is True else float(compact)
-        self.repo.catalog.open()
+        self.repo.catalog.open(again=True)
         return clean(
             self.repo,
             dry_run=dry_run,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from modelstore.client.access import Access, warn
 from modelstore.client.arguments import Checked
 from modelstore.client.clustered import mapped
-from modelstore.errors import ModelStoreError
+from modelstore.errors import ConflictError, CorruptionError, ModelStoreError
 from modelstore.execute.read.loading import LazyTensor, Variant
 from modelstore.format import results
-from modelstore.format.names import Reference, parse_reference
+from modelstore.format.names import ORIGINAL, Reference, parse_reference
 from modelstore.format.progress import Progress
-from modelstore.format.record import VersionRecord
+from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Shard, as_layout
 from modelstore.store.describe import describe
@@ -33,6 +34,7 @@ class Readable(Checked):
         self.asked = ref
         self.reference = parse_reference(ref)
         self._record: VersionRecord | None = None
+        self._original: VariantEntry | None = None  # of the version, as it was when it was read last
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._access, self.ref)
@@ -73,8 +75,27 @@ class Readable(Checked):
         if found is None:
             self._access.repo.catalog.open()
             found = self._access.repo.catalog.resolve(self.reference)
+            self._check_same(found)
             self.reference = replace(self.reference, version=found.version, tag=None)
         return found
+
+    def _check_same(self, found: VersionRecord) -> None:
+        """`OtherStoreError` where a version of this number is of another store, `ConflictError` where it has other values.
+
+        The manifest tells: where it is the one that it was, so is all that it names. Else the version was stored anew, with the
+        same values, or the store is another, or an older copy that went on by itself.
+        """
+        repo, before, now = self._access.repo, self._original, found.variants[ORIGINAL]
+        if before is not None and before.manifest != now.manifest:
+            repo.catalog.open(again=True)
+            with suppress(CorruptionError):  # it was collected meanwhile
+                if repo.manifests.entry(self.name, before).content != repo.manifests.entry(self.name, now).content:
+                    raise ConflictError(
+                        f"{self.name}@{found.version} has other values than when it was opened, as where another copy of the "
+                        f"store took the place of this one: open it anew",
+                        model=self.name,
+                    )
+        self._original = now
 
     def opened(self) -> Variant:
         """It, opened for reading; made of the original while it is read, where it is not stored but has a preset's name."""

@@ -109,7 +109,7 @@ class Saving(OpenedStore):
         opened = open_source(source, files=files, choice=choice)
         try:
             check_holds(opened, source, files)
-            self.repo.catalog.open(create=True)
+            self.repo.catalog.open(create=True, again=True)  # before all of it is written
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in opened.tensors)
             work = self._access.work(progress).begin(total, f"saving {name}")
 
@@ -191,7 +191,7 @@ class Saving(OpenedStore):
         against = self._access.against(parse_reference(parent)) if parent is not None else None
         part = open_part(source, files=files)
         try:
-            self.repo.catalog.open(create=True)
+            self.repo.catalog.open(create=True, again=True)  # before all of it is written
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in part.source.tensors)
             page, tally = save_part(
                 self.repo.storage,

@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 
 from modelstore.errors import UnsupportedError
+from modelstore.format.decoding import prepared
 
 
 class _Told(msgspec.Struct):
@@ -21,7 +22,7 @@ def check_format(text: bytes, reads: int, what: str, where: str) -> None:
     To be called before, or where, its members are found to be others than expected. `what` names the object at the key `where`.
     """
     try:
-        found = msgspec.json.decode(text, type=_Told).format
+        found = msgspec.json.decode(text, type=prepared(_Told)).format
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return  # it is no object, or no JSON at all: whoever decodes it says so
     if found is not None and found != reads:

@@ -22,7 +22,7 @@ from modelstore.storage.base import SMALL, Storage
 from modelstore.store.damage import DAMAGED, UNREADABLE, listed, noting
 from modelstore.store.lookup import Lookup
 from modelstore.store.manifests import Manifests
-from modelstore.store.place import check_place, told_of
+from modelstore.store.place import check_place, same_store, told_of
 from modelstore.store.relying import Reliance
 
 log = logging.getLogger("modelstore")
@@ -40,11 +40,26 @@ class Catalog(Lookup):
 
     # ------------------------------------------------------------------ the store itself
 
-    def open(self, *, create: bool = False) -> StoreInfo:
-        """The store's own record, read once; made where there is none and `create` allows it."""
+    def open(self, *, create: bool = False, again: bool = False) -> StoreInfo:
+        """The store's own record, read once; made where there is none and `create` allows it.
+
+        `again`: where it was read before, it is looked at anew. `OtherStoreError` where that store is not there any more.
+        """
         if self._info is None:
             self._info = self._open(create)
+        elif again:
+            self._info = same_store(self._storage, self._info)
         return self._info
+
+    @property
+    def known(self) -> StoreInfo | None:
+        """The store's own record as it was when this was opened, None where it was not."""
+        return self._info
+
+    def _publish(self, key: str, data: bytes) -> bool:
+        """The one write that makes anything visible: only in the store that was opened, which may have gone since."""
+        self._info = same_store(self._storage, self._info)
+        return self._storage.create(key, data)
 
     def _open(self, create: bool) -> StoreInfo:
         with suppress(NotFoundError):
@@ -278,7 +293,7 @@ class Catalog(Lookup):
                 number = head.number + 1
             record = TagRecord(FORMAT, model, tag, number, writer, time.time(), version)
             key = rec.tag_key(model, tag, number)
-            if self._storage.create(key, seal(record)) or self._own(key, TagRecord, record):
+            if self._publish(key, seal(record)) or self._own(key, TagRecord, record):
                 try:
                     self._check_live(model, version)
                 except NotFoundError:
@@ -299,7 +314,7 @@ class Catalog(Lookup):
                 return  # somebody else did, or set it anew
             before = noting([], lambda number=head.number: self._tagged(model, tag, number - 1)) or 0  # type: ignore[misc]
             record = TagRecord(FORMAT, model, tag, head.number + 1, writer, time.time(), before)
-            if self._storage.create(rec.tag_key(model, tag, record.number), seal(record)):
+            if self._publish(rec.tag_key(model, tag, record.number), seal(record)):
                 if not before or not self.version(model, before).deleted:
                     return
                 version = before  # and it was deleted meanwhile, too
@@ -332,7 +347,7 @@ class Catalog(Lookup):
                 f"of {SMALL} bytes can name: delete some first",
                 model=record.model,
             )
-        return self._storage.create(key, data) or self._own(key, VersionRecord, record)
+        return self._publish(key, data) or self._own(key, VersionRecord, record)
 
     def _own(self, key: str, kind: type[R], record: R) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Where a store may be made: not among another one's objects, and not among files of others."""
+"""Where a store may be made: not among another one's objects, and not among files of others; whether it is still there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from modelstore import paths
-from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, UnsupportedError
+from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format import record as rec
+from modelstore.format.record import StoreInfo
 from modelstore.storage.address import file_url
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.keys import key_problem
@@ -22,6 +23,33 @@ _LITTER = re.compile(
     r"|\.(keep|git(keep|ignore|attributes))|Thumbs\.db|desktop\.ini|System Volume Information|\$RECYCLE\.BIN|@eaDir"
     r"|aquota\.(user|group)"
 )
+
+
+class OtherStoreError(StorageError):
+    """At the address there is not the store any more that was opened: nothing is written there."""
+
+
+def same_store(storage: Storage, known: StoreInfo | None) -> StoreInfo:
+    """The record of the store that is there now; `OtherStoreError` where none is, or another than the `known` one.
+
+    One request. A file system that was unmounted leaves an empty folder, in which everything could be written as before.
+    """
+    again = "bring it back and do the same again, or open what is there with modelstore.open"
+    try:
+        there = rec.parse(storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
+    except NotFoundError as error:
+        raise OtherStoreError(
+            f"the store at {storage.url} is not there any more: its {rec.STORE_KEY} is gone, as after an unmount, a move or a "
+            f"removal; nothing was published: {again}",
+            object=rec.STORE_KEY,
+        ) from error
+    if known is not None and known.id != there.id:
+        raise OtherStoreError(
+            f"at {storage.url} is another store than the one that was opened (its id is {there.id}, not {known.id}); nothing was "
+            f"published: {again}",
+            object=rec.STORE_KEY,
+        )
+    return there
 
 
 def check_place(storage: Storage) -> None:

@@ -26,6 +26,7 @@ from modelstore.storage.base import Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.compact.rehouse import Rehousing
 from modelstore.store.damage import DAMAGED
+from modelstore.store.place import OtherStoreError
 
 log = logging.getLogger("modelstore")
 
@@ -145,7 +146,11 @@ class Reliance:
                 self._rehouse(taken)
                 self._withdraw(key)
                 continue
-            made = create(record)  # where this fails, the record may still come to be: then the intent stays
+            try:
+                made = create(record)  # where this fails, the record may still come to be: then the intent stays
+            except OtherStoreError:  # it was not tried
+                self._withdraw(key)
+                raise
             self._withdraw(key)
             return record if made else None
         raise _gone(self._model, sorted(taken), missing=False)

@@ -45,6 +45,8 @@ class Watch(Iterator[VersionInfo]):
         head = self._catalog.head(ref.name, ref.tag)
         if head is None or head == self._seen:
             return None
+        if self._last is not None:
+            self._catalog.open(again=True)  # versions of another store are none of this model
         try:
             record = self._catalog.resolve(ref)
         except NotFoundError:  # all versions were deleted, or the tag removed

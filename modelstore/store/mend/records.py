@@ -335,11 +335,13 @@ def _copy(sources: Sequence[Storage], key: str, parse: Callable[[bytes, str], ob
     return None
 
 
-def mend_store(storage: Storage, sources: Sequence[Storage], models: Callable[[], list[str]]) -> bool:
+def mend_store(
+    storage: Storage, sources: Sequence[Storage], models: Callable[[], list[str]], known: StoreInfo | None = None
+) -> bool:
     """Put `modelstore.json` right where it is damaged, or missing though there are models; whether it was.
 
-    It says the format, which every record says too, and the store's id, which is random: where no copy has it, a new one is
-    made. `FormatError` where nothing tells the format.
+    It says the format, which every record says too, and the store's id, which is random: where no copy has it, and this process
+    has not `known` it before, a new one is made. `FormatError` where nothing tells the format.
     """
     try:
         rec.parse(storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)
@@ -359,6 +361,6 @@ def mend_store(storage: Storage, sources: Sequence[Storage], models: Callable[[]
             raise FormatError(
                 f"{error}; no record in {storage.url} can be read either", object=rec.STORE_KEY
             ) from error
-        data = copy or seal(StoreInfo(FORMAT, uuid.uuid4().hex))
+        data = copy or seal(known or StoreInfo(FORMAT, uuid.uuid4().hex))
         storage.put(rec.STORE_KEY, [data], len(data))
         return True

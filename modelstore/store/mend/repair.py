@@ -62,9 +62,9 @@ def repair(
     """
     work = _Repair(repo, source)
     copies = [*([source] if source is not None else []), *repo.mirrors]
-    if records.mend_store(repo.storage, copies, repo.catalog.recorded):
+    if records.mend_store(repo.storage, copies, repo.catalog.recorded, repo.catalog.known):
         work.repaired.append(rec.STORE_KEY)
-    repo.catalog.open()
+    repo.catalog.open(again=True)
     names = [ref.name] if ref else repo.catalog.models(closed=True)
     mended = records.mend(
         repo.storage, copies, names, journals=ref is None, keep=lambda record: work.kept(record, copies)
