@@ -8,17 +8,20 @@ from modelstore.compress.plan import weight_codec
 from modelstore.errors import UnsupportedError
 from modelstore.format.manifest import CodecSpec, Tensor
 
+SHARE = 4  # of the memory a quarter, at least, is for what is read, encoded and stored meanwhile
+
 
 def check_memory(tensors: Iterable[tuple[Tensor, CodecSpec | None]], memory: int) -> int:
-    """The bytes that codecs hold of one of the tensors, at most; `UnsupportedError` where it is more than `memory`."""
+    """The bytes that codecs hold of one of the tensors, at most; `UnsupportedError` where too little is left beside them."""
     most, name, codec = 0, "", ""
     for tensor, spec in tensors:
         needed = weight_codec(spec).memory(tensor.shape, tensor.kind) if spec is not None else 0
         if spec is not None and needed > most:
             most, name, codec = needed, tensor.name, spec.name
-    if most > memory:
+    needed = most + most // (SHARE - 1)
+    if needed > memory:
         raise UnsupportedError(
-            f"tensor {name!r} needs {-(-most >> 20)} MiB to be compressed by {codec}, and memory= is {memory >> 20} MiB: "
+            f"tensor {name!r} needs {-(-needed >> 20)} MiB to be compressed by {codec}, and memory= is {memory >> 20} MiB: "
             f"give more, or compress that tensor by another codec",
             tensor=name,
         )

@@ -130,7 +130,7 @@ def compress(
         if recipe.prune is not None:
             plan = with_threshold(plan, recipe.prune, parent.manifest, parent.reader, work)
         held = check_memory(((parent.manifest.by_name[c.name], c.codec) for c in plan.compressed), work.memory)
-        work = work.within(max(work.memory - held, work.memory // 4), work.limits.threads)
+        work = work.within(work.memory - held, work.limits.threads)
     axis = axes(parent.config, known=parent.manifest.architecture) if parent.config else None
     inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed] + parent.file_inputs()
     tally, shelf = Tally(), Shelf(repo.storage)

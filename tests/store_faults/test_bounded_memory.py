@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,7 @@ def test_work_stays_within_the_budget(tmp_path: Path) -> None:
 
 PRESET_WORKER = """
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -161,9 +163,13 @@ for preset in presets:
     suffix = "-ladder" * (preset == "ladder")
     store.compress("little" + suffix, preset)
     Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    store.compress("big" + suffix, preset)
-    grown[preset] = status("VmHWM") - before
+    before, given = status("VmRSS"), 64
+    try:
+        store.compress("big" + suffix, preset)
+    except ms.errors.UnsupportedError as refused:  # nothing was begun, and it says what is needed
+        given = int(re.search(r"needs (\\d+) MiB", str(refused))[1])
+        ms.open(root, memory=f"{given}MiB", threads=1).compress("big" + suffix, preset)
+    grown[preset] = status("VmHWM") - before, given << 20
 print(json.dumps(grown))
 """
 
@@ -171,11 +177,15 @@ print(json.dumps(grown))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured by /proc")
 def test_presets_stay_within_the_budget(tmp_path: Path) -> None:
-    """A matrix of 32 MiB, whose like in float64 has twice the budget; what an allocator keeps of many arrays is on top."""
+    """A matrix of 32 MiB, whose like in float64 has twice the budget. What needs more says how much, and stays within that."""
     command = [sys.executable, "-c", PRESET_WORKER, str(tmp_path / "store"), json.dumps(list(PRESETS))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    alone = os.environ | {
+        "OPENBLAS_NUM_THREADS": "1"
+    }  # as many as the store is given: on a busy machine others only wait
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone)
     assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout)
     print(grown)
     assert grown.keys() == PRESETS.keys()
-    assert not {preset: f"{n >> 20} MiB" for preset, n in grown.items() if n > BUDGET + 2 * MARGIN}, f"of {grown}"
+    assert not {preset: f"{n >> 20} MiB" for preset, (n, given) in grown.items() if n > given}, f"of {grown}"
+    assert all(given < 2 * BUDGET for _, given in grown.values()), f"of {grown}"

@@ -103,8 +103,11 @@ class LowRank(WeightCodec):
         """Bytes that are held while a matrix is decomposed, and factors of matrices of the tensor after that."""
         count, rows, columns = _stack(shape)
         rank = self.rank_of(rows, columns)
-        factors = (rank or min(rows, columns)) * (rows + columns) * factor_dtype(dtype).itemsize
-        return decompose.memory(rows, columns, rank) + factors * min(2, count)
+        numbers = (rank or min(rows, columns)) * (rows + columns)
+        factors = numbers * factor_dtype(dtype).itemsize
+        # Of a band there are its bytes, its numbers, and a chunk of which they are read; of regions, the factors as numbers.
+        fitting = decompose.memory(rows, columns, rank) + 4 * decompose.BAND
+        return max(fitting, 2 * factors + 4 * numbers) + factors * (min(2, count) - 1)
 
     def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
         """Decompose each matrix when its first region is encoded (`decompose`), by energy all of them before that.
@@ -123,17 +126,22 @@ class LowRank(WeightCodec):
             return np.frombuffer(raw, np.uint8).reshape(len(numbers), -1)
 
         pairs = _Recent(lambda index: decompose.factors(bands[index], rank, narrowed))
+        rights = _Last()
 
         def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
             check.values(values, extent(region), dtype)
             matrices, (a, b), (c, d) = _place(region, shape)
             c, d = c * stored.itemsize, d * stored.itemsize
             ones, twos = [], []
+            known = rights.get((*matrices, c, d))
             for index in matrices:
                 left, right = pairs.get(index)
                 ones.append(left[a:b].reshape(-1))
-                twos.append(np.ascontiguousarray(right[:, c:d]).reshape(-1))
-            return packed(np.concatenate(ones), np.concatenate(twos), rank, stored)
+                if known is None:
+                    twos.append(np.ascontiguousarray(right[:, c:d]).reshape(-1))
+            if known is None:
+                known = rights.put((*matrices, c, d), byteplanes.encode(np.concatenate(twos), stored))
+            return packed_left(np.concatenate(ones), rank, stored), known
 
         return encode
 
@@ -182,8 +190,13 @@ def factors(planes: Sequence[Buffer], shape: Shape, dtype: DType) -> tuple[Bytes
 
 def packed(left: Bytes, right: Bytes, rank: int, stored: DType) -> tuple[Buffer, ...]:
     """The planes of a region's factors, raw bytes of `factor_dtype`: its rows of left, its columns of right."""
+    return packed_left(left, rank, stored), byteplanes.encode(right, stored)
+
+
+def packed_left(left: Bytes, rank: int, stored: DType) -> Bytes:
+    """The plane of a region's rows of left."""
     head = np.array([rank], "<u4").view(np.uint8)
-    return np.concatenate([head, byteplanes.encode(left, stored)]), byteplanes.encode(right, stored)
+    return np.concatenate([head, byteplanes.encode(left, stored)])
 
 
 def factor_dtype(dtype: DType) -> DType:
@@ -246,6 +259,23 @@ class _Recent:
             while len(self._held) > most:
                 del self._held[next(iter(self._held))]
             return pair
+
+
+class _Last:
+    """The plane of right that was encoded last: all regions of the same columns share it, and its memory."""
+
+    def __init__(self) -> None:
+        self._held: tuple[tuple[int, ...], Buffer] | None = None
+
+    def get(self, key: tuple[int, ...]) -> Buffer | None:
+        """The plane of these matrices and columns, if it was the last."""
+        held = self._held
+        return held[1] if held is not None and held[0] == key else None
+
+    def put(self, key: tuple[int, ...], plane: Buffer) -> Buffer:
+        """Keep it in place of the one before."""
+        self._held = (key, plane)
+        return plane
 
 
 def _stored(planes: Sequence[Buffer], shape: Shape, dtype: DType) -> tuple[tuple[Bytes, Bytes], Any]:

@@ -8,7 +8,7 @@ least one, and takes a quarter of the memory or less. Which of both depends on s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,8 +25,10 @@ Narrow = Callable[[Reals], Bytes]  # rows of a factor, as they are stored
 BAND = 4 << 20  # bytes of the tensor that are read at once
 _SHORT = 1024  # up to this side the Gram matrix is small
 _MORE = 64  # dimensions beyond the rank
+_AT_ONCE = 2048  # columns of a wide matrix whose products are held at once
 _TIMES = 8  # that the space is multiplied by the Gram matrix
 _BLOCK = 64  # columns that are made orthonormal at once
+_WIDE = 256  # columns of the space that are multiplied at once: each time the matrix is read, which costs a tenth of it
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,9 @@ def memory(rows: int, columns: int, rank: int) -> int:
     if not _searches(short, rank):
         return max(5 * 8 * short**2, 8 * short * (rank or short) + 8 * (rank or short) * columns * wide)
     size = min(short, rank + _MORE)
-    space = 4 * size * short
-    return max(
-        space + 4 * size * (columns if wide else short), space + 5 * 4 * size**2, space + 4 * rank * (short + size)
-    )
+    part = 2 * 4 * (columns if wide else short) * min(size, _WIDE)
+    within = 12 * size**2 + (2 * 4 * min(columns, _AT_ONCE) * size if wide else 0)
+    return 4 * size * short + max(part, within, 40 * size**2)  # NumPy finds eigenvectors in float64
 
 
 def enough(bands: Bands, energy: float) -> int:
@@ -76,22 +77,42 @@ def enough(bands: Bands, energy: float) -> int:
 def factors(bands: Bands, rank: int, narrow: Narrow) -> tuple[Bytes, Bytes]:
     """(left, right) of that rank, each with the square roots of the singular values."""
     squares, vectors = _searched(bands, rank) if _searches(bands.short, rank) else _exact(bands, rank)
-    largest = np.abs(vectors).argmax(axis=0)
-    vectors *= np.where(vectors[largest, np.arange(rank)] < 0, -1, 1)  # eigenvectors have no sign of their own
+    for j in range(0, rank, _BLOCK):  # eigenvectors have no sign of their own
+        part = vectors[:, j : j + _BLOCK]
+        largest = np.abs(part).argmax(axis=0)
+        part *= np.where(part[largest, np.arange(part.shape[1])] < 0, -1, 1)
     roots = (np.maximum(squares, 0) ** 0.25).astype(vectors.dtype)
     inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > roots[:1] * 1e-5)
     parts = range(0, rank, _BLOCK)
     if bands.tall:
-        left = [narrow((band.astype(vectors.dtype, copy=False) @ vectors) * inverse) for _, _, band in bands]
-        right = [narrow((vectors[:, j : j + _BLOCK] * roots[j : j + _BLOCK]).T) for j in parts]
-        return np.concatenate(left), np.concatenate(right)
-    other = np.zeros((rank, bands.columns), vectors.dtype)
+        left = ((band.astype(vectors.dtype, copy=False) @ vectors) * inverse for _, _, band in bands)
+        right = ((vectors[:, j : j + _BLOCK] * roots[j : j + _BLOCK]).T for j in parts)
+        return _joined(left, bands.rows, narrow), _joined(right, rank, narrow)
+    left = (vectors[a : a + 256] * roots for a in range(0, bands.rows, 256))
+    wide = range(0, rank, _WIDE)
+    right = (_other(bands, vectors[:, j : j + _WIDE]) * inverse[j : j + _WIDE, None] for j in wide)
+    return _joined(left, bands.rows, narrow), _joined(right, rank, narrow)
+
+
+def _other(bands: Bands, vectors: Reals) -> Reals:
+    """What a wide matrix makes of vectors of its rows."""
+    made = np.zeros((vectors.shape[1], bands.columns), vectors.dtype)
     for a, b, band in bands:
-        for j in parts:
-            other[j : j + _BLOCK] += vectors[a:b, j : j + _BLOCK].T @ band.astype(vectors.dtype, copy=False)
-    left = [narrow(vectors[a : a + 256] * roots) for a in range(0, bands.rows, 256)]
-    right = [narrow(other[j : j + _BLOCK] * inverse[j : j + _BLOCK, None]) for j in parts]
-    return np.concatenate(left), np.concatenate(right)
+        made += vectors[a:b].T @ band.astype(vectors.dtype, copy=False)
+    return made
+
+
+def _joined(parts: Iterable[Reals], rows: int, narrow: Narrow) -> Bytes:
+    """Rows of a factor as they are stored, written to one place as they come."""
+    at, made = 0, None
+    for part in parts:
+        stored = narrow(part)
+        if made is None:
+            made = np.empty((rows, stored.shape[1]), np.uint8)
+        made[at : at + len(stored)] = stored
+        at += len(stored)
+    assert made is not None, "a matrix has rows"
+    return made
 
 
 def _searches(short: int, rank: int) -> bool:
@@ -128,11 +149,15 @@ def _searched(bands: Bands, rank: int) -> tuple[Doubles, Reals]:
     space = np.random.default_rng(0).standard_normal((bands.short, size), np.float32)
     for _ in range(_TIMES):
         _make_orthonormal(space)
-        space = _multiplied(bands, space, over)
+        for j in range(0, size, _WIDE):
+            _multiply(bands, space[:, j : j + _WIDE], over)
     _make_orthonormal(space)
     squares, vectors = np.linalg.eigh(_within(bands, space, over))
-    turned = space @ np.ascontiguousarray(vectors[:, ::-1][:, :rank])
-    return squares[::-1][:rank].astype(np.float64) / float(over) ** 2, turned
+    chosen = np.ascontiguousarray(vectors[:, ::-1][:, :rank])
+    del vectors
+    for a in range(0, len(space), 256):  # in place: no second space is made
+        space[a : a + 256, :rank] = space[a : a + 256] @ chosen
+    return squares[::-1][:rank].astype(np.float64) / float(over) ** 2, space[:, :rank]
 
 
 def _scaled(bands: Bands, over: np.float32) -> Iterator[tuple[int, int, Floats]]:
@@ -140,27 +165,24 @@ def _scaled(bands: Bands, over: np.float32) -> Iterator[tuple[int, int, Floats]]
         yield a, b, band if over == 1 else band * over
 
 
-def _multiplied(bands: Bands, space: Floats, over: np.float32) -> Floats:
-    """The Gram matrix of the shorter side times a space."""
+def _multiply(bands: Bands, space: Floats, over: np.float32) -> None:
+    """The Gram matrix of the shorter side times some columns of a space, in their place."""
     if bands.tall:
-        made = np.zeros_like(space)
+        made = np.zeros(space.shape, np.float32)
         for _, _, band in _scaled(bands, over):
-            part = band @ space
-            for j in range(0, made.shape[1], _BLOCK):  # no second space is made to be added
-                made[:, j : j + _BLOCK] += band.T @ part[:, j : j + _BLOCK]
-        return made
-    across = _across(bands, space, over)
+            made += band.T @ (band @ space)
+        space[:] = made
+        return
+    across = _across(bands, space, over, 0, bands.columns)
     for a, b, band in _scaled(bands, over):
-        np.matmul(band, across, out=space[a:b])
-    return space
+        space[a:b] = band @ across
 
 
-def _across(bands: Bands, space: Floats, over: np.float32) -> Floats:
-    """Aᵀ times a space of its shorter side, its rows."""
-    across = np.zeros((bands.columns, space.shape[1]), np.float32)
+def _across(bands: Bands, space: Floats, over: np.float32, first: int, last: int) -> Floats:
+    """Aᵀ times a space of its shorter side, its rows: these columns of A."""
+    across = np.zeros((last - first, space.shape[1]), np.float32)
     for a, b, band in _scaled(bands, over):
-        for j in range(0, across.shape[1], _BLOCK):
-            across[:, j : j + _BLOCK] += band.T @ space[a:b, j : j + _BLOCK]
+        across += band[:, first:last].T @ space[a:b]
     return across
 
 
@@ -172,9 +194,8 @@ def _within(bands: Bands, space: Floats, over: np.float32) -> Floats:
             part = band @ space
             gram += part.T @ part
     else:
-        across = _across(bands, space, over)
-        for a in range(0, len(across), 4096):
-            part = across[a : a + 4096]
+        for first in range(0, bands.columns, _AT_ONCE):
+            part = _across(bands, space, over, first, min(bands.columns, first + _AT_ONCE))
             gram += part.T @ part
     return gram.astype(np.float32)
 

@@ -55,7 +55,7 @@ def without_nan(values: Bytes, dtype: DType, infinite: bool = False) -> Floats:
     with np.errstate(over="ignore"):  # of float64
         found = to_float32(values, dtype)
     most = limit(dtype)
-    if not np.abs(found).max(initial=0) <= most:
+    if not (found.max(initial=0) <= most and found.min(initial=0) >= -most):  # or there is a NaN
         end = np.inf if infinite else float(most)
         np.nan_to_num(found, copy=False, nan=0.0, posinf=end, neginf=-end)
     return found

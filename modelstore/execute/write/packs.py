@@ -136,6 +136,7 @@ class PackWriter:
                         if state.filled >= self._pack_bytes:
                             state.upload(uploader)
                     self.work.done(sum(e.part.nbytes for e in encoded if e.values))
+                    del encoded, item  # or the next step is encoded while this one's values are held
                 state.upload(uploader)
                 state.settle()
             except BaseException:
