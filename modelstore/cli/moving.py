@@ -54,14 +54,18 @@ def copy(
     ref, target = (what[0], what[1]) if len(what) == 2 else (None, what[0])
     lasting(target)
     opened = open_store(store, memory=memory, mirrors=mirror)
+    if ref is None and target in {model.name for model in opened.models()}:
+        raise usage(
+            f"{target} is a model of this store: say where to, copy {target} DEST --all (or ./{target}, a folder)"
+        )
     with output.progress(quiet=quiet) as report, swapped.told(opened, "copy", (ref, target), ("REF", "DEST")):
         done = opened.copy(ref, target, name=name, variants=variants, tags=tags, all=everything, progress=report)
-    output.result(done, _copied(done), as_json=json)
+    output.result(done, _copied(done, target), as_json=json)
     for said in done.left_out:
         output.remark(f"modelstore: left out {said}", quiet=quiet or json)
 
 
-def _copied(done: Copied) -> Iterator[str]:
+def _copied(done: Copied, target: str) -> Iterator[str]:
     for one in done.versions:
         added = ", ".join(variant for variant in one.variants if variant != "original" or not one.new)
         now = f"{one.model}@{one.version}"
@@ -74,7 +78,7 @@ def _copied(done: Copied) -> Iterator[str]:
     if done.tags:
         yield f"tags there: {', '.join(done.tags)}"
     yield (
-        f"sent {units.count(done.packs, 'pack')}, {units.size(done.sent)}, in {units.seconds(done.seconds)}; "
+        f"sent {units.count(done.packs, 'pack')}, {units.size(done.sent)}, to {target} in {units.seconds(done.seconds)}; "
         f"already there {units.size(done.there)}"
     )
 

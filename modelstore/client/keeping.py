@@ -9,7 +9,7 @@ from contextlib import suppress
 from modelstore.client.access import log
 from modelstore.client.base import OpenedStore, storage_of
 from modelstore.format import inventory, results
-from modelstore.format.names import check_model, check_word, of_version, parse_reference
+from modelstore.format.names import check_model, check_tag, check_word, of_version, parse_reference
 from modelstore.format.progress import Progress, meter
 from modelstore.format.units import Duration, parse_duration
 from modelstore.store.catalog import Catalog
@@ -105,7 +105,7 @@ class Keeping(OpenedStore):
         named = of_version(ref, f"a tag names a version with all its variants: tag {ref.partition(':')[0]!r}")
         self.repo.catalog.open()
         record = self.repo.catalog.resolve(named)
-        self.repo.catalog.set_tag(record.model, check_word(tag, "tag"), record.version, uuid.uuid4().hex)
+        self.repo.catalog.set_tag(record.model, check_tag(tag), record.version, uuid.uuid4().hex)
 
     def untag(self, name: str, tag: str) -> None:
         """Remove a tag; the version stays.

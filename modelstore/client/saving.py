@@ -17,7 +17,7 @@ from modelstore.errors import ConflictError
 from modelstore.execute.write.remarks import remarks
 from modelstore.execute.write.save import Outcome, check_options, publish, store
 from modelstore.format import results
-from modelstore.format.names import check_model, check_word, parse_reference
+from modelstore.format.names import check_model, check_tag, parse_reference
 from modelstore.format.note import note
 from modelstore.format.progress import Progress
 from modelstore.format.record import VersionRecord
@@ -100,7 +100,7 @@ class Saving(OpenedStore):
         check_model(name)
         check_options(codec, grid, parent, ack)
         if tag is not None:
-            check_word(tag, "tag")
+            check_tag(tag)
         against = self._access.against(parse_reference(parent)) if parent is not None else None
         noted = note(message, meta, source, parent or "")
         choice = Selection(key, include, gguf)
@@ -258,7 +258,7 @@ class Saving(OpenedStore):
         _check_session(session)
         _check_ranks(ranks)
         if tag is not None:
-            check_word(tag, "tag")
+            check_tag(tag)
         noted = note(message, meta, f"{ranks} ranks' parts" if ranks > 1 else "one rank's part")
         self.repo.catalog.open()
         version = published(self.repo.storage, name, session)

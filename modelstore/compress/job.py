@@ -297,7 +297,12 @@ def _check_free(record: VersionRecord, variants: tuple[str, ...]) -> None:
     if taken:
         raise ConflictError(
             f"version {record.version} of model {record.model!r} has a variant {taken[0]!r} already: "
-            f"delete {record.model}@{record.version}:{taken[0]} first, or give another name",
+            + " and ".join(f"delete {record.model}@{record.version}:{variant}" for variant in taken)
+            + (
+                " first, or give another name"
+                if len(variants) == 1
+                else " first: a ladder's variants have these names always"
+            ),
             model=record.model,
         )
 

@@ -18,6 +18,9 @@ ORIGINAL = "original"
 LATEST = "latest"
 MAX_TENSOR_NAME = 1024
 MAX_VERSION = 99_999_998
+STAGING = ".modelstore-export"  # the folder in which an export is written before it is moved into its place
+_MAX_PATH = 1024  # characters of a stored file's path, and bytes of a new one's
+_MAX_FILE = 255  # of each part of it: bytes on every common file system
 
 
 def is_model(name: object) -> bool:
@@ -54,6 +57,13 @@ def check_word(word: str, what: str) -> str:
     return word
 
 
+def check_tag(tag: str) -> str:
+    """The name of a tag that is set, as it is; `ValueError` where it is not valid, or the name of every version's weights."""
+    if check_word(tag, "tag") == ORIGINAL:
+        raise ValueError(f"tag {tag!r} is the name of a variant, which every version has: choose another name")
+    return tag
+
+
 def check_tensor(name: str) -> str:
     """The name of a tensor read from a file or manifest; `FormatError` where no store can hold it."""
     if (
@@ -85,12 +95,39 @@ def check_tensors(names: Collection[str]) -> None:
 def check_file(path: str) -> str:
     """The relative POSIX path of a model's file; `FormatError` where it could lead out of its folder."""
     parts = path.split("/")
-    bad = any(p in ("", ".", "..") or len(p) > 255 for p in parts) or "\\" in path or bool(_CONTROL.search(path))
-    if bad or len(path) > 1024 or re.match(r"[A-Za-z]:", path):
+    bad = any(p in ("", ".", "..") or len(p) > _MAX_FILE for p in parts) or "\\" in path or bool(_CONTROL.search(path))
+    if bad or len(path) > _MAX_PATH or re.match(r"[A-Za-z]:", path):
         raise FormatError(
             f"file name {path[:80]!r} is not a plain relative path: rename or leave out the file", object=path[:80]
         )
     return path
+
+
+def check_new_files(paths: Collection[str]) -> None:
+    """The paths of all files of a model that is saved; `FormatError` where no export could write them.
+
+    Stricter than `check_file`, which also reads what was saved before.
+    """
+    for path in paths:
+        parts = check_file(path).split("/")
+        longest = max(len(part.encode()) for part in parts)
+        if longest > _MAX_FILE or len(path.encode()) > _MAX_PATH:
+            raise FormatError(
+                f"file name {path[:80]!r} is too long for a file system, at most {_MAX_FILE} bytes between slashes and "
+                f"{_MAX_PATH} in all: rename or leave out the file",
+                object=path[:80],
+            )
+        if parts[0].casefold() == STAGING:
+            raise FormatError(
+                f"file name {path[:80]!r} is in {STAGING}, which is kept for unfinished exports: rename or leave out the file",
+                object=path[:80],
+            )
+        folder = next((over for n in range(1, len(parts)) if (over := "/".join(parts[:n])) in paths), None)
+        if folder is not None:
+            raise FormatError(
+                f"file name {folder[:80]!r} is also the folder of {path[:80]!r}: rename or leave out one of the files",
+                object=path[:80],
+            )
 
 
 @dataclass(frozen=True, slots=True)

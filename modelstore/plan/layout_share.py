@@ -12,6 +12,7 @@ from modelstore.errors import NotFoundError
 from modelstore.format.architecture import Architecture
 from modelstore.format.given import told
 from modelstore.format.region import Region, Shape, check, from_index, full
+from modelstore.format.suggest import suggestion
 
 Tensors = Mapping[str, Shape]
 Range = tuple[int, int]
@@ -156,7 +157,7 @@ class Regions(Combines):
         for name in self.regions:
             if name not in tensors:
                 raise NotFoundError(
-                    f"the model has no tensor {name!r}: list them with 'modelstore show NAME --tensors'",
+                    f"the model has no tensor {name!r}{suggestion(name, tensors)}: 'modelstore show' lists them with --tensors",
                     tensor=name,
                 )
         return {

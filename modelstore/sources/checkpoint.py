@@ -107,7 +107,7 @@ def choose(saved: Any, tensors: Tensors, where: str, key: str | None = None) -> 
         state = state[step]
     if not isinstance(state, dict) or (state and not looking.in_(state)):
         raise FormatError(
-            f"{_at(where, path)} holds {_what(state)}, not a state dict: name the one to be saved by key=", object=where
+            f"{_at(where, path)} holds {_what(state)}, not a state dict: {_advice(saved, looking)}", object=where
         )
     weights: dict[str, Any] = {}
     for name, value in state.items():
@@ -182,6 +182,16 @@ def _several(where: str, path: tuple[str, ...], first: list[str], others: list[s
         f"key={full[0]!r} (--key {full[0]})",
         object=where,
     )
+
+
+def _advice(saved: Any, looking: _Looking) -> str:
+    """Which entries can be named, where the one that was is no state dict."""
+    entries = saved.items() if isinstance(saved, dict) else ()
+    fit = [key for key, value in entries if isinstance(key, str) and looking.holds(value)]
+    if fit:
+        return f"name by key= (--key) one of {', '.join(repr(shown(key)) for key in fit[:8])}"
+    names = ", ".join(repr(shown(key)) for key, _ in [*entries][:8])
+    return f"none of its entries ({names or 'nothing'}) is one: save a dict from names to tensors"
 
 
 def _everything(value: Any, seen: set[int]) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from modelstore.errors import FormatError, NotFoundError, StorageError, Unsuppor
 from modelstore.format.buffers import Bytes
 from modelstore.format.checkpoint import PIPELINE
 from modelstore.format.given import told
-from modelstore.format.names import check_file
+from modelstore.format.names import check_new_files
 from modelstore.format.region import Region
 from modelstore.paths import explained, from_home
 from modelstore.sources import safetensors
@@ -51,6 +51,11 @@ def open_source(
     """
     extra = checked_files(files or {})
     source = open_chosen(what, choice or Selection()) or _dispatch(what)
+    try:
+        check_new_files({**source.files, **extra})
+    except BaseException:
+        source.close()
+        raise
     return _WithFiles(source, extra) if extra else source
 
 
@@ -169,11 +174,11 @@ def _has_arrays(root: Path, looks: Iterator[int], depth: int = 4) -> bool:
 def checked_files(files: Mapping[str, str | Path | bytes]) -> dict[str, Path | bytes]:
     """Further files of a model, by path; errors as for `open_source`."""
     checked: dict[str, Path | bytes] = {}
+    try:
+        check_new_files(files)
+    except FormatError as error:
+        raise ValueError(str(error)) from None
     for name, file in files.items():
-        try:
-            check_file(name)
-        except FormatError as error:
-            raise ValueError(str(error)) from None
         if isinstance(file, (str, Path)):
             file = from_home(file)
             require_file(file)

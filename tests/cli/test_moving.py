@@ -24,6 +24,7 @@ def test_copy(saved: Command, answer: Answer, tmp_path: Path) -> None:
     assert other.models()[0].tags == {"prod": 1}
     assert torch.equal(other.load("acme/toy")["embed.weight"], weights()["embed.weight"])
     again = saved("copy", "acme/toy@prod", tmp_path / "other").stdout
+    assert f"to {tmp_path / 'other'} in" in " ".join(again.split())
     assert "acme/toy@1 is there" in again
     assert "sent 0 packs" in again
     done = answer("copy", tmp_path / "other", "--all")
@@ -31,11 +32,20 @@ def test_copy(saved: Command, answer: Answer, tmp_path: Path) -> None:
     assert "as mine@2" in saved("copy", "acme/toy", tmp_path / "other", "--name", "mine").stdout
 
 
-@pytest.mark.parametrize("args", [["acme/toy"], ["acme/toy", "x", "y"], ["acme/toy@1", "x", "--all"]])
+@pytest.mark.parametrize(
+    "args", [["acme/toy"], ["acme/toy", "x", "y"], ["acme/toy@1", "x", "--all"], ["acme/toy", "--all"]]
+)
 def test_copy_used_wrongly(saved: Command, args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     saved("copy", *args, code=2)
     assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "acme").exists()
+
+
+def test_a_tensor_that_is_not_there_is_suggested(saved: Command, tmp_path: Path) -> None:
+    wrong = saved("load", "acme/toy", "--shard", "embed.wieght[0:1]", "-o", tmp_path / "x.safetensors", code=1)
+    assert "did you mean 'embed.weight'" in " ".join(wrong.stderr.split())
+    assert "NAME" not in wrong.stderr
 
 
 def test_rename(saved: Command, answer: Answer) -> None:

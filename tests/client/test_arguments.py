@@ -221,3 +221,15 @@ def test_a_module_may_have_what_a_store_has() -> None:
         repo = "github.com/x/y"
 
     assert ms.open("memory://mine").save("m", Mine(2, 2)).version == 1
+
+
+def test_a_tag_is_not_called_as_the_weights_of_every_version_are(tmp_path: Path) -> None:
+    store = ms.open(tmp_path / "store")
+    store.save("m", {"w": torch.ones(1)})
+    for set_tag in (
+        lambda: store.tag("m@1", "original"),
+        lambda: store.save("m", {"w": torch.ones(2)}, tag="original"),
+    ):
+        with pytest.raises(ValueError, match="name of a variant"):
+            set_tag()
+    assert store.models()[0].versions == 1

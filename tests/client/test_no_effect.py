@@ -96,6 +96,9 @@ def test_targets_that_speak_of_something(store: Store) -> None:
 def test_a_ladders_variants_have_their_own_names(store: Store) -> None:
     with pytest.raises(ValueError, match="variant='x' has no effect: recipe 'ladder' makes"):
         store.compress("m", "ladder", variant="x")
+    store.compress("m", "int8")
+    with pytest.raises(ms.errors.ConflictError, match=r"delete m@1:int8 first: a ladder's variants have these names"):
+        store.compress("m", "ladder")
 
 
 def test_a_tag_names_a_version(store: Store) -> None:

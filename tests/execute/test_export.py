@@ -23,7 +23,7 @@ from modelstore.execute.export import layout as export_layout
 from modelstore.execute.export import target as export_target
 from modelstore.execute.export import write as export_write
 from modelstore.execute.export.files import export
-from modelstore.execute.export.layout import STAGING, blocks, directory
+from modelstore.execute.export.layout import blocks, directory
 from modelstore.execute.read.fetcher import Fetcher
 from modelstore.execute.read.loading import Variant
 from modelstore.execute.read.reader import Reader
@@ -31,6 +31,7 @@ from modelstore.execute.write.save import store
 from modelstore.format import grid
 from modelstore.format.checkpoint import Weights
 from modelstore.format.manifest import Manifest, Plane, Tensor
+from modelstore.format.names import STAGING
 from modelstore.format.region import is_contiguous, slices
 from modelstore.plan.work import Limits, Work
 from modelstore.sources.open import open_source

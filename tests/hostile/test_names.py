@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import modelstore as ms
 from modelstore.client import Store
@@ -178,6 +179,33 @@ def test_paths_of_files(path: str, store: Store) -> None:
     with pytest.raises(FormatError):
         check_file(path)
     assert store.models()[0].versions == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["a", "a/b"], "also the folder"),
+        (["a/b", "a/b/c/d"], "also the folder"),
+        ([".modelstore-export/x"], "unfinished exports"),
+        ([".ModelStore-Export"], "unfinished exports"),
+        (["é" * 200], "too long"),
+        (["/".join(["é" * 120] * 5)], "too long"),
+    ],
+)
+def test_files_that_no_export_could_write_are_not_saved(files: list[str], said: str, store: Store) -> None:
+    with pytest.raises(ValueError, match=said):
+        store.save("good", TENSOR, files=dict.fromkeys(files, b"x"))
+    with pytest.raises(ValueError, match=said):
+        store.save_part("good", TENSOR, session="s", rank=0, ranks=1, files=dict.fromkeys(files, b"x"))
+    assert [check_file(path) for path in files] == files  # versions that have them can still be read
+    assert store.models()[0].versions == 1
+
+
+def test_a_file_that_is_given_below_one_of_the_source(tmp_path: Path) -> None:
+    save_file(TENSOR, tmp_path / "model.safetensors")
+    (tmp_path / "a").write_bytes(b"x")
+    with pytest.raises(FormatError, match="also the folder"):
+        ms.open("memory://").save("good", tmp_path, files={"a/b": b"x"})
 
 
 BAD_TENSORS = [

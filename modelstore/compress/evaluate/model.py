@@ -79,7 +79,8 @@ def language_config(model: Variant) -> Any:
     if encoder or config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedError(
             f"model {model.name!r} is a {(named or [type(config).__name__])[0]}, which does not predict the next token, so it "
-            f"has no perplexity: what compression costs each of its tensors is in the metrics of 'modelstore show'",
+            f"has no perplexity and cannot be calibrated: compress it without data, as by int8; what that costs each of its "
+            f"tensors is in the metrics of 'modelstore show'",
             model=model.name,
         )
     return config

@@ -18,7 +18,7 @@ from modelstore.format.checkpoint import CONFIG, PIPELINE, Weights
 from modelstore.format.digest import name_of
 from modelstore.format.dtypes import dtype
 from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.names import check_file
+from modelstore.format.names import STAGING, check_file
 from modelstore.format.region import Region, Shape, nbytes
 from modelstore.format.safetensors import METADATA, HeaderEntry, build_header
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("modelstore")
 
-STAGING = ".modelstore-export"
 
 # Of tied tensors transformers and vLLM make these again from the embedding, and its own `save_pretrained` leaves them out.
 _HEAD = re.compile(

@@ -14,10 +14,11 @@ import msgspec
 
 from modelstore import paths
 from modelstore.errors import ConflictError, StorageError
-from modelstore.execute.export.layout import STAGING, OutFile
+from modelstore.execute.export.layout import OutFile
 from modelstore.format.checkpoint import Weights
 from modelstore.format.decoding import prepared
 from modelstore.format.digest import name_of, name_of_pieces
+from modelstore.format.names import STAGING
 
 _RECORD_EVERY = 0.25  # seconds; many small files share a record
 _FULL = (errno.ENOSPC, errno.EDQUOT)
