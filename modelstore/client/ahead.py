@@ -26,8 +26,7 @@ def check_made(name: str) -> str:
 
 def check_writes(access: Access) -> None:
     """`UnsupportedError` where the store is open for reading only."""
-    if hasattr(access.repo.storage, "check_writable"):  # a package's own storage has what is necessary alone
-        access.repo.storage.check_writable("keep what is found")
+    access.repo.storage.check_writable("keep what is found")
 
 
 def recipe_there(access: Access, record: VersionRecord, name: str, said: str) -> dict[str, Any] | None:

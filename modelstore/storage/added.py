@@ -16,7 +16,7 @@ from modelstore.storage.base import Storage
 from modelstore.storage.failures import cannot_open
 
 _GROUP = "modelstore.storage"
-_METHODS = ("get", "read", "create", "put", "info", "list", "folders", "delete", "path", "sweep")
+_METHODS = ("get", "read", "create", "put", "info", "list", "folders", "delete", "path", "sweep", "check_writable")
 _VALUES = (("url", str), ("local", bool))
 
 

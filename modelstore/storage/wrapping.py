@@ -69,8 +69,7 @@ class WrappingStorage(Storage):
         return self.inner.sweep(before, dry_run=dry_run)
 
     def check_writable(self, what: str) -> None:
-        if hasattr(self.inner, "check_writable"):  # a package's own storage has what is necessary alone
-            self.inner.check_writable(what)
+        self.inner.check_writable(what)
 
 
 class ReadOnlyStorage(WrappingStorage):

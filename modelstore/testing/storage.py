@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelstore.errors import CorruptionError, FormatError, NotFoundError, StorageError
+from modelstore.errors import CorruptionError, FormatError, NotFoundError, StorageError, UnsupportedError
 from modelstore.storage.base import Storage
 from modelstore.storage.remote.exclusive import prove_exclusive_create
 from modelstore.storage.wrapping import ReadOnlyStorage
@@ -246,6 +246,12 @@ class StorageContract:
             assert wrapped.local == storage.local
             assert wrapped.path("a/b") == storage.path("a/b")
             assert wrapped.sweep(0.0, dry_run=True) == ()
+
+    def test_a_storage_says_that_it_is_written_to(self, storage: Storage) -> None:
+        for each in (storage, CountingStorage(storage)):
+            each.check_writable("save")
+        with pytest.raises(UnsupportedError, match="cannot save"):
+            ReadOnlyStorage(storage).check_writable("save")
 
     def test_a_sweep_removes_no_object(self, storage: Storage) -> None:
         """And not what is being written, which is a part of an object while it is."""

@@ -242,7 +242,9 @@ def test_a_storage_that_lacks_what_is_called_later_is_refused_when_it_is_opened(
     monkeypatch.setattr("modelstore.storage.added.entry_points", lambda group: [point])  # noqa: ARG005
     added.cache_clear()
     try:
-        with pytest.raises(UnsupportedError, match="gives no storage: SimpleNamespace lacks sweep, local"):
+        with pytest.raises(
+            UnsupportedError, match="gives no storage: SimpleNamespace lacks sweep, check_writable, local"
+        ):
             open_storage("kept://somewhere")
     finally:
         added.cache_clear()
