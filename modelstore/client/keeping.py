@@ -14,6 +14,7 @@ from modelstore.format.progress import Progress, meter
 from modelstore.format.units import Duration, parse_duration
 from modelstore.store.catalog import Catalog
 from modelstore.store.damage import DAMAGED
+from modelstore.store.full import freeing
 
 GRACE = 86_400  # seconds for which garbage collection leaves what nothing refers to
 
@@ -140,17 +141,19 @@ class Keeping(OpenedStore):
             >>> store.delete("acme/llama@1")
         """
         parsed = parse_reference(ref)
-        self.repo.catalog.open()
+        catalog, storage = self.repo.catalog, self.repo.storage
+        catalog.open()
         writer = uuid.uuid4().hex
         if all:
             if not parsed.is_newest or parsed.variant != "original":
                 raise ValueError(f"all=True deletes a whole model: give its name alone, not {ref!r}")
-            self.repo.catalog.delete_model(parsed.name, writer)
+            freeing(storage, lambda: catalog.delete_model(parsed.name, writer))
             return
         if parsed.is_newest:
             raise ValueError(f"{ref!r} names no version: write {parsed.name}@VERSION, or all=True for the whole model")
-        version = parsed.version or self.repo.catalog.tag(parsed.name, parsed.tag or "")
-        self.repo.catalog.delete(parsed.name, version, parsed.variant if ":" in ref else None, writer)
+        version = parsed.version or catalog.tag(parsed.name, parsed.tag or "")
+        variant = parsed.variant if ":" in ref else None
+        freeing(storage, lambda: catalog.delete(parsed.name, version, variant, writer))
 
     def gc(
         self,
@@ -185,10 +188,9 @@ class Keeping(OpenedStore):
 
         bound = LIVE_SHARE if compact is True else float(compact)
         self.repo.catalog.open(again=True)
-        return clean(
-            self.repo,
-            dry_run=dry_run,
-            grace=parse_duration(grace),
-            bound=bound,
-            work=self._access.work(progress),
-        )
+        kept = parse_duration(grace)
+
+        def work() -> inventory.Swept:
+            return clean(self.repo, dry_run=dry_run, grace=kept, bound=bound, work=self._access.work(progress))
+
+        return work() if dry_run else freeing(self.repo.storage, work)

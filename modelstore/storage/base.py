@@ -93,6 +93,14 @@ class Storage(Protocol):
         """`UnsupportedError` where it is open for reading only, and cannot do `what`."""
         return None
 
+    def hold_spare(self) -> None:
+        """Hold a little space, where a storage can be full, for the notes of works that free some: as far as there is room."""
+        return None
+
+    def use_spare(self) -> bool:
+        """Let go of the space that is held; whether there was any."""
+        return False
+
     def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:  # noqa: ARG002
         """Remove what writers that were broken off left behind, and did not touch since `before` (Unix seconds by the storage's
         clock); what it was, under names that are no keys. Nobody's work is disturbed. Empty where nothing can be left."""

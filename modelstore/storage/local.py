@@ -24,6 +24,8 @@ from modelstore.storage.failures import ends_before
 from modelstore.storage.keys import TEMPORARY, check_key, check_prefix, key_problem
 
 OPEN_FILES = 128
+_SPARE = f"{TEMPORARY}spare"
+_SPARE_BYTES = 256 << 10  # the notes of a collection of 1,500 objects
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _LOOKS = 256  # objects of a folder that a listing looks at in one go
 _RECORD = re.compile(r"[0-9]{8}\.json/")  # a folder in the place of a record: no key has others below such a name
@@ -140,6 +142,29 @@ class LocalStorage(Storage):
                         os.rmdir(name, dir_fd=at)
                 except OSError:
                     return
+
+    def hold_spare(self) -> None:
+        """A file at the root that is no object; what a full disk took of it is written again."""
+        with suppress(OSError), paths.folder(self.root, "") as at:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            descriptor = paths.open_in(at, _SPARE, flags, f"{self.root}/{_SPARE}")
+            try:
+                lacking = _SPARE_BYTES - os.fstat(descriptor).st_size
+                if lacking > 0:
+                    _write(
+                        descriptor, os.urandom(lacking)
+                    )  # a file system that compresses would hold nothing for zeros
+            finally:
+                os.close(descriptor)
+
+    def use_spare(self) -> bool:
+        with self._named("", "use what is held of"):
+            try:
+                with paths.folder(self.root, "") as at:
+                    os.unlink(_SPARE, dir_fd=at)
+            except FileNotFoundError:
+                return False
+            return True
 
     def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:
         """Temporary files; one that a writer of this machine holds open stays, whatever its age."""

@@ -71,6 +71,13 @@ class WrappingStorage(Storage):
     def check_writable(self, what: str) -> None:
         self.inner.check_writable(what)
 
+    def hold_spare(self) -> None:
+        if hasattr(self.inner, "hold_spare"):
+            self.inner.hold_spare()
+
+    def use_spare(self) -> bool:
+        return hasattr(self.inner, "use_spare") and self.inner.use_spare()
+
 
 class ReadOnlyStorage(WrappingStorage):
     """Reads only: every write is an `UnsupportedError`."""
@@ -84,6 +91,12 @@ class ReadOnlyStorage(WrappingStorage):
         if not dry_run:
             raise UnsupportedError(f"cannot sweep {self.url}: it is open for reading only")
         return super().sweep(before, dry_run=True)
+
+    def hold_spare(self) -> None:
+        return None
+
+    def use_spare(self) -> bool:
+        return False
 
     def check_writable(self, what: str) -> None:
         raise UnsupportedError(f"cannot {what}: {self.url} is open for reading only")

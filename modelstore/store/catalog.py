@@ -49,6 +49,8 @@ class Catalog(Lookup):
             self._info = self._open(create)
         elif again:
             self._info = same_store(self._storage, self._info)
+        if create:
+            self._storage.hold_spare()
         return self._info
 
     @property
