@@ -49,6 +49,7 @@ def checkpoint(
     All of it is in memory at once.
     """
     from modelstore.errors import ConflictError
+    from modelstore.execute.export.replacing import check_no_store
     from modelstore.format.results import Exported
 
     if "://" in out:
@@ -58,6 +59,7 @@ def checkpoint(
         raise usage(problem)
     if not path.parent.is_dir():
         raise usage(f"there is no folder {path.parent}")
+    check_no_store(path.parent, [path.name])
     taken = ConflictError(f"{path} exists: give another place, or overwrite it (--overwrite)", object=str(path))
     if not overwrite and os.path.lexists(path):
         raise taken  # before anything is read

@@ -261,5 +261,7 @@ def _export(
             **limits,
             **(part or {}),
         )
+    for remark in done.remarks:
+        output.remark(remark, quiet=quiet)
     line = f"wrote {units.size(done.bytes)} to {done.path} in {units.seconds(done.seconds)}"
     output.result(done, [line], as_json=json)

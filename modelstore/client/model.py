@@ -75,7 +75,8 @@ class Model(Readable):
                 or F16, by the model).
             dequantize: Write every weight of "hf" dense.
             activations: "int8" writes an int8 variant for engines that round activations to int8 too (W8A8), token by token.
-            overwrite: Replace a target that is there.
+            overwrite: Replace what is there: one file; of a folder files of the same names and other weights, where what stays
+                beside them is named in `remarks`; of "zarr" a folder that is a Zarr group and holds nothing else.
             max_shard_bytes: The largest file of "hf", in bytes or as a text such as "5GB".
             names: Of "safetensors", only these tensors.
             shard: Of "safetensors", only a rank's part, as for `load`.
@@ -83,11 +84,12 @@ class Model(Readable):
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was written: files, bytes, seconds.
+            What was written: files, bytes, seconds; and what a folder still has beside it.
 
         Raises:
             NotFoundError: There is no such model, version or variant.
-            ConflictError: The target is there, and `overwrite` is not given.
+            ConflictError: The target is there, and `overwrite` is not given; or it may never be replaced: it belongs to a store,
+                is Zarr where the format is another, or holds what is not Zarr where it is.
             UnsupportedError: The format cannot hold this variant; nothing is written then.
             StorageError: There is no room for it, or it cannot be written.
 

@@ -170,12 +170,13 @@ class Description(Result, frozen=True):
 
 
 class Exported(Result, frozen=True):
-    """Files that were written."""
+    """Files that were written; `remarks` name what a folder had before and still has, beside them."""
 
     path: str
     files: tuple[str, ...]
     bytes: int
     seconds: float
+    remarks: tuple[str, ...] = ()
 
 
 class Report(Result, frozen=True):

@@ -19,19 +19,20 @@ import zstandard
 
 from modelstore import paths
 from modelstore.errors import ConflictError, StorageError
+from modelstore.execute.export.replacing import below, check_group, check_staging, not_staged_zarr, refusal
 from modelstore.execute.export.target import writing
 from modelstore.execute.read.reader import Reader
 from modelstore.format import grid, results
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Shape
+from modelstore.format.zarr_names import FRESH, LOCK
 from modelstore.integrations.zarr_nodes import METADATA, Node, Nodes, shown
 from modelstore.plan.read import Want
 from modelstore.plan.work import Work
 from modelstore.storage.pool import ordered
 
-# Beginning with "__", as no node does.
-_LOCK = "__lock"
+_OLD = ".old"  # after the hidden folder's name: what was there before, for a moment
 _ZSTD = {"name": "zstd", "configuration": {"level": 0, "checksum": False}}  # zarr-python's default
 _BATCH = 4096  # chunks that are planned at once
 
@@ -64,7 +65,7 @@ def export_zarr(
     the attribute `dtype` names the stored dtype; chunks are compressed with zstd. Tied tensors are written under each name.
     The group grows in a hidden folder beside `path` and takes its name when it is whole. An interrupted export goes on: what it
     left is compared with what it should be, and written where it is missing or another. No link is followed below that folder.
-    What is at `path` is a `ConflictError`; with `overwrite` a Zarr group there is replaced.
+    What is at `path` is a `ConflictError`; with `overwrite` a folder that is a Zarr group, and holds nothing else, is replaced.
     """
     started = time.monotonic()
     path = Path(os.path.abspath(path))  # noqa: PTH100  links on the way there stay what they are
@@ -72,15 +73,17 @@ def export_zarr(
     tensors = reader.manifest.by_name
     arrays = {name: _WrittenArray(t.kind, t.shape, t.chunk) for name, t in tensors.items()}
     nodes = Nodes(arrays, dict(reader.manifest.metadata), bits=False, consolidated=True)
-    _check_free(path, overwrite)
     staging = path.parent / f".{path.name}.partial"
     with writing(path):
+        _check(staging, path, overwrite)
+        check_staging(path.parent, staging.name, LOCK, not_staged_zarr)
         lock = _claim(staging, path, nodes)
     try:
         with writing(path):
             documents = _write_documents(nodes, staging)
         size = _write_chunks(reader, nodes, staging, work) + documents
         with writing(path):
+            _check(staging, path, overwrite)  # again: what came meanwhile stays, too
             _place(staging, path)
     finally:
         os.close(lock)
@@ -88,31 +91,23 @@ def export_zarr(
     return results.Exported(str(path), names, size, time.monotonic() - started)
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise ConflictError(f"{path} is a file: give a folder to write", object=str(path))
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise ConflictError(
-                f"{path} is not empty: give another place, or overwrite it (--overwrite)", object=str(path)
-            )
-        if not (path / METADATA).is_file() or path.is_symlink():
-            raise ConflictError(f"{path} is not a Zarr group: only one is overwritten; remove it", object=str(path))
+def _check(staging: Path, path: Path, overwrite: bool) -> None:
+    """`ConflictError` where something is in the way of the group, or of what is put aside for it."""
+    check_group(path, overwrite=overwrite)
+    aside = f"{staging.name}{_OLD}"
+    if strange := not_staged_zarr(below(path.parent, aside)):  # may be removed in part
+        raise refusal(str(path.parent / aside), strange)
 
 
 def _claim(staging: Path, path: Path, nodes: Nodes) -> int:
     """The hidden folder, rid of what is no part of this export; locked until the answer is closed."""
-    if staging.is_symlink():
-        raise ConflictError(f"{staging} is a link: remove it", object=str(staging))
     with paths.folder(path.parent, make=0o777):  # as any other folder; what is hidden in it is not
         pass
     with paths.folder(path.parent, staging.name, make=0o700) as at:
-        if os.fstat(at).st_uid != os.geteuid():
-            raise ConflictError(f"{staging} is another user's: remove it", object=str(staging))
-        lock = paths.open_in(at, _LOCK, os.O_RDWR | os.O_CREAT, str(staging / _LOCK), 0o600)
+        lock = paths.open_in(at, LOCK, os.O_RDWR | os.O_CREAT, str(staging / LOCK), 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if any(entry.name != _LOCK for entry in paths.entries(path.parent, staging.name)):
+            if any(entry.name != LOCK for entry in paths.entries(path.parent, staging.name)):
                 _drop_others(path.parent, staging.name, _files(nodes))
         except BlockingIOError:
             os.close(lock)
@@ -128,7 +123,7 @@ def _files(nodes: Nodes) -> set[str]:
     files = {f"{path}/{METADATA}".lstrip("/") for path in (*nodes.children, *nodes.arrays)}
     for path, node in nodes.arrays.items():
         files |= {"/".join((path, "c", *map(str, index))) for index in np.ndindex(*node.grid)}
-    return files | {_LOCK}
+    return files | {LOCK}
 
 
 def _drop_others(root: Path, folder: str, files: set[str], inner: str = "") -> None:
@@ -158,7 +153,7 @@ def _write_documents(nodes: Nodes, staging: Path) -> int:
 def _write(staging: Path, file: str, data: bytes) -> None:
     """Write a file below the hidden folder, whole or not at all."""
     folder, _, name = f"{staging.name}/{file}".rpartition("/")
-    fresh = f"{name}.partial"
+    fresh = f"{name}{FRESH}"
     with paths.folder(staging.parent, folder, make=0o777, durable=False) as at:
         paths.remove_in(at, fresh)
         opened = paths.open_in(at, fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, str(staging / file))
@@ -234,15 +229,15 @@ def _write_chunk(staging: Path, file: str, data: bytes) -> None:
 
 def _place(staging: Path, path: Path) -> None:
     """Give the group its name; what is there goes first."""
-    old = f".{path.name}.partial.old"
+    old = f"{staging.name}{_OLD}"
     with paths.folder(path.parent) as at:
         paths.remove_in(at, old)
         if paths.kind_in(at, path.name) == "folder":
             os.rename(path.name, old, src_dir_fd=at, dst_dir_fd=at)
         with paths.folder(path.parent, staging.name) as inner:
-            os.unlink(_LOCK, dir_fd=inner)
             os.fchmod(inner, 0o777 & ~_umask())
-        os.rename(staging.name, path.name, src_dir_fd=at, dst_dir_fd=at)
+            os.rename(staging.name, path.name, src_dir_fd=at, dst_dir_fd=at)
+            os.unlink(LOCK, dir_fd=inner)  # last: it tells that the hidden folder is an export's
         paths.sync(at)
         paths.remove_in(at, old)
 

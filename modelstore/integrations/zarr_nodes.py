@@ -16,9 +16,10 @@ from modelstore.format import boxes
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Region, Shape, full
+from modelstore.format.zarr_names import DOCUMENT
 from modelstore.integrations.zarr_values import ZarrDtype, view, widen
 
-METADATA = "zarr.json"
+METADATA = DOCUMENT
 _CHUNK_KEY = re.compile(r"^(.*)/c((?:/(?:0|[1-9]\d{0,17}))*)$", re.DOTALL)
 
 

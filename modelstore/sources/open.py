@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import FormatError, NotFoundError, StorageError, UnsupportedError
+from modelstore.format import zarr_names
 from modelstore.format.buffers import Bytes
 from modelstore.format.checkpoint import PIPELINE
 from modelstore.format.given import told
@@ -34,7 +35,6 @@ _ACCEPTED = (
 )
 _LOOKS = 10_000  # folders that are looked at for arrays of Zarr
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-_ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
 
 
 def open_source(
@@ -125,7 +125,7 @@ def _open_directory(root: Path) -> Source:
         from modelstore.sources import dcp
 
         return dcp.open_directory(root)
-    if any(name in top for name in _ZARR):
+    if any(name in top for name in zarr_names.MARKS):
         return _open_zarr(root)
     if PIPELINE in top:
         return safetensors.open_pipeline(root)
@@ -162,7 +162,7 @@ def _has_arrays(root: Path, looks: Iterator[int], depth: int = 4) -> bool:
         if next(looks, None) is None:
             return False
         try:
-            if any((entry / name).is_file() for name in _ZARR):
+            if any((entry / name).is_file() for name in zarr_names.MARKS):
                 return True
         except OSError:
             continue

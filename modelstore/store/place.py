@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from modelstore import paths
 from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, StorageError, UnsupportedError
@@ -72,6 +74,15 @@ def check_place(storage: Storage) -> None:
         ) from None
 
 
+def store_at(folder: Path) -> Path | None:
+    """The store that a folder is, or among whose own objects it lies, there or not; None where there is none."""
+    for above in (folder, *folder.parents):
+        inner = folder.relative_to(above).parts
+        if (not inner or f"{inner[0]}/" in rec.FOLDERS) and os.path.isfile(above / rec.STORE_KEY):  # noqa: PTH113  none fails
+            return above
+    return None
+
+
 def told_of(storage: Storage) -> str:
     """What to say of a place that has no store."""
     inside = storage.path(rec.STORE_KEY)
@@ -89,13 +100,10 @@ def _listed(names: Sequence[str]) -> str:
 
 def _not_within(storage: Storage) -> None:
     inside = storage.path(rec.STORE_KEY)
-    if inside is None:
-        return
-    for above in inside.parents[1:]:
-        if f"{inside.relative_to(above).parts[0]}/" in rec.FOLDERS and (above / rec.STORE_KEY).is_file():
-            raise UnsupportedError(
-                f"{storage.url} lies within the store {file_url(above)}, among its own objects: give another place"
-            )
+    if inside is not None and (above := store_at(inside.parent)) is not None:
+        raise UnsupportedError(
+            f"{storage.url} lies within the store {file_url(above)}, among its own objects: give another place"
+        )
 
 
 def _names(storage: Storage) -> list[str]:

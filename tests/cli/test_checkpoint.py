@@ -58,6 +58,15 @@ def test_wrong_places_and_wrong_versions_are_said(run: Command, trained: Path) -
     assert not (trained / "x.pt").exists()
 
 
+@pytest.mark.parametrize("name", ["modelstore.json", "packs/new.safetensors"])
+def test_nothing_is_written_into_a_store(run: Command, trained: Path, name: str) -> None:
+    inside = Path(os.environ["MODELSTORE_URL"]) / name
+    before = inside.read_bytes() if inside.exists() else None
+    for command in ("checkpoint", "load") if inside.suffix == ".safetensors" else ("checkpoint",):
+        assert "belongs to the store" in run(command, "run", "-o", inside, "--overwrite", code=1).stderr
+    assert (inside.read_bytes() if inside.exists() else None) == before
+
+
 @pytest.mark.parametrize(("command", "code"), [("checkpoint", 2), ("load", 1)])
 def test_a_pipe_or_a_device_makes_no_room_for_a_file(run: Command, trained: Path, command: str, code: int) -> None:
     os.mkfifo(trained / "pipe.safetensors")

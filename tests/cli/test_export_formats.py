@@ -41,3 +41,10 @@ def test_gguf(run: Command, saved: Command, tmp_path: Path) -> None:
     done = run("export", "acme/toy@1", tmp_path / "m.gguf", "--format", "gguf", code=1)
     assert "'Toy' has no GGUF export" in done.output
     run("export", "acme/toy@1", tmp_path / "m.gguf", "--format", "gguf", "--gguf-type", "Q9", code=2)
+
+
+def test_what_a_folder_still_has_is_remarked(run: Command, saved: Command, tmp_path: Path) -> None:
+    run("export", "acme/toy@1", tmp_path / "out")
+    (tmp_path / "out/old.txt").write_text("x")
+    assert "still has 'old.txt'" in run("export", "acme/toy@1", tmp_path / "out", "--overwrite").stderr
+    assert not run("export", "acme/toy@1", tmp_path / "out", "--overwrite", "--quiet").stderr

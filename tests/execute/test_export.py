@@ -467,6 +467,7 @@ def planted(reader: Reader, out: Path, **state: Any) -> dict[str, Path]:
         files[output.path] = path
         done[output.path] = {"digest": output.digest, "whole": True, "blocks": 1, "limit": 4 << 20}
     (out / STAGING / "state.json").write_text(json.dumps({"files": done, **state}))
+    (out / STAGING / "lock").touch()
     return files
 
 

@@ -158,13 +158,16 @@ def test_what_was_planted_is_not_believed(model: Variant, tmp_path: Path) -> Non
     chunks[2].symlink_to(outside / "x")
     (staging / "zarr.json").unlink()
     (staging / "zarr.json").hardlink_to(outside / "zarr.json")
-    (staging / "extra").symlink_to(outside)
+    (staging / "__lock").touch()
     folder = chunks[-1].parent
     folder.rename(tmp_path / "moved")
     folder.symlink_to(outside)
+    (staging / "extra").symlink_to(outside)
+    with pytest.raises(ConflictError, match="extra"):
+        export_zarr(model.reader, tmp_path / "g", work=Work(LIMITS))
+    (staging / "extra").unlink()
     export_zarr(model.reader, tmp_path / "g", work=Work(LIMITS))
     check_same(tmp_path / "g", model)
-    assert not (tmp_path / "g/extra").exists()
     assert {path.read_text() for path in outside.iterdir()} == {"precious"}
 
 

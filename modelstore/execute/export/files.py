@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from modelstore.execute.export.layout import OutFile, Packing, directory, one_file
+from modelstore.execute.export.replacing import not_replaced
 from modelstore.execute.export.share import cuts
 from modelstore.execute.export.target import Target
 from modelstore.execute.export.write import write
@@ -54,8 +55,9 @@ def export(
     as its share goes. Nothing is visible under its name before all files are whole and
     durable; of a folder, what an interrupted export finished is found again by the next one to the same place. A target that is
     there and not empty is a `ConflictError`, unless `overwrite`: files of the same names, and other weights, are
-    replaced then, and anything else stays. `StorageError` where the disk is too small, `UnsupportedError` for tensors
-    that safetensors cannot hold: both before anything is written.
+    replaced then, and anything else stays, as `remarks` say. A store, and a folder that is Zarr, is a `ConflictError` always.
+    `StorageError` where the disk is too small, `UnsupportedError` for tensors that safetensors cannot hold: both before
+    anything is written.
     """
     started = time.monotonic()
     path = Path(os.path.abspath(path))  # noqa: PTH100  a link at the end is followed when it is opened, not before
@@ -70,11 +72,13 @@ def export(
     with Target(path, outputs, single=format == "safetensors", overwrite=overwrite) as target:
         write(reader, outputs, target, work)
         target.place()
+        left = target.beside()
     return results.Exported(
         str(path),
         tuple(sorted(output.path for output in outputs)),
         sum(output.size for output in outputs),
         time.monotonic() - started,
+        not_replaced(str(path), left),
     )
 
 

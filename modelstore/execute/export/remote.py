@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from modelstore.errors import ConflictError
+from modelstore.execute.export.replacing import not_replaced, not_staged_zarr, refusal, zarr_there
+from modelstore.format import zarr_names
 from modelstore.format.checkpoint import ADAPTER, CONFIG, PIPELINE, Weights
+from modelstore.format.record import FOLDERS, STORE_KEY
 from modelstore.format.results import Exported
 from modelstore.storage.address import local_path
 from modelstore.storage.base import Storage
 from modelstore.storage.open import open_target
 from modelstore.storage.remote.options import StorageOptions
 
-_ZARR = "zarr.json"
-_LAST = (CONFIG, ADAPTER, PIPELINE, _ZARR)  # at the top, without these no loader begins
+_LAST = (CONFIG, ADAPTER, PIPELINE, zarr_names.DOCUMENT)  # at the top, without these no loader begins
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 _PIECE = 8 << 20
 
@@ -52,11 +54,23 @@ def deliver(
         raise ValueError(f"the URL {url!r} names no file: write it as s3://bucket/prefix/model.{format}")
     remote = _Remote(open_target(place, options), name if single else None, format == "zarr", overwrite)
     remote.check()
+    _check_above(place, options)
     with tempfile.TemporaryDirectory(prefix="modelstore-export-") as folder:
         done = export(Path(folder) / name)
         remote.send(Path(folder) if single else Path(folder) / name)
     shown = f"{remote.storage.url}/{name}" if single else remote.storage.url
-    return msgspec.structs.replace(done, path=shown, seconds=time.monotonic() - started)
+    remarks = remote.left(done.files)
+    return msgspec.structs.replace(done, path=shown, seconds=time.monotonic() - started, remarks=remarks)
+
+
+def _check_above(place: str, options: StorageOptions | None) -> None:
+    """`ConflictError` where a URL lies among the objects of a store above it."""
+    parts = place.rstrip("/").split("/")
+    for number, part in enumerate(parts):
+        if number > 2 and f"{part}/" in FOLDERS:  # after the scheme and the bucket
+            above = open_target("/".join(parts[:number]), options)
+            if above.info(STORE_KEY) is not None:
+                raise ConflictError(f"{place} belongs to the store {above.url}: give another place", object=place)
 
 
 @dataclass(frozen=True)
@@ -79,15 +93,28 @@ class _Remote:
                 f"{self.storage.url} has {there!r} already; give another place, or overwrite it (--overwrite)",
                 object=there,
             )
-        if there is not None and self.zarr and self.storage.info(_ZARR) is None:
-            raise ConflictError(
-                f"{self.storage.url} is not a Zarr group: only one is overwritten; remove it", object=there
-            )
+        if self.storage.info(STORE_KEY) is not None:
+            raise ConflictError(f"{self.storage.url} is a store: give another place", object=STORE_KEY)
+        if there is None or self.single is not None:
+            return
+        if self.zarr and (strange := not_staged_zarr(item.key for item in self.storage.list(""))):
+            raise refusal(self.storage.url, strange)
+        if not self.zarr and (mark := next((one for one in zarr_names.MARKS if self.storage.info(one)), None)):
+            raise zarr_there(self.storage.url, mark)
+
+    def left(self, mine: Collection[str]) -> tuple[str, ...]:
+        """What to say of objects that lie in a folder beside the files that were sent."""
+        if self.single is not None or not self.overwrite:
+            return ()
+        return not_replaced(self.storage.url, [item.key for item in self.storage.list("") if item.key not in mine])
 
     def send(self, folder: Path) -> None:
         """Send all files of a folder, in an order in which a target that is not whole is not taken for one."""
         files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         ordered = sorted(files, key=lambda name: (_completes(name), name))
+        for inner in sorted({name.rpartition("/")[0] for name in ordered} - {""}):
+            if self.storage.info(f"{inner}/{STORE_KEY}") is not None:
+                raise ConflictError(f"{self.storage.url} has a store in {inner}: give another place", object=inner)
         if self.single is None and self.overwrite:
             mine = set(ordered)
             there = sorted((item.key for item in self.storage.list("")), key=lambda key: -_completes(key))
@@ -102,7 +129,7 @@ def _completes(name: str) -> int:
     """How late a file is sent: what says where the others are comes after these, and the root's own at the end."""
     if name in _LAST:
         return 2
-    return 1 if name.endswith((".safetensors.index.json", f"/{CONFIG}", f"/{_ZARR}")) else 0
+    return 1 if name.endswith((".safetensors.index.json", f"/{CONFIG}", f"/{zarr_names.DOCUMENT}")) else 0
 
 
 def _takes_for_weights(key: str, mine: Iterable[str]) -> bool:

@@ -15,6 +15,17 @@ import msgspec
 from modelstore import paths
 from modelstore.errors import ConflictError, StorageError
 from modelstore.execute.export.layout import OutFile
+from modelstore.execute.export.replacing import (
+    FRESH_STATE,
+    LOCK,
+    STATE,
+    beside,
+    check_no_store,
+    check_staging,
+    not_staged,
+    zarr_in_the_way,
+    zarr_there,
+)
 from modelstore.format.checkpoint import Weights
 from modelstore.format.decoding import prepared
 from modelstore.format.digest import name_of, name_of_pieces
@@ -22,7 +33,6 @@ from modelstore.format.names import STAGING
 
 _RECORD_EVERY = 0.25  # seconds; many small files share a record
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_FRESH = "state.json.new"
 _MAX_STATE = 64 << 20
 _READ = 4 << 20  # bytes that are digested at once
 
@@ -109,8 +119,18 @@ class Target:
 
     def remove_staged(self) -> None:
         """Remove what is not whole; while the lock is held, so that all of it is this export's own."""
-        with contextlib.suppress(OSError), paths.folder(self.root) as at:
+        with contextlib.suppress(OSError):
+            self._clear()
+
+    def _clear(self) -> None:
+        """Remove the hidden folder, last of all the file that tells whose it is."""
+        with paths.folder(self.root) as at:
+            with paths.folder(self.root, self._staging) as inner:
+                for entry in paths.entries(self.root, self._staging):
+                    if entry.name != LOCK:
+                        paths.remove_in(inner, entry.name)
             paths.remove_in(at, self._staging)
+            paths.sync(at)
 
     def open_staged(self, output: OutFile, *, fresh: bool) -> int:
         """The file where it lies while it is not whole, for reading and writing; a `fresh` one is empty and new."""
@@ -189,9 +209,11 @@ class Target:
             for folder in sorted(folders, reverse=True):
                 with paths.folder(self.root, folder) as at:
                     paths.sync(at)
-            with paths.folder(self.root) as at:
-                paths.remove_in(at, self._staging)
-                paths.sync(at)
+            self._clear()
+
+    def beside(self) -> list[str]:
+        """What lies in a folder beside the files of this export, once these have their names."""
+        return [] if self._single else beside(self.root, {output.path for output in self._outputs})
 
     def _give_name(self, output: OutFile) -> None:
         source, target = (path.rpartition("/")[0] for path in (self._staged(output), output.path))
@@ -216,6 +238,8 @@ class Target:
 
     def _check_free(self) -> None:
         """`ConflictError` where something is in the way that may not be replaced."""
+        mine = {output.path for output in self._outputs}
+        check_no_store(self.root, mine)
         if self._state.placing == self._identity:
             self._placed = {output.path for output in self._outputs if self._is_there(output)}
         if self._single:
@@ -230,7 +254,10 @@ class Target:
         if there is not None and not self._overwrite:
             found = f"{self.path} is there already" if self._single else f"{self.path} is not empty: it has {there!r}"
             raise ConflictError(f"{found}; give another place, or overwrite it (--overwrite)", object=str(self.path))
-        self._check_staging()
+        if not self._single and (mark := zarr_in_the_way(names, mine)):
+            raise zarr_there(str(self.path), mark)
+        single = self.path.name if self._single else None
+        check_staging(self.root, self._staging, LOCK, lambda names: not_staged(names, single))
         for output in self._outputs:
             self._check_way(self.root / output.path)
 
@@ -257,20 +284,6 @@ class Target:
             return is_right(output, descriptor)
         finally:
             os.close(descriptor)
-
-    def _check_staging(self) -> None:
-        """`ConflictError` where the hidden folder is a link, or another user's."""
-        try:
-            with paths.folder(self.root, self._staging) as at:
-                owner = os.fstat(at).st_uid
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if isinstance(error, NotADirectoryError):
-                raise ConflictError(f"{self.root / self._staging} is a file: remove it", object=self._staging) from None
-            return
-        except paths.LinkError:
-            raise ConflictError(f"{self.root / self._staging} is a link: remove it", object=self._staging) from None
-        if owner != os.geteuid():
-            raise ConflictError(f"{self.root / self._staging} is another user's: remove it", object=self._staging)
 
     def _make_room(self, place: Weights, mine: set[str]) -> None:
         """Remove what loaders would take for these weights, of an earlier export."""
@@ -309,11 +322,11 @@ class Target:
 
     def _take_lock(self) -> None:
         with paths.folder(self.root, self._staging) as at:
-            lock = str(self.root / self._staging / "lock")
-            self._lock = paths.open_in(at, "lock", os.O_RDWR | os.O_CREAT, lock, 0o600)
+            lock = str(self.root / self._staging / LOCK)
+            self._lock = paths.open_in(at, LOCK, os.O_RDWR | os.O_CREAT, lock, 0o600)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                free = os.path.samestat(os.fstat(self._lock), paths.status_in(at, "lock"))
+                free = os.path.samestat(os.fstat(self._lock), paths.status_in(at, LOCK))
             except (BlockingIOError, FileNotFoundError):
                 free = False
         if not free:  # held by another, or removed by one that just finished
@@ -335,20 +348,22 @@ class Target:
 
     def _read_state(self) -> _ExportState:
         try:
-            with os.fdopen(paths.open_file(self.root, f"{self._staging}/state.json"), "rb") as file:
+            with os.fdopen(paths.open_file(self.root, f"{self._staging}/{STATE}"), "rb") as file:
                 return msgspec.json.decode(file.read(_MAX_STATE), type=prepared(_ExportState))
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # none, or not ours
             return _ExportState()
 
     def _write_state(self) -> None:
         with paths.folder(self.root, self._staging) as at:
-            paths.remove_in(at, _FRESH)
-            shown = str(self.root / self._staging / _FRESH)
-            with os.fdopen(paths.open_in(at, _FRESH, os.O_WRONLY | os.O_CREAT | os.O_EXCL, shown, 0o600), "wb") as file:
+            paths.remove_in(at, FRESH_STATE)
+            shown = str(self.root / self._staging / FRESH_STATE)
+            with os.fdopen(
+                paths.open_in(at, FRESH_STATE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, shown, 0o600), "wb"
+            ) as file:
                 file.write(msgspec.json.encode(self._state))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(_FRESH, "state.json", src_dir_fd=at, dst_dir_fd=at)
+            os.replace(FRESH_STATE, STATE, src_dir_fd=at, dst_dir_fd=at)
         self._unwritten = False
         self._written_at = time.monotonic()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from zarr.abc.store import RangeByteRequest
 from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import WrapperStore
+from zarr.storage import LocalStore, WrapperStore
 
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.dtypes import DTYPES, DType
@@ -44,6 +44,10 @@ class RenamedDtypes(WrapperStore[Any]):
             await self._check(key, byte_range)
         found = await self._store.get(key, prototype, byte_range)
         folder, _, last = key.rpartition("/")
+        if found is None and isinstance(self._store, LocalStore) and (self._store.root / key).is_dir():
+            raise FormatError(
+                f"{self._store.root / key} is a folder, where a file of Zarr should be: remove it", object=key
+            )
         if found is None or byte_range is not None or last not in (".zarray", "zarr.json"):
             return found
         text, kind = rename(found.to_bytes(), key)

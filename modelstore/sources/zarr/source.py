@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from modelstore.format.dtypes import DType
 from modelstore.format.names import check_file, check_tensor
 from modelstore.format.region import Region
 from modelstore.format.safetensors import MAX_BYTES
+from modelstore.format.zarr_names import DOCUMENT, ChunkNames, chunk_names
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import check_expansion, fingerprint
@@ -38,6 +39,7 @@ MAX_CHUNK = 16 << 30  # a chunk is decoded whole
 MAX_FILES = 5_000_000
 SMALL = 256 << 20  # bytes that arrays may have however little stores them
 EXPANSION = 1000  # and beyond, for each stored byte: zeros compress a thousand times
+_NO_CHUNK = "it is no chunk of the array that it lies in"
 _MARKS = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"})
 
 
@@ -225,6 +227,7 @@ def _walk(root: Path, skipped: dict[str, str]) -> _Walked:
     others: dict[str, Path | bytes] = {}
     everything: list[tuple[str, Path | bytes]] = []
     inside: dict[str, str] = {}  # folder → the array it lies in: what is there is chunks
+    chunks: dict[str, ChunkNames | None] = {}  # array → how its chunks are called
     usage: dict[str, _Usage] = {}
     for folder, folders, names in os.walk(root):
         here = Path(folder)
@@ -243,15 +246,19 @@ def _walk(root: Path, skipped: dict[str, str]) -> _Walked:
             version = _node(here, names)
             if version:
                 arrays[path] = version
+                chunks[path] = chunk_names(read_json(here / (".zarray" if version == 2 else DOCUMENT)), version)
                 below = True
             elif _MARKS & set(names):
                 groups.append(path)
         owner = inside.get(path, path)
+        shown = sorted(name for name in names if name in _MARKS or not hidden((name,)))
+        strange = _strange(chunks.get(owner), path, owner, folders, shown) if below else set()
+        left = dict.fromkeys(set(names).difference(shown), "it is hidden") | dict.fromkeys(strange, _NO_CHUNK)
+        skipped.update(((here / name).relative_to(root).as_posix(), why) for name, why in left.items())
+        folders[:] = [name for name in folders if name not in strange]
+        shown = [name for name in shown if name not in strange]
         inside.update((f"{path}/{name}".lstrip("/"), owner) for name in folders if below)
         used = usage.setdefault(owner, _Usage()) if below else None
-        shown = sorted(name for name in names if name in _MARKS or not hidden((name,)))
-        for name in set(names).difference(shown):
-            skipped[(here / name).relative_to(root).as_posix()] = "it is hidden"
         for file in _plain(here, folders, shown, real, strict=below):
             relative = file.relative_to(root).as_posix()
             everything.append((relative, file))
@@ -266,6 +273,21 @@ def _walk(root: Path, skipped: dict[str, str]) -> _Walked:
     if not arrays:
         raise FormatError(f"{root} has no Zarr array: no folder holds a .zarray or zarr.json", object=str(root))
     return arrays, groups, others, everything, usage
+
+
+def _strange(
+    chunks: ChunkNames | None, path: str, owner: str, folders: Iterable[str], names: Iterable[str]
+) -> set[str]:
+    """What in the folder `path` of the array at `owner` is not the array's: its metadata, its chunks, or a way to them.
+
+    A folder in the place of a chunk is not told of here: it is refused when it is read.
+    """
+    if chunks is None:
+        return set()
+    inner = f"{path[len(owner) :]}/".lstrip("/")
+    strange = {name for name in names if f"{inner}{name}" not in _MARKS and not chunks.chunk(f"{inner}{name}")}
+    ways = (f"{inner}{name}" for name in folders)
+    return strange | {way[len(inner) :] for way in ways if not (chunks.leads(way) or chunks.chunk(way))}
 
 
 def _plain(here: Path, folders: list[str], names: list[str], real: Path, *, strict: bool) -> Iterator[Path]:
