@@ -174,6 +174,8 @@ def test_an_interrupted_export_can_be_done_again(tmp_path: Path, monkeypatch: py
     assert out.read_bytes() == whole.read_bytes()
     with pytest.raises(ConflictError):
         store.export("org/m", out, format="gguf", gguf_type="Q8_0")
+    with pytest.raises(ConflictError, match="belongs to the store"):
+        store.export("org/m", tmp_path / "store/again.gguf", format="gguf", overwrite=True)
 
 
 # ---------------------------------------------------------------------- what cannot be
