@@ -75,8 +75,7 @@ class Model(Readable):
                 or F16, by the model).
             dequantize: Write every weight of "hf" dense.
             activations: "int8" writes an int8 variant for engines that round activations to int8 too (W8A8), token by token.
-            overwrite: Replace what is there: one file; of a folder files of the same names and other weights, where what stays
-                beside them is named in `remarks`; of "zarr" a folder that is a Zarr group and holds nothing else.
+            overwrite: Replace one file; in a folder those of the same names and other weights; "zarr" where all else is Zarr.
             max_shard_bytes: The largest file of "hf", in bytes or as a text such as "5GB".
             names: Of "safetensors", only these tensors.
             shard: Of "safetensors", only a rank's part, as for `load`.
@@ -88,8 +87,7 @@ class Model(Readable):
 
         Raises:
             NotFoundError: There is no such model, version or variant.
-            ConflictError: The target is there, and `overwrite` is not given; or it may never be replaced: it belongs to a store,
-                is Zarr where the format is another, or holds what is not Zarr where it is.
+            ConflictError: The target is there, and `overwrite` is not given; or it is a store's, or may not be replaced so.
             UnsupportedError: The format cannot hold this variant; nothing is written then.
             StorageError: There is no room for it, or it cannot be written.
 
