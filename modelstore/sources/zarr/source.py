@@ -238,10 +238,7 @@ def _walk(root: Path, skipped: dict[str, str]) -> _Walked:
         path = "" if here == root else here.relative_to(root).as_posix()
         below = path in inside
         if not below and "manifest.ocdbt" in names:
-            raise UnsupportedError(
-                f"{here} is a checkpoint in OCDBT, which zarr cannot read: save it with use_ocdbt=False",
-                object=str(here),
-            )
+            raise _ocdbt(here)
         if not below:
             version = _node(here, names)
             if version:
@@ -273,6 +270,13 @@ def _walk(root: Path, skipped: dict[str, str]) -> _Walked:
     if not arrays:
         raise FormatError(f"{root} has no Zarr array: no folder holds a .zarray or zarr.json", object=str(root))
     return arrays, groups, others, everything, usage
+
+
+def _ocdbt(here: Path) -> UnsupportedError:
+    """That a folder is of a format that looks like Zarr and is none."""
+    return UnsupportedError(
+        f"{here} is a checkpoint in OCDBT, which zarr cannot read: save it with use_ocdbt=False", object=str(here)
+    )
 
 
 def _strange(
