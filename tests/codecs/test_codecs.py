@@ -32,7 +32,7 @@ print("exact")
 
 
 def test_names() -> None:
-    assert registry.names()[:3] == ("raw", "lossless", "delta")
+    assert registry.names()[:4] == ("raw", "lossless", "packed", "delta")
     needed = {"lowrank": {"rank": 8}}  # one of three, none of which is usual
     for name in registry.names():
         made: Codec = registry.codec(name, needed.get(name))
@@ -41,7 +41,7 @@ def test_names() -> None:
 
 
 def test_an_unknown_codec_is_answered_with_those_known() -> None:
-    with pytest.raises(UnsupportedError, match=r"'zip'.*raw, lossless, delta"):
+    with pytest.raises(UnsupportedError, match=r"'zip'.*raw, lossless, packed, delta"):
         registry.codec("zip")
 
 
