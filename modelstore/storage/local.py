@@ -21,10 +21,9 @@ from modelstore.storage.address import file_url
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.descriptors import Descriptors
 from modelstore.storage.failures import ends_before
-from modelstore.storage.keys import TEMPORARY, check_key, check_prefix, key_problem
+from modelstore.storage.keys import SPARE, TEMPORARY, check_key, check_prefix, key_problem
 
 OPEN_FILES = 128
-_SPARE = f"{TEMPORARY}spare"
 _SPARE_BYTES = 256 << 10  # the notes of a collection of 1,500 objects
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _LOOKS = 256  # objects of a folder that a listing looks at in one go
@@ -147,7 +146,7 @@ class LocalStorage(Storage):
         """A file at the root that is no object; what a full disk took of it is written again."""
         with suppress(OSError), paths.folder(self.root, "") as at:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            descriptor = paths.open_in(at, _SPARE, flags, f"{self.root}/{_SPARE}")
+            descriptor = paths.open_in(at, SPARE, flags, f"{self.root}/{SPARE}")
             try:
                 lacking = _SPARE_BYTES - os.fstat(descriptor).st_size
                 if lacking > 0:
@@ -161,7 +160,7 @@ class LocalStorage(Storage):
         with self._named("", "use what is held of"):
             try:
                 with paths.folder(self.root, "") as at:
-                    os.unlink(_SPARE, dir_fd=at)
+                    os.unlink(SPARE, dir_fd=at)
             except FileNotFoundError:
                 return False
             return True

@@ -16,9 +16,8 @@ import torch
 
 import modelstore as ms
 from modelstore.errors import NotFoundError
-from modelstore.storage.keys import TEMPORARY
 from modelstore.storage.local import LocalStorage
-from tests.helpers.stores import all_bits, contents, journal, shrink, weights
+from tests.helpers.stores import all_bits, contents, half_written, journal, shrink, weights
 
 ROOT = Path(__file__).parents[2]
 RANKS = 3
@@ -149,7 +148,7 @@ def check(store: ms.Store, url: str) -> None:
     assert all_bits(store.load("m")) == all_bits(weights(1))
     store.gc(dry_run=False, grace=0)
     assert not journal(LocalStorage(url))
-    assert not [path for path in Path(url).rglob("*") if path.name.startswith(TEMPORARY)]
+    assert not half_written(Path(url))
     assert all_bits(store.load("m")) == all_bits(weights(1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -14,6 +15,7 @@ from modelstore.format import grid
 from modelstore.format.record import JOBS, PACKS
 from modelstore.storage.base import Storage
 from modelstore.storage.failures import TransientStorageError
+from modelstore.storage.keys import SPARE, TEMPORARY
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 from modelstore.store import packs
 
@@ -125,3 +127,8 @@ class OneFails(WrappingStorage):
         if fails:
             raise TransientStorageError(f"the answer to {verb} {key!r} was lost", object=key)
         return result
+
+
+def half_written(folder: Path) -> list[Path]:
+    """Files that writers of a store in a folder left behind."""
+    return [path for path in folder.rglob(f"{TEMPORARY}*") if path.name != SPARE]

@@ -11,9 +11,8 @@ import pytest
 from safetensors.torch import save_file
 
 import modelstore as ms
-from modelstore.storage.keys import TEMPORARY
 from modelstore.storage.local import LocalStorage
-from tests.helpers.stores import all_bits, contents, journal, pack_sizes, shrink, weights
+from tests.helpers.stores import all_bits, contents, half_written, journal, pack_sizes, shrink, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,5 +80,5 @@ def test_kill_9(method: str, at: int, tmp_path: Path, monkeypatch: pytest.Monkey
     assert pack_sizes(storage) == pack_sizes(undisturbed)
     assert not journal(storage)
     store.gc(dry_run=False, grace=0)
-    assert not [path for path in Path(url).rglob("*") if path.name.startswith(TEMPORARY)]
+    assert not half_written(Path(url))
     assert all_bits(store.load("m")) == all_bits(weights(1))
