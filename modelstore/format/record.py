@@ -30,6 +30,7 @@ _OWN = re.compile(
     r"|intents/[0-9a-f]{32}(?:-[0-9]{1,8}-[0-9]{1,8}-.+)?\.json"
     r"|condemned/[0-9a-f]{32}/(?:candidates|verdict)\.json"
 )
+SPARE = ".tmp-spare"  # in a folder: no object, but what is held for works that free a full disk
 FOLDERS = (PACKS, JOBS, MODELS, "intents/", "condemned/")  # all that a store has
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.format.names import check_file
-from modelstore.format.record import FOLDERS, STORE_KEY
+from modelstore.format.record import FOLDERS, SPARE, STORE_KEY
 from modelstore.paths import explained
 from modelstore.sources.reading import read_whole
 from modelstore.sources.states import State, settle, state_below
@@ -100,7 +100,7 @@ def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
             if _LITTER.fullmatch(name):
                 continue
             real = path.resolve() if path.is_symlink() else allowed[0] / relative
-            why = hidden((name,), keep) or _of_a_store(here, name) or _why_not(path, real, allowed, keep)
+            why = _of_a_store(here, name) or hidden((name,), keep) or _why_not(path, real, allowed, keep)
             try:
                 state = None if why else _state(real, allowed)
             except PermissionError as error:
@@ -130,7 +130,7 @@ def check_fetched(path: Path) -> None:
 def _of_a_store(folder: Path, name: str) -> str | None:
     """Why a name in a folder is left out that belongs to a store, in it or next to the model's files; None for others."""
     inside = folder / name / STORE_KEY
-    beside = name == STORE_KEY or f"{name}/" in FOLDERS
+    beside = name in (STORE_KEY, SPARE) or f"{name}/" in FOLDERS
     return "it is a store" if inside.is_file() or (beside and (folder / STORE_KEY).is_file()) else None
 
 

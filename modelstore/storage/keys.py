@@ -7,7 +7,6 @@ import re
 MAX_KEY_BYTES = 800  # S3, GCS and Azure allow 1,024 with the prefix of the store
 MAX_PART_BYTES = 255  # of a file's name, on every common file system
 TEMPORARY = ".tmp-"  # names of files being written; never a key
-SPARE = f"{TEMPORARY}spare"  # what is held for works that free a full disk
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 

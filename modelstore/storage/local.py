@@ -17,11 +17,12 @@ from typing import Any
 from modelstore import paths
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Buffer, as_bytes
+from modelstore.format.record import SPARE
 from modelstore.storage.address import file_url
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.descriptors import Descriptors
 from modelstore.storage.failures import ends_before
-from modelstore.storage.keys import SPARE, TEMPORARY, check_key, check_prefix, key_problem
+from modelstore.storage.keys import TEMPORARY, check_key, check_prefix, key_problem
 
 OPEN_FILES = 128
 _SPARE_BYTES = 256 << 10  # the notes of a collection of 1,500 objects

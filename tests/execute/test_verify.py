@@ -14,7 +14,7 @@ from modelstore.execute.verify import verify
 from modelstore.format import grid
 from modelstore.format import manifest as man
 from modelstore.format.names import parse_reference
-from modelstore.format.record import manifest_key, pack_key
+from modelstore.format.record import SPARE, manifest_key, pack_key
 from modelstore.format.results import Report
 from modelstore.plan.work import Limits, Work
 from modelstore.storage.base import Storage
@@ -240,7 +240,9 @@ def test_a_tensor_larger_than_memory_is_decoded_in_parts() -> None:
 @pytest.mark.parametrize("deep", [False, True])
 def test_every_problem_names_its_model(tmp_path: Path, damage: str, deep: bool) -> None:
     modelstore.open(tmp_path).save("acme/m", {"a": torch.randn(40)}, files={"config.json": b"{}"})
-    files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file() and path.name != "modelstore.json"]
+    files = [
+        path for path in sorted(tmp_path.rglob("*")) if path.is_file() and path.name not in ("modelstore.json", SPARE)
+    ]
     assert len(files) == 4  # the pack, the manifest and its copy, the record
     for path in files:
         good = path.read_bytes()

@@ -102,7 +102,7 @@ class Actor:
     def _leave(self, call: str, left: bytes) -> None:
         self._drawn.pop()
         self._drawn[-1] += 1
-        self._tell(Returned(call, left))
+        self._tell(Returned(call, left + f"{self._drawn}".encode()))  # what is drawn next is left behind too
 
     def bits(self, count: int) -> int:
         """Random bits: others in each call, and after it, however many were drawn within."""

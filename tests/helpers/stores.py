@@ -12,10 +12,10 @@ import torch
 from modelstore.client import Store
 from modelstore.errors import NotFoundError
 from modelstore.format import grid
-from modelstore.format.record import JOBS, PACKS
+from modelstore.format.record import JOBS, PACKS, SPARE
 from modelstore.storage.base import Storage
 from modelstore.storage.failures import TransientStorageError
-from modelstore.storage.keys import SPARE, TEMPORARY
+from modelstore.storage.keys import TEMPORARY
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 from modelstore.store import packs
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import modelstore as ms
 from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.format.dtypes import DTYPES
+from modelstore.format.record import SPARE
 from modelstore.sources.open import open_source
 from modelstore.sources.safetensors import SafetensorsSource
 from tests.sources.contract import Opened, SourceContract, bits, raw, read
@@ -328,7 +329,14 @@ def test_a_store_is_no_part_of_a_model(tmp_path: Path) -> None:
         ms.open(tmp_path / place).save("m", tmp_path)
     found = ms.open(tmp_path / "store").save("m", tmp_path)
     assert found.stored == 0
-    assert {item.name for item in found.left_out} == {"store", "models", "packs", "modelstore.json", *jobs(tmp_path)}
+    assert {item.name for item in found.left_out} == {
+        "store",
+        "models",
+        "packs",
+        "modelstore.json",
+        SPARE,
+        *jobs(tmp_path),
+    }
     assert {item.why for item in found.left_out} == {"it is a store"}
     assert not ms.open(tmp_path / "store").describe("m").files
 
