@@ -223,7 +223,8 @@ class Readable(Checked):
             ...     module = AutoModelForCausalLM.from_config(config)
             >>> store["acme/llama"].load_into(module)
         """
-        self.opened().load_into(module, self._access.work(progress), shard=as_layout(shard), strict=strict)
+        work = self._access.work(progress)
+        self.opened().load_into(module, work, asked=self.asked, shard=as_layout(shard), strict=strict)
 
     def tensor(self, name: str) -> LazyTensor:
         """A tensor to be sliced. Slicing reads only the chunks that the slice touches.

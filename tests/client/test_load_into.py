@@ -176,3 +176,10 @@ def test_a_buffer_that_nobody_makes_is_refused(store: ms.Store, random: bool, ca
         store.load_into(module, "m", strict=False)
     assert "table" in caplog.text
     assert not module.proj.weight.is_meta
+
+
+def test_progress_says_what_was_asked_for(store: ms.Store) -> None:
+    store.save("m", layers(), tag="prod")
+    said: set[str] = set()
+    store.load_into(layers(), "m@prod", progress=lambda _done, _total, what: said.add(what))
+    assert said == {"loading m@prod"}

@@ -186,10 +186,11 @@ class Variant:
                 made[key] = mapped.tensor(self.tensor(name), share)
         return {name: made[self.tensor(name).name, share] for name, share in shares.items()}
 
-    def load_into(self, module: torch.nn.Module, work: Work, *, shard: Layout | None, strict: bool) -> None:
+    def load_into(self, module: torch.nn.Module, work: Work, *, asked: str, shard: Layout | None, strict: bool) -> None:
         """Fill a module's parameters and buffers, in place; those on the meta device are given memory.
 
-        Host tensors are decoded straight into their own memory. Of a DTensor that box is read which this process holds.
+        Host tensors are decoded straight into their own memory. Of a DTensor that box is read which this process holds. `asked`
+        is what its progress calls the model.
         `ValueError` where names or shapes do not fit, or a buffer would stay on the meta device, before anything is changed.
         """
         import torch
@@ -212,7 +213,7 @@ class Variant:
         buffers = made_again(module, strict)
         shares |= {name: Share.of(box) for name, box in boxes.items() if box is not None and name in shares}
         names = [name for name in shares if name in targets and boxes.get(name, ()) is not None]
-        work = work.begin(self.nbytes({name: shares[name] for name in names}), f"loading {self.name}")
+        work = work.begin(self.nbytes({name: shares[name] for name in names}), f"loading {asked}")
         wants = [Want(self.tensor(name), shares[name]) for name in names]
         direct = [self._own_memory(local_of(targets[name]), want) for name, want in zip(names, wants, strict=True)]
         arena = Arena()
