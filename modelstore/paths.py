@@ -22,13 +22,14 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 Kind = Literal["file", "folder", "link", "other"]
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 # What to do about what the operating system says.
 _ADVICE = {
     errno.EACCES: "check who may read and write there",
     errno.EPERM: "check who may read and write there",
     errno.EROFS: "give another place, or make this one writable",
-    errno.ENOSPC: "free some, and run the same again",
-    errno.EDQUOT: "free some, and run the same again",
+    **dict.fromkeys(FULL, "free some, and run the same again"),
     errno.ENOTDIR: "give another place",
     errno.EISDIR: "give another name",
     errno.EIO: "look at the disk",

@@ -23,8 +23,7 @@ def foretold(asked: Asked, samples: int, length: int) -> Looks:
         why = too_few(tokens, columns) if tokens < TOKENS * columns else asked.unfit(layer)
         left |= {layer.tensor: why} if why else {}
     width = skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    waiting = (
-        3 if any(asked.tunes(one) for mine in layers for one in mine.values()) else 2
-    )  # what came, what is given, and what was
+    tuned = any(asked.tunes(one) for mine in layers for one in mine.values())
+    waiting = 3 if tuned else 2  # what came, what is given, and what was
     solved = len(asked.wanted) - len(left)
     return Looks(samples, length, len(layers), solved, _PASSES, waiting * _FLOAT * tokens * width, left)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Callable
 from typing import TypeVar
 
 from modelstore.errors import StorageError
+from modelstore.paths import FULL
 from modelstore.storage.base import Storage
 
 log = logging.getLogger("modelstore")
 T = TypeVar("T")
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def freeing(storage: Storage, work: Callable[[], T]) -> T:
@@ -24,7 +22,7 @@ def freeing(storage: Storage, work: Callable[[], T]) -> T:
     try:
         return work()
     except StorageError as error:
-        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
         if not full or not storage.use_spare():
             raise
         log.warning("%s is full: the space that was held for this is used", storage.url)

@@ -17,22 +17,10 @@ from modelstore.errors import UnsupportedError
 from modelstore.execute.read.reader import Reader
 from modelstore.storage.memory import MemoryStorage
 from tests.calibrate.killed import DATA, RECIPE
-from tests.helpers.language import TEXT, make_language_model
+from tests.helpers.language import TEXT
 from tests.helpers.stores import open_on
 
 transformers = pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_language_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def store(folder: Path) -> ms.Store:
-    opened = open_on(MemoryStorage(uuid.uuid4().hex))
-    opened.save("m", folder)
-    return opened
 
 
 def test_the_plan_says_what_is_run_kept_and_left_without_data(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:

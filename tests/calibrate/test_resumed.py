@@ -15,14 +15,8 @@ import modelstore as ms
 from modelstore.calibrate.block import Solving
 from modelstore.execute.write.packs import PackWriter
 from tests.calibrate.killed import DATA, RECIPE, STEPS
-from tests.helpers.language import make_language_model
 
 pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_language_model(tmp_path_factory.mktemp("tiny"))
 
 
 def saved(folder: Path, at: Path) -> ms.Store:

@@ -15,7 +15,7 @@ from modelstore.errors import ConflictError, FormatError
 from modelstore.format.recipe import Method
 from modelstore.storage.memory import MemoryStorage
 from tests.calibrate.killed import DATA, RECIPE
-from tests.helpers.language import TEXT, make_language_model
+from tests.helpers.language import TEXT
 from tests.helpers.stores import open_on
 
 transformers = pytest.importorskip("transformers")
@@ -33,18 +33,6 @@ def codes(params: dict[str, Any]) -> dict[str, Any]:
     """A recipe that prunes and rounds linear layers at once."""
     rule = RECIPE["rules"][0]
     return {"name": "both", "rules": [{**rule, "method": {"name": "sparsegpt", "params": params}}]}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_language_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def store(folder: Path) -> ms.Store:
-    opened = open_on(MemoryStorage(uuid.uuid4().hex))
-    opened.save("m", folder)
-    return opened
 
 
 def content(store: ms.Store, ref: str) -> str:

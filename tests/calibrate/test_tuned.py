@@ -16,7 +16,7 @@ from modelstore.calibrate.gptq import Factored, solve
 from modelstore.calibrate.tuned import Block, Rounding, tune
 from modelstore.format.recipe import recipe
 from modelstore.storage.memory import MemoryStorage
-from tests.helpers.language import TEXT, make_language_model
+from tests.helpers.language import TEXT
 from tests.helpers.stores import open_on
 
 GROUP = 16
@@ -84,12 +84,6 @@ def test_what_gains_nothing_is_said() -> None:
     rounding = Rounding.of(exact, start, 4, GROUP, torch.float32)
     block, _ = block_of(exact, x)
     assert not tune(block, {"w": rounding}, 5, 1, 0.1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("transformers")
-    return make_language_model(tmp_path_factory.mktemp("tiny"))
 
 
 def made(name: str, method: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from modelstore.format.digest import name_of, name_of_pieces
 from modelstore.format.names import STAGING
 
 _RECORD_EVERY = 0.25  # seconds; many small files share a record
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MAX_STATE = 64 << 20
 _READ = 4 << 20  # bytes that are digested at once
 
@@ -395,6 +394,6 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in _FULL
+        full = error.errno in paths.FULL
         what = "its disk is full: free some space and export again" if full else error.strerror
         raise StorageError(f"cannot write {path}: {what}", object=str(path)) from error
