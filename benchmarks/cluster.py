@@ -22,9 +22,9 @@ PIECE = 32 << 20  # bytes at which Ray moves objects between nodes best
 def nodes(cpus: list[int], replicas: int = 1) -> Iterator[None]:
     """Ray nodes with a host each, on this machine; this process is connected to the first."""
     from modelstore.cluster.control import runtime
-    from modelstore.cluster.control.nodes import FAST_HEALTH, KEEP_STORES, QUIET
+    from modelstore.cluster.control.nodes import NODE
 
-    os.environ.update({"RAY_AUTH_MODE": "disabled", **FAST_HEALTH, **KEEP_STORES, **QUIET})
+    os.environ.update({"RAY_AUTH_MODE": "disabled", **NODE})
     import ray
     from ray.cluster_utils import Cluster
 

@@ -64,11 +64,11 @@ class Nodes:
     def running(url: str, small: bool) -> Iterator[Nodes]:
         """A cluster that holds the model, two copies of each chunk; `small`: with room for little more in shared memory."""
         from modelstore.cluster.control import runtime
-        from modelstore.cluster.control.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
+        from modelstore.cluster.control.nodes import NODE
 
         with tempfile.TemporaryDirectory(prefix="modelstore-gcs-") as folder:
             control = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": folder}  # outlives the control plane
-            os.environ.update({"RAY_AUTH_MODE": "disabled", **FAST_HEALTH, **KEEP_STORES, **PROMPT, **QUIET, **control})
+            os.environ.update({"RAY_AUTH_MODE": "disabled", **NODE, **control})
             import ray
             from ray.cluster_utils import Cluster
 

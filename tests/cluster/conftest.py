@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from modelstore.cluster.control import runtime
-from modelstore.cluster.control.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
+from modelstore.cluster.control.nodes import NODE
 from tests.cluster.leftovers import Leftovers
 
 
@@ -21,7 +21,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     left = Leftovers(uuid.uuid4().hex, tmp_path_factory.mktemp("temporary"))
     with pytest.MonkeyPatch.context() as patch:
         left.watch(patch)
-        os.environ.update({"RAY_AUTH_MODE": "disabled", **FAST_HEALTH, **KEEP_STORES, **PROMPT, **QUIET})
+        os.environ.update({"RAY_AUTH_MODE": "disabled", **NODE})
         import ray
         from ray.cluster_utils import Cluster
 

@@ -16,10 +16,10 @@ import torch
 from blake3 import blake3
 
 import modelstore as ms
-from modelstore.cluster.calls import host_name
+from modelstore.cluster.calls import actor, host_name
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.wire import PieceClient, PieceClients
-from modelstore.cluster.work import compression
+from modelstore.cluster.work import compression, jobs
 from modelstore.format.buffers import Bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -288,6 +288,16 @@ def manifest_of(store: ms.Store, ref: str) -> Any:
 def small(tmp_path: Path) -> str:
     ms.open(tmp_path / "store").save("m", layers())
     return str(tmp_path / "store")
+
+
+def test_hosts_run_at_the_priority_of_their_readers_and_jobs_below_it(store: ms.Store) -> None:
+    import ray
+
+    assert store.cluster is not None
+    pids = [ray.get(actor(host_name(host.member)).pid.remote()) for host in store.cluster_status().hosts]
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in pids} == {0}
+    found = ray.get(ray.remote(jobs._work).remote(lambda portion, _: os.nice(0) + portion, 0))
+    assert found >= 15
 
 
 def test_the_same_bytes_with_and_without_workers(nodes: Any, small: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 import modelstore as ms
 from modelstore.cluster.control import runtime
-from modelstore.cluster.control.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
+from modelstore.cluster.control.nodes import NODE
 from tests.cluster.test_cluster import equal, tensors, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -55,7 +55,7 @@ def state(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.fixture
 def cluster(state: None) -> Iterator[Any]:
     pytest.importorskip("ray")
-    os.environ.update({"RAY_AUTH_MODE": "disabled", **FAST_HEALTH, **PROMPT, **KEEP_STORES, **QUIET})
+    os.environ.update({"RAY_AUTH_MODE": "disabled", **NODE})
     import ray
     from ray.cluster_utils import Cluster
 

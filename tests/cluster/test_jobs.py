@@ -147,6 +147,7 @@ class Workers:
 def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
     made = Workers()
     monkeypatch.setattr(jobs, "ray", made)
+    monkeypatch.setattr(jobs, "_NICE", 0)  # the work is done in this process
     monkeypatch.setattr(jobs, "ask_directory_once", made.report)
     monkeypatch.setattr(jobs, "Session", lambda: SimpleNamespace(view=lambda fresh: View(1, (Member("a", "ab" * 28),))))  # noqa: ARG005
     return made

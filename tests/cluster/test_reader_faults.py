@@ -23,6 +23,7 @@ from tests.storage.proxy import Proxy
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 MEMORY = 256 << 20
+PATIENCE = 150.0  # seconds: a request between hosts may last for a minute where one of them stops
 
 
 @pytest.fixture
@@ -51,8 +52,8 @@ def check_whole(store: ms.Store) -> None:
 
 
 def until_whole(store: ms.Store) -> None:
-    """Wait for that: a request between hosts may last for a minute where one of them stops."""
-    until_it_holds(lambda: check_whole(store), 150)
+    """Wait for that."""
+    until_it_holds(lambda: check_whole(store), PATIENCE)
 
 
 def found_wrong(store: ms.Store) -> int:
@@ -166,14 +167,19 @@ def test_bytes_that_change_on_disk(disks: Path, url: str) -> None:
     stored = store.describe("m").stored
     wrong = found_wrong(store)
 
-    def on_disk() -> int:
-        return sum(h.stats["tiers"]["disk"]["bytes"] for h in store.cluster_status().hosts if h.stats)
+    def check_on_disk() -> None:
+        hosts = store.cluster_status().hosts
+        assert sum(h.stats["tiers"]["disk"]["bytes"] for h in hosts if h.stats) >= 1.9 * stored, (stored, hosts)
+
+    def check_right() -> None:
+        check_on_disk()
+        assert are_right(chunks(*disks.iterdir())), "wrong bytes lie on disk"
 
     def flip() -> None:
-        until(lambda: on_disk() >= 1.9 * stored)
+        until_it_holds(check_on_disk, PATIENCE)
         assert change(chunks(*disks.iterdir())) > 0
         until(lambda: found_wrong(store) > wrong)
-        until(lambda: are_right(chunks(*disks.iterdir())) and on_disk() >= 1.9 * stored)
+        until_it_holds(check_right, PATIENCE)
 
     while_four_read(url, flip)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from modelstore.cluster.control.nodes import KEEP_STORES
+from modelstore.cluster.control.nodes import HOSTS_FIRST
 from modelstore.cluster.control.supervisor import RESOURCE
 from tests.deploy.checking import ROOT, documents, parse_command, pod_specs, problems, size, walk
 
@@ -183,7 +183,7 @@ def test_versions_are_the_images() -> None:
 def test_nodes_are_started_as_the_package_starts_its_own() -> None:
     for group in [CLUSTER["spec"]["headGroupSpec"], *GROUPS.values()]:
         env = {entry["name"]: entry.get("value") for entry in pod(group)["containers"][0]["env"]}
-        assert KEEP_STORES.items() <= env.items()
+        assert HOSTS_FIRST.items() <= env.items()
     assert [name for name, group in GROUPS.items() if RESOURCE in group.get("resources", {})] == ["storage"]
 
 

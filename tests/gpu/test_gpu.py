@@ -13,7 +13,7 @@ import torch
 
 import modelstore as ms
 from modelstore.cluster.control import runtime
-from modelstore.cluster.control.nodes import FAST_HEALTH, KEEP_STORES, PROMPT, QUIET
+from modelstore.cluster.control.nodes import NODE
 from tests.cluster.leftovers import Leftovers
 from tests.cluster.test_delivery import Worker, bits, tensors
 
@@ -84,7 +84,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     left = Leftovers(os.urandom(16).hex(), tmp_path_factory.mktemp("temporary"))
     with pytest.MonkeyPatch.context() as patch:
         left.watch(patch)
-        os.environ.update({"RAY_AUTH_MODE": "disabled", **FAST_HEALTH, **KEEP_STORES, **PROMPT, **QUIET})
+        os.environ.update({"RAY_AUTH_MODE": "disabled", **NODE})
         try:
             ray.init(
                 num_cpus=4,

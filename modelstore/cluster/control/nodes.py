@@ -34,20 +34,30 @@ _RAYS_OWN = "r"  # Ray lets everybody into its folder, so it lies in one that on
 _PROBE = 3.0  # seconds for which an address may stay silent
 _LOOK = 1.0  # seconds between two looks at whether a node still runs
 _START = 60.0  # seconds that Ray may take to start
-FAST_HEALTH = {  # a dead node is noticed in a second and a half instead of fifteen
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_health_check_initial_delay_ms": "0",
-}
 ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray takes the loopback for its address, and listens nowhere else
-PROMPT = {"RAY_timeout_ms_task_wait_for_death_info": "200"}  # who asks a dead host hears so at once, not after a second
-KEEP_STORES = {"RAY_max_kill_memory_buffer_bytes": "0", "RAY_worker_killing_policy_by_group": "1"}
-QUIET = {
+PROCESS = {  # how Ray behaves in a process that is connected to a cluster
+    "RAY_timeout_ms_task_wait_for_death_info": "200",  # who asks a dead host hears so at once, not after a second
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     # What Ray says on standard output, amid what a program says there.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "has been marked dead|Raylet is terminated",
+}
+HOSTS_FIRST = {
+    # Where memory ends, workers are ended before hosts.
+    "RAY_max_kill_memory_buffer_bytes": "0",
+    "RAY_worker_killing_policy_by_group": "1",
+    # Readers wait for hosts: these run at the priority of every other process. By Ray's default a busy machine starves
+    # them. Workers of jobs lower their own.
+    "RAY_worker_niceness": "0",
+}
+NODE = {  # how Ray behaves on a node that we start
+    **PROCESS,
+    **HOSTS_FIRST,
+    # A dead node is noticed in a second and a half instead of fifteen.
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_initial_delay_ms": "0",
 }
 
 
@@ -186,7 +196,7 @@ def start_node(
     command += [f"--temp-dir={folder}/{_RAYS_OWN}", *_place(join, host, port)]
     command += [f"--num-cpus={cpus}"] if cpus is not None else []
     command += ["--labels=" + ",".join(f"{k}={v}" for k, v in labels.items())] if labels else []
-    environment = {**os.environ, **FAST_HEALTH, **PROMPT, **KEEP_STORES, **QUIET, **auth(token)}
+    environment = {**os.environ, **NODE, **auth(token)}
     environment |= {ALONE: "0" if host is None and not join else "1", **secure}
     log_file = run / "ray.log"
     write_private(log_file, b"")
@@ -264,7 +274,7 @@ def probe(address: str, token: str | None, tls: Mapping[str, str] | None = None)
         "import sys\nfrom ray._raylet import GcsClient\n"
         "GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None, timeout=3)\n"
     )
-    environment = {**os.environ, **QUIET, **auth(token), **(tls or {})}
+    environment = {**os.environ, **PROCESS, **auth(token), **(tls or {})}
     try:
         done = subprocess.run(
             [sys.executable, "-c", code, address], env=environment, capture_output=True, text=True, timeout=20

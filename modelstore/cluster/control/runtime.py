@@ -18,10 +18,8 @@ from modelstore.cluster.certificates import environment, issue, own_address
 from modelstore.cluster.control.directory import ClusterSettings
 from modelstore.cluster.control.nodes import (
     ALONE,
-    FAST_HEALTH,
-    KEEP_STORES,
-    PROMPT,
-    QUIET,
+    NODE,
+    PROCESS,
     auth,
     is_alone,
     probe,
@@ -89,7 +87,7 @@ def start_local(settings: ClusterSettings, *, cpus: int | None = None) -> None:
     check(settings)
     if not _connected():
         _set_environment(secrets.token_hex(32), alone=True)
-        os.environ.update({**KEEP_STORES, **FAST_HEALTH})
+        os.environ.update(NODE)
         import ray
 
         folder = str(temporary_folder())
@@ -134,7 +132,7 @@ def _set_environment(token: str | None, *, alone: bool) -> None:
 
         ray_constants.ENABLE_RAY_CLUSTER = not alone
         return
-    os.environ.update({**auth(token), **PROMPT, **QUIET})
+    os.environ.update({**auth(token), **PROCESS})
 
 
 def _check_without_token(address: str, tls: Mapping[str, str]) -> None:
