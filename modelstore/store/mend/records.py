@@ -29,6 +29,7 @@ from modelstore.storage.failures import TransientStorageError
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import DAMAGED, listed, noting
 from modelstore.store.lookup import Lookup
+from modelstore.store.mend.copies import Taken, store_record, tag_record, version_record
 
 Record = VersionRecord | TagRecord
 # Why what a record names cannot be relied on, "" where all of it is there; it stays there until the end of the block.
@@ -239,11 +240,10 @@ class _Mending:
         if not isinstance(error, DAMAGED) or self.storage.info(key) is None:  # not read; or a folder lies there
             self.made.problems.append(one.problem(number))
             return
-        parse: Callable[[bytes, str], Record] = rec.parse_version if one.is_version else rec.parse_tag
-        copy = _copy(self.sources, key, parse)
-        if copy is not None:
-            one.good[number] = parse(copy, key)
-            self._put(key, copy)
+        copy = self._copy(key)
+        if copy.data:
+            one.good[number] = (rec.parse_version if one.is_version else rec.parse_tag)(copy.data, key)
+            self._put(key, copy.data)
             return
         if number < max(one.keys):  # nobody reads it any more, but it tells when what it names was given up
             beside = sorted((n for n in one.good if n < number), reverse=True) or sorted(one.good)
@@ -252,7 +252,13 @@ class _Mending:
                 return
         why = self._go_back(number)
         if why:
-            self._left(number, why)
+            self._left(number, f"{copy.refused}, and {why}" if copy.refused else why)
+
+    def _copy(self, key: str) -> Taken:
+        if self.one.is_version:
+            return version_record(self.storage, self.sources, self.one.model, key)
+        good = {number: record for number, record in self.one.good.items() if isinstance(record, TagRecord)}
+        return tag_record(self.storage, self.sources, good, key, self.live)
 
     def _go_back(self, number: int) -> str:
         """Let the newest record say what an earlier one says; why that cannot be, "" where it was done."""
@@ -323,18 +329,6 @@ def _changed(record: Record) -> str:
     return " (a variant that was added or deleted; or the version was deleted: delete it again then)"
 
 
-def _copy(sources: Sequence[Storage], key: str, parse: Callable[[bytes, str], object]) -> bytes | None:
-    """The bytes of a good record at that key in another copy of the store."""
-    for source in sources:
-        try:
-            data = source.get(key, SMALL)
-            parse(data, key)
-        except ModelStoreError:
-            continue
-        return data
-    return None
-
-
 def mend_store(
     storage: Storage, sources: Sequence[Storage], models: Callable[[], list[str]], known: StoreInfo | None = None
 ) -> bool:
@@ -349,13 +343,13 @@ def mend_store(
     except UnsupportedError:
         return False
     except (NotFoundError, *DAMAGED) as error:
-        copy = _copy(sources, rec.STORE_KEY, lambda data, key: rec.parse(data, StoreInfo, key))
         found = models()
         if isinstance(error, NotFoundError) and not found:
             return False  # there is no store
-        said = [one for model in found for one in series(storage, model)] if copy is None else []
+        said = [one for model in found for one in series(storage, model)]
+        copy = store_record(storage, sources, [one.keys[number] for one in said for number in one.good])
         newer = next((bad for one in said for bad in one.bad.values() if isinstance(bad, UnsupportedError)), None)
-        if newer is not None:  # so is what it was
+        if copy is None and newer is not None:  # so is what it was
             raise newer from error
         if copy is None and found and not any(one.good for one in said):
             raise FormatError(
