@@ -6,7 +6,7 @@ Its name is the scheme, and its value `module:callable`: called with the URL and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
@@ -14,10 +14,12 @@ from typing import Any, cast
 from modelstore.errors import ModelStoreError, UnsupportedError
 from modelstore.storage.base import Storage
 from modelstore.storage.failures import cannot_open
+from modelstore.storage.wrapping import T, Verb, WrappingStorage
 
 _GROUP = "modelstore.storage"
 _METHODS = ("get", "read", "create", "put", "info", "list", "folders", "delete", "path", "sweep", "check_writable")
 _VALUES = (("url", str), ("local", bool))
+_SPARE = ("hold_spare", "use_spare")
 
 
 @cache
@@ -56,4 +58,19 @@ def open_added(scheme: str, url: str, options: Mapping[str, Any], shown: str) ->
             f"{scheme}:// is opened by the package {package}, which gives no storage: {type(storage).__name__} lacks "
             f"{', '.join(missing)}"
         )
-    return cast(Storage, storage)
+    if all(callable(getattr(storage, name, None)) for name in _SPARE):
+        return cast(Storage, storage)
+    return _WithoutSpare(storage)
+
+
+class _WithoutSpare(WrappingStorage):
+    """A storage that does not inherit from `Storage`, and holds no space."""
+
+    def around(self, verb: Verb, key: str, act: Callable[[], T]) -> T:  # noqa: ARG002
+        return act()
+
+    def hold_spare(self) -> None:
+        return None
+
+    def use_spare(self) -> bool:
+        return False

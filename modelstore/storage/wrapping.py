@@ -72,11 +72,10 @@ class WrappingStorage(Storage):
         self.inner.check_writable(what)
 
     def hold_spare(self) -> None:
-        if hasattr(self.inner, "hold_spare"):
-            self.inner.hold_spare()
+        self.inner.hold_spare()
 
     def use_spare(self) -> bool:
-        return hasattr(self.inner, "use_spare") and self.inner.use_spare()
+        return self.inner.use_spare()
 
 
 class ReadOnlyStorage(WrappingStorage):

@@ -125,7 +125,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "W8A8": {"name": "int", "params": {"bits": 8, "granularity": "channel"}},
 }
 MIXTURES = ("mixtral", "qwen3-moe")
-NOT_OF_EXPERTS = ("int4-affine", "fp8-block", "nvfp4")
+DENSE_EXPERTS = ("fp8-block", "nvfp4")
 
 
 def saved(store: ms.Store, name: str, path: Path) -> None:
@@ -146,6 +146,11 @@ def logits(folder: Path, model: str, dtype: torch.dtype = torch.bfloat16) -> tor
     with torch.no_grad():
         found: torch.Tensor = made.from_pretrained(folder, dtype=dtype).eval()(TOKENS).logits.float()
     return found
+
+
+def size(folder: Path) -> int:
+    """Bytes of weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def quantization(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Experts that are refused are those that transformers loads from nobody: it is given what compressed-tensors packs itself.
+"""Experts are exported dense in schemes that transformers loads from nobody: it is given what compressed-tensors packs itself.
 
-Where one of these tests fails because the values are right, transformers has learned to load them: refuse them no more.
+Where one of these tests fails because the values are right, transformers has learned to load them: pack them.
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+import modelstore as ms
 from modelstore.errors import NotFoundError, StorageError, UnsupportedError
 from modelstore.storage.added import added
 from modelstore.storage.local import LocalStorage
@@ -225,6 +227,27 @@ def test_a_package_takes_no_scheme_of_this_one(monkeypatch: pytest.MonkeyPatch) 
     added.cache_clear()
     try:
         assert open_storage("memory://x").url == "memory://x"
+    finally:
+        added.cache_clear()
+
+
+def without_spare(url: str) -> object:
+    """What has all that must be there, and does not inherit from `Storage`."""
+    inner = MemoryStorage(url.partition("://")[2])
+    methods = ("get", "read", "create", "put", "info", "list", "folders", "delete", "path", "sweep", "check_writable")
+    return SimpleNamespace(url=url, local=False, **{name: getattr(inner, name) for name in methods})
+
+
+def test_a_storage_that_holds_no_space_for_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("kept", f"{__name__}:without_spare", "modelstore.storage")
+    monkeypatch.setattr("modelstore.storage.added.entry_points", lambda group: [point])  # noqa: ARG005
+    added.cache_clear()
+    try:
+        store = ms.open("kept://without-spare")
+        store.save("m", {"w": np.arange(8.0)})
+        assert store.load("m")["w"].tolist() == list(range(8))
+        store.delete("m", all=True)
+        store.gc(grace=0)
     finally:
         added.cache_clear()
 

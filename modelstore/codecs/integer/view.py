@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from modelstore.format.dtypes import DType
 from modelstore.format.region import Shape
 
 _Arrays = Mapping[str, NDArray[Any]]
+_MOST_BITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,32 @@ class Int8View(PackedView):
         self.cells(shape)
         weight = EngineTensor("int8", shape, _raw(arrays["codes"] ^ np.uint8(128)))
         return {"weight": weight, "weight_scale": self._scale(arrays, shape, dtype)}
+
+
+@dataclass(frozen=True, slots=True)
+class WiderView(PackedView):
+    """pack-quantized without zero points: each code less its zero point, in more bits, by the same scale. The same numbers."""
+
+    stored: IntLayout
+
+    def arrays(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> dict[str, NDArray[Any]]:
+        """As `EngineView.arrays`, without zero points."""
+        found = PackedView(self.stored).arrays(planes, shape, dtype)
+        middle = np.uint8(1 << (self.layout.bits - 1))
+        above = np.repeat(middle - found.pop("zero"), self.stored.cell(shape)[1], axis=1)
+        found["codes"] += above[:, : found["codes"].shape[1]]  # modulo 256; what comes is in the bits of the layout
+        return found
+
+
+def without_zero_points(view: EngineView) -> EngineView | None:
+    """The same numbers without zero points, in 4 or 8 bits, which engines have kernels for; None where that cannot be.
+
+    A code less its zero point takes one bit more than a code, so that 8 bits with zero points have no other form.
+    """
+    if not isinstance(view, PackedView) or view.layout.symmetric or view.layout.bits == _MOST_BITS:
+        return None
+    bits = 4 if view.layout.bits < 4 else _MOST_BITS
+    return WiderView(replace(view.layout, bits=bits, symmetric=True), view.layout)
 
 
 def beside_int8(view: EngineView) -> EngineView | None:

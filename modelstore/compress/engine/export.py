@@ -53,9 +53,10 @@ def engine_layout(
     """The layout of a compressed variant for engines; None where none of its codecs has one, and it is exported dense.
 
     `activations`: "int8" for weights of 8 bits that engines multiply with activations rounded to int8, token by token.
-    `UnsupportedError` where engines would not load what is written: weights that no layer of theirs takes packed, experts in a
-    scheme that transformers does not take apart, a model without a config or quantized when it came; for "int8" also weights
-    that are compressed otherwise than to 8 bits, symmetric, with a scale a channel.
+    Weights that engines do not take packed, such as experts in some schemes, are dense, and a warning says so. `UnsupportedError`
+    where nothing is left to pack, or engines would not load what is written: a model without a config, quantized when it came, or
+    whose weights transformers splits; for "int8" also weights that are compressed otherwise than to 8 bits, symmetric, with a
+    scale a channel.
     """
     plain = {t.name: view for t in reader.manifest.tensors if (view := _view(reader, t)) is not None}
     views = plain if activations is None else dict(_beside_int8(reader, plain))
