@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from modelstore.sources.states import State, settle, state_below
 _HIDDEN = frozenset({".gitattributes", ".eval_results"})
 _ANNEX = (".git", "annex", "objects")  # where the files that git-annex manages lie, with links to them
 
-# Folders of tools, not of the model.
-_PASSED_OVER = frozenset({".git", ".cache", ".huggingface", ".ipynb_checkpoints", "__pycache__", ".locks", ".no_exist"})
+# Folders of tools and file systems, not of the model.
+PASSED_OVER = frozenset(
+    {".git", ".cache", ".huggingface", ".ipynb_checkpoints", "__pycache__", ".locks", ".no_exist", "lost+found"}
+)
 _LITTER = re.compile(r"\.DS_Store|Thumbs\.db|.*\.(incomplete|lock|tmp|pyc)")
 
 # What `from_pretrained` takes in place of a folder's safetensors: the same weights once more, in another format.
@@ -84,14 +86,14 @@ def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
     files: dict[str, Path] = {}
     skipped: dict[str, str] = {}
     states: dict[Path, State] = {}
-    for folder, folders, names in os.walk(root, onerror=_refused):
+    for folder, folders, names in walk(root):
         here = Path(folder)
         for name in sorted(folders):
             why = "it is a link to a directory" if (here / name).is_symlink() else hidden((name,), keep)
             why = why or _of_a_store(here, name)
-            if name in _PASSED_OVER or why:
+            if name in PASSED_OVER or why:
                 folders.remove(name)
-            if why and name not in _PASSED_OVER:
+            if why and name not in PASSED_OVER:
                 skipped[(here / name).relative_to(root).as_posix()] = why
         folders.sort()
         for name in sorted(names):
@@ -100,10 +102,11 @@ def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
             if _LITTER.fullmatch(name):
                 continue
             real = path.resolve() if path.is_symlink() else allowed[0] / relative
-            why = _of_a_store(here, name) or hidden((name,), keep) or _why_not(path, real, allowed, keep)
+            why = _of_a_store(here, name) or hidden((name,), keep)
             try:
+                why = why or _why_not(path, real, allowed, keep)
                 state = None if why else _state(real, allowed)
-            except PermissionError as error:
+            except OSError as error:
                 raise unreadable(path, error) from error
             if state is None:
                 skipped[relative] = why or "it is not a regular file"
@@ -119,6 +122,11 @@ def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
     return Folder(root, dict(sorted(files.items())), skipped, states)
 
 
+def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`; a folder that cannot be read is a `StorageError`, and is not passed over as if it were empty."""
+    return os.walk(root, onerror=_refused)
+
+
 def check_fetched(path: Path) -> None:
     """`FormatError` where a file is the few lines that Git LFS leaves in the place of one that it has not fetched."""
     if len(_LFS) <= path.stat().st_size <= _LFS_MOST and path.read_bytes().startswith(_LFS):
@@ -129,9 +137,10 @@ def check_fetched(path: Path) -> None:
 
 def _of_a_store(folder: Path, name: str) -> str | None:
     """Why a name in a folder is left out that belongs to a store, in it or next to the model's files; None for others."""
-    inside = folder / name / STORE_KEY
-    beside = name in (STORE_KEY, SPARE) or f"{name}/" in FOLDERS
-    return "it is a store" if inside.is_file() or (beside and (folder / STORE_KEY).is_file()) else None
+    inside, beside = folder / name / STORE_KEY, folder / STORE_KEY
+    own = name in (STORE_KEY, SPARE) or f"{name}/" in FOLDERS
+    # `os.path`: a folder that may not be looked into is met when it is read.
+    return "it is a store" if os.path.isfile(inside) or (own and os.path.isfile(beside)) else None  # noqa: PTH113
 
 
 def _blobs(root: Path) -> list[Path]:
@@ -175,8 +184,7 @@ def unreadable(path: Path, error: OSError) -> StorageError:
 
 
 def _refused(error: OSError) -> None:
-    if isinstance(error, PermissionError):
-        raise unreadable(Path(str(error.filename)), error) from error
+    raise unreadable(Path(str(error.filename)), error) from error
 
 
 def leave_duplicates(folder: Folder, used: set[str]) -> tuple[dict[str, Path], dict[str, str]]:

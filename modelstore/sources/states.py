@@ -51,13 +51,11 @@ def states_of(files: Iterable[Path]) -> dict[Path, State]:
 def state_below(root: Path, file: Path) -> State | None:
     """The state of a regular file, reached from `root` without following a link; None where that does not lead to one.
 
-    `PermissionError` where it may not be read.
+    `OSError` where it cannot be read.
     """
     try:
         descriptor = paths.open_file(root, file.relative_to(root).as_posix())
-    except PermissionError:
-        raise
-    except (OSError, ValueError):
+    except (paths.LinkError, paths.NoFileError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
     try:
         return State.of(os.fstat(descriptor))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from modelstore.format.zarr_names import DOCUMENT, ChunkNames, chunk_names
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import check_expansion, fingerprint
-from modelstore.sources.folder import hidden, read_json
+from modelstore.sources.folder import PASSED_OVER, hidden, read_json, walk
 from modelstore.sources.reading import Files, boxed
 from modelstore.sources.trees import TreeFiles
 from modelstore.sources.zarr.bounds import bound, check_array
@@ -229,12 +228,12 @@ def _walk(root: Path, skipped: dict[str, str]) -> _Walked:
     inside: dict[str, str] = {}  # folder → the array it lies in: what is there is chunks
     chunks: dict[str, ChunkNames | None] = {}  # array → how its chunks are called
     usage: dict[str, _Usage] = {}
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in walk(root):
         here = Path(folder)
         for name in folders:
             if (why := hidden((name,))) and name not in (".git", ".cache"):
                 skipped[(here / name).relative_to(root).as_posix()] = why
-        folders[:] = sorted(name for name in folders if name != "__pycache__" and not hidden((name,)))
+        folders[:] = sorted(name for name in folders if name not in PASSED_OVER and not hidden((name,)))
         path = "" if here == root else here.relative_to(root).as_posix()
         below = path in inside
         if not below and "manifest.ocdbt" in names:
