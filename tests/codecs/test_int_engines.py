@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from modelstore.codecs.integer.codec import Int
+from modelstore.codecs.integer.view import without_zero_points
 from modelstore.codecs.weight import EngineTensor
 from modelstore.errors import UnsupportedError
 from modelstore.format.buffers import Buffer, Bytes
@@ -80,6 +81,27 @@ def test_decompressed_to_the_same_bits(codec: Int, dtype: str, shape: tuple[int,
         for i in range(shape[0]):  # an expert of a stack is a weight of its own
             one = {name: part[i] if name != "weight_shape" else part[1:] for name, part in state.items()}
             assert same(compressor(codec).decompress(one, scheme(codec))["weight"], expected[i])
+
+
+@pytest.mark.parametrize("granularity", ["group", "channel", "tensor"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_without_zero_points_they_are_the_same_numbers(bits: int, granularity: str) -> None:
+    codec = Int(bits, False, granularity, 64, "minmax")
+    assert codec.view is not None
+    view = without_zero_points(codec.view)
+    if bits == 8:
+        assert view is None  # there are no more bits
+        return
+    assert view is not None
+    assert without_zero_points(view) is None  # it has none
+    d = DTYPES["bfloat16"]
+    shifted = torch.from_numpy(make("normal", SHAPE, d)).view(torch.bfloat16) + 0.5  # zero points far from the middle
+    planes = codec.encode(shifted.view(torch.uint8).numpy(), SHAPE, d)
+    state = {name: tensor(part) for name, part in view.parts(view.arrays(planes, SHAPE, d), SHAPE, d).items()}
+    said = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**view.scheme()))
+    assert (said.weights.symmetric, said.weights.num_bits) == (True, 4 if bits < 4 else 8)
+    found = BaseCompressor.get_value_from_registry(view.format).decompress(state, said)["weight"]
+    assert same(found, decoded(codec, planes, SHAPE, d))
 
 
 @pytest.mark.parametrize("codec", [c for c in EXPORTED if c.method == "minmax" and c.granularity != "tensor"], **NAMED)
