@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from modelstore.client.access import Access
 from modelstore.client.ahead import check_judge, check_made, check_writes, recipe_there
+from modelstore.client.bounds import Bound
 from modelstore.client.evaluating import evaluate, text_of
 from modelstore.client.fitting import Fitting, made
 from modelstore.client.wishes import Wish
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from modelstore.search.bound import Trial
     from modelstore.search.mix import Mix
 
-_MOST = 700.0  # of which the exponential is a number
 _TOKENS = 8192  # of the text that mixes are judged on
 _CONTEXT = 512
 
@@ -47,64 +47,43 @@ def bounded(
 
     What was made and judged before a crash is found again by the same call. An error leaves nothing but the measurement.
     """
-    from modelstore.search.bound import bisect
-
     name = check_made(variant or f"{bound.word}-{_shown(bound.limit)}")
     ready = Fitting(access, model, wish)
-    digest = _digest(ready, bound, text, wish)
-    why = f"the smallest mix found to hold {bound.name}={_shown(bound.limit)} on the text of {digest}"
-    search = _Search(access, model, ready, bound, text, wish, name, digest, why, progress)
+    search = _Search(ready, bound, text, name, progress)
+    said = ready.said(search.why) if ready.data else ""
     try:
-        before = recipe_there(access, ready.record, name, ready.said(why) if ready.data else "")
+        before = recipe_there(access, ready.record, name, said)
         if before is not None:
-            return made(access, model, before, name, wish, progress)
+            return search.make(before, name)
         check_writes(access)
         check_judge(ready.opened, text, search.context, wish.calibration)
-        if not any(group.codec for group in ready.mixture().front()[0].groups):
-            raise UnsupportedError(
-                f"no format is smaller than what is stored of {model.asked}: name others, formats=['int4']"
-            )
-        ready.measure(progress)
-        front = [mix for mix in ready.mixture().front() if any(group.codec for group in mix.groups)]
-        if not front:
-            raise UnsupportedError(f"the data say nothing of what takes part in {model.asked}: give another text")
-        at, trials = bisect(
-            [bound.expected(mix.cost) for mix in front], bound.limit, lambda at: search.judge(front[at])
-        )
-        if at is None:
-            raise UnsupportedError(_none(bound, [front[one.at] for one in trials], trials))
-        return search.publish(front[at])
+        return _searched(search, ready, bound)
     finally:
         search.clear()
 
 
-@dataclass(frozen=True)
-class Bound:
-    """How far a variant may be from the original: `limit` nats a token (`max_kl`), or a share of the original's perplexity."""
+def _searched(search: _Search, ready: Fitting, bound: Bound) -> results.Compressed:
+    """Measure what formats cost, then make and judge mixes until the smallest that holds the bound is known."""
+    from modelstore.search.bound import bisect
 
-    name: str  # of the argument
-    limit: float
+    if not _mixes(ready):
+        raise UnsupportedError(
+            f"no format is smaller than what is stored of {ready.model.asked}: name others, formats=['int4']"
+        )
+    ready.measure(search.progress)
+    front = _mixes(ready)
+    if not front:
+        raise UnsupportedError(f"the data say nothing of what takes part in {ready.model.asked}: give another text")
+    expected = [bound.expected(mix.cost) for mix in front]
+    at, trials = bisect(expected, bound.limit, lambda at: search.judge(front[at]))
+    if at is None:
+        raise UnsupportedError(_none(bound, [front[one.at] for one in trials], trials))
+    return search.publish(front[at])
 
-    @property
-    def word(self) -> str:
-        """With which names of variants begin."""
-        return "kl" if self.name == "max_kl" else "ppl"
 
-    def expected(self, cost: float) -> float:
-        """What a mix is expected to come to that is expected to diverge by so much."""
-        return cost if self.name == "max_kl" else math.expm1(min(cost, _MOST))
-
-    def found(self, measured: results.Measured) -> float:
-        """What an evaluation says of it; infinite where it says nothing."""
-        if self.name == "max_kl":
-            return float("inf") if measured.kl is None else measured.kl
-        if measured.perplexity is None or measured.baseline_perplexity is None:
-            return float("inf")
-        return max(0.0, measured.perplexity / measured.baseline_perplexity - 1)
-
-    def said(self, found: float) -> str:
-        """What was found, with its unit."""
-        return f"{found:.3g} nats a token" if self.name == "max_kl" else f"{100 * found:.3g} % more perplexity"
+def _mixes(ready: Fitting) -> list[Mix]:
+    """The mixes on the front, as far as what formats cost is known, in which anything is compressed."""
+    return [mix for mix in ready.mixture().front() if any(group.codec for group in mix.groups)]
 
 
 def _shown(limit: float) -> str:
@@ -112,73 +91,66 @@ def _shown(limit: float) -> str:
     return repr(limit).removesuffix(".0").replace("e+", "e")
 
 
-def _digest(ready: Fitting, bound: Bound, text: str | os.PathLike[str], wish: Wish) -> str:
-    """The digest of all that is asked for, by which the same call finds what it made."""
-    asked = {
-        "limit": [bound.name, repr(bound.limit)],
-        "method": wish.method,
-        "formats": [[spec.name, sorted(spec.params.items())] for spec in ready.formats],
-        "include": sorted(set(wish.include)),
-        "skip": sorted(set(wish.skip)),
-        "data": ready.data,
-        "text": name_of(text_of(text)[1].encode()),
-        "judged": [_TOKENS, _CONTEXT],
-    }
-    return name_of(msgspec.json.encode(asked, order="deterministic"))[:16]
-
-
+@dataclass
 class _Search:
-    """Mixes that are variants while they are judged."""
+    """Mixes that are variants while they are judged; one of them is published as `name`."""
 
-    def __init__(
-        self,
-        access: Access,
-        model: Readable,
-        ready: Fitting,
-        bound: Bound,
-        text: str | os.PathLike[str],
-        wish: Wish,
-        name: str,
-        digest: str,
-        why: str,
-        progress: Progress | None,
-    ) -> None:
-        self._access, self._model, self._ready, self._bound, self._text, self._wish = (
-            access,
-            model,
-            ready,
-            bound,
-            text,
-            wish,
-        )
-        self._name, self._digest, self._why, self._progress = name, digest, why, progress
-        self._made: dict[int, results.Compressed] = {}
-        longest = ready.positions
-        self.context = min(_CONTEXT, longest) if longest else _CONTEXT
+    ready: Fitting
+    bound: Bound
+    text: str | os.PathLike[str]
+    name: str
+    progress: Progress | None
+    made: dict[int, results.Compressed] = field(default_factory=dict)  # by bytes of a mix
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of all that is asked for, by which the same call finds what it made."""
+        ready, wish = self.ready, self.ready.wish
+        asked = {
+            "limit": [self.bound.argument, repr(self.bound.limit)],
+            "method": wish.method,
+            "formats": [[spec.name, sorted(spec.params.items())] for spec in ready.formats],
+            "include": sorted(set(wish.include)),
+            "skip": sorted(set(wish.skip)),
+            "data": ready.data,
+            "text": name_of(text_of(self.text)[1].encode()),
+            "judged": [_TOKENS, _CONTEXT],
+        }
+        return name_of(msgspec.json.encode(asked, order="deterministic"))[:16]
+
+    @property
+    def why(self) -> str:
+        """Why the mix is what it is, as its recipe says."""
+        said = f"{self.bound.argument}={_shown(self.bound.limit)}"
+        return f"the smallest mix found to hold {said} on the text of {self.digest}"
+
+    @property
+    def context(self) -> int:
+        """Tokens that a mix is judged on at a time."""
+        return min(_CONTEXT, self.ready.positions or _CONTEXT)
 
     def judge(self, mix: Mix) -> float:
         """How far a mix is from the original."""
-        trial = self._trial(mix)
-        self._made[mix.bytes] = self._compress(self._ready.recipe(mix, self._name, self._why), trial)
-        at = Reference(self._ready.record.model, version=self._ready.record.version, variant=trial)
+        trial, record = self._trial(mix), self.ready.record
+        self.made[mix.bytes] = self.make(self._recipe(mix), trial)
         (found,) = evaluate(
-            self._access,
-            [at],
-            text=self._text,
+            self.ready.access,
+            [Reference(record.model, version=record.version, variant=trial)],
+            text=self.text,
             keep=True,
-            progress=self._progress,
+            progress=self.progress,
             context=self.context,
             limit=_TOKENS,
         )
-        return self._bound.found(found.measured)
+        return self.bound.found(found.measured)
 
     def publish(self, mix: Mix) -> results.Compressed:
         """Give a mix that was judged its name."""
-        record, repo = self._ready.record, self._access.repo
-        entry = repo.catalog.variant(repo.catalog.version(record.model, record.version), self._trial(mix))
-        repo.catalog.publish_variants(record.model, record.version, {self._name: entry}, uuid.uuid4().hex)
-        first = self._made[mix.bytes]
-        again = self._compress(self._ready.recipe(mix, self._name, self._why), self._name)
+        record, catalog = self.ready.record, self.ready.access.repo.catalog
+        entry = catalog.variant(catalog.version(record.model, record.version), self._trial(mix))
+        catalog.publish_variants(record.model, record.version, {self.name: entry}, uuid.uuid4().hex)
+        first = self.made[mix.bytes]
+        again = self.make(self._recipe(mix), self.name)
         return results.Compressed(
             first.model,
             first.version,
@@ -186,8 +158,8 @@ class _Search:
             first.compressed,
             first.kept,
             first.bytes,
-            sum(one.stored for one in self._made.values()),
-            sum(one.seconds for one in self._made.values()),
+            sum(one.stored for one in self.made.values()),
+            sum(one.seconds for one in self.made.values()),
             again.metrics,
         )
 
@@ -195,25 +167,29 @@ class _Search:
         """Delete what was judged; a garbage collection frees its bytes."""
         from modelstore.search.bound import is_trial
 
-        record, catalog = self._ready.record, self._access.repo.catalog
+        record, catalog = self.ready.record, self.ready.access.repo.catalog
         for name in catalog.version(record.model, record.version).variants:
-            if is_trial(name, self._digest):
+            if is_trial(name, self.digest):
                 catalog.delete(record.model, record.version, name, uuid.uuid4().hex)
+
+    def make(self, recipe: Recipe | Mapping[str, Any], variant: str) -> results.Compressed:
+        """Compress by a recipe."""
+        return made(self.ready.access, self.ready.model, recipe, variant, self.ready.wish, self.progress)
 
     def _trial(self, mix: Mix) -> str:
         from modelstore.search.bound import trial
 
-        return trial(self._digest, mix.bytes)
+        return trial(self.digest, mix.bytes)
 
-    def _compress(self, recipe: Recipe, variant: str) -> results.Compressed:
-        return made(self._access, self._model, recipe, variant, self._wish, self._progress)
+    def _recipe(self, mix: Mix) -> Recipe:
+        return self.ready.recipe(mix, self.name, self.why)
 
 
 def _none(bound: Bound, mixes: Sequence[Mix], trials: Sequence[Trial]) -> str:
     """Why there is no such mix."""
     least = min(range(len(trials)), key=lambda at: trials[at].found)
     return (
-        f"no mix was found that holds {bound.name}={_shown(bound.limit)} on this text: of {len(trials)} that were made, that of "
-        f"{mixes[least].bytes} bytes was closest, with {bound.said(trials[least].found)}: give a larger bound, or name "
-        f"formats of more bits"
+        f"no mix was found that holds {bound.argument}={_shown(bound.limit)} on this text: of {len(trials)} that were made, "
+        f"that of {mixes[least].bytes} bytes was closest, with {bound.said(trials[least].found)}: give a larger bound, or "
+        f"name formats of more bits"
     )

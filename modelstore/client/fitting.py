@@ -43,7 +43,7 @@ class Fitting:
         from modelstore.search.device import read
         from modelstore.search.known import known
 
-        self._access, self._model, self._wish = access, model, wish
+        self.access, self.model, self.wish = access, model, wish
         self.device = read(wish.device) if wish.device is not None else None
         self.formats, self.plan, self.record = self._planned()
         self.opened: Variant = access.opened(model.name, access.repo.catalog.variant(self.record, ORIGINAL))
@@ -81,7 +81,7 @@ class Fitting:
         costs: Costs | None = None
         if self.sensitivity is not None:
             costs = self.sensitivity.costs
-            if self._wish.method == _SOLVED:
+            if self.wish.method == _SOLVED:
                 costs = scaled(costs, self.sensitivity.gains or {})
         return mixture(self.plan, self.opened.manifest, self.formats, costs, self.memory())
 
@@ -89,11 +89,11 @@ class Fitting:
         """What an engine holds beside the weights; None where bytes are counted as stored."""
         from modelstore.search.footprint import footprint
 
-        if self._wish.context is None:
+        if self.wish.context is None:
             return None
         floats = [choice for choice in self.plan.choices if choice.name in set(self.wanted)]
         number = max(DTYPES[choice.dtype].itemsize for choice in floats)
-        return footprint(self.config.get_text_config(), self._wish.context, self._wish.batch or 1, number)
+        return footprint(self.config.get_text_config(), self.wish.context, self.wish.batch or 1, number)
 
     def within(self, budget: Size) -> int:
         """The bytes that a mix may have: no more than the device has."""
@@ -115,8 +115,8 @@ class Fitting:
         asked = {
             "formats": [[spec.name, sorted(spec.params.items())] for spec in self.formats],
             "wanted": sorted(self.wanted),
-            "method": self._wish.method,
-            "held": [self._wish.context, self._wish.batch],
+            "method": self.wish.method,
+            "held": [self.wish.context, self.wish.batch],
         }
         digest = name_of(msgspec.json.encode(asked, order="deterministic"))[:16]
         return f"the best mix of {bytes} bytes, asked for as {digest}"
@@ -135,7 +135,7 @@ class Fitting:
         from modelstore.compress.evaluate.model import class_of
         from modelstore.compress.stages import Stages
 
-        return Stages(self.opened, class_of(self.config), self._access.limits())
+        return Stages(self.opened, class_of(self.config), self.access.limits())
 
     def measure(self, progress: Progress | None) -> None:
         """Measure what formats cost, unless it is known, and keep that with the original."""
@@ -147,10 +147,10 @@ class Fitting:
             return
         stages = self.stages()
         assert self.samples is not None, "or it is known"
-        data, limits = self.samples.recorded, self._access.limits()
-        count = meter(progress, 2 * self.opened.manifest.nbytes, f"measuring {self._model.asked}")
+        data, limits = self.samples.recorded, self.access.limits()
+        count = meter(progress, 2 * self.opened.manifest.nbytes, f"measuring {self.model.asked}")
         codecs = [weight_codec(spec) for spec in self.formats]
-        tried = _tried(self.formats) if self._wish.method == _SOLVED else None
+        tried = _tried(self.formats) if self.wish.method == _SOLVED else None
         made = Measuring(
             stages,
             self.opened.manifest,
@@ -166,11 +166,11 @@ class Fitting:
         gains = {name: round(gain, 4) for name, gain in made.gains.items()} if tried else None
         self.sensitivity = Sensitivity(data, self.formats, costs, gains)
         at = self.record.version
-        keep(self._access.repo, self.record.model, at, self.opened.manifest.content, self.sensitivity)
+        keep(self.access.repo, self.record.model, at, self.opened.manifest.content, self.sensitivity)
 
     def recipe(self, mix: Mix, name: str, why: str) -> Recipe:
         """The recipe of a mix, which says on what data it was chosen."""
-        return mix.recipe(name, self._wish.method, self.said(why))
+        return mix.recipe(name, self.wish.method, self.said(why))
 
     def said(self, why: str) -> str:
         """A recipe's description: why it is what it is, and by which data."""
@@ -193,14 +193,12 @@ class Fitting:
         def made(formats: tuple[CodecSpec, ...]) -> tuple[results.CompressionPlan, VersionRecord]:
             least = min(formats, key=lambda spec: weight_codec(spec).size((1024, 1024), DTYPES["bfloat16"]))
             recipe = Recipe("fit", (Rule(("linear",), least),))
-            parent, plan, _ = planned(
-                self._access, self._model, recipe, None, self._wish.include, self._wish.skip, False
-            )
+            parent, plan, _ = planned(self.access, self.model, recipe, None, self.wish.include, self.wish.skip, False)
             return plan, parent.record
 
-        engine, run = self._wish.engine, self.device.formats if self.device else ()
-        if self._wish.formats:
-            formats = named_formats(self._wish.formats, engine)
+        engine, run = self.wish.engine, self.device.formats if self.device else ()
+        if self.wish.formats:
+            formats = named_formats(self.wish.formats, engine)
             if run and any(spec not in named_formats(run) for spec in formats):
                 raise ValueError(f"formats: the device runs {', '.join(run)} only: name some of these")
         elif run:
@@ -208,7 +206,7 @@ class Fitting:
         else:
             columns = [choice.shape[-1] for choice in made(default_formats([]))[0].compressed]
             formats = default_formats(columns, engine)
-        method = Method(self._wish.method) if self._wish.method else None
+        method = Method(self.wish.method) if self.wish.method else None
         check(Recipe("fit", tuple(Rule(("linear",), spec, method) for spec in formats)))
         return formats, *made(formats)
 

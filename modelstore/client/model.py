@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.calibrate.text import Calibration
 from modelstore.client.access import Access
-from modelstore.client.bounded import Bound, bounded
+from modelstore.client.bounded import bounded
+from modelstore.client.bounds import BOUNDS
 from modelstore.client.compressing import compress, plan_compression
 from modelstore.client.evaluating import DTypeName, evaluate
 from modelstore.client.exporting import MAX_SHARD, export, exported
@@ -234,7 +235,7 @@ class Model(Readable):
         wish.check()
         if fit is not None:
             return fit_to(self._access, self, fit, wish, variant=variant, progress=progress)
-        bound = next((Bound(name, float(limit)) for name, limit in bounds.items() if limit is not None), None)
+        bound = next((BOUNDS[name](float(limit)) for name, limit in bounds.items() if limit is not None), None)
         if bound is not None and text is not None:
             return bounded(self._access, self, bound, text, wish, variant=variant, progress=progress)
         assert recipe is not None, "or it was refused"

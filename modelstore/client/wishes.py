@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
 
+from modelstore.client.bounds import BOUNDS
 from modelstore.format.recipe import MIXABLE, Method, Recipe, Rule, check
 
 if TYPE_CHECKING:
     from modelstore.calibrate.text import Calibration
 
-_BOUNDS = {"max_kl": "nats a token, such as 0.05", "max_perplexity_increase": "a share, such as 0.02"}
 _OF = {"context": "tokens", "batch": "sequences"}
 
 
@@ -86,6 +86,6 @@ def check_asked(
             raise ValueError(f"{name}= has no effect here: {why}; leave it out")
     for name, limit in bounds.items():
         if limit is not None and not 0 < limit < float("inf"):
-            raise ValueError(f"{name}={limit!r} is no bound: give {_BOUNDS[name]}")
+            raise ValueError(f"{name}={limit!r} is no bound: give {BOUNDS[name].takes}")
     if bound is not None and text is None:
         raise ValueError(f"{bound}= is judged on a text that nothing was chosen on: give one, text='other.txt'")
