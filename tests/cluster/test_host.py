@@ -259,14 +259,6 @@ def test_a_device_as_a_tier(tmp_path: Path) -> None:
         world.host.hold(world.source, world.parts, tier="tape")
 
 
-def test_wrong_bytes_are_not_taken_in(world: World) -> None:
-    with pytest.raises(ms.errors.CorruptionError, match="sent with other bytes"):
-        world.host.put({digest(1): np.frombuffer(b"1", np.uint8), digest(2): np.frombuffer(b"x", np.uint8)})
-    assert world.host.has([digest(1), digest(2)]) == [False, False]
-    world.host.put({digest(1): np.frombuffer(b"1", np.uint8)}, pin="dirty")
-    assert world.host.evict() == 0
-
-
 def test_only_what_nobody_claims_is_swept(tmp_path: Path) -> None:
     live, dead = (tmp_path / f"{folders.ROOT}c" / name for name in ("live", "dead"))
     held = claim(str(live))
@@ -358,20 +350,6 @@ class HostAgainstDict(RuleBasedStateMachine):
     @rule(which=st.lists(PIECES, max_size=6), tier=TIERS, pin=PINS)
     def hold(self, which: list[int], tier: str, pin: str | None) -> None:
         self.world.host.hold(self.world.source, self.parts(which), tier=tier, pin=pin)
-        if pin:
-            self.pinned.setdefault(pin, set()).update(which)
-
-    @rule(which=st.lists(PIECES, max_size=4, unique=True), pin=PINS, wrong=st.booleans())
-    def put(self, which: list[int], pin: str | None, wrong: bool) -> None:
-        data = {self.world.parts[i].digest: np.frombuffer(self.world.data[i], np.uint8) for i in which}
-        before = self.world.host.has(list(data))
-        if wrong and which:
-            data[self.world.parts[which[-1]].digest] = np.zeros(400, np.uint8)
-            with pytest.raises(ms.errors.CorruptionError):
-                self.world.host.put(data, pin=pin)
-            assert self.world.host.has(list(data)) == before
-            return
-        self.world.host.put(data, pin=pin)
         if pin:
             self.pinned.setdefault(pin, set()).update(which)
 

@@ -19,7 +19,7 @@ from modelstore.cluster.host.device_tier import DeviceTier
 from modelstore.cluster.host.file_tier import FileTier, TierStats, local_path
 from modelstore.cluster.host.origin import Origin, runs
 from modelstore.cluster.host.singleflight import Flight, SingleFlight
-from modelstore.cluster.pieces import Piece, StoreAddress, batches, check_digest
+from modelstore.cluster.pieces import Piece, StoreAddress, batches
 from modelstore.cluster.save.orders import PendingStats
 from modelstore.errors import ConflictError, CorruptionError, StorageError
 from modelstore.format.buffers import Bytes, as_bytes
@@ -132,19 +132,6 @@ class ShardHost:
             if missing:
                 self._fetch(source, missing, tier)
         return sum(part.length for part in wanted if target.has(part.digest))
-
-    def put(self, data: Mapping[bytes, Bytes], *, pin: str | None = None) -> None:
-        """Hold pieces that are given, where there is room (`has` tells). `CorruptionError` where bytes are not what their
-        digest says: none of them is held."""
-        for digest, content in data.items():
-            if not matches(content, check_digest(digest)):
-                raise CorruptionError(f"piece {digest.hex()} was sent with other bytes: send it again")
-        if pin is not None:
-            for each in self._tiers().values():
-                each.pin(list(data), pin)
-        for digest, content in data.items():
-            if not self._memory.put(digest, content) and self._disk is not None:
-                self._disk.put(digest, content)
 
     def has(self, digests: Sequence[bytes]) -> list[bool]:
         """Whether each piece is held in any tier."""
