@@ -29,7 +29,7 @@ def made(folder: str) -> list[Any]:
     from blake3 import blake3
 
     from modelstore.cluster.pieces import Piece
-    from modelstore.format.record import pack_key
+    from modelstore.format.objects.record import pack_key
 
     found = []
     for at in range(0, NBYTES, PACK):

@@ -23,8 +23,8 @@ VERSIONS = 10_000
 def made(url: str) -> int:
     """A store whose newest version has that many tensors, of random digests; how many chunks it has. The packs are holes."""
     from modelstore.format import grid
-    from modelstore.format.manifest import FORMAT, CodecSpec, Manifest, Plane, Tensor, chunk_table
-    from modelstore.format.record import VariantEntry, pack_key
+    from modelstore.format.objects.manifest import FORMAT, CodecSpec, Manifest, Plane, Tensor, chunk_table
+    from modelstore.format.objects.record import VariantEntry, pack_key
     from modelstore.plan.write import plan_tensor
     from modelstore.storage.open import open_storage
     from modelstore.store.catalog import Catalog
@@ -126,8 +126,8 @@ def many(url: str) -> None:
     """Records of all the versions, as saves would have made them; put there at once."""
     import msgspec
 
-    from modelstore.format.manifest import FORMAT
-    from modelstore.format.record import VariantEntry, VersionRecord, version_key
+    from modelstore.format.objects.manifest import FORMAT
+    from modelstore.format.objects.record import VariantEntry, VersionRecord, version_key
     from modelstore.storage.open import open_storage
     from modelstore.store.catalog import Catalog
 

@@ -24,9 +24,9 @@ import modelstore as ms
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.plan import weight_codec
 from modelstore.errors import ModelStoreError
+from modelstore.format.answers.results import CompressionPlan
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.region import full
-from modelstore.format.results import CompressionPlan
 
 HERE = Path(__file__).parent
 SAMPLE = 32 << 20  # raw bytes of weights that speeds are measured on

@@ -240,7 +240,7 @@ def test_no_failure_is_swallowed() -> None:
 
 
 def test_structs_are_prepared_before_they_are_decoded() -> None:
-    """See `format/decoding.py`: otherwise two threads that decode one for the first time end the process."""
+    """See `format/objects/decoding.py`: otherwise two threads that decode one for the first time end the process."""
     wrong = []
     for path in FILES:
         for node in ast.walk(parse(path)):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from modelstore.architecture.config import Config, architectures
 from modelstore.architecture.parallel_table import BESIDE
 from modelstore.architecture.ties import tied
-from modelstore.format.architecture import Architecture, general
+from modelstore.format.objects.architecture import Architecture, general
 
 _LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|layer|h|blocks|block))\.(\d+)\.")
 _HEAD = re.compile(

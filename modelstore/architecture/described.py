@@ -14,10 +14,10 @@ from typing import Any
 from modelstore.architecture.config import Config
 from modelstore.architecture.model_class import build, is_imported
 from modelstore.errors import UnsupportedError
-from modelstore.format.architecture import Architecture
 from modelstore.format.digest import name_of
 from modelstore.format.locks import Lock
-from modelstore.format.manifest import Manifest
+from modelstore.format.objects.architecture import Architecture
+from modelstore.format.objects.manifest import Manifest
 from modelstore.format.region import Shape
 
 log = logging.getLogger("modelstore")

@@ -16,8 +16,8 @@ from modelstore.architecture.config import Config, count, language
 from modelstore.architecture.quantized import quantized
 from modelstore.codecs.weight import FLOATS, is_convolution
 from modelstore.errors import FormatError
-from modelstore.format.architecture import Architecture, find
-from modelstore.format.manifest import Manifest
+from modelstore.format.objects.architecture import Architecture, find
+from modelstore.format.objects.manifest import Manifest
 from modelstore.format.recipe import KINDS, Kind
 from modelstore.format.region import Shape
 

@@ -10,7 +10,7 @@ from fnmatch import translate
 from modelstore.architecture.config import Config, count, kind_of, language, model_type
 from modelstore.architecture.parallel_table import BESIDE, FAMILIES, KINDS, AxisCut, Kind, ParallelPlan
 from modelstore.errors import UnsupportedError
-from modelstore.format.architecture import Architecture, Sliced, find
+from modelstore.format.objects.architecture import Architecture, Sliced, find
 
 Plan = Mapping[str, int | None]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelstore.architecture.parallel_table import BESIDE, FAMILIES
-from modelstore.format.architecture import Sliced, general
+from modelstore.format.objects.architecture import Sliced, general
 from modelstore.format.region import Shape
 
 # Styles of transformers. Where outputs are gathered, or inputs split, no head need be whole.

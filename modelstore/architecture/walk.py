@@ -9,7 +9,7 @@ from typing import Any
 from modelstore.architecture import kinds as names
 from modelstore.architecture.model_class import Built
 from modelstore.architecture.sliced import Met, Slicer
-from modelstore.format.architecture import Architecture, folded, general
+from modelstore.format.objects.architecture import Architecture, folded, general
 from modelstore.format.recipe import Kind
 from modelstore.format.region import Shape
 

@@ -16,7 +16,7 @@ from modelstore.compress.plan import weight_codec
 from modelstore.compress.stages import Stages
 from modelstore.execute.memory import trim
 from modelstore.execute.spool import Spool
-from modelstore.format.manifest import CodecSpec, Manifest
+from modelstore.format.objects.manifest import CodecSpec, Manifest
 from modelstore.format.recipe import METHODS, Method
 
 _SUM = 4  # bytes of sums for each pair of an input's numbers: float64, each pair once

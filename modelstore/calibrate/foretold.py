@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from modelstore.calibrate.block import Asked, too_few
 from modelstore.calibrate.statistics import TOKENS
-from modelstore.format.looks import Looks
+from modelstore.format.answers.looks import Looks
 
 _PASSES = 2  # one that sums up what comes to a block's layers, one through the block as it is stored
 _FLOAT = 4

@@ -13,7 +13,7 @@ from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.stages import Stages
 from modelstore.execute.read.tensors import bytes_of, to_torch
 from modelstore.format.buffers import Buffer
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 
 
 class Stacked(NamedTuple):

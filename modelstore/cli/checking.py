@@ -16,7 +16,7 @@ from modelstore.errors import StorageError
 _FEW = 5  # problems of one object that are told one by one
 
 if TYPE_CHECKING:
-    from modelstore.format.results import Report
+    from modelstore.format.answers.results import Report
 
 
 def verify(

@@ -50,7 +50,7 @@ def checkpoint(
     """
     from modelstore.errors import ConflictError
     from modelstore.execute.export.replacing import check_no_store
-    from modelstore.format.results import Exported
+    from modelstore.format.answers.results import Exported
 
     if "://" in out:
         raise usage(f"{out} is a URL: give a file on this machine")

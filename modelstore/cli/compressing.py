@@ -29,8 +29,8 @@ from modelstore.paths import explained, read_named
 if TYPE_CHECKING:
     from modelstore.calibrate.text import Calibration
     from modelstore.client import Store
-    from modelstore.format.looks import Looks
-    from modelstore.format.results import CompressionPlan
+    from modelstore.format.answers.looks import Looks
+    from modelstore.format.answers.results import CompressionPlan
 
 Recipe = Annotated[
     str | None,

@@ -14,7 +14,7 @@ from modelstore.cli.options import AsJson, Context, Debug, Limit, Memory, Quiet,
 from modelstore.text import shown
 
 if TYPE_CHECKING:
-    from modelstore.format.results import Measured, Quality
+    from modelstore.format.answers.results import Measured, Quality
 
 _HEADS = ("VARIANT", "STORED", "BITS/WEIGHT", "SQNR", "PERPLEXITY", "KL", "TOP-1")
 _PLOTS = (".png", ".svg", ".pdf")

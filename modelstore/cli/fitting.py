@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from modelstore.cli import output, units
 
 if TYPE_CHECKING:
-    from modelstore.format.fitted import FitPlan, Memory, Mixed
+    from modelstore.format.answers.fitted import FitPlan, Memory, Mixed
 
 _SHOWN = 12  # points of the front
 

@@ -13,7 +13,7 @@ from modelstore.cli.options import AsJson, Debug, ModelName, Reference, StoreUrl
 
 if TYPE_CHECKING:
     from modelstore.client import Store
-    from modelstore.format import results
+    from modelstore.format.answers import results
 
 
 def ls(

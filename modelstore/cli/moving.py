@@ -12,7 +12,7 @@ from modelstore.cli.failures import usage
 from modelstore.cli.options import AsJson, Debug, Memory, Mirrors, ModelName, Quiet, StoreUrl, lasting, open_store
 
 if TYPE_CHECKING:
-    from modelstore.format.inventory import Copied, StoreUsage
+    from modelstore.format.answers.inventory import Copied, StoreUsage
 
 
 def copy(

@@ -13,7 +13,7 @@ from modelstore.cli.failures import FAILED, usage
 from modelstore.cli.options import AsJson, Debug, Grace, Memory, Quiet, Reference, StoreUrl, open_store, share_of
 
 if TYPE_CHECKING:
-    from modelstore.format.inventory import Compaction
+    from modelstore.format.answers.inventory import Compaction
 
 
 def rm(

@@ -16,7 +16,7 @@ from modelstore.paths import from_home
 from modelstore.sources.checkpoint import BESIDE
 
 if TYPE_CHECKING:
-    from modelstore.format.results import LeftOut, Saved
+    from modelstore.format.answers.results import LeftOut, Saved
 
 _SHOWN = 8  # entries that were left out
 

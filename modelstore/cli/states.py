@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from modelstore.cli import output, units
 
 if TYPE_CHECKING:
-    from modelstore.format.cluster_results import ClusterStatus
+    from modelstore.format.answers.cluster_results import ClusterStatus
 
 
 def state(address: str) -> ClusterStatus:

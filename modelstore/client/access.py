@@ -16,12 +16,12 @@ from modelstore.execute.memory import budget
 from modelstore.execute.read.fetcher import Fetcher, Fetching
 from modelstore.execute.read.loading import Variant
 from modelstore.execute.write.save import Against
+from modelstore.format.answers.results import Exported, Saved
 from modelstore.format.locks import Lock
-from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL, Reference
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.record import VariantEntry, VersionRecord
 from modelstore.format.progress import Progress
-from modelstore.format.record import VariantEntry, VersionRecord
-from modelstore.format.results import Exported, Saved
 from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.work import Limits, Work
 from modelstore.storage.remote.options import without_secrets

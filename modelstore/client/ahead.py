@@ -14,7 +14,7 @@ from modelstore.format.structure import CHECKPOINT
 if TYPE_CHECKING:
     from modelstore.calibrate.text import Calibration
     from modelstore.execute.read.loading import Variant
-    from modelstore.format.record import VersionRecord
+    from modelstore.format.objects.record import VersionRecord
 
 
 def check_made(name: str) -> str:

@@ -18,7 +18,7 @@ from modelstore.client.evaluating import evaluate, text_of
 from modelstore.client.fitting import Fitting, made
 from modelstore.client.wishes import Wish
 from modelstore.errors import UnsupportedError
-from modelstore.format import results
+from modelstore.format.answers import results
 from modelstore.format.digest import name_of
 from modelstore.format.names import Reference
 from modelstore.format.progress import Progress

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from modelstore.format import results
+from modelstore.format.answers import results
 
 _MOST = 700.0  # of which the exponential is a number
 

@@ -10,7 +10,7 @@ from modelstore.client.access import Access
 from modelstore.client.arguments import Checked
 from modelstore.client.clustered import in_cluster
 from modelstore.errors import NotFoundError
-from modelstore.format import cluster_results, results
+from modelstore.format.answers import cluster_results, results
 from modelstore.format.names import parse_reference
 from modelstore.format.progress import Progress, meter
 from modelstore.format.units import Duration, parse_duration

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from modelstore.client.access import Access, log
 from modelstore.execute.read.loading import Variant
 from modelstore.execute.write.save import Outcome
-from modelstore.format import results
+from modelstore.format.answers import results
 from modelstore.format.names import ORIGINAL, Reference
-from modelstore.format.note import Note
+from modelstore.format.objects.note import Note
 from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.layout import Share
 from modelstore.store.repo import Repo

@@ -11,8 +11,8 @@ from modelstore.client.access import Access
 from modelstore.client.ahead import check_writes
 from modelstore.client.evaluating import evaluate, text_of
 from modelstore.errors import NotFoundError
-from modelstore.format import results
-from modelstore.format.comparison import Compared
+from modelstore.format.answers import results
+from modelstore.format.answers.comparison import Compared
 from modelstore.format.names import Reference
 from modelstore.format.progress import Progress
 from modelstore.format.structure import CHECKPOINT

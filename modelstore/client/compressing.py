@@ -12,11 +12,11 @@ import msgspec
 
 from modelstore.client.access import Access
 from modelstore.errors import NotFoundError
-from modelstore.format import results
+from modelstore.format.answers import results
 from modelstore.format.names import ORIGINAL, check_word, parse_reference
+from modelstore.format.objects.record import VariantEntry, VersionRecord
 from modelstore.format.progress import Progress
 from modelstore.format.recipe import Recipe
-from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.paths import from_home
 from modelstore.plan.work import Work
 

@@ -12,10 +12,10 @@ from modelstore.client.base import OpenedStore
 from modelstore.errors import ModelStoreError, NotFoundError
 from modelstore.execute.copy.plan import Wanted
 from modelstore.execute.copy.run import copy
-from modelstore.format import inventory
+from modelstore.format.answers import inventory
 from modelstore.format.names import ORIGINAL, Reference, check_model, check_word, parse_reference
+from modelstore.format.objects.record import VersionRecord
 from modelstore.format.progress import Progress
-from modelstore.format.record import VersionRecord
 from modelstore.format.structure import CHECKPOINT
 from modelstore.storage.open import open_storage
 from modelstore.store.repo import Repo

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.client.access import Access
-from modelstore.format import results
+from modelstore.format.answers import results
 from modelstore.format.names import Reference
 from modelstore.format.progress import Progress
 from modelstore.paths import read_named

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.client.access import Access, log
 from modelstore.execute.read.loading import Variant
-from modelstore.format import results
+from modelstore.format.answers import results
 from modelstore.format.progress import Progress
 from modelstore.format.units import Size, parse_size
 from modelstore.plan.layout import Shard, Share, as_layout

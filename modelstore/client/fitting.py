@@ -11,14 +11,14 @@ from modelstore.client.access import Access
 from modelstore.client.ahead import check_made, check_writes, recipe_there
 from modelstore.client.compressing import compress, looked_at, planned
 from modelstore.client.wishes import Wish
-from modelstore.format import results
+from modelstore.format.answers import results
+from modelstore.format.answers.fitted import FitPlan, Memory
 from modelstore.format.digest import name_of
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.fitted import FitPlan, Memory
 from modelstore.format.names import ORIGINAL
+from modelstore.format.objects.sensitivity import Sensitivity
 from modelstore.format.progress import Progress, meter
 from modelstore.format.recipe import Method, Recipe, Rule, check
-from modelstore.format.sensitivity import Sensitivity
 from modelstore.format.units import Size, parse_size
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from modelstore.client.reading import Readable
     from modelstore.compress.stages import Stages
     from modelstore.execute.read.loading import Variant
-    from modelstore.format.manifest import CodecSpec
-    from modelstore.format.record import VersionRecord
+    from modelstore.format.objects.manifest import CodecSpec
+    from modelstore.format.objects.record import VersionRecord
     from modelstore.search.mix import Costs, Mix, Mixture
 
 

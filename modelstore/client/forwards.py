@@ -12,9 +12,9 @@ from modelstore.client.evaluating import DTypeName, evaluate
 from modelstore.client.exporting import MAX_SHARD
 from modelstore.client.model import Model
 from modelstore.execute.read.loading import LazyTensor
-from modelstore.format import results
-from modelstore.format.comparison import Compared
-from modelstore.format.fitted import FitPlan
+from modelstore.format.answers import results
+from modelstore.format.answers.comparison import Compared
+from modelstore.format.answers.fitted import FitPlan
 from modelstore.format.names import parse_reference
 from modelstore.format.progress import Progress
 from modelstore.format.recipe import Recipe

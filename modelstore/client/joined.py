@@ -8,7 +8,7 @@ from typing import Any, Literal
 from modelstore.client.base import OpenedStore
 from modelstore.client.cluster import Cluster
 from modelstore.client.forwards import told_by
-from modelstore.format import cluster_results
+from modelstore.format.answers import cluster_results
 from modelstore.format.progress import Progress
 from modelstore.format.units import Duration
 from modelstore.plan.layout import Shard

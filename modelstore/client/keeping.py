@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from modelstore.client.access import log
 from modelstore.client.base import OpenedStore, storage_of
-from modelstore.format import inventory, results
+from modelstore.format.answers import inventory, results
 from modelstore.format.names import check_model, check_tag, check_word, of_version, parse_reference
 from modelstore.format.progress import Progress, meter
 from modelstore.format.units import Duration, parse_duration

@@ -13,7 +13,7 @@ from modelstore.errors import CancelledError, NotFoundError
 from modelstore.execute.live.rwlock import Readers
 from modelstore.execute.live.versions import LoadedVersion, advance, plan
 from modelstore.execute.read.loading import Variant
-from modelstore.format import results
+from modelstore.format.answers import results
 from modelstore.format.locks import Lock
 from modelstore.format.progress import Progress
 from modelstore.format.region import nbytes

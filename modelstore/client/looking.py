@@ -6,8 +6,8 @@ from modelstore.client.access import warn
 from modelstore.client.base import OpenedStore
 from modelstore.client.evaluating import quality
 from modelstore.errors import ModelStoreError
-from modelstore.format import results
-from modelstore.format.history import LogEntry
+from modelstore.format.answers import results
+from modelstore.format.answers.history import LogEntry
 from modelstore.format.names import check_model, of_version, parse_reference
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.collect.condemned import never_was

@@ -17,8 +17,8 @@ from modelstore.client.fitting import fit as fit_to
 from modelstore.client.fitting import plan_fit
 from modelstore.client.reading import Readable
 from modelstore.client.wishes import Wish, check_asked
-from modelstore.format import results
-from modelstore.format.fitted import FitPlan
+from modelstore.format.answers import results
+from modelstore.format.answers.fitted import FitPlan
 from modelstore.format.progress import Progress
 from modelstore.format.recipe import Recipe
 from modelstore.format.units import Size

@@ -12,10 +12,10 @@ from modelstore.client.arguments import Checked
 from modelstore.client.clustered import mapped
 from modelstore.errors import ConflictError, CorruptionError, ModelStoreError
 from modelstore.execute.read.loading import LazyTensor, Variant
-from modelstore.format import results
+from modelstore.format.answers import results
 from modelstore.format.names import ORIGINAL, Reference, parse_reference
+from modelstore.format.objects.record import VariantEntry, VersionRecord
 from modelstore.format.progress import Progress
-from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import nbytes
 from modelstore.plan.layout import Shard, as_layout
 from modelstore.store.describe import describe

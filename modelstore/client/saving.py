@@ -16,11 +16,11 @@ from modelstore.client.clustered import acknowledged, in_cluster, saved
 from modelstore.errors import ConflictError
 from modelstore.execute.write.remarks import remarks
 from modelstore.execute.write.save import Outcome, check_options, publish, store
-from modelstore.format import results
+from modelstore.format.answers import results
 from modelstore.format.names import check_model, check_tag, parse_reference
-from modelstore.format.note import note
+from modelstore.format.objects.note import note
+from modelstore.format.objects.record import VersionRecord
 from modelstore.format.progress import Progress
-from modelstore.format.record import VersionRecord
 from modelstore.format.region import nbytes
 from modelstore.format.units import Duration, parse_duration
 from modelstore.sources.choosing import Selection

@@ -13,7 +13,7 @@ from ray.util.metrics import Gauge
 
 from modelstore.cluster.host.host import HostStats
 from modelstore.cluster.read.hedging import Counts
-from modelstore.format.cluster_results import JobStatus
+from modelstore.format.answers.cluster_results import JobStatus
 
 _OF_TIER = {
     "bytes": "Bytes held.",

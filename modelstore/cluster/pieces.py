@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.format.manifest import DIGEST_BYTES, Manifest
-from modelstore.format.record import pack_key
+from modelstore.format.objects.manifest import DIGEST_BYTES, Manifest
+from modelstore.format.objects.record import pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.open import open_storage
 

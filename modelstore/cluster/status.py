@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from modelstore.errors import StorageError
-from modelstore.format import cluster_results
+from modelstore.format.answers import cluster_results
 
 if TYPE_CHECKING:
     from modelstore.cluster.control.session import Session

@@ -27,7 +27,7 @@ from modelstore.cluster.futures import in_thread
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.errors import ModelStoreError, StorageError
 from modelstore.format.buffers import Bytes, view
-from modelstore.format.decoding import prepared
+from modelstore.format.objects.decoding import prepared
 
 log = logging.getLogger("modelstore")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from modelstore.codecs.registry import codec
 from modelstore.errors import UnsupportedError
-from modelstore.format import manifest
+from modelstore.format.objects import manifest
 
 
 class CheckedSpec(manifest.CodecSpec, frozen=True, omit_defaults=True, eq=False):

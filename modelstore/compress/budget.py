@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from modelstore.compress.plan import weight_codec
 from modelstore.errors import UnsupportedError
-from modelstore.format.manifest import CodecSpec, Tensor
+from modelstore.format.objects.manifest import CodecSpec, Tensor
 
 SHARE = 4  # of the memory a quarter, at least, is for what is read, encoded and stored meanwhile
 

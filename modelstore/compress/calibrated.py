@@ -11,7 +11,7 @@ import msgspec
 from modelstore.execute.read.reader import Reader
 from modelstore.execute.write.encoding import Input
 from modelstore.execute.write.packs import Written
-from modelstore.format.manifest import Manifest
+from modelstore.format.objects.manifest import Manifest
 
 Write = Callable[[list[Input]], dict[str, Written]]
 

@@ -23,7 +23,7 @@ from modelstore.execute.write.encoding import Encoder
 from modelstore.format.buffers import Buffer, Bytes, view
 from modelstore.format.digest import name_of_pieces
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import Region, Shape, extent, size
 from modelstore.sources.base import TensorSpec
 

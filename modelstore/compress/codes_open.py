@@ -17,7 +17,7 @@ from modelstore.errors import FormatError
 from modelstore.execute.read.loading import Variant
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.manifest import Manifest
+from modelstore.format.objects.manifest import Manifest
 from modelstore.format.region import Region
 from modelstore.sources import safetensors
 from modelstore.sources.base import TensorSpec

@@ -31,14 +31,15 @@ from modelstore.execute.write.encoding import Encoder, EncodeRegion, Input, Read
 from modelstore.execute.write.journal import Journal, Resumed, job_id, resume
 from modelstore.execute.write.packs import PackWriter, Tally, Written, known_chunks, require_others
 from modelstore.execute.write.save import store_manifest
-from modelstore.format import boxes, grid, results
+from modelstore.format import boxes, grid
+from modelstore.format.answers import results
+from modelstore.format.answers.results import CodecChoice, CompressionPlan
 from modelstore.format.buffers import Buffer, Bytes
-from modelstore.format.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.names import ORIGINAL
+from modelstore.format.objects.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.objects.record import VariantEntry, VersionRecord
 from modelstore.format.recipe import Recipe
-from modelstore.format.record import VariantEntry, VersionRecord
 from modelstore.format.region import Region, extent, shift
-from modelstore.format.results import CodecChoice, CompressionPlan
 from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.work import Limits, Work
 from modelstore.storage.base import Storage

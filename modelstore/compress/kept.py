@@ -12,10 +12,10 @@ import msgspec
 from modelstore.codecs.loss import Loss
 from modelstore.errors import ConflictError
 from modelstore.execute.write.save import store_manifest
-from modelstore.format.architecture import Architecture
-from modelstore.format.manifest import Manifest
 from modelstore.format.names import ORIGINAL
-from modelstore.format.record import VersionRecord
+from modelstore.format.objects.architecture import Architecture
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.record import VersionRecord
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 

@@ -12,9 +12,9 @@ from modelstore.execute.read.reader import Reader
 from modelstore.execute.write.encoding import Input
 from modelstore.execute.write.packs import Written
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.manifest import CodecSpec, Manifest, Tensor
-from modelstore.format.manifest_builder import ManifestBuilder
 from modelstore.format.names import ORIGINAL
+from modelstore.format.objects.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.objects.manifest_builder import ManifestBuilder
 from modelstore.store.packs import FILE
 
 

@@ -22,7 +22,7 @@ from modelstore.execute.write.encoding import Encoder
 from modelstore.format import boxes
 from modelstore.format.buffers import Bytes, as_bytes
 from modelstore.format.locks import Lock
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.recipe import Recipe
 from modelstore.format.region import Region, extent, shift, size
 from modelstore.plan.read import ChunkRead, ReadJob, Want

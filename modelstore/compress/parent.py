@@ -11,9 +11,9 @@ import numpy as np
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.execute.read.reader import Reader
 from modelstore.execute.write.encoding import Input
-from modelstore.format.architecture import Architecture
-from modelstore.format.manifest import Manifest
-from modelstore.format.record import VersionRecord
+from modelstore.format.objects.architecture import Architecture
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.record import VersionRecord
 from modelstore.plan.write import FILE_CODEC, plan_tensor
 from modelstore.store.packs import FILE
 

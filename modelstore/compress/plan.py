@@ -15,10 +15,10 @@ from modelstore.codecs.weight import WeightCodec, as_weight_codec
 from modelstore.compress.codes import Given
 from modelstore.compress.presets import preset
 from modelstore.errors import UnsupportedError
-from modelstore.format.architecture import Architecture
-from modelstore.format.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.answers.results import CodecChoice, CompressionPlan
+from modelstore.format.objects.architecture import Architecture
+from modelstore.format.objects.manifest import CodecSpec, Manifest, Tensor
 from modelstore.format.recipe import KINDS, Kind, Recipe, Rule, as_checked, check, matches, recipe
-from modelstore.format.results import CodecChoice, CompressionPlan
 from modelstore.plan.write import TensorPlan, plan_tensor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.objects.manifest import CodecSpec
 from modelstore.format.recipe import Method, Recipe, Rule, Value
 from modelstore.format.suggest import suggestion
 

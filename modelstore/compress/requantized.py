@@ -23,9 +23,9 @@ from modelstore.compress.parent import Parent
 from modelstore.errors import UnsupportedError
 from modelstore.execute.read.reader import Reader
 from modelstore.format.buffers import Bytes
-from modelstore.format.checkpoint import CONFIG
-from modelstore.format.manifest import CodecSpec, Manifest, Tensor
-from modelstore.format.record import VersionRecord
+from modelstore.format.files.checkpoint import CONFIG
+from modelstore.format.objects.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.objects.record import VersionRecord
 from modelstore.format.region import Region, extent
 from modelstore.plan.write import plan_tensor
 

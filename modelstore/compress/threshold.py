@@ -9,8 +9,8 @@ from modelstore.codecs.numeric import histogram
 from modelstore.codecs.sparse.pruning import global_threshold, magnitudes
 from modelstore.execute.read.reader import Reader
 from modelstore.format import grid
-from modelstore.format.manifest import CodecSpec, Manifest, Tensor
-from modelstore.format.results import CodecChoice, CompressionPlan
+from modelstore.format.answers.results import CodecChoice, CompressionPlan
+from modelstore.format.objects.manifest import CodecSpec, Manifest, Tensor
 from modelstore.plan.work import Work
 from modelstore.storage.pool import ordered
 

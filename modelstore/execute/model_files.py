@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from modelstore.architecture.config import MAX_CONFIG, Config, examined, parse
 from modelstore.execute.read.reader import Reader
-from modelstore.format.checkpoint import CONFIG
+from modelstore.format.files.checkpoint import CONFIG
 
 
 def json_object(reader: Reader, name: str) -> Config | None:

@@ -26,12 +26,12 @@ from modelstore.errors import (
 from modelstore.execute.read.loading import Variant
 from modelstore.execute.read.reader import Reader, whole_want
 from modelstore.format import grid
+from modelstore.format.answers.results import Problem, Report
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.digest import matches, name_of, name_of_pieces
-from modelstore.format.manifest import DIGEST_BYTES, Manifest, Tensor, decode
 from modelstore.format.names import Reference
-from modelstore.format.record import VariantEntry, manifest_key, pack_key
-from modelstore.format.results import Problem, Report
+from modelstore.format.objects.manifest import DIGEST_BYTES, Manifest, Tensor, decode
+from modelstore.format.objects.record import VariantEntry, manifest_key, pack_key
 from modelstore.plan.read import GAP, JOB_BYTES
 from modelstore.plan.work import Work
 from modelstore.storage.base import Storage

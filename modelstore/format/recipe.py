@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
-from modelstore.format.decoding import prepared
 from modelstore.format.given import told
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.objects.decoding import prepared
+from modelstore.format.objects.manifest import CodecSpec
 
 Kind = Literal[
     "linear",

@@ -22,11 +22,12 @@ from modelstore.errors import ConflictError, StorageError
 from modelstore.execute.export.replacing import below, check_group, check_staging, not_staged_zarr, refusal
 from modelstore.execute.export.target import writing
 from modelstore.execute.read.reader import Reader
-from modelstore.format import grid, results
+from modelstore.format import grid
+from modelstore.format.answers import results
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
+from modelstore.format.files.zarr_names import FRESH, LOCK
 from modelstore.format.region import Shape
-from modelstore.format.zarr_names import FRESH, LOCK
 from modelstore.integrations.zarr_nodes import METADATA, Node, Nodes, shown
 from modelstore.plan.read import Want
 from modelstore.plan.work import Work

@@ -15,8 +15,8 @@ import numpy as np
 from modelstore.format import boxes
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
+from modelstore.format.files.zarr_names import DOCUMENT
 from modelstore.format.region import Region, Shape, full
-from modelstore.format.zarr_names import DOCUMENT
 from modelstore.integrations.zarr_values import ZarrDtype, view, widen
 
 METADATA = DOCUMENT

@@ -9,7 +9,7 @@ from modelstore.architecture.blocks import blocks, head_tensors
 from modelstore.architecture.config import Config
 from modelstore.errors import UnsupportedError
 from modelstore.format import given
-from modelstore.format.architecture import Architecture
+from modelstore.format.objects.architecture import Architecture
 from modelstore.plan.layout_share import Combines, Share, Tensors, whole
 
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from modelstore.architecture.config import Config
 from modelstore.errors import NotFoundError
-from modelstore.format.architecture import Architecture
 from modelstore.format.given import told
+from modelstore.format.objects.architecture import Architecture
 from modelstore.format.region import Region, Shape, check, from_index, full
 from modelstore.format.suggest import suggestion
 

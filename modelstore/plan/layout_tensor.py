@@ -12,7 +12,7 @@ from modelstore.architecture.described import look
 from modelstore.architecture.parallel import Cuts, Plan, in_table
 from modelstore.architecture.parallel_table import AxisCut, Kind
 from modelstore.format import given
-from modelstore.format.architecture import Architecture
+from modelstore.format.objects.architecture import Architecture
 from modelstore.plan.layout_share import Combines, Range, Share, Tensors, cut, whole
 
 _EXPERT = re.compile(r"\.experts\.(?:(\d+)\.|[a-z_]+$)")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from modelstore.codecs.registry import codec
 from modelstore.format import grid
-from modelstore.format.manifest import DIGEST_BYTES, Manifest, Tensor
+from modelstore.format.objects.manifest import DIGEST_BYTES, Manifest, Tensor
 from modelstore.format.region import Region, intersect, shift
 from modelstore.plan.layout import Share
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from modelstore.format import grid
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.objects.manifest import CodecSpec
 from modelstore.format.region import Region, Shape, full
 
 STEP = 8 << 20  # raw bytes that one step reads and encodes, at least, where there is that much

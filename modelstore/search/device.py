@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from modelstore.format.decoding import prepared
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.objects.decoding import prepared
+from modelstore.format.objects.manifest import CodecSpec
 from modelstore.format.units import Size, parse_size
 from modelstore.paths import explained, read_named
 

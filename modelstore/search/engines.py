@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modelstore.compress.plan import weight_codec
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.objects.manifest import CodecSpec
 
 ENGINES = ("transformers", "vllm", "llama.cpp")
 _LLAMA_BITS, _LLAMA_GROUP = (4, 8), 32  # Q4_0 and Q8_0

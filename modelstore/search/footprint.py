@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modelstore.errors import UnsupportedError
-from modelstore.format.fitted import Memory
+from modelstore.format.answers.fitted import Memory
 
 _LOGIT = 4  # bytes: float32
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}

@@ -14,7 +14,7 @@ from modelstore.calibrate.gptq import Factored, by_column, solve
 from modelstore.calibrate.layers import Linears
 from modelstore.calibrate.statistics import Gathered
 from modelstore.codecs.numeric.scaled import scale_dtype
-from modelstore.format.manifest import Manifest
+from modelstore.format.objects.manifest import Manifest
 
 
 def gains(

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from modelstore.compress.evaluate.metrics import change
-from modelstore.format.decoding import prepared
-from modelstore.format.manifest import CodecSpec
 from modelstore.format.names import ORIGINAL, Reference
-from modelstore.format.sensitivity import Sensitivity
+from modelstore.format.objects.decoding import prepared
+from modelstore.format.objects.manifest import CodecSpec
+from modelstore.format.objects.sensitivity import Sensitivity
 from modelstore.store.repo import Repo
 
 SENSITIVITY = "sensitivity"  # a list, newest first

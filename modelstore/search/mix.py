@@ -14,13 +14,13 @@ from modelstore.codecs.weight import EngineView, WeightCodec, matrix
 from modelstore.compress.plan import weight_codec
 from modelstore.compress.presets import preset
 from modelstore.errors import UnsupportedError
-from modelstore.format.architecture import general
+from modelstore.format.answers.fitted import FrontPoint, Memory, Mixed
+from modelstore.format.answers.results import CodecChoice, CompressionPlan
 from modelstore.format.dtypes import DType
-from modelstore.format.fitted import FrontPoint, Memory, Mixed
-from modelstore.format.manifest import CodecSpec, Manifest
+from modelstore.format.objects.architecture import general
+from modelstore.format.objects.manifest import CodecSpec, Manifest
 from modelstore.format.recipe import KINDS, Method, Recipe, Rule
 from modelstore.format.region import Shape
-from modelstore.format.results import CodecChoice, CompressionPlan
 from modelstore.search.allocate import Option, allocate, smallest
 from modelstore.search.engines import refuses, runnable
 

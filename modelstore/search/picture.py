@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from modelstore.format.comparison import Compared
+from modelstore.format.answers.comparison import Compared
 
 FORMATS = (".svg", ".html")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 800, 500, 80, 140, 40, 60

@@ -20,7 +20,7 @@ from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.stages import Stages
 from modelstore.errors import FormatError
 from modelstore.execute.spool import Spool
-from modelstore.format.manifest import Manifest
+from modelstore.format.objects.manifest import Manifest
 from modelstore.search.gains import gains
 
 Count = Callable[[int], None]  # hears of bytes of weights that were run, twice each

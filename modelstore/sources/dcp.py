@@ -15,9 +15,9 @@ from typing import Any
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import region as regions
 from modelstore.format.dtypes import DType
+from modelstore.format.files.safetensors import MAX_BYTES, MAX_DIMENSIONS
 from modelstore.format.names import check_file
 from modelstore.format.region import Region, Shape
-from modelstore.format.safetensors import MAX_BYTES, MAX_DIMENSIONS
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import (
     Budget,

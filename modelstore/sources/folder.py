@@ -12,7 +12,7 @@ from typing import Any
 
 from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.format.names import check_file
-from modelstore.format.record import FOLDERS, SPARE, STORE_KEY
+from modelstore.format.objects.record import FOLDERS, SPARE, STORE_KEY
 from modelstore.paths import explained
 from modelstore.sources.reading import read_whole
 from modelstore.sources.states import State, settle, state_below

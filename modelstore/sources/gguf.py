@@ -14,7 +14,7 @@ from modelstore.errors import ModelStoreError, UnsupportedError
 from modelstore.format import region as regions
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.gguf import GGUFTensor, Header, parse_header
+from modelstore.format.files.gguf import GGUFTensor, Header, parse_header
 from modelstore.format.region import Region, extent
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import CheckpointIndex, FiledBox, FiledSource, fingerprint

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelstore.format.gguf import Header
+from modelstore.format.files.gguf import Header
 
 # llama.cpp's architecture → transformers', its model type, and whether heads' rows are put beside each other (rope).
 _KNOWN = {

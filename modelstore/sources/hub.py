@@ -21,7 +21,7 @@ import numpy as np
 
 from modelstore.errors import ConflictError, FormatError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
-from modelstore.format.checkpoint import PIPELINE
+from modelstore.format.files.checkpoint import PIPELINE
 from modelstore.format.names import check_file
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source

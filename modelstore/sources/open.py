@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import FormatError, NotFoundError, StorageError, UnsupportedError
-from modelstore.format import zarr_names
 from modelstore.format.buffers import Bytes
-from modelstore.format.checkpoint import PIPELINE
+from modelstore.format.files import zarr_names
+from modelstore.format.files.checkpoint import PIPELINE
 from modelstore.format.given import told
 from modelstore.format.names import check_new_files
 from modelstore.format.region import Region

@@ -11,10 +11,10 @@ from typing import Any
 
 from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
 from modelstore.format import region as regions
-from modelstore.format.checkpoint import PIPELINE, Weights, components
 from modelstore.format.dtypes import dtype
+from modelstore.format.files.checkpoint import PIPELINE, Weights, components
+from modelstore.format.files.safetensors import PREFIX, HeaderEntry, header_length, parse_header
 from modelstore.format.region import Region
-from modelstore.format.safetensors import PREFIX, HeaderEntry, header_length, parse_header
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import Budget, CheckpointIndex, FiledBox, FiledSource, check_tiling, fingerprint
 from modelstore.sources.folder import Folder, leave_duplicates, read_index, read_json, scan

@@ -17,7 +17,7 @@ from typing import Any
 from modelstore import paths
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Buffer, as_bytes
-from modelstore.format.record import SPARE
+from modelstore.format.objects.record import SPARE
 from modelstore.storage.address import file_url
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.descriptors import Descriptors

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from modelstore.errors import ConflictError, CorruptionError, ModelStoreError, NotFoundError
-from modelstore.format import record as rec
-from modelstore.format.manifest import FORMAT
 from modelstore.format.names import ORIGINAL, is_word
-from modelstore.format.note import Note
-from modelstore.format.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
-from modelstore.format.sealed import seal
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.manifest import FORMAT
+from modelstore.format.objects.note import Note
+from modelstore.format.objects.record import R, StoreInfo, TagRecord, VariantEntry, VersionRecord
+from modelstore.format.objects.sealed import seal
 from modelstore.storage.base import SMALL, Storage
 from modelstore.store.damage import DAMAGED, UNREADABLE, listed, noting
 from modelstore.store.lookup import Lookup

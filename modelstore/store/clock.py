@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 
 from modelstore.errors import StorageError
-from modelstore.format.record import JOBS
+from modelstore.format.objects.record import JOBS
 from modelstore.storage.base import Storage
 
 REFRESH = 12 * 3600  # seconds

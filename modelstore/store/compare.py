@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.format.manifest import DIGEST_BYTES, Manifest, Tensor
-from modelstore.format.results import Diff
+from modelstore.format.answers.results import Diff
+from modelstore.format.objects.manifest import DIGEST_BYTES, Manifest, Tensor
 
 
 def diff(a: Manifest, b: Manifest) -> Diff:

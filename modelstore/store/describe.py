@@ -8,12 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from modelstore.errors import ModelStoreError, StorageError
-from modelstore.format.history import LogEntry
-from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.names import ORIGINAL
-from modelstore.format.note import Note
-from modelstore.format.record import VariantEntry, VersionRecord
-from modelstore.format.results import (
+from modelstore.format.answers.history import LogEntry
+from modelstore.format.answers.results import (
     Description,
     FileInfo,
     ModelInfo,
@@ -22,6 +18,10 @@ from modelstore.format.results import (
     VariantInfo,
     VersionInfo,
 )
+from modelstore.format.names import ORIGINAL
+from modelstore.format.objects.manifest import Manifest, Tensor
+from modelstore.format.objects.note import Note
+from modelstore.format.objects.record import VariantEntry, VersionRecord
 
 
 def model_info(

@@ -10,9 +10,9 @@ from contextlib import suppress
 from itertools import groupby
 
 from modelstore.errors import ModelStoreError, NotFoundError, StorageError, UnsupportedError
-from modelstore.format import record as rec
 from modelstore.format.names import Reference, is_model, is_word
-from modelstore.format.record import TagRecord, VariantEntry, VersionRecord
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.record import TagRecord, VariantEntry, VersionRecord
 from modelstore.format.suggest import suggestion
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.pool import REQUESTS, ordered

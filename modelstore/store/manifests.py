@@ -6,10 +6,10 @@ from collections import OrderedDict
 from typing import Any
 
 from modelstore.errors import CorruptionError, FormatError, NotFoundError
-from modelstore.format import manifest as man
 from modelstore.format.locks import Lock
-from modelstore.format.manifest import Manifest
-from modelstore.format.record import VariantEntry, manifest_key
+from modelstore.format.objects import manifest as man
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.record import VariantEntry, manifest_key
 from modelstore.storage.base import Storage
 from modelstore.store import packs
 from modelstore.store.shelf import Shelf

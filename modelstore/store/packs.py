@@ -11,10 +11,10 @@ import numpy as np
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError
 from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.digest import name_of_pieces
-from modelstore.format.manifest import FORMAT, CodecSpec
-from modelstore.format.record import PACKS
+from modelstore.format.files.safetensors import PREFIX, HeaderEntry, build_header, header_length, parse_header
+from modelstore.format.objects.manifest import FORMAT, CodecSpec
+from modelstore.format.objects.record import PACKS
 from modelstore.format.region import Shape
-from modelstore.format.safetensors import PREFIX, HeaderEntry, build_header, header_length, parse_header
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import REQUESTS, ordered
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from modelstore import paths
 from modelstore.errors import ConflictError, ModelStoreError, NotFoundError, StorageError, UnsupportedError
-from modelstore.format import record as rec
-from modelstore.format.record import StoreInfo
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.record import StoreInfo
 from modelstore.storage.address import file_url
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.keys import key_problem

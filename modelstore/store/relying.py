@@ -17,11 +17,11 @@ import msgspec
 import numpy as np
 
 from modelstore.errors import ConflictError, NotFoundError, StorageError
-from modelstore.format import handshake as hs
-from modelstore.format import manifest as man
-from modelstore.format.handshake import Claim, Condemned, Intent
-from modelstore.format.manifest import FORMAT, Manifest
-from modelstore.format.record import VariantEntry, VersionRecord, is_own, manifest_key, pack_key
+from modelstore.format.objects import handshake as hs
+from modelstore.format.objects import manifest as man
+from modelstore.format.objects.handshake import Claim, Condemned, Intent
+from modelstore.format.objects.manifest import FORMAT, Manifest
+from modelstore.format.objects.record import VariantEntry, VersionRecord, is_own, manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.compact.rehouse import Rehousing

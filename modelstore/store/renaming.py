@@ -14,10 +14,10 @@ from contextlib import suppress
 import msgspec
 
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError
-from modelstore.format import manifest as man
+from modelstore.format.answers.inventory import Renamed
 from modelstore.format.digest import name_of
-from modelstore.format.inventory import Renamed
-from modelstore.format.record import VariantEntry, VersionRecord, manifest_key
+from modelstore.format.objects import manifest as man
+from modelstore.format.objects.record import VariantEntry, VersionRecord, manifest_key
 from modelstore.store.repo import Repo
 
 _ROUNDS = 1000  # how often what others did meanwhile is looked for again

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from modelstore.format.buffers import Bytes, view
-from modelstore.format.record import pack_key
+from modelstore.format.objects.record import pack_key
 from modelstore.storage.base import Storage
 
 PIECE = 8 << 20  # bytes that are read at once, but for one span that is longer

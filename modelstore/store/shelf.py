@@ -14,9 +14,9 @@ from concurrent.futures import Future
 
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, StorageError
 from modelstore.format.locks import Lock
-from modelstore.format.manifest import Manifest
-from modelstore.format.manifest_builder import Location
-from modelstore.format.record import pack_key
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.manifest_builder import Location
+from modelstore.format.objects.record import pack_key
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.pool import Pool
 from modelstore.store.clock import REFRESH, now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from modelstore.format.results import UNREADABLE, Problem
+from modelstore.format.answers.results import UNREADABLE, Problem
 
 
 def told_once(problems: Iterable[Problem]) -> tuple[Problem, ...]:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.errors import ModelStoreError
-from modelstore.format.inventory import StoreUsage, Usage
-from modelstore.format.manifest import Manifest
-from modelstore.format.record import JOBS, MODELS, PACKS, VersionRecord, is_own, manifest_key, pack_key
+from modelstore.format.answers.inventory import StoreUsage, Usage
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.record import JOBS, MODELS, PACKS, VersionRecord, is_own, manifest_key, pack_key
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import noting
 from modelstore.store.mend.repair import copy_of

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from modelstore.errors import NotFoundError
+from modelstore.format.answers.results import VersionInfo
 from modelstore.format.names import Reference
-from modelstore.format.record import version_prefix
-from modelstore.format.results import VersionInfo
+from modelstore.format.objects.record import version_prefix
 from modelstore.store.catalog import Catalog
 from modelstore.store.describe import version_info
 

@@ -18,8 +18,8 @@ from modelstore.architecture.described import look
 from modelstore.architecture.kinds import Its, kinds
 from modelstore.architecture.model_class import build, is_imported
 from modelstore.errors import UnsupportedError
-from modelstore.format.architecture import Architecture, Sliced, find, folded
-from modelstore.format.manifest import Manifest, decode, encode
+from modelstore.format.objects.architecture import Architecture, Sliced, find, folded
+from modelstore.format.objects.manifest import Manifest, decode, encode
 from modelstore.plan.layout import PipelineStage, TensorParallel
 
 torch = pytest.importorskip("torch")

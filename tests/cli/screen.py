@@ -19,9 +19,11 @@ import pytest
 
 from modelstore.cli.main import app
 from modelstore.client import Store
-from modelstore.format import cluster_results, inventory, manifest, recipe, results
-from modelstore.format.comparison import Compared
-from modelstore.format.history import LogEntry
+from modelstore.format import recipe
+from modelstore.format.answers import cluster_results, inventory, results
+from modelstore.format.answers.comparison import Compared
+from modelstore.format.answers.history import LogEntry
+from modelstore.format.objects import manifest
 
 
 def filled(kind: Any, text: str) -> Any:

@@ -20,7 +20,7 @@ from modelstore.cli import complete, evaluating, output, states
 from modelstore.cli.main import app
 from modelstore.cluster.logs import JsonLines
 from modelstore.errors import ModelStoreError, NotFoundError
-from modelstore.format import cluster_results, results
+from modelstore.format.answers import cluster_results, results
 from modelstore.text import cells, json_line, shortened, shown
 from tests.cli.screen import Answers, Screen, filled, on_screen
 

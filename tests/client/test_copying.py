@@ -14,7 +14,7 @@ import torch
 import modelstore.client
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError, UnsupportedError
 from modelstore.format.buffers import Buffer
-from modelstore.format.record import manifest_key, pack_key
+from modelstore.format.objects.record import manifest_key, pack_key
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import open_on, pack_sizes, shrink

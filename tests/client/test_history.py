@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from modelstore.cli.main import app
 from modelstore.client import Store
 from modelstore.errors import ModelStoreError, NotFoundError
-from modelstore.format import record as rec
-from modelstore.format.note import MAX_MESSAGE, MAX_META, MAX_VALUE
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.note import MAX_MESSAGE, MAX_META, MAX_VALUE
 from modelstore.format.suggest import suggestion
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.stores import open_on, weights
@@ -82,7 +82,7 @@ def test_an_entry_of_another_type_is_refused(store: Store) -> None:
 
 
 def test_the_password_of_an_address_is_not_kept(store: Store) -> None:
-    from modelstore.format.note import note
+    from modelstore.format.objects.note import note
 
     assert note(None, None, "s3://user:secret@bucket/x").source == "s3://bucket/x"
 

@@ -22,7 +22,7 @@ from modelstore.execute.write import merge as merging
 from modelstore.execute.write.parts import published_key, session_prefix
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
-from modelstore.format.record import PACKS, pack_key
+from modelstore.format.objects.record import PACKS, pack_key
 from modelstore.format.region import Region
 from modelstore.plan.parts import RankSlice, common_chunk, piece_problem, shared_chunk
 from modelstore.storage.base import Storage

@@ -13,7 +13,7 @@ import modelstore
 from modelstore.client import Store
 from modelstore.format.buffers import Buffer
 from modelstore.format.names import parse_reference
-from modelstore.format.record import PACKS, pack_key
+from modelstore.format.objects.record import PACKS, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.testing.faults import CountingStorage

@@ -25,7 +25,7 @@ from modelstore.cluster.host.host import HostSettings, ShardHost
 from modelstore.cluster.host.singleflight import SingleFlight
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.format.buffers import Bytes
-from modelstore.format.record import pack_key
+from modelstore.format.objects.record import pack_key
 from modelstore.plan.read import GAP
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage

@@ -26,7 +26,7 @@ from modelstore.cluster.host.host import HostSettings, ShardHost
 from modelstore.cluster.host.lru import SegmentedLRU
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.format.buffers import Bytes
-from modelstore.format.record import pack_key
+from modelstore.format.objects.record import pack_key
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.wrapping import Verb, WrappingStorage
 

@@ -17,8 +17,8 @@ from modelstore.cluster.pieces import pieces
 from modelstore.cluster.work import compression, jobs
 from modelstore.compress.job import Portion
 from modelstore.errors import CancelledError
-from modelstore.format.cluster_results import JobStatus
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.answers.cluster_results import JobStatus
+from modelstore.format.objects.manifest import CodecSpec
 from modelstore.plan.placement import Member, View
 
 INT = CodecSpec("int", {"bits": 8, "granularity": "channel"})

@@ -27,7 +27,7 @@ from modelstore.cluster.host.replicas import others
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.read.hedging import Hedged
 from modelstore.format.buffers import Bytes
-from modelstore.format.record import pack_key
+from modelstore.format.objects.record import pack_key
 from modelstore.plan.placement import Member, View
 from modelstore.storage.open import open_storage
 

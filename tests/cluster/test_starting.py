@@ -21,7 +21,7 @@ from modelstore.cluster.control import nodes, runtime
 from modelstore.cluster.control.directory import ClusterSettings, Directory
 from modelstore.cluster.control.ports import Port, ports_of
 from modelstore.cluster.host import capacity
-from modelstore.format.cluster_results import JobStatus
+from modelstore.format.answers.cluster_results import JobStatus
 
 SMALL = ["--memory", "64MiB", "--images", "64MiB", "--pending", "16MiB"]
 

@@ -22,7 +22,7 @@ from modelstore.cluster.save.orders import keepers
 from modelstore.cluster.save.write_behind import WriteBehind
 from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.execute.write import save as saving
-from modelstore.format.record import tag_key
+from modelstore.format.objects.record import tag_key
 from modelstore.plan.placement import Member, View
 from modelstore.plan.work import Limits, Work
 from modelstore.sources.open import open_source

@@ -15,7 +15,7 @@ import torch
 import modelstore as ms
 from modelstore.codecs import registry
 from modelstore.codecs.floating.rounded import Round
-from modelstore.format import manifest
+from modelstore.format.objects import manifest
 
 WRONG: list[Any] = [
     "x",

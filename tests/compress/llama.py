@@ -11,7 +11,7 @@ import torch
 
 from modelstore.codecs import registry
 from modelstore.codecs.weight import WeightCodec
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.objects.manifest import CodecSpec
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

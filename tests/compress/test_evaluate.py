@@ -19,8 +19,8 @@ from modelstore.compress.evaluate.metrics import evaluations, with_evaluation
 from modelstore.compress.evaluate.model import language_model
 from modelstore.errors import ConflictError, FormatError, NotFoundError, UnsupportedError
 from modelstore.execute.write.save import store_manifest
+from modelstore.format.answers.results import Measured
 from modelstore.format.names import Reference
-from modelstore.format.results import Measured
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.shelf import Shelf
 from tests.helpers.language import TEXT, make_language_model

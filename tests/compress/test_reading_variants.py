@@ -21,7 +21,7 @@ from modelstore.compress.made import view_spec
 from modelstore.errors import CorruptionError, UnsupportedError
 from modelstore.format import grid
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.manifest import CodecSpec, Tensor
+from modelstore.format.objects.manifest import CodecSpec, Tensor
 from modelstore.format.region import Region, extent, full, slices
 from modelstore.plan.layout import Share
 from modelstore.plan.read import Want, chunk_reads

@@ -29,9 +29,9 @@ from modelstore.execute.read.loading import Variant
 from modelstore.execute.read.reader import Reader
 from modelstore.execute.write.save import store
 from modelstore.format import grid
-from modelstore.format.checkpoint import Weights
-from modelstore.format.manifest import Manifest, Plane, Tensor
+from modelstore.format.files.checkpoint import Weights
 from modelstore.format.names import STAGING
+from modelstore.format.objects.manifest import Manifest, Plane, Tensor
 from modelstore.format.region import is_contiguous, slices
 from modelstore.plan.work import Limits, Work
 from modelstore.sources.open import open_source

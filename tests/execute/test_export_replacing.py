@@ -13,8 +13,8 @@ import torch
 import modelstore as ms
 from modelstore.errors import ConflictError, FormatError
 from modelstore.execute.export.replacing import not_staged, not_staged_zarr
-from modelstore.format.record import SPARE
-from modelstore.format.zarr_names import foreign
+from modelstore.format.files.zarr_names import foreign
+from modelstore.format.objects.record import SPARE
 from modelstore.storage.open import open_target
 
 WEIGHTS = {"w": torch.arange(6.0)}

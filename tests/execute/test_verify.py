@@ -12,10 +12,10 @@ import torch
 import modelstore
 from modelstore.execute.verify import verify
 from modelstore.format import grid
-from modelstore.format import manifest as man
+from modelstore.format.answers.results import Report
 from modelstore.format.names import parse_reference
-from modelstore.format.record import SPARE, manifest_key, pack_key
-from modelstore.format.results import Report
+from modelstore.format.objects import manifest as man
+from modelstore.format.objects.record import SPARE, manifest_key, pack_key
 from modelstore.plan.work import Limits, Work
 from modelstore.storage.base import Storage
 from modelstore.store.manifests import Manifests

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 import modelstore as ms
-from modelstore.format import inventory, results
-from modelstore.format.brief import Result
+from modelstore.format.answers import inventory, results
+from modelstore.format.answers.brief import Result
 
 SCREEN = 80 * 24
 KINDS = [

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-from modelstore.format.decoding import prepared
+from modelstore.format.objects.decoding import prepared
 
 sys.setswitchinterval(1e-6)
 TEXT = b'{"kind":1,"parts":{"a":{"codec":{"name":"q"},"shape":[1,2]},"b":{"codec":{"name":"q"},"shape":[1]}}}'

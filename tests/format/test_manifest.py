@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
-from modelstore.format import manifest as man
-from modelstore.format import record as rec
-from modelstore.format.manifest import CodecSpec, Manifest, Plane, Tensor, chunk_table
 from modelstore.format.names import check_file
+from modelstore.format.objects import manifest as man
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.manifest import CodecSpec, Manifest, Plane, Tensor, chunk_table
 
 
 def tensor(name: str, shape: tuple[int, ...], chunk: tuple[int, ...], first: int, planes: int = 1) -> Tensor:

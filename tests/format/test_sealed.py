@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from modelstore.errors import FormatError
-from modelstore.format.sealed import seal, unseal
+from modelstore.format.objects.sealed import seal, unseal
 
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):

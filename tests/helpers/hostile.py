@@ -17,8 +17,8 @@ from blake3 import blake3
 
 from modelstore.client import Store
 from modelstore.errors import ModelStoreError
-from modelstore.format.manifest import FORMAT
-from modelstore.format.record import VariantEntry, VersionRecord, manifest_key
+from modelstore.format.objects.manifest import FORMAT
+from modelstore.format.objects.record import VariantEntry, VersionRecord, manifest_key
 from modelstore.storage.base import Storage
 from tests.helpers.stores import open_on
 

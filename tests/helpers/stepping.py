@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from modelstore.errors import NotFoundError
 from modelstore.format.buffers import Buffer, as_bytes
-from modelstore.format.handshake import CONDEMNED, INTENTS
+from modelstore.format.objects.handshake import CONDEMNED, INTENTS
 from modelstore.storage.base import LARGEST, ObjectInfo, Storage, too_large
 from modelstore.storage.failures import ends_before
 from modelstore.storage.keys import check_key, check_prefix

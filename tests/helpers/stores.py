@@ -12,7 +12,7 @@ import torch
 from modelstore.client import Store
 from modelstore.errors import NotFoundError
 from modelstore.format import grid
-from modelstore.format.record import JOBS, PACKS, SPARE
+from modelstore.format.objects.record import JOBS, PACKS, SPARE
 from modelstore.storage.base import Storage
 from modelstore.storage.failures import TransientStorageError
 from modelstore.storage.keys import TEMPORARY

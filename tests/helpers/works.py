@@ -9,7 +9,7 @@ import torch
 
 from modelstore.client import Store
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError, StorageError
-from modelstore.format.record import pack_key
+from modelstore.format.objects.record import pack_key
 from modelstore.plan import work
 from modelstore.storage.base import Storage
 from modelstore.store import relying

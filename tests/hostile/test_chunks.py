@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelstore.errors import FormatError
-from modelstore.format.record import pack_key
+from modelstore.format.objects.record import pack_key
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.hostile import little_memory, manifest_of, plant, read_all

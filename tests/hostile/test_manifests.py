@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, UnsupportedError
-from modelstore.format import manifest as man
-from modelstore.format.record import manifest_key
+from modelstore.format.objects import manifest as man
+from modelstore.format.objects.record import manifest_key
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.hostile import little_memory, manifest_of, plant, read_all

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from modelstore.client import Store
 from modelstore.errors import ConflictError, FormatError, ModelStoreError, UnsupportedError
-from modelstore.format import record as rec
+from modelstore.format.objects import record as rec
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.hostile import little_memory
 from tests.helpers.stores import all_bits, contents, keys, open_on, overwrite, weights

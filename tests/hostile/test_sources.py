@@ -21,7 +21,7 @@ import torch
 import zarr
 
 from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
-from modelstore.format.safetensors import parse_header
+from modelstore.format.files.safetensors import parse_header
 from modelstore.sources.open import open_source
 from modelstore.sources.pickles.unpickle import Key, unpickle
 from tests.sources.contract import read
@@ -73,7 +73,7 @@ class Counted(str):
 
 class TestSafetensors:
     def test_a_name_that_repeats_is_found_by_one_look(self) -> None:
-        from modelstore.format.safetensors import _unique
+        from modelstore.format.files.safetensors import _unique
 
         pairs: list[tuple[str, Any]] = [(Counted(f"t{i}"), None) for i in range(5000)]
         Counted.comparisons = 0

@@ -14,8 +14,8 @@ import pytest
 
 from modelstore.errors import ModelStoreError, UnsupportedError
 from modelstore.execute.export.layout import OutFile
-from modelstore.format.gguf import parse_header
-from modelstore.format.manifest import ChunkTable, CodecSpec, Manifest, Tensor
+from modelstore.format.files.gguf import parse_header
+from modelstore.format.objects.manifest import ChunkTable, CodecSpec, Manifest, Tensor
 from modelstore.integrations.gguf.export import layout
 from modelstore.integrations.gguf.model import gguf_model
 from modelstore.integrations.gguf.vocab import MAX_MEMBERS, ModelFiles, Vocabulary, read_vocabulary

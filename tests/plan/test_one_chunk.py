@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from modelstore.format import grid
-from modelstore.format.manifest import CodecSpec, Plane, Tensor
+from modelstore.format.objects.manifest import CodecSpec, Plane, Tensor
 from modelstore.format.region import full
 from modelstore.plan import read, write
 

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from modelstore.client import Store
 from modelstore.errors import ConflictError, NotFoundError
-from modelstore.format.manifest import Manifest
-from modelstore.format.record import PACKS, manifest_key, pack_key
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.record import PACKS, manifest_key, pack_key
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.stores import Bits, all_bits, journal, keys, open_on, shrink
 

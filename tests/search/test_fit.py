@@ -12,9 +12,9 @@ import pytest
 import modelstore as ms
 from modelstore.architecture.fused import fused
 from modelstore.errors import ConflictError, UnsupportedError
-from modelstore.format.fitted import FitPlan
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.answers.fitted import FitPlan
 from modelstore.format.names import ORIGINAL
+from modelstore.format.objects.manifest import CodecSpec
 from modelstore.search.mix import Mixture, mixture
 from modelstore.search.sensitivity import Measuring
 from modelstore.storage.memory import MemoryStorage

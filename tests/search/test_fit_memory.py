@@ -13,8 +13,8 @@ import pytest
 
 import modelstore as ms
 from modelstore.errors import ConflictError, UnsupportedError
-from modelstore.format.fitted import Memory
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.answers.fitted import Memory
+from modelstore.format.objects.manifest import CodecSpec
 from modelstore.search.engines import refuses
 from modelstore.search.footprint import footprint
 from modelstore.search.mix import default_formats

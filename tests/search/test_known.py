@@ -10,8 +10,8 @@ import torch
 
 import modelstore as ms
 from modelstore.errors import ConflictError
-from modelstore.format.manifest import CodecSpec
-from modelstore.format.sensitivity import Sensitivity
+from modelstore.format.objects.manifest import CodecSpec
+from modelstore.format.objects.sensitivity import Sensitivity
 from modelstore.search.known import keep, known, measured
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.stores import open_on

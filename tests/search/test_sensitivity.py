@@ -16,7 +16,7 @@ from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.plan import weight_codec
 from modelstore.compress.stages import Stages
 from modelstore.errors import FormatError
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.objects.manifest import CodecSpec
 from modelstore.plan.work import Limits
 from modelstore.search.sensitivity import Measuring
 from modelstore.storage.memory import MemoryStorage

@@ -10,7 +10,7 @@ import pytest
 
 import modelstore
 from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
-from modelstore.format.gguf import parse_header
+from modelstore.format.files.gguf import parse_header
 from modelstore.sources.choosing import Selection
 from modelstore.sources.gguf import open_gguf
 from modelstore.sources.open import open_source

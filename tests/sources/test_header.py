@@ -15,7 +15,7 @@ from safetensors import deserialize
 
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.safetensors import HeaderEntry, build_header, header_length, parse_header
+from modelstore.format.files.safetensors import HeaderEntry, build_header, header_length, parse_header
 
 
 @st.composite

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import modelstore as ms
 from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.record import SPARE
+from modelstore.format.objects.record import SPARE
 from modelstore.sources.open import open_source
 from modelstore.sources.safetensors import SafetensorsSource
 from tests.sources.contract import Opened, SourceContract, bits, raw, read

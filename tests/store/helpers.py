@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 import modelstore.client
-from modelstore.format import results
-from modelstore.format.inventory import Swept
-from modelstore.format.manifest import Manifest
+from modelstore.format.answers import results
+from modelstore.format.answers.inventory import Swept
 from modelstore.format.names import Reference, parse_reference
-from modelstore.format.record import VariantEntry
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.record import VariantEntry
 from modelstore.plan.work import Limits
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage

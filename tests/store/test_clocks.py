@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 
-from modelstore.format import record as rec
 from modelstore.format.buffers import Buffer
-from modelstore.format.sealed import seal
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.sealed import seal
 from modelstore.storage.base import Storage
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 from modelstore.store.collect.condemned import VOID

@@ -9,7 +9,7 @@ from typing import TypeVar
 import pytest
 
 from modelstore.errors import NotFoundError, StorageError
-from modelstore.format import record as rec
+from modelstore.format.objects import record as rec
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.wrapping import Verb, WrappingStorage

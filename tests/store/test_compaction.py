@@ -15,9 +15,9 @@ from safetensors.torch import load
 import modelstore.client
 from modelstore.codecs.exact import lossless
 from modelstore.errors import ModelStoreError
+from modelstore.format.answers.inventory import Compaction, Swept
 from modelstore.format.buffers import Buffer
-from modelstore.format.inventory import Compaction, Swept
-from modelstore.format.record import manifest_key, pack_key
+from modelstore.format.objects.record import manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.wrapping import T, Verb, WrappingStorage
 from modelstore.store import packs

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modelstore.format import grid
-from modelstore.format.results import Diff
+from modelstore.format.answers.results import Diff
 from tests.store.helpers import Small, weights
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 
 import modelstore.client
-from modelstore.format.record import manifest_key, pack_key
+from modelstore.format.objects.record import manifest_key, pack_key
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.keys import TEMPORARY
 from modelstore.storage.wrapping import ReadOnlyStorage, Verb, WrappingStorage

@@ -10,10 +10,10 @@ import pytest
 
 from modelstore.client import Store
 from modelstore.errors import ConflictError, FormatError
-from modelstore.format import handshake as hs
-from modelstore.format.handshake import Condemned, Intent
-from modelstore.format.manifest import FORMAT
-from modelstore.format.record import LAST, VersionRecord, pack_key
+from modelstore.format.objects import handshake as hs
+from modelstore.format.objects.handshake import Condemned, Intent
+from modelstore.format.objects.manifest import FORMAT
+from modelstore.format.objects.record import LAST, VersionRecord, pack_key
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.keys import key_problem
 from modelstore.storage.wrapping import WRITES, T, Verb, WrappingStorage

@@ -13,11 +13,11 @@ import zstandard
 
 from modelstore.client import Store
 from modelstore.errors import ModelStoreError, UnsupportedError
-from modelstore.format import handshake as hs
-from modelstore.format import record as rec
 from modelstore.format.digest import name_of
-from modelstore.format.manifest import FORMAT
-from modelstore.format.sealed import seal
+from modelstore.format.objects import handshake as hs
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.manifest import FORMAT
+from modelstore.format.objects.sealed import seal
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.collect.condemned import Condemnation

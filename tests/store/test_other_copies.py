@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from modelstore.format import record as rec
-from modelstore.format.record import StoreInfo
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.record import StoreInfo
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.stores import all_bits, copy_all, open_on, weights
 

@@ -12,7 +12,7 @@ import torch
 
 import modelstore.client
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError
-from modelstore.format.record import manifest_key, pack_key
+from modelstore.format.objects.record import manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.wrapping import WRITES, Verb, WrappingStorage
 from modelstore.store.relying import GoneError, again

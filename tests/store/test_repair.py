@@ -11,7 +11,7 @@ import torch
 
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.format.names import parse_reference
-from modelstore.format.record import manifest_key, pack_key
+from modelstore.format.objects.record import manifest_key, pack_key
 from modelstore.storage.wrapping import Verb, WrappingStorage
 from modelstore.store.manifests import Manifests
 from modelstore.store.mend.repair import repair

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelstore.errors import CorruptionError, NotFoundError
-from modelstore.format.record import pack_key
+from modelstore.format.objects.record import pack_key
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.runs import PIECE, Span, read, runs
 

@@ -13,8 +13,8 @@ import torch
 import modelstore
 from modelstore.client import Store
 from modelstore.errors import ConflictError, ModelStoreError
-from modelstore.format import handshake as hs
-from modelstore.format import record as rec
+from modelstore.format.objects import handshake as hs
+from modelstore.format.objects import record as rec
 from modelstore.storage.memory import MemoryStorage
 from modelstore.store.place import OtherStoreError
 from modelstore.testing.faults import CountingStorage

@@ -13,10 +13,10 @@ from msgspec import structs
 import modelstore
 from modelstore.client import Store
 from modelstore.errors import ConflictError, CorruptionError, FormatError, ModelStoreError, NotFoundError
-from modelstore.format import handshake as hs
-from modelstore.format import record as rec
-from modelstore.format.manifest import FORMAT
-from modelstore.format.sealed import seal
+from modelstore.format.objects import handshake as hs
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.manifest import FORMAT
+from modelstore.format.objects.sealed import seal
 from modelstore.plan.work import Limits, Work
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import modelstore as ms
 from modelstore.client import Store
 from modelstore.errors import ConflictError, NotFoundError
-from modelstore.format.record import MODELS, VariantEntry, manifest_key
+from modelstore.format.objects.record import MODELS, VariantEntry, manifest_key
 from modelstore.storage.base import Storage
 from modelstore.storage.memory import MemoryStorage
 from modelstore.storage.wrapping import Verb, WrappingStorage

@@ -12,8 +12,8 @@ import pytest
 import modelstore as ms
 from modelstore.client import Store
 from modelstore.errors import CorruptionError, ModelStoreError
-from modelstore.format.manifest import Manifest
-from modelstore.format.record import manifest_key, pack_key
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.record import manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage

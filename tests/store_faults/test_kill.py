@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from modelstore.client import Store
 from modelstore.errors import NotFoundError, StorageError
-from modelstore.format.record import PACKS
+from modelstore.format.objects.record import PACKS
 from modelstore.storage.base import Storage
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import modelstore
 from modelstore.client import Store
 from modelstore.errors import CorruptionError, StorageError
-from modelstore.format.record import manifest_key, pack_key, version_key
+from modelstore.format.objects.record import manifest_key, pack_key, version_key
 from modelstore.storage.base import Storage
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage

@@ -14,7 +14,7 @@ from modelstore.errors import CorruptionError
 if TYPE_CHECKING:
     import torch
 
-    from modelstore.format.results import Saved
+    from modelstore.format.answers.results import Saved
 
 
 class Demo:

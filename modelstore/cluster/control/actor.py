@@ -9,7 +9,7 @@ import ray
 from modelstore.cluster.control.directory import ClusterSettings, Directory, Started
 from modelstore.cluster.control.supervisor import Supervisor
 from modelstore.cluster.logs import log_as_json
-from modelstore.format.cluster_results import JobStatus
+from modelstore.format.answers.cluster_results import JobStatus
 from modelstore.plan.placement import View
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from modelstore.cluster.folders import ROOT
-from modelstore.format.cluster_results import JobStatus
+from modelstore.format.answers.cluster_results import JobStatus
 from modelstore.plan.placement import Member, View
 
 _SILENT = 15.0  # seconds without a word of its driver after which a job is taken for ended

@@ -21,7 +21,7 @@ import msgspec
 from modelstore.cluster.certificates import issue, new_authority, own_address
 from modelstore.cluster.private import find_file, read_private, run_folder, temporary_folder, write_private
 from modelstore.errors import StorageError
-from modelstore.format.decoding import prepared
+from modelstore.format.objects.decoding import prepared
 
 log = logging.getLogger("modelstore")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from modelstore.cluster.control.directory import ClusterSettings, Started
-from modelstore.format.cluster_results import JobStatus
+from modelstore.format.answers.cluster_results import JobStatus
 from modelstore.plan.placement import View
 
 

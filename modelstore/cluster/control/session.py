@@ -25,7 +25,7 @@ from modelstore.cluster.read.images import image_path
 from modelstore.cluster.read.making import Made, Unstored
 from modelstore.errors import NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
-from modelstore.format.manifest import Manifest
+from modelstore.format.objects.manifest import Manifest
 from modelstore.format.region import Region
 from modelstore.plan.placement import View
 

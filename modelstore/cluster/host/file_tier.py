@@ -21,7 +21,7 @@ from modelstore.cluster.host.lru import SegmentedLRU
 from modelstore.cluster.pieces import check_digest
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.digest import matches
-from modelstore.format.manifest import DIGEST_BYTES
+from modelstore.format.objects.manifest import DIGEST_BYTES
 
 _PARTIAL = ".part"
 _PAGE = 4096  # a file takes whole pages of shared memory, and blocks of a disk

@@ -20,7 +20,7 @@ from modelstore.errors import CorruptionError, UnsupportedError
 from modelstore.execute.read.loading import Variant
 from modelstore.execute.read.reader import whole_want
 from modelstore.format.buffers import Bytes
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.plan.work import Limits, Work
 
 _ALIGN = 64

@@ -22,7 +22,7 @@ from modelstore.errors import NotFoundError
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import digest_of
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.recipe import Recipe, recipe
 from modelstore.format.region import Region
 from modelstore.plan.placement import View, holders

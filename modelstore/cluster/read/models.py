@@ -10,7 +10,7 @@ from modelstore.cluster.pieces import StoreAddress
 from modelstore.cluster.read.reader import ClusterFetching, Holding
 from modelstore.execute.read.fetcher import Fetcher
 from modelstore.execute.read.loading import Variant
-from modelstore.format.decoding import prepared
+from modelstore.format.objects.decoding import prepared
 from modelstore.store.repo import Repo
 
 

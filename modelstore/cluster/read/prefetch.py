@@ -11,8 +11,8 @@ from modelstore.cluster.calls import HostGoneError
 from modelstore.cluster.host.protocol import Host
 from modelstore.cluster.pieces import Piece, StoreAddress, pieces, section_keys
 from modelstore.errors import StorageError
-from modelstore.format import cluster_results
-from modelstore.format.manifest import Manifest
+from modelstore.format.answers import cluster_results
+from modelstore.format.objects.manifest import Manifest
 from modelstore.format.progress import Advance
 from modelstore.plan.placement import View, holders
 

@@ -10,7 +10,7 @@ from modelstore.cluster.pieces import Piece, StoreAddress, pieces
 from modelstore.execute.read.fetcher import Fetcher
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import matches
-from modelstore.format.manifest import Manifest
+from modelstore.format.objects.manifest import Manifest
 from modelstore.plan.read import ReadJob, Want, read_job
 from modelstore.storage.base import Storage
 

@@ -26,8 +26,8 @@ from modelstore.cluster.save.pending import PART
 from modelstore.errors import ModelStoreError, StorageError
 from modelstore.execute.write.save import Outcome
 from modelstore.format.buffers import Buffer, Bytes, as_bytes, view
-from modelstore.format.note import Note
-from modelstore.format.record import VersionRecord
+from modelstore.format.objects.note import Note
+from modelstore.format.objects.record import VersionRecord
 from modelstore.plan.placement import View
 from modelstore.storage.base import Storage
 from modelstore.storage.wrapping import T, Verb, WrappingStorage

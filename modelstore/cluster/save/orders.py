@@ -6,8 +6,8 @@ import msgspec
 
 from modelstore.cluster.pieces import StoreAddress
 from modelstore.format.digest import digest_of
-from modelstore.format.note import Note
-from modelstore.format.record import VariantEntry
+from modelstore.format.objects.note import Note
+from modelstore.format.objects.record import VariantEntry
 from modelstore.plan.placement import View
 
 

@@ -14,8 +14,8 @@ from modelstore.cluster.read.models import opened, repo_of
 from modelstore.compress.job import Portion, encode
 from modelstore.compress.made import view_spec
 from modelstore.compress.plan import weight_codec
-from modelstore.format.manifest import CodecSpec, Manifest
 from modelstore.format.names import ORIGINAL
+from modelstore.format.objects.manifest import CodecSpec, Manifest
 from modelstore.plan.placement import View, holders
 from modelstore.plan.work import Limits
 

@@ -19,7 +19,7 @@ from modelstore.cluster.calls import ask_directory, ask_directory_once
 from modelstore.cluster.control.protocol import Control
 from modelstore.cluster.control.session import Session
 from modelstore.errors import CancelledError, ModelStoreError, StorageError
-from modelstore.format.cluster_results import JobStatus
+from modelstore.format.answers.cluster_results import JobStatus
 from modelstore.format.progress import Advance
 from modelstore.plan.placement import View
 

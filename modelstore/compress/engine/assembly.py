@@ -21,7 +21,7 @@ from modelstore.execute.read.reader import Reader
 from modelstore.format import grid
 from modelstore.format.buffers import Buffer
 from modelstore.format.locks import Lock
-from modelstore.format.manifest import Tensor
+from modelstore.format.objects.manifest import Tensor
 from modelstore.format.region import Region, Shape, extent, slices
 from modelstore.plan.read import ChunkRead, Want, plan_read
 

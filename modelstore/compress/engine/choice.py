@@ -17,7 +17,7 @@ from modelstore.architecture.places import Modules, Place
 from modelstore.codecs.weight import EngineView
 from modelstore.compress.engine.schemes import EXACT, FLOAT8, Offer, has_zero_points, offered, scheme_key
 from modelstore.errors import UnsupportedError
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.recipe import Kind
 
 log = logging.getLogger("modelstore")

@@ -28,7 +28,7 @@ from modelstore.execute.read.reader import Reader
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import dtype
-from modelstore.format.manifest import Tensor
+from modelstore.format.objects.manifest import Tensor
 from modelstore.format.region import Region, Shape, extent, nbytes
 from modelstore.plan.read import Want, plan_read
 

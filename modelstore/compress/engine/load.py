@@ -15,7 +15,7 @@ from modelstore.execute.memory import Arena
 from modelstore.execute.read.loading import Variant
 from modelstore.execute.read.reader import Reader
 from modelstore.format.buffers import Bytes
-from modelstore.format.manifest import Tensor
+from modelstore.format.objects.manifest import Tensor
 from modelstore.plan.layout import Share
 from modelstore.plan.read import ReadJob, Want
 from modelstore.plan.work import Work

@@ -18,7 +18,7 @@ from modelstore.architecture.places import Modules, Place
 from modelstore.codecs.integer.view import without_zero_points
 from modelstore.codecs.weight import EngineView, matrix
 from modelstore.errors import UnsupportedError
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import Shape
 
 log = logging.getLogger("modelstore")

@@ -10,9 +10,9 @@ import msgspec
 
 from modelstore.errors import ConflictError
 from modelstore.execute.write.save import store_manifest
-from modelstore.format.decoding import prepared
+from modelstore.format.answers.results import Measured
 from modelstore.format.names import Reference
-from modelstore.format.results import Measured
+from modelstore.format.objects.decoding import prepared
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 

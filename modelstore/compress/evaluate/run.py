@@ -16,10 +16,10 @@ from modelstore.compress.evaluate.streamed import Streamed
 from modelstore.compress.stages import Stages
 from modelstore.errors import UnsupportedError
 from modelstore.execute.read.loading import Variant
+from modelstore.format.answers.results import Measured
 from modelstore.format.digest import name_of
 from modelstore.format.names import ORIGINAL
 from modelstore.format.progress import Advance, Progress, meter
-from modelstore.format.results import Measured
 from modelstore.plan.work import Work
 
 __all__ = ["Choice", "Found", "evaluate", "publish"]

@@ -8,9 +8,9 @@ from functools import partial
 
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError
 from modelstore.format.digest import name_of
-from modelstore.format.manifest import form
 from modelstore.format.names import ORIGINAL
-from modelstore.format.record import PACKS, VariantEntry, VersionRecord, pack_key
+from modelstore.format.objects.manifest import form
+from modelstore.format.objects.record import PACKS, VariantEntry, VersionRecord, pack_key
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import DAMAGED, UNREADABLE

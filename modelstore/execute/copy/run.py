@@ -14,11 +14,11 @@ import msgspec
 
 from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError, StorageError
 from modelstore.execute.copy.plan import Plan, Planner, Wanted
-from modelstore.format import manifest as man
+from modelstore.format.answers.inventory import Copied, CopiedVersion
 from modelstore.format.buffers import Pieces
-from modelstore.format.inventory import Copied, CopiedVersion
 from modelstore.format.locks import Lock
-from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
+from modelstore.format.objects import manifest as man
+from modelstore.format.objects.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.plan.work import Limits, Work
 from modelstore.storage.pool import ordered
 from modelstore.store import packs

@@ -22,7 +22,8 @@ from modelstore.execute.export.target import Target
 from modelstore.execute.export.write import write
 from modelstore.execute.model_files import json_object, model_config
 from modelstore.execute.read.reader import Reader
-from modelstore.format import checkpoint, results
+from modelstore.format.answers import results
+from modelstore.format.files import checkpoint
 from modelstore.plan.layout import Share
 from modelstore.plan.work import Work
 

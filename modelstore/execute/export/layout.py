@@ -14,13 +14,13 @@ from modelstore.architecture.ties import tied
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
-from modelstore.format.checkpoint import CONFIG, PIPELINE, Weights
 from modelstore.format.digest import name_of
 from modelstore.format.dtypes import dtype
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.files.checkpoint import CONFIG, PIPELINE, Weights
+from modelstore.format.files.safetensors import METADATA, HeaderEntry, build_header
 from modelstore.format.names import STAGING, check_file
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import Region, Shape, nbytes
-from modelstore.format.safetensors import METADATA, HeaderEntry, build_header
 
 if TYPE_CHECKING:
     from modelstore.execute.read.reader import Reader
@@ -142,7 +142,7 @@ def directory(
 ) -> list[OutFile]:
     """A directory that others load: shards of at most so many bytes of tensors (or of one tensor), their index, the files.
 
-    `places`: where the weights lie (`format.checkpoint`). `packed` tensors, by name, are written in their parts; `instead`
+    `places`: where the weights lie (`format.files.checkpoint`). `packed` tensors, by name, are written in their parts; `instead`
     are files with other bytes than the model's. What loaders look for first comes last, indexes before it: those that meet an
     unfinished directory then see that it is none.
     """

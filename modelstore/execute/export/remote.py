@@ -13,10 +13,10 @@ import msgspec
 
 from modelstore.errors import ConflictError
 from modelstore.execute.export.replacing import not_replaced, not_staged_zarr, refusal, zarr_there
-from modelstore.format import zarr_names
-from modelstore.format.checkpoint import ADAPTER, CONFIG, PIPELINE, Weights
-from modelstore.format.record import FOLDERS, STORE_KEY
-from modelstore.format.results import Exported
+from modelstore.format.answers.results import Exported
+from modelstore.format.files import zarr_names
+from modelstore.format.files.checkpoint import ADAPTER, CONFIG, PIPELINE, Weights
+from modelstore.format.objects.record import FOLDERS, STORE_KEY
 from modelstore.storage.address import local_path
 from modelstore.storage.base import Storage
 from modelstore.storage.open import open_target

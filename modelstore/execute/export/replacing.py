@@ -12,7 +12,7 @@ from pathlib import Path
 
 from modelstore import paths
 from modelstore.errors import ConflictError
-from modelstore.format import zarr_names
+from modelstore.format.files import zarr_names
 from modelstore.store.place import store_at
 
 LOCK = "lock"  # in the hidden folder of files that are not whole; it tells that the folder is an export's

@@ -11,7 +11,7 @@ import numpy as np
 from modelstore.execute.export.layout import Form, Packing, blocks
 from modelstore.execute.read.reader import Reader
 from modelstore.format.buffers import Bytes
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import Region, Shape, extent, intersect, is_contiguous, offset, shift
 from modelstore.plan.layout import Share, whole
 

@@ -26,10 +26,10 @@ from modelstore.execute.export.replacing import (
     zarr_in_the_way,
     zarr_there,
 )
-from modelstore.format.checkpoint import Weights
-from modelstore.format.decoding import prepared
 from modelstore.format.digest import name_of, name_of_pieces
+from modelstore.format.files.checkpoint import Weights
 from modelstore.format.names import STAGING
+from modelstore.format.objects.decoding import prepared
 
 _RECORD_EVERY = 0.25  # seconds; many small files share a record
 _MAX_STATE = 64 << 20

@@ -19,7 +19,7 @@ from modelstore.execute.export.layout import OutFile, PlacedTensor, block_limit
 from modelstore.execute.read.reader import Reader
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, as_bytes, view
-from modelstore.format.manifest import Tensor
+from modelstore.format.objects.manifest import Tensor
 from modelstore.format.region import Region, Shape, full, offset, size
 from modelstore.plan.work import Limits
 from modelstore.storage.pool import ordered

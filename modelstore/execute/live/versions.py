@@ -10,7 +10,7 @@ from modelstore.execute.live.pages import Image, Overlay
 from modelstore.execute.read.loading import Variant
 from modelstore.format.boxes import copy, paste
 from modelstore.format.buffers import Bytes
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import Region, extent, slices
 from modelstore.plan.read import Want
 from modelstore.plan.update import Slot, Update, boxes, plan_update, touching

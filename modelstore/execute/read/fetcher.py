@@ -14,8 +14,8 @@ from modelstore.errors import CorruptionError, NotFoundError, StorageError
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.digest import matches
 from modelstore.format.locks import Lock
-from modelstore.format.manifest import Manifest
-from modelstore.format.record import pack_key
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.record import pack_key
 from modelstore.plan.read import Range, ReadJob, Want
 from modelstore.storage.base import Storage
 from modelstore.store.compact.moved import moved

@@ -16,7 +16,7 @@ from modelstore.execute.read.reader import Reader
 from modelstore.execute.write.save import LONGEST_CHAIN
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import from_index, nbytes
 from modelstore.format.suggest import suggestion
 from modelstore.plan.layout import Layout, Share, whole

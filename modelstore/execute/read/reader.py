@@ -15,7 +15,7 @@ from modelstore.execute.read.fetcher import ChunkSource
 from modelstore.execute.read.scheduler import schedule
 from modelstore.format import boxes
 from modelstore.format.buffers import Buffer, Bytes
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import Region, extent, full, rows, size
 from modelstore.plan.read import ChunkRead, ReadJob, Want, plan_read, read_job
 from modelstore.plan.work import Work

@@ -13,8 +13,8 @@ import torch
 from modelstore import paths
 from modelstore.errors import CorruptionError, NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
-from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.record import pack_key
+from modelstore.format.objects.manifest import Manifest, Tensor
+from modelstore.format.objects.record import pack_key
 from modelstore.format.region import slices
 from modelstore.plan.layout import Share
 from modelstore.storage.base import Storage

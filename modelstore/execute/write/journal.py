@@ -19,11 +19,11 @@ from modelstore.execute.write.packs import Placed, Tally, Viewed, Written
 from modelstore.format import grid
 from modelstore.format.digest import name_of
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.manifest import FORMAT, Digest
-from modelstore.format.manifest_builder import Location
+from modelstore.format.objects.manifest import FORMAT, Digest
+from modelstore.format.objects.manifest_builder import Location
+from modelstore.format.objects.record import JOBS, pack_key
+from modelstore.format.objects.sealed import seal, unseal
 from modelstore.format.progress import Advance
-from modelstore.format.record import JOBS, pack_key
-from modelstore.format.sealed import seal, unseal
 from modelstore.storage.base import Storage
 from modelstore.store.shelf import Shelf
 

@@ -26,12 +26,12 @@ from modelstore.format import boxes, grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import name_of_pieces
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.manifest import CodecSpec, Manifest, Tensor
-from modelstore.format.manifest_builder import Location, ManifestBuilder
-from modelstore.format.note import Note
-from modelstore.format.record import VersionRecord, pack_key
+from modelstore.format.objects.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.objects.manifest_builder import Location, ManifestBuilder
+from modelstore.format.objects.note import Note
+from modelstore.format.objects.record import VersionRecord, pack_key
+from modelstore.format.objects.sealed import seal
 from modelstore.format.region import Region, Shape, extent, full, intersect, shift, size
-from modelstore.format.sealed import seal
 from modelstore.plan.parts import RankSlice, cells, common_chunk, piece_problem
 from modelstore.plan.work import Work
 from modelstore.plan.write import TensorPlan, plan_tensor

@@ -18,8 +18,8 @@ from modelstore.execute.write.encoding import Encoded, Input, encode_step
 from modelstore.format import grid
 from modelstore.format.buffers import Buffer, as_bytes, view
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.manifest import Manifest, Tensor
-from modelstore.format.manifest_builder import Location
+from modelstore.format.objects.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest_builder import Location
 from modelstore.plan.work import Work
 from modelstore.plan.write import plan_steps
 from modelstore.storage.base import Storage

@@ -19,11 +19,11 @@ from modelstore.execute.write.encoding import Input
 from modelstore.execute.write.journal import Journal, job_id
 from modelstore.execute.write.packs import PackWriter, Placed, Tally, Written, known_chunks
 from modelstore.execute.write.save import Against, manifest_of, plan_inputs
-from modelstore.format.manifest import FORMAT, MAX_MANIFEST, CodecSpec, Count, Manifest, first_problem
-from modelstore.format.manifest_builder import Location
-from modelstore.format.record import JOBS, ascending, descending, pack_key
+from modelstore.format.objects.manifest import FORMAT, MAX_MANIFEST, CodecSpec, Count, Manifest, first_problem
+from modelstore.format.objects.manifest_builder import Location
+from modelstore.format.objects.record import JOBS, ascending, descending, pack_key
+from modelstore.format.objects.sealed import seal, unseal
 from modelstore.format.region import Shape, check, extent
-from modelstore.format.sealed import seal, unseal
 from modelstore.plan.parts import shared_chunk
 from modelstore.plan.work import Work
 from modelstore.plan.write import TensorPlan, plan_tensor

@@ -23,12 +23,14 @@ from modelstore.execute.write.journal import Journal, resume
 from modelstore.execute.write.packs import PackWriter, Tally, Written, known_chunks, require_bases
 from modelstore.execute.write.remarks import remarks
 from modelstore.execute.write.whole import WholeWriter
-from modelstore.format.architecture import Architecture
+from modelstore.format.answers.results import LeftOut
 from modelstore.format.buffers import Buffer, Bytes
-from modelstore.format.checkpoint import CONFIG
 from modelstore.format.digest import name_of
 from modelstore.format.dtypes import DType
-from modelstore.format.manifest import (
+from modelstore.format.files.checkpoint import CONFIG
+from modelstore.format.names import ORIGINAL, check_file, check_tensor
+from modelstore.format.objects.architecture import Architecture
+from modelstore.format.objects.manifest import (
     MAX_DIMENSIONS,
     Base,
     CodecSpec,
@@ -36,12 +38,10 @@ from modelstore.format.manifest import (
     Tensor,
     first_problem,
 )
-from modelstore.format.manifest_builder import ManifestBuilder
-from modelstore.format.names import ORIGINAL, check_file, check_tensor
-from modelstore.format.note import Note
-from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
+from modelstore.format.objects.manifest_builder import ManifestBuilder
+from modelstore.format.objects.note import Note
+from modelstore.format.objects.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.region import Region, extent
-from modelstore.format.results import LeftOut
 from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.work import Work
 from modelstore.plan.write import FILE_CODEC, plan_tensor

@@ -7,8 +7,8 @@ import time
 import msgspec
 
 from modelstore.execute.write.journal import job_id
-from modelstore.format.record import JOBS
-from modelstore.format.sealed import seal, unseal
+from modelstore.format.objects.record import JOBS
+from modelstore.format.objects.sealed import seal, unseal
 from modelstore.storage.base import SMALL, Storage
 
 _EARLIER = {b"go": True, b"stop": False}  # what earlier releases wrote

@@ -19,7 +19,7 @@ from modelstore.execute.write.packs import Placed, Tally, Written
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes, Pieces, view
 from modelstore.format.digest import digest_of, name_of_pieces
-from modelstore.format.manifest_builder import Location
+from modelstore.format.objects.manifest_builder import Location
 from modelstore.format.progress import Advance
 from modelstore.storage.base import Storage
 from modelstore.store.packs import Pack, PackBuilder, TensorNote

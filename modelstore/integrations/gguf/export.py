@@ -20,9 +20,9 @@ from modelstore.execute.export.target import Target
 from modelstore.execute.export.write import write
 from modelstore.execute.model_files import model_config
 from modelstore.execute.read.reader import Reader
-from modelstore.format import results
+from modelstore.format.answers import results
 from modelstore.format.buffers import Bytes
-from modelstore.format.gguf import parse_header
+from modelstore.format.files.gguf import parse_header
 from modelstore.format.region import Region, extent
 from modelstore.integrations.gguf.model import GgufModel, Named, gguf_model, rows_in_order, type_of
 from modelstore.integrations.gguf.quants import TYPES, quantize, row_bytes

@@ -15,7 +15,7 @@ from modelstore.architecture.config import Config
 from modelstore.architecture.quantized import method
 from modelstore.codecs.numeric.numbers import Floats
 from modelstore.errors import UnsupportedError
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.integrations.gguf.quants import BLOCK
 from modelstore.integrations.gguf.settings import Settings, Value, settings
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from modelstore.errors import FormatError
 from modelstore.format.dtypes import DTYPES, DType
+from modelstore.format.files.safetensors import MAX_BYTES, MAX_DIMENSIONS
 from modelstore.format.region import Shape
-from modelstore.format.safetensors import MAX_BYTES, MAX_DIMENSIONS
 from modelstore.sources.pickles.unpickle import ClassStub, Stand, ordered_dict, reconstructed, record
 
 _STORAGES = {

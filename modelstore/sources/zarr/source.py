@@ -19,10 +19,10 @@ from modelstore.errors import FormatError, ModelStoreError, NotFoundError, Unsup
 from modelstore.format import region as regions
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
+from modelstore.format.files.safetensors import MAX_BYTES
+from modelstore.format.files.zarr_names import DOCUMENT, ChunkNames, chunk_names
 from modelstore.format.names import check_file, check_tensor
 from modelstore.format.region import Region
-from modelstore.format.safetensors import MAX_BYTES
-from modelstore.format.zarr_names import DOCUMENT, ChunkNames, chunk_names
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.filed import check_expansion, fingerprint

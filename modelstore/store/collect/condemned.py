@@ -24,13 +24,13 @@ from types import TracebackType
 import msgspec
 
 from modelstore.errors import ConflictError, FormatError, ModelStoreError, NotFoundError
-from modelstore.format import handshake as hs
-from modelstore.format import record as rec
-from modelstore.format.handshake import Claim, Condemned, Intent
-from modelstore.format.manifest import FORMAT
 from modelstore.format.names import ORIGINAL
-from modelstore.format.record import LAST, VersionRecord
-from modelstore.format.sealed import seal
+from modelstore.format.objects import handshake as hs
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.handshake import Claim, Condemned, Intent
+from modelstore.format.objects.manifest import FORMAT
+from modelstore.format.objects.record import LAST, VersionRecord
+from modelstore.format.objects.sealed import seal
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.store.damage import DAMAGED
 

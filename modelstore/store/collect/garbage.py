@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from modelstore.errors import ConflictError, ModelStoreError, NotFoundError
-from modelstore.format import record as rec
-from modelstore.format.inventory import Swept, SweptObject
+from modelstore.format.answers.inventory import Swept, SweptObject
 from modelstore.format.names import check_model
+from modelstore.format.objects import record as rec
 from modelstore.format.progress import Advance
 from modelstore.storage.base import ObjectInfo, Storage
 from modelstore.storage.pool import REQUESTS, ordered

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, NotFoundError
-from modelstore.format import record as rec
-from modelstore.format.manifest import Manifest
-from modelstore.format.results import Problem
+from modelstore.format.answers.results import Problem
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.manifest import Manifest
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.damage import DAMAGED, listed

@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 
 from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError
-from modelstore.format.inventory import Compaction, Swept
-from modelstore.format.manifest import DIGEST_BYTES, Base, Manifest, first_problem, form
-from modelstore.format.record import PACKS, VariantEntry, pack_key
+from modelstore.format.answers.inventory import Compaction, Swept
+from modelstore.format.objects.manifest import DIGEST_BYTES, Base, Manifest, first_problem, form
+from modelstore.format.objects.record import PACKS, VariantEntry, pack_key
 from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import REQUESTS, ordered

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from modelstore.errors import CorruptionError, FormatError, NotFoundError
-from modelstore.format.manifest import Manifest
+from modelstore.format.objects.manifest import Manifest
 from modelstore.storage.base import Storage
 from modelstore.store.lookup import Lookup
 from modelstore.store.manifests import Manifests

@@ -10,12 +10,12 @@ import msgspec
 import numpy as np
 
 from modelstore.errors import NotFoundError
-from modelstore.format import manifest as man
 from modelstore.format.buffers import Pieces
 from modelstore.format.digest import name_of_pieces
-from modelstore.format.manifest import Manifest
-from modelstore.format.record import VariantEntry, manifest_key, pack_key
-from modelstore.format.safetensors import build_header
+from modelstore.format.files.safetensors import build_header
+from modelstore.format.objects import manifest as man
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.record import VariantEntry, manifest_key, pack_key
 from modelstore.storage.base import Storage
 from modelstore.store import packs
 from modelstore.store.mend.heal import pieces

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from modelstore.errors import CorruptionError, NotFoundError
 from modelstore.format.buffers import Buffer, Bytes, Pieces
-from modelstore.format.decoding import prepared
 from modelstore.format.digest import digest_of, name_of_pieces
-from modelstore.format.manifest import DIGEST_BYTES, FORMAT
-from modelstore.format.record import pack_key
-from modelstore.format.safetensors import HeaderEntry
+from modelstore.format.files.safetensors import HeaderEntry
+from modelstore.format.objects.decoding import prepared
+from modelstore.format.objects.manifest import DIGEST_BYTES, FORMAT
+from modelstore.format.objects.record import pack_key
 from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
 from modelstore.store import packs

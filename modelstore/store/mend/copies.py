@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from modelstore.errors import ModelStoreError
-from modelstore.format import record as rec
-from modelstore.format.record import StoreInfo, TagRecord
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.record import StoreInfo, TagRecord
 from modelstore.storage.base import SMALL, Storage
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from blake3 import blake3
 from modelstore.errors import CorruptionError, NotFoundError
 from modelstore.format.buffers import Pieces, view
 from modelstore.format.digest import name_of_pieces
-from modelstore.format.record import pack_key
+from modelstore.format.objects.record import pack_key
 from modelstore.storage.base import Storage
 
 _PIECE = 8 << 20

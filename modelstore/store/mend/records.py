@@ -17,13 +17,13 @@ from itertools import groupby
 import msgspec
 
 from modelstore.errors import FormatError, ModelStoreError, NotFoundError, StorageError, UnsupportedError
-from modelstore.format import handshake as hs
-from modelstore.format import record as rec
-from modelstore.format.manifest import FORMAT
+from modelstore.format.answers.results import Problem
 from modelstore.format.names import check_word
-from modelstore.format.record import StoreInfo, TagRecord, VersionRecord
-from modelstore.format.results import Problem
-from modelstore.format.sealed import intact, seal
+from modelstore.format.objects import handshake as hs
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.manifest import FORMAT
+from modelstore.format.objects.record import StoreInfo, TagRecord, VersionRecord
+from modelstore.format.objects.sealed import intact, seal
 from modelstore.storage.base import LARGEST, SMALL, Storage
 from modelstore.storage.failures import TransientStorageError
 from modelstore.storage.pool import REQUESTS, ordered

@@ -15,9 +15,9 @@ import numpy as np
 from modelstore.errors import CorruptionError, NotFoundError
 from modelstore.format.buffers import Pieces, view
 from modelstore.format.digest import matches, name_of_pieces
-from modelstore.format.manifest import Manifest
-from modelstore.format.manifest_builder import Location
-from modelstore.format.record import pack_key
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.manifest_builder import Location
+from modelstore.format.objects.record import pack_key
 from modelstore.storage.base import Storage
 from modelstore.store.packs import FILE, PackBuilder, TensorNote
 from modelstore.store.runs import Span, read, runs

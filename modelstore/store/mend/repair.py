@@ -21,15 +21,15 @@ from modelstore.errors import (
     StorageError,
     UnsupportedError,
 )
-from modelstore.format import manifest as man
-from modelstore.format import record as rec
+from modelstore.format.answers.results import Problem, Report
 from modelstore.format.buffers import view
-from modelstore.format.manifest import Manifest
-from modelstore.format.manifest_builder import Location
 from modelstore.format.names import ORIGINAL, Reference
+from modelstore.format.objects import manifest as man
+from modelstore.format.objects import record as rec
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.objects.manifest_builder import Location
+from modelstore.format.objects.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.progress import Advance
-from modelstore.format.record import VariantEntry, VersionRecord, manifest_key, pack_key
-from modelstore.format.results import Problem, Report
 from modelstore.storage.base import Storage
 from modelstore.storage.pool import ordered
 from modelstore.store import packs, relying

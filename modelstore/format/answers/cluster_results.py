@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from modelstore.format.brief import Result
+from modelstore.format.answers.brief import Result
 
 
 class Prefetched(Result, frozen=True):

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from modelstore.errors import UnsupportedError
-from modelstore.format.decoding import prepared
+from modelstore.format.objects.decoding import prepared
 
 
 class _Told(msgspec.Struct):

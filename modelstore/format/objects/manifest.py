@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from modelstore.errors import FormatError
 from modelstore.format import grid
-from modelstore.format.architecture import Architecture
-from modelstore.format.decoding import prepared
 from modelstore.format.digest import name_of, name_of_pieces
 from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.names import check_file, check_model, check_tensors
-from modelstore.format.newer import check_format
+from modelstore.format.objects.architecture import Architecture
+from modelstore.format.objects.decoding import prepared
+from modelstore.format.objects.newer import check_format
 from modelstore.format.region import Shape
 
 FORMAT = 1

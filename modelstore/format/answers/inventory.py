@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from modelstore.format.brief import Result
-from modelstore.format.results import Problem
+from modelstore.format.answers.brief import Result
+from modelstore.format.answers.results import Problem
 
 
 class CopiedVersion(Result, frozen=True):

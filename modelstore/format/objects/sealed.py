@@ -13,10 +13,10 @@ from typing import TypeVar
 import msgspec
 
 from modelstore.errors import FormatError
-from modelstore.format.decoding import prepared
 from modelstore.format.digest import name_of
-from modelstore.format.manifest import FORMAT
-from modelstore.format.newer import check_format
+from modelstore.format.objects.decoding import prepared
+from modelstore.format.objects.manifest import FORMAT
+from modelstore.format.objects.newer import check_format
 
 T = TypeVar("T", bound=msgspec.Struct)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from modelstore.format.brief import Result
-from modelstore.format.looks import Looks
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.answers.brief import Result
+from modelstore.format.answers.looks import Looks
+from modelstore.format.objects.manifest import CodecSpec
 
 
 class LeftOut(Result, frozen=True):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from modelstore.format.brief import Result
-from modelstore.format.manifest import CodecSpec
+from modelstore.format.answers.brief import Result
+from modelstore.format.objects.manifest import CodecSpec
 
 
 class Sensitivity(Result, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modelstore.format.manifest import FORMAT, CodecSpec, Manifest, Plane, Tensor, chunk_table
+from modelstore.format.objects.manifest import FORMAT, CodecSpec, Manifest, Plane, Tensor, chunk_table
 from modelstore.format.region import Shape
 
 Location = tuple[str, int, int]  # pack digest, offset, length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from modelstore.format.brief import Result
+from modelstore.format.answers.brief import Result
 
 
 class Mixed(Result, frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelstore.format.brief import Result
+from modelstore.format.answers.brief import Result
 
 
 class LogEntry(Result, frozen=True):

@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import msgspec
 
-from modelstore.format.manifest import Count
 from modelstore.format.names import is_model
-from modelstore.format.record import VariantEntry, VersionRecord
-from modelstore.format.sealed import seal, unseal
+from modelstore.format.objects.manifest import Count
+from modelstore.format.objects.record import VariantEntry, VersionRecord
+from modelstore.format.objects.sealed import seal, unseal
 
 INTENTS = "intents/"
 CONDEMNED = "condemned/"

@@ -12,10 +12,10 @@ from typing import TypeVar
 import msgspec
 
 from modelstore.errors import FormatError
-from modelstore.format.manifest import Count, Digest
 from modelstore.format.names import ORIGINAL, check_model, check_word, is_model
-from modelstore.format.note import Note
-from modelstore.format.sealed import unseal
+from modelstore.format.objects.manifest import Count, Digest
+from modelstore.format.objects.note import Note
+from modelstore.format.objects.sealed import unseal
 
 _LAST = 99_999_999
 LAST = _LAST - 1  # the highest number of a version, or of a record

@@ -1,0 +1,1 @@
+"""What calls answer: plain data, the same for Python, `--json` and tables."""

@@ -1,0 +1,1 @@
+"""Files of other programs: their headers, their names, and where a folder keeps its weights."""
