@@ -60,7 +60,7 @@ def checkpoint(
     if not path.parent.is_dir():
         raise usage(f"there is no folder {path.parent}")
     check_no_store(path.parent, [path.name])
-    taken = ConflictError(f"{path} exists: give another place, or overwrite it (--overwrite)", object=str(path))
+    taken = ConflictError(f"{path} exists: give another place, or replace it by overwrite=True", object=str(path))
     if not overwrite and os.path.lexists(path):
         raise taken  # before anything is read
     opened = open_store(store, memory=memory, mirrors=mirror, cluster=cluster)

@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from modelstore.cli import output
+from modelstore.cli import output, wording
 from modelstore.cli.interrupts import INTERRUPTED, end_at_once
 from modelstore.errors import ModelStoreError
 from modelstore.paths import explained
@@ -62,6 +62,10 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         given = [*getattr(ctx, "_protected_args", ()), *ctx.args]  # the command first
+        with wording.of_command(self, given):
+            return self._run(ctx, given)
+
+    def _run(self, ctx: Any, given: list[str]) -> Any:
         as_json, debug = "--json" in given, "--debug" in given
         stopped = Stopped(lambda: _tell_stopped(given, as_json))
         try:
@@ -84,7 +88,7 @@ class Commands(TyperGroup):
 
     @staticmethod
     def _usage(error: Any, *, as_json: bool) -> int:
-        error.message = str(error.message).replace("Value error, ", "", 1)  # how Typer begins what it says of choices
+        error.message = wording.of_value(str(error.message))
         if as_json:
             _say(error.format_message(), kind="usage", as_json=True)
         else:
@@ -209,6 +213,7 @@ def explain(error: Exception, *, as_json: bool) -> int:
 
 
 def _say(message: str, *, kind: str, as_json: bool, **places: Any) -> None:
+    message = wording.as_typed(message)
     if as_json:
         output.failure(json_line({"error": places | {"kind": kind, "message": message}}))
     else:

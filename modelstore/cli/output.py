@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from modelstore.cli import wording
 from modelstore.text import cells, json_line, shortened, shown
 
 Report = Callable[[int, int, str], None]
@@ -78,7 +79,7 @@ def shown_lines(lines: Iterable[str]) -> Iterator[str]:
 def remark(text: str, *, quiet: bool = False) -> None:
     """Say something that is no result, unless asked to be quiet."""
     if not quiet:
-        print(shown(text), file=sys.stderr, flush=True)
+        print(shown(wording.as_typed(text)), file=sys.stderr, flush=True)
 
 
 def failure(text: str) -> None:

@@ -48,7 +48,7 @@ class Checkpoints(OpenedStore):
         if CHECKPOINT not in record.variants:
             raise NotFoundError(
                 f"{parsed.name}@{record.version} holds the weights alone: what was beside them is kept by "
-                'include="all" (--include all) of a save',
+                'include="all" of a save',
                 model=parsed.name,
             )
         model = self._access.opened(parsed.name, record.variants[CHECKPOINT])

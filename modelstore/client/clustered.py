@@ -27,7 +27,7 @@ def in_cluster(access: Access) -> tuple[Session, StoreAddress]:
     """The connection to the cluster, and how its hosts open the store; `ValueError` without a cluster."""
     session = access.session
     if session is None:
-        raise ValueError('this store was opened without a cluster: open it with cluster="auto", "local" or an address')
+        raise ValueError('this store was opened without a cluster: open it with cluster="auto" or the address of one')
     assert access.source is not None
     return session, access.source
 

@@ -46,7 +46,7 @@ def export(
     limit = parse_size(max_shard_bytes)
     check_export(format, os.fspath(path), gguf_type, dequantize, limit, activations)
     if format != "safetensors" and (names is not None or shard is not None):
-        raise ValueError(f'names and shard are for format="safetensors": {format!r} is of whole models')
+        raise ValueError(f'names= and shard= are for format="safetensors": {format!r} is of whole models')
     opened = model.opened()
     shares = None
     if names is not None or shard is not None:
@@ -159,12 +159,12 @@ def check_export(
     if format != "gguf" and gguf_type is not None:
         raise ValueError(f"gguf_type={gguf_type!r} is for format='gguf', and this is {format!r}: leave it out")
     if format != "hf" and dequantize:
-        raise ValueError(f"dequantize is for format='hf', and {format!r} is always dense: leave it out")
+        raise ValueError(f"dequantize=True is for format='hf', and {format!r} is always dense: leave it out")
     if format != "hf" and max_shard_bytes != MAX_SHARD:
-        raise ValueError(f"a largest shard is for format='hf', and this is {format!r}: leave it out")
+        raise ValueError(f"max_shard_bytes= is for format='hf', and this is {format!r}: leave it out")
     ending = next((one for one in ("safetensors", "gguf", "zarr") if path.rstrip("/").endswith(f".{one}")), None)
     if format == "hf" and ending is not None:
         raise ValueError(
-            f"{path!r} is the name of a {ending} export, and format='hf' writes a folder of that name: add format={ending!r} "
-            f"(--format {ending}), or name another folder"
+            f"{path!r} is the name of a {ending} export, and format='hf' writes a folder of that name: add format={ending!r}, "
+            "or name another folder"
         )

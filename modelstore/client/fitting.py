@@ -19,7 +19,7 @@ from modelstore.format.names import ORIGINAL
 from modelstore.format.objects.sensitivity import Sensitivity
 from modelstore.format.progress import Progress, meter
 from modelstore.format.recipe import Method, Recipe, Rule, check
-from modelstore.format.units import Size, parse_size
+from modelstore.format.units import Size, bytes_told, parse_size
 
 if TYPE_CHECKING:
     from modelstore.calibrate.text import Samples
@@ -220,7 +220,9 @@ def fit(
     bytes, before = ready.within(budget), ready.mixture()
     if bytes >= before.largest:
         as_what = "as it is stored, exact" if before.memory is None else "in an engine's memory, exact, with its cache"
-        raise ValueError(f"fit={bytes} leaves nothing to compress: {model.asked} has {before.largest} bytes {as_what}")
+        raise ValueError(
+            f"fit: {bytes_told(bytes)} leave nothing to compress: {model.asked} has {bytes_told(before.largest)} {as_what}"
+        )
     if bytes < before.smallest:
         before.best(bytes)  # says what is possible
     why = ready.why(bytes)

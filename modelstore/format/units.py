@@ -47,6 +47,14 @@ def parse_size(size: Size) -> int:
     return found
 
 
+def bytes_told(count: int) -> str:
+    """A number of bytes that a message gives, exact and as people say it: '1,557,399 bytes (1.56 MB)'; never less than it is."""
+    unit, factor = next(((unit, 1000**n) for n, unit in ((3, "GB"), (2, "MB"), (1, "kB")) if count >= 1000**n), ("", 1))
+    if not unit:
+        return f"{count} byte{'' if count == 1 else 's'}"
+    return f"{count:,} bytes ({math.ceil(100 * count / factor) / 100:g} {unit})"
+
+
 def parse_duration(duration: Duration) -> float:
     """Seconds of a time such as '90s', '12h', '7d' or 3600; `ValueError` saying what is accepted, `TypeError` for no time."""
     if isinstance(duration, bool) or not isinstance(duration, int | float | str):
@@ -61,4 +69,9 @@ def parse_duration(duration: Duration) -> float:
         raise ValueError(
             f"{duration[:_LONGEST]!r} is not a time: write a number and a unit of s, m, h, d or w, such as 12h or 7d"
         )
-    return float(match[1]) * unit if "." in match[1] else int(match[1]) * unit
+    found = float(match[1]) * unit if "." in match[1] else int(match[1]) * unit
+    if found and not match[2]:  # minutes and days are as likely as seconds
+        raise ValueError(
+            f"{duration.strip()!r} is a time without a unit: write {match[1]}s, {match[1]}m, {match[1]}h or {match[1]}d"
+        )
+    return found

@@ -21,6 +21,7 @@ from modelstore.format.objects.architecture import general
 from modelstore.format.objects.manifest import CodecSpec, Manifest
 from modelstore.format.recipe import KINDS, Method, Recipe, Rule
 from modelstore.format.region import Shape
+from modelstore.format.units import bytes_told
 from modelstore.search.allocate import Option, allocate, smallest
 from modelstore.search.engines import refuses, runnable
 
@@ -92,10 +93,10 @@ class Mixture:
             expected = f", and is expected to diverge by {cost:.3g} nats a token" if self.measured else ""
             beside, less = "", ""
             if self.memory is not None:
-                beside = f" and {self.memory.total} in KV cache, activations and logits"
+                beside = f" and {bytes_told(self.memory.total)} in KV cache, activations and logits"
                 less = "give a shorter context= or a smaller batch=, "
             raise UnsupportedError(
-                f"{budget} bytes are too few: the smallest mix has {least} ({least / 2**20:.2f} MiB), {self.kept} of them in "
+                f"{bytes_told(budget)} are too few: the smallest mix has {bytes_told(least)}, {bytes_told(self.kept)} of them in "
                 f"what is kept{beside}{expected}: give that much, {less}let more be compressed (include=['embedding']), or name "
                 f"formats of fewer bits"
             )

@@ -179,7 +179,7 @@ def _several(where: str, path: tuple[str, ...], first: list[str], others: list[s
     full = [".".join([*path, key]) if key != TOP else ".".join(path) or TOP for key in [*first, *others]]
     return FormatError(
         f"{_at(where, path)} holds several state dicts ({', '.join(full[:8])}): say which is the model, such as "
-        f"key={full[0]!r} (--key {full[0]})",
+        f"key={full[0]!r}",
         object=where,
     )
 
@@ -189,7 +189,7 @@ def _advice(saved: Any, looking: _Looking) -> str:
     entries = saved.items() if isinstance(saved, dict) else ()
     fit = [key for key, value in entries if isinstance(key, str) and looking.holds(value)]
     if fit:
-        return f"name by key= (--key) one of {', '.join(repr(shown(key)) for key in fit[:8])}"
+        return f"name by key= one of {', '.join(repr(shown(key)) for key in fit[:8])}"
     names = ", ".join(repr(shown(key)) for key, _ in [*entries][:8])
     return f"none of its entries ({names or 'nothing'}) is one: save a dict from names to tensors"
 

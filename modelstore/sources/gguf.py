@@ -153,7 +153,7 @@ def _check(header: Header) -> None:
         except NotImplementedError:
             raise UnsupportedError(
                 f"tensor {tensor.name!r} has type {tensor.type}, which is not dequantized here: save it with "
-                'gguf="blocks" (--gguf blocks)',
+                'gguf="blocks"',
                 tensor=tensor.name,
             ) from None
 

@@ -41,7 +41,7 @@ def test_nothing_is_replaced_unasked(run: Command, trained: Path) -> None:
     out = trained / "again.pt"
     out.write_text("mine")
     said = run("checkpoint", "run", "-o", out, code=1).stderr
-    assert said == f"modelstore: {out} exists: give another place, or overwrite it (--overwrite)\n"
+    assert said == f"modelstore: {out} exists: give another place, or replace it by --overwrite\n"
     assert out.read_text() == "mine"
     run("checkpoint", "run", "-o", out, "--overwrite")
     assert torch.load(out, weights_only=False)["epoch"] == 1

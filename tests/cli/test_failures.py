@@ -178,11 +178,11 @@ def test_what_was_removed_is_not_suggested(saved: Command) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("x", "--gguf-type", "Q4_0"), "gguf_type='Q4_0' is for format='gguf'"),
-        (("x.zarr", "--format", "zarr", "--dequantize"), "dequantize is for format='hf'"),
-        (("x.safetensors", "--format", "safetensors", "--max-shard", "1GB"), "a largest shard is for format='hf'"),
-        (("x.safetensors",), "add format='safetensors' (--format safetensors)"),
-        (("x.gguf",), "add format='gguf'"),
+        (("x", "--gguf-type", "Q4_0"), "--gguf-type Q4_0 is for --format gguf"),
+        (("x.zarr", "--format", "zarr", "--dequantize"), "--dequantize is for --format hf"),
+        (("x.safetensors", "--format", "safetensors", "--max-shard", "1GB"), "--max-shard is for --format hf"),
+        (("x.safetensors",), "add --format safetensors"),
+        (("x.gguf",), "add --format gguf"),
     ],
 )
 def test_nothing_of_an_export_is_passed_over(saved: Command, tmp_path: Path, args: tuple[str, ...], says: str) -> None:

@@ -38,7 +38,6 @@ def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
         ("90s", 90),
         ("12h", 43_200),
         ("7d", 604_800),
-        ("60", 60),
         ("0", 0),
         ("1.5m", 90),
         ("0.5s", 0.5),
@@ -51,7 +50,7 @@ def test_durations_are_read(text: str, expected: int) -> None:
     assert parse_duration(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "d", "-1d", "1y", "soon", "9" * 400, "1e3s", "１h"])
+@pytest.mark.parametrize("text", ["", "d", "-1d", "1y", "soon", "9" * 400, "1e3s", "１h", "60"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="time"):
         parse_duration(text)

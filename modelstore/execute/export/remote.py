@@ -90,7 +90,7 @@ class _Remote:
             there = next((item.key for item in self.storage.list("", limit=1)), None)
         if there is not None and not self.overwrite:
             raise ConflictError(
-                f"{self.storage.url} has {there!r} already; give another place, or overwrite it (--overwrite)",
+                f"{self.storage.url} has {there!r} already; give another place, or replace it by overwrite=True",
                 object=there,
             )
         if self.storage.info(STORE_KEY) is not None:

@@ -132,7 +132,9 @@ def check_group(path: Path, *, overwrite: bool) -> None:
         raise ConflictError(f"{path} is a file: give a folder to write", object=str(path))
     top = [entry.name for entry in paths.entries(path)]
     if top and not overwrite:
-        raise ConflictError(f"{path} is not empty: give another place, or overwrite it (--overwrite)", object=str(path))
+        raise ConflictError(
+            f"{path} is not empty: give another place, or replace it by overwrite=True", object=str(path)
+        )
     if top and zarr_names.DOCUMENT not in top:
         raise ConflictError(f"{path} is not a Zarr group: only one is overwritten; remove it", object=str(path))
     if strange := zarr_names.foreign(below(path)):

@@ -252,7 +252,7 @@ class Target:
         there = next((name for name in names if name not in self._placed), None)
         if there is not None and not self._overwrite:
             found = f"{self.path} is there already" if self._single else f"{self.path} is not empty: it has {there!r}"
-            raise ConflictError(f"{found}; give another place, or overwrite it (--overwrite)", object=str(self.path))
+            raise ConflictError(f"{found}; give another place, or replace it by overwrite=True", object=str(self.path))
         if not self._single and (mark := zarr_in_the_way(names, mine)):
             raise zarr_there(str(self.path), mark)
         single = self.path.name if self._single else None

@@ -31,7 +31,7 @@ def prove_exclusive_create(storage: Storage) -> None:
             raise UnsupportedError(
                 f"{storage.url} cannot be written to: the server, or a proxy before it, ignores 'If-None-Match: *', so that "
                 "two writers could overwrite each other; reach it without that proxy, use a server that honours conditional "
-                "writes, or open it with read_only=True",
+                "writes, or only read it (read_only=True)",
                 object=key,
             )
     finally:

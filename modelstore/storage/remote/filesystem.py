@@ -28,8 +28,8 @@ def require_exclusive_create(filesystem: Any, protocol: str) -> None:
     if not any((kind.__module__, kind.__name__) in _EXCLUSIVE for kind in made.__mro__):
         raise UnsupportedError(
             f"{protocol}:// cannot hold a store: {made.__name__} is not known to create a file exclusively,"
-            " so that two writers could overwrite each other: use s3://, gs://, az:// or a local folder, or open it for reading"
-            " with read_only=True"
+            " so that two writers could overwrite each other: use s3://, gs://, az:// or a local folder, or only read it"
+            " (read_only=True)"
         )
 
 
