@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from modelstore.codecs.base import Codec
+from modelstore.codecs.exact import changes
 from modelstore.codecs.exact.delta import Delta
 from modelstore.codecs.exact.lossless import Lossless
 from modelstore.codecs.exact.raw import Raw
@@ -128,6 +129,15 @@ class TestLossless(ExactCodecContract):
                 self.codec.decode([bad], (200,), DTYPES["uint8"], np.zeros((1, 200), np.uint8))
 
 
+def stepped(base: Bytes, share: float) -> Bytes:
+    """A share of a region's 16-bit words moved by one, up or down."""
+    rng = np.random.default_rng(2)
+    values = base.view(np.uint16).copy()
+    changed = rng.random(values.size) < share
+    values[changed] += rng.choice(np.array([1, 0xFFFF], np.uint16), int(changed.sum()))
+    return values.view(np.uint8)
+
+
 class TestDelta(ExactCodecContract):
     codec: ClassVar[Codec] = Delta()
 
@@ -144,6 +154,43 @@ class TestDelta(ExactCodecContract):
         changed = np.random.default_rng(1).random(values.size) < 0.01
         values[changed] += 1
         assert size(self.codec, values.view(np.uint8), "bfloat16", base) < 0.02
+
+    @pytest.mark.parametrize("share", [0.001, 0.01, 0.03])
+    def test_small_steps_come_to_their_entropy(self, share: float) -> None:
+        """Where the changed words are, and one bit each for up or down; XOR and zstd, as others do it, take twice that."""
+        base = raw_bytes(weights(2 * MIB), ml_dtypes.bfloat16)
+        values, bits = stepped(base, share), share * (1 - np.log2(share)) - (1 - share) * np.log2(1 - share)
+        taken = size(self.codec, values, "bfloat16", base)
+        assert taken <= 1.10 * bits / 16
+        others = len(zstandard.ZstdCompressor(level=1).compress((values ^ base).tobytes()))
+        assert taken <= 0.55 * others / values.size
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("share", [0.0, 0.0003, 0.02, 0.11])
+    def test_few_words_of_any_dtype(self, dtype: str, share: float) -> None:
+        """Whatever bits they are: NaN payloads, -0.0; the first and the last one; more than a group of them."""
+        d = DTYPES[dtype]
+        base = contents.make("bits", 600_000 * d.itemsize, d, 0)
+        values = base.copy()
+        lanes, rng = values.view(f"<u{d.lane}"), np.random.default_rng(1)
+        changed = rng.random(lanes.size) < share
+        changed[[0, -1]] = share > 0
+        lanes[changed] ^= rng.integers(1, 1 << 8, int(changed.sum()), np.uint8).astype(lanes.dtype) << 8 * (d.lane - 1)
+        (plane,) = self.codec.encode(values, (600_000,), d, base)
+        assert as_bytes(plane)[0] == changes.VERSION
+        self.round_trip(values, (600_000,), d, base)
+
+    def test_changes_in_one_row(self) -> None:
+        base = raw_bytes(weights(2 * MIB), ml_dtypes.bfloat16)
+        values = base.copy()
+        values[MIB : MIB + 2048] = stepped(base[MIB : MIB + 2048], 1.0)
+        assert size(self.codec, values, "bfloat16", base) * values.size < 2048
+        self.round_trip(values, (2048, 1024), BF16, base)
+
+    def test_values_that_vanish_are_stored_as_values(self) -> None:
+        values = np.zeros(2 * MIB, np.uint8)
+        base = stepped(values, 0.1)
+        assert size(self.codec, values, "bfloat16", base) < 0.001
 
     def test_unchanged_is_nothing(self) -> None:
         for dtype in ("bfloat16", "float32", "int8", "float8_e4m3fn"):
