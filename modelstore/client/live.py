@@ -149,10 +149,12 @@ class Live:
         return self._now
 
     def _make_current(self, version: _Version) -> None:
+        going = self._before  # its memory is given back when nobody waits for the swap any more
         with self._readers.changing():
             if self._module is not None:
                 self._module.set(version.tensors)
             self._before, self._now = self._now, version
+        del going
 
     def _prepare(self, version: int | None) -> results.Prepared:
         number = self._resolve(version)

@@ -23,7 +23,7 @@ class Codec(Protocol):
 
     @property
     def needs_base(self) -> bool:
-        """Whether encode and decode want the same region of a base tensor."""
+        """Whether encode and decode want the same region of a base tensor. Each element depends on the base's same one alone."""
 
     def planes(self, dtype: DType) -> tuple[str, ...]:
         """Names of the planes that a tensor of that dtype is stored as, in the order of encode's result."""

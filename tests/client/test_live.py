@@ -131,6 +131,59 @@ def test_whatever_changed_is_right(store: Store, change: str) -> None:
     assert all_bits(dict(live.tensors)) == all_bits(first)
 
 
+def steps(store: Store, count: int) -> dict[str, torch.Tensor]:
+    """Versions of a model, each a delta to the one before in a few elements of every chunk; the last one's tensors."""
+    random = torch.Generator().manual_seed(1)
+    tensors = {"w": torch.randn(512, 256, generator=random).bfloat16(), "v": torch.randn(96, 64, generator=random)}
+    tensors["scalar"] = torch.tensor(0.5)
+    store.save("m", tensors)
+    for version in range(1, count):
+        for name, tensor in tensors.items():
+            changed = torch.rand(tensor.shape, generator=random) < (0.01 if tensor.ndim else 2)
+            tensors[name] = torch.where(changed, tensor + 1, tensor)
+        store.save("m", tensors, codec="delta", parent=f"m@{version}")
+    return tensors
+
+
+SHARDS = [None, {"w": (slice(128, 384), slice(0, 256)), "v": (slice(0, 32), slice(0, 64)), "scalar": ()}]
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_deltas_are_applied_to_what_is_held(monkeypatch: pytest.MonkeyPatch, shard: Any) -> None:
+    """No base is read, however long the chain: one version further, several, and with versions of another codec between."""
+    shrink(monkeypatch)
+    counted = CountingStorage(MemoryStorage(uuid.uuid4().hex))
+    store = open_on(counted)
+    steps(store, 8)
+    deltas = {version: store.describe(f"m@{version}").stored for version in range(1, 9)}
+    live, late = store.follow("m@1", shard=shard), store.follow("m@2", shard=shard)
+    for version in range(2, 9):
+        assert 0 < live.swap_to(version).bytes <= deltas[version] < deltas[1] / 10
+        assert all_bits(dict(live.tensors)) == all_bits(store.load(f"m@{version}", shard=shard))
+    assert late.swap_to(8).bytes <= sum(deltas[version] for version in range(3, 9))
+    assert all_bits(dict(late.tensors)) == all_bits(dict(live.tensors))
+    tensors = dict(store.load("m"))
+    for version in (9, 10):
+        tensors["w"][200 + version] += 1
+        store.save("m", tensors)
+        assert live.swap_to(version).patched == (version == 10)
+        assert all_bits(dict(live.tensors)) == all_bits(store.load("m", shard=shard))
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_what_somebody_wrote_to_is_no_base(store: Store, shard: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A delta onto changed values would be wrong for ever: the tensor is read whole."""
+    steps(store, 3)
+    live = store.follow("m@1", shard=shard)
+    live.swap_to(2)
+    live.tensors["w"][0, 0] += 1
+    with caplog.at_level("WARNING"):
+        live.swap_to(3)
+    assert all_bits(dict(live.tensors)) == all_bits(store.load("m@3", shard=shard))
+    said = [record.message for record in caplog.records]
+    assert said == ["tensor 'w' was changed in memory since it was read: it is read whole"]
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_sequence_against_plain_loads(data: st.DataObject) -> None:
@@ -153,7 +206,8 @@ def test_any_sequence_against_plain_loads(data: st.DataObject) -> None:
                 ):
                     tensors[name] = tensors[name].clone()
                     tensors[name][rows[0] : rows[0] + rows[1]] += 1
-                store.save("m", tensors)
+                delta = {"codec": "delta", "parent": f"m@{len(store.versions('m'))}"}
+                store.save("m", tensors, **data.draw(st.sampled_from([{}, delta])))
             elif step == "swap":
                 live.swap_to()
             elif step == "old":

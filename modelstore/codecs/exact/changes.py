@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,16 +80,19 @@ def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes) -> None:
 # ---------------------------------------------------------------------- where
 
 
-def _changed(lanes: NDArray[Word], under: NDArray[Word]) -> NDArray[np.integer] | None:
+def _changed(lanes: NDArray[Word], under: NDArray[Word]) -> NDArray[Any] | None:
     """Where words differ, ascending; None where more do than are worth it."""
-    kind = np.uint32 if lanes.size <= 1 << 32 else np.uint64
-    found, count = [np.empty(0, kind)], 0
+    kind: type[np.uint32 | np.uint64] = (
+        np.uint32 if lanes.size <= 1 << 32 else np.uint64
+    )  # half the memory, where it will do
+    found: list[NDArray[Any]] = [np.empty(0, kind)]
+    count = 0
     for first in range(0, lanes.size, TILE):
         at = np.flatnonzero(lanes[first : first + TILE] != under[first : first + TILE])
         count += at.size
         if MOST * count > lanes.size:
             return None
-        found.append(at.astype(kind) + kind(first))
+        found.append((at + first).astype(kind))
     return np.concatenate(found)
 
 
@@ -145,7 +149,8 @@ def _ordinals(lanes: NDArray[Word], magnitude: int) -> NDArray[Word]:
     """Places in numeric order, of words whose bits below the sign are `magnitude`; and back."""
     kind = lanes.dtype.type
     zero, sign = kind(0), kind(8 * lanes.itemsize - 1)
-    return lanes ^ ((zero - (lanes >> sign)) & kind(magnitude))
+    found: NDArray[Word] = lanes ^ ((zero - (lanes >> sign)) & kind(magnitude))
+    return found
 
 
 def _parted(delta: NDArray[Word]) -> tuple[Bytes, NDArray[Word]]:
@@ -158,7 +163,8 @@ def _parted(delta: NDArray[Word]) -> tuple[Bytes, NDArray[Word]]:
 def _delta(signs: Bytes, sizes: NDArray[Word]) -> NDArray[Word]:
     kind = sizes.dtype.type
     negative = signs.astype(sizes.dtype)
-    return (sizes + (kind(1) - negative)) ^ (kind(0) - negative)
+    found: NDArray[Word] = (sizes + (kind(1) - negative)) ^ (kind(0) - negative)
+    return found
 
 
 def _planes(lanes: NDArray[Word], width: int) -> list[Bytes]:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from modelstore.execute.live.held import HeldBases, checked
 from modelstore.execute.live.pages import Image, Overlay
+from modelstore.execute.memory import Arena
 from modelstore.execute.read.loading import Variant
+from modelstore.execute.read.reader import Reader
 from modelstore.format.boxes import copy, paste
 from modelstore.format.buffers import Bytes
-from modelstore.format.objects.manifest import Manifest, Tensor
+from modelstore.format.digest import name_of
+from modelstore.format.manifest import Manifest, Tensor
 from modelstore.format.region import Region, extent, slices
+from modelstore.plan.layout import whole
 from modelstore.plan.read import Want
 from modelstore.plan.update import Slot, Update, boxes, plan_update, touching
 from modelstore.plan.work import Work
@@ -25,13 +32,24 @@ _IMAGES = 128  # images of a model, tensors above their size aside: each is an o
 
 @dataclass(frozen=True)
 class Cell:
-    """The values of a slot; on the host also the image that they are seen through, and which chunks are not as there."""
+    """The values of a slot; on the host also the image that they are seen through, and which chunks are not as there.
+
+    `digest`: of a part of a tensor, the BLAKE3 of its bytes as they were read; "" where it is not known.
+    """
 
     tensor: torch.Tensor
     buffer: Bytes | None = None
     image: Image | None = None
     start: int = 0
     apart: frozenset[int] = frozenset()
+    digest: str = ""
+
+    def host(self) -> Bytes:
+        """The bytes in host memory."""
+        from modelstore.execute.read import tensors as ten
+
+        data = ten.bytes_of(self.tensor.cpu()) if self.buffer is None else self.buffer
+        return np.empty(0, np.uint8) if data is None else data
 
 
 @dataclass(frozen=True)
@@ -60,8 +78,12 @@ def advance(
     before = old.cells if old is not None else {}
     begin = _begin_on_host if device.type == "cpu" else _begin_on_device
     cells = {slot: before[source] for slot, source in update.same.items()}
-    cells |= begin(before, model, update, work, device)
+    reader = model.reader if old is None else model.reader.over(HeldBases(old.manifest, before, update.read))
+    cells |= begin(before, model, reader, update, work, device)
     _patch(cells, model, update, work)
+    for slot in update.patched:
+        if slot[1] != whole(model.manifest.by_name[slot[0]].shape):
+            cells[slot] = replace(cells[slot], digest=name_of(cells[slot].host()))
     return LoadedVersion(model.manifest, cells)
 
 
@@ -71,6 +93,7 @@ def advance(
 def _begin_on_host(
     before: Mapping[Slot, Cell],
     model: Variant,
+    reader: Reader,
     update: Update,
     work: Work,
     device: torch.device,  # noqa: ARG001
@@ -81,10 +104,9 @@ def _begin_on_host(
     copied: dict[Slot, Bytes] = {}  # into an image of their own: more than half is not as in the old one
     for slot, (source, chunks) in update.patched.items():
         cell, tensor = before[source], by_name[slot[0]]
-        assert cell.image is not None
         assert cell.buffer is not None
         apart = cell.apart | set(chunks)
-        if 2 * len(apart) > len(touching(tensor, slot[1])):
+        if cell.image is None or 2 * len(apart) > len(touching(tensor, slot[1])):
             copied[slot] = cell.buffer
             continue
         overlay = overlays.setdefault(id(cell.image), cell.image.overlay())
@@ -94,7 +116,9 @@ def _begin_on_host(
                 shape = slot[1].shape
                 copy(cell.buffer, shape, inner, buffer, shape, inner, tensor.kind.itemsize)
         cells[slot] = Cell(_tensor(buffer, slot, tensor), buffer, cell.image, cell.start, apart)
-    fresh = _imaged((*copied, *update.read), by_name)
+    deltas = {slot for slot in update.read if reader.codec(by_name[slot[0]]).needs_base}
+    fresh = _imaged((*copied, *(slot for slot in update.read if slot not in deltas)), by_name)
+    fresh |= _apart(deltas, by_name)
     for slot, buffer in copied.items():
         filled = fresh[slot].buffer
         assert filled is not None
@@ -106,8 +130,9 @@ def _begin_on_host(
         assert filled is not None
         return filled
 
-    for _ in model.reader.stream(wants, work, allocate=allocate, bounded=False):
-        pass
+    for index, buffer in reader.stream(wants, work, allocate=allocate, bounded=False):
+        slot = update.read[index]
+        fresh[slot] = replace(fresh[slot], digest=checked(model.reader, wants[index], buffer))
     return cells | fresh
 
 
@@ -131,22 +156,31 @@ def _imaged(slots: Iterable[Slot], by_name: Mapping[str, Tensor]) -> dict[Slot, 
     return cells
 
 
+def _apart(slots: Iterable[Slot], by_name: Mapping[str, Tensor]) -> dict[Slot, Cell]:
+    """Memory for tensors that change all over with each version: huge pages, which images do not have, and nothing to share."""
+    arena, cells = Arena(), {}
+    for slot in slots:
+        buffer = arena.allocate(Want(by_name[slot[0]], slot[1]).nbytes)
+        cells[slot] = Cell(_tensor(buffer, slot, by_name[slot[0]]), buffer)
+    return cells
+
+
 def _begin_on_device(
     before: Mapping[Slot, Cell],
     model: Variant,
+    reader: Reader,
     update: Update,
     work: Work,
     device: torch.device,
 ) -> dict[Slot, Cell]:
+    from modelstore.execute.read import tensors as ten
+
     cells = {slot: Cell(before[source].tensor.clone()) for slot, (source, _) in update.patched.items()}
-    names: dict[str, list[Slot]] = {slot[0]: [] for slot in update.read}
-    for slot in update.read:
-        names[slot[0]].append(slot)
-    for turn in range(max(map(len, names.values()), default=0)):  # names are those of slots; one slot of each at a time
-        slots = {name: held[turn] for name, held in names.items() if turn < len(held)}
-        shares = {name: slot[1] for name, slot in slots.items()}
-        for name, tensor in model.stream(shares, work, device=device):
-            cells[slots[name]] = Cell(tensor)
+    wants = [Want(model.manifest.by_name[name], share) for name, share in update.read]
+    allocate = (lambda _, nbytes: ten.pinned(nbytes)) if device.type == "cuda" else None
+    for index, buffer in reader.stream(wants, work, allocate=allocate):
+        digest, slot = checked(model.reader, wants[index], buffer), update.read[index]
+        cells[slot] = Cell(_tensor(buffer, slot, wants[index].tensor).to(device), digest=digest)
     return cells
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from modelstore.plan.read import ChunkRead, ReadJob, Want, plan_read, read_job
 from modelstore.plan.work import Work
 
 T = TypeVar("T")
+Held = Callable[[Tensor, Region], Bytes | None]  # the raw bytes of a region, where memory has them
 Allocate = Callable[[int, int], Bytes]  # (the want's place in the list, bytes) → a writable buffer of that many
 
 
@@ -30,6 +32,7 @@ class Reader:
     def __init__(self, fetcher: ChunkSource, base: Reader | None) -> None:
         self._fetcher = fetcher
         self._base = base
+        self._held: Held | None = None
         try:
             self._codecs: list[Codec] = [make_codec(spec.name, spec.params) for spec in self.manifest.codecs]
         except (TypeError, ValueError) as error:
@@ -52,6 +55,13 @@ class Reader:
     def base(self) -> Reader | None:
         """What deltas are decoded against."""
         return self._base
+
+    def over(self, held: Held) -> Reader:
+        """The same, where deltas are decoded against what memory holds, as far as it holds their base, or their base's base."""
+        made = copy(self)
+        made._held = held
+        made._base = None if self._base is None else self._base.over(held)
+        return made
 
     @property
     def bytes_read(self) -> int:
@@ -187,7 +197,8 @@ class Reader:
                 f"tensor {tensor.name!r} and its base differ in shape or dtype: the manifest is not valid",
                 tensor=tensor.name,
             )
-        return self._base.region(base, region)
+        held = self._held(base, region) if self._held is not None else None
+        return self._base.region(base, region) if held is None else held
 
 
 def whole_want(tensor: Tensor) -> Want:
