@@ -40,8 +40,8 @@ class _Version:
 class Live:
     """Tensors of one version of a model at a time, made by `Store.follow`. May be used from many threads.
 
-    A new version is read beside the current one, and only what differs: tensors that are the same are the same memory, and
-    of the others only chunks that changed are read. The version before stays for `rollback`. Tensors are shared between
+    A new version is read beside the current one, and only what differs: tensors that are the same are the same memory, of
+    the others only chunks that changed are read, and deltas are applied to what is held. The version before stays for `rollback`. Tensors are shared between
     versions: they are not to be written to.
     """
 
