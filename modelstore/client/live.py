@@ -10,8 +10,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from modelstore.errors import CancelledError, NotFoundError
+from modelstore.execute.live.cells import LoadedVersion
 from modelstore.execute.live.rwlock import Readers
-from modelstore.execute.live.versions import LoadedVersion, advance, plan
+from modelstore.execute.live.versions import advance, plan
 from modelstore.execute.read.loading import Variant
 from modelstore.format.answers import results
 from modelstore.format.locks import Lock
@@ -41,8 +42,8 @@ class Live:
     """Tensors of one version of a model at a time, made by `Store.follow`. May be used from many threads.
 
     A new version is read beside the current one, and only what differs: tensors that are the same are the same memory, of
-    the others only chunks that changed are read, and deltas are applied to what is held. The version before stays for `rollback`. Tensors are shared between
-    versions: they are not to be written to.
+    the others only chunks that changed are read, and deltas are applied to what is held. The version before stays for
+    `rollback`. Tensors are shared between versions: they are not to be written to.
     """
 
     def __init__(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from modelstore.errors import CorruptionError
+from modelstore.execute.live.cells import Cell
 from modelstore.execute.read.reader import Reader
 from modelstore.format.boxes import copy, cut
 from modelstore.format.buffers import Bytes
@@ -19,9 +19,6 @@ from modelstore.format.region import Region, extent, full, intersect, shift, siz
 from modelstore.plan.layout import Share, whole
 from modelstore.plan.read import Want
 from modelstore.plan.update import Slot
-
-if TYPE_CHECKING:
-    from modelstore.execute.live.versions import Cell
 
 log = logging.getLogger("modelstore")
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from modelstore.execute.live.cells import Cell, LoadedVersion
 from modelstore.execute.live.held import HeldBases, checked
 from modelstore.execute.live.pages import Image, Overlay
 from modelstore.execute.memory import Arena
@@ -16,7 +15,7 @@ from modelstore.execute.read.reader import Reader
 from modelstore.format.boxes import copy, paste
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import name_of
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.manifest import Tensor
 from modelstore.format.region import Region, extent, slices
 from modelstore.plan.layout import whole
 from modelstore.plan.read import Want
@@ -28,36 +27,6 @@ if TYPE_CHECKING:
 
 _IMAGE = 64 << 20  # bytes of tensors that share an image: what an image holds for one of them, it holds for all
 _IMAGES = 128  # images of a model, tensors above their size aside: each is an open file
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The values of a slot; on the host also the image that they are seen through, and which chunks are not as there.
-
-    `digest`: of a part of a tensor, the BLAKE3 of its bytes as they were read; "" where it is not known.
-    """
-
-    tensor: torch.Tensor
-    buffer: Bytes | None = None
-    image: Image | None = None
-    start: int = 0
-    apart: frozenset[int] = frozenset()
-    digest: str = ""
-
-    def host(self) -> Bytes:
-        """The bytes in host memory."""
-        from modelstore.execute.read import tensors as ten
-
-        data = ten.bytes_of(self.tensor.cpu()) if self.buffer is None else self.buffer
-        return np.empty(0, np.uint8) if data is None else data
-
-
-@dataclass(frozen=True)
-class LoadedVersion:
-    """One version in memory."""
-
-    manifest: Manifest
-    cells: Mapping[Slot, Cell] = field(default_factory=dict)
 
 
 def plan(old: LoadedVersion | None, model: Variant, wanted: Iterable[Slot]) -> Update:

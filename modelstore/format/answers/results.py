@@ -74,9 +74,9 @@ class Part(Result, frozen=True):
 
 
 class Prepared(Result, frozen=True):
-    """A version got ready beside the current one: tensors shared with it, read in part, read whole or as deltas; encoded bytes read.
+    """A version got ready beside the current one: tensors shared with it, read in part, read whole or as deltas; bytes read.
 
-    `bytes` came from the storage or a cluster's hosts: also those of bases that are not held, of copies read
+    `bytes` are encoded, and came from the storage or a cluster's hosts: also those of bases that are not held, of copies read
     because the first was wrong, and the little that lies between two ranges that are read as one. Manifests do not count.
     """
 
