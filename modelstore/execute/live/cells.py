@@ -10,7 +10,7 @@ import numpy as np
 
 from modelstore.execute.live.pages import Image
 from modelstore.format.buffers import Bytes
-from modelstore.format.manifest import Manifest
+from modelstore.format.objects.manifest import Manifest
 from modelstore.plan.update import Slot
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from modelstore.format.boxes import copy, cut
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import name_of
 from modelstore.format.locks import Lock
-from modelstore.format.manifest import Manifest, Tensor
+from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import Region, extent, full, intersect, shift, size
 from modelstore.plan.layout import Share, whole
 from modelstore.plan.read import Want

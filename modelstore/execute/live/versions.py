@@ -15,7 +15,7 @@ from modelstore.execute.read.reader import Reader
 from modelstore.format.boxes import copy, paste
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import name_of
-from modelstore.format.manifest import Tensor
+from modelstore.format.objects.manifest import Tensor
 from modelstore.format.region import Region, extent, slices
 from modelstore.plan.layout import whole
 from modelstore.plan.read import Want
