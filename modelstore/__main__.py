@@ -7,12 +7,12 @@ import signal
 
 def main() -> None:
     """Run the command line and exit."""
-    from modelstore.cli.interrupts import INTERRUPTED, end_at_once
+    from modelstore.cli.terminal.interrupts import INTERRUPTED, end_at_once
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
-    from modelstore.cli.failures import end_soon
     from modelstore.cli.main import main as run
+    from modelstore.cli.terminal.failures import end_soon
 
     try:
         run()

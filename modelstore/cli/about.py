@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-from modelstore.cli import output
-from modelstore.cli.options import AsJson
+from modelstore.cli.terminal import output
+from modelstore.cli.terminal.options import AsJson
 
 PACKAGES = ("torch", "numpy", "safetensors", "fsspec", "zstandard", "blake3", "s3fs", "obstore", "zarr", "transformers")
 

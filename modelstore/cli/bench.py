@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import output, units
-from modelstore.cli.options import AsJson, Debug, Memory
+from modelstore.cli.terminal import output, units
+from modelstore.cli.terminal.options import AsJson, Debug, Memory
 
 ROUNDS = 3
 

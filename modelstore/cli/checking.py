@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstore.cli import output, units
-from modelstore.cli.failures import FAILED, UNREAD, explain
-from modelstore.cli.options import AsJson, Debug, Memory, OptionalReference, Quiet, StoreUrl, open_store
+from modelstore.cli.terminal import output, units
+from modelstore.cli.terminal.failures import FAILED, UNREAD, explain
+from modelstore.cli.terminal.options import AsJson, Debug, Memory, OptionalReference, Quiet, StoreUrl, open_store
 from modelstore.errors import StorageError
 
 _FEW = 5  # problems of one object that are told one by one

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from modelstore.cli import output, units
-from modelstore.cli.failures import usage
-from modelstore.cli.options import (
+from modelstore.cli.terminal import output, units
+from modelstore.cli.terminal.failures import usage
+from modelstore.cli.terminal.options import (
     AsJson,
     Cluster,
     Debug,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstore.cli import complete, evaluating, output, units
-from modelstore.cli.options import AsJson, Debug, ModelName, Reference, StoreUrl, open_store
+from modelstore.cli.compression import evaluating
+from modelstore.cli.terminal import complete, output, units
+from modelstore.cli.terminal.options import AsJson, Debug, ModelName, Reference, StoreUrl, open_store
 
 if TYPE_CHECKING:
     from modelstore.client import Store

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstore.cli import output, swapped, units
-from modelstore.cli.layouts import layout_of
-from modelstore.cli.options import (
+from modelstore.cli.terminal import output, swapped, units
+from modelstore.cli.terminal.layouts import layout_of
+from modelstore.cli.terminal.options import (
     AsJson,
     Cluster,
     Debug,

@@ -6,24 +6,11 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import (
-    about,
-    bench,
-    checking,
-    checkpoints,
-    clusters,
-    comparing,
-    compressing,
-    evaluating,
-    listing,
-    loading,
-    moving,
-    naming,
-    removing,
-    saving,
-)
+from modelstore.cli import about, bench, checking, checkpoints, listing, loading, moving, naming, removing, saving
+from modelstore.cli.cluster import clusters
+from modelstore.cli.compression import comparing, compressing, evaluating
 from modelstore.cli.demo.command import demo
-from modelstore.cli.failures import Commands
+from modelstore.cli.terminal.failures import Commands
 
 EPILOG = (
     "A store is given by --store URL or MODELSTORE_URL. A reference is NAME[@VERSION-OR-TAG][:VARIANT]. "

@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstore.cli import complete, output, swapped, units
-from modelstore.cli.failures import usage
-from modelstore.cli.options import AsJson, Debug, Memory, Mirrors, ModelName, Quiet, StoreUrl, lasting, open_store
+from modelstore.cli.terminal import complete, output, swapped, units
+from modelstore.cli.terminal.failures import usage
+from modelstore.cli.terminal.options import (
+    AsJson,
+    Debug,
+    Memory,
+    Mirrors,
+    ModelName,
+    Quiet,
+    StoreUrl,
+    lasting,
+    open_store,
+)
 
 if TYPE_CHECKING:
     from modelstore.format.answers.inventory import Copied, StoreUsage

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import complete, output, swapped
-from modelstore.cli.options import AsJson, Debug, ModelName, Reference, StoreUrl, open_store
+from modelstore.cli.terminal import complete, output, swapped
+from modelstore.cli.terminal.options import AsJson, Debug, ModelName, Reference, StoreUrl, open_store
 from modelstore.format.names import is_model, is_word
 
 

@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstore.cli import output, units
-from modelstore.cli.failures import FAILED, usage
-from modelstore.cli.options import AsJson, Debug, Grace, Memory, Quiet, Reference, StoreUrl, open_store, share_of
+from modelstore.cli.terminal import output, units
+from modelstore.cli.terminal.failures import FAILED, usage
+from modelstore.cli.terminal.options import (
+    AsJson,
+    Debug,
+    Grace,
+    Memory,
+    Quiet,
+    Reference,
+    StoreUrl,
+    open_store,
+    share_of,
+)
 
 if TYPE_CHECKING:
     from modelstore.format.answers.inventory import Compaction

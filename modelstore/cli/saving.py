@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstore.cli import complete, output, units
-from modelstore.cli.failures import usage
-from modelstore.cli.options import AsJson, Cluster, Debug, Memory, ModelName, Quiet, StoreUrl, lasting, open_store
+from modelstore.cli.terminal import complete, output, units
+from modelstore.cli.terminal.failures import usage
+from modelstore.cli.terminal.options import (
+    AsJson,
+    Cluster,
+    Debug,
+    Memory,
+    ModelName,
+    Quiet,
+    StoreUrl,
+    lasting,
+    open_store,
+)
 from modelstore.format.names import is_model
 from modelstore.paths import from_home
 from modelstore.sources.checkpoint import BESIDE

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import modelstore as ms
-from modelstore.cli import complete, output
+from modelstore.cli.terminal import complete, output
 from tests.cli.conftest import Command
 from tests.cli.models import weights, write_model
 

@@ -33,7 +33,7 @@ main()
 
 SLOW = """
 import sys, time
-from modelstore.cli import failures, output
+from modelstore.cli.terminal import failures, output
 from modelstore.storage.local import LocalStorage
 failures.PATIENCE = 0.5
 before = LocalStorage.read

@@ -16,8 +16,10 @@ import typer
 import typer.core
 
 import modelstore as ms
-from modelstore.cli import complete, evaluating, output, states
+from modelstore.cli.cluster import states
+from modelstore.cli.compression import evaluating
 from modelstore.cli.main import app
+from modelstore.cli.terminal import complete, output
 from modelstore.cluster.logs import JsonLines
 from modelstore.errors import ModelStoreError, NotFoundError
 from modelstore.format.answers import cluster_results, results

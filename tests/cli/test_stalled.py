@@ -19,7 +19,7 @@ from tests.storage.proxy import Proxy
 pytestmark = pytest.mark.s3
 BOUND = 100  # seconds that the process may take on a busy machine: less than the patience of retries
 START = """
-from modelstore.cli import failures
+from modelstore.cli.terminal import failures
 from modelstore.storage.remote import options
 options.STALL_SECONDS, failures.PATIENCE = 10_000.0, 0.5  # the request never ends
 from modelstore.__main__ import main

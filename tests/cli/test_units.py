@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelstore.cli import units
+from modelstore.cli.terminal import units
 from modelstore.format.units import parse_duration, parse_size
 
 

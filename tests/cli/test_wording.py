@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modelstore.cli import wording
+from modelstore.cli.terminal import wording
 from tests.cli.conftest import Command
 from tests.cli.test_mentions import COMMAND
 from tests.test_voice import messages

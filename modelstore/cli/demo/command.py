@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import output
-from modelstore.cli.failures import usage
-from modelstore.cli.options import Debug
+from modelstore.cli.terminal import output
+from modelstore.cli.terminal.failures import usage
+from modelstore.cli.terminal.options import Debug
 
 
 def demo(

@@ -7,8 +7,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from modelstore.cli import output, units
 from modelstore.cli.demo.checks import compare_in_transformers, flip_a_bit, same, tensors, tune
+from modelstore.cli.terminal import output, units
 from modelstore.errors import CorruptionError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from modelstore.cli.failures import usage
+from modelstore.cli.terminal.failures import usage
 from modelstore.errors import ModelStoreError, NotFoundError
 from modelstore.format.names import parse_reference
 

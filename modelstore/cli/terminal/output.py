@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from modelstore.cli import wording
+from modelstore.cli.terminal import wording
 from modelstore.text import cells, json_line, shortened, shown
 
 Report = Callable[[int, int, str], None]

@@ -18,8 +18,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from modelstore.cli import output, wording
-from modelstore.cli.interrupts import INTERRUPTED, end_at_once
+from modelstore.cli.terminal import output, wording
+from modelstore.cli.terminal.interrupts import INTERRUPTED, end_at_once
 from modelstore.errors import ModelStoreError
 from modelstore.paths import explained
 from modelstore.text import json_line

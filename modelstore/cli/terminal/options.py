@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstore.cli import complete
-from modelstore.cli.failures import usage
+from modelstore.cli.terminal import complete
+from modelstore.cli.terminal.failures import usage
 from modelstore.format.units import parse_duration, parse_size
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import complete, output, units
-from modelstore.cli.evaluating import measures, of_text
-from modelstore.cli.options import AsJson, Context, Debug, Limit, Memory, Quiet, StoreUrl, open_store
+from modelstore.cli.compression.evaluating import measures, of_text
+from modelstore.cli.terminal import complete, output, units
+from modelstore.cli.terminal.options import AsJson, Context, Debug, Limit, Memory, Quiet, StoreUrl, open_store
 
 _HEADS = ("VARIANT", "RECIPE", "STORED", "BITS/WEIGHT", "PERPLEXITY", "KL", "TOP-1", "FRONT")
 

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import output
-from modelstore.cli.failures import usage
-from modelstore.cli.options import AsJson, Debug, Quiet, size_of
-from modelstore.cli.states import state, state_lines
+from modelstore.cli.cluster.states import state, state_lines
+from modelstore.cli.terminal import output
+from modelstore.cli.terminal.failures import usage
+from modelstore.cli.terminal.options import AsJson, Debug, Quiet, size_of
 from modelstore.errors import StorageError
 
 

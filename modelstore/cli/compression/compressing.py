@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstore.cli import fitting, output, swapped, units
-from modelstore.cli.failures import usage
-from modelstore.cli.fit_options import (
+from modelstore.cli.compression import fitting
+from modelstore.cli.compression.fit_options import (
     Batch,
     Context,
     Device,
@@ -23,7 +22,9 @@ from modelstore.cli.fit_options import (
     MaxKl,
     Method,
 )
-from modelstore.cli.options import AsJson, Cluster, Debug, Memory, Quiet, Reference, StoreUrl, open_store
+from modelstore.cli.terminal import output, swapped, units
+from modelstore.cli.terminal.failures import usage
+from modelstore.cli.terminal.options import AsJson, Cluster, Debug, Memory, Quiet, Reference, StoreUrl, open_store
 from modelstore.paths import explained, read_named
 
 if TYPE_CHECKING:

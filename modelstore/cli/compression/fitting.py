@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from modelstore.cli import output, units
+from modelstore.cli.terminal import output, units
 
 if TYPE_CHECKING:
     from modelstore.format.answers.fitted import FitPlan, Memory, Mixed

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import output, units
-from modelstore.cli.failures import usage
-from modelstore.cli.options import AsJson, Debug, Quiet, Reference, StoreUrl, duration_of, open_store
-from modelstore.cli.starting import start
-from modelstore.cli.states import state, state_lines
+from modelstore.cli.cluster.starting import start
+from modelstore.cli.cluster.states import state, state_lines
+from modelstore.cli.terminal import output, units
+from modelstore.cli.terminal.failures import usage
+from modelstore.cli.terminal.options import AsJson, Debug, Quiet, Reference, StoreUrl, duration_of, open_store
 from modelstore.errors import StorageError
 
 cluster = typer.Typer(name="cluster", help="Run a store's hosts on a Ray cluster.", no_args_is_help=True)

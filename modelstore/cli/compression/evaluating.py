@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstore.cli import complete, output, units
-from modelstore.cli.failures import usage
-from modelstore.cli.options import AsJson, Context, Debug, Limit, Memory, Quiet, StoreUrl, open_store
+from modelstore.cli.terminal import complete, output, units
+from modelstore.cli.terminal.failures import usage
+from modelstore.cli.terminal.options import AsJson, Context, Debug, Limit, Memory, Quiet, StoreUrl, open_store
 from modelstore.text import shown
 
 if TYPE_CHECKING:

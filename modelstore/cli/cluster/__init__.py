@@ -1,0 +1,1 @@
+"""`cluster`: a store's hosts on a Ray cluster."""

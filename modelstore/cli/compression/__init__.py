@@ -1,0 +1,1 @@
+"""Commands that make variants, and judge them."""
