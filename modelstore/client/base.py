@@ -56,9 +56,15 @@ class OpenedStore(Checked):
         return Model(self._access, ref)
 
 
-def storage_of(where: str | os.PathLike[str] | OpenedStore, options: Mapping[str, Any] | None = None) -> Storage:
-    """The storage, for reading, of another store: of an open one its own, of a URL a new one."""
-    return where.repo.storage if isinstance(where, OpenedStore) else open_storage(where, options, read_only=True)
+def copy_of(url: str, where: str | os.PathLike[str] | OpenedStore, options: Mapping[str, Any] | None = None) -> Storage:
+    """The storage, for reading, of a copy of the store at `url`: of an open one its own, of a URL a new one.
+
+    `ValueError` for the store itself.
+    """
+    storage = where.repo.storage if isinstance(where, OpenedStore) else open_storage(where, options, read_only=True)
+    if storage.url == url:
+        raise ValueError(f"{url} is this store itself, so what is damaged here is damaged there: give a copy of it")
+    return storage
 
 
 def _again(kind: type[OpenedStore], access: Access) -> OpenedStore:

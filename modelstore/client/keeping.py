@@ -7,7 +7,7 @@ import uuid
 from contextlib import suppress
 
 from modelstore.client.access import log
-from modelstore.client.base import OpenedStore, storage_of
+from modelstore.client.base import OpenedStore, copy_of
 from modelstore.format.answers import inventory, results
 from modelstore.format.names import check_model, check_tag, check_word, of_version, parse_reference
 from modelstore.format.progress import Progress, meter
@@ -71,13 +71,14 @@ class Keeping(OpenedStore):
 
         Raises:
             StorageError: The storage cannot be written.
+            ValueError: `source` is this store itself.
 
         Example:
             >>> store.repair(source="s3://backup/models").problems
         """
         from modelstore.store.mend.repair import repair
 
-        other = storage_of(source) if source is not None else None
+        other = copy_of(self.url, source) if source is not None else None
         if other is not None:
             with suppress(*DAMAGED):  # what else it holds may be good
                 Catalog(other).open()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelstore.client.arguments import checked
-from modelstore.client.base import OpenedStore, storage_of
+from modelstore.client.base import OpenedStore, copy_of
 from modelstore.client.checkpoints import Checkpoints
 from modelstore.client.copying import Copying
 from modelstore.client.following import Following
@@ -18,6 +18,7 @@ from modelstore.client.looking import Looking
 from modelstore.client.model import Model
 from modelstore.client.saving import Saving
 from modelstore.storage.open import open_storage
+from modelstore.store.place import check_mirror
 
 
 @checked
@@ -48,18 +49,22 @@ def open(
             "local" (one of this process's own, which ends with it).
 
     Returns:
-        The store. Nothing is asked of the network yet.
+        The store. Nothing is asked of the network yet, but of each mirror whether it is a store, once; one that does not
+        answer is asked again when it is needed.
 
     Raises:
         ValueError: The URL or an option is not valid.
         UnsupportedError: The protocol cannot hold a store, or needs a package that is not installed.
+        NotFoundError: A mirror answers, and has no store.
         StorageError: A client that connects at once cannot.
 
     Example:
         >>> store = ms.open("s3://bucket/models", memory="1GiB")
     """
-    copies = tuple(storage_of(mirror, storage_options) for mirror in mirrors)
     storage = open_storage(url, storage_options, engine, read_only=read_only)
+    copies = tuple(copy_of(storage.url, mirror, storage_options) for mirror in mirrors)
+    for copy in copies:
+        check_mirror(copy)
     session = source = None
     if cluster is not None:
         from modelstore.cluster.control.joining import join, source_of

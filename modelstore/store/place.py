@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,9 @@ from modelstore.format.objects.record import StoreInfo
 from modelstore.storage.address import file_url
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.keys import key_problem
+from modelstore.storage.retry import at_once
 
+log = logging.getLogger("modelstore")
 _LOOKS = 100  # objects of a place without `modelstore.json` that are looked at: one request
 _PASSING = tuple(folder for folder in rec.FOLDERS if folder not in (rec.PACKS, rec.MODELS))  # notes of works
 _NAMED = 3  # of these in a message
@@ -83,15 +86,39 @@ def store_at(folder: Path) -> Path | None:
     return None
 
 
+def check_mirror(storage: Storage) -> None:
+    """Refuse as a mirror a place that answers, and has no store: `NotFoundError`. One request, which is made once.
+
+    What cannot be reached is let pass, since work without it goes on: it is told when something of it is needed. So is a store
+    that lost its record, as what it holds can still mend another.
+    """
+    try:
+        at_once(storage).get(rec.STORE_KEY, SMALL)
+    except NotFoundError:
+        with suppress(ModelStoreError):
+            if not {rec.MODELS, rec.PACKS}.isdisjoint(f"{name}/" for name in storage.folders("")):
+                return
+        raise NotFoundError(
+            f"{_found(storage)[0]}, so it is no mirror: give the address of a copy of the store, or leave it out",
+            object=rec.STORE_KEY,
+        ) from None
+    except ModelStoreError as error:
+        log.debug("whether %s is a store is not known yet: %s", storage.url, error)
+
+
 def told_of(storage: Storage) -> str:
     """What to say of a place that has no store."""
+    found, empty = _found(storage)
+    return f"{found}: {'save a model to make one, or ' if empty else ''}check the address"
+
+
+def _found(storage: Storage) -> tuple[str, bool]:
+    """What is in a place that has no store, and whether it is nothing."""
     inside = storage.path(rec.STORE_KEY)
     if inside is not None and inside.parent.exists() and not inside.parent.is_dir():
-        return f"{storage.url} is a file, and a store is a folder: check the address"
+        return f"{storage.url} is a file, and a store is a folder", False
     names = _names(storage)
-    if names:
-        return f"there is no store at {storage.url}, which holds {_listed(names)}: check the address"
-    return f"there is no store at {storage.url}: save a model to make one, or check the address"
+    return f"there is no store at {storage.url}" + (f", which holds {_listed(names)}" if names else ""), not names
 
 
 def _listed(names: Sequence[str]) -> str:

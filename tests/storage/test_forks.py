@@ -94,6 +94,7 @@ def test_a_spawned_child_takes_a_store(tmp_path: Path) -> None:
 
 
 def test_what_is_opened_of_a_local_store_is_pickled_too(tmp_path: Path) -> None:
+    ms.open(tmp_path / "mirror").save("m", WEIGHTS)
     store = ms.open(tmp_path / "store", mirrors=[str(tmp_path / "mirror")])
     store.save("m", WEIGHTS)
     again = pickle.loads(pickle.dumps(store))
