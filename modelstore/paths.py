@@ -24,6 +24,8 @@ Kind = Literal["file", "folder", "link", "other"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 # What to do about what the operating system says.
 _ADVICE = {
     errno.EACCES: "check who may read and write there",

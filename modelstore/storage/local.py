@@ -27,6 +27,7 @@ from modelstore.storage.keys import TEMPORARY, check_key, check_prefix, key_prob
 OPEN_FILES = 128
 _SPARE_BYTES = 256 << 10  # the notes of a collection of 1,500 objects
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_WRITES = ("create", "write", "delete")
 _LOOKS = 256  # objects of a folder that a listing looks at in one go
 _RECORD = re.compile(r"[0-9]{8}\.json/")  # a folder in the place of a record: no key has others below such a name
 _FOLDER = "a folder lies in its place; move it away, then run 'modelstore repair'"
@@ -291,7 +292,21 @@ class LocalStorage(Storage):
                 raise NotFoundError(f"no object {what}" + f": {_FOLDER}" * is_folder, object=key) from error
             if is_folder:
                 raise CorruptionError(f"cannot {doing} {what}: {_FOLDER}", object=key) from error
-            raise StorageError(f"cannot {doing} {what}: {paths.explained(error)}", object=key) from error
+            closed = self._closed(key) if error.errno in paths.CLOSED and doing in _WRITES else None
+            said = f"cannot {doing} {what}" if closed is None else f"cannot write into {closed}"
+            raise StorageError(f"{said}: {paths.explained(error)}", object=key) from error
+
+    def _closed(self, key: str) -> str | None:
+        """The folder that this user may not write an object into, as it is told: the store, or one in or above it."""
+        deepest = next(at for at in (self.root / key).parents if os.access(at, os.F_OK, effective_ids=True))
+        if _writable(deepest):
+            return None
+        within = deepest == self.root or self.root in deepest.parents
+        return self.url if within and not _writable(self.root) else f"{deepest}, for {self.url}"
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=True)
 
 
 def _info(key: str, status: os.stat_result) -> ObjectInfo | None:

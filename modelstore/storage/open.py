@@ -25,7 +25,7 @@ from modelstore.storage.remote.filesystem import FsspecStorage, require_exclusiv
 from modelstore.storage.remote.forks import OpenedAnew
 from modelstore.storage.remote.options import StorageOptions, s3_options, without_secrets
 from modelstore.storage.retry import RetryingStorage
-from modelstore.storage.wrapping import ReadOnlyStorage
+from modelstore.storage.wrapping import ReadOnlyStorage, WrappingStorage
 
 log = logging.getLogger("modelstore")
 ENGINES = ("obstore", "s3fs")
@@ -90,6 +90,16 @@ def open_target(url: str, storage_options: StorageOptions | None = None) -> Stor
         storage = read_only.inner
     if isinstance(storage, RetryingStorage) and isinstance(storage.inner, ProvedStorage):
         storage.inner = storage.inner.inner  # nothing is created exclusively, so nothing of it is tried out there
+    return storage
+
+
+def at_once(storage: Storage) -> Storage:
+    """The same storage with no patience: what fails is not repeated."""
+    inner = storage
+    while isinstance(inner, WrappingStorage):
+        if isinstance(inner, RetryingStorage):
+            return inner.inner
+        inner = inner.inner
     return storage
 
 

@@ -103,16 +103,6 @@ class RetryingStorage(WrappingStorage):
                 return
 
 
-def at_once(storage: Storage) -> Storage:
-    """The same storage with no patience: what fails is not repeated."""
-    inner = storage
-    while isinstance(inner, WrappingStorage):
-        if isinstance(inner, RetryingStorage):
-            return inner.inner
-        inner = inner.inner
-    return storage
-
-
 class _Trying:
     """One operation that is tried until it succeeds or patience ends."""
 

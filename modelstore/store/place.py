@@ -16,7 +16,7 @@ from modelstore.format.objects.record import StoreInfo
 from modelstore.storage.address import file_url
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.keys import key_problem
-from modelstore.storage.retry import at_once
+from modelstore.storage.open import at_once
 
 log = logging.getLogger("modelstore")
 _LOOKS = 100  # objects of a place without `modelstore.json` that are looked at: one request

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +14,7 @@ from safetensors.torch import save_file
 
 from modelstore.errors import StorageError
 from modelstore.sources.open import open_source
-
-
-@contextmanager
-def as_a_user() -> Iterator[None]:
-    """As a user who is not root, whom permissions bind."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
+from tests.helpers.users import as_a_user
 
 
 @pytest.fixture

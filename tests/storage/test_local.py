@@ -6,6 +6,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from modelstore.storage import local
 from modelstore.storage.base import ObjectInfo
 from modelstore.storage.descriptors import Descriptors
 from modelstore.storage.local import LocalStorage
+from tests.helpers.users import as_a_user
 
 
 def _create(root: str, number: int, results: multiprocessing.Queue[int], together: threading.Barrier) -> None:
@@ -222,6 +224,30 @@ def test_what_the_system_refuses_is_said_with_the_store_and_what_to_do(
     said = str(caught.value)
     assert said.startswith(f"cannot {doing} 'a/")
     assert said.endswith(f"in {storage.url}: permission denied: check who may read and write there")
+
+
+@pytest.mark.parametrize(
+    ("closed", "named"),
+    [("store", "{url}"), ("store/packs", "{root}/packs, for {url}"), (".", "{above}, for {url}")],
+    ids=["the store", "a folder of it", "the folder it is to be made in"],
+)
+def test_where_nothing_may_be_written_the_folder_is_told_and_no_object(closed: str, named: str) -> None:
+    with tempfile.TemporaryDirectory() as above:
+        root = Path(above) / "store"
+        (Path(above) / closed).mkdir(parents=True, exist_ok=True)
+        for folder in (Path(above), root):
+            if folder.exists():
+                folder.chmod(0o777)
+        (Path(above) / closed).chmod(0o555)
+        storage = LocalStorage(root)
+        told = named.format(url=storage.url, root=root, above=above)
+        for write in (lambda: storage.put("packs/x", [b"x"], 1), lambda: storage.create("packs/y", b"y")):
+            with as_a_user(), pytest.raises(StorageError) as caught:
+                write()
+            assert (
+                str(caught.value) == f"cannot write into {told}: permission denied: check who may read and write there"
+            )
+            assert str(caught.value.object).startswith("packs/")
 
 
 def test_a_folder_that_may_not_be_read_is_not_taken_for_missing(
