@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from modelstore.architecture.model_class import build
 from modelstore.architecture.names import parameters, values
+from modelstore.compress.built import built_of
 from modelstore.errors import UnsupportedError
 from modelstore.execute.read.loading import Variant
 from modelstore.execute.read.reader import Reader
@@ -28,8 +28,7 @@ class Stages:
         from modelstore.architecture.skeleton import Skeleton
 
         self._model, self._limits = model, limits
-        config: dict[str, Any] = {**(model.config() or {}), "architectures": [class_name]}
-        self.built = build(config, len(model.manifest.tensors))
+        self.built = built_of(model, class_name)
         self.skeleton = Skeleton(self.built.model.eval())
         self.names = parameters(self.built, model.manifest.by_name)
         try:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.architecture.config import architectures, kind_of, model_type
 from modelstore.architecture.quantized import method
+from modelstore.compress.built import built_of
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.execute.model_files import without_config
 from modelstore.execute.read.loading import Variant
@@ -67,10 +68,10 @@ def language_config(model: Variant) -> Any:
         (Path(folder) / "config.json").write_text(json.dumps(_without_kernels(content)))
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever its checks make of a value that is not right
             raise UnsupportedError(
                 f"transformers {transformers.__version__} cannot make model {model.name!r} of its config.json "
-                f"({_short(error)}): use a version that knows it",
+                f"({_short(error)}): use a version that knows it, or save it with its own config.json",
                 model=model.name,
             ) from None
     named = architectures(content)
@@ -116,6 +117,14 @@ def class_of(config: Any) -> str:
     """The name of the class that predicts next tokens with such a config."""
     name: str = _transformers().MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
     return name
+
+
+def check_runs(model: Variant, config: Any) -> None:
+    """`UnsupportedError` where the model cannot be built, `FormatError` where its config asks for far more than is stored."""
+    try:
+        built_of(model, class_of(config))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"model {model.name!r} cannot be run: {error}", model=model.name) from error
 
 
 def language_model(model: Variant, config: Any, limits: Limits, *, dtype: str, device: str) -> torch.nn.Module:

@@ -11,7 +11,7 @@ import msgspec
 
 from modelstore.compress.evaluate import score as ev
 from modelstore.compress.evaluate.metrics import known, publish
-from modelstore.compress.evaluate.model import class_of, language_config, language_model, tokens
+from modelstore.compress.evaluate.model import check_runs, class_of, language_config, language_model, tokens
 from modelstore.compress.evaluate.streamed import Streamed
 from modelstore.compress.stages import Stages
 from modelstore.errors import UnsupportedError
@@ -130,6 +130,8 @@ def _of_original(blank: Measured, score: ev.Score) -> Measured:
 def _maker(models: Mapping[str, Variant], config: Any, choice: Choice, work: Work) -> Callable[[str], ev.MakeModel]:
     """How a variant is made ready to predict, by its name."""
     streamed = _is_streamed(models[ORIGINAL], choice, work.memory)
+    if not streamed:
+        check_runs(models[ORIGINAL], config)
 
     def maker(variant: str) -> ev.MakeModel:
         one = models[variant]
