@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from modelstore.client.base import OpenedStore
-from modelstore.client.comparing import compare
-from modelstore.client.evaluating import DTypeName, evaluate
+from modelstore.client.compression.comparing import compare
+from modelstore.client.compression.evaluating import DTypeName, evaluate
 from modelstore.client.exporting import MAX_SHARD
 from modelstore.client.model import Model
 from modelstore.execute.read.loading import LazyTensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from modelstore.client.access import warn
 from modelstore.client.base import OpenedStore
-from modelstore.client.evaluating import quality
+from modelstore.client.compression.evaluating import quality
 from modelstore.errors import ModelStoreError
 from modelstore.format.answers import results
 from modelstore.format.answers.history import LogEntry

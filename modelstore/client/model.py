@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.calibrate.text import Calibration
 from modelstore.client.access import Access
-from modelstore.client.bounded import bounded
-from modelstore.client.bounds import BOUNDS
-from modelstore.client.compressing import compress, plan_compression
-from modelstore.client.evaluating import DTypeName, evaluate
+from modelstore.client.compression.bounded import bounded
+from modelstore.client.compression.bounds import BOUNDS
+from modelstore.client.compression.compressing import compress, plan_compression
+from modelstore.client.compression.evaluating import DTypeName, evaluate
+from modelstore.client.compression.fitting import fit as fit_to
+from modelstore.client.compression.fitting import plan_fit
+from modelstore.client.compression.wishes import Wish, check_asked
 from modelstore.client.exporting import MAX_SHARD, export, exported
-from modelstore.client.fitting import fit as fit_to
-from modelstore.client.fitting import plan_fit
 from modelstore.client.reading import Readable
-from modelstore.client.wishes import Wish, check_asked
 from modelstore.format.answers import results
 from modelstore.format.answers.fitted import FitPlan
 from modelstore.format.progress import Progress

@@ -235,7 +235,7 @@ def test_any_bound_has_a_name(store: ms.Store) -> None:
 
 
 def test_trials_do_not_outlive_an_error(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    from modelstore.client import bounded
+    from modelstore.client.compression import bounded
 
     with monkeypatch.context() as broken:
         broken.setattr(bounded, "evaluate", lambda *_, **__: 1 / 0)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import msgspec
 
 from modelstore.client.access import Access
-from modelstore.client.ahead import check_writes
-from modelstore.client.evaluating import evaluate, text_of
+from modelstore.client.compression.ahead import check_writes
+from modelstore.client.compression.evaluating import evaluate, text_of
 from modelstore.errors import NotFoundError
 from modelstore.format.answers import results
 from modelstore.format.answers.comparison import Compared

@@ -192,7 +192,7 @@ def _asked(
 def looked_at(opened: Variant, given: str | PathLike[str] | Calibration) -> tuple[Any, Samples]:
     """A model's config as transformers has it, and the samples of a text that it looks at."""
     from modelstore.calibrate.text import Calibration, cut
-    from modelstore.client.evaluating import text_of
+    from modelstore.client.compression.evaluating import text_of
     from modelstore.compress.evaluate.model import language_config, tokens
 
     how = given if isinstance(given, Calibration) else Calibration(given)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from modelstore.client.access import Access
-from modelstore.client.ahead import check_made, check_writes, recipe_there
-from modelstore.client.compressing import compress, looked_at, planned
-from modelstore.client.wishes import Wish
+from modelstore.client.compression.ahead import check_made, check_writes, recipe_there
+from modelstore.client.compression.compressing import compress, looked_at, planned
+from modelstore.client.compression.wishes import Wish
 from modelstore.format.answers import results
 from modelstore.format.answers.fitted import FitPlan, Memory
 from modelstore.format.digest import name_of

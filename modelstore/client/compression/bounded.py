@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from modelstore.client.access import Access
-from modelstore.client.ahead import check_judge, check_made, check_writes, recipe_there
-from modelstore.client.bounds import Bound
-from modelstore.client.evaluating import evaluate, text_of
-from modelstore.client.fitting import Fitting, made
-from modelstore.client.wishes import Wish
+from modelstore.client.compression.ahead import check_judge, check_made, check_writes, recipe_there
+from modelstore.client.compression.bounds import Bound
+from modelstore.client.compression.evaluating import evaluate, text_of
+from modelstore.client.compression.fitting import Fitting, made
+from modelstore.client.compression.wishes import Wish
 from modelstore.errors import UnsupportedError
 from modelstore.format.answers import results
 from modelstore.format.digest import name_of

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from modelstore.client.access import Access
-from modelstore.client.evaluating import text_of
+from modelstore.client.compression.evaluating import text_of
 from modelstore.errors import ConflictError
 from modelstore.format.names import ORIGINAL, check_word
 from modelstore.format.structure import CHECKPOINT

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from modelstore.client.bounds import BOUNDS
+from modelstore.client.compression.bounds import BOUNDS
 from modelstore.format.recipe import MIXABLE, Method, Recipe, Rule, check
 
 if TYPE_CHECKING:
