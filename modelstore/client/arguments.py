@@ -10,11 +10,13 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from time import monotonic
 from types import FunctionType
 from typing import Any, Literal, TypeVar, get_args
 
 from modelstore.codecs.kernels.jit import telling
 from modelstore.format import given
+from modelstore.format.answers.brief import Timed
 from modelstore.format.given import told
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.units import parse_duration, parse_size
@@ -36,7 +38,10 @@ LEAST = {  # the least that a number may be
 
 
 def checked(function: F) -> F:
-    """The function, with its arguments checked first; its `progress` hears, too, when it waits for kernels to be compiled."""
+    """The function, with its arguments checked first, and its answer with the time it took.
+
+    Its `progress` hears, too, when it waits for kernels to be compiled.
+    """
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.name != "self"]
     checks = {p.name: check for p in parameters if (check := check_of(p, signature)) is not None}
@@ -55,8 +60,10 @@ def checked(function: F) -> F:
             except TypeError:
                 _refuse_swapped(function.__name__, name, bound.arguments, checks, signature)
                 raise
+        started = monotonic()
         with telling(bound.arguments.get("progress")):
-            return function(*bound.args, **bound.kwargs)
+            answer = function(*bound.args, **bound.kwargs)
+        return answer.after(monotonic() - started) if isinstance(answer, Timed) else answer
 
     return call  # type: ignore[return-value]
 

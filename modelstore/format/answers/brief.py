@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -19,6 +19,14 @@ class Result(msgspec.Struct, frozen=True):
     def __repr__(self) -> str:
         fields = ((name, getattr(self, name)) for name in self.__struct_fields__)
         return f"{type(self).__name__}({', '.join(f'{name}={brief(value)}' for name, value in fields)})"
+
+
+class Timed(Result, frozen=True):
+    """An answer with `seconds`: those of the whole call, from its beginning to its answer."""
+
+    def after(self, seconds: float) -> Self:
+        """The same answer, of a call that took so long."""
+        return msgspec.structs.replace(self, seconds=seconds)
 
 
 def brief(value: Any) -> str:

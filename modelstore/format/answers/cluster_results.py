@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 
-from modelstore.format.answers.brief import Result
+from modelstore.format.answers.brief import Result, Timed
 
 
-class Prefetched(Result, frozen=True):
+class Prefetched(Timed, frozen=True):
     """Chunks that a cluster holds now, brought or there before: `bytes` as stored, `held` in all copies, `replicas` of each."""
 
     ref: str
@@ -19,7 +19,7 @@ class Prefetched(Result, frozen=True):
     seconds: float
 
 
-class Delivered(Result, frozen=True):
+class Delivered(Timed, frozen=True):
     """Tensors that were handed to `workers` by `senders`: `bytes` in all that arrived, and what moved them."""
 
     ref: str

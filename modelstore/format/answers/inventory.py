@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelstore.format.answers.brief import Result
+from modelstore.format.answers.brief import Result, Timed
 from modelstore.format.answers.results import Problem
 
 
@@ -20,7 +20,7 @@ class CopiedVersion(Result, frozen=True):
     new: bool
 
 
-class Copied(Result, frozen=True):
+class Copied(Timed, frozen=True):
     """What a copy brought to `url`.
 
     `tags`, as NAME@TAG, name the same versions there now. `sent` and `there` are bytes of packs that were written, and that

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from modelstore.format.answers.brief import Result
+from modelstore.format.answers.brief import Result, Timed
 from modelstore.format.answers.looks import Looks
 from modelstore.format.objects.manifest import CodecSpec
 
@@ -33,7 +33,7 @@ class Problem(Result, frozen=True):
     object: str | None = None
 
 
-class Saved(Result, frozen=True):
+class Saved(Timed, frozen=True):
     """A version that was made: raw bytes of its tensors, bytes newly stored, and of chunks found already stored.
 
     One that is not `durable` lies in the memory of two nodes, and has no version yet: 0. `left_out` is what the source holds
@@ -54,7 +54,7 @@ class Saved(Result, frozen=True):
     remarks: tuple[str, ...] = ()
 
 
-class Part(Result, frozen=True):
+class Part(Timed, frozen=True):
     """One rank's part of a version to come: raw bytes of its tensors, bytes newly stored, and of chunks found already stored.
 
     `remarks` are of what is odd in its files, and kept as it is.
@@ -169,7 +169,7 @@ class Description(Result, frozen=True):
     meta: dict[str, str] = msgspec.field(default_factory=dict)
 
 
-class Exported(Result, frozen=True):
+class Exported(Timed, frozen=True):
     """Files that were written; `remarks` name what a folder had before and still has, beside them."""
 
     path: str
@@ -251,7 +251,7 @@ class CompressionPlan(Result, frozen=True):
         return tuple(choice for choice in self.choices if choice.codec is not None)
 
 
-class Compressed(Result, frozen=True):
+class Compressed(Timed, frozen=True):
     """Variants that were made: bytes of each as stored, bytes newly stored for all, and each one's quality (see `metrics`)."""
 
     model: str
