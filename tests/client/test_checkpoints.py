@@ -194,7 +194,7 @@ class TestWhichIsTheModel:
         with pytest.raises(FormatError, match=r"no entry 'other'.*it has 'state_dict', 'state_dict_ema'"):
             open_source(tmp_path / "timm", choice=Selection(key="other"))
         torch.save({"a": w, "b": w, "optimizer": {"lr": 1}}, tmp_path / "three")
-        with pytest.raises(FormatError, match=r"not a state dict: name by key= .* one of 'a', 'b'"):
+        with pytest.raises(FormatError, match=r"not a state dict: name by key= one of 'a', 'b'"):
             open_source(tmp_path / "three", choice=Selection(key="optimizer.lr"))
         torch.save({"a.b": {"c": w}, "x": torch.ones(1)}, tmp_path / "dots")
         assert open_source(tmp_path / "dots", choice=Selection(key="a.b.c")).tensors[0].name == "w"
