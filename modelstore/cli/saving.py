@@ -23,7 +23,7 @@ from modelstore.cli.terminal.options import (
 )
 from modelstore.format.names import is_model
 from modelstore.paths import from_home
-from modelstore.sources.checkpoint import BESIDE
+from modelstore.sources.checkpoints.checkpoint import BESIDE
 
 if TYPE_CHECKING:
     from modelstore.format.answers.results import LeftOut, Saved

@@ -10,7 +10,7 @@ from typing import Protocol
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Region, Shape
-from modelstore.sources.reading import Files
+from modelstore.sources.local.reading import Files
 
 
 @dataclass(frozen=True, slots=True)

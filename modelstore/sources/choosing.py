@@ -12,8 +12,8 @@ from modelstore.errors import FormatError, UnsupportedError
 from modelstore.paths import from_home
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source
-from modelstore.sources.folder import check_fetched
-from modelstore.sources.reading import open_regular, require_file
+from modelstore.sources.local.folder import check_fetched
+from modelstore.sources.local.reading import open_regular, require_file
 
 INCLUDES = ("model", "all")
 GGUFS = ("dequantize", "blocks")
@@ -55,7 +55,7 @@ def open_chosen(what: Any, choice: Selection) -> Source | None:
     pickled = choice.key is not None or choice.everything
     if isinstance(what, Mapping) and pickled:
         _only(choice, "a mapping", gguf=False)
-        from modelstore.sources.training import open_training
+        from modelstore.sources.checkpoints.training import open_training
 
         return open_training(what, choice.key, everything=choice.everything)
     path = from_home(what) if isinstance(what, (str, Path)) and "://" not in str(what) else None

@@ -19,7 +19,7 @@ from modelstore.format.files.safetensors import MAX_BYTES, MAX_DIMENSIONS
 from modelstore.format.names import check_file
 from modelstore.format.region import Region, Shape
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.filed import (
+from modelstore.sources.local.filed import (
     Budget,
     CheckpointIndex,
     FiledBox,
@@ -28,11 +28,11 @@ from modelstore.sources.filed import (
     check_tiling,
     fingerprint,
 )
-from modelstore.sources.folder import Folder, scan
+from modelstore.sources.local.folder import Folder, scan
+from modelstore.sources.local.reading import ArrayPlace, Files
 from modelstore.sources.pickles.archive import Archive
 from modelstore.sources.pickles.tensors import Ref, stand_ins
 from modelstore.sources.pickles.unpickle import Record, ordered_dict, record, unpickle
-from modelstore.sources.reading import ArrayPlace, Files
 
 METADATA = ".metadata"
 MAX_METADATA = 1 << 30

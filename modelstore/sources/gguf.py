@@ -17,10 +17,10 @@ from modelstore.format.dtypes import DTYPES
 from modelstore.format.files.gguf import GGUFTensor, Header, parse_header
 from modelstore.format.region import Region, extent
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.filed import CheckpointIndex, FiledBox, FiledSource, fingerprint
 from modelstore.sources.gguf_names import CheckpointNames, renamed
-from modelstore.sources.reading import ArrayPlace, Files, boxed, row_major
-from modelstore.sources.states import states_of
+from modelstore.sources.local.filed import CheckpointIndex, FiledBox, FiledSource, fingerprint
+from modelstore.sources.local.reading import ArrayPlace, Files, boxed, row_major
+from modelstore.sources.local.states import states_of
 
 METADATA = "gguf_metadata.json"
 HEADER = "gguf_header.bin"

@@ -25,8 +25,8 @@ from modelstore.format.files.checkpoint import PIPELINE
 from modelstore.format.names import check_file
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source
-from modelstore.sources.reading import Files
-from modelstore.sources.states import State
+from modelstore.sources.local.reading import Files
+from modelstore.sources.local.states import State
 
 SCHEME = "hf://"
 FROM = "huggingface.source"  # in a version's metadata: what it was saved from, with the commit

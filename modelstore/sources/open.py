@@ -20,7 +20,7 @@ from modelstore.sources import safetensors
 from modelstore.sources.base import Source, TensorSpec
 from modelstore.sources.choosing import Selection, open_chosen
 from modelstore.sources.hub import cached_snapshot, hub_id, open_hub
-from modelstore.sources.reading import Files, require_file
+from modelstore.sources.local.reading import Files, require_file
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +214,7 @@ class _WithFiles:
 
     @property
     def fingerprint(self) -> str | None:
-        from modelstore.sources.filed import fingerprint
+        from modelstore.sources.local.filed import fingerprint
 
         own = self._source.fingerprint
         return None if own is None else fingerprint(self._extra.items(), self.opened, {"": own.encode()})

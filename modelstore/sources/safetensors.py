@@ -16,10 +16,10 @@ from modelstore.format.files.checkpoint import PIPELINE, Weights, components
 from modelstore.format.files.safetensors import PREFIX, HeaderEntry, header_length, parse_header
 from modelstore.format.region import Region
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.filed import Budget, CheckpointIndex, FiledBox, FiledSource, check_tiling, fingerprint
-from modelstore.sources.folder import Folder, leave_duplicates, read_index, read_json, scan
-from modelstore.sources.reading import ArrayPlace, Files, require_file, row_major
-from modelstore.sources.states import State, states_of
+from modelstore.sources.local.filed import Budget, CheckpointIndex, FiledBox, FiledSource, check_tiling, fingerprint
+from modelstore.sources.local.folder import Folder, leave_duplicates, read_index, read_json, scan
+from modelstore.sources.local.reading import ArrayPlace, Files, require_file, row_major
+from modelstore.sources.local.states import State, states_of
 
 SHARDING = "DCP_SHARDING_INFO"  # torch DCP's Hugging Face writer puts each piece's place in its tensor there
 

@@ -20,7 +20,7 @@ from modelstore.format.names import check_tensor
 from modelstore.format.region import Region
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.reading import Files, boxed
+from modelstore.sources.local.reading import Files, boxed
 
 Value = torch.Tensor | NDArray[Any]
 

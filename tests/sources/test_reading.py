@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from modelstore.errors import FormatError, StorageError
 from modelstore.format import region as regions
-from modelstore.sources import reading
-from modelstore.sources.filed import check_tiling
-from modelstore.sources.reading import ArrayPlace, Files, row_major
+from modelstore.sources.local import reading
+from modelstore.sources.local.filed import check_tiling
+from modelstore.sources.local.reading import ArrayPlace, Files, row_major
 from tests.sources.contract import regions_of
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 import modelstore
 from modelstore.errors import ConflictError
-from modelstore.sources import reading
+from modelstore.sources.local import reading
+from modelstore.sources.local.states import State
 from modelstore.sources.open import open_source
-from modelstore.sources.states import State
 from modelstore.storage.memory import MemoryStorage
 from modelstore.testing.faults import FaultyStorage, Killed
 from tests.helpers.stores import all_bits, copy_all, journal, open_on, shrink

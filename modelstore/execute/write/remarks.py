@@ -9,7 +9,7 @@ from pathlib import Path
 from modelstore.architecture.config import MAX_CONFIG, oddity
 from modelstore.errors import ModelStoreError
 from modelstore.format.files.checkpoint import CONFIG
-from modelstore.sources.reading import read_whole
+from modelstore.sources.local.reading import read_whole
 
 _LARGEST = 1 << 20  # bytes of a JSON file beside config.json that is looked into
 _MOST = 100  # files that are looked into

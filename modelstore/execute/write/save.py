@@ -46,7 +46,7 @@ from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.work import Work
 from modelstore.plan.write import FILE_CODEC, plan_tensor
 from modelstore.sources.base import Source
-from modelstore.sources.reading import read_whole
+from modelstore.sources.local.reading import read_whole
 from modelstore.store.catalog import Catalog
 from modelstore.store.manifests import Manifests
 from modelstore.store.packs import FILE

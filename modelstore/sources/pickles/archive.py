@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from modelstore.errors import FormatError, ModelStoreError, UnsupportedError
+from modelstore.sources.local.reading import ArrayPlace, Files
 from modelstore.sources.pickles.tensors import ALLOWED, Ref, storage_of
 from modelstore.sources.pickles.unpickle import unpickle
-from modelstore.sources.reading import ArrayPlace, Files
 
 MAX_DIRECTORY = 64 << 20  # the zip's directory: half a million records
 MAX_TABLE = 256 << 20  # a pickle: far beyond a million tensors

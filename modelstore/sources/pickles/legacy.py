@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from modelstore.errors import FormatError, UnsupportedError
+from modelstore.sources.local.reading import ArrayPlace, Files
 from modelstore.sources.pickles.archive import MAX_TABLE, FileRange, placed_in
 from modelstore.sources.pickles.tensors import ALLOWED, Ref, StorageRef, storage_of
 from modelstore.sources.pickles.unpickle import unpickle
-from modelstore.sources.reading import ArrayPlace, Files
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001

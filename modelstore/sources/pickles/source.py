@@ -22,15 +22,15 @@ from modelstore.format.region import Region, nbytes
 from modelstore.format.structure import FILE as STRUCTURE
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import Source, TensorSpec
-from modelstore.sources.checkpoint import BESIDE, Tensors, choose
-from modelstore.sources.filed import CheckpointIndex, FiledBox, FiledSource, check_expansion, fingerprint
-from modelstore.sources.folder import Folder, leave_duplicates, read_index, scan
+from modelstore.sources.checkpoints.checkpoint import BESIDE, Tensors, choose
+from modelstore.sources.checkpoints.structure import TensorView, beside_state
+from modelstore.sources.local.filed import CheckpointIndex, FiledBox, FiledSource, check_expansion, fingerprint
+from modelstore.sources.local.folder import Folder, leave_duplicates, read_index, scan
+from modelstore.sources.local.reading import ArrayPlace, Files, boxed, open_regular, require_file
+from modelstore.sources.local.states import states_of
 from modelstore.sources.pickles.archive import Archive
 from modelstore.sources.pickles.legacy import LegacyArchive, is_legacy
 from modelstore.sources.pickles.tensors import NotDense, Ref
-from modelstore.sources.reading import ArrayPlace, Files, boxed, open_regular, require_file
-from modelstore.sources.states import states_of
-from modelstore.sources.structure import TensorView, beside_state
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"

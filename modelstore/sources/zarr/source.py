@@ -25,10 +25,10 @@ from modelstore.format.names import check_file, check_tensor
 from modelstore.format.region import Region
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.filed import check_expansion, fingerprint
-from modelstore.sources.folder import PASSED_OVER, hidden, read_json, walk
-from modelstore.sources.reading import Files, boxed
-from modelstore.sources.trees import TreeFiles
+from modelstore.sources.local.filed import check_expansion, fingerprint
+from modelstore.sources.local.folder import PASSED_OVER, hidden, read_json, walk
+from modelstore.sources.local.reading import Files, boxed
+from modelstore.sources.local.trees import TreeFiles
 from modelstore.sources.zarr.bounds import bound, check_array
 from modelstore.sources.zarr.chunks import Chunks, chunk_bytes, overlapping
 from modelstore.sources.zarr.dtypes import RenamedDtypes

@@ -14,8 +14,8 @@ from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.format.names import check_file
 from modelstore.format.objects.record import FOLDERS, SPARE, STORE_KEY
 from modelstore.paths import explained
-from modelstore.sources.reading import read_whole
-from modelstore.sources.states import State, settle, state_below
+from modelstore.sources.local.reading import read_whole
+from modelstore.sources.local.states import State, settle, state_below
 
 # Hidden files that belong to a model. Others (.env, .netrc, .ssh/, .aws/) hold secrets as often as not.
 _HIDDEN = frozenset({".gitattributes", ".eval_results"})

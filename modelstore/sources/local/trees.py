@@ -7,8 +7,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from modelstore.sources.reading import Files
-from modelstore.sources.states import State, changed, settle
+from modelstore.sources.local.reading import Files
+from modelstore.sources.local.states import State, changed, settle
 
 
 class TreeFiles(Files):

@@ -17,8 +17,8 @@ from modelstore.format.buffers import Bytes
 from modelstore.format.names import check_tensor
 from modelstore.format.region import Region, Shape, nbytes
 from modelstore.sources.base import TensorSpec
-from modelstore.sources.reading import ArrayPlace, Files, boxed
-from modelstore.sources.states import SAMPLED, State
+from modelstore.sources.local.reading import ArrayPlace, Files, boxed
+from modelstore.sources.local.states import SAMPLED, State
 
 W = TypeVar("W")  # what says where a piece lies: an `ArrayPlace`, or what leads to one
 

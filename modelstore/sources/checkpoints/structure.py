@@ -22,7 +22,7 @@ from modelstore.format.names import check_tensor
 from modelstore.format.structure import EXACT, FACTORIES, MAX_BYTES, MAX_DEPTH, VERSION, check
 from modelstore.format.views import SharedView, placed
 from modelstore.sources.arrays import is_tensor_dtype
-from modelstore.sources.checkpoint import Chosen, shown
+from modelstore.sources.checkpoints.checkpoint import Chosen, shown
 from modelstore.sources.pickles.reduced import as_record
 from modelstore.sources.pickles.tensors import Size, StorageRef
 from modelstore.sources.pickles.unpickle import ClassStub, Key, Ordered, Record

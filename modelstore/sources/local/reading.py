@@ -20,7 +20,7 @@ from modelstore.errors import FormatError, NotFoundError, StorageError
 from modelstore.format.buffers import Bytes
 from modelstore.format.locks import Lock
 from modelstore.format.region import Region, extent
-from modelstore.sources.states import State, changed, same_bytes, samples, states_of
+from modelstore.sources.local.states import State, changed, same_bytes, samples, states_of
 
 SPAN = 4 << 20  # the most that one read fetches only to pick parts of it
 SPARSE_GAP = 64 << 10  # a gap longer than this is skipped rather than read

@@ -11,8 +11,8 @@ import torch
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.structure import FILE as STRUCTURE
 from modelstore.sources.arrays import is_tensor_dtype
-from modelstore.sources.checkpoint import BESIDE, Tensors, choose
-from modelstore.sources.structure import TensorView, beside_state
+from modelstore.sources.checkpoints.checkpoint import BESIDE, Tensors, choose
+from modelstore.sources.checkpoints.structure import TensorView, beside_state
 from modelstore.sources.torch import StateDictSource
 
 
