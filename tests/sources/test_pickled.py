@@ -98,7 +98,7 @@ class TestWrappers:
         [
             ({"model": {"w": torch.ones(1)}, "state_dict": {"w": torch.ones(1)}}, r"several.*state_dict, model"),
             ({"optimizer": {"w": torch.ones(1)}}, "no state dict among 'optimizer'"),
-            ({"g": {"w": torch.ones(1)}, "d": {"w": torch.ones(1)}}, r"several state dicts \(g, d\).*--key g"),
+            ({"g": {"w": torch.ones(1)}, "d": {"w": torch.ones(1)}}, r"several state dicts \(g, d\).*key='g'"),
             ({"g": {"w": torch.ones(1)}, "w": torch.ones(1)}, r"several state dicts \(\., g\)"),
             ([torch.ones(1)], "holds a value of type list"),
             (torch.ones(1), "holds a tensor, not a state dict: save a dict"),
