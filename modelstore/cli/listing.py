@@ -93,9 +93,8 @@ def show(
         typer.Option(
             "--plot",
             metavar="FILE",
-            dir_okay=False,
             show_default=False,
-            help="Draw the quality of all variants of the version over their size, to a .png, .svg or .pdf file.",
+            help="Draw the quality of all variants of the version over their size into a .svg, .html, .png or .pdf file.",
         ),
     ] = None,
     store: StoreUrl = None,
@@ -107,12 +106,14 @@ def show(
     Sizes, tensors, files, where it comes from, and what the version's variants are worth, as far as it was measured.
     """
     if plot is not None:
-        evaluating.check_plot(plot)
+        from modelstore.search.picture import check_picture, draw
+
+        check_picture(plot)
     opened = open_store(store)
     about = opened.describe(ref)
     at = f"{about.model}@{about.version}"
     if plot is not None:
-        evaluating.plot(opened.quality(at), at, plot)
+        draw(evaluating.chart(opened.quality(at), at), plot)
         output.remark(f"drew {plot}", quiet=json)
 
     output.result(about, _details(about, tensors, lambda: opened.quality(at)), as_json=json)

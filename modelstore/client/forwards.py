@@ -345,7 +345,8 @@ class OfModels(OpenedStore):
             context: Tokens of a window.
             limit: Only so many tokens of the text.
             keep: Keep what is found with the variants.
-            plot: Draw divergence over bytes into this file, of SVG (".svg") or a page with it (".html").
+            plot: Draw divergence over bytes into this file: SVG (".svg"), a page with it (".html"), or with matplotlib ".png" or
+                ".pdf".
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:

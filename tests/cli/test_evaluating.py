@@ -56,9 +56,12 @@ def test_the_original_is_left_out_where_it_is_not_wanted(run: Command, folder: P
     assert "evaluation" not in json.loads(run("show", "m:round", "--json").stdout)["metrics"]
 
 
-@pytest.mark.parametrize(("name", "magic"), [("q.png", b"\x89PNG"), ("q.svg", b"<?xml"), ("q.pdf", b"%PDF")])
+@pytest.mark.parametrize(
+    ("name", "magic"), [("q.png", b"\x89PNG"), ("q.svg", b"<svg"), ("q.html", b"<!doctype html>"), ("q.pdf", b"%PDF")]
+)
 def test_show_draws_a_picture(run: Command, folder: Path, text: Path, tmp_path: Path, name: str, magic: bytes) -> None:
-    pytest.importorskip("matplotlib")
+    if name.endswith(("png", "pdf")):
+        pytest.importorskip("matplotlib")
     run("save", folder, "m")
     run("compress", "m", "round")
     out = tmp_path / name
@@ -68,11 +71,18 @@ def test_show_draws_a_picture(run: Command, folder: Path, text: Path, tmp_path: 
     run("eval", "m:round", "--text", text, "--context", "32")
     run("show", "m", "--plot", out)
     assert out.read_bytes() != first
+    beside = tmp_path / f"compared-{name}"
+    drawn = run("compare", "m", "--text", text, "--context", "32", "--plot", beside)  # one rule for both
+    assert f"drew {beside}" in drawn.stderr
+    assert beside.read_bytes().startswith(magic)
 
 
 def test_what_cannot_be_done_is_said(run: Command, folder: Path, text: Path, tmp_path: Path) -> None:
     run("save", folder, "m")
-    assert "end in .png" in run("show", "m", "--plot", tmp_path / "q.txt", code=2).stderr
+    for words in (["show", "m"], ["compare", "m", "--text", text]):
+        said = run(*words, "--plot", tmp_path / "q.txt", code=2).stderr
+        assert "q.txt is not the name of a picture: let it end in .svg, .html, .png or .pdf" in said
+        assert "no folder" in run(*words, "--plot", tmp_path / "nowhere" / "q.svg", code=1).stderr
     assert "nothing was measured" in run("show", "m", "--plot", tmp_path / "q.png", code=1).stderr
     assert "64 positions" in run("eval", "m", "--text", text, "--context", "512", code=2).stderr
     run("eval", "m", "--text", tmp_path / "nowhere.txt", code=2)

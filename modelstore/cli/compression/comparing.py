@@ -41,7 +41,12 @@ def compare(
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep what is found with the variants.")] = True,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="FILE", show_default=False, help="Draw divergence over bytes (.svg or .html)."),
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            show_default=False,
+            help="Draw divergence over bytes into a .svg, .html, .png or .pdf file.",
+        ),
     ] = None,
     store: StoreUrl = None,
     memory: Memory = None,
@@ -57,6 +62,8 @@ def compare(
     opened = open_store(store, memory=memory)
     with output.progress(quiet=quiet) as report:
         found = opened.compare(refs, text=text, context=context, limit=limit, keep=keep, plot=plot, progress=report)
+    if plot is not None:
+        output.remark(f"drew {plot}", quiet=quiet or json)
 
     def lines() -> Iterator[str]:
         rows = [

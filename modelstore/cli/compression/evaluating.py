@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelstore.cli.terminal import complete, output, units
-from modelstore.cli.terminal.failures import usage
 from modelstore.cli.terminal.options import AsJson, Context, Debug, Limit, Memory, Quiet, StoreUrl, open_store
-from modelstore.text import shown
 
 if TYPE_CHECKING:
     from modelstore.format.answers.results import Measured, Quality
+    from modelstore.search.picture import Chart
 
 _HEADS = ("VARIANT", "STORED", "BITS/WEIGHT", "SQNR", "PERPLEXITY", "KL", "TOP-1")
-_PLOTS = (".png", ".svg", ".pdf")
 
 
 def evaluate(
@@ -131,50 +129,25 @@ def of_text(measured: Measured) -> str:
     return f"{measured.text}, {units.count(measured.tokens, 'token')} in windows of {measured.context}{stride}, {measured.dtype}"
 
 
-def check_plot(path: Path) -> None:
-    """Wrong usage where no picture can be drawn to a path."""
-    if path.suffix.lower() not in _PLOTS:
-        raise usage(f"{path} is not the name of a picture: let it end in {', '.join(_PLOTS)}")
-
-
-def plot(found: Sequence[Quality], title: str, path: Path) -> None:
-    """Draw quality over bytes of a version's variants: their perplexity where it was measured, else their SQNR."""
+def chart(found: Sequence[Quality], title: str) -> Chart:
+    """Quality over bytes of a version's variants: their perplexity where it was measured, else their SQNR."""
     from modelstore.errors import UnsupportedError
+    from modelstore.search.picture import Chart, Point
 
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError("--plot draws with matplotlib: pip install 'modelstore[plot]'") from None
     perplexities = [(one, one.measured.perplexity) for one in found if one.measured and one.measured.perplexity]
     ratios = [(one, one.sqnr) for one in found if one.sqnr is not None]
-    points = perplexities or ratios
+    points = tuple(
+        Point(one.stored, value, one.variant, f"{title}:{one.variant}") for one, value in perplexities or ratios
+    )
     if not points:
         raise UnsupportedError(
             f"nothing was measured of {title} yet: compress it, or evaluate it with 'modelstore eval {title} --text FILE'"
         )
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.scatter([one.stored / 1e6 for one, _ in points], [value for _, value in points])
-    for one, value in points:
-        axes.annotate(
-            shown(one.variant),
-            (one.stored / 1e6, value),
-            xytext=(4, 4),
-            textcoords="offset points",
-            fontsize=8,
-            parse_math=False,
-        )
-    axes.set_xlabel("stored, MB")
-    axes.set_ylabel("perplexity, lower is better" if perplexities else "SQNR in dB, higher is better")
-    values = [value for _, value in points]
-    if perplexities and max(values) > 4 * min(values):
-        axes.set_yscale("log")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    measured = points[0][0].measured
-    heading = f"{title}: {of_text(measured)}" if perplexities and measured else title
-    axes.set_title(shown(heading), fontsize=10, parse_math=False)  # a "$" of a name is no formula
-    figure.savefig(path, dpi=150)
+    measured = perplexities[0][0].measured if perplexities else None
+    if measured is None:
+        return Chart(title, "SQNR in dB, higher is better", points)
+    values = [point.value for point in points]
+    return Chart(f"{title}: {of_text(measured)}", "perplexity, lower is better", points, max(values) > 4 * min(values))
 
 
 def measures(measured: Measured | None) -> tuple[str, str, str]:

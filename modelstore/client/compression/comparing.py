@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from modelstore.client.access import Access
 from modelstore.client.compression.ahead import check_writes
 from modelstore.client.compression.evaluating import evaluate, text_of
-from modelstore.errors import NotFoundError
 from modelstore.format.answers import results
 from modelstore.format.answers.comparison import Compared
 from modelstore.format.names import Reference
@@ -18,6 +18,9 @@ from modelstore.format.progress import Progress
 from modelstore.format.structure import CHECKPOINT
 from modelstore.paths import from_home
 from modelstore.store.describe import variant_infos, weights_of
+
+if TYPE_CHECKING:
+    from modelstore.search.picture import Chart
 
 
 def compare(
@@ -33,13 +36,11 @@ def compare(
 ) -> list[Compared]:
     """Compare variants, as `Store.compare` says; of one reference alone, all variants of its version."""
     from modelstore.search.bound import is_trial
-    from modelstore.search.picture import FORMATS, front, page, svg
+    from modelstore.search.picture import check_picture, draw, front
 
     target = from_home(plot) if plot is not None else None
-    if target is not None and target.suffix.lower() not in FORMATS:
-        raise ValueError(f"plot={str(target)!r} is not the name of a picture: let it end in {' or '.join(FORMATS)}")
-    if target is not None and not target.parent.is_dir():
-        raise NotFoundError(f"there is no folder {target.parent} for the picture: make it first", object=str(target))
+    if target is not None:
+        check_picture(target)
     if keep:
         check_writes(access)
     access.repo.catalog.open()
@@ -67,11 +68,20 @@ def compare(
     on_front = front([(row.stored, row.measured.kl) for row in rows])
     rows = [msgspec.structs.replace(row, front=best) for row, best in zip(rows, on_front, strict=True)]
     if target is not None:
-        draw = page if target.suffix.lower() == ".html" else svg
-        target.write_text(
-            draw(rows, f"{', '.join(model for model, _ in groups)} on {text_of(text)[0]}"), encoding="utf-8"
-        )
+        draw(_chart(rows, f"{', '.join(model for model, _ in groups)} on {text_of(text)[0]}"), target)
     return rows
+
+
+def _chart(rows: Sequence[Compared], title: str) -> Chart:
+    """How far each is from its original, over its bytes."""
+    from modelstore.search.picture import Chart, Point
+
+    points = tuple(
+        Point(row.stored, row.measured.kl, row.variant, row.ref, row.front)
+        for row in rows
+        if row.measured.kl is not None
+    )
+    return Chart(title, "KL from the original, nats a token", points, logarithmic=True)
 
 
 def _row(access: Access, one: results.Evaluation) -> Compared:
