@@ -23,6 +23,7 @@ from modelstore.cli.terminal import complete, output
 from modelstore.cluster.logs import JsonLines
 from modelstore.errors import ModelStoreError, NotFoundError
 from modelstore.format.answers import cluster_results, results
+from modelstore.search.picture import FORMATS, draw
 from modelstore.text import cells, json_line, shortened, shown
 from tests.cli.screen import Answers, Screen, filled, on_screen
 
@@ -185,11 +186,15 @@ def _status(text: str) -> cluster_results.ClusterStatus:
     )
 
 
-def test_a_picture_has_names_as_they_are(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    quality = filled(results.Quality, HOSTILE)
-    evaluating.plot([quality], HOSTILE, tmp_path / "x.svg")
-    assert (tmp_path / "x.svg").stat().st_size
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_picture_has_names_as_they_are(tmp_path: Path, ending: str) -> None:
+    if ending in (".png", ".pdf"):
+        pytest.importorskip("matplotlib")
+    out = tmp_path / f"x{ending}"
+    draw(evaluating.chart([filled(results.Quality, HOSTILE)], HOSTILE), out)
+    assert out.stat().st_size
+    if ending in (".svg", ".html"):
+        assert not forbidden(out.read_text().replace("\n", ""))
 
 
 def test_names_of_a_real_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -155,8 +155,20 @@ def store(
         relied |= {manifest_key(model, whole_of.manifest): 1, pack_key(whole_of.copy): 1, **objects_of(everything)}
     if base is not None:
         relied = {**base_objects(storage, base.model, base.digest), **relied}
-    said = (*remarks(source.files), *getattr(source, "remarks", ()))
+    apart = _no_difference(parent, inputs) if codec == "delta" and parent is not None else ()
+    said = (*apart, *remarks(source.files), *getattr(source, "remarks", ()))
     return Outcome(entry, tally, journal, relied, left_out(source), said, others)
+
+
+def _no_difference(parent: Against, inputs: Sequence[Input]) -> tuple[str, ...]:
+    """A remark where nothing is stored as a difference to a parent, though it was asked for."""
+    if any(item.plan.codec.name == "delta" for item in inputs):
+        return ()
+    if parent.chain >= LONGEST_CHAIN:
+        why = f"{parent.model} is the last of {parent.chain} differences already: give an earlier version as the parent"
+    else:
+        why = f"no tensor has the name, shape and dtype of one of {parent.model}: is it the right parent?"
+    return (f"nothing is stored as a difference: {why}",)
 
 
 def left_out(source: Source) -> tuple[LeftOut, ...]:
