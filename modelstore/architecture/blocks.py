@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from modelstore.architecture.config import Config, architectures
-from modelstore.architecture.parallel_table import BESIDE
+from modelstore.architecture.ranks.parallel_table import BESIDE
 from modelstore.architecture.ties import tied
 from modelstore.format.objects.architecture import Architecture, general
 

@@ -11,8 +11,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from modelstore.architecture.classes.model_class import build, is_imported
 from modelstore.architecture.config import Config
-from modelstore.architecture.model_class import build, is_imported
 from modelstore.errors import UnsupportedError
 from modelstore.format.digest import name_of
 from modelstore.format.locks import Lock
@@ -59,7 +59,7 @@ def _walked(config: Config, tensors: Mapping[str, Shape]) -> Architecture | None
     except UnsupportedError as error:
         log.debug("%s: kinds of tensors are told by their names", error)
         return None
-    from modelstore.architecture.walk import walk
+    from modelstore.architecture.classes.walk import walk
 
     try:
         return walk(built, tensors)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from modelstore.architecture.names import Made
+from modelstore.architecture.classes.names import Made
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.stages import Stages
 from modelstore.execute.read.tensors import bytes_of, to_torch

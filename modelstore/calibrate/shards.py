@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from modelstore.architecture.skeleton import Skeleton
+from modelstore.architecture.classes.skeleton import Skeleton
 from modelstore.errors import UnsupportedError
 
 _FORWARD = 128 << 20  # bytes of activations of one run that are aimed at

@@ -6,7 +6,7 @@ import math
 from itertools import chain
 from typing import Any
 
-from modelstore.architecture.model_class import Built, build
+from modelstore.architecture.classes.model_class import Built, build
 from modelstore.errors import FormatError
 from modelstore.execute.read.loading import Variant
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from modelstore.architecture.parallel import axes
+from modelstore.architecture.ranks.parallel import axes
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
 from modelstore.compress.budget import check_memory
 from modelstore.compress.calibrated import Begun, Solver, noted

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from modelstore.architecture.parallel import axes
+from modelstore.architecture.ranks.parallel import axes
 from modelstore.compress.budget import check_memory
 from modelstore.compress.job import encoder
 from modelstore.compress.plan import plan_compression, tensor_plan, weight_codec

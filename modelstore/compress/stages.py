@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from modelstore.architecture.names import parameters, values
+from modelstore.architecture.classes.names import parameters, values
 from modelstore.compress.built import built_of
 from modelstore.errors import UnsupportedError
 from modelstore.execute.read.loading import Variant
@@ -25,7 +25,7 @@ class Stages:
     """
 
     def __init__(self, model: Variant, class_name: str, limits: Limits) -> None:
-        from modelstore.architecture.skeleton import Skeleton
+        from modelstore.architecture.classes.skeleton import Skeleton
 
         self._model, self._limits = model, limits
         self.built = built_of(model, class_name)

@@ -6,7 +6,7 @@ For example:
     for source, target in held["model.layers.9.mlp.down_proj.weight"].pieces():           # regions: whole → rank's
         ...
 
-`modelstore.architecture.parallel` knows how an architecture is cut.
+`modelstore.architecture.ranks.parallel` knows how an architecture is cut.
 """
 
 from modelstore.plan.layout_pipeline import Layers, PipelineStage

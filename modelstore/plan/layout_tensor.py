@@ -9,8 +9,8 @@ from typing import Literal
 
 from modelstore.architecture.config import Config
 from modelstore.architecture.described import look
-from modelstore.architecture.parallel import Cuts, Plan, in_table
-from modelstore.architecture.parallel_table import AxisCut, Kind
+from modelstore.architecture.ranks.parallel import Cuts, Plan, in_table
+from modelstore.architecture.ranks.parallel_table import AxisCut, Kind
 from modelstore.format import given
 from modelstore.format.objects.architecture import Architecture
 from modelstore.plan.layout_share import Combines, Range, Share, Tensors, cut, whole

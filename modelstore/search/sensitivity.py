@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from modelstore.architecture.names import Made, values
+from modelstore.architecture.classes.names import Made, values
 from modelstore.calibrate.layers import as_stored, linears
 from modelstore.calibrate.statistics import Gathered
 from modelstore.codecs.weight import WeightCodec

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modelstore.architecture.model_class import Built, build
-from modelstore.architecture.names import parameters, values
-from modelstore.architecture.skeleton import Skeleton
+from modelstore.architecture.classes.model_class import Built, build
+from modelstore.architecture.classes.names import parameters, values
+from modelstore.architecture.classes.skeleton import Skeleton
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.execute.read.unsaved import made_again
 

@@ -14,9 +14,9 @@ import pytest
 import modelstore as ms
 from modelstore.architecture import described
 from modelstore.architecture.blocks import blocks, head_tensors
+from modelstore.architecture.classes.model_class import build, is_imported
 from modelstore.architecture.described import look
 from modelstore.architecture.kinds import Its, kinds
-from modelstore.architecture.model_class import build, is_imported
 from modelstore.errors import UnsupportedError
 from modelstore.format.objects.architecture import Architecture, Sliced, find, folded
 from modelstore.format.objects.manifest import Manifest, decode, encode
@@ -208,7 +208,7 @@ def test_the_class_counts_before_names(store: ms.Store, tmp_path: Path) -> None:
     ],
 )
 def test_absurd_configs(change: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelstore.architecture.model_class._MOST_MODULES", (256, 16))
+    monkeypatch.setattr("modelstore.architecture.classes.model_class._MOST_MODULES", (256, 16))
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMALL, **change}
     with pytest.raises(UnsupportedError, match=says):
         build(config, 10)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import modelstore as ms
-from modelstore.architecture.skeleton import Skeleton
+from modelstore.architecture.classes.skeleton import Skeleton
 from modelstore.calibrate.shards import activations, per_run, runs_of
 from modelstore.calibrate.statistics import Inputs
 from modelstore.compress.stages import Stages

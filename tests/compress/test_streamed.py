@@ -76,7 +76,7 @@ def test_a_block_is_let_go_before_the_next_is_read(store: ms.Store, monkeypatch:
 def test_a_model_that_cannot_be_streamed_says_what_it_needs(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate_run, "_float32", lambda _: 1 << 50)
     monkeypatch.setattr(
-        "modelstore.architecture.skeleton._SHARED", {"hidden_size": "its layers share what this test says"}
+        "modelstore.architecture.classes.skeleton._SHARED", {"hidden_size": "its layers share what this test says"}
     )
     with pytest.raises(UnsupportedError, match=f"share what this test says: to evaluate .*memory={1 << 51}"):
         store.eval("m", text=TEXT, context=32)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelstore.architecture.blocks import blocks
-from modelstore.architecture.parallel import axes
-from modelstore.architecture.parallel_table import FAMILIES
+from modelstore.architecture.ranks.parallel import axes
+from modelstore.architecture.ranks.parallel_table import FAMILIES
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.format.region import Shape, extent, slices
 from modelstore.plan.layout import (

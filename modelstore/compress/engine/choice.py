@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from modelstore.architecture.classes.places import Modules, Place
 from modelstore.architecture.kinds import kinds_in
-from modelstore.architecture.places import Modules, Place
 from modelstore.codecs.weight import EngineView
 from modelstore.compress.engine.schemes import EXACT, FLOAT8, Offer, has_zero_points, offered, scheme_key
 from modelstore.errors import UnsupportedError

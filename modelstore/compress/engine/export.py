@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.architecture.places import modules_of
+from modelstore.architecture.classes.places import modules_of
 from modelstore.architecture.quantized import method
 from modelstore.codecs.integer.view import beside_int8
 from modelstore.codecs.weight import EngineTensor, EngineView, part_name

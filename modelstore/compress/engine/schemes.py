@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from modelstore.architecture.places import Modules, Place
+from modelstore.architecture.classes.places import Modules, Place
 from modelstore.codecs.integer.view import without_zero_points
 from modelstore.codecs.weight import EngineView, matrix
 from modelstore.errors import UnsupportedError

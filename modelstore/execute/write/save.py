@@ -12,7 +12,7 @@ import numpy as np
 
 from modelstore.architecture.config import MAX_CONFIG, Config, parse
 from modelstore.architecture.described import look
-from modelstore.architecture.parallel import axes
+from modelstore.architecture.ranks.parallel import axes
 from modelstore.codecs.base import Codec
 from modelstore.codecs.registry import added
 from modelstore.codecs.registry import codec as make_codec

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
+from modelstore.architecture.classes.model_class import Built, NotInstalledError, build
 from modelstore.architecture.config import Config, kind_of, model_type
-from modelstore.architecture.model_class import Built, NotInstalledError, build
 from modelstore.codecs.weight import part_name
 from modelstore.errors import UnsupportedError
 from modelstore.format.region import Shape

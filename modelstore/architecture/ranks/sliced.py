@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelstore.architecture.parallel_table import BESIDE, FAMILIES
+from modelstore.architecture.ranks.parallel_table import BESIDE, FAMILIES
 from modelstore.format.objects.architecture import Sliced, general
 from modelstore.format.region import Shape
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
 
 from modelstore.architecture.config import Config, count, kind_of, language, model_type
-from modelstore.architecture.parallel_table import BESIDE, FAMILIES, KINDS, AxisCut, Kind, ParallelPlan
+from modelstore.architecture.ranks.parallel_table import BESIDE, FAMILIES, KINDS, AxisCut, Kind, ParallelPlan
 from modelstore.errors import UnsupportedError
 from modelstore.format.objects.architecture import Architecture, Sliced, find
 

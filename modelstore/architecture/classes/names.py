@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modelstore.architecture.model_class import Built
+from modelstore.architecture.classes.model_class import Built
 from modelstore.errors import FormatError
 
 if TYPE_CHECKING:

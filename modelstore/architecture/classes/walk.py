@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from modelstore.architecture import kinds as names
-from modelstore.architecture.model_class import Built
-from modelstore.architecture.sliced import Met, Slicer
+from modelstore.architecture.classes.model_class import Built
+from modelstore.architecture.ranks.sliced import Met, Slicer
 from modelstore.format.objects.architecture import Architecture, folded, general
 from modelstore.format.recipe import Kind
 from modelstore.format.region import Shape

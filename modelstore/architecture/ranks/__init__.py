@@ -1,0 +1,1 @@
+"""How ranks slice a model: by transformers' plans, or by a table."""
