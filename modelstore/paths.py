@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -143,12 +144,41 @@ def open_in(at: int, name: str, flags: int, path: str, mode: int = 0o666) -> int
     return opened
 
 
-def read_named(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a file that a user named, which may be a link. `OSError`, also for a pipe or a device: none is waited for."""
+def read_named(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The bytes of a file that a user named, which may be a link.
+
+    `OSError`, also for a pipe or a device, of which none is waited for, and for more than `limit` bytes, a MiB or more.
+    """
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is a pipe or a device, where a file is needed", str(path))
-        return file.read()
+        found = b"" if status.st_size > limit else file.read(status.st_size + 1)
+        while found and len(found) <= limit and (more := file.read(1 << 20)):  # it grew, or lies in /proc
+            found += more
+    if max(len(found), status.st_size) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit >> 20} MiB: give a part of it", str(path))
+    return found
+
+
+@contextmanager
+def new_file(path: Path, *, replace: bool) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name when the block ends: it is there whole, or not at all.
+
+    What has that name is replaced, a link by the file itself. `FileExistsError` where it is not to be.
+    """
+    fresh = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
+    try:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            fresh.replace(path)
+        else:
+            os.link(fresh, path)  # never replaces what came meanwhile
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def status_in(at: int, name: str) -> os.stat_result:

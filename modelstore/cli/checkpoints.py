@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import time
-import uuid
 from collections import deque
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +25,7 @@ from modelstore.cli.terminal.options import (
     StoreUrl,
     open_store,
 )
-from modelstore.paths import from_home, in_the_way
+from modelstore.paths import from_home, in_the_way, new_file
 
 
 def checkpoint(
@@ -85,24 +84,14 @@ def _write(path: Path, value: Any, overwrite: bool) -> int:
     """Write a file that is there whole or not at all; its bytes. `FileExistsError` where it is not to be replaced."""
     import torch
 
-    fresh = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
-    try:
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
-            try:
-                torch.save(value, file)
-            except RuntimeError as error:  # torch says no more of a full disk
-                if "write" not in str(error):
-                    raise
-                raise OSError(errno.EIO, f"cannot write ({str(error).splitlines()[0]})", str(path)) from error
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        if overwrite:
-            fresh.replace(path)
-        else:
-            os.link(fresh, path)  # never replaces what came meanwhile
-    finally:
-        fresh.unlink(missing_ok=True)
+    with new_file(path, replace=overwrite) as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # torch says no more of a full disk
+            if "write" not in str(error):
+                raise
+            raise OSError(errno.EIO, f"cannot write ({str(error).splitlines()[0]})", str(path)) from error
+        size: int = file.tell()
     return size
 
 

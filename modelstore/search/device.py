@@ -12,6 +12,8 @@ from modelstore.format.objects.manifest import CodecSpec
 from modelstore.format.units import Size, parse_size
 from modelstore.paths import explained, read_named
 
+_LARGEST = 1 << 20  # bytes of a file that describes a device
+
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`bytes`: what it has for a model; `formats`: presets that it runs, any where none are named; `seconds`: measured for 10⁹
@@ -26,7 +28,7 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read(path: str | os.PathLike[str]) -> Device:
     """A device from a file of JSON. `ValueError` where there is none, or it does not describe one."""
     try:
-        found = msgspec.json.decode(read_named(path), type=prepared(Device))
+        found = msgspec.json.decode(read_named(path, _LARGEST), type=prepared(Device))
     except OSError as error:
         raise ValueError(f"device={str(path)!r} cannot be read: {explained(error)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

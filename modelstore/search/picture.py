@@ -9,8 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from modelstore.errors import NotFoundError, UnsupportedError
+from modelstore.errors import UnsupportedError
+from modelstore.execute.export.replacing import check_file
 from modelstore.execute.export.target import writing
+from modelstore.paths import new_file
 from modelstore.text import shown
 
 FORMATS = (".svg", ".html", ".png", ".pdf")
@@ -59,14 +61,14 @@ def check_picture(path: Path) -> None:
     Raises:
         ValueError: The ending is none of `FORMATS`.
         NotFoundError: The folder is not there.
+        ConflictError: A folder, a pipe or a device has the name, or it lies in a store.
         UnsupportedError: It is drawn with matplotlib, which is not installed.
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(
             f"plot={str(path)!r} is not the name of a picture: let it end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
         )
-    if not path.parent.is_dir():
-        raise NotFoundError(f"there is no folder {path.parent} for the picture: make it first", object=str(path))
+    check_file(path)
     if path.suffix.lower() in _OF_MATPLOTLIB:
         _figure()
 
@@ -74,11 +76,11 @@ def check_picture(path: Path) -> None:
 def draw(chart: Chart, path: Path) -> None:
     """Draw a chart into a file of the kind that its name ends in; `StorageError` where it cannot be written."""
     kind = path.suffix.lower()
-    with writing(path):
+    with writing(path), new_file(path, replace=True) as file:
         if kind in _OF_MATPLOTLIB:
-            _drawn(chart).savefig(path, dpi=150)
+            _drawn(chart).savefig(file, format=kind[1:], dpi=150)
         else:
-            path.write_text(page(chart) if kind == ".html" else svg(chart), encoding="utf-8")
+            file.write((page(chart) if kind == ".html" else svg(chart)).encode())
 
 
 def svg(chart: Chart) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 from xml.etree import ElementTree
@@ -85,6 +86,26 @@ def test_wrong_input_is_refused_before_anything_is_run(folder: Path, tmp_path: P
         store.compare([], text=TEXT)
     with pytest.raises(ms.errors.NotFoundError):
         store.compare(["m", "m:int4"], text=TEXT)
+
+
+def test_a_picture_takes_the_place_of_a_link_and_of_nothing_else(folder: Path, tmp_path: Path) -> None:
+    store = ms.open(tmp_path / "store")
+    store.save("m", folder)
+    (tmp_path / "mine.svg").write_text("mine")
+    (tmp_path / "link.svg").symlink_to("mine.svg")
+    store.compare("m", text=TEXT, context=32, plot=tmp_path / "link.svg")
+    assert (tmp_path / "mine.svg").read_text() == "mine"
+    assert not (tmp_path / "link.svg").is_symlink()
+    os.mkfifo(tmp_path / "pipe.svg")
+    (tmp_path / "folder.svg").mkdir()
+    for place, why in (
+        ("pipe.svg", "is a pipe or a device"),
+        ("folder.svg", "is a folder"),
+        ("store/packs/a.svg", "belongs to the store"),
+    ):
+        with pytest.raises(ms.errors.ConflictError, match=why):
+            store.compare("m", text=TEXT, context=32, plot=tmp_path / place)
+    assert not list(tmp_path.glob(".*"))  # nothing half-written
 
 
 def test_the_command_says_the_same(folder: Path, tmp_path: Path) -> None:

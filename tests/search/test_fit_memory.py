@@ -155,6 +155,12 @@ def test_a_device_that_cannot_be_meant_is_refused(measured: ms.Store, tmp_path: 
         (tmp_path / "d.json").write_text(said)
         with pytest.raises(ValueError, match=why):
             measured.plan_fit("m", "1GiB", device=tmp_path / "d.json")
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(1 << 40)  # no byte of it is read
+    with pytest.raises(ValueError, match="it has more than 1 MiB"):
+        measured.plan_fit("m", "1GiB", device=tmp_path / "large.json")
+    with pytest.raises(ValueError, match="it has more than 256 MiB: give a part of it"):
+        measured.eval("m", text=tmp_path / "large.json", context=32)
     with pytest.raises(ValueError, match="cannot be read"):
         measured.plan_fit("m", "1GiB", device=tmp_path / "none.json")
 

@@ -27,6 +27,8 @@ from modelstore.cli.terminal.failures import usage
 from modelstore.cli.terminal.options import AsJson, Cluster, Debug, Memory, Quiet, Reference, StoreUrl, open_store
 from modelstore.paths import explained, read_named
 
+_LARGEST = 16 << 20  # bytes of a recipe
+
 if TYPE_CHECKING:
     from modelstore.calibrate.text import Calibration
     from modelstore.client import Store
@@ -339,7 +341,7 @@ def _named(text: str) -> str | dict[str, Any]:
     from modelstore.format.recipe import recipe
 
     try:
-        found = msgspec.json.decode(read_named(text))
+        found = msgspec.json.decode(read_named(text, _LARGEST))
     except FileNotFoundError:
         raise usage(f"there is no file {text}") from None
     except OSError as error:

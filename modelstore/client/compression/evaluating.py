@@ -17,6 +17,7 @@ from modelstore.store.describe import variant_infos, weights_of
 if TYPE_CHECKING:
     from modelstore.execute.read.loading import Variant
 
+_LARGEST_TEXT = 256 << 20  # bytes; a novel has one million
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -115,7 +116,7 @@ def text_of(text: str | os.PathLike[str]) -> tuple[str, str]:
     if not isinstance(text, str) or (len(text) < 4096 and not any(c in text for c in "\n\0") and _is_file(text)):
         path = Path(text)
         try:
-            return path.name, read_named(path).decode().replace("\r\n", "\n").replace("\r", "\n")
+            return path.name, read_named(path, _LARGEST_TEXT).decode().replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not text in UTF-8") from None
         except OSError as error:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from modelstore import paths
-from modelstore.errors import ConflictError
+from modelstore.errors import ConflictError, NotFoundError
 from modelstore.format.files import zarr_names
 from modelstore.store.place import store_at
 
@@ -94,6 +94,15 @@ def check_no_store(root: Path, names: Iterable[str]) -> None:
     for folder in sorted({name.rpartition("/")[0] for name in names}):
         if (store := store_at(real / folder)) is not None:
             raise ConflictError(f"{root / folder} belongs to the store {store}: give another place", object=str(root))
+
+
+def check_file(path: Path) -> None:
+    """Refuse to write a file where none can get its name: a folder, a pipe or a device is in its place, or it is a store's."""
+    if problem := paths.in_the_way(path):
+        raise ConflictError(problem, object=str(path))
+    if not path.parent.is_dir():
+        raise NotFoundError(f"there is no folder {path.parent}: make it first", object=str(path))
+    check_no_store(path.parent, [path.name])
 
 
 def check_staging(root: Path, name: str, marker: str, strange: Callable[[list[str]], list[str]]) -> None:

@@ -18,6 +18,7 @@ from modelstore.storage.remote.causes import cause_of
 from modelstore.storage.remote.options import ClientSettings, S3Options
 
 # obstore asks again when less than five minutes are left: so each minute, and botocore renews ten minutes ahead.
+_LARGEST = 16 << 20  # bytes of a bundle of certificates
 RENEWED = timedelta(minutes=6)
 
 
@@ -54,7 +55,7 @@ def s3_settings(bucket: str, options: S3Options) -> ClientSettings:
         http["allow_invalid_certificates"] = True
     elif isinstance(verify, str):
         try:
-            http["root_certificate"] = read_named(from_home(verify))
+            http["root_certificate"] = read_named(from_home(verify), _LARGEST)
         except OSError as error:
             raise ValueError(
                 f"cannot read the CA bundle {verify!r} (AWS_CA_BUNDLE or verify): {error.strerror}"
