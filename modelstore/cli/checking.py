@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
@@ -14,9 +15,12 @@ from modelstore.cli.terminal.options import AsJson, Debug, Memory, OptionalRefer
 from modelstore.errors import StorageError
 
 _FEW = 5  # problems of one object that are told one by one
+# The advice that problems have in common, which is said once, and digests, whose beginning tells objects apart.
+_ADVICE = re.compile(r"[:;] run 'modelstore repair[^']* --from URL' with another copy of the store$")
+_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 if TYPE_CHECKING:
-    from modelstore.format.answers.results import Report
+    from modelstore.format.answers.results import Problem, Report
 
 
 def verify(
@@ -41,12 +45,7 @@ def verify(
     except StorageError as error:  # not even what there is to check could be read, and nothing is written
         explain(error, as_json=json)
         raise typer.Exit(UNREAD) from None
-    _result(found, json)
-    if found.damaged:
-        output.remark(
-            "modelstore: 'modelstore repair --from URL' mends this from another copy of the store", quiet=quiet or json
-        )
-    _exit(found)
+    _end(found, json, quiet)
 
 
 def repair(
@@ -73,11 +72,16 @@ def repair(
     opened = open_store(store, memory=memory)
     with output.progress(quiet=quiet) as report:
         found = opened.repair(ref, source=source, progress=report)
+    _end(found, json, quiet)
+
+
+def _end(found: Report, json: bool, quiet: bool) -> None:
+    """Print what was found, and end as it says."""
     _result(found, json)
-    _exit(found)
-
-
-def _exit(found: Report) -> None:
+    if any(_ADVICE.search(problem.message) for problem in found.problems):
+        output.remark(
+            "modelstore: 'modelstore repair --from URL' mends this from another copy of the store", quiet=quiet or json
+        )
     if not found.ok:
         raise typer.Exit(FAILED if found.damaged else UNREAD)
 
@@ -91,13 +95,25 @@ def _result(found: Report, json: bool) -> None:
         output.result(found, _lines(found), as_json=False)
 
 
+def _told(problem: Problem) -> str:
+    """A problem as it is read: without what is said once, and with digests cut short; `--json` has all of it."""
+    return f"{problem.kind}: {_short(_ADVICE.sub('', problem.message))}"
+
+
+def _short(text: str) -> str:
+    return _DIGEST.sub(r"\1…", text)
+
+
 def _lines(found: Report) -> Iterator[str]:
     for _, group in groupby(found.problems, key=lambda one: (one.object, one.tensor is not None)):
         alike = list(group)
-        yield from (f"{problem.kind}: {problem.message}" for problem in alike[:_FEW])
+        for problem in alike[:_FEW]:
+            yield from output.paragraph(_told(problem))
         if left := alike[_FEW:]:
-            yield f"and {units.count(len(left), 'more problem')} of {left[0].object or 'the same'}: --json names all"
-    yield from found.notes
+            of = _short(left[0].object or "the same")
+            yield from output.paragraph(f"and {units.count(len(left), 'more problem')} of {of}: --json names all")
+    for note in found.notes:
+        yield from output.paragraph(note)
     if found.repaired:
         yield f"repaired {units.count(len(found.repaired), 'object')}"
     checked = f"{units.count(found.tensors, 'tensor')}, {units.count(found.chunks, 'chunk')}, {units.size(found.bytes)}"

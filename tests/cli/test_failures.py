@@ -142,10 +142,29 @@ def test_many_problems_of_one_pack_are_counted(
     pack = max((tmp_path / "store/packs").glob("*/*.safetensors"), key=lambda path: path.stat().st_size)
     os.truncate(pack, 2_000)
     named = len(answer("verify", code=1)["problems"])
-    said = saved("verify", code=1).stdout.splitlines()
+    said = [line for line in saved("verify", code=1).stdout.splitlines() if not line.startswith(" ")]
     assert named > 2
     assert len(said) == 2 + 2
     assert said[2].startswith(f"and {named - 2} more problem")
+
+
+@pytest.mark.parametrize("words", [("verify",), ("repair",), ("repair", "--from", "EMPTY")], ids=" ".join)
+def test_problems_fit_eighty_columns_and_advice_is_said_once(
+    saved: Command, answer: Any, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    modelstore.open(tmp_path / "other").save("other", {"w": torch.ones(3)})
+    for pack in (tmp_path / "store/packs").glob("*/*.safetensors"):
+        os.truncate(pack, 200)
+    typed = [str(tmp_path / "other") if word == "EMPTY" else word for word in words]
+    problems = answer(*typed, code=1)["problems"]
+    done = saved(*typed, code=1)
+    assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))  # no path is cut
+    assert done.output.count("another copy of the store") <= (len(problems) if "--from" in words else 1)
+    digest = problems[0]["object"].rpartition("/")[2].partition(".")[0]
+    assert digest[:12] in done.stdout
+    assert digest not in done.stdout  # --json has it
+    told = " ".join(done.stdout.split())
+    assert all(f"{one['model']}" in told and f"{one['kind']}: " in told for one in problems)
 
 
 def test_a_name_alone_is_asked_for_where_a_reference_is_given(saved: Command) -> None:

@@ -16,6 +16,7 @@ from modelstore.cli.terminal import wording
 from modelstore.text import cells, json_line, shortened, shown
 
 Report = Callable[[int, int, str], None]
+LINE = 80  # columns of a sentence in a file
 NARROWEST = 14  # columns below which a text in a table is not shortened further
 _NAME = 40  # columns of what a progress bar tells of
 
@@ -95,6 +96,11 @@ def folded(line: str, width: int | None) -> str:
     indent = len(line) - len(line.lstrip()) + 2
     rest = " " * min(indent, width // 2)
     return "\n".join(textwrap.wrap(line, width, subsequent_indent=rest, drop_whitespace=True, break_on_hyphens=False))
+
+
+def paragraph(text: str) -> Iterator[str]:
+    """A sentence as lines that fit the terminal, or `LINE` columns where it goes elsewhere."""
+    yield from folded(shown(text), _width() or LINE).split("\n")
 
 
 def facts(named: dict[str, str]) -> Iterator[str]:
