@@ -80,7 +80,7 @@ def test_wrong_input_is_refused_before_anything_is_run(folder: Path, tmp_path: P
     store.save("m", folder)
     with pytest.raises(ValueError, match="is not the name of a picture"):
         store.compare("m", text=TEXT, plot=tmp_path / "a.gif")
-    with pytest.raises(ms.errors.NotFoundError, match=r"no folder .*nowhere for the picture"):
+    with pytest.raises(ms.errors.NotFoundError, match=r"no folder .*nowhere: make it first"):
         store.compare("m", text=TEXT, plot=tmp_path / "nowhere" / "a.svg")
     with pytest.raises(ValueError, match="nothing to compare"):
         store.compare([], text=TEXT)
