@@ -35,6 +35,7 @@ ROWS = {  # in the order in which they run
     "slices": "slices:rows",
     "versions": "versions:rows",
     "live": "live:rows",
+    "steps": "steps:rows",
     "manifests": "manifests:rows",
     "ladder": "ladder:rows",
     "quantize": "quantize:rows",

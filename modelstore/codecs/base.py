@@ -36,7 +36,8 @@ class Codec(Protocol):
     ) -> None:
         """Write the region's raw bytes into `out`: 2-d (rows, bytes of a row), rows contiguous in themselves, any stride between.
 
-        `rows * bytes of a row` is the region's size; a row holds whole elements. `base` as for encode.
+        `rows * bytes of a row` is the region's size; a row holds whole elements. `base` as for encode; it may be the memory of
+        `out` itself, where that is one run of bytes.
         `FormatError` where the planes are not what encode makes: whatever they hold, nothing outside `out` is written and
         no more memory is taken than a small multiple of the region.
         """

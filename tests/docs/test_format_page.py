@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from modelstore.codecs import registry
-from modelstore.execute.write.save import LONGEST_CHAIN
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.names import MAX_TENSOR_NAME, MAX_VERSION
 from modelstore.format.objects import manifest, record
+from modelstore.plan.chain import LONGEST_CHAIN
 from modelstore.store.packs import PackNote, TensorNote
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")

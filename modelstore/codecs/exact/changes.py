@@ -61,7 +61,8 @@ def encode(values: Bytes, dtype: DType, base: Bytes) -> Bytes | None:
 def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes) -> None:
     """Write the base, changed as `plane` says, into `out`, as `Codec.decode` says. `FormatError` where it is no such encoding."""
     how = words_of(dtype)
-    out[:] = base.reshape(out.shape)
+    if out.ctypes.data != base.ctypes.data:
+        out[:] = base.reshape(out.shape)
     flat, row, stride = byteplanes.as_words(out, dtype)
     if flat.flags.owndata:
         flat[:] = base.view(how.dtype)

@@ -157,12 +157,14 @@ def _read(
         return arena.allocate(wants[index].nbytes) if view is None else Assembly(wants[index], view)
 
     def run(job: ReadJob, targets: dict[int, _Target]) -> None:
+        buffers = {index: target for index, target in targets.items() if not isinstance(target, Assembly)}
+        under = reader.bases([chunk for chunk in job.chunks if chunk.want in buffers], wants, buffers)
         for chunk, planes in reader.planes(job, wants):
             target = targets[chunk.want]
             if isinstance(target, Assembly):
                 target.put(chunk, planes)
             else:
-                reader.decode(chunk, planes, wants[chunk.want], target)
+                reader.decode(chunk, planes, wants[chunk.want], target, under.get((chunk.want, chunk.chunk)))
 
     for index, target in reader.schedule(wants, work, begin, run, bounded=bounded):
         want = wants[index]

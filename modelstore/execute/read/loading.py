@@ -13,16 +13,15 @@ from modelstore.execute.memory import Arena
 from modelstore.execute.model_files import model_config, without_config
 from modelstore.execute.read.fetcher import Fetcher, Fetching
 from modelstore.execute.read.reader import Reader
-from modelstore.execute.write.save import LONGEST_CHAIN
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import from_index, nbytes
 from modelstore.format.suggest import suggestion
+from modelstore.plan.chain import LONGEST_CHAIN, Chain
 from modelstore.plan.layout import Layout, Share, whole
 from modelstore.plan.read import Want
 from modelstore.plan.work import Limits, Work
-from modelstore.store.manifests import Manifests
 from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
@@ -53,10 +52,11 @@ class Variant:
         if manifest.base is not None:
             under = repo.manifests.read(manifest.base.model, manifest.base.manifest)
             name = manifest.base.model
-            base = Variant(repo, name, under, fetching=fetching, depth=depth + 1).reader
-            self.chain = 1 + _chain(repo.manifests, under)
+            below = Variant(repo, name, under, fetching=fetching, depth=depth + 1)
+            base = below.reader
+            self.chain: Chain = below.chain.then(manifest.stored)
         else:
-            self.chain = 0
+            self.chain = Chain(manifest.stored)
         self.name = model
         self.manifest = manifest
         self.reader: Reader = Reader(fetching(model, manifest, repo.storage, repo.mirrors), base)
@@ -302,14 +302,6 @@ class LazyTensor:
 
     def __repr__(self) -> str:
         return f"LazyTensor({self.name!r}, shape={self.shape}, dtype={self.dtype})"
-
-
-def _chain(manifests: Manifests, manifest: Manifest) -> int:
-    depth = 0
-    while manifest.base is not None and depth <= LONGEST_CHAIN:
-        manifest = manifests.read(manifest.base.model, manifest.base.manifest)
-        depth += 1
-    return depth
 
 
 def _materialize(module: torch.nn.Module, made: Mapping[int, torch.Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import TypeVar
 
@@ -142,8 +142,9 @@ class Reader:
             if not rest:
                 return
             job = job if len(rest) == len(chunks) else read_job(self.manifest, rest, job.nbytes)
+        under = self.bases(job.chunks, wants, buffers)
         for chunk, planes in self.planes(job, wants):
-            self.decode(chunk, planes, wants[chunk.want], buffers[chunk.want])
+            self.decode(chunk, planes, wants[chunk.want], buffers[chunk.want], under.get((chunk.want, chunk.chunk)))
 
     def _direct(self, chunk: ChunkRead, wants: Sequence[Want], buffers: dict[int, Bytes]) -> bool:
         """Read a raw chunk straight into its place, where it is one run there; whether that was so."""
@@ -162,20 +163,19 @@ class Reader:
         """The codec of a tensor."""
         return self._codecs[tensor.codec]
 
-    def decode(self, chunk: ChunkRead, planes: Sequence[Buffer], want: Want, buffer: Bytes) -> None:
-        """Decode a chunk's planes into their places in the want's buffer."""
-        tensor = want.tensor
+    def decode(
+        self, chunk: ChunkRead, planes: Sequence[Buffer], want: Want, buffer: Bytes, under: Bytes | None = None
+    ) -> None:
+        """Decode a chunk's planes into their places in the want's buffer; `under`: the base's values, as `bases` gives them."""
+        tensor, shape = want.tensor, extent(chunk.region)
         codec = self.codec(tensor)
-        shape = extent(chunk.region)
-        base = self._base_region(tensor, chunk.region) if codec.needs_base else None
-        place = chunk.whole
-        out = rows(buffer, want.shape, tensor.kind.itemsize, place) if place is not None else None
+        out = _place(chunk, want, buffer)
         try:
             if out is not None:
-                codec.decode(planes, shape, tensor.kind, out, base)
+                codec.decode(planes, shape, tensor.kind, out, under)
                 return
-            values = np.empty((1, size(chunk.region) * tensor.kind.itemsize), np.uint8)
-            codec.decode(planes, shape, tensor.kind, values, base)
+            values = np.empty(size(chunk.region) * tensor.kind.itemsize, np.uint8) if under is None else under
+            codec.decode(planes, shape, tensor.kind, values.reshape(1, -1), under)
         except FormatError as error:
             raise FormatError(
                 f"chunk {chunk.chunk} of tensor {tensor.name!r} cannot be decoded: {error}",
@@ -183,9 +183,45 @@ class Reader:
                 chunk=chunk.chunk,
             ) from None
         for target in chunk.targets:
-            boxes.copy(values.reshape(-1), shape, target.source, buffer, want.shape, target.place, tensor.kind.itemsize)
+            boxes.copy(values, shape, target.source, buffer, want.shape, target.place, tensor.kind.itemsize)
 
-    def _base_region(self, tensor: Tensor, region: Region) -> Bytes:
+    def bases(
+        self, chunks: Sequence[ChunkRead], wants: Sequence[Want], buffers: Mapping[int, Bytes]
+    ) -> dict[tuple[int, int], Bytes]:
+        """The base's values of those chunks that are deltas, by want and chunk: in their place where that is one run of bytes.
+
+        What is not held is read with as few requests as the chunks themselves. So a chain of deltas is decoded link after link
+        onto the same memory.
+        """
+        found: dict[tuple[int, int], Bytes] = {}
+        missing: list[Want] = []
+        into: dict[int, Bytes] = {}
+        for chunk in chunks:
+            want = wants[chunk.want]
+            if not self.codec(want.tensor).needs_base:
+                continue
+            out = _place(chunk, want, buffers[chunk.want])
+            run = out is not None and out.flags.c_contiguous
+            values = (
+                out.reshape(-1)
+                if out is not None and run
+                else np.empty(size(chunk.region) * want.tensor.kind.itemsize, np.uint8)
+            )
+            base = self._base_tensor(want.tensor)
+            held = self._held(base, chunk.region) if self._held is not None else None
+            if held is None:
+                into[len(missing)] = values
+                missing.append(Want.of(base, chunk.region))
+            else:
+                values[:] = held
+            found[chunk.want, chunk.chunk] = values
+        if missing:
+            assert self._base is not None
+            for job in plan_read(self._base.manifest, missing):
+                self._base._run(job, missing, into)
+        return found
+
+    def _base_tensor(self, tensor: Tensor) -> Tensor:
         if self._base is None or tensor.name not in self._base.manifest.by_name:
             raise FormatError(
                 f"tensor {tensor.name!r} is stored against a base that does not have it: the manifest is not valid",
@@ -197,8 +233,13 @@ class Reader:
                 f"tensor {tensor.name!r} and its base differ in shape or dtype: the manifest is not valid",
                 tensor=tensor.name,
             )
-        held = self._held(base, region) if self._held is not None else None
-        return self._base.region(base, region) if held is None else held
+        return base
+
+
+def _place(chunk: ChunkRead, want: Want, buffer: Bytes) -> Bytes | None:
+    """Where in the want's buffer all of a chunk goes, as (rows, bytes of a row); None where parts of it go to several places."""
+    place = chunk.whole
+    return rows(buffer, want.shape, want.tensor.kind.itemsize, place) if place is not None else None
 
 
 def whole_want(tensor: Tensor) -> Want:

@@ -43,6 +43,7 @@ from modelstore.format.objects.note import Note
 from modelstore.format.objects.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.format.region import Region, extent
 from modelstore.format.structure import CHECKPOINT
+from modelstore.plan.chain import Chain
 from modelstore.plan.work import Work
 from modelstore.plan.write import FILE_CODEC, plan_tensor
 from modelstore.sources.base import Source
@@ -57,7 +58,6 @@ from modelstore.store.shelf import Shelf
 ACKS = ("storage", "memory")
 CODECS = ("lossless", "packed", "raw", "delta")
 GRIDS = ("auto", "whole")
-LONGEST_CHAIN = 8  # deltas of deltas: each link is another read
 _LADDER = "ladder"
 
 
@@ -69,7 +69,7 @@ class Against:
     digest: str
     manifest: Manifest
     reader: Reader
-    chain: int  # how many deltas lie under it
+    chain: Chain
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def store(
     Chunks that `parent` or `previous` (the newest version) have are referred to. `resumable`: with a journal, so that an
     interrupted save of the same source goes on where it stopped.
     """
-    base = parent if codec == "delta" and parent is not None and parent.chain < LONGEST_CHAIN else None
+    base = parent if codec == "delta" and parent is not None and parent.chain.may_grow else None
     earlier_manifests = [a.manifest for a in (previous, parent) if a is not None]
     architecture = architecture_of(source, earlier_manifests)
     inputs = plan_inputs(source, codec, grid, base, earlier_manifests, architecture)
