@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import modelstore as ms
-from modelstore.execute.write import save
+from modelstore.plan import chain
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -36,8 +36,9 @@ def test_a_parent_with_nothing_in_common_is_said(store: ms.Store, others: dict[s
 
 
 def test_a_chain_that_ends_is_said(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(save, "LONGEST_CHAIN", 1)
+    monkeypatch.setattr(chain, "LONGEST_CHAIN", 1)
+    monkeypatch.setattr(chain, "SHARE", 10)
     assert store.save("m", weights(1), codec="delta", parent="m@1").remarks == ()
     (remark,) = store.save("m", weights(2), codec="delta", parent="m@2").remarks
-    assert "m is the last of 1 differences already: give an earlier version as the parent" in remark
+    assert "m is the last of 1 deltas already: the next ones may be deltas to this version" in remark
     assert store.save("m", weights(2)).remarks == ()  # none was asked for

@@ -164,10 +164,10 @@ def _no_difference(parent: Against, inputs: Sequence[Input]) -> tuple[str, ...]:
     """A remark where nothing is stored as a difference to a parent, though it was asked for."""
     if any(item.plan.codec.name == "delta" for item in inputs):
         return ()
-    if parent.chain >= LONGEST_CHAIN:
-        why = f"{parent.model} is the last of {parent.chain} differences already: give an earlier version as the parent"
-    else:
+    if parent.chain.may_grow:
         why = f"no tensor has the name, shape and dtype of one of {parent.model}: is it the right parent?"
+    else:
+        why = f"{parent.model} is the last of {parent.chain.links} deltas already: the next ones may be deltas to this version"
     return (f"nothing is stored as a difference: {why}",)
 
 
