@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import modelstore as ms
 from modelstore.client import Store
 from modelstore.errors import CancelledError, CorruptionError, NotFoundError
+from modelstore.execute.live import versions
 from modelstore.execute.live.pages import Image
 from modelstore.storage.memory import MemoryStorage
 from modelstore.testing.faults import CountingStorage
@@ -149,9 +150,15 @@ SHARDS = [None, {"w": (slice(128, 384), slice(0, 256)), "v": (slice(0, 32), slic
 
 
 @pytest.mark.parametrize("shard", SHARDS)
-def test_deltas_are_applied_to_what_is_held(monkeypatch: pytest.MonkeyPatch, shard: Any) -> None:
-    """No base is read, however long the chain: one version further, several, and with versions of another codec between."""
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_deltas_are_applied_to_what_is_held(monkeypatch: pytest.MonkeyPatch, shard: Any, place: str) -> None:
+    """No base is read, however long the chain: one version further, several, and with versions of another codec between.
+
+    What runs for devices runs here on the host; tests/gpu runs it on one.
+    """
     shrink(monkeypatch)
+    if place == "device":
+        monkeypatch.setattr(versions, "_begin_on_host", versions._begin_on_device)
     counted = CountingStorage(MemoryStorage(uuid.uuid4().hex))
     store = open_on(counted)
     steps(store, 8)

@@ -77,6 +77,16 @@ def test_a_model_that_is_followed_on_the_gpu_is_swapped_there(store: ms.Store) -
     assert on_host(dict(live.tensors)) == wanted(store, "m@1")
 
 
+def test_a_delta_is_applied_to_what_the_gpu_holds(store: ms.Store) -> None:
+    live = store.follow("m@2", device="cuda")
+    third = dict(store.load("m@2"))
+    weight = third["model.layers.1.mlp.up_proj.weight"]
+    third["model.layers.1.mlp.up_proj.weight"] = torch.where(torch.rand(weight.shape) < 0.01, -weight, weight)
+    saved = store.save("m", third, codec="delta", parent="m@2")
+    assert live.swap_to(3).bytes <= saved.stored
+    assert on_host(dict(live.tensors)) == wanted(store, "m@3")
+
+
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One Ray node with a GPU and a host that holds chunks on it."""
