@@ -180,13 +180,16 @@ def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes | None = None) -
         return
     flat, row, stride = as_words(out, dtype)
     under = np.ascontiguousarray(base).view(how.dtype) if differs and base is not None else flat[:0]
+    in_place = under.ctypes.data == out.ctypes.data
     _, merge, _ = words.kernels(width)
     change = (how.magnitude, 0 if differs else how.top)
     at = HEADER.size + 4 * blocks * width
     for b, sizes in enumerate(lengths):
         first = b * BLOCK
         pieces, at = _pieces(data, at, sizes, min(BLOCK, count - first))
-        merge(pieces, under[first : first + BLOCK], *change, first, row, stride, flat)
+        block = under[first : first + BLOCK]
+        # A loop that reads and writes the same memory is not vectorised.
+        merge(pieces, block.copy() if in_place else block, *change, first, row, stride, flat)
     if flat.flags.owndata:
         out[:] = flat.view(np.uint8).reshape(out.shape)
 

@@ -201,12 +201,10 @@ class Reader:
             if not self.codec(want.tensor).needs_base:
                 continue
             out = _place(chunk, want, buffers[chunk.want])
-            run = out is not None and out.flags.c_contiguous
-            values = (
-                out.reshape(-1)
-                if out is not None and run
-                else np.empty(size(chunk.region) * want.tensor.kind.itemsize, np.uint8)
-            )
+            if out is not None and out.flags.c_contiguous:
+                values = out.reshape(-1)
+            else:
+                values = np.empty(size(chunk.region) * want.tensor.kind.itemsize, np.uint8)
             base = self._base_tensor(want.tensor)
             held = self._held(base, chunk.region) if self._held is not None else None
             if held is None:
