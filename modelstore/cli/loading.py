@@ -67,7 +67,7 @@ def load(
             "--output",
             "-o",
             metavar="FILE",
-            help="The .safetensors file to write: a path or a URL.",
+            help="The .safetensors file to write: a path (folders that are missing are made) or a URL.",
             show_default=False,
         ),
     ],
@@ -169,7 +169,8 @@ def export(
         str,
         typer.Argument(
             metavar="PATH",
-            help="The folder (for safetensors and gguf: the file) to write: a path, or a URL like s3://bucket/folder.",
+            help="The folder (for safetensors and gguf: the file) to write: a path, whose missing "
+            "folders are made, or a URL like s3://bucket/folder.",
             show_default=False,
         ),
     ],

@@ -25,7 +25,9 @@ def tag(
     opened = open_store(store)
     with swapped.told(opened, "tag", (ref, tag), ("REF", "TAG"), second=is_word):
         opened.tag(ref, tag)
-    output.result({"ref": ref, "tag": tag}, [f"{tag} names {ref}"], as_json=json)
+        named = opened[f"{ref.partition('@')[0]}@{tag}"]
+    at = f"{named.name}@{named.version}"
+    output.result({"ref": ref, "tag": tag, "version": named.version}, [f"{tag} names {at}"], as_json=json)
 
 
 def untag(

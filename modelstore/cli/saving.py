@@ -167,7 +167,7 @@ def save(
         raise usage(f"SOURCE and NAME are swapped: write modelstore save {name} {source}")
     if hub_id(source) is None and not there:
         raise usage(f"there is no file or folder {source}: give what is to be saved, then the model's name")
-    entries = dict(_entry(text) for text in meta or ())
+    entries = _entries(meta or ())
     lasting(store)
     opened = open_store(store, memory=memory, cluster=cluster)
     with output.progress(quiet=quiet) as report:
@@ -202,6 +202,15 @@ def _remarks(saved: Saved) -> Iterator[str]:
     yield from saved.remarks
     if any(item.why == BESIDE for item in saved.left_out):
         yield "--include all keeps what lies beside a state dict"
+
+
+def _entries(texts: Sequence[str]) -> dict[str, str]:
+    entries: dict[str, str] = {}
+    for key, value in map(_entry, texts):
+        if key in entries:
+            raise typer.BadParameter(f"{key!r} is given twice: give it once", param_hint="--meta")
+        entries[key] = value
+    return entries
 
 
 def _entry(text: str) -> tuple[str, str]:

@@ -165,10 +165,8 @@ class Copying(OpenedStore):
         wanted = _named(tags, mine, "tag")
         for tag in wanted:
             if tag not in mine:
-                raise NotFoundError(
-                    f"no tag {tag!r} names {parsed.name}@{record.version}: its tags are {', '.join(mine) or 'none'}",
-                    model=parsed.name,
-                )
+                known = f"its tags are {', '.join(mine)}" if mine else "it has none"
+                raise NotFoundError(f"no tag {tag!r} names {parsed.name}@{record.version}: {known}", model=parsed.name)
         return Wanted(record, tuple(chosen), check_model(name) if name is not None else parsed.name, tuple(wanted))
 
     def _everything(

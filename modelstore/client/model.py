@@ -67,8 +67,8 @@ class Model(Readable):
         """Write the variant to files. An interrupted export to a local folder goes on when it is called again.
 
         Args:
-            path: A local path, or a URL as `open` takes it. For a URL the files are written in the folder for temporary
-                files first, which needs room for all of them; what makes the target complete is sent last.
+            path: A path, whose missing folders are made, or a URL as `open` takes it. For a URL the files are written in the
+                folder for temporary files first, which needs room for all of them; what makes the target complete is sent last.
             format: "hf" is a folder that transformers and vLLM load: a compressed variant that engines have a layout for
                 is written packed, as compressed-tensors has it, any other dense in its own dtype. "safetensors" and "gguf"
                 are one file, "zarr" a group; all of them are dense.

@@ -16,6 +16,7 @@ from modelstore.errors import UnsupportedError
 from modelstore.format import region as regions
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
+from modelstore.format.given import told
 from modelstore.format.names import check_tensor
 from modelstore.format.region import Region
 from modelstore.sources.arrays import copy_box, dtype_of
@@ -191,7 +192,7 @@ def _refusal(name: str, value: Any) -> str:
             f"{name!r} is a mapping (its first key is {str(inner)[:80]!r}), not a tensor: give the state dict itself, or, of "
             f'a checkpoint, name it by key= or save all of it with include="all"'
         )
-    return f"{name!r} is a {type(value).__name__}, not a tensor: leave it out, or make it a tensor"
+    return f"{name!r} is {told(value)}, not a tensor: leave it out, or make it a tensor"
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:

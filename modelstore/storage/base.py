@@ -90,7 +90,7 @@ class Storage(Protocol):
         """The file that is the object, None where the storage is not local."""
 
     def check_writable(self, what: str) -> None:  # noqa: ARG002
-        """`UnsupportedError` where it is open for reading only, and cannot do `what`."""
+        """Refuse `what`: `UnsupportedError` where it is open for reading only, `StorageError` where this user may not write."""
         return None
 
     def hold_spare(self) -> None:

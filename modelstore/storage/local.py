@@ -144,6 +144,12 @@ class LocalStorage(Storage):
                 except OSError:
                     return
 
+    def check_writable(self, what: str) -> None:
+        if os.access(self.root, os.F_OK, effective_ids=True) and not _writable(self.root):
+            raise StorageError(
+                f"cannot {what}: this user may not write into {self.url}: check who may read and write there"
+            )
+
     def hold_spare(self) -> None:
         """A file at the root that is no object; what a full disk took of it is written again."""
         with suppress(OSError), paths.folder(self.root, "") as at:

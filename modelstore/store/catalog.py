@@ -241,8 +241,7 @@ class Catalog(Lookup):
                     )
                 record = self._next(head, writer, deleted=True)
             else:
-                if variant not in head.variants:
-                    raise NotFoundError(f"version {version} of model {model!r} has no variant {variant!r}", model=model)
+                self.variant(head, variant)
                 if variant == ORIGINAL:
                     raise ConflictError(
                         f"every version keeps its original: delete the whole version {model}@{version} instead",

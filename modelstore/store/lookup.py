@@ -174,8 +174,8 @@ class Lookup:
             if not any(self._heads(model, 1)):
                 raise self._no_model(model)
             tags = self.tags(model, [])
-            known, like = ", ".join(sorted(tags)) or "none", suggestion(tag, tags)
-            raise NotFoundError(f"model {model!r} has no tag {tag!r}{like}: its tags are {known}", model=model)
+            known = f"its tags are {', '.join(sorted(tags))}" if tags else "it has none"
+            raise NotFoundError(f"model {model!r} has no tag {tag!r}{suggestion(tag, tags)}: {known}", model=model)
         return record.version
 
     def tags(self, model: str, damaged: Damaged | None = None) -> dict[str, int]:

@@ -133,10 +133,23 @@ def test_diff(saved: Command, answer: Answer) -> None:
 
 
 def test_tag_and_untag(saved: Command, answer: Answer) -> None:
-    saved("tag", "acme/toy@2", "prod")
+    assert saved("tag", "acme/toy", "prod").stdout == "prod names acme/toy@2\n"
     assert answer("show", "acme/toy@prod")["version"] == 2
+    assert answer("tag", "acme/toy@prod", "best")["version"] == 2
+    saved("untag", "acme/toy", "best")
     saved("untag", "acme/toy", "prod")
-    assert "prod" in saved("show", "acme/toy@prod", code=1).stderr
+    assert "has no tag 'prod': it has none" in saved("show", "acme/toy@prod", code=1).stderr
+
+
+def test_what_is_not_there_is_told_with_what_is(saved: Command, tmp_path: Path) -> None:
+    saved("compress", "acme/toy", "int8", "--include", "*")
+    for words in (["rm", "acme/toy@2:int9", "-y"], ["show", "acme/toy:int9"], ["verify", "acme/toy:int9"]):
+        assert "no variant 'int9' (did you mean 'int8'?): it has int8, original" in saved(*words, code=1).stderr, words
+
+
+def test_an_entry_that_is_given_twice_is_refused(saved: Command, model: Path) -> None:
+    said = saved("save", model, "acme/toy", "--meta", "a=1", "--meta", "a=2", code=2).stderr
+    assert "--meta: 'a' is given twice" in " ".join(said.split())
 
 
 def test_rm_then_gc(saved: Command, answer: Answer, tmp_path: Path) -> None:

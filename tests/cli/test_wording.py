@@ -50,6 +50,7 @@ def test_no_message_says_an_option_beside_the_argument() -> None:
         ("context=512 is more", "--context 512 is more"),
         ("memory=1.5GiB: give more", "--memory 1.5GiB: give more"),
         ("requantize=True makes", "--requantize makes"),
+        ("keep=False does without", "--no-keep does without"),
         ("leave requantize=False out", "leave requantize=False out"),
         ("device is the text 'foo'", "--device is the text 'foo'"),
         ("fit: '0' is no size", "--fit: '0' is no size"),

@@ -145,7 +145,7 @@ def test_tensors_without_dense_values_are_named(make, says: str) -> None:  # typ
     ("state", "says"),
     [
         ({"model": {"w": torch.ones(1)}}, r"'model' is a mapping.*its first key is 'w'.*key="),
-        ({"step": 3}, "'step' is a int"),
+        ({"step": 3}, "'step' is the number 3, not a tensor"),
         ({"w": [1.0, 2.0]}, "'w' is a list"),
         ({1: torch.ones(1)}, "names are text"),
     ],

@@ -250,6 +250,20 @@ def test_where_nothing_may_be_written_the_folder_is_told_and_no_object(closed: s
             assert str(caught.value.object).startswith("packs/")
 
 
+def test_a_folder_that_may_not_be_written_says_so_before_work() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        storage = LocalStorage(root)
+        with (
+            as_a_user(),
+            pytest.raises(StorageError, match=f"cannot keep it: this user may not write into {storage.url}"),
+        ):
+            storage.check_writable("keep it")
+        Path(root).chmod(0o777)
+        with as_a_user():
+            storage.check_writable("keep it")
+
+
 def test_a_folder_that_may_not_be_read_is_not_taken_for_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

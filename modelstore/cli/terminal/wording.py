@@ -78,7 +78,7 @@ def _written(found: re.Match[str], known: Mapping[str, str]) -> str:
     if text in ("", "True"):
         return option
     if text in ("False", "None") or text[0] == "{":
-        return found[0]
+        return known.get(found[0], found[0])
     if text[0] not in "'\"[":
         return f"{option} {text}"
     try:
@@ -103,6 +103,7 @@ def options(command: Any) -> dict[str, str]:
         if one.param_type_name == "option":
             option = next((name for name in one.opts if name.startswith("--")), one.opts[0])
             found |= dict.fromkeys((one.name, option.lstrip("-").replace("-", "_")), option)
+            found |= {f"{one.name}=False": other for other in one.secondary_opts}
         elif one.metavar:
             found[one.name] = one.metavar.strip("[].")
     return found | {name: option for name, option in _OTHERWISE.items() if option in found.values()}

@@ -37,7 +37,7 @@ def recipe_there(access: Access, record: VersionRecord, name: str, said: str) ->
     recipe = access.repo.manifests.entry(record.model, entry).recipe
     if recipe.get("name") != name or str(recipe.get("description", "")) != said:
         raise ConflictError(
-            f"model {record.model!r} version {record.version} has a variant {name!r} already, of another recipe: delete it "
+            f"version {record.version} of model {record.model!r} has a variant {name!r} already, of another recipe: delete it "
             f"first, or give another name",
             model=record.model,
         )

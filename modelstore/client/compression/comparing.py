@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from modelstore.client.access import Access
-from modelstore.client.compression.ahead import check_writes
 from modelstore.client.compression.evaluating import evaluate, text_of
 from modelstore.format.answers import results
 from modelstore.format.answers.comparison import Compared
@@ -41,8 +40,6 @@ def compare(
     target = from_home(plot) if plot is not None else None
     if target is not None:
         check_picture(target)
-    if keep:
-        check_writes(access)
     access.repo.catalog.open()
     groups: dict[tuple[str, int], list[str]] = {}
     for one in refs:

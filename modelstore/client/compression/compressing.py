@@ -56,6 +56,8 @@ def compress(
             raise ValueError(
                 f"variant={variant!r} has no effect: recipe {plan.recipe!r} makes {', '.join(variants)}, leave it out"
             )
+        if not parent.record.variants.keys() >= set(variants):
+            access.repo.storage.check_writable(f"make {', '.join(variants)}")
         calibrated = _calibrated(access, model, parent, plan, wanted, calibration)
         passes = 2 if wanted.prune is not None else 1
         total = passes * sum(choice.bytes for choice in plan.compressed)

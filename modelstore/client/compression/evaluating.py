@@ -46,7 +46,14 @@ def evaluate(
     for one in (*pinned, Reference(pinned[0].name, version=pinned[0].version)):
         models[one.variant] = access.stored(one)
     found = run.evaluate(
-        models, [one.variant for one in pinned], name, content, choice, baseline, access.work(progress)
+        models,
+        [one.variant for one in pinned],
+        name,
+        content,
+        choice,
+        baseline,
+        access.work(progress),
+        access.repo.storage if keep else None,
     )
     if keep:
         for variant, measured in found.fresh.items():

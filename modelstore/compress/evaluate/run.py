@@ -21,6 +21,7 @@ from modelstore.format.digest import name_of
 from modelstore.format.names import ORIGINAL
 from modelstore.format.progress import Advance, Progress, meter
 from modelstore.plan.work import Work
+from modelstore.storage.base import Storage
 
 __all__ = ["Choice", "Found", "evaluate", "publish"]
 
@@ -69,8 +70,11 @@ def evaluate(
     choice: Choice,
     baseline: bool,
     work: Work,
+    keep: Storage | None,
 ) -> Found:
     """Evaluate variants of one version; `models` are they and the original, by name.
+
+    `keep`: where what is new is to be kept, which is asked whether it may be written to before anything is run.
 
     `ValueError` where the text has fewer than two tokens, or the context is longer than what the model was made for.
     """
@@ -101,6 +105,8 @@ def evaluate(
     before = {variant: known(model.manifest.metrics, blank) for variant, model in models.items()}
     todo = [v for v in dict.fromkeys(variants) if v != ORIGINAL and not _answers(before[v], baseline)]
     runs_original = (baseline and bool(todo)) or (ORIGINAL in variants and before[ORIGINAL] is None)
+    if keep is not None and (todo or runs_original):
+        keep.check_writable("keep what is found (keep=False does without)")
     turns = ev.batches(windows, choice.batch or ev.batch_size(choice.context, vocabulary))
     per_token = len(text.encode()) / max(1, blank.predicted)
     maker = _maker(models, config, choice, work)
