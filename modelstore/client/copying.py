@@ -165,8 +165,10 @@ class Copying(OpenedStore):
         wanted = _named(tags, mine, "tag")
         for tag in wanted:
             if tag not in mine:
-                known = f"its tags are {', '.join(mine)}" if mine else "it has none"
-                raise NotFoundError(f"no tag {tag!r} names {parsed.name}@{record.version}: {known}", model=parsed.name)
+                named_by = f"its tags are {', '.join(mine)}" if mine else "it has none"
+                raise NotFoundError(
+                    f"no tag {tag!r} names {parsed.name}@{record.version}: {named_by}", model=parsed.name
+                )
         return Wanted(record, tuple(chosen), check_model(name) if name is not None else parsed.name, tuple(wanted))
 
     def _everything(

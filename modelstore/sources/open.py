@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     Openable = str | Path | Sequence[str | Path] | Mapping[str, Any] | torch.nn.Module | zarr.Group
 
-_ACCEPTED = (
-    "a safetensors file or a list of them, a Hugging Face directory, a model of the Hub (hf://org/name[@revision]), a file of "
-    "torch.save or a directory with pytorch_model.bin, a GGUF file, a torch.distributed.checkpoint directory, a Zarr directory "
-    "or group, a mapping from names to tensors, or a torch module"
+_PATHS = (  # what a path may lead to
+    "a .safetensors, GGUF or torch.save file, a directory of Hugging Face, torch.distributed.checkpoint or Zarr, or a model of "
+    "the Hub (hf://org/name)"
 )
+_ACCEPTED = f"a mapping from names to tensors, a torch module, a list of .safetensors files, or the path of {_PATHS}"
 _LOOKS = 10_000  # folders that are looked at for arrays of Zarr
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -64,7 +64,7 @@ def check_holds(source: Source, what: Any, files: Mapping[str, Any] | None) -> N
     if source.tensors or files:
         return
     if isinstance(what, (str, Path)):
-        raise FormatError(f"{what} holds no tensor, so there is nothing to save: give {_ACCEPTED}", object=str(what))
+        raise FormatError(f"{what} holds no tensor, so there is nothing to save: give {_PATHS}", object=str(what))
     raise ValueError(f"source is {told(what)} and holds no tensor, so there is nothing to save: give {_ACCEPTED}")
 
 
@@ -108,12 +108,12 @@ def _open_path(given: str | Path) -> Source:
     if path.is_dir():
         return _open_directory(cached_snapshot(path) or path)
     if not path.exists():
-        raise NotFoundError(f"{path} does not exist: give {_ACCEPTED}", object=str(path))
+        raise NotFoundError(f"{path} does not exist: give {_PATHS}", object=str(path))
     if path.suffix == ".safetensors":
         return safetensors.open_files([path])
     if path.suffix == ".gguf":
         raise FormatError(f"{path} is no GGUF file, as it does not begin like one: fetch it again", object=str(path))
-    raise FormatError(f"{path} is a file of an unknown kind ({path.suffix or 'no suffix'}): give {_ACCEPTED}")
+    raise FormatError(f"{path} is a file of an unknown kind ({path.suffix or 'no suffix'}): give {_PATHS}")
 
 
 def _open_directory(root: Path) -> Source:
@@ -138,7 +138,7 @@ def _open_directory(root: Path) -> Source:
     if "manifest.ocdbt" in top or _has_arrays(root, iter(range(_LOOKS))):
         return _open_zarr(root)
     found = ", ".join(top[:8]) + (", …" if len(top) > 8 else "") if top else "nothing"
-    raise FormatError(f"{root} holds no checkpoint (found: {found}): give {_ACCEPTED}", object=str(root))
+    raise FormatError(f"{root} holds no checkpoint (found: {found}): give {_PATHS}", object=str(root))
 
 
 def _open_zarr(root: Path) -> Source:

@@ -79,6 +79,7 @@ def test_python_says_it_in_python(saved: Command) -> None:
         (["compress", "acme/toy", "int4", "--format", "int8"], "--format has no effect"),
         (["save", "MODEL", "acme/toy", "--codec", "delta"], "say which by --parent name@version"),
         (["save", "MODEL", "acme/toy", "--grid", "whole"], "save with --codec raw"),
+        (["compress", "acme/toy", "ladder", "--codes", "nowhere"], "--codes nowhere is no directory, nor a stored"),
         (["export", "acme/toy", "x.gguf"], "add --format gguf, or name another folder"),
         (["export", "acme/toy", "MODEL"], "replace it by --overwrite"),
         (["load", "acme/toy", "-o", "x.safetensors", "--memory", "1kB"], "--memory 1000 is below the 64 MiB"),
@@ -88,7 +89,7 @@ def test_commands_speak_of_options(
     saved: Command, answer: Command, model: Path, words: list[str], says: str, tmp_path: Path
 ) -> None:
     typed = [str(model) if word == "MODEL" else word for word in words]
-    code = 1 if "--overwrite" in says else 2
+    code = 1 if says.startswith(("replace", "--codes")) else 2
     assert says in saved(*typed, code=code).stderr
     assert says in saved(*typed, "--json", code=code).stderr  # a program's, too
 

@@ -242,11 +242,13 @@ def _codes(access: Access, where: str | PathLike[str] | None) -> Iterator[Codes 
     else:
         try:
             ref = parse_reference(str(where))
-        except ValueError:
+            stored = access.stored(ref)
+        except (ValueError, NotFoundError) as error:
+            said = f" ({error})" if isinstance(error, NotFoundError) else ""
             raise NotFoundError(
-                f"{path} is no directory: give one of packed codes, or a reference to a stored variant",
+                f"codes={str(where)!r} is no directory, nor a stored variant{said}: give either, with codes of int4",
                 object=str(path),
             ) from None
-        codes = of_model(str(ref), access.stored(ref))
+        codes = of_model(str(ref), stored)
     with closing(codes):
         yield codes
