@@ -109,7 +109,8 @@ def rename(
     moved = {before: now for before, now in done.versions.items() if before != now}
     lines = [f"renamed {old} to {new}: {units.count(len(done.versions), 'version')}"]
     if moved:
-        lines.append(f"numbers: {', '.join(f'@{before} is @{now}' for before, now in moved.items())}")
+        numbers = ", ".join(f"@{before} is now @{now}" for before, now in moved.items())
+        lines.append(f"{numbers}: no number is given twice under one name")
     output.result(done, lines, as_json=json)
 
 

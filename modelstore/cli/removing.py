@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstore.cli.terminal import output, units
+from modelstore.cli.terminal import complete, output, units
 from modelstore.cli.terminal.failures import FAILED, usage
 from modelstore.cli.terminal.options import (
     AsJson,
@@ -16,7 +16,6 @@ from modelstore.cli.terminal.options import (
     Grace,
     Memory,
     Quiet,
-    Reference,
     StoreUrl,
     open_store,
     share_of,
@@ -27,7 +26,15 @@ if TYPE_CHECKING:
 
 
 def rm(
-    ref: Reference,
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF",
+            autocompletion=complete.references,
+            show_default=False,
+            help="NAME@VERSION, NAME@VERSION:VARIANT, or with --all NAME.",
+        ),
+    ],
     everything: Annotated[bool, typer.Option("--all", help="Remove all versions of the model.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, even on a terminal.")] = False,
     store: StoreUrl = None,

@@ -158,6 +158,9 @@ def parse_reference(text: str) -> Reference:
     rest, colon, variant = text.partition(":")
     name, at, where = rest.partition("@")
     check_model(name)
+    for sign, after, what in ((at, where, "version or tag"), (colon, variant, "variant")):
+        if sign and not after:
+            raise ValueError(f"{text!r} names no {what} after {sign!r}: name one, or leave {sign!r} out")
     if colon:
         check_word(variant, "variant")
     version = tag = None

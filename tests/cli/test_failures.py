@@ -298,3 +298,17 @@ def test_a_pipe_in_place_of_a_text_or_a_recipe_is_not_waited_for(saved: Command,
     os.mkfifo(tmp_path / "pipe.json")
     for args in (("eval", "acme/toy", "--text"), ("compress", "acme/toy")):
         assert "it is a pipe or a device" in saved(*args, tmp_path / "pipe.json", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("ref", "says"), [("acme/toy@", "no version or tag after '@'"), ("acme/toy:", "no variant after ':'")]
+)
+def test_a_reference_that_is_cut_short_is_told_so(saved: Command, ref: str, says: str) -> None:
+    for words in (("show", ref), ("load", ref, "-o", "x.safetensors"), ("rm", "acme/toy@1:", "-y")):
+        assert (says if ref in words else "no variant after ':'") in saved(*words, code=2).stderr
+
+
+def test_a_share_that_is_none_is_told_with_its_option(saved: Command) -> None:
+    for share in ("tp=2/2", "tp=x", "foo"):
+        said = saved("load", "acme/toy", "-o", "x.safetensors", "--shard", share, code=2).stderr
+        assert f"Invalid value for --shard: '{share}'" in " ".join(said.split())

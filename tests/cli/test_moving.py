@@ -51,7 +51,7 @@ def test_a_tensor_that_is_not_there_is_suggested(saved: Command, tmp_path: Path)
 def test_rename(saved: Command, answer: Answer) -> None:
     assert "2 versions" in saved("rename", "acme/toy", "toy").stdout
     assert answer("ls")[0]["name"] == "toy"
-    assert "@1 is @3" in saved("rename", "toy", "acme/toy").stdout
+    assert "@1 is now @3" in saved("rename", "toy", "acme/toy").stdout
     saved("rename", "toy", "other", code=1)
 
 

@@ -39,6 +39,16 @@ def test_a_good_store_is_not_written_to() -> None:
     assert not counting.requests.keys() & {"create", "put", "delete"}
 
 
+def test_chunks_are_counted_once_whatever_shares_them() -> None:
+    small = one()
+    changed = dict(weights(1))
+    name = next(iter(changed))
+    small.store.save("org/m", changed | {name: changed[name] + 1})  # shares the others' chunks
+    small.store.save("org/twin", weights(1))
+    counts = [(report.tensors, report.chunks) for report in (small.store.verify(), small.store.repair())]
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("harm", ["lost", "flipped", "cut"])
 @pytest.mark.parametrize("wanted", [None, "org/m", "org/m@1"])
 def test_a_manifest_is_rebuilt_from_its_copy(harm: str, wanted: str | None) -> None:

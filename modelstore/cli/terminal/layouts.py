@@ -30,10 +30,10 @@ def layout_of(texts: Iterable[str]) -> Layout:
         try:
             made = _layout(text)
         except ValueError as error:
-            raise typer.BadParameter(f"{text!r}: {error}") from None
+            raise typer.BadParameter(f"{text!r}: {error}", param_hint="--shard") from None
         if isinstance(made, tuple):
             if made[0] in regions:
-                raise typer.BadParameter(f"{text!r}: tensor {made[0]!r} is given twice")
+                raise typer.BadParameter(f"{text!r}: tensor {made[0]!r} is given twice", param_hint="--shard")
             regions[made[0]] = made[1]
         else:
             layouts.append(made)

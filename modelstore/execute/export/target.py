@@ -395,5 +395,5 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in paths.FULL
-        what = "its disk is full: free some space and export again" if full else error.strerror
+        what = "its disk is full: free some space and export again" if full else paths.explained(error)
         raise StorageError(f"cannot write {path}: {what}", object=str(path)) from error

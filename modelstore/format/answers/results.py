@@ -182,7 +182,8 @@ class Exported(Timed, frozen=True):
 class Report(Result, frozen=True):
     """What a verification or repair found, what it mended, and `notes` on what is now otherwise than it was.
 
-    `chunks` were checked, each counted once whatever shares it; `bytes` are theirs as stored, and nothing else's.
+    `chunks` were checked, each counted once whatever shares it; `bytes` are theirs as stored, and nothing else's;
+    of a repair, which looks at whole packs, those of the packs.
     """
 
     chunks: int

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from modelstore.errors import (
     CorruptionError,
@@ -144,10 +145,10 @@ class _Repair:
     repaired: list[str] = field(default_factory=list)
     packs: dict[str, tuple[str, str, int]] = field(default_factory=dict)  # digest → model, first tensor, chunks
     bad: list[str] = field(default_factory=list)  # of these
-    chunks: int = 0
     nbytes: int = 0
     tensors: int = 0
     _seen: set[tuple[str, str, str]] = field(default_factory=set)
+    _chunks: dict[str, NDArray[np.uint64]] = field(default_factory=dict)  # pack → where its chunks lie, each once
     _noted: dict[tuple[str, str], None] = field(default_factory=dict)
     _copies: dict[str, str] | None = None  # manifest → pack, as packs' headers say
 
@@ -177,15 +178,23 @@ class _Repair:
 
     def _note(self, model: str, manifest: Manifest) -> None:
         self.tensors += len(manifest.tensors)
-        self.chunks += len(manifest.pack)
-        counts = np.bincount(manifest.pack, minlength=len(manifest.packs)).tolist()
+        counts = np.bincount(manifest.pack, minlength=len(manifest.packs))
+        offsets = np.split(
+            np.asarray(manifest.offset)[np.argsort(manifest.pack, kind="stable")], np.cumsum(counts)[:-1]
+        )
         first: dict[int, str] = {}
         for tensor in (*manifest.tensors, *manifest.files):
             for plane in tensor.planes:
                 for pack in np.unique(manifest.pack[plane.first : plane.first + tensor.chunks]).tolist():
                     first.setdefault(pack, tensor.name)
         for index, digest in enumerate(manifest.packs):
-            self.packs.setdefault(digest, (model, first.get(index, ""), counts[index]))
+            self.packs.setdefault(digest, (model, first.get(index, ""), int(counts[index])))
+            self._chunks[digest] = np.union1d(self._chunks.get(digest, offsets[index]), offsets[index])
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the packs that were noted, each counted once."""
+        return sum(len(offsets) for offsets in self._chunks.values())
 
     @contextmanager
     def kept(self, record: VersionRecord, copies: Sequence[Storage]) -> Iterator[str]:
