@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError
@@ -63,13 +63,29 @@ class Planner:
         self._source_id = source.catalog.open().id
 
     def plan(self, wanted: Wanted) -> Plan:
-        """What is to be done for a version."""
+        """What is to be done for a version, as it is now where it was compacted or deleted since it was looked at."""
         try:
+            if wanted.record.deleted:
+                which = f"version {wanted.record.version} of model {wanted.record.model!r}"
+                raise NotFoundError(f"{which} was deleted meanwhile: it is not copied", model=wanted.record.model)
             return self._plan(wanted)
-        except UNREADABLE as error:
+        except (*UNREADABLE, NotFoundError) as error:
+            now = self.now(wanted)
+            if now is not None:
+                return self.plan(now)
             if not self._everything:
                 raise
             return Plan(wanted, None, left_out=(f"{wanted.at}: {error}",), nothing=True)
+
+    def now(self, wanted: Wanted) -> Wanted | None:
+        """A version as it is in the store that it comes from; None where that has not changed, or cannot be told."""
+        try:
+            record = self._source.catalog.version(wanted.record.model, wanted.record.version)
+        except (*UNREADABLE, NotFoundError):
+            return None
+        if record.number == wanted.record.number:
+            return None
+        return replace(wanted, record=record, variants=tuple(v for v in wanted.variants if v in record.variants))
 
     def _plan(self, wanted: Wanted) -> Plan:
         there = self.there(wanted)

@@ -48,47 +48,18 @@ def copy(
     `what` the work is called by whoever hears of the bytes sent.
     """
     started = time.monotonic()
-    planner = Planner(source, target, everything)
-    plans = [planner.plan(one) for one in wanted]
-    missing, there = planner.missing({pack for plan in plans for pack in planner.packs_of(plan)})
-    copying = _Copying(source, target, planner)
-    work = work.begin(sum(missing.values()) + sum(there.values()), what)
-    bad = copying.bad(there, work)
-    missing |= {pack: there.pop(pack) for pack in bad}
-    made, tags, damaged = [], [], []
-    for plan in plans:
-        if plan.nothing:
-            continue
-
-        def bring(plan: Plan = plan) -> CopiedVersion:
-            fresh = [pack for pack in dict.fromkeys(planner.packs_of(plan)) if pack in missing]
-            copying.send(fresh, work)
-            for pack in fresh:
-                del missing[pack]
-            try:
-                return copying.publish(plan)
-            except GoneError:  # what was there, or sent long ago, was collected: once more, with what is there now
-                missing.update(planner.missing(planner.packs_of(plan))[0])
-                raise
-
-        try:
-            version = again(bring)
-        except CorruptionError as error:
-            if not everything:
-                raise
-            damaged.append(f"{plan.wanted.at}: {error}")
-            continue
-        made.append(version)
-        tags += copying.tag(plan, version.version)
-    left_out = (*(said for plan in plans for said in plan.left_out), *damaged)
+    copying = _Copying(source, target, Planner(source, target, everything), everything)
+    left = list(wanted)
+    while left:
+        left = copying.bring(left, work, what)
     return Copied(
         target.storage.url,
-        tuple(made),
-        tuple(tags),
+        tuple(copying.made),
+        tuple(copying.tags),
         copying.sent_packs,
         copying.sent,
-        sum(there.values()),
-        left_out,
+        copying.there,
+        tuple(copying.left_out),
         time.monotonic() - started,
     )
 
@@ -96,14 +67,63 @@ def copy(
 class _Copying:
     """One copy, and what it did so far."""
 
-    def __init__(self, source: Repo, target: Repo, planner: Planner) -> None:
+    def __init__(self, source: Repo, target: Repo, planner: Planner, everything: bool) -> None:
         self._source = source
         self._target = target
         self._planner = planner
+        self._everything = everything
         self._shelf = Shelf(target.storage)
         self._lock = Lock()
+        self.made: list[CopiedVersion] = []
+        self.tags: list[str] = []
+        self.left_out: list[str] = []
+        self.there = 0
         self.sent = 0
         self.sent_packs = 0
+
+    def bring(self, wanted: Sequence[Wanted], work: Work, what: str) -> list[Wanted]:
+        """Copy versions; those that were compacted or deleted meanwhile, so that what they named is gone, as they are now."""
+        planner = self._planner
+        plans = [planner.plan(one) for one in wanted]
+        try:
+            missing, there = planner.missing({pack for plan in plans for pack in planner.packs_of(plan)})
+        except CorruptionError:
+            moved = [planner.now(plan.wanted) for plan in plans]
+            if not any(moved):
+                raise
+            return [now or plan.wanted for now, plan in zip(moved, plans, strict=True)]
+        work = work.begin(sum(missing.values()) + sum(there.values()), what)
+        missing |= {pack: there.pop(pack) for pack in self.bad(there, work)}
+        self.there += sum(there.values())
+        moved = []
+        for plan in plans:
+            if not plan.nothing:
+                try:
+                    version = again(lambda plan=plan: self._version(plan, missing, work))  # type: ignore[misc]
+                except CorruptionError as error:
+                    if now := planner.now(plan.wanted):
+                        moved.append(now)
+                        continue
+                    if not self._everything:
+                        raise
+                    self.left_out.append(f"{plan.wanted.at}: {error}")
+                    continue
+                self.made.append(version)
+                self.tags += self.tag(plan, version.version)
+            self.left_out += plan.left_out
+        return [now for now in moved if now is not None]
+
+    def _version(self, plan: Plan, missing: dict[str, int], work: Work) -> CopiedVersion:
+        """Send what is `missing` of a version, which is then missing no more, and make it visible."""
+        fresh = [pack for pack in dict.fromkeys(self._planner.packs_of(plan)) if pack in missing]
+        self.send(fresh, work)
+        for pack in fresh:
+            del missing[pack]
+        try:
+            return self.publish(plan)
+        except GoneError:  # what was there, or sent long ago, was collected: once more, with what is there now
+            missing.update(self._planner.missing(self._planner.packs_of(plan))[0])
+            raise
 
     def bad(self, there: Mapping[str, int], work: Work) -> list[str]:
         """Of the packs that are there those whose bytes are not right: they are sent again, before anything relies on them."""
