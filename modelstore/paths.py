@@ -61,7 +61,7 @@ def from_home(path: str | os.PathLike[str]) -> Path:
         return plain.expanduser()
     except RuntimeError:
         raise ValueError(
-            f"{str(path).partition('/')[0]} in {str(path)!r} is no user of this machine: write the whole path, or ./{path}"
+            f"{str(path).partition('/')[0]} in {str(path)!r} is not a user of this machine: write the whole path, or ./{path}"
         ) from None
 
 

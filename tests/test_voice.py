@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 import modelstore.errors
@@ -10,6 +11,12 @@ from tests.test_house import FILES, parse, where
 
 ERRORS = {name for name in vars(modelstore.errors) if name.endswith("Error")} | {"ValueError", "TypeError", "usage"}
 NAMES = {"Ray", "Zarr", "Hugging", "PyTorch", "Python"}  # begin a sentence as they begin elsewhere
+# "X is no Y" for "X is not a Y", "is to be" for "must be", "has not" for "does not have": English of another time.
+OLD = re.compile(
+    r"(?<!there )\b(?:is|are) no (?!longer|more|other|export's)[a-zA-Z]"
+    r"|\b(?:is|are) to be (?:a|an|the|\{|positive)"
+    r"|\b(?:has|have) not(?: the| all| got|:)"
+)
 NOT_OURS = {"modelstore/integrations/zarr.py"}  # says to Zarr what Zarr's own stores say
 
 
@@ -40,6 +47,11 @@ def test_errors_are_one_sentence_in_lower_case() -> None:
         capital = first[:1].isupper() and first[1:2].islower() and first not in NAMES
         if capital or text.endswith((".", "!")) or ". " in text.replace("{}. ", "") or "\n" in text:
             wrong.append(f"{place}: {text}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_errors_are_said_in_the_english_of_today() -> None:
+    wrong = [f"{place}: {text}" for place, text in messages() if OLD.search(text)]
     assert not wrong, "\n".join(wrong)
 
 

@@ -44,7 +44,7 @@ class Asked:
     def no_layers(self, layers: Sequence[Linears]) -> dict[str, str]:
         """Why those are not solved that are none of these layers, by the tensor's name."""
         there = {layer.tensor for mine in layers for layer in mine.values()}
-        why = "it is no linear layer of a block with a weight of its own"
+        why = "it is not a linear layer of a block with a weight of its own"
         return {name: why for name in self.wanted if name not in there}
 
     def layer(self, one: Linear, values: Mapping[str, torch.Tensor]) -> Layer:

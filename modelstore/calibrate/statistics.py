@@ -127,6 +127,6 @@ class Gathered:
         if not self.inputs.setdefault(name, Inputs(rows.shape[1])).add(rows):
             raise FormatError(
                 f"what comes to {name!r} is not finite on the calibration text: the weights before it, or what they compute, "
-                f"overflow or are no numbers; look at the tensors before it",
+                f"overflow or are not numbers; look at the tensors before it",
                 tensor=f"{name}.weight",
             )

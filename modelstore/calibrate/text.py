@@ -33,7 +33,7 @@ class Calibration:
         for name, least, most in (("samples", 1, 1 << 20), ("length", 2, 1 << 20), ("seed", 0, (1 << 63) - 1)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"{name}={value!r} of a calibration is no whole number from {least} to {most}")
+                raise ValueError(f"{name}={value!r} of a calibration is not a whole number from {least} to {most}")
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def _of_annotation(annotation: str, name: str) -> Check | None:
 
 def _path(name: str, value: Any) -> Any:
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{name} is to be a path or a URL, not {told(value)}")
+        raise TypeError(f"{name} must be a path or a URL, not {told(value)}")
     if not str(value):
         raise ValueError(f"{name} is an empty text: say where")
     return _no_nul(name, value)
@@ -164,7 +164,7 @@ def _store(name: str, value: Any) -> Any:
     if _is_store(value):
         return value
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{name} is to be a store's path or URL, or an opened store, not {told(value)}")
+        raise TypeError(f"{name} must be a store's path or URL, or an opened store, not {told(value)}")
     return _path(name, value)
 
 
@@ -179,7 +179,7 @@ def _share(name: str, value: Any) -> Any:
         return value
     share = given.amount(name, value, 0)
     if share > 1:
-        raise ValueError(f"{name}={value!r} is no share of a pack: give a number from 0 to 1, or True")
+        raise ValueError(f"{name}={value!r} is not a share of a pack: give a number from 0 to 1, or True")
     return share
 
 
@@ -196,14 +196,14 @@ def _module(name: str, value: Any) -> Any:
     import torch
 
     if not isinstance(value, torch.nn.Module):
-        raise TypeError(f"{name} is to be a torch.nn.Module, not {told(value)}: load(ref) gives tensors by name")
+        raise TypeError(f"{name} must be a torch.nn.Module, not {told(value)}: load(ref) gives tensors by name")
     return value
 
 
 def _shard(name: str, value: Any) -> Any:
     if not isinstance(value, Mapping) and not (hasattr(value, "shares") and not isinstance(value, type)):
         raise TypeError(
-            f"{name} is to be a layout such as TensorParallel(rank, size), or a mapping from names to regions, not {told(value)}"
+            f"{name} must be a layout such as TensorParallel(rank, size), or a mapping from names to regions, not {told(value)}"
         )
     return as_layout(value)
 
@@ -239,7 +239,7 @@ def _options(name: str, value: Any) -> Any:
 
 def _callable(name: str, value: Any) -> Any:
     if not callable(value):
-        raise TypeError(f"{name} is to be a function of bytes done, bytes in all and what is done, not {told(value)}")
+        raise TypeError(f"{name} must be a function of bytes done, bytes in all and what is done, not {told(value)}")
     return value
 
 

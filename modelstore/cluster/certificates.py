@@ -107,8 +107,8 @@ def _read(authority: Path) -> tuple[Any, Any]:
     content = read_private(authority) or b""
     if not all(mark.encode() in content for mark in _ENDS):
         raise FormatError(
-            f"{authority} is no authority of a cluster that only you can change: take the file that 'modelstore cluster start "
-            f"--tls' names, and keep it as your own",
+            f"{authority} is not an authority of a cluster that only you can change: take the file that 'modelstore cluster "
+            f"start --tls' names, and keep it as your own",
             object=os.fspath(authority),
         )
     try:

@@ -99,8 +99,8 @@ def _check_kind(name: str, value: object, default: object) -> None:
     kind = type(default)
     fits = type(value) is kind or (kind is float and type(value) is int)
     if kind in kinds and not fits:
-        raise ValueError(f"{name} is to be {kinds[kind]}, not {told(value)}")
+        raise ValueError(f"{name} must be {kinds[kind]}, not {told(value)}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {told(value)}, which is no finite number")
+        raise ValueError(f"{name} is {told(value)}, which is not a finite number")
     if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name} is {told(value)}, beyond all bounds of a whole number")

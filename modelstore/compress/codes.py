@@ -158,7 +158,7 @@ class PackedCodes:
         group = group_size(columns, scale.shape[1])
         if not group:
             raise self._bad(
-                name, f"has {scale.shape[1]} scales for {columns} columns, which are no groups of an even number"
+                name, f"has {scale.shape[1]} scales for {columns} columns, which are not groups of an even number"
             )
         return Given((rows, columns), scale.dtype.name, group)
 

@@ -31,7 +31,7 @@ def told(value: Any) -> str:
 def text(name: str, value: Any) -> str:
     """A text that is not empty; `TypeError` or `ValueError` where it is none."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} is to be a text, not {told(value)}")
+        raise TypeError(f"{name} must be a text, not {told(value)}")
     if not value:
         raise ValueError(f"{name} is an empty text: say which one")
     return value
@@ -41,30 +41,30 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
     """A whole number; `TypeError` or `ValueError` where it is none, or is less than `least`."""
     if isinstance(value, str):
         hint = f": write int({shortened(repr(value), _LINE)})" if value.strip().lstrip("-").isdecimal() else ""
-        raise TypeError(f"{name} is to be a whole number, not {told(value)}{hint}")
+        raise TypeError(f"{name} must be a whole number, not {told(value)}{hint}")
     if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-        raise TypeError(f"{name} is to be a whole number, not {told(value)}")
+        raise TypeError(f"{name} must be a whole number, not {told(value)}")
     try:
         number = operator.index(value)
     except TypeError:  # a tensor or array of several
-        raise TypeError(f"{name} is to be a whole number, not {told(value)}") from None
+        raise TypeError(f"{name} must be a whole number, not {told(value)}") from None
     if least is not None and number < least:
-        raise ValueError(f"{name}={number} is too small: it is to be {least} at least")
+        raise ValueError(f"{name}={number} is too small: it must be at least {least}")
     return number
 
 
 def amount(name: str, value: Any, least: float | None = None) -> float:
     """A number that is one; errors as for `whole`."""
     if isinstance(value, bool | str | bytes) or not hasattr(type(value), "__float__") or hasattr(value, "__len__"):
-        raise TypeError(f"{name} is to be a number, not {told(value)}")
+        raise TypeError(f"{name} must be a number, not {told(value)}")
     try:
         number = float(value)
     except OverflowError:
         raise ValueError(f"{name} is too large a number: leave it out, or give a smaller one") from None
     except (TypeError, ValueError, RuntimeError):  # a tensor of several, or one without values
-        raise TypeError(f"{name} is to be a number, not {told(value)}") from None
+        raise TypeError(f"{name} must be a number, not {told(value)}") from None
     if math.isnan(number) or (least is not None and number < least):
-        raise ValueError(f"{name}={number} is not valid: it is to be {least or 0:g} at least")
+        raise ValueError(f"{name}={number} is not valid: it must be at least {least or 0:g}")
     return value if isinstance(value, int | float) else number
 
 

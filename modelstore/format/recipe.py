@@ -174,7 +174,7 @@ def _wrong_tuning(method: Method) -> str | None:
     told = method.told
     for key, most in (("steps", 100_000), ("batch", 1 << 20)):
         if not 1 <= int(told[key]) <= most:
-            return f"has {key}={told[key]}, which is no whole number from 1 to {most}"
+            return f"has {key}={told[key]}, which is not a whole number from 1 to {most}"
     return None if 0 < float(told["reach"]) <= 1 else f"has reach={told['reach']}, which is not above 0 and at most 1"
 
 
@@ -212,7 +212,7 @@ def _wrong_share(method: str, params: Mapping[str, Any]) -> str | None:
 def check(value: Recipe) -> None:
     """`ValueError` where a recipe cannot be meant so."""
     if value.prune is not None and not 0 < value.prune < 1:
-        raise ValueError(f"recipe {value.name!r}: prune={value.prune} is no share between 0 and 1")
+        raise ValueError(f"recipe {value.name!r}: prune={value.prune} is not a share between 0 and 1")
     if (
         len(
             {tuple(sorted(one.method.told.items())) for one in value.rules if one.method and one.method.name == "tuned"}
@@ -239,5 +239,5 @@ def check(value: Recipe) -> None:
                     re.compile(target[len(_EXPRESSION) :])
                 except re.error as error:
                     raise ValueError(
-                        f"recipe {value.name!r}: target {target!r} is no regular expression ({error})"
+                        f"recipe {value.name!r}: target {target!r} is not a regular expression ({error})"
                     ) from None

@@ -132,7 +132,7 @@ class _Maker:
         kind, *rest = node
         make = getattr(self, f"_{kind}", None) if isinstance(kind, str) and kind in _KINDS else None
         if make is None:
-            raise ValueError(f"{str(kind)[:40]!r} is no kind of value")
+            raise ValueError(f"{str(kind)[:40]!r} is not a kind of value")
         return make(*rest)
 
     def _many(self, nodes: tuple[Any, ...]) -> list[Any]:

@@ -38,12 +38,12 @@ def parse_size(size: Size) -> int:
     match = NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
     unit = _BYTES.get(match[2].upper()) if match else None
     if isinstance(size, int) and size <= 0:
-        raise ValueError(f"{text!r} is no size to work with: it must be at least one byte")
+        raise ValueError(f"{text!r} is not a usable size: it must be at least one byte")
     if match is None or unit is None:
         raise ValueError(f"{text[:_LONGEST]!r} is not a size: write a number and a unit, such as 8GiB or 512MB")
     found = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
     if found <= 0:
-        raise ValueError(f"{text!r} is no size to work with: it must be at least one byte")
+        raise ValueError(f"{text!r} is not a usable size: it must be at least one byte")
     return found
 
 
@@ -61,7 +61,7 @@ def parse_duration(duration: Duration) -> float:
         raise TypeError(f"a time is a number of seconds or a text such as '12h', not {type(duration).__name__}")
     if isinstance(duration, int | float):
         if math.isnan(duration) or duration < 0:
-            raise ValueError(f"{duration} is no time to wait or to spare: it must be 0 or more")
+            raise ValueError(f"{duration} is not a usable time: it must be 0 or more")
         return duration
     match = NUMBER.fullmatch(duration) if len(duration) <= _LONGEST else None
     unit = _SECONDS.get(match[2].upper()) if match else None

@@ -133,7 +133,7 @@ def _ranges(name: str, length: int, rule: AxisCut, layout: TensorParallel, rules
     total = sum(units)
     if total == 0 or length % total:
         raise ValueError(
-            f"{name} has {length} elements along the axis that is cut, which is no multiple of the {total} "
+            f"{name} has {length} elements along the axis that is cut, which is not a multiple of the {total} "
             f"{'heads' if 'query' in rule.parts or 'key' in rule.parts else 'features'} expected there: check config.json"
         )
     width = length // total  # elements of one unit

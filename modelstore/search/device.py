@@ -37,7 +37,7 @@ def read(path: str | os.PathLike[str]) -> Device:
         ) from None
     parse_size(found.bytes)
     if any(not 0 <= one < float("inf") for one in found.seconds.values()):
-        raise ValueError(f"device={str(path)!r} has seconds that are no times: write 0 or more for each format")
+        raise ValueError(f"device={str(path)!r} has seconds that are not times: write 0 or more for each format")
     return found
 
 

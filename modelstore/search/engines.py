@@ -23,11 +23,11 @@ def refuses(engine: str | None, spec: CodecSpec) -> str:
         if view.format == "nvfp4-pack-quantized":
             return "has a global scale for each weight, where vllm wants one for the layers that it fuses"
         if integers and (not scheme["symmetric"] or bits not in _VLLM_BITS or group not in (None, *_VLLM_GROUPS)):
-            return "is no symmetric int of 4 or 8 bits by channel or in groups of 32, 64 or 128, which vllm runs"
+            return "is not a symmetric int of 4 or 8 bits by channel or in groups of 32, 64 or 128, which vllm runs"
     if engine == "llama.cpp" and not (
         integers and scheme["symmetric"] and bits in _LLAMA_BITS and group == _LLAMA_GROUP
     ):
-        return "is no symmetric int of 4 or 8 bits in groups of 32 (Q4_0, Q8_0), which llama.cpp runs"
+        return "is not a symmetric int of 4 or 8 bits in groups of 32 (Q4_0, Q8_0), which llama.cpp runs"
     if engine == "transformers" and not scheme["symmetric"]:
         return "has zero points, which transformers takes in no packed layer"
     return ""

@@ -182,7 +182,7 @@ class Measuring:
         skeleton = self.stages.skeleton
         where = f"block {skeleton.stack}.{stage}" if stage < skeleton.count else "the head"
         raise FormatError(
-            f"what {where} computes on the calibration text is not finite: its weights, or what they make, overflow or are no "
+            f"what {where} computes on the calibration text is not finite: its weights, or what they make, overflow or are not "
             f"numbers; look at the tensors there"
         )
 

@@ -102,7 +102,7 @@ def open_directory(root: Path) -> DcpSource:
         if not isinstance(name, str) or not isinstance(entry, Record):
             raise FormatError(f"{path}: an entry of the state dict is not valid", object=str(path))
         if entry.kind == "BytesStorageMetadata":
-            skipped[name] = "it is no tensor"
+            skipped[name] = "it is not a tensor"
             continue
         left -= len(_field(entry, "TensorStorageMetadata", "chunks", list, path))
         if left < 0:

@@ -63,7 +63,7 @@ def hub_id(what: object) -> tuple[str, str | None] | None:
     name, at, revision = what.removeprefix(SCHEME).partition("@")
     if not _ID.fullmatch(name) or ".." in name or (at and not revision):
         if explicit:
-            raise ValueError(f"{what!r} is no address of a Hub: write hf://org/name or hf://org/name@revision")
+            raise ValueError(f"{what!r} is not an address of a Hub: write hf://org/name or hf://org/name@revision")
         return None
     if not explicit and (Path(what).exists() or Path(name.partition("/")[0]).exists() or Path(name).suffix in _TORCH):
         return None
@@ -298,7 +298,7 @@ def _said(hub: Any, name: str, revision: str | None, given: str) -> Iterator[Non
     except errors.RevisionNotFoundError as error:
         raise NotFoundError(f"{name} at {endpoint} has no revision {revision!r}: name another", object=name) from error
     except errors.RepositoryNotFoundError as error:
-        here = "" if given.startswith(SCHEME) else f", and {given} is no file or folder here"
+        here = "" if given.startswith(SCHEME) else f", and {given} is not a file or folder here"
         raise NotFoundError(
             f"there is no model {name} at {endpoint} that this user may see{here}: check its name, or give a token by HF_TOKEN",
             object=name,
@@ -314,7 +314,7 @@ def _said(hub: Any, name: str, revision: str | None, given: str) -> Iterator[Non
             f"{endpoint} answered {status} for {name}: try again later, or check HF_TOKEN", object=name
         ) from error
     except errors.HFValidationError as error:
-        raise ValueError(f"{given!r} is no address of a Hub: {error}") from error
+        raise ValueError(f"{given!r} is not an address of a Hub: {error}") from error
     except (ConflictError, FormatError, NotFoundError, StorageError, UnsupportedError):
         raise
     except OSError as error:

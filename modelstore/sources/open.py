@@ -112,7 +112,7 @@ def _open_path(given: str | Path) -> Source:
     if path.suffix == ".safetensors":
         return safetensors.open_files([path])
     if path.suffix == ".gguf":
-        raise FormatError(f"{path} is no GGUF file, as it does not begin like one: fetch it again", object=str(path))
+        raise FormatError(f"{path} is not a GGUF file, as it does not begin like one: fetch it again", object=str(path))
     raise FormatError(f"{path} is a file of an unknown kind ({path.suffix or 'no suffix'}): give {_PATHS}")
 
 

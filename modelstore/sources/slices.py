@@ -133,7 +133,7 @@ def box_of(name: str, tensor: DTensor) -> Region | None:
     box = tuple((a, a + n) for a, n in zip(chunk.offsets, chunk.sizes, strict=True))
     if extent(box) != local:
         raise UnsupportedError(
-            f"tensor {name!r} is a DTensor whose shard is no box of it (placements {tensor.placements}): "
+            f"tensor {name!r} is a DTensor whose shard is not a box of it (placements {tensor.placements}): "
             f"call .redistribute() to Shard placements first",
             tensor=name,
         )

@@ -29,7 +29,7 @@ def is_url(address: str | os.PathLike[str]) -> bool:
     if separator:
         if not _SCHEME.fullmatch(scheme.rpartition("::")[2] or scheme):
             raise ValueError(
-                f"invalid URL {text!r}: {scheme!r} before '://' is no protocol, write a folder, or a URL like s3://bucket/prefix"
+                f"invalid URL {text!r}: {scheme!r} before '://' is not a protocol, write a folder, or a URL like s3://bucket/prefix"
             )
         return True
     if found := _MISTYPED.match(text):

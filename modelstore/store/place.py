@@ -99,7 +99,7 @@ def check_mirror(storage: Storage) -> None:
             if not {rec.MODELS, rec.PACKS}.isdisjoint(f"{name}/" for name in storage.folders("")):
                 return
         raise NotFoundError(
-            f"{_found(storage)[0]}, so it is no mirror: give the address of a copy of the store, or leave it out",
+            f"{_found(storage)[0]}, so it is not a mirror: give the address of a copy of the store, or leave it out",
             object=rec.STORE_KEY,
         ) from None
     except ModelStoreError as error:

@@ -97,9 +97,9 @@ def test_commands_speak_of_options(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["eval", "m", "--text", "FILE", "--limit", "0"], "'--limit': it is to be 2 at least"),
-        (["eval", "m", "--text", "FILE", "--limit", "many"], "'--limit': it is to be a whole number"),
-        (["compress", "m", "--max-kl", "little"], "'--max-kl': it is to be a number"),
+        (["eval", "m", "--text", "FILE", "--limit", "0"], "'--limit': it must be at least 2"),
+        (["eval", "m", "--text", "FILE", "--limit", "many"], "'--limit': it must be a whole number"),
+        (["compress", "m", "--max-kl", "little"], "'--max-kl': it must be a number"),
         (["gc", "--grace", "5"], "'5' is a time without a unit: write 5s, 5m, 5h or 5d"),
     ],
 )

@@ -170,11 +170,11 @@ def test_wrong_arguments_are_refused_before_any_work(
         (lambda: STORE.load("m", shard="0/3"), "TensorParallel(rank, size)"),  # type: ignore[arg-type]
         (lambda: STORE.together("s", rank="0", ranks=2), "int('0')"),  # type: ignore[arg-type]
         (lambda: STORE.save_part("m", WEIGHTS, session="s", rank="1", ranks="2"), "int('1')"),  # type: ignore[arg-type]
-        (lambda: ms.TensorParallel("0", 2), "rank is to be a whole number"),  # type: ignore[arg-type]
+        (lambda: ms.TensorParallel("0", 2), "rank must be a whole number"),  # type: ignore[arg-type]
         (lambda: ms.TensorParallel(0, "2"), "int('2')"),  # type: ignore[arg-type]
         (lambda: ms.ExpertParallel(0.0, 2), "whole number"),  # type: ignore[arg-type]
-        (lambda: ms.PipelineStage("0", 2), "stage is to be a whole number"),  # type: ignore[arg-type]
-        (lambda: ms.Layers(0, None), "stop is to be a whole number"),  # type: ignore[arg-type]
+        (lambda: ms.PipelineStage("0", 2), "stage must be a whole number"),  # type: ignore[arg-type]
+        (lambda: ms.Layers(0, None), "stop must be a whole number"),  # type: ignore[arg-type]
         (lambda: ms.Regions("w"), "regions maps names"),  # type: ignore[arg-type]
         (lambda: ms.open("x", mirrors="s3://a"), "write ['s3://a']"),
     ],

@@ -328,7 +328,7 @@ class TestEverything:
             (lambda: 1, "function"),
             (torch.ones(1).untyped_storage(), "storage"),
         ):
-            with pytest.raises(TypeError, match=rf"x\.y is a .*{said}.*, which is no plain value"):
+            with pytest.raises(TypeError, match=rf"x\.y is a .*{said}.*, which is not a plain value"):
                 store.save("m", {"model": {"w": torch.ones(1)}, "x": {"y": odd}}, include="all")
         torch.save({"model": {"w": torch.ones(1)}, "x": torch.eye(2).to_sparse()}, tmp_path / "x")
         with pytest.raises(ModelStoreError, match="a sparse tensor, which is not kept"):

@@ -283,5 +283,5 @@ def test_an_authority_is_only_ones_own(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="only you can change"):
         certificates.issue(authority, tmp_path / "n", ["192.0.2.1"])
     (tmp_path / "token").write_text("token")
-    with pytest.raises(FormatError, match="no authority"):
+    with pytest.raises(FormatError, match="not an authority"):
         certificates.issue(tmp_path / "token", tmp_path / "n", ["192.0.2.1"])

@@ -56,7 +56,7 @@ def nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--disk", "FILE"], "cannot be written to"),
         (["--disk", "FOLDER", "--disk-size", "1000000TB"], "less than"),
         (["--disk-size", "1GB"], "wants a folder"),
-        (["--host", "192.0.2.77"], "no address of this machine"),
+        (["--host", "192.0.2.77"], "not an address of this machine"),
         (["--port", "80"], "port"),
         (["--address", "auto", "--port", "7000"], "--port"),
         (["--address", "auto", "--host", "127.0.0.1"], "--host"),

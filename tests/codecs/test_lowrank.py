@@ -152,7 +152,7 @@ def test_what_would_not_be_smaller_is_refused() -> None:
     codec = LowRank(rank=32)
     assert "no rank below" in str(codec.refuses((32, 100), F32))
     assert "not smaller" in str(codec.refuses((60, 60), F32))
-    assert codec.refuses((100,), F32) == "is no matrix"
+    assert codec.refuses((100,), F32) == "is not a matrix"
     assert codec.refuses((100, 100), F32) is None
 
 

@@ -69,7 +69,7 @@ def test_a_wrong_value_is_refused_by_name(name: str, field: dataclasses.Field[An
     ("name", "params", "says"),
     [
         ("int", {"bits": 99}, "bits is 99; allowed are 2, 3, 4 and 8"),
-        ("int", {"bits": "4"}, "bits is to be a whole number, not the text '4'"),
+        ("int", {"bits": "4"}, "bits must be a whole number, not the text '4'"),
         ("int", {"bitz": 4}, "it takes bits, symmetric, granularity, group_size, method"),
         ("int", {"granularity": "rows"}, "known are tensor, channel, group, block"),
         ("itn", {}, "did you mean 'int'"),
@@ -131,5 +131,5 @@ def test_a_step_is_as_large_as_its_codec_says(step: float) -> None:
 
 @pytest.mark.parametrize("step", [math.nan, math.inf, -math.inf, 10**400])
 def test_a_step_is_finite(step: float) -> None:
-    with pytest.raises(ValueError, match=r"no finite number|beyond all bounds"):
+    with pytest.raises(ValueError, match=r"not a finite number|beyond all bounds"):
         registry.codec("round", {"step": step})

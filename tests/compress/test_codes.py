@@ -273,8 +273,8 @@ LAYOUTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "a negative shape": (but("shape", lambda t: -t), "where 4 bits of"),
     "a long shape": (but("shape", lambda _: torch.tensor([1536, 512, 1])), "where two int64 are due"),
     "a shape of floats": (but("shape", lambda t: t.double()), "where two int64 are due"),
-    "no groups": (but("scale", lambda t: t[:, :0].contiguous()), "no groups"),
-    "odd groups": (but("scale", lambda t: torch.ones(1536, 512, dtype=t.dtype)), "no groups"),
+    "no groups": (but("scale", lambda t: t[:, :0].contiguous()), "not groups"),
+    "odd groups": (but("scale", lambda t: torch.ones(1536, 512, dtype=t.dtype)), "not groups"),
     "scales of other rows": (but("scale", lambda t: t[:-1].contiguous()), "none of 1536 rows"),
     "scales of integers": (but("scale", lambda t: t.to(torch.int32)), "scales of int32"),
     "an infinite scale": (but("scale", infinite), "not finite"),
@@ -321,7 +321,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     folder = directory(tmp_path / "codes", quantized(tensors, [UP]))
     with pytest.raises(ValueError, match="codes are what a ladder is put on"):
         store.compress("m", "int8", codes=folder)
-    with pytest.raises(NotFoundError, match=r"codes='.*' is no directory, nor a stored variant"):
+    with pytest.raises(NotFoundError, match=r"codes='.*' is neither a directory nor a stored variant"):
         store.compress("m", "ladder", codes=tmp_path / "none")
     with pytest.raises(NotFoundError):
         store.compress("m", "ladder", codes="other:int4")

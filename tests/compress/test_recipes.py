@@ -75,8 +75,8 @@ def test_targets() -> None:
         ({"name": "x"}, "missing required field `rules`"),
         ({"name": "x", "rules": [], "other": 1}, "unknown field"),
         ({"name": "x", "rules": [{"targets": []}]}, "has no targets"),
-        ({"name": "x", "rules": [{"targets": ["re:("]}]}, "is no regular expression"),
-        ({"name": "x", "prune": 2, "rules": [{"targets": ["linear"]}]}, "no share between 0 and 1"),
+        ({"name": "x", "rules": [{"targets": ["re:("]}]}, "is not a regular expression"),
+        ({"name": "x", "prune": 2, "rules": [{"targets": ["linear"]}]}, "not a share between 0 and 1"),
     ],
 )
 def test_recipes_that_are_refused(value: dict[str, object], message: str) -> None:

@@ -166,7 +166,7 @@ def test_what_is_advised_for_a_mistyped_file_url_is_taken(wrong: str) -> None:
 
 def test_a_folder_that_begins_with_a_tilde_is_reached_as_is_advised(store: modelstore.Store) -> None:
     name = "~nobody.has.this.name"
-    with pytest.raises(ValueError, match=r"is no user of this machine: write the whole path, or \./~nobody"):
+    with pytest.raises(ValueError, match=r"is not a user of this machine: write the whole path, or \./~nobody"):
         modelstore.open(name)
     modelstore.open(f"./{name}").save("m", TENSORS)
     store.export("m", f"./{name}-files")

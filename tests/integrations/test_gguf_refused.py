@@ -395,7 +395,7 @@ def test_the_configs_end_of_text() -> None:
 
 def test_a_tokenizer_beyond_bounds_is_not_parsed() -> None:
     text = b'{"a": [' + b"1," * MAX_MEMBERS + b"1]}"
-    with pytest.raises(ModelStoreError, match=r"tokenizer\.json is no JSON object"):
+    with pytest.raises(ModelStoreError, match=r"tokenizer\.json is not a JSON object"):
         read_vocabulary(ModelFiles({"tokenizer.json": len(text)}, lambda _: text), CONFIG, VOCABULARY)
-    with pytest.raises(ModelStoreError, match=r"tokenizer\.json is no JSON object"):
+    with pytest.raises(ModelStoreError, match=r"tokenizer\.json is not a JSON object"):
         read_vocabulary(ModelFiles({"tokenizer.json": 1 << 40}, lambda _: b"{}"), CONFIG, VOCABULARY)

@@ -259,7 +259,7 @@ def test_vocabulary_is_cut_by_ceil() -> None:
         ("model.layers.0.self_attn.q_proj.weight", (96, 64), "12 attention heads.*8 ranks.*1, 2, 4, 12"),
         ("model.layers.0.self_attn.k_proj.weight", (32, 64), None),
         ("model.layers.0.mlp.up_proj.weight", (90, 64), "90 features.*1, 2, 3, 5, 6, 9"),
-        ("model.layers.0.self_attn.q_proj.weight", (95, 64), "no multiple of the 12 heads"),
+        ("model.layers.0.self_attn.q_proj.weight", (95, 64), "not a multiple of the 12 heads"),
         ("model.layers.0.self_attn.o_proj.weight", (64,), "no axis 1"),
     ],
 )

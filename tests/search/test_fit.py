@@ -183,7 +183,7 @@ def test_too_small_is_refused_with_what_is_possible(store: ms.Store) -> None:
         ({"max_kl": 0.1, "text": TEXT, "calibration": DATA}, "is the calibration's own"),
         ({"max_kl": 0.1, "text": "the sea", "calibration": DATA}, "tokens, and one whole context is 64"),
         ({"max_kl": 0.1, "calibration": DATA}, "is judged on a text"),
-        ({"max_kl": 0.0, "text": TEXT, "calibration": DATA}, "max_kl=0.0 is no bound"),
+        ({"max_kl": 0.0, "text": TEXT, "calibration": DATA}, "max_kl=0.0 is not a bound"),
     ],
 )
 def test_wrong_input_is_refused_in_a_sentence(store: ms.Store, given: dict[str, Any], says: str) -> None:

@@ -198,13 +198,13 @@ def test_the_smallest_whose_perplexity_grows_by_no_more_than_a_share(measured: m
         ({"fit": "1MiB", "batch": 2}, "give context=, too"),
         ({"fit": "1MiB", "context": 65}, "more than the model's 64 positions"),
         ({"fit": "1MiB", "engine": "sglang"}, "engine is one of 'transformers', 'vllm', 'llama.cpp'"),
-        ({"fit": "21KiB", "engine": "vllm", "formats": ["int3"]}, "'int3' is no symmetric int of 4 or 8 bits"),
+        ({"fit": "21KiB", "engine": "vllm", "formats": ["int3"]}, "'int3' is not a symmetric int of 4 or 8 bits"),
         ({"recipe": "int4", "context": 8}, "context= has no effect here"),
         ({"recipe": "int4", "engine": "vllm"}, "engine= has no effect here"),
         ({"max_kl": 0.1, "text": OTHER, "context": 8}, "context= has no effect here"),
         ({"max_kl": 0.1, "max_perplexity_increase": 0.1, "text": OTHER}, "each say what is to be made"),
         ({"max_perplexity_increase": 0.1}, "is judged on a text"),
-        ({"max_perplexity_increase": 0.0, "text": OTHER}, "is no bound: give a share"),
+        ({"max_perplexity_increase": 0.0, "text": OTHER}, "is not a bound: give a share"),
     ],
 )
 def test_wrong_input_is_refused_in_a_sentence(measured: ms.Store, given: dict[str, Any], says: str) -> None:

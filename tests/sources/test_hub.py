@@ -137,9 +137,9 @@ def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
     hub.gated.add("acme/gated")
     with pytest.raises(StorageError, match="gated: accept its terms"):
         store.save("m", "hf://acme/gated")
-    with pytest.raises(NotFoundError, match="acme/none is no file or folder here"):
+    with pytest.raises(NotFoundError, match="acme/none is not a file or folder here"):
         store.save("m", "acme/none")
-    with pytest.raises(ValueError, match="no address of a Hub"):
+    with pytest.raises(ValueError, match="not an address of a Hub"):
         store.save("m", "hf://acme")
     assert not list(tmp_path.glob("modelstore-hub-*"))
 

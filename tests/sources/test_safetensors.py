@@ -305,7 +305,7 @@ def test_a_folder_that_holds_very_much_is_not_searched_for_ever(
 
 def test_what_is_called_gguf_and_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_text("<html>")
-    with pytest.raises(FormatError, match="is no GGUF file"):
+    with pytest.raises(FormatError, match="is not a GGUF file"):
         open_source(tmp_path / "x.gguf")
 
 

@@ -42,8 +42,8 @@ def test_what_is_no_store_is_no_mirror(store: Path, tmp_path: Path) -> None:
         with pytest.raises(NotFoundError, match=why) as caught:
             ms.open(store, mirrors=[tmp_path / name])
         assert str(tmp_path / name) in str(caught.value)
-        assert "so it is no mirror: give the address of a copy of the store" in str(caught.value)
-    with pytest.raises(NotFoundError, match="no mirror"):
+        assert "so it is not a mirror: give the address of a copy of the store" in str(caught.value)
+    with pytest.raises(NotFoundError, match="not a mirror"):
         ms.open(store, mirrors=[ms.open(tmp_path / "empty")])
     assert not (tmp_path / "away").exists()
     assert not list((tmp_path / "empty").iterdir())

@@ -104,7 +104,7 @@ def _model(transformers: Any, config: Config, tensors: int) -> Any:
     try:
         made = getattr(transformers, name)
         if not issubclass(made, transformers.PreTrainedModel):
-            raise TypeError(f"{name} is no model")
+            raise TypeError(f"{name} is not a model")
         built = transformers.CONFIG_MAPPING[kind].from_dict(_plain(config))
         with _bounded(torch, _MOST_MODULES[0] + _MOST_MODULES[1] * tensors), torch.device("meta"), torch.no_grad():
             return made(built)

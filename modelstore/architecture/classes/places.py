@@ -130,10 +130,12 @@ class _Built:
         owner, _, last = there.rpartition(".")
         found = self._modules.get(owner)
         if there not in self._known or found is None:
-            return Place(module, f"is no weight of {type(self._model).__name__} of transformers")
+            return Place(module, f"is not a weight of {type(self._model).__name__} of transformers")
         if last != "weight" or owner not in self._linears:
             what = (
-                "keeps its weights transposed, a Conv1D" if type(found).__name__ == "Conv1D" else "is no linear layer"
+                "keeps its weights transposed, a Conv1D"
+                if type(found).__name__ == "Conv1D"
+                else "is not a linear layer"
             )
             return Place(module, f"{what}: {type(found).__name__} of transformers")
         if there in self._tied:

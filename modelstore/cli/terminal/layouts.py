@@ -56,7 +56,7 @@ def _layout(text: str) -> Layout | tuple[str, tuple[object, ...]]:
         return layout.Layers(int(match[1]), int(match[2]))
     if match := _REGION.fullmatch(text):
         return match[1], tuple(_slice(part.strip()) for part in match[2].split(","))
-    raise ValueError(f"it is no part of a model: {_HELP}")
+    raise ValueError(f"it is not part of a model: {_HELP}")
 
 
 def _slice(text: str) -> object:
@@ -64,6 +64,6 @@ def _slice(text: str) -> object:
         return ...
     ends = text.split(":")
     if len(ends) != 2 or not all(re.fullmatch(r"\s*(-?\d{1,18})?\s*", end) for end in ends):
-        raise ValueError(f"{text!r} is no range of one axis: {_HELP}")
+        raise ValueError(f"{text!r} is not a range of one axis: {_HELP}")
     start, stop = (int(end) if end.strip() else None for end in ends)
     return slice(start, stop)

@@ -40,7 +40,7 @@ def share_of(text: str | float) -> float:
         share = -1.0
     if rest or not 0 < share <= 1:
         raise typer.BadParameter(
-            f"{text!r} is no share: write a number above 0 and up to 1, or a percentage such as 80%"
+            f"{text!r} is not a share: write a number above 0 and up to 1, or a percentage such as 80%"
         )
     return share
 

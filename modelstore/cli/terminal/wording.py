@@ -23,15 +23,15 @@ _TEXT = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _VALUE = rf"{_TEXT}|\[[^\[\]]*\]|\{{[^{{}}]*\}}|-?\d[\w.+-]*\w|\d|True|False|None|"
 # A quotation stands as it is, whatever it holds; an apostrophe within a word begins none.
 _ARGUMENT = re.compile(rf"(?<![\w=])(?:{_TEXT})|(?<![\w.'\"-])(?P<name>[a-z][a-z_]*)=(?P<value>{_VALUE})")
-_FIRST = re.compile(r"\A(?P<name>[a-z][a-z_]*)(?=: | is | are )")  # of a message that is about an argument
+_FIRST = re.compile(r"\A(?P<name>[a-z][a-z_]*)(?=: | is | are | must )")  # of a message that is about an argument
 _ASIDE = re.compile(r" \((?P<name>[a-z][a-z_]*)=\w+\)")  # how Python says what was just said, where no option does
 
 _PARSED = (  # what Typer says of a value that it cannot take
     (re.compile(r"Value error, "), ""),
-    (re.compile(r"Input should be greater than or equal to (\S+)"), r"it is to be \1 at least"),
-    (re.compile(r"Input should be less than or equal to (\S+)"), r"it is to be \1 at most"),
-    (re.compile(r"Input should be a valid integer\b.*"), "it is to be a whole number"),
-    (re.compile(r"Input should be a (?:valid|finite) number\b.*"), "it is to be a number"),
+    (re.compile(r"Input should be greater than or equal to (\S+)"), r"it must be at least \1"),
+    (re.compile(r"Input should be less than or equal to (\S+)"), r"it must be at most \1"),
+    (re.compile(r"Input should be a valid integer\b.*"), "it must be a whole number"),
+    (re.compile(r"Input should be a (?:valid|finite) number\b.*"), "it must be a number"),
 )
 
 _RUNNING: ContextVar[tuple[Any, Sequence[str]] | None] = ContextVar("running", default=None)

@@ -61,6 +61,6 @@ def check_judge(
     there = len(tokens(opened, content))
     if there < context:
         raise ValueError(
-            f"text= has {there} tokens, and one whole context is {context}: what few predictions say is no bound, give a "
+            f"text= has {there} tokens, and one whole context is {context}: a few predictions give no bound, give a "
             f"longer text"
         )

@@ -246,7 +246,7 @@ def _codes(access: Access, where: str | PathLike[str] | None) -> Iterator[Codes 
         except (ValueError, NotFoundError) as error:
             said = f" ({error})" if isinstance(error, NotFoundError) else ""
             raise NotFoundError(
-                f"codes={str(where)!r} is no directory, nor a stored variant{said}: give either, with codes of int4",
+                f"codes={str(where)!r} is neither a directory nor a stored variant{said}: give either, with codes of int4",
                 object=str(path),
             ) from None
         codes = of_model(str(ref), stored)

@@ -37,7 +37,7 @@ class Wish:
         for name in ("context", "batch"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r} is no number of {_OF[name]}: give 1 or more")
+                raise ValueError(f"{name}={value!r} is not a number of {_OF[name]}: give 1 or more")
         if self.batch is not None and self.context is None:
             raise ValueError("batch= counts sequences of context= tokens in an engine's memory: give context=, too")
         if self.engine is not None and self.engine not in ENGINES:
@@ -86,6 +86,6 @@ def check_asked(
             raise ValueError(f"{name}= has no effect here: {why}; leave it out")
     for name, limit in bounds.items():
         if limit is not None and not 0 < limit < float("inf"):
-            raise ValueError(f"{name}={limit!r} is no bound: give {BOUNDS[name].takes}")
+            raise ValueError(f"{name}={limit!r} is not a bound: give {BOUNDS[name].takes}")
     if bound is not None and text is None:
         raise ValueError(f"{bound}= is judged on a text that nothing was chosen on: give one, text='other.txt'")

@@ -176,7 +176,7 @@ def start_node(
     run = run_folder()
     token = token or _own_token(join)
     if host is not None and not _is_here(host):
-        raise ValueError(f"{host} is no address of this machine: give one that is, by --host")
+        raise ValueError(f"{host} is not an address of this machine: give one that is, by --host")
     address = join or f"{host or _ALONE}:{port}"
     if tls and not join:
         authority = new_authority(run / _TLS)
@@ -281,7 +281,7 @@ def probe(address: str, token: str | None, tls: Mapping[str, str] | None = None)
         )
     except subprocess.TimeoutExpired:
         raise StorageError(
-            f"what answers at {address} is no Ray cluster, or is overloaded: check the address; {_WANTS_TLS}"
+            f"what answers at {address} is not a Ray cluster, or is overloaded: check the address; {_WANTS_TLS}"
         ) from None
     if done.returncode:
         if "AuthenticationError" in done.stderr or "Unauthenticated" in done.stderr:
@@ -289,7 +289,7 @@ def probe(address: str, token: str | None, tls: Mapping[str, str] | None = None)
                 f"the cluster at {address} does not take this token: set RAY_AUTH_TOKEN to the cluster's own"
             )
         raise StorageError(
-            f"what answers at {address} is no Ray cluster of this version: check the address, and Ray's version; "
+            f"what answers at {address} is not a Ray cluster of this version: check the address, and Ray's version; "
             f"{_WANTS_TLS}"
         )
 

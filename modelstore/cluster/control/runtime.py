@@ -360,7 +360,7 @@ def _wait_for_saves(names: Sequence[str], seconds: float) -> None:
     late = [member for member, done in flushed.items() if not done]
     if late:
         raise StorageError(
-            f"hosts {', '.join(late)} keep saves that the storage has not got: see 'modelstore cluster status'; "
+            f"hosts {', '.join(late)} keep saves that the storage does not have: see 'modelstore cluster status'; "
             f"wait longer, or lose them by --force"
         )
 

@@ -169,7 +169,7 @@ def open_image(path: Path, manifest: Manifest) -> Iterator[tuple[Tensor, Bytes]]
         if info.st_uid != os.geteuid():
             raise CorruptionError(f"image {path} is another user's, and was not made by this cluster: remove it")
         if info.st_size != size:
-            raise CorruptionError(f"image {path} has not the size of its model: remove it")
+            raise CorruptionError(f"image {path} does not have the size of its model: remove it")
         area = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     finally:
         os.close(fd)

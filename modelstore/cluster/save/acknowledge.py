@@ -247,7 +247,7 @@ def wait_durable(hosts: Hosts, storage: Storage, orders: Sequence[Order], second
         models = ", ".join(sorted({order.model for order in left.values()}))
         if left and now - heard > _UNKNOWN:
             raise StorageError(
-                f"no host knows of a save of {models} any more, and the storage has not got it: both of its hosts are gone; "
+                f"no host knows of a save of {models} any more, and the storage does not have it: both of its hosts are gone; "
                 f"save it again"
             )
         if left and seconds is not None and now - began > seconds:

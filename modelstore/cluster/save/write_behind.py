@@ -135,7 +135,7 @@ class WriteBehind:
                 missing = [key for key in order.keys if key not in found.stored and not _is_whole(found, key)]
                 if missing:
                     raise NotFoundError(
-                        f"host {self._member} has not all of save {order.save} of model {order.model!r}: save again",
+                        f"host {self._member} does not have all of save {order.save} of model {order.model!r}: save again",
                         object=missing[0],
                     )
             found.order = order

@@ -47,7 +47,7 @@ class Fp8(WeightCodec):
         if self.granularity not in _GRANULARITIES:
             raise ValueError(f"granularity {self.granularity!r} is not known; known are {', '.join(_GRANULARITIES)}")
         if type(self.group_size) is not int or not 16 <= self.group_size <= 4096 or self.group_size % 16:
-            raise ValueError(f"group_size {self.group_size!r} is no multiple of 16 from 16 to 4096")
+            raise ValueError(f"group_size {self.group_size!r} is not a multiple of 16 from 16 to 4096")
 
     @property
     def name(self) -> str:

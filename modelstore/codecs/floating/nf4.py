@@ -52,7 +52,7 @@ class Nf4(WeightCodec):
 
     def __post_init__(self) -> None:
         if type(self.group_size) is not int or not 16 <= self.group_size <= 4096 or self.group_size % 16:
-            raise ValueError(f"group_size {self.group_size!r} is no multiple of 16 from 16 to 4096")
+            raise ValueError(f"group_size {self.group_size!r} is not a multiple of 16 from 16 to 4096")
 
     @property
     def name(self) -> str:

@@ -35,7 +35,7 @@ class Round(WeightCodec):
     def __post_init__(self) -> None:
         good = isinstance(self.step, float | int) and not isinstance(self.step, bool)
         if not good or not 2.0**-100 <= self.step <= 2.0**100:
-            raise ValueError(f"step {self.step!r} is no number from 2^-100 to 2^100")
+            raise ValueError(f"step {self.step!r} is not a number from 2^-100 to 2^100")
 
     @property
     def name(self) -> str:

@@ -79,7 +79,7 @@ class Int(WeightCodec):
         if self.granularity not in _GRANULARITIES:
             raise ValueError(f"granularity {self.granularity!r} is not known; known are {', '.join(_GRANULARITIES)}")
         if type(self.group_size) is not int or not 16 <= self.group_size <= 4096 or self.group_size % 8:
-            raise ValueError(f"group_size {self.group_size!r} is no multiple of 8 from 16 to 4096")
+            raise ValueError(f"group_size {self.group_size!r} is not a multiple of 8 from 16 to 4096")
         if self.granularity == "block" and self.group_size > 512:
             raise ValueError(f"blocks have at most 512 columns, not {self.group_size}")
         if self.method not in _METHODS:

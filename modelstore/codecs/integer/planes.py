@@ -81,6 +81,6 @@ class IntLayout:
         if not self.symmetric:
             stored = check.plane(named[2], grid[0] * grid[1], "zero")
             if int(stored.max(initial=0)) >> self.bits:
-                raise FormatError(f"plane 'zero' holds {int(stored.max())}, which is no code of {self.bits} bits")
+                raise FormatError(f"plane 'zero' holds {int(stored.max())}, which is not a code of {self.bits} bits")
             zeros = stored.reshape(grid).astype(np.float32) - np.float32(1 << (self.bits - 1))
         return codes.reshape(rows, -1), scales, zeros

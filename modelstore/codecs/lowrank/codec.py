@@ -75,7 +75,7 @@ class LowRank(WeightCodec):
         """Also what has no two dimensions, and what its factors would not be smaller than."""
         reason = WeightCodec.refuses(self, shape, dtype)
         if reason or len(shape) < 2:
-            return reason or "is no matrix"
+            return reason or "is not a matrix"
         _, rows, columns = _stack(shape)
         rank = self.rank_of(rows, columns) or 1
         if rank >= min(rows, columns):

@@ -117,7 +117,7 @@ def _reason(tensor: Tensor, view: EngineView, place: Place | None) -> str | None
     if len(tensor.shape) > 2:
         return f"is {len(tensor.shape)}-d, which engines have no packed layout for"
     if place is None:
-        return "is no layer's weight"
+        return "is not the weight of a layer"
     if place.fused and place.why is None and not _loaded_in_one(view):
         scheme = view.scheme()
         how = "with zero points" if has_zero_points(view) else f"by {scheme['strategy']}"

@@ -57,7 +57,7 @@ def refusal(where: str, strange: Sequence[str]) -> ConflictError:
     """That a folder is not wholly Zarr, and so is not replaced."""
     more = f" and {len(strange) - 1:,} more" if len(strange) > 1 else ""
     return ConflictError(
-        f"{where} holds {strange[0]!r}{more}, which is no part of a Zarr group, and only a group is overwritten: move it, or "
+        f"{where} holds {strange[0]!r}{more}, which is not part of a Zarr group, and only a group is overwritten: move it, or "
         "give another place",
         object=strange[0],
     )

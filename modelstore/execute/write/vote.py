@@ -35,7 +35,7 @@ class Vote:
         if not isinstance(session, str) or not session or len(session) > 1024:
             raise ValueError(f"session {str(session)[:80]!r} is not valid: give a text of 1 to 1024 characters")
         if not timeout > 0 or not poll > 0:
-            raise ValueError(f"timeout={timeout} and poll={poll} are to be positive numbers of seconds")
+            raise ValueError(f"timeout={timeout} and poll={poll} must be positive numbers of seconds")
         self._storage = storage
         self._folder = f"{JOBS}{job_id(('together', session))}/"
         self._rank, self._ranks = rank, ranks

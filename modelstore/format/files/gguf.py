@@ -125,7 +125,7 @@ def parse_header(read: Callable[[int, int], bytes], file_size: int) -> Header:
 def _whole(metadata: Mapping[str, Value], key: str, default: int) -> int:
     value = metadata[key].value if key in metadata else default
     if type(value) is not int:
-        raise FormatError(f"{key} is no whole number")
+        raise FormatError(f"{key} is not a whole number")
     return value
 
 
@@ -150,7 +150,7 @@ def _tensor(info: _Info, data: int, alignment: int, sizes: Mapping[int, tuple[st
     kind, block, size = sizes[number]
     if math.prod(n for n in shape if n) >= 1 << 60 or shape[-1] % block or offset % alignment:
         raise FormatError(
-            f"tensor {name!r} of shape {shape} is no whole number of {kind} blocks at a place of theirs", tensor=name
+            f"tensor {name!r} of shape {shape} is not a whole number of {kind} blocks at a place of theirs", tensor=name
         )
     return GGUFTensor(name, shape, kind, data + offset, block, size)
 

@@ -47,7 +47,7 @@ def _meta(meta: Mapping[str, Any]) -> dict[str, str]:
                 "'/', at most 64"
             )
         if not isinstance(value, str | int | float | bool):
-            raise TypeError(f"meta {key!r} is to be a text or a number, not {type(value).__name__}")
+            raise TypeError(f"meta {key!r} must be a text or a number, not {type(value).__name__}")
         if len(str(value)) > MAX_VALUE:
             raise ValueError(f"meta {key!r} has {len(str(value)):,} characters: at most {MAX_VALUE:,} are kept")
         made[key] = _text(str(value), f"meta {key!r}")

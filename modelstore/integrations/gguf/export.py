@@ -138,7 +138,7 @@ def _again(reader: Reader, path: str) -> OutFile:
         tensor = stored.get(blocks.name)
         if tensor is None or tensor.nbytes != blocks.nbytes:
             raise FormatError(
-                f"the model has not the blocks of {blocks.name!r} that its {HEADER} says: save the file again"
+                f"the model does not have the blocks of {blocks.name!r} that its {HEADER} says: save the file again"
             )
         placed.append(PlacedTensor(tensor, blocks.start))
     first = min((blocks.start for blocks in header.tensors), default=int(size))

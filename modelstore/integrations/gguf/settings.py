@@ -104,7 +104,7 @@ def settings(config: Config, tensors: int) -> Settings:
     for key in family.refused:
         if flag(config, key):
             raise UnsupportedError(
-                f"config.json says {key}, which llama.cpp's {family.arch} has not: it has no GGUF export"
+                f"config.json says {key}, which llama.cpp's {family.arch} does not have: it has no GGUF export"
             )
     biases = {bias for key, given in family.optional if flag(config, key) for bias in given} | {*family.biases}
     return Settings(

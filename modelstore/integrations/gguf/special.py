@@ -84,7 +84,7 @@ def _encoded(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise FormatError("the chat template is no text in Unicode: mend it, and save the model again") from None
+        raise FormatError("the chat template is not text in Unicode: mend it, and save the model again") from None
 
 
 def _number(kind: str, said: Entries, config: Config, tokens: Tokens) -> int | None:
@@ -98,7 +98,7 @@ def _number(kind: str, said: Entries, config: Config, tokens: Tokens) -> int | N
         number = tokens.numbers.get(text)
         if number is None and kind in _NEEDED:
             raise UnsupportedError(
-                f"tokenizer_config.json names {text[:40]!r} as {kind}_token, which the tokenizer.json has not: "
+                f"tokenizer_config.json names {text[:40]!r} as {kind}_token, which tokenizer.json does not have: "
                 f"the model has no GGUF export"
             )
         return number
@@ -125,5 +125,5 @@ def _check_added(said: Entries, tokens: Tokens) -> None:
             raise absurd("added_tokens_decoder", {number: item}, "texts of tokens by their numbers")
         if tokens.numbers.get(text) != int(number):
             raise UnsupportedError(
-                f"tokenizer_config.json adds the token {text[:40]!r}, which the tokenizer.json has not: it has no GGUF export"
+                f"tokenizer_config.json adds the token {text[:40]!r}, which tokenizer.json does not have: it has no GGUF export"
             )

@@ -118,7 +118,7 @@ def choose(saved: Any, tensors: Tensors, where: str, key: str | None = None) -> 
             weights[name] = value
         elif isinstance(value, Record) and not name.endswith("_extra_state"):
             raise FormatError(
-                f"{where}: {name!r} in the state dict is a {value.kind[:200]}, which is no tensor and was not run: convert "
+                f"{where}: {name!r} in the state dict is a {value.kind[:200]}, which is not a tensor and was not run: convert "
                 "it to a plain tensor, or leave it out",
                 object=where,
             )

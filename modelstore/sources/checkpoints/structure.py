@@ -169,7 +169,7 @@ class Outline:
             return self._node(reduced, path, depth)
         what = "a storage without a tensor" if storage else f"a {kind.__module__}.{kind.__qualname__}"
         raise UnsupportedError(
-            f"{'.'.join(path)[:200] or 'the object'} is {what}, which is no plain value: leave it out, or make it a dict"
+            f"{'.'.join(path)[:200] or 'the object'} is {what}, which is not a plain value: leave it out, or make it a dict"
         )
 
     def _record(self, value: Record, path: tuple[str, ...], depth: int) -> Any:

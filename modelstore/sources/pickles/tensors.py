@@ -83,7 +83,7 @@ class Size(tuple[int, ...]):
 def storage_of(pid: Any) -> StorageRef:
     """The storage that a persistent id of `torch.save` names; `FormatError` where it is none."""
     if not isinstance(pid, tuple) or not 5 <= len(pid) <= 6 or pid[0] != "storage" or not isinstance(pid[2], str):
-        raise FormatError("the pickle refers to something that is no storage")
+        raise FormatError("the pickle refers to something that is not a storage")
     if not isinstance(pid[1], _StorageType):
         raise FormatError("the pickle has a storage of an unknown kind")
     if len(pid) == 6 and pid[5] is not None:

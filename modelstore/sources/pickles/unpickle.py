@@ -118,7 +118,7 @@ def ordered_dict(*args: Any) -> dict[Any, Any]:
 def reconstructed(cls: Any, *_: Any) -> Record:
     """A stand-in for `copyreg._reconstructor`, by which old pickles make an instance."""
     if not isinstance(cls, ClassStub):
-        raise FormatError("the pickle makes an instance of something that is no class")
+        raise FormatError("the pickle makes an instance of something that is not a class")
     return Record(cls.kind)
 
 
@@ -183,7 +183,7 @@ class _Reader(_Base):  # type: ignore[misc]
         args = self.stack.pop()
         made = self.stack.pop()
         if not isinstance(made, ClassStub) or not isinstance(args, tuple):
-            raise FormatError("the pickle makes an instance of something that is no class")
+            raise FormatError("the pickle makes an instance of something that is not a class")
         self.append(made(*_few(args)))
 
     dispatch[pickle.NEWOBJ[0]] = load_newobj
@@ -199,7 +199,7 @@ class _Reader(_Base):  # type: ignore[misc]
         args = self.stack.pop()
         func = self.stack[-1]
         if not isinstance(args, tuple) or not (callable(func) or isinstance(func, Record)):
-            raise FormatError("the pickle calls something that is no function")
+            raise FormatError("the pickle calls something that is not a function")
         # A record stands for what a call gave, and what calling that gives is one more.
         self.stack[-1] = Record(func.kind, (args,)) if isinstance(func, Record) else func(*_few(args))
 
@@ -239,7 +239,7 @@ class _Reader(_Base):  # type: ignore[misc]
             table.items.extend(pairs)
             return
         if not isinstance(table, dict):
-            raise FormatError("the pickle puts items into something that is no dict")
+            raise FormatError("the pickle puts items into something that is not a dict")
         for key, value in pairs:
             plain = isinstance(key, _KEYS) or (isinstance(key, int) and abs(key) < _DISTINCT)
             told = key if plain or isinstance(key, Record) else Key(key)
@@ -264,7 +264,7 @@ class _Reader(_Base):  # type: ignore[misc]
         if isinstance(made, Record):
             return made.elements
         if not isinstance(made, list):
-            raise FormatError("the pickle appends to something that is no list")
+            raise FormatError("the pickle appends to something that is not a list")
         return made
 
     # Sets are records too: nothing in them is hashed.
@@ -276,7 +276,7 @@ class _Reader(_Base):  # type: ignore[misc]
     def load_additems(self) -> None:
         items = self.pop_mark()
         if not isinstance(self.stack[-1], Record):
-            raise FormatError("the pickle adds to something that is no set")
+            raise FormatError("the pickle adds to something that is not a set")
         self.stack[-1].elements.extend(items)
 
     dispatch[pickle.ADDITEMS[0]] = load_additems

@@ -38,7 +38,7 @@ MAX_CHUNK = 16 << 30  # a chunk is decoded whole
 MAX_FILES = 5_000_000
 SMALL = 256 << 20  # bytes that arrays may have however little stores them
 EXPANSION = 1000  # and beyond, for each stored byte: zeros compress a thousand times
-_NO_CHUNK = "it is no chunk of the array that it lies in"
+_NO_CHUNK = "it is not a chunk of the array that it lies in"
 _MARKS = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"})
 
 

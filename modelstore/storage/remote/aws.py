@@ -40,7 +40,7 @@ def s3_settings(bucket: str, options: S3Options) -> ClientSettings:
         or not parts.hostname
         or any(c.isspace() or not c.isprintable() for c in base)
     ):
-        raise ValueError(f"cannot open s3://{bucket}: the endpoint {base!r} is no URL like https://host:port")
+        raise ValueError(f"cannot open s3://{bucket}: the endpoint {base!r} is not a URL like https://host:port")
     config = {
         **options.client,
         # The whole address, bucket and all, as botocore forms it: obstore adds the key.

@@ -61,7 +61,7 @@ def _objection(named: set[str], here: set[str], explained: set[str], other: bool
     if unexplained and not named & unexplained:
         return "it is not of what is stored here"
     if other and not (named and named <= here):
-        return "it is no copy of this store"
+        return "it is not a copy of this store"
     return ""
 
 
@@ -80,7 +80,7 @@ def tag_record(
         record = found[1]
         other = f"{source.url} has another tag {record.tag!r}: "
         if _other(storage, source):
-            refused = f"{other}it is no copy of this store"
+            refused = f"{other}it is not a copy of this store"
         elif any(_differs(source, one) for one in good.values()):
             refused = f"{other}it was set otherwise there since the copy was made"
         elif record.version and record.version not in live:

@@ -112,7 +112,7 @@ def read_copy(storage: Storage, copy: str, digest: str) -> tuple[Manifest, bytes
     opened = packs.open_pack(storage, key)
     entry = next((e for e in opened.entries if e.name == packs.COPY_ENTRY), None)
     if entry is None or entry.stop - entry.start > _LARGEST_COPY:
-        raise FormatError(f"object {key} is no copy of a manifest: run 'modelstore repair'", object=key)
+        raise FormatError(f"object {key} is not a copy of a manifest: run 'modelstore repair'", object=key)
     data = np.empty(entry.stop - entry.start, np.uint8)
     storage.read(key, opened.data_start + entry.start, view(data))
     return man.decode(data.tobytes(), digest, key), data.tobytes()
