@@ -149,6 +149,16 @@ def save(
             "--meta", metavar="KEY=VALUE", show_default=False, help="An entry to keep with it; repeat for more."
         ),
     ] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--files",
+            metavar="NAME=FILE",
+            show_default=False,
+            help="A file to keep beside the weights, such as tokenizer.json=path/to/it, also instead of one that SOURCE has; "
+            "repeat for more.",
+        ),
+    ] = None,
     cluster: Cluster = None,
     store: StoreUrl = None,
     memory: Memory = None,
@@ -167,7 +177,7 @@ def save(
         raise usage(f"SOURCE and NAME are swapped: write modelstore save {name} {source}")
     if hub_id(source) is None and not there:
         raise usage(f"there is no file or folder {source}: give what is to be saved, then the model's name")
-    entries = _entries(meta or ())
+    entries, beside = _entries("--meta", "KEY=VALUE", meta or ()), _entries("--files", "NAME=FILE", files or ())
     lasting(store)
     opened = open_store(store, memory=memory, cluster=cluster)
     with output.progress(quiet=quiet) as report:
@@ -184,6 +194,7 @@ def save(
             ack=ack.value,
             message=message,
             meta=entries,
+            files=beside,
             progress=report,
         )
     what = f"saved {saved.model}@{saved.version}" if saved.durable else f"two nodes have {saved.model}, and store it"
@@ -204,20 +215,17 @@ def _remarks(saved: Saved) -> Iterator[str]:
         yield "--include all keeps what lies beside a state dict"
 
 
-def _entries(texts: Sequence[str]) -> dict[str, str]:
+def _entries(option: str, form: str, texts: Sequence[str]) -> dict[str, str]:
+    """What an option that is repeated says by name."""
     entries: dict[str, str] = {}
-    for key, value in map(_entry, texts):
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{text!r} is not {form}", param_hint=option)
         if key in entries:
-            raise typer.BadParameter(f"{key!r} is given twice: give it once", param_hint="--meta")
+            raise typer.BadParameter(f"{key!r} is given twice: give it once", param_hint=option)
         entries[key] = value
     return entries
-
-
-def _entry(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--meta")
-    return key, value
 
 
 def _named(left_out: Sequence[LeftOut]) -> str:

@@ -147,6 +147,18 @@ def test_what_is_not_there_is_told_with_what_is(saved: Command, tmp_path: Path) 
         assert "no variant 'int9' (did you mean 'int8'?): it has int8, original" in saved(*words, code=1).stderr, words
 
 
+def test_files_are_kept_beside_weights(run: Command, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "card.md").write_text("mine")
+    weights_alone = next(model.glob("*.safetensors"))
+    given = ["--files", f"README.md={tmp_path}/card.md", "--files", f"config.json={model}/config.json"]
+    run("save", weights_alone, "m", *given)
+    assert run("cat", "m", "README.md").stdout == "mine"
+    assert run("cat", "m", "config.json").stdout == (model / "config.json").read_text()
+    for wrong, says in [("README.md", "is not NAME=FILE"), ("a=/no/where", "/no/where"), ("../a=x", "'../a'")]:
+        done = run("save", weights_alone, "m", "--files", wrong, code=1 if "where" in wrong else 2)
+        assert says in " ".join(done.stderr.split()), wrong
+
+
 def test_an_entry_that_is_given_twice_is_refused(saved: Command, model: Path) -> None:
     said = saved("save", model, "acme/toy", "--meta", "a=1", "--meta", "a=2", code=2).stderr
     assert "--meta: 'a' is given twice" in " ".join(said.split())

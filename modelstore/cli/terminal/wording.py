@@ -23,6 +23,7 @@ _TEXT = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _VALUE = rf"{_TEXT}|\[[^\[\]]*\]|\{{[^{{}}]*\}}|-?\d[\w.+-]*\w|\d|True|False|None|"
 # A quotation stands as it is, whatever it holds; an apostrophe within a word begins none.
 _ARGUMENT = re.compile(rf"(?<![\w=])(?:{_TEXT})|(?<![\w.'\"-])(?P<name>[a-z][a-z_]*)=(?P<value>{_VALUE})")
+_ITEM = re.compile(r"'([^']*)': ([^,}]+)")  # of a mapping, as messages write it
 _FIRST = re.compile(r"\A(?P<name>[a-z][a-z_]*)(?=: | is | are | must )")  # of a message that is about an argument
 _ASIDE = re.compile(r" \((?P<name>[a-z][a-z_]*)=\w+\)")  # how Python says what was just said, where no option does
 
@@ -77,8 +78,10 @@ def _written(found: re.Match[str], known: Mapping[str, str]) -> str:
     text = found["value"]
     if text in ("", "True"):
         return option
-    if text in ("False", "None") or text[0] == "{":
+    if text in ("False", "None"):
         return known.get(found[0], found[0])
+    if text[0] == "{":
+        return " ".join(f"{option} {key}={value}" for key, value in _ITEM.findall(text)) or found[0]
     if text[0] not in "'\"[":
         return f"{option} {text}"
     try:
