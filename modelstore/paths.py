@@ -20,7 +20,7 @@ from typing import BinaryIO, Literal
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
-Kind = Literal["file", "folder", "link", "other"]
+EntryKind = Literal["file", "folder", "link", "other"]
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -93,7 +93,7 @@ class Entry:
     """A name in a folder, and what it is, a link counting as itself."""
 
     name: str
-    kind: Kind
+    kind: EntryKind
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def status_in(at: int, name: str) -> os.stat_result:
     return os.stat(name, dir_fd=at, follow_symlinks=False)
 
 
-def kind_in(at: int, name: str) -> Kind | None:
+def kind_in(at: int, name: str) -> EntryKind | None:
     """What a name in an open folder is; None where it is not there."""
     try:
         mode = status_in(at, name).st_mode
@@ -221,7 +221,7 @@ def _file_in_the_way(path: str | Path) -> str:
     return f"{path} is a file, where a folder is needed: give another place"
 
 
-def _kind(entry: os.DirEntry[str]) -> Kind:
+def _kind(entry: os.DirEntry[str]) -> EntryKind:
     if entry.is_symlink():
         return "link"
     if entry.is_dir(follow_symlinks=False):

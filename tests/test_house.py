@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -327,11 +328,36 @@ def test_a_codec_is_asked_and_not_looked_at() -> None:
 
 
 def test_a_name_is_one_thing() -> None:
-    """No class is called as another one is, wherever it lies: who reads a name, or looks for it, finds one meaning."""
-    found: dict[str, list[str]] = {}
+    """No type is called as another one is, wherever it lies: who reads a name, or looks for it, finds one meaning.
+
+    A type is a class, or an alias at the top of a module; an alias may be written twice where it says the same.
+    """
+    found: dict[str, dict[str, str]] = {}
     for path in FILES:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.ClassDef):
-                found.setdefault(node.name, []).append(f"{where(path)}:{node.lineno}")
-    wrong = [f"{name}: {', '.join(places)}" for name, places in found.items() if len(places) > 1]
+                place = f"{where(path)}:{node.lineno}"
+                found.setdefault(node.name, {})[place] = place
+        for name, said, line in aliases(parse(path)):
+            found.setdefault(name, {})[said] = f"{where(path)}:{line}"
+    del found["CodecSpec"]  # users have the subclass that checks what it is given
+    wrong = [f"{name}: {', '.join(places.values())}" for name, places in found.items() if len(places) > 1]
     assert not wrong, "\n".join(wrong)
+
+
+def aliases(tree: ast.Module) -> Iterator[tuple[str, str, int]]:
+    """The types that are given a name: the name, what it stands for, and the line. Options of commands are named as options."""
+    for node in tree.body:
+        target = (
+            node.targets[0]
+            if isinstance(node, ast.Assign)
+            else node.target
+            if isinstance(node, ast.AnnAssign)
+            else None
+        )
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        if not isinstance(target, ast.Name) or not re.match(r"[A-Z]\w*[a-z]", target.id):
+            continue
+        said = ast.unparse(value) if value is not None else ""
+        if not isinstance(value, ast.Call) and "typer." not in said:
+            yield target.id, said, node.lineno

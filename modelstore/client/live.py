@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from modelstore.plan.work import Work
 
-Vote = Callable[[bool], bool]
+Agree = Callable[[bool], bool]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Live:
         with self._changing:
             return self._prepare(version)
 
-    def swap_to(self, version: int | None = None, *, together: Vote | None = None) -> results.Prepared:
+    def swap_to(self, version: int | None = None, *, together: Agree | None = None) -> results.Prepared:
         """Make a version current, in one step, when nobody is in `reading`; by default the one that the reference now names.
 
         `together`: called with whether this process is ready, it answers whether all are, and only then this one swaps

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from ray.util.metrics import Gauge
 
 from modelstore.cluster.host.host import HostStats
-from modelstore.cluster.read.hedging import Counts
+from modelstore.cluster.read.hedging import ReadCounts
 from modelstore.format.answers.cluster_results import JobStatus
 
 _OF_TIER = {
@@ -75,7 +75,7 @@ class ReaderMetrics:
             name: Gauge(f"modelstore_{name}", what, tag_keys=("node", "pid")) for name, what in _OF_READER.items()
         }
 
-    def show(self, counts: Counts) -> None:
+    def show(self, counts: ReadCounts) -> None:
         """Give out the newest figures."""
         for source, nbytes in list(counts.bytes.items()):
             self._read.set(nbytes, tags={**self._tags, "source": source})

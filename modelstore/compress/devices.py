@@ -8,12 +8,12 @@ from modelstore.codecs.weight import Encode, EncodeOn, ReadValues, WeightCodec
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Shape, extent
 
-Fit = Callable[[ReadValues, Shape, DType], Encode]
+FitTensor = Callable[[ReadValues, Shape, DType], Encode]
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
-def fit_on(codec: WeightCodec, device: str | None) -> Fit:
+def fit_on(codec: WeightCodec, device: str | None) -> FitTensor:
     """As `codec.fit`, with what is encoded afterwards encoded on a device of torch, where that gains something."""
     encode = codec.on_device
     if device is None or encode is None:

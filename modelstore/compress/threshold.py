@@ -16,8 +16,6 @@ from modelstore.storage.pool import ordered
 
 _PER_THREAD = 24 << 20  # bytes: a chunk, and what it is decoded of
 
-Counts = histogram.Counts
-
 
 def with_threshold(
     plan: CompressionPlan,
@@ -31,11 +29,11 @@ def with_threshold(
     Every chunk is read once; counts are integers, so the threshold is the same in whatever order they are read.
     """
 
-    def counted(choice: CodecChoice) -> Counts:
+    def counted(choice: CodecChoice) -> histogram.Counts:
         tensor = manifest.by_name[choice.name]
         return magnitudes(_counts(reader, tensor, work), tensor.kind)
 
-    total: Counts | None = None
+    total: histogram.Counts | None = None
     threads = max(1, min(work.limits.reading_threads(reader.local), work.memory // _PER_THREAD))
     for counts in ordered(counted, plan.compressed, threads, "modelstore-count"):
         total = counts if total is None else total + counts
@@ -45,7 +43,7 @@ def with_threshold(
     return msgspec.structs.replace(plan, choices=choices, needs_threshold=False)
 
 
-def _counts(reader: Reader, tensor: Tensor, work: Work) -> Counts:
+def _counts(reader: Reader, tensor: Tensor, work: Work) -> histogram.Counts:
     """How often each number occurs in a tensor, chunk by chunk, as it lies in the store."""
     counts = histogram.empty(tensor.kind)
     for chunk in range(tensor.chunks):

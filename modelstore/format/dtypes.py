@@ -8,7 +8,7 @@ from typing import Literal
 
 from modelstore.errors import UnsupportedError
 
-Kind = Literal["float", "int", "bool", "complex"]
+NumberKind = Literal["float", "int", "bool", "complex"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class DType:
 
     name: str
     itemsize: int
-    kind: Kind
+    kind: NumberKind
     safetensors: str | None
 
     @property

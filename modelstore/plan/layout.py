@@ -16,7 +16,6 @@ from modelstore.plan.layout_share import (
     Regions,
     Shard,
     Share,
-    Tensors,
     as_layout,
     whole,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "Shard",
     "Share",
     "TensorParallel",
-    "Tensors",
     "as_layout",
     "whole",
 ]

@@ -10,7 +10,7 @@ from modelstore.architecture.config import Config
 from modelstore.errors import UnsupportedError
 from modelstore.format import given
 from modelstore.format.objects.architecture import Architecture
-from modelstore.plan.layout_share import Combines, Share, Tensors, whole
+from modelstore.plan.layout_share import Combines, Shapes, Share, whole
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Layers(Combines):
         if not 0 <= self.start <= self.stop:
             raise ValueError(f"layers {self.start} to {self.stop}: give 0 <= start <= stop")
 
-    def shares(self, config: Config | None, tensors: Tensors, known: Architecture | None = None) -> dict[str, Share]:
+    def shares(self, config: Config | None, tensors: Shapes, known: Architecture | None = None) -> dict[str, Share]:
         """The tensors of these layers, whole, with what belongs to the model's ends."""
         layers = _layers(tensors, known)
         count = max(layers.values(), default=-1) + 1
@@ -60,7 +60,7 @@ class PipelineStage(Combines):
         if self.stages < 1 or not 0 <= self.stage < self.stages:
             raise ValueError(f"stage {self.stage} of {self.stages}: a stage is at least 0 and below their number")
 
-    def shares(self, config: Config | None, tensors: Tensors, known: Architecture | None = None) -> dict[str, Share]:
+    def shares(self, config: Config | None, tensors: Shapes, known: Architecture | None = None) -> dict[str, Share]:
         """The tensors of this stage, whole."""
         layers = _layers(tensors, known)
         count = max(layers.values(), default=-1) + 1
@@ -75,7 +75,7 @@ class PipelineStage(Combines):
         return _held(tensors, mine, self.stage == 0, self.stage == self.stages - 1, config, known)
 
 
-def _layers(tensors: Tensors, known: Architecture | None) -> Mapping[str, int]:
+def _layers(tensors: Shapes, known: Architecture | None) -> Mapping[str, int]:
     """The layer of each tensor that lies in one."""
     stacks = blocks(tensors, known).stacks
     if len(stacks) > 1:
@@ -86,7 +86,7 @@ def _layers(tensors: Tensors, known: Architecture | None) -> Mapping[str, int]:
 
 
 def _held(
-    tensors: Tensors, mine: range, first: bool, last: bool, config: Config | None, known: Architecture | None
+    tensors: Shapes, mine: range, first: bool, last: bool, config: Config | None, known: Architecture | None
 ) -> dict[str, Share]:
     layers = _layers(tensors, known)
     ends = set(blocks(tensors, known).after)

@@ -14,8 +14,8 @@ from modelstore.format.objects.architecture import Architecture
 from modelstore.format.region import Region, Shape, check, from_index, full
 from modelstore.format.suggest import suggestion
 
-Tensors = Mapping[str, Shape]
-Range = tuple[int, int]
+Shapes = Mapping[str, Shape]
+AxisRange = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Share:
     the product of the ranges of all dimensions, and may be empty (a range of length 0). A 0-d tensor has `ranges == ()`.
     """
 
-    ranges: tuple[tuple[Range, ...], ...]
+    ranges: tuple[tuple[AxisRange, ...], ...]
 
     @classmethod
     def of(cls, region: Region) -> Share:
@@ -63,13 +63,13 @@ def whole(shape: Shape) -> Share:
     return Share.of(full(shape))
 
 
-def cut(shape: Shape, axis: int, ranges: Sequence[Range]) -> Share:
+def cut(shape: Shape, axis: int, ranges: Sequence[AxisRange]) -> Share:
     """The share that holds `ranges` of one axis and everything of the others; ranges that touch become one."""
     return Share(tuple(_joined(ranges) if i == axis else ((0, n),) for i, n in enumerate(shape)))
 
 
-def _joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
-    joined: list[Range] = []
+def _joined(ranges: Sequence[AxisRange]) -> tuple[AxisRange, ...]:
+    joined: list[AxisRange] = []
     for a, b in ranges:
         if a >= b:
             continue
@@ -80,7 +80,7 @@ def _joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
     return tuple(joined) or ((0, 0),)
 
 
-def _placed(ranges: tuple[Range, ...]) -> list[tuple[Range, Range]]:
+def _placed(ranges: tuple[AxisRange, ...]) -> list[tuple[AxisRange, AxisRange]]:
     placed, at = [], 0
     for a, b in ranges:
         placed.append(((a, b), (at, at + b - a)))
@@ -91,7 +91,7 @@ def _placed(ranges: tuple[Range, ...]) -> list[tuple[Range, Range]]:
 class Layout(Protocol):
     """How a model is divided, seen from one rank."""
 
-    def shares(self, config: Config | None, tensors: Tensors, known: Architecture | None = None) -> dict[str, Share]:
+    def shares(self, config: Config | None, tensors: Shapes, known: Architecture | None = None) -> dict[str, Share]:
         """What this rank holds of a model with that `config.json` and those tensors, in their order.
 
         A tensor that is missing from the answer is not held at all; names are kept as they are. `config` is None
@@ -119,7 +119,7 @@ class Both(Combines):
     one: Layout
     other: Layout
 
-    def shares(self, config: Config | None, tensors: Tensors, known: Architecture | None = None) -> dict[str, Share]:
+    def shares(self, config: Config | None, tensors: Shapes, known: Architecture | None = None) -> dict[str, Share]:
         """The tensors that both hold, each cut by both."""
         mine = self.one.shares(config, tensors, known)
         theirs = self.other.shares(config, tensors, known)
@@ -150,7 +150,7 @@ class Regions(Combines):
     def shares(
         self,
         config: Config | None,  # noqa: ARG002
-        tensors: Tensors,
+        tensors: Shapes,
         known: Architecture | None = None,  # noqa: ARG002
     ) -> dict[str, Share]:
         """The listed tensors, in the order of the model."""

@@ -9,11 +9,11 @@ from typing import Literal
 
 from modelstore.architecture.config import Config
 from modelstore.architecture.described import look
-from modelstore.architecture.ranks.parallel import Cuts, Plan, in_table
-from modelstore.architecture.ranks.parallel_table import AxisCut, Kind
+from modelstore.architecture.ranks.parallel import AxisPlan, Cuts, in_table
+from modelstore.architecture.ranks.parallel_table import AxisCut, Cut
 from modelstore.format import given
 from modelstore.format.objects.architecture import Architecture
-from modelstore.plan.layout_share import Combines, Range, Share, Tensors, cut, whole
+from modelstore.plan.layout_share import AxisRange, Combines, Shapes, Share, cut, whole
 
 _EXPERT = re.compile(r"\.experts\.(?:(\d+)\.|[a-z_]+$)")
 
@@ -36,7 +36,7 @@ class TensorParallel(Combines):
 
     rank: int
     size: int
-    plan: Plan | None = field(default=None, hash=False)
+    plan: AxisPlan | None = field(default=None, hash=False)
     experts: Literal["tensor", "parallel"] = "tensor"
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class TensorParallel(Combines):
         if self.experts not in ("tensor", "parallel"):
             raise ValueError(f"experts={self.experts!r} is neither 'tensor' (cut each) nor 'parallel' (whole experts)")
 
-    def shares(self, config: Config | None, tensors: Tensors, known: Architecture | None = None) -> dict[str, Share]:
+    def shares(self, config: Config | None, tensors: Shapes, known: Architecture | None = None) -> dict[str, Share]:
         """Every tensor, cut or whole; none is missing unless `experts="parallel"`."""
         if known is None and self.plan is None and config is not None and not in_table(config):
             known = look(config, tensors)
@@ -93,7 +93,7 @@ class ExpertParallel(Combines):
     def shares(
         self,
         config: Config | None,  # noqa: ARG002
-        tensors: Tensors,
+        tensors: Shapes,
         known: Architecture | None = None,  # noqa: ARG002
     ) -> dict[str, Share]:
         """Every tensor but those of other ranks' experts."""
@@ -122,7 +122,7 @@ class ExpertParallel(Combines):
         return held
 
 
-def _ranges(name: str, length: int, rule: AxisCut, layout: TensorParallel, rules: Cuts) -> list[Range]:
+def _ranges(name: str, length: int, rule: AxisCut, layout: TensorParallel, rules: Cuts) -> list[AxisRange]:
     """The ranges of an axis that a rank holds; each part is cut by itself, in units that stay whole."""
     if rule.parts == ("vocabulary",):
         step = -(-length // layout.size)
@@ -145,7 +145,7 @@ def _ranges(name: str, length: int, rule: AxisCut, layout: TensorParallel, rules
     return ranges
 
 
-def _units_of(length: int, parts: Sequence[Kind], rules: Cuts) -> Sequence[int]:
+def _units_of(length: int, parts: Sequence[Cut], rules: Cuts) -> Sequence[int]:
     """How many units each part along an axis of that length has: heads as the config says, features as they are."""
     if len(parts) == 1:
         return [{"even": length, "pair": length // 2}.get(parts[0]) or rules.heads.get(parts[0], length)]
@@ -154,7 +154,7 @@ def _units_of(length: int, parts: Sequence[Kind], rules: Cuts) -> Sequence[int]:
     return [rules.heads[part] for part in parts]
 
 
-def _held_of(name: str, part: Kind, count: int, layout: TensorParallel, rules: Cuts) -> Range:
+def _held_of(name: str, part: Cut, count: int, layout: TensorParallel, rules: Cuts) -> AxisRange:
     """Which of `count` units of a part a rank holds: as many to each, or one where heads of k and v are repeated."""
     rank, size = layout.rank, layout.size
     if count % size == 0:
@@ -173,7 +173,7 @@ def _held_of(name: str, part: Kind, count: int, layout: TensorParallel, rules: C
     )
 
 
-def _balanced(count: int, rank: int, size: int) -> Range:
+def _balanced(count: int, rank: int, size: int) -> AxisRange:
     """`count` things in order over `size` ranks, the first ranks taking one more where they do not divide."""
     each, more = divmod(count, size)
     start = rank * each + min(rank, more)

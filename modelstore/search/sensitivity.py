@@ -23,7 +23,7 @@ from modelstore.execute.spool import Spool
 from modelstore.format.objects.manifest import Manifest
 from modelstore.search.gains import gains
 
-Count = Callable[[int], None]  # hears of bytes of weights that were run, twice each
+CountRun = Callable[[int], None]  # hears of bytes of weights that were run, twice each
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Measuring:
     wanted: Collection[str]
     seed: int
     memory: int
-    count: Count | None = None
+    count: CountRun | None = None
     solved: tuple[int, int, int] | None = None
     gains: dict[str, float] = field(default_factory=dict)
     costs: dict[str, list[float | None]] = field(default_factory=dict)

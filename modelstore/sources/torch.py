@@ -23,7 +23,7 @@ from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import TensorSpec
 from modelstore.sources.local.reading import Files, boxed
 
-Value = torch.Tensor | NDArray[Any]
+TensorValue = torch.Tensor | NDArray[Any]
 
 # Elements are copied as integers of their width: copying them as numbers could change a NaN or a bool.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,7 +39,7 @@ class StateDictSource:
 
     def __init__(
         self,
-        state: Mapping[str, Value],
+        state: Mapping[str, TensorValue],
         *,
         files: Mapping[str, Path | bytes] | None = None,
         apart: Mapping[str, Hashable] = MappingProxyType({}),
@@ -49,7 +49,7 @@ class StateDictSource:
         self.remarks: tuple[str, ...] = ()
         self.skipped: Mapping[str, str] = {}
         self.skipped_bytes: Mapping[str, int] = {}
-        self._values: dict[str, Value] = {}
+        self._values: dict[str, TensorValue] = {}
         self._aliases: dict[str, str] = {}
         self._tensors: list[TensorSpec] = []
         self._files = dict(files or {})
@@ -60,7 +60,7 @@ class StateDictSource:
             if not isinstance(name, str):
                 raise TypeError(f"the state dict has {name!r} as a name, of type {type(name).__name__}: names are text")
             check_tensor(name)
-            plain: Value
+            plain: TensorValue
             if isinstance(value, torch.Tensor):
                 spec, plain, identity = _examine(name, value)
             elif isinstance(value, (np.ndarray, np.generic)):

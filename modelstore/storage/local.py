@@ -237,7 +237,7 @@ class LocalStorage(Storage):
                 pass
         return [info for info in found if info is not None]
 
-    def _holds_object(self, folder: str, kind: paths.Kind) -> bool:
+    def _holds_object(self, folder: str, kind: paths.EntryKind) -> bool:
         """Whether it is a folder with more than empty folders and temporary files: object stores have no empty folders."""
         if kind != "folder":
             return False

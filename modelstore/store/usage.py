@@ -22,7 +22,7 @@ from modelstore.store.repo import Repo
 
 _HEADER = 50  # a gap of less than a fiftieth of a pack is its header: whether something in it is dead is not looked at
 
-Places = NDArray[np.uint64]  # lines of pack, offset, length
+Extents = NDArray[np.uint64]  # lines of pack, offset, length
 
 
 def usage(repo: Repo, model: str | None = None) -> StoreUsage:
@@ -48,7 +48,7 @@ class _Counting:
     packs: dict[str, int] = field(default_factory=dict)
     needed: set[str] = field(default_factory=set)  # keys of manifests and of their copies
     variants: list[tuple[str, int, str]] = field(default_factory=list)
-    places: list[Places] = field(default_factory=list)
+    places: list[Extents] = field(default_factory=list)
 
     def add(self, record: VersionRecord) -> None:
         """Note what the variants of a version hold."""
@@ -66,7 +66,7 @@ class _Counting:
             self.variants.append((record.model, record.version, variant))
             self.places.append(np.unique(np.concatenate(held), axis=0))
 
-    def _places(self, manifest: Manifest) -> Places:
+    def _places(self, manifest: Manifest) -> Extents:
         numbers = np.array([self.packs.setdefault(p, len(self.packs)) for p in manifest.packs] or [0], np.uint64)
         return np.stack([numbers[manifest.pack], manifest.offset, manifest.length], axis=1)
 
@@ -111,7 +111,7 @@ class _Counting:
             yield from ((info.key, info.size) for info in self.repo.storage.list(prefix))
 
 
-_NONE: Places = np.zeros((0, 3), np.uint64)
+_NONE: Extents = np.zeros((0, 3), np.uint64)
 
 
 def _alone(

@@ -80,7 +80,10 @@ def test_python_says_it_in_python(saved: Command) -> None:
         (["compress", "acme/toy", "int4", "--format", "int8"], "--format has no effect"),
         (["save", "MODEL", "acme/toy", "--codec", "delta"], "say which by --parent name@version"),
         (["save", "MODEL", "acme/toy", "--grid", "whole"], "save with --codec raw"),
-        (["compress", "acme/toy", "ladder", "--codes", "nowhere"], "--codes nowhere is neither a directory nor a stored"),
+        (
+            ["compress", "acme/toy", "ladder", "--codes", "nowhere"],
+            "--codes nowhere is neither a directory nor a stored",
+        ),
         (["export", "acme/toy", "x.gguf"], "add --format gguf, or name another folder"),
         (["export", "acme/toy", "MODEL"], "replace it by --overwrite"),
         (["load", "acme/toy", "-o", "x.safetensors", "--memory", "1kB"], "--memory 1000 is below the 64 MiB"),

@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
 
 from modelstore.architecture.config import Config, count, kind_of, language, model_type
-from modelstore.architecture.ranks.parallel_table import BESIDE, FAMILIES, KINDS, AxisCut, Kind, ParallelPlan
+from modelstore.architecture.ranks.parallel_table import BESIDE, FAMILIES, KINDS, AxisCut, Cut, ParallelPlan
 from modelstore.errors import UnsupportedError
 from modelstore.format.objects.architecture import Architecture, Sliced, find
 
-Plan = Mapping[str, int | None]
+AxisPlan = Mapping[str, int | None]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def axes(
-    config: Config | None, plan: Plan | None = None, known: Architecture | None = None
+    config: Config | None, plan: AxisPlan | None = None, known: Architecture | None = None
 ) -> Callable[[str], int | None]:
     """The axis along which tensor parallelism would cut a tensor of that name; None where it is replicated.
 
@@ -46,7 +46,7 @@ class Cuts:
     """
 
     def __init__(
-        self, config: Config | None, plan: Plan | None, known: Architecture | None = None, strict: bool = True
+        self, config: Config | None, plan: AxisPlan | None, known: Architecture | None = None, strict: bool = True
     ) -> None:
         family, inner = _family(config)
         self.slices = known.slices if known and family is None else None
@@ -62,7 +62,7 @@ class Cuts:
             )
         self.strict = strict
         self.cuts: Mapping[str, AxisCut] = family.cuts if family else {}
-        self.heads: dict[Kind, int] = {}
+        self.heads: dict[Cut, int] = {}
         if family:
             query = _heads(inner) or family.heads
             key = count(inner, "num_key_value_heads", "num_kv_heads") or family.key_heads or query
@@ -130,7 +130,7 @@ def _heads(inner: Config) -> int | None:
     return count(inner, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 
 
-def _kind(part: str) -> Kind:
+def _kind(part: str) -> Cut:
     """What lies along an axis, as a manifest says it."""
     if part not in KINDS:
         raise UnsupportedError(f"the manifest says that {part[:40]!r} lies along an axis: use a newer modelstore")

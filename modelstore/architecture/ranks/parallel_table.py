@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
-Kind = Literal["query", "key", "even", "pair", "vocabulary"]
+Cut = Literal["query", "key", "even", "pair", "vocabulary"]
 """What lies along an axis, and so where it may be cut.
 
 `query`: attention heads, as many to every rank. `key`: heads of k or v, as many to every rank, or repeated where there
@@ -20,7 +20,7 @@ are fewer than ranks. `even`: features, as many to every rank. `pair`: features 
 """
 
 
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS: tuple[str, ...] = get_args(Cut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class AxisCut:
     """
 
     axis: int
-    parts: tuple[Kind, ...]
+    parts: tuple[Cut, ...]
     bias: bool = True
     units: tuple[int, ...] | None = None
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from modelstore.cli.terminal import wording
+from modelstore.format.progress import Progress
 from modelstore.text import cells, json_line, shortened, shown
 
-Report = Callable[[int, int, str], None]
 LINE = 80  # columns of a sentence in a file
 NARROWEST = 14  # columns below which a text in a table is not shortened further
 _NAME = 40  # columns of what a progress bar tells of
@@ -174,7 +174,7 @@ def _width() -> int | None:
 
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Report | None]:
+def progress(*, quiet: bool = False) -> Iterator[Progress | None]:
     """A callable that moves a progress bar on stderr; None where nobody looks: no terminal there, or `quiet`."""
     if quiet or not sys.stderr.isatty():
         yield None

@@ -20,9 +20,9 @@ from modelstore.cluster.host.protocol import Host
 from modelstore.cluster.metrics import ReaderMetrics
 from modelstore.cluster.peers import ANSWER, LEFT, STATS, Peers
 from modelstore.cluster.pieces import Piece, StoreAddress
-from modelstore.cluster.read.hedging import Counts, Hedged
+from modelstore.cluster.read.hedging import Hedged, ReadCounts
 from modelstore.cluster.read.images import image_path
-from modelstore.cluster.read.making import Made, Unstored
+from modelstore.cluster.read.making import MadePlanes, Unstored
 from modelstore.errors import NotFoundError, StorageError, UnsupportedError
 from modelstore.format.buffers import Bytes
 from modelstore.format.objects.manifest import Manifest
@@ -62,7 +62,7 @@ class Session:
         return str(self._node)
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> ReadCounts:
         """What answered so far: bytes by host, "node" for the node's own memory, "storage" for what no host gave."""
         return self._asker.counts
 
@@ -130,7 +130,7 @@ class Session:
         """As `Peers.ask`."""
         return self.peers.ask(member, method, *arguments, **named)
 
-    def ask_to_make(self, member: str, variant: Unstored, tensor: str, region: Region) -> Future[Made]:
+    def ask_to_make(self, member: str, variant: Unstored, tensor: str, region: Region) -> Future[MadePlanes]:
         """As `Makers.ask_to_make`."""
         return self.peers.ask(member, Host.make, variant, tensor, region)
 

@@ -16,7 +16,7 @@ from modelstore.cluster.logs import log_as_json
 from modelstore.cluster.metrics import HostMetrics
 from modelstore.cluster.peers import Peers
 from modelstore.cluster.pieces import Piece, StoreAddress
-from modelstore.cluster.read.making import Made, Unstored
+from modelstore.cluster.read.making import MadePlanes, Unstored
 from modelstore.cluster.save.orders import Order
 from modelstore.errors import ModelStoreError
 from modelstore.format.buffers import Buffer, Bytes
@@ -57,7 +57,7 @@ class StorageActor:
         return self._host.image(source, name, digest)
 
     @ray.method(concurrency_group="make")
-    def make(self, variant: Unstored, tensor: str, region: Region) -> Made:
+    def make(self, variant: Unstored, tensor: str, region: Region) -> MadePlanes:
         return self._host.making.make(variant, tensor, region)
 
     @ray.method(concurrency_group="control")

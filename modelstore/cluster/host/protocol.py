@@ -7,7 +7,7 @@ from typing import Protocol
 
 from modelstore.cluster.host.host import HostStats
 from modelstore.cluster.pieces import Piece, StoreAddress
-from modelstore.cluster.read.making import Made, Unstored
+from modelstore.cluster.read.making import MadePlanes, Unstored
 from modelstore.cluster.save.keeper import Keeper
 from modelstore.format.buffers import Bytes
 from modelstore.format.region import Region
@@ -28,7 +28,7 @@ class Host(Keeper, Protocol):
     def image(self, source: StoreAddress, name: str, digest: str) -> str:
         """The file with the decoded tensors of a model's manifest, made where it is not there. Its path on the host's node."""
 
-    def make(self, variant: Unstored, tensor: str, region: Region) -> Made:
+    def make(self, variant: Unstored, tensor: str, region: Region) -> MadePlanes:
         """The planes, with their digests, of a chunk of a variant that is not stored."""
 
     def drop(self, digest: bytes) -> None:

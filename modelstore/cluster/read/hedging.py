@@ -25,7 +25,7 @@ Alive = Callable[[str], "Future[bool]"]
 
 
 @dataclass(slots=True)
-class Counts:
+class ReadCounts:
     """What answered a reader: pieces and bytes by source, and what went wrong."""
 
     bytes: dict[str, int] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Hedged:
         self._suspects: dict[str, float] = {}
         self._doubted: dict[str, tuple[Future[bool], float]] = {}  # whether it lives, and when it was asked that
         self._lock = threading.Lock()
-        self.counts = Counts()
+        self.counts = ReadCounts()
 
     def suspects(self) -> list[str]:
         """Holders that are asked last for now."""

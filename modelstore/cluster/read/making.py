@@ -30,7 +30,7 @@ from modelstore.plan.placement import View, holders
 _KEPT = 8  # variants that a host keeps open
 _SECONDS = 30.0  # that a host may take for a chunk, before the reader makes it itself
 
-Made = Sequence[tuple[bytes, Bytes]]  # each plane's digest and bytes
+MadePlanes = Sequence[tuple[bytes, Bytes]]  # each plane's digest and bytes
 
 
 class Unstored(msgspec.Struct, frozen=True):
@@ -48,7 +48,7 @@ class Makers(Protocol):
     def view(self, *, fresh: bool = False) -> View:
         """The members."""
 
-    def ask_to_make(self, member: str, variant: Unstored, tensor: str, region: Region) -> Future[Made]:
+    def ask_to_make(self, member: str, variant: Unstored, tensor: str, region: Region) -> Future[MadePlanes]:
         """Begin to have a member make a chunk's planes."""
 
     def made(self, member: str, nbytes: int) -> None:
@@ -104,7 +104,7 @@ class Making:
         self._open: OrderedDict[bytes, OnTheFlyReader] = OrderedDict()
         self._lock = threading.Lock()
 
-    def make(self, variant: Unstored, tensor: str, region: Region) -> Made:
+    def make(self, variant: Unstored, tensor: str, region: Region) -> MadePlanes:
         """The planes of a chunk with their digests. `NotFoundError` where the model has no such tensor."""
         reader = self._reader(variant)
         found = reader.manifest.by_name.get(tensor)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from modelstore.codecs.exact import frames, plain
 from modelstore.codecs.exact import kernels as words
-from modelstore.codecs.exact.frames import BLOCK, Method
+from modelstore.codecs.exact.frames import BLOCK, FrameMethod
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DType
@@ -37,7 +37,7 @@ TRIAL = 32 << 10  # bytes of an integer plane that both methods are tried on
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class WordShape:
     """How a dtype's lanes are changed before they are split (see `kernels/words`)."""
 
     width: int
@@ -51,11 +51,11 @@ class Words:
 
 
 @lru_cache(maxsize=64)
-def words_of(dtype: DType) -> Words:
+def words_of(dtype: DType) -> WordShape:
     """The words of a dtype: floats and complex lanes are sign-magnitude, but for the float8 of scales and the packed float4."""
     lane = dtype.lane
     signed = dtype.kind in ("float", "complex") and dtype.name not in ("float8_e8m0fnu", "float4_e2m1fn_x2")
-    return Words(
+    return WordShape(
         width=lane,
         top=0xFF << (8 * lane - 8) if signed and lane > 1 else 0,
         magnitude=(1 << (8 * lane - 1)) - 1 if signed else 0,
@@ -87,7 +87,7 @@ def estimate(values: Bytes, dtype: DType) -> float:
     return sum(cost if cost < TRY else 8.0 for cost in _costs(lanes, lanes[:0], how))
 
 
-def _costs(lanes: NDArray[Word], base: NDArray[Word], how: Words) -> list[float]:
+def _costs(lanes: NDArray[Word], base: NDArray[Word], how: WordShape) -> list[float]:
     """Estimated bits a byte of each plane."""
     bits = np.empty(how.width)
     _, _, cost = words.kernels(how.width)
@@ -96,7 +96,7 @@ def _costs(lanes: NDArray[Word], base: NDArray[Word], how: Words) -> list[float]
     return [min(8.0, b) for b in bits.tolist()]
 
 
-def _write(lanes: NDArray[Word], base: NDArray[Word], how: Words, costs: list[float]) -> Bytes:
+def _write(lanes: NDArray[Word], base: NDArray[Word], how: WordShape, costs: list[float]) -> Bytes:
     """The encoding of changed lanes, each plane being tried as frames where that is worth it."""
     width, count = how.width, lanes.size
     blocks = -(-count // BLOCK)
@@ -106,7 +106,7 @@ def _write(lanes: NDArray[Word], base: NDArray[Word], how: Words, costs: list[fl
     split, _, _ = words.kernels(width)
     change = (how.magnitude, 0 if base.size else how.top)
     space = frames.scratch(width)
-    nothing: list[Method | None] = [None] * width
+    nothing: list[FrameMethod | None] = [None] * width
     methods = nothing if count < SMALL else _methods(lanes, base, how, costs)
     for start in range(0, count, BLOCK):
         v, u = lanes[start : start + BLOCK], base[start : start + BLOCK]
@@ -130,13 +130,13 @@ def _write(lanes: NDArray[Word], base: NDArray[Word], how: Words, costs: list[fl
     return out[:at] if at > out.size // 2 else out[:at].copy()
 
 
-def _smaller(piece: Bytes, method: Method) -> bytes | None:
+def _smaller(piece: Bytes, method: FrameMethod) -> bytes | None:
     """The piece as a frame, None where that is not smaller."""
     frame = frames.compress(piece, method)
     return frame if len(frame) < piece.size else None
 
 
-def _methods(lanes: NDArray[Word], base: NDArray[Word], how: Words, costs: list[float]) -> list[Method | None]:
+def _methods(lanes: NDArray[Word], base: NDArray[Word], how: WordShape, costs: list[float]) -> list[FrameMethod | None]:
     """How each plane is to be compressed: by its estimated bits a byte; integers by what the first piece comes to."""
     if not how.trial:
         return ["entropy" if cost < TRY else None for cost in costs]
@@ -144,7 +144,7 @@ def _methods(lanes: NDArray[Word], base: NDArray[Word], how: Words, costs: list[
     n = min(TRIAL, lanes.size)
     space = frames.scratch(how.width)
     split(lanes[:n], base[:n], how.magnitude, 0, np.full(how.width, -1), np.empty(0, np.uint8), space)
-    methods: list[Method | None] = []
+    methods: list[FrameMethod | None] = []
     for piece, cost in zip(space[:, :n], costs, strict=True):
         entropy, matches = len(frames.compress(piece, "entropy")), len(frames.compress(piece, "matches"))
         worth = cost < TRY or min(entropy, matches) < 0.98 * n
@@ -152,7 +152,7 @@ def _methods(lanes: NDArray[Word], base: NDArray[Word], how: Words, costs: list[
     return methods
 
 
-def _places(coded: Sequence[bytes | Method | None], at: int, size: int) -> NDArray[np.int64]:
+def _places(coded: Sequence[bytes | FrameMethod | None], at: int, size: int) -> NDArray[np.int64]:
     """Where each raw piece of a block goes: one after the other from `at`; -1 for those that become frames."""
     places = []
     for how in coded:

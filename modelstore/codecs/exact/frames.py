@@ -21,7 +21,7 @@ from modelstore.format.buffers import Bytes
 
 BLOCK = 1 << 17  # bytes of a frame: zstd's largest block; exponents of one stay in a core's second-level cache
 
-Method = Literal["entropy", "matches"]
+FrameMethod = Literal["entropy", "matches"]
 
 _ENTROPY = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
@@ -57,12 +57,12 @@ def scratch(planes: int) -> Bytes:
     return _tools.planes[:planes]
 
 
-def compress(piece: Bytes, method: Method) -> bytes:
+def compress(piece: Bytes, method: FrameMethod) -> bytes:
     """`piece` (contiguous, at most `BLOCK` bytes) as a frame that states its content's size."""
     return _tools.compressors[method].compress(piece.data)
 
 
-def compress_parts(parts: Sequence[Bytes], method: Method) -> bytes:
+def compress_parts(parts: Sequence[Bytes], method: FrameMethod) -> bytes:
     """All parts, one after the other, as one frame, in which each begins a block, hence may have an entropy code of its own.
 
     Parts are contiguous, of any size. For many small ones a frame each would cost more calls.

@@ -22,10 +22,10 @@ from modelstore.codecs.ladder.planes import (
     BLOCK,
     HEADER,
     KINDS,
-    Kind,
     NibbleWriter,
     ResidualReader,
     ResidualWriter,
+    Split,
     Words,
     is_values,
     scratch,
@@ -213,7 +213,7 @@ class Ladder(WeightCodec):
     def _groups(columns: int, size: int) -> int:
         return -(-columns // size)
 
-    def _own(self, words: Words, rows: int, columns: int, kind: Kind, dtype: DType) -> Bytes:
+    def _own(self, words: Words, rows: int, columns: int, kind: Split, dtype: DType) -> Bytes:
         """The ladder's own s4, raw."""
         most = np.empty(rows * self._groups(columns, self.group_size), kind.dtype)
         kernels.kernels(kind.width).largest(words, kind.magnitude, kind.infinity, columns, self.group_size, most)
@@ -249,13 +249,13 @@ class Ladder(WeightCodec):
         return *base, low.plane(), residual.plane(words.view(np.uint8), dtype)
 
 
-def _kind(dtype: DType) -> Kind:
+def _kind(dtype: DType) -> Split:
     if dtype.name not in KINDS:
         raise UnsupportedError(f"a tensor of {dtype.name} has no ladder; there is one for {', '.join(KINDS)}")
     return KINDS[dtype.name]
 
 
-def _words(values: Bytes, dtype: DType) -> tuple[Kind, Words]:
+def _words(values: Bytes, dtype: DType) -> tuple[Split, Words]:
     kind = _kind(dtype)
     return kind, np.ascontiguousarray(values).view(kind.dtype)
 

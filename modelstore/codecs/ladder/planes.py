@@ -52,7 +52,7 @@ Words = NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class Split:
     """How words of a dtype are split: see `kernels/ladder`."""
 
     number: int
@@ -69,13 +69,13 @@ class Kind:
 
 
 KINDS = {
-    "bfloat16": Kind(0, 2, 0x7FFF, 0x7F80, 0, 128),
-    "float16": Kind(1, 2, 0x7FFF, 0x7C00, 4, 128 * 16 + 8, (3,)),
-    "float32": Kind(2, 4, 0x7FFFFFFF, 0x7F800000, 16, (128 << 16) + (1 << 15), (16, 13)),
+    "bfloat16": Split(0, 2, 0x7FFF, 0x7F80, 0, 128),
+    "float16": Split(1, 2, 0x7FFF, 0x7C00, 4, 128 * 16 + 8, (3,)),
+    "float32": Split(2, 4, 0x7FFFFFFF, 0x7F800000, 16, (128 << 16) + (1 << 15), (16, 13)),
 }
 
 
-def unused(words: Words, kind: Kind) -> int:
+def unused(words: Words, kind: Split) -> int:
     """How many of the lowest bits are zero in nearly all words, as far as a sample of them tells."""
     sample = words[:: max(1, words.size >> 12)]
     enough = sample.size - sample.size // 16
@@ -93,7 +93,7 @@ class Scratch(threading.local):
         self.words = np.empty(2 * BLOCK, np.uint16)
         self.counts = np.empty((LANES, STREAMS), np.int64)
 
-    def of(self, kind: Kind, n: int) -> Words:
+    def of(self, kind: Split, n: int) -> Words:
         """`n` words."""
         if self.words.nbytes < n * kind.width:
             self.words = np.empty(n * kind.width // 2, np.uint16)
@@ -174,7 +174,7 @@ def _bits(piece: Bytes) -> float:
 class ResidualWriter:
     """The residual in the making, block after block."""
 
-    def __init__(self, kind: Kind, words: Words) -> None:
+    def __init__(self, kind: Split, words: Words) -> None:
         self._kind, self._count = kind, words.size
         self.drop = unused(words, kind)
         self._symbols: list[Bytes] = []
@@ -284,7 +284,7 @@ def _join(*pieces: bytes | Bytes) -> Bytes:
 class ResidualReader:
     """Gives blocks their original words. `FormatError` where the plane is no residual of `count` words."""
 
-    def __init__(self, data: Bytes, kind: Kind, dtype: DType, count: int) -> None:
+    def __init__(self, data: Bytes, kind: Split, dtype: DType, count: int) -> None:
         self._data, self._kind, self._count = data, kind, count
         self._drop = int(data[2])
         if self._drop not in (0, *kind.drops):
@@ -372,7 +372,7 @@ class ResidualReader:
         return np.empty(0, self._kind.dtype)
 
 
-def _rest_bytes(kind: Kind, n: int) -> int:
+def _rest_bytes(kind: Split, n: int) -> int:
     """Bytes that the rests of `n` words take."""
     return (0, -(-n // 2), 2 * n)[kind.number]
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Doubles: TypeAlias = NDArray[np.float64]
-Codebook = tuple[Doubles, Doubles]  # levels, ascending; the bounds between them
+LevelsAndBounds = tuple[Doubles, Doubles]  # levels, ascending; the bounds between them
 
 ROUNDS = 200  # of Lloyd's: it has converged long before, but for ties in rounding
 # Levels of an entropy-constrained codebook, by its rate: at low rates several indices must share a byte, since bytes of less
@@ -43,18 +43,18 @@ class Numbers:
             *(np.concatenate([[0.0], np.cumsum(x)]) for x in (weights, weights * values, weights * values * values)),
         )
 
-    def error(self, book: Codebook) -> float:
+    def error(self, book: LevelsAndBounds) -> float:
         """The sum of squared errors."""
         counts, totals, squares = self.sums(book)
         return float((squares - 2 * book[0] * totals + book[0] ** 2 * counts).sum())
 
-    def sums(self, book: Codebook) -> tuple[Doubles, Doubles, Doubles]:
+    def sums(self, book: LevelsAndBounds) -> tuple[Doubles, Doubles, Doubles]:
         """Of each cluster: how many, their sum, the sum of their squares. A number at a bound lies below it."""
         ends = np.concatenate([[0], np.searchsorted(self.values, book[1], "right"), [self.values.size]])
         return np.diff(self.count[ends]), np.diff(self.total[ends]), np.diff(self.square[ends])
 
 
-def kmeans(numbers: Numbers, levels: int) -> Codebook:
+def kmeans(numbers: Numbers, levels: int) -> LevelsAndBounds:
     """At most `levels` numbers of least squared error: Lloyd's rounds from several beginnings, of which the best is kept."""
     if numbers.values.size <= levels:
         return numbers.values, _middles(numbers.values)
@@ -75,7 +75,7 @@ def _starts(numbers: Numbers, levels: int) -> Iterator[Doubles]:
         yield np.interp(places * root[-1], root, edges)
 
 
-def _lloyd(numbers: Numbers, start: Doubles) -> Codebook:
+def _lloyd(numbers: Numbers, start: Doubles) -> LevelsAndBounds:
     """Means of clusters and the middles between them, in turn, until nothing moves; empty clusters are dropped."""
     points = start
     for _ in range(ROUNDS):
@@ -92,7 +92,7 @@ def _middles(points: Doubles) -> Doubles:
     return np.asarray(points[:-1] / 2 + points[1:] / 2, np.float64)
 
 
-def entropy_constrained(numbers: Numbers, rate: float) -> Codebook:
+def entropy_constrained(numbers: Numbers, rate: float) -> LevelsAndBounds:
     """A codebook of least squared error whose indices take at most `rate` bits each, to about 1 %, once coded.
 
     Chou, Lookabaugh, Gray, "Entropy-Constrained Vector Quantization" (1989): squared error + slope * length of the code.
@@ -101,7 +101,7 @@ def entropy_constrained(numbers: Numbers, rate: float) -> Codebook:
     spread = float(np.sqrt(numbers.square[-1] / numbers.count[-1])) or 1.0
     low, high = np.log2(spread) - 9, np.log2(spread) + 4  # log2 of the step
     most = next(levels for least, levels in _MOST if rate >= least)
-    best: Codebook | None = None
+    best: LevelsAndBounds | None = None
     for _ in range(_STEPS):
         step = 2.0 ** float((low + high) / 2)
         book, length = _constrained(numbers, step, most)
@@ -112,7 +112,7 @@ def entropy_constrained(numbers: Numbers, rate: float) -> Codebook:
     return best if best is not None else kmeans(numbers, 1)
 
 
-def _constrained(numbers: Numbers, step: float, most: int) -> tuple[Codebook, float]:
+def _constrained(numbers: Numbers, step: float, most: int) -> tuple[LevelsAndBounds, float]:
     """The codebook that a uniform quantizer of that step leads to, and how many bits its indices take."""
     slope = step * step * 0.11552453  # ln 2 / 6: what a bit is worth where steps are small
     points = _uniform(numbers, step, most)

@@ -37,7 +37,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CopyPlan:
     """What is to be done for a version: where it is there already, which entries it still lacks, and their manifests."""
 
     wanted: Wanted
@@ -62,7 +62,7 @@ class Planner:
         self._everything = everything
         self._source_id = source.catalog.open().id
 
-    def plan(self, wanted: Wanted) -> Plan:
+    def plan(self, wanted: Wanted) -> CopyPlan:
         """What is to be done for a version, as it is now where it was compacted or deleted since it was looked at."""
         try:
             if wanted.record.deleted:
@@ -75,7 +75,7 @@ class Planner:
                 return self.plan(now)
             if not self._everything:
                 raise
-            return Plan(wanted, None, left_out=(f"{wanted.at}: {error}",), nothing=True)
+            return CopyPlan(wanted, None, left_out=(f"{wanted.at}: {error}",), nothing=True)
 
     def now(self, wanted: Wanted) -> Wanted | None:
         """A version as it is in the store that it comes from; None where that has not changed, or cannot be told."""
@@ -87,12 +87,12 @@ class Planner:
             return None
         return replace(wanted, record=record, variants=tuple(v for v in wanted.variants if v in record.variants))
 
-    def _plan(self, wanted: Wanted) -> Plan:
+    def _plan(self, wanted: Wanted) -> CopyPlan:
         there = self.there(wanted)
         if there is not None and there.deleted:
             at = f"{wanted.name}@{there.version}"
             said = f"{wanted.at}: {at} was deleted in {self._target.storage.url}"
-            return Plan(wanted, there, left_out=(said,), nothing=True)
+            return CopyPlan(wanted, there, left_out=(said,), nothing=True)
         entries: list[str] = []
         again: list[str] = []
         left_out: list[str] = []
@@ -112,7 +112,7 @@ class Planner:
         needs: list[tuple[str, str, str]] = []
         for variant in (*entries, *again):
             needs += self._needs(wanted, wanted.record.variants[variant].manifest)
-        return Plan(wanted, there, tuple(entries), tuple(dict.fromkeys(needs)), tuple(left_out))
+        return CopyPlan(wanted, there, tuple(entries), tuple(dict.fromkeys(needs)), tuple(left_out))
 
     def there(self, wanted: Wanted) -> VersionRecord | None:
         """The version that an earlier copy made of this one, or that it was copied from; one that is deleted only where that
@@ -200,7 +200,7 @@ class Planner:
             found.append((base.model, base.model, base.manifest))
         return found[::-1]
 
-    def packs_of(self, plan: Plan) -> Iterator[str]:
+    def packs_of(self, plan: CopyPlan) -> Iterator[str]:
         """The packs that a version needs there, in their order; some more than once."""
         for _, model, digest in plan.needs:
             yield from self._source.manifests.read(model, digest).packs

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import msgspec
 
 from modelstore.errors import ConflictError, CorruptionError, FormatError, NotFoundError, StorageError
-from modelstore.execute.copy.plan import Plan, Planner, Wanted
+from modelstore.execute.copy.plan import CopyPlan, Planner, Wanted
 from modelstore.format.answers.inventory import Copied, CopiedVersion
 from modelstore.format.buffers import Pieces
 from modelstore.format.locks import Lock
@@ -113,7 +113,7 @@ class _Copying:
             self.left_out += plan.left_out
         return [now for now in moved if now is not None]
 
-    def _version(self, plan: Plan, missing: dict[str, int], work: Work) -> CopiedVersion:
+    def _version(self, plan: CopyPlan, missing: dict[str, int], work: Work) -> CopiedVersion:
         """Send what is `missing` of a version, which is then missing no more, and make it visible."""
         fresh = [pack for pack in dict.fromkeys(self._planner.packs_of(plan)) if pack in missing]
         self.send(fresh, work)
@@ -177,7 +177,7 @@ class _Copying:
             with self._lock:
                 work.done(len(piece))
 
-    def publish(self, plan: Plan) -> CopiedVersion:
+    def publish(self, plan: CopyPlan) -> CopiedVersion:
         """Write the manifests, and make the version, or what it lacks, visible."""
         wanted, record = plan.wanted, plan.wanted.record
         copies = {}
@@ -247,7 +247,7 @@ class _Copying:
             return data
         return man.encode(self._source.manifests.read(model, digest))[1]  # says what is wrong
 
-    def tag(self, plan: Plan, version: int) -> list[str]:
+    def tag(self, plan: CopyPlan, version: int) -> list[str]:
         """Let the version's tags name it there, too."""
         name, catalog = plan.wanted.name, self._target.catalog
         known = catalog.tags(name, []) if plan.wanted.tags else {}

@@ -16,7 +16,7 @@ import torch
 log = logging.getLogger("modelstore")
 
 
-class Buffer(NamedTuple):
+class UnsavedBuffer(NamedTuple):
     """A buffer of a module, by the part that it belongs to and its name there."""
 
     part: torch.nn.Module
@@ -24,17 +24,17 @@ class Buffer(NamedTuple):
     name: str
 
 
-def unsaved(module: torch.nn.Module) -> list[Buffer]:
+def unsaved(module: torch.nn.Module) -> list[UnsavedBuffer]:
     """The buffers on the meta device that are not in the module's `state_dict`."""
     return [
-        Buffer(part, key, f"{prefix}.{key}" if prefix else key)
+        UnsavedBuffer(part, key, f"{prefix}.{key}" if prefix else key)
         for prefix, part in module.named_modules()
         for key in sorted(part._non_persistent_buffers_set)
         if (value := part._buffers.get(key)) is not None and value.is_meta
     ]
 
 
-def made_again(module: torch.nn.Module, strict: bool) -> dict[Buffer, torch.Tensor]:
+def made_again(module: torch.nn.Module, strict: bool) -> dict[UnsavedBuffer, torch.Tensor]:
     """Values, in host memory, of the unsaved buffers, made by the module's class. The module stays as it is.
 
     `ValueError` where there are others, or a warning where it is not `strict`: they would have no values.
@@ -62,7 +62,7 @@ def made_again(module: torch.nn.Module, strict: bool) -> dict[Buffer, torch.Tens
 
 
 def _tried(
-    buffers: list[Buffer], number: int, make: Callable[[torch.nn.Module], object]
+    buffers: list[UnsavedBuffer], number: int, make: Callable[[torch.nn.Module], object]
 ) -> Iterator[torch.Tensor | None]:
     """The values after `make` ran upon buffers that were all of one number; None where it cannot be run upon a part."""
     for buffer in buffers:

@@ -29,7 +29,7 @@ TYPES = {0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 6: "f32", 7: 
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class MetadataValue:
     """A value of the metadata: its type's name, that of an array's items, and a number, a text, or many of them."""
 
     type: str
@@ -66,7 +66,7 @@ class GGUFTensor:
 class Header:
     """A file's metadata and tensors in the order of their bytes, the length of all before these, and what they align to."""
 
-    metadata: Mapping[str, Value]
+    metadata: Mapping[str, MetadataValue]
     tensors: tuple[GGUFTensor, ...]
     length: int
     alignment: int
@@ -92,7 +92,7 @@ def parse_header(read: Callable[[int, int], bytes], file_size: int) -> Header:
         raise UnsupportedError(f"the GGUF file {what}: convert it anew")
     count, entries = cursor.number("<u8"), cursor.number("<u8")
     cursor.check(24 * count + 13 * entries)
-    metadata: dict[str, Value] = {}
+    metadata: dict[str, MetadataValue] = {}
     for _ in range(entries):
         key = cursor.text()
         if key in metadata:
@@ -122,7 +122,7 @@ def parse_header(read: Callable[[int, int], bytes], file_size: int) -> Header:
     return Header(metadata, tuple(tensors), cursor.at, alignment)
 
 
-def _whole(metadata: Mapping[str, Value], key: str, default: int) -> int:
+def _whole(metadata: Mapping[str, MetadataValue], key: str, default: int) -> int:
     value = metadata[key].value if key in metadata else default
     if type(value) is not int:
         raise FormatError(f"{key} is not a whole number")
@@ -199,17 +199,17 @@ class _Cursor:
         (length,) = struct.unpack("<Q", self.take(8))
         return self.take(length).decode("utf-8", "surrogateescape")
 
-    def value(self, kind: int) -> Value:
+    def value(self, kind: int) -> MetadataValue:
         if kind == _STRING:
-            return Value("string", self.text())
+            return MetadataValue("string", self.text())
         if kind == _ARRAY:
             of, count = self.number("<u4"), self.number("<u8")
             if of == _STRING:
                 self.check(8 * count)
-                return Value("array", [self.text() for _ in range(count)], "string")
+                return MetadataValue("array", [self.text() for _ in range(count)], "string")
             dtype = self._dtype(of)
-            return Value("array", np.frombuffer(self.take(count * dtype.itemsize), dtype), TYPES[of])
-        return Value(TYPES.get(kind, ""), self.number(self._dtype(kind).str))
+            return MetadataValue("array", np.frombuffer(self.take(count * dtype.itemsize), dtype), TYPES[of])
+        return MetadataValue(TYPES.get(kind, ""), self.number(self._dtype(kind).str))
 
     @staticmethod
     def _dtype(kind: int) -> np.dtype[Any]:

@@ -17,7 +17,7 @@ from modelstore.codecs.numeric.numbers import Floats
 from modelstore.errors import UnsupportedError
 from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.integrations.gguf.quants import BLOCK
-from modelstore.integrations.gguf.settings import Settings, Value, settings
+from modelstore.integrations.gguf.settings import Setting, Settings, settings
 
 _SKIPPED = ".rotary_emb.inv_freq"  # computed again by every loader
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -42,7 +42,7 @@ class GgufModel:
     """A model in llama.cpp's terms. `values`: metadata without its architecture's prefix, where the key begins with a dot."""
 
     arch: str
-    values: Mapping[str, Value]
+    values: Mapping[str, Setting]
     tensors: tuple[Named, ...]
     constants: dict[str, Floats] = field(default_factory=dict)  # tensors that are made, not read
 

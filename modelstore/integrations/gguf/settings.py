@@ -13,7 +13,7 @@ from modelstore.codecs.numeric.numbers import Floats
 from modelstore.errors import UnsupportedError
 from modelstore.integrations.gguf.rope import in_float32, rope
 
-Value = int | float | str | bool
+Setting = int | float | str | bool
 
 _LARGEST = (1 << 31) - 1  # llama.cpp computes with 32-bit numbers
 _WIDEST = 1 << 16
@@ -66,7 +66,7 @@ class Settings:
     vocabulary: int
     biases: frozenset[str]
     tied: bool
-    values: Mapping[str, Value]
+    values: Mapping[str, Setting]
     factors: Floats | None
 
 

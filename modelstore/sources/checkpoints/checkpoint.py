@@ -37,7 +37,7 @@ class Chosen:
     left: dict[str, Left] = field(default_factory=dict)
 
 
-class Tensors:
+class TensorTest:
     """What counts as a tensor in a saved structure, and how many bytes it has."""
 
     def __init__(self, kinds: tuple[type, ...], size: Callable[[Any], int]) -> None:
@@ -48,7 +48,7 @@ class Tensors:
 class _Looking:
     """What was found out about the dicts of one structure: an object that many refer to is looked at once."""
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: TensorTest) -> None:
         self.tensors = tensors
         self._own: dict[int, bool] = {}
         self._below: dict[tuple[int, int], bool] = {}
@@ -88,7 +88,7 @@ class _Looking:
         return Left(size, count)
 
 
-def choose(saved: Any, tensors: Tensors, where: str, key: str | None = None) -> Chosen:
+def choose(saved: Any, tensors: TensorTest, where: str, key: str | None = None) -> Chosen:
     """The model's state dict in a saved object.
 
     `key` names it, as keys joined by dots ("." is the object itself). Else it is the one entry of a usual name (`USUAL`)

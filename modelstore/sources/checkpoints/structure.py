@@ -24,7 +24,7 @@ from modelstore.format.views import SharedView, placed
 from modelstore.sources.arrays import is_tensor_dtype
 from modelstore.sources.checkpoints.checkpoint import Chosen, shown
 from modelstore.sources.pickles.reduced import as_record
-from modelstore.sources.pickles.tensors import Size, StorageRef
+from modelstore.sources.pickles.tensors import PickledSize, StorageRef
 from modelstore.sources.pickles.unpickle import ClassStub, Key, Ordered, Record
 
 MAX_NODES = 2_000_000
@@ -268,7 +268,7 @@ def _word(value: Any) -> list[Any] | None:
         return ["dtype", str(value).removeprefix("torch.")]
     if torchs == "device":
         return ["device", str(value)]
-    return ["size", *value] if kind is Size or torchs == "Size" else None
+    return ["size", *value] if kind is PickledSize or torchs == "Size" else None
 
 
 @dataclass(frozen=True)

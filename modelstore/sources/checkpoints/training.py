@@ -11,7 +11,7 @@ import torch
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.structure import FILE as STRUCTURE
 from modelstore.sources.arrays import is_tensor_dtype
-from modelstore.sources.checkpoints.checkpoint import BESIDE, Tensors, choose
+from modelstore.sources.checkpoints.checkpoint import BESIDE, TensorTest, choose
 from modelstore.sources.checkpoints.structure import TensorView, beside_state
 from modelstore.sources.torch import StateDictSource
 
@@ -26,7 +26,7 @@ def _dense(tensor: torch.Tensor) -> bool:
     return not (lazy or tensor.is_nested or tensor.is_quantized or tensor.is_meta) and tensor.layout == torch.strided
 
 
-_TENSORS = Tensors((torch.Tensor, np.ndarray), _bytes)
+_TENSORS = TensorTest((torch.Tensor, np.ndarray), _bytes)
 
 
 class _Live:

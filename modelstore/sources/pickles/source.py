@@ -22,7 +22,7 @@ from modelstore.format.region import Region, nbytes
 from modelstore.format.structure import FILE as STRUCTURE
 from modelstore.sources.arrays import copy_box, dtype_of
 from modelstore.sources.base import Source, TensorSpec
-from modelstore.sources.checkpoints.checkpoint import BESIDE, Tensors, choose
+from modelstore.sources.checkpoints.checkpoint import BESIDE, TensorTest, choose
 from modelstore.sources.checkpoints.structure import TensorView, beside_state
 from modelstore.sources.local.filed import CheckpointIndex, FiledBox, FiledSource, check_expansion, fingerprint
 from modelstore.sources.local.folder import Folder, leave_duplicates, read_index, scan
@@ -230,4 +230,4 @@ def _bytes(tensor: Ref | NotDense) -> int:
     return nbytes(tensor.shape, tensor.dtype.itemsize) if isinstance(tensor, Ref) else 0
 
 
-TENSORS = Tensors((Ref, NotDense), _bytes)
+TENSORS = TensorTest((Ref, NotDense), _bytes)

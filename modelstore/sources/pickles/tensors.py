@@ -74,7 +74,7 @@ class _StorageType(ClassStub):
         self.dtype = dtype
 
 
-class Size(tuple[int, ...]):
+class PickledSize(tuple[int, ...]):
     """Stands for a torch.Size."""
 
     __slots__ = ()
@@ -143,11 +143,11 @@ def _not_dense(what: str) -> Stand:
     return lambda *_: NotDense(what)
 
 
-def _size(*args: Any) -> Size:
+def _size(*args: Any) -> PickledSize:
     given = args[0] if args else ()
     if not isinstance(given, (tuple, list)) or len(given) > MAX_DIMENSIONS:
         raise FormatError(f"a torch.Size in the pickle is not at most {MAX_DIMENSIONS} numbers")
-    return Size(_sizes(tuple(given)))
+    return PickledSize(_sizes(tuple(given)))
 
 
 def stand_ins() -> dict[str, Stand]:

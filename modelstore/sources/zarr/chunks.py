@@ -17,7 +17,7 @@ KEPT = 512 << 20  # bytes of decoded chunks; the latest is kept however large it
 LARGE = 64 << 20  # larger chunks are decoded one at a time, so that threads do not add up
 _STRIPES = 8
 
-Key = tuple[str, Region]
+ChunkPlace = tuple[str, Region]
 Array = NDArray[Any]
 
 
@@ -26,13 +26,13 @@ class Chunks:
 
     def __init__(self, limit: int = KEPT) -> None:
         self._limit = limit
-        self._kept: OrderedDict[Key, Array] = OrderedDict()
+        self._kept: OrderedDict[ChunkPlace, Array] = OrderedDict()
         self._bytes = 0
         self._table = threading.Lock()
         self._stripes = [threading.Lock() for _ in range(_STRIPES)]
         self._one = threading.Lock()
 
-    def get(self, key: Key, size: int, decode: Callable[[], Array]) -> Array:
+    def get(self, key: ChunkPlace, size: int, decode: Callable[[], Array]) -> Array:
         """The chunk of that key, decoded once however many threads ask; `size` is its bytes."""
         with self._one if size > LARGE else self._stripes[hash(key) % _STRIPES]:
             with self._table:

@@ -25,7 +25,17 @@ from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.catalog import Catalog
 from modelstore.store.collect.garbage import collect, now_of
 from modelstore.store.collect.marking import Doubt, Needed, needed_manifests
-from modelstore.store.compact.repack import PLACE, DamagedPackError, Moved, Old, Places, arrange, moved, old_pack, write
+from modelstore.store.compact.repack import (
+    PLACE,
+    DamagedPackError,
+    Moved,
+    Old,
+    PlaceRows,
+    arrange,
+    moved,
+    old_pack,
+    write,
+)
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
@@ -63,7 +73,7 @@ class Survey:
 
     manifests: list[Needed] = field(default_factory=list)
     doubt: Doubt = field(default_factory=Doubt)
-    places: dict[str, Places] = field(default_factory=dict)
+    places: dict[str, PlaceRows] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -239,7 +249,7 @@ class _Following:
         return Base(model, self._made[name][0])
 
 
-def _places(manifest: Manifest) -> Iterator[tuple[str, Places]]:
+def _places(manifest: Manifest) -> Iterator[tuple[str, PlaceRows]]:
     """The distinct places that a manifest has in each of its packs."""
     every = np.empty(len(manifest.pack), PLACE)
     every["offset"], every["length"] = manifest.offset, manifest.length

@@ -32,7 +32,7 @@ PLACE = np.dtype([("offset", "<u8"), ("length", "<u8"), ("digest", f"S{DIGEST_BY
 SHARD_BYTES = 4 << 30  # of packs of whole tensors
 
 _Segment = tuple[Span, bytes | None]  # bytes of a pack, and the digest that they are to have
-Places = NDArray[np.void]  # of PLACE, each once, in the order of their offsets
+PlaceRows = NDArray[np.void]  # of PLACE, each once, in the order of their offsets
 
 
 class DamagedPackError(CorruptionError):
@@ -53,7 +53,7 @@ class Old:
     entries: tuple[HeaderEntry, ...]
     metadata: Mapping[str, str]
     note: PackNote
-    places: Places
+    places: PlaceRows
 
     @property
     def moved(self) -> int:
@@ -97,7 +97,7 @@ class Moved:
     now: NDArray[np.int64]
 
 
-def old_pack(storage: Storage, digest: str, places: Places) -> Old | None:
+def old_pack(storage: Storage, digest: str, places: PlaceRows) -> Old | None:
     """A pack with what is live in it; None where its header does not say where that is, or it is a manifest's copy."""
     opened = packs.open_pack(storage, pack_key(digest))
     if opened.metadata.get("kind") == "manifest":
@@ -163,7 +163,7 @@ def moved(olds: Iterable[Old], news: Sequence[New], names: Sequence[str]) -> tup
     return {digest: Moved(*rows) for digest, rows in columns.items()}, tuple(names)
 
 
-def _within(entries: Sequence[HeaderEntry], data_start: int, places: Places) -> NDArray[np.int64] | None:
+def _within(entries: Sequence[HeaderEntry], data_start: int, places: PlaceRows) -> NDArray[np.int64] | None:
     """Of each place, the number of the entry that it lies in; None where one lies in none."""
     starts = np.array([data_start + entry.start for entry in entries], np.int64)
     stops = np.array([data_start + entry.stop for entry in entries], np.int64)

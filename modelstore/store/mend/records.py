@@ -31,9 +31,9 @@ from modelstore.store.damage import DAMAGED, listed, noting
 from modelstore.store.lookup import Lookup
 from modelstore.store.mend.copies import Taken, store_record, tag_record, version_record
 
-Record = VersionRecord | TagRecord
+StoredRecord = VersionRecord | TagRecord
 # Why what a record names cannot be relied on, "" where all of it is there; it stays there until the end of the block.
-Keep = Callable[[VersionRecord], AbstractContextManager[str]]
+KeepFor = Callable[[VersionRecord], AbstractContextManager[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Series:
     model: str
     what: str  # as in "version 3"
     keys: dict[int, str]
-    good: dict[int, Record]
+    good: dict[int, StoredRecord]
     bad: dict[int, ModelStoreError]
 
     @property
@@ -90,12 +90,17 @@ def _open_series(storage: Storage, model: str, closed: list[Problem]) -> Iterato
 
 
 def _read(
-    storage: Storage, model: str, what: str, prefix: str, keys: Iterator[str], parse: Callable[[bytes, str], Record]
+    storage: Storage,
+    model: str,
+    what: str,
+    prefix: str,
+    keys: Iterator[str],
+    parse: Callable[[bytes, str], StoredRecord],
 ) -> Series:
     numbered = {number: key for key in keys if (number := rec.record_number(key, prefix)) is not None}
     found = Series(model, what, numbered, {}, {})
 
-    def read(number: int) -> Record | ModelStoreError:
+    def read(number: int) -> StoredRecord | ModelStoreError:
         key = numbered[number]
         for last in (False, True):  # what is wrong only once was wrong on its way here
             try:
@@ -183,7 +188,9 @@ class Mended:
     problems: list[Problem]
 
 
-def mend(storage: Storage, sources: Sequence[Storage], models: Sequence[str], *, journals: bool, keep: Keep) -> Mended:
+def mend(
+    storage: Storage, sources: Sequence[Storage], models: Sequence[str], *, journals: bool, keep: KeepFor
+) -> Mended:
     """Put right what `damage` finds, as far as another copy of the store, or the records beside it, tell."""
     made = Mended([], [], [])
     for model in models:
@@ -231,7 +238,7 @@ class _Mending:
     sources: Sequence[Storage]
     one: Series
     made: Mended
-    keep: Keep
+    keep: KeepFor
     live: set[int]
 
     def record(self, number: int) -> None:
@@ -321,7 +328,7 @@ class _Mending:
         self.made.problems.append(msgspec.structs.replace(problem, message=f"{text}: {advice}, or {last}"))
 
 
-def _changed(record: Record) -> str:
+def _changed(record: StoredRecord) -> str:
     if isinstance(record, TagRecord):
         return (
             f" (it names version {record.version}; set it anew if that is wrong)" if record.version else " (it is gone)"

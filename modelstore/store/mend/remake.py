@@ -39,7 +39,7 @@ class PackedChunk(NamedTuple):
     pack: str
 
 
-Placed = tuple[PackedChunk, Location]  # a chunk, and where it is read
+ReadFrom = tuple[PackedChunk, Location]  # a chunk, and where it is read
 
 
 def remake(storage: Storage, pack: str, parts: Sequence[PackedChunk], elsewhere: Elsewhere) -> bool:
@@ -150,12 +150,12 @@ def _find(storage: Storage, pack: str, parts: Sequence[PackedChunk], elsewhere: 
     return [place for place in found if place is not None]
 
 
-def _span(placed: Placed) -> Span:
+def _span(placed: ReadFrom) -> Span:
     pack, at, n = placed[1]
     return Span(pack, at, at + n)
 
 
-def _read(storage: Storage, run: Sequence[Placed]) -> list[bytes | None]:
+def _read(storage: Storage, run: Sequence[ReadFrom]) -> list[bytes | None]:
     """The chunks of a run; None for one that has other bytes."""
     try:
         chunks = read(storage, [_span(placed) for placed in run])
