@@ -112,5 +112,6 @@ def test_what_is_deleted_meanwhile_is_said_to_be(filled: MemoryStorage) -> None:
             assert "deleted" in str(error)  # noqa: PT017
             target.save("other", weights(2))
 
+    open_on(filled).delete("d", all=True)  # it needs what it is a delta of
     at_every_request(filled, delete, copy)
     at_every_request(filled, delete, one)
