@@ -208,10 +208,13 @@ class Access:
 
     def against(self, ref: Reference) -> Against:
         """A version whose chunks are not stored again."""
-        self.repo.catalog.open()
-        entry = self.repo.catalog.entry(ref)[1]
-        model = self.opened(ref.name, entry)
-        return Against(ref.name, entry.manifest, model.manifest, model.reader, model.chain)
+
+        def opened(record: VersionRecord) -> Against:
+            entry = self.repo.catalog.variant(record, ref.variant)
+            model = self.opened(ref.name, entry)
+            return Against(ref.name, entry.manifest, model.manifest, model.reader, model.chain)
+
+        return self.as_it_is(ref, opened)
 
     def newest(self, name: str) -> Against | None:
         """The newest live version that can be read, whose chunks need not be stored again."""

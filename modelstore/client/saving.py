@@ -101,7 +101,8 @@ class Saving(OpenedStore):
         check_options(codec, grid, parent, ack)
         if tag is not None:
             check_tag(tag)
-        against = self._access.against(parse_reference(parent)) if parent is not None else None
+        named = parse_reference(parent) if parent is not None else None
+        known = [self._access.against(named)] if named is not None else []
         noted = note(message, meta, source, parent or "")
         choice = Selection(key, include, gguf)
         if choice.everything and ack == "memory":
@@ -114,6 +115,8 @@ class Saving(OpenedStore):
             work = self._access.work(progress).begin(total, f"saving {name}")
 
             def store_to(repo: Repo, *, resumable: bool = True) -> Outcome:
+                # At another try it is looked at anew: the parent may have been compacted meanwhile.
+                against = known.pop() if known else self._access.against(named) if named is not None else None
                 return store(
                     repo,
                     name,

@@ -31,7 +31,7 @@ from modelstore.format.buffers import Bytes, view
 from modelstore.format.digest import matches, name_of, name_of_pieces
 from modelstore.format.names import Reference
 from modelstore.format.objects.manifest import DIGEST_BYTES, Manifest, Tensor, decode
-from modelstore.format.objects.record import VariantEntry, manifest_key, pack_key
+from modelstore.format.objects.record import VariantEntry, VersionRecord, manifest_key, pack_key
 from modelstore.plan.read import GAP, JOB_BYTES
 from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
@@ -66,17 +66,11 @@ def verify(
     bytes checked, and of the raw bytes decoded. A chunk that several variants share is read once, or deep once for each.
     """
     checking = _Verification(repo, work)
-    if ref is not None:
-        found = damage(repo.storage, [ref.name], journals=False)
-        entry = noting(checking.damaged, lambda: repo.catalog.entry(ref)[1])
-        if entry is not None:
-            checking.variant(ref.name, entry, deep)
-    else:
-        models = repo.catalog.models(closed=True)
-        found = damage(repo.storage, models, journals=True)
-        for model in models:
-            for _, _, entry in live(repo.catalog, model, None, []):
-                checking.variant(model, entry, deep)
+    models = [ref.name] if ref is not None else repo.catalog.models(closed=True)
+    found = damage(repo.storage, models, journals=ref is None)
+    for model in models:
+        checking.model(model, ref, deep)
+    if ref is None:
         noting(checking.damaged, repo.catalog.open)
     told = {one.object for one in found}
     found += [problem(error, ref.name if ref else "") for error in checking.damaged if error.object not in told]
@@ -99,6 +93,30 @@ class _Verification:
     _silent: int = 0  # jobs in a row that the storage refused
     _headers: set[str] = field(default_factory=set)  # packs whose headers were looked at
     _wrong: set[tuple[str, bytes]] = field(default_factory=set)  # the same of bad chunks
+
+    def model(self, model: str, ref: Reference | None, deep: bool) -> None:
+        """Check what is live of a model, or what a reference names.
+
+        Anew where there are problems and a version was compacted or deleted since it was looked at: what it named may be gone.
+        """
+        told, counts = len(self.problems), (self.chunks, self.nbytes, self.tensors)
+        while True:
+            looked: dict[int, int] = {}
+            for record, entry in self._named(model, ref):
+                looked[record.version] = record.number
+                self.variant(model, entry, deep)
+            if len(self.problems) == told or not self.repo.catalog.changed(model, looked):
+                return
+            del self.problems[told:]
+            self.chunks, self.nbytes, self.tensors = counts
+            for known in (self._seen, self._checked, self._headers, self._wrong):
+                known.clear()
+
+    def _named(self, model: str, ref: Reference | None) -> list[tuple[VersionRecord, VariantEntry]]:
+        if ref is None:
+            return [(record, entry) for record, _, entry in live(self.repo.catalog, model, None, [])]
+        named = noting(self.damaged, lambda: self.repo.catalog.entry(ref))
+        return [named] if named is not None else []
 
     def variant(self, model: str, entry: VariantEntry, deep: bool) -> None:
         """Check a variant's manifest and its copy, its chunks and tensors; then those that it is stored against."""

@@ -5,7 +5,7 @@ A record that cannot be read keeps nothing else from being read; what it may say
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import groupby
 
@@ -17,7 +17,7 @@ from modelstore.format.suggest import suggestion
 from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.collect.condemned import never_was
-from modelstore.store.damage import DAMAGED, Damaged, listed, naming, noting
+from modelstore.store.damage import DAMAGED, UNREADABLE, Damaged, listed, naming, noting
 
 _DOUBTFUL = 10_000_000  # a version from which on is looked at before its number counts: no model comes to have so many
 _NEWEST = 64  # keys listed to find the newest live version; more are listed only where those are all of deleted ones
@@ -136,6 +136,14 @@ class Lookup:
         raise NotFoundError(
             f"model {model!r} has no version {version}: list them with 'modelstore ls {model}'", model=model
         )
+
+    def changed(self, model: str, numbers: Mapping[int, int]) -> bool:
+        """Whether one of these versions has not that newest record any more, as after a compaction or a deletion."""
+        for version, number in numbers.items():
+            with suppress(NotFoundError, *UNREADABLE):
+                if self.version(model, version).number != number:
+                    return True
+        return False
 
     def resolve(self, ref: Reference) -> VersionRecord:
         """The live version that a reference names; its variant is not looked at."""

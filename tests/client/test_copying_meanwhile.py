@@ -47,17 +47,22 @@ def changed() -> dict[str, object]:
     return made
 
 
-@pytest.fixture
-def filled(monkeypatch: pytest.MonkeyPatch) -> MemoryStorage:
+def half_dead() -> MemoryStorage:
     """A version whose packs are half dead, and a delta of it."""
-    shrink(monkeypatch)
     storage = fresh()
-    store = open_on(storage)
-    store.save("m", weights(1))
-    store.save("m", changed())
-    store.save("d", weights(1), parent="m@2", codec="delta")
-    store.delete("m@1")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        store = open_on(storage)
+        store.save("m", weights(1))
+        store.save("m", changed())
+        store.save("d", weights(1), parent="m@2", codec="delta")
+        store.delete("m@1")
     return storage
+
+
+@pytest.fixture
+def filled() -> MemoryStorage:
+    return half_dead()
 
 
 def at_every_request(

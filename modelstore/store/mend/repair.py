@@ -59,9 +59,22 @@ def repair(
 
     A bare name stands for all versions of the model, `name@version` for all its variants. `source` is another copy of the
     store; without one, manifests, their copies, and packs whose chunks all lie in other packs too, can be mended. `progress`
-    hears of the bytes of packs checked.
+    hears of the bytes of packs checked. Done anew where problems are left and a version was compacted or deleted meanwhile.
     """
+    report, looked = _once(repo, ref, source, progress)
+    while report.problems and any(repo.catalog.changed(model, numbers) for model, numbers in looked.items()):
+        after, looked = _once(repo, ref, source, progress)
+        done = (*report.repaired, *after.repaired)
+        report = msgspec.structs.replace(after, repaired=done, notes=(*report.notes, *after.notes))
+    return report
+
+
+def _once(
+    repo: Repo, ref: Reference | None, source: Storage | None, progress: Advance | None
+) -> tuple[Report, dict[str, dict[int, int]]]:
+    """One repair, and the number of the record of each version that it looked at, by model."""
     work = _Repair(repo, source)
+    looked: dict[str, dict[int, int]] = {}
     copies = [*([source] if source is not None else []), *repo.mirrors]
     if records.mend_store(repo.storage, copies, repo.catalog.recorded, repo.catalog.known):
         work.repaired.append(rec.STORE_KEY)
@@ -73,6 +86,7 @@ def repair(
     work.repaired += mended.repaired
     for model in [ref.name] if ref else repo.catalog.models(closed=True):
         for record, variant, entry in live(repo.catalog, model, ref, work.problems):
+            looked.setdefault(model, {})[record.version] = record.number
             work.variant(record, variant, entry)
     for size in ordered(work.pack, work.packs, _THREADS, "modelstore-repair"):
         work.done(size, progress)
@@ -80,7 +94,8 @@ def repair(
     for size in ordered(lambda pack: work.mend(pack, inside[pack], elsewhere), work.bad, _THREADS, "modelstore-repair"):
         work.done(size, progress)
     left = [*mended.problems, *(p for p in work.problems if p.object not in {one.object for one in mended.problems})]
-    return Report(work.chunks, work.nbytes, work.tensors, told_once(left), tuple(work.repaired), tuple(mended.notes))
+    notes = tuple(mended.notes)
+    return Report(work.chunks, work.nbytes, work.tensors, told_once(left), tuple(work.repaired), notes), looked
 
 
 def live(
