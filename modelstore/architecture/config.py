@@ -67,7 +67,7 @@ def model_type(config: Config) -> str:
     return found if isinstance(found, str) else ""
 
 
-def kind_of(config: Config) -> str:
+def type_told(config: Config) -> str:
     """What a config says that the model is, for a message: "model type 'llama'"."""
     found = config.get("model_type")
     if isinstance(found, str) and found:

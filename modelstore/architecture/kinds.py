@@ -99,6 +99,13 @@ def kind_of(name: str, shape: Shape, vocabulary: int | None = None) -> Kind:
     return _kernel(owner, shape)
 
 
+def is_stack(name: str, shape: Shape, kind: Kind) -> bool:
+    """Whether a tensor of that kind is several matrices in one, such as those of experts."""
+    if len(shape) != 3 or kind not in ("linear", "unknown"):
+        return False
+    return "expert" in name or (shape[0] > 1 and shape[1] > 1)
+
+
 def is_stem(name: str) -> bool:
     """Whether a weight makes patches of an image into vectors, as an embedding does."""
     return _STEM.fullmatch(name.removesuffix(".weight")) is not None

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modelstore.architecture.config import Config, architectures, kind_of, model_type
+from modelstore.architecture.config import Config, architectures, model_type, type_told
 from modelstore.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def build(config: Config, tensors: int) -> Built:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
         raise NotInstalledError(
-            f"what a model of {kind_of(config)} is made of is known to transformers 5, which is not installed"
+            f"what a model of {type_told(config)} is made of is known to transformers 5, which is not installed"
         ) from None
     with _quiet(transformers):
         model = _model(transformers, config, tensors)
@@ -96,7 +96,7 @@ def _model(transformers: Any, config: Config, tensors: int) -> Any:
     kind = model_type(config)
     if kind not in transformers.CONFIG_MAPPING:
         unknown = f", which transformers {transformers.__version__} does not know" if kind else ""
-        raise UnsupportedError(f"config.json has {kind_of(config)}{unknown}")
+        raise UnsupportedError(f"config.json has {type_told(config)}{unknown}")
     _check_counts(config)
     known = transformers.models.auto.modeling_auto
     names = [*architectures(config)[:1], *(m.get(kind) for m in _mappings(known))]

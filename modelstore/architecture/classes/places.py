@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from modelstore.architecture.classes.model_class import Built, NotInstalledError, build
-from modelstore.architecture.config import Config, kind_of, model_type
+from modelstore.architecture.config import Config, model_type, type_told
 from modelstore.codecs.weight import part_name
 from modelstore.errors import UnsupportedError
 from modelstore.format.region import Shape
@@ -72,7 +72,7 @@ def modules_of(config: Config, tensors: int) -> Modules:
         if model_type(config) in _PLAIN:
             return _Plain()
         raise UnsupportedError(
-            f"which layers of a model of {kind_of(config)} engines take packed is known to transformers 5, which is "
+            f"which layers of a model of {type_told(config)} engines take packed is known to transformers 5, which is "
             f"not installed: install modelstore[hub], or {_DENSE}"
         ) from None
     except UnsupportedError as error:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
 
-from modelstore.architecture.config import Config, count, kind_of, language, model_type
+from modelstore.architecture.config import Config, count, language, model_type, type_told
 from modelstore.architecture.ranks.parallel_table import BESIDE, FAMILIES, KINDS, AxisCut, Cut, ParallelPlan
 from modelstore.errors import UnsupportedError
 from modelstore.format.objects.architecture import Architecture, Sliced, find
@@ -54,7 +54,7 @@ class Cuts:
             said = (
                 "the model has no config.json that can be read"
                 if config is None
-                else f"config.json has {kind_of(config)}"
+                else f"config.json has {type_told(config)}"
             )
             raise UnsupportedError(
                 f"no tensor-parallel layout is known: {said}, of which neither this package knows one nor transformers (where it "

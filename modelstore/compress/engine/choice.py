@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelstore.architecture.classes.places import Modules, Place
-from modelstore.architecture.kinds import kinds_in
+from modelstore.architecture.kinds import is_stack, kinds_in
 from modelstore.codecs.weight import EngineView
 from modelstore.compress.engine.schemes import EXACT, FLOAT8, Offer, has_zero_points, offered, scheme_key
 from modelstore.errors import UnsupportedError
 from modelstore.format.objects.manifest import Manifest, Tensor
-from modelstore.format.recipe import Kind
 
 log = logging.getLogger("modelstore")
 
@@ -125,7 +124,7 @@ def _sorted(
             continue
         if place is not None and kind in ("linear", "head", "router"):
             found.ignored.append(tensor.name.removesuffix(_WEIGHT))
-        elif _is_stack(tensor, kind):
+        elif is_stack(tensor.name, tensor.shape, kind):
             found.ignored.append(tensor.name.rpartition(".")[0])  # engines take its module for a linear one
         if view is not None and reason is not None:
             found.dense.append((tensor, reason))
@@ -141,13 +140,6 @@ def _early(tensor: Tensor, view: EngineView | None, place: Place | None) -> str 
     if view.format == EXACT and tensor.dtype != "bfloat16":
         return f"is {tensor.dtype}, and compressed-tensors unpacks {view.format} to bfloat16 where it runs"
     return place.early
-
-
-def _is_stack(tensor: Tensor, kind: Kind) -> bool:
-    """Whether it is several matrices in one, such as those of experts."""
-    if len(tensor.shape) != 3 or kind not in ("linear", "unknown"):
-        return False
-    return "expert" in tensor.name or (tensor.shape[0] > 1 and tensor.shape[1] > 1)
 
 
 def _grouped(packed: Mapping[str, EngineView], first: set[str]) -> list[tuple[EngineView, list[str]]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from modelstore.architecture.config import architectures, kind_of, model_type
+from modelstore.architecture.config import architectures, model_type, type_told
 from modelstore.architecture.quantized import method
 from modelstore.compress.built import built_of
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
@@ -60,7 +60,7 @@ def language_config(model: Variant) -> Any:
         )
     if not model_type(content):
         raise UnsupportedError(
-            f"model {model.name!r} has a config.json with {kind_of(content)}, so what it is is not known, and it cannot be run: "
+            f"model {model.name!r} has a config.json with {type_told(content)}: what it is is not known, so it cannot be run; "
             f"save it again with its own config.json",
             model=model.name,
         )

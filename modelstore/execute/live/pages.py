@@ -1,4 +1,4 @@
-"""Host memory that versions of a model share page by page: what differs between two is held twice, nothing else.
+"""Host memory that versions of a model share page by page, copy-on-write: only what differs between two is held twice.
 
 A version's tensors lie in a file in memory (memfd). The next version maps that file privately and writes what changed: the
 kernel copies the pages that are written, and both versions share the rest. Where the system has no such files (it is
