@@ -22,7 +22,6 @@ BODY = 50  # lines of a function, without its docstring
 LAYERS = {
     "text": -1,  # errors are shown by it
     "errors": 0,
-    "settings": 0,
     "paths": 0,
     "format": 1,
     "codecs": 2,
@@ -38,21 +37,17 @@ LAYERS = {
     "cluster": 9,
     "client": 10,
     "cli": 11,
-    "serve": 11,
     "integrations": 11,
     "testing": 12,  # which nothing else imports
 }
 # Siblings on one level know nothing of each other, with one exception: the edges may use one another.
-EDGES = frozenset({"cli", "serve", "integrations"})
+EDGES = frozenset({"cli", "integrations"})
 # The client hands out views that live at an edge (`store.zarr`): it looks for them when it is asked, not before.
 ON_DEMAND = frozenset({("client", "integrations")})
 FOREIGN = {  # packages that only these parts may import when they themselves are imported
     "ray": {"cluster"},
     "transformers": {"integrations"},
-    "huggingface_hub": {"integrations", "serve"},
-    "starlette": {"serve"},
-    "uvicorn": {"serve"},
-    "fastapi": {"serve"},
+    "huggingface_hub": {"integrations"},
     "vllm": {"integrations"},
     "xarray": {"integrations"},
     "obstore": {"storage"},
@@ -115,8 +110,10 @@ def where(path: Path) -> str:
 
 
 def test_every_part_has_its_place() -> None:
-    unknown = {part(path) for path in FILES} - {*LAYERS, ""}
+    parts = {part(path) for path in FILES} - {""}
+    unknown, gone = parts - {*LAYERS}, {*LAYERS} - parts
     assert not unknown, f"no layer is given for {unknown}: add them to LAYERS"
+    assert not gone, f"there is no {gone} any more: take them out of LAYERS"
 
 
 def test_imports_go_one_way() -> None:

@@ -106,6 +106,9 @@ class Cluster(Checked):
         Args:
             ref: The variant, as it was given to `pin`.
 
+        Raises:
+            UnsupportedError: The store was opened in a process of which this one was forked.
+
         Example:
             >>> store.cluster.unpin("acme/llama@prod")
         """
@@ -220,6 +223,10 @@ class Cluster(Checked):
         Returns:
             Each job: its name, what it makes, and how far it is.
 
+        Raises:
+            UnsupportedError: The store was opened in a process of which this one was forked.
+            StorageError: The cluster has no hosts any more.
+
         Example:
             >>> [job.job for job in store.cluster.jobs()]
         """
@@ -289,6 +296,9 @@ class Cluster(Checked):
 
         Returns:
             The status, as plain data; sizes are bytes.
+
+        Raises:
+            UnsupportedError: The store was opened in a process of which this one was forked.
 
         Example:
             >>> [host.node for host in store.cluster.status().hosts]

@@ -39,6 +39,9 @@ class Following(OpenedStore):
         Returns:
             An iterator; its `close()`, also from another thread, ends it.
 
+        Raises:
+            ValueError: The name, the tag or `poll` is not valid.
+
         Example:
             >>> for version in store.watch("acme/llama", tag="prod"):
             ...     live.swap_to(version.version)

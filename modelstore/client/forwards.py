@@ -42,6 +42,12 @@ def told_by(method: Callable[..., Any], called: str, more: str = "") -> Callable
             text = text.replace(
                 "Args:\n", "Args:\n            ref: Which one, as `name[@version-or-tag][:variant]`.\n", 1
             )
+        if called.startswith("store.cluster."):
+            text = text.replace(
+                "Raises:\n",
+                "Raises:\n            ValueError: The store has no cluster, or an argument is not valid.\n",
+                1,
+            )
         function.__doc__ = f"The same as `{called}`. {more}{text}"
         return function
 

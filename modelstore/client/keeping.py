@@ -33,6 +33,9 @@ class Keeping(OpenedStore):
         Returns:
             What was checked, and `problems`: what is wrong, each with its place. It never raises for what it finds.
 
+        Raises:
+            NotFoundError: There is no such model, version or variant.
+
         Example:
             >>> assert store.verify("acme/llama", deep=True).ok
         """

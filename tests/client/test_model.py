@@ -119,7 +119,7 @@ def test_without_a_cluster_there_is_none(store: ms.Store) -> None:
 
 
 @pytest.mark.parametrize("kind", [ms.Store, ms.Model, ms.Cluster])
-def test_every_method_tells_arguments_results_and_an_example(kind: type) -> None:
+def test_every_method_tells_arguments_results_errors_and_an_example(kind: type) -> None:
     for name, method in inspect.getmembers(kind, inspect.isfunction):
         if name.startswith("_") or (kind is ms.Model and name in ("record", "opened")):
             continue
@@ -128,7 +128,7 @@ def test_every_method_tells_arguments_results_and_an_example(kind: type) -> None
             [p for p in inspect.signature(method).parameters if p != "self"],
         )
         told = [section for section in SECTIONS if section in text]
-        assert "Example:" in told, name
+        assert {"Raises:", "Example:"} <= set(told), name
         assert bool(parameters) == ("Args:" in told), name
         assert ("Returns:" in told) == (inspect.signature(method).return_annotation != "None"), name
         for parameter in parameters:
