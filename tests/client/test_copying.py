@@ -149,6 +149,28 @@ def test_a_variant_of_other_values_is_a_conflict_or_left_out(full: Small) -> Non
     same(full, other, "org/m@2")
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_snapshot_that_was_written_to_since_is_not_taken_for_what_was_copied(full: Small, everything: bool) -> None:
+    """It has the same id, and another version under the same number: neither it nor its variants come to stand for the first."""
+    snapshot, other = full.copied(), Small.new()
+    full.store.save("org/m", linear(3))
+    snapshot.store.save("org/m", linear(4))
+    snapshot.store.compress("org/m@3", "int8")
+    full.store.copy("org/m@3", other.store)
+    for _ in range(2):
+        if everything:
+            assert snapshot.store.copy("org/m", other.store, all=True).left_out == ()
+        else:
+            snapshot.store.copy("org/m@3", other.store, variants=True)
+        same(full, other, "org/m@3")
+        assert [info.variant for info in other.store.variants("org/m@3")] == ["original"]
+        newest = other.store.versions("org/m")[-1].version
+        assert newest == 4  # a version of its own, and known again
+        for variant in ("original", "int8"):
+            there, here = other.store.load(f"org/m@4:{variant}"), snapshot.store.load(f"org/m@3:{variant}")
+            assert all(torch.equal(there[name], tensor) for name, tensor in here.items())
+
+
 def test_what_was_deleted_there_is_copied_anew_only_by_its_own_name(full: Small) -> None:
     other = Small.new()
     full.store.copy(None, other.store, all=True)

@@ -129,23 +129,24 @@ class Planner:
         for version in range(highest, 0, -1):
             if catalog.maker(wanted.name, version) == self.writer(record):
                 head = catalog.version(wanted.name, version)
+                if not self._is(head, record, wanted.name):
+                    continue  # of a snapshot of this store that was written to since
                 if not head.deleted:
                     return head
                 deleted = deleted or head
         return deleted if self._everything else None
 
     def _is(self, one: VersionRecord, record: VersionRecord, name: str) -> bool:
-        """Whether a version of the other store is this one: made by a copy of it, or of the same values and files."""
+        """Whether a version of the other store is this one: of the same values and files, or, where it cannot be read, made by
+        a copy of it."""
         mine, others = record.variants[ORIGINAL], one.variants[ORIGINAL]
         if mine.manifest == others.manifest:
-            return True
-        if self._target.catalog.maker(name, one.version) == self.writer(record):
             return True
         try:
             a = self._source.manifests.entry(record.model, mine)
             b = self._target.manifests.entry(name, others)
         except CorruptionError:
-            return False
+            return self._target.catalog.maker(name, one.version) == self.writer(record)
         files = [{(file.name, file.digest) for file in m.files} for m in (a, b)]
         return a.content == b.content and files[0] == files[1]
 
