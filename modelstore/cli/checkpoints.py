@@ -96,7 +96,7 @@ def _write(path: Path, value: Any, overwrite: bool) -> int:
 
 
 def _inert(value: Any) -> set[str]:
-    """The classes of objects in a structure that are no plain data."""
+    """The classes of objects in a structure that are not plain data."""
     from modelstore.format.structure import Inert
 
     found: set[str] = set()

@@ -102,7 +102,7 @@ class Keeping(OpenedStore):
 
         Raises:
             NotFoundError: There is no such version.
-            ValueError: The tag is no word, or a number.
+            ValueError: The tag is not one word, or is a number.
 
         Example:
             >>> store.tag("acme/llama@2", "prod")

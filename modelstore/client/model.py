@@ -219,7 +219,7 @@ class Model(Readable):
             What was made: variants, bytes before and now, quality.
 
         Raises:
-            ValueError: The recipe or the codes do not fit the model, or this is no original.
+            ValueError: The recipe or the codes do not fit the model, or this is not an original.
             FormatError: The codes have another layout.
             UnsupportedError: The values of a quantized checkpoint cannot be computed here; or `fit` is less than the smallest
                 size that is possible, which is said; or no mix holds the bound.
@@ -278,7 +278,7 @@ class Model(Readable):
             The plan: each tensor's codec, or why it is kept, with sizes in bytes.
 
         Raises:
-            ValueError: The recipe or the codes do not fit the model, or this is no original.
+            ValueError: The recipe or the codes do not fit the model, or this is not an original.
             FormatError: The codes have another layout.
 
         Example:
@@ -334,7 +334,7 @@ class Model(Readable):
             The plan. `recipe` is one that `compress` takes.
 
         Raises:
-            ValueError: The formats do not fit the model, this is no original, or there is neither a text nor a measurement.
+            ValueError: The formats do not fit the model, this is not an original, or there is neither a text nor a measurement.
             UnsupportedError: `fit` is less than the smallest size that is possible, or the model cannot be run.
 
         Example:

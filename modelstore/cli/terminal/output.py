@@ -78,7 +78,7 @@ def shown_lines(lines: Iterable[str]) -> Iterator[str]:
 
 
 def remark(text: str, *, quiet: bool = False) -> None:
-    """Say something that is no result, unless asked to be quiet."""
+    """Say something that is not a result, unless asked to be quiet."""
     if not quiet:
         print(shown(wording.as_typed(text)), file=sys.stderr, flush=True)
 
