@@ -5,6 +5,8 @@ from __future__ import annotations
 from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, StorageError
 from modelstore.storage.remote.causes import cause_of, chain
 
+_WRITES = ("create", "write")
+
 
 class TransientStorageError(StorageError):
     """A failure that another attempt may mend: throttling, 5xx, a time-out, a dropped connection, a short body.
@@ -33,7 +35,8 @@ def failure(error: BaseException, key: str, doing: str, url: str) -> ModelStoreE
     cause = cause_of(error)
     if isinstance(error, FileNotFoundError) and not cause.no_bucket:
         return NotFoundError(f"no object {key!r} in {url}", object=key)
-    message = f"cannot {doing} {key!r} in {url}: {cause}"
+    nothing = doing in _WRITES and (cause.refused or cause.no_bucket)  # can be written there, whatever the object
+    message = f"cannot write into {url}: {cause}" if nothing else f"cannot {doing} {key!r} in {url}: {cause}"
     if cause.passes:
         passing = TransientStorageError(message, object=key)
         passing.unreachable = cause.unreachable

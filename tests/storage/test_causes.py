@@ -133,6 +133,19 @@ def test_what_stays_is_asked_once(server: Answers, answer: tuple[int, bytes], sa
     assert len(server.seen) == 1
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("verb", ["create", "put"])
+@pytest.mark.parametrize("code", ["AccessDenied", "InvalidAccessKeyId", "NoSuchBucket"])
+def test_a_store_that_may_not_be_written_is_told_and_no_object(
+    server: Answers, engine: str, verb: str, code: str
+) -> None:
+    server.always = (404 if code == "NoSuchBucket" else 403, xml(code))
+    said = sentence(opened(server.endpoint, engine), VERBS[verb])
+    assert said.startswith("cannot write into s3://bucket/store: ")
+    assert "a/k" not in said
+    assert ": check" in said or ": create it" in said
+
+
 def test_what_is_forbidden_stays_with_s3fs_too(server: Answers) -> None:
     server.always = (403, xml("AccessDenied"))
     assert "check what these credentials may do" in sentence(opened(server.endpoint, "s3fs"))

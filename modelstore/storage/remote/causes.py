@@ -75,13 +75,17 @@ _CREDENTIALS = "check the credentials (keys in the environment, profile, or stor
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why a request failed. `passes`: by itself; None where nothing tells. `unreachable`: nobody answered."""
+    """Why a request failed. `passes`: by itself; None where nothing tells. `unreachable`: nobody answered.
+
+    `refused`: these credentials are not valid, or may not do it.
+    """
 
     what: str
     advice: str = ""
     passes: bool | None = None
     unreachable: bool = False
     no_bucket: bool = False
+    refused: bool = False
 
     def __str__(self) -> str:
         return f"{self.what}: {self.advice}" if self.advice else self.what
@@ -214,7 +218,7 @@ def _answered(said: _Said) -> Cause | None:
         advice = "use a server that has this request"
     else:
         advice = ""
-    return Cause(said.text, advice, passes)
+    return Cause(said.text, advice, passes, refused=not passes and (status in (401, 403) or code in _BAD_CREDENTIALS))
 
 
 def _broke_off(error: BaseException, said: _Said) -> Cause | None:

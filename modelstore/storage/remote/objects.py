@@ -211,7 +211,7 @@ class ObjectStorage(Storage):
             yield
         except ModelStoreError as error:
             if error.object is None:  # of the credentials
-                raise type(error)(f"cannot {doing} {key!r} in {self.url}: {error}", object=key) from error
+                raise type(error)(f"cannot open {self.url}: {error}", object=key) from error
             raise
         except Exception as error:
             raise failure(error, key, doing, self.url) from error
