@@ -76,7 +76,7 @@ def gc(
         bool,
         typer.Option(
             "--compact",
-            help="Rewrite packs that are mostly dead: with --delete; without it, what would be done is said.",
+            help="With --delete, rewrite packs that are mostly dead. Without it, only say what would be done.",
         ),
     ] = False,
     live_share: Annotated[
@@ -86,7 +86,7 @@ def gc(
             metavar="SHARE",
             parser=share_of,
             show_default=False,
-            help="With --compact: rewrite packs of which less than this is live: 80% unless said otherwise.",
+            help="With --compact: rewrite packs of which less than this share is live. 80% by default.",
         ),
     ] = None,
     grace: Grace = 86_400,

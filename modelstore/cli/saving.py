@@ -89,8 +89,8 @@ def save(
             metavar="REF",
             autocompletion=complete.references,
             show_default=False,
-            help="A version whose chunks are not stored again, as the newest of NAME's never are; "
-            "and what --codec delta stores the difference to.",
+            help="Reuse the chunks of this version too, besides those of NAME's newest. "
+            "With --codec delta, store the difference to it.",
         ),
     ] = None,
     codec: Annotated[

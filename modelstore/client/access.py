@@ -207,7 +207,7 @@ class Access:
     # ------------------------------------------------------------------ what a save is stored against
 
     def against(self, ref: Reference) -> Against:
-        """A version whose chunks are not stored again."""
+        """A version to reuse chunks from."""
 
         def opened(record: VersionRecord) -> Against:
             entry = self.repo.catalog.variant(record, ref.variant)

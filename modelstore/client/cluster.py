@@ -254,7 +254,7 @@ class Cluster(Checked):
             raise NotFoundError(f"no job {job!r} runs on the cluster: list them with 'modelstore jobs'")
 
     def drain(self, node: str, *, wait: Duration = 0.0) -> list[str]:
-        """Prepare for a node to leave: its hosts become home to nothing, and others are sent what they hold.
+        """Prepare for a node to leave: its hosts get no new chunks, and send what they hold to other hosts.
 
         Args:
             node: The node's id or the beginning of it, its address, or its host's name.

@@ -67,17 +67,16 @@ class Saving(OpenedStore):
             grid: "whole", with "raw", keeps each tensor in one piece, to be mapped, or read from the packs by any safetensors
                 loader.
             tag: A tag that will name the new version.
-            parent: A version whose chunks are not stored again; the model's newest always counts.
+            parent: Another version to reuse chunks from, besides the model's newest. "delta" stores the difference to it.
             files: Files beside the source's own: path → local path or bytes.
             include: "all" keeps what a checkpoint holds beside weights too, optimizer states and plain values, as the variant
                 "checkpoint", which `checkpoint` gives back. "model" leaves it out, and `left_out` of the answer names it.
-            key: Which dict of a checkpoint is the model's, such as "ema.state_dict" (`docs/sources.md` says which one is by
-                itself).
+            key: The dict of a checkpoint to save, such as "ema.state_dict". `docs/sources.md` says which one is taken by default.
             gguf: Of a GGUF file, "dequantize" (default) saves the numbers that its blocks stand for, "blocks" the blocks.
-            ack: "memory", in a cluster of two nodes or more, returns when hosts on two nodes have all of it, which then store
-                it; it is visible, and has its version, when it is in the storage, which `flush` waits for. Where two cannot
-                have it, as while a host is being replaced, it returns when it is durable, and a warning says so.
-            message: What is said of the version; `log` shows it.
+            ack: "memory" returns when hosts on two nodes of a cluster hold all of it. They store it afterwards, and only then is
+                it visible and has a version; `flush` waits for that. Where no two nodes can hold it, for example while a
+                host is being replaced, the call returns when it is stored, with a warning.
+            message: A description of the version; `log` shows it.
             meta: Plain values that are kept with it, by name.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
@@ -165,7 +164,7 @@ class Saving(OpenedStore):
             rank: The number of this process, from 0.
             ranks: How many processes save.
             codec: "lossless", "packed" or "raw", as for `save`.
-            parent: A version whose chunks are not stored again.
+            parent: A version to reuse chunks from.
             files: Files beside the source's own: path → local path or bytes.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 

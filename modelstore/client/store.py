@@ -84,7 +84,7 @@ class Store(Saving, Looking, Keeping, Copying, Checkpoints, Following, OfModels,
         """One variant of one version of a model; it stays at that version.
 
         Args:
-            ref: `name[@version-or-tag][:variant]`; the newest version's original where nothing else is said.
+            ref: `name[@version-or-tag][:variant]`; by default the original of the newest version.
 
         Returns:
             The model, which can be loaded, streamed, exported, compressed, …

@@ -79,7 +79,7 @@ def stop(
             metavar="TIME",
             parser=duration_of,
             show_default=False,
-            help="For saves that are not in the storage yet, such as 60s or 5m (a minute unless said otherwise).",
+            help="How long to wait for saves that are not in the storage yet, such as 60s or 5m. One minute by default.",
         ),
     ] = 60.0,
     force: Annotated[bool, typer.Option("--force", help="Stop all the same, and lose them.")] = False,
@@ -118,14 +118,14 @@ def drain(
             metavar="TIME",
             parser=duration_of,
             show_default=False,
-            help="Until all is handed on, such as 90s or 10m (ten minutes unless said otherwise); 0 returns at once.",
+            help="How long to wait until all is handed on, such as 90s or 10m. Ten minutes by default; 0 returns at once.",
         ),
     ] = 600.0,
     address: Address = "auto",
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Prepare for a node to leave: others are sent what its host holds. Waits until they have it.
+    """Prepare for a node to leave: send what its host holds to other hosts. Waits until they have it.
 
     It serves what it holds until it goes. 'cluster status' shows what is left; 'cluster undrain' takes it back.
     """

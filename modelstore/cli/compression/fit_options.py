@@ -13,7 +13,8 @@ Fit = Annotated[
         "--fit",
         metavar="SIZE",
         show_default=False,
-        help="Instead of a recipe: the most bytes, such as 120MiB: as stored, or with --context in memory. A mix of formats.",
+        help="Instead of a recipe: find the best mix of formats within this size, such as 120MiB; with --context, "
+        "within this memory.",
     ),
 ]
 Method = Annotated[
@@ -22,7 +23,7 @@ Method = Annotated[
         "--method",
         metavar="NAME",
         show_default=False,
-        help="With --fit or a bound: how values are found: gptq or imatrix, for int. Rounded if not given.",
+        help="With --fit or a bound: find the values of int formats by gptq or imatrix. By default they are rounded.",
     ),
 ]
 Formats = Annotated[
@@ -31,7 +32,8 @@ Formats = Annotated[
         "--format",
         metavar="PRESET",
         show_default=False,
-        help="With --fit or a bound: a format that layers may get, such as int4. Several times. Int of 2 to 8 bits else.",
+        help="With --fit or a bound: a format that layers may get, such as int4. May be given several times. By "
+        "default int of 2 to 8 bits.",
     ),
 ]
 MaxKl = Annotated[
@@ -41,7 +43,8 @@ MaxKl = Annotated[
         metavar="NATS",
         min=0,
         show_default=False,
-        help="Instead of a recipe: the most it may diverge from the original, a token, on --text. The smallest such mix.",
+        help="Instead of a recipe: find the smallest mix of formats that diverges from the original by at most "
+        "this per token of --text.",
     ),
 ]
 MaxIncrease = Annotated[
@@ -51,7 +54,8 @@ MaxIncrease = Annotated[
         metavar="SHARE",
         min=0,
         show_default=False,
-        help="Instead of a recipe: the share by which its perplexity on --text may grow, such as 0.02. The smallest such mix.",
+        help="Instead of a recipe: find the smallest mix of formats that raises perplexity on --text by at most "
+        "this share, such as 0.02.",
     ),
 ]
 Judged = Annotated[

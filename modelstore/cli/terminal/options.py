@@ -85,8 +85,7 @@ Mirrors = Annotated[
         "--mirror",
         metavar="URL",
         show_default=False,
-        help="A copy of the store, asked for what is lost or damaged in this one, which is mended by it. "
-        "May be given several times.",
+        help="A copy of the store. What is lost or damaged here is read from the copy, and repaired. May be given several times.",
     ),
 ]
 Grace = Annotated[
@@ -96,8 +95,7 @@ Grace = Annotated[
         metavar="TIME",
         parser=duration_of,
         show_default=False,
-        help="Spare what is younger than this (such as 90s, 12h, 7d; a day unless said otherwise): a running save may still "
-        "be about to refer to it.",
+        help="Keep objects younger than this, which a running save may still need, such as 90s, 12h or 7d. One day by default.",
     ),
 ]
 ModelName = Annotated[
@@ -111,7 +109,7 @@ Reference = Annotated[
     typer.Argument(
         metavar="REF",
         autocompletion=complete.references,
-        help="NAME[@VERSION-OR-TAG][:VARIANT]; the newest version's original where nothing else is said.",
+        help="NAME[@VERSION-OR-TAG][:VARIANT]. By default the original of the newest version.",
         show_default=False,
     ),
 ]
