@@ -143,7 +143,7 @@ def test_keys_that_no_header_can_carry(server: Answers, monkeypatch: pytest.Monk
     assert "hu" not in str(caught.value)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKID")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hu\nsh")
-    with pytest.raises(StorageError, match=r"cannot read 'k' in s3://bucket/x: .*not valid.*secret_access_key"):
+    with pytest.raises(StorageError, match=r"cannot open s3://bucket/x: .*not valid.*secret_access_key"):
         open_storage("s3://bucket/x", {"endpoint_url": server.endpoint}).get("k")
     assert not server.seen
 
