@@ -186,6 +186,19 @@ def test_a_function_is_one_thought() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_function_is_written_twice() -> None:
+    """The same body of four lines or more in two files is a helper that has no place yet."""
+    found: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = "\n".join(map(ast.unparse, node.body[1:] if ast.get_docstring(node) else node.body))
+                if body.count("\n") >= 3:
+                    found.setdefault(body, []).append(f"{where(path)}:{node.lineno}: {node.name}")
+    wrong = [", ".join(places) for places in found.values() if len(places) > 1]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_all_names_what_is_public() -> None:
     listed = list(modelstore.__all__)
     assert listed == sorted(listed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from modelstore.paths import from_home
 from modelstore.sources import safetensors
 from modelstore.sources.base import Source
 from modelstore.sources.local.folder import check_fetched
-from modelstore.sources.local.reading import open_regular, require_file
+from modelstore.sources.local.reading import beginning, require_file
 
 INCLUDES = ("model", "all")
 GGUFS = ("dequantize", "blocks")
@@ -74,7 +73,7 @@ def open_chosen(what: Any, choice: Selection) -> Source | None:
 
 
 def _open_file(path: Path, choice: Selection) -> Source | None:
-    head = _head(path)
+    head = beginning(path)
     if not head:
         raise FormatError(f"{path} is empty: it was cut short, so copy or save it again", object=str(path))
     if head[:4] == b"GGUF":
@@ -109,11 +108,3 @@ def _only(choice: Selection, what: str, *, gguf: bool = True, pickled: bool = Tr
         raise ValueError(f"{name} is for checkpoints of torch.save and mappings, and {what} is none: leave it out")
     if not gguf and choice.gguf is not None:
         raise ValueError(f"gguf={choice.gguf!r} is for GGUF files, and {what} is none: leave it out")
-
-
-def _head(path: Path) -> bytes:
-    descriptor = open_regular(path)
-    try:
-        return os.read(descriptor, 4096)
-    finally:
-        os.close(descriptor)

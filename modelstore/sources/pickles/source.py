@@ -6,7 +6,6 @@ bytes straight from where they lie.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +25,7 @@ from modelstore.sources.checkpoints.checkpoint import BESIDE, TensorTest, choose
 from modelstore.sources.checkpoints.structure import TensorView, beside_state
 from modelstore.sources.local.filed import CheckpointIndex, FiledBox, FiledSource, check_expansion, fingerprint
 from modelstore.sources.local.folder import Folder, leave_duplicates, read_index, scan
-from modelstore.sources.local.reading import ArrayPlace, Files, boxed, open_regular, require_file
+from modelstore.sources.local.reading import ArrayPlace, Files, beginning, boxed, require_file
 from modelstore.sources.local.states import states_of
 from modelstore.sources.pickles.archive import Archive
 from modelstore.sources.pickles.legacy import LegacyArchive, is_legacy
@@ -106,16 +105,8 @@ def recognised(head: bytes) -> bool:
     return is_legacy(head) or (head[:4] == _ZIP and b"data.pkl" in head)
 
 
-def _head(path: Path) -> bytes:
-    descriptor = open_regular(path)
-    try:
-        return os.read(descriptor, 4096)
-    finally:
-        os.close(descriptor)
-
-
 def _archive(opened: Files, path: Path) -> Archive | LegacyArchive:
-    return Archive(opened, path) if _head(path)[:4] == _ZIP else LegacyArchive(opened, path)
+    return Archive(opened, path) if beginning(path)[:4] == _ZIP else LegacyArchive(opened, path)
 
 
 def _choose(folder: Folder) -> tuple[set[str], Mapping[str, str]]:
