@@ -241,16 +241,16 @@ class LocalStorage(Storage):
         """Whether it is a folder with more than empty folders and temporary files: object stores have no empty folders."""
         if kind != "folder":
             return False
-        with suppress(FileNotFoundError, NotADirectoryError, paths.LinkError):
-            try:
-                every = paths.entries(self.root, folder)
-            except PermissionError:  # who reads below it is told that this cannot be read: it is not taken for missing
-                return True
-            found = [entry for entry in every if not entry.name.startswith(TEMPORARY)]
-            return any(e.kind != "folder" or _RECORD.fullmatch(e.name + "/") for e in found) or any(
-                self._holds_object(f"{folder}/{e.name}", e.kind) for e in found
-            )
-        return False
+        try:
+            every = paths.entries(self.root, folder)
+        except (FileNotFoundError, NotADirectoryError, paths.LinkError):
+            return False
+        except OSError:  # who reads below it is told that this cannot be read: it is not taken for missing
+            return True
+        found = [entry for entry in every if not entry.name.startswith(TEMPORARY)]
+        return any(e.kind != "folder" or _RECORD.fullmatch(e.name + "/") for e in found) or any(
+            self._holds_object(f"{folder}/{e.name}", e.kind) for e in found
+        )
 
     @contextmanager
     def _temporary(self, key: str) -> Iterator[tuple[int, str, str, int]]:

@@ -264,8 +264,9 @@ def test_a_folder_that_may_not_be_written_says_so_before_work() -> None:
             storage.check_writable("keep it")
 
 
-def test_a_folder_that_may_not_be_read_is_not_taken_for_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE])
+def test_a_folder_that_cannot_be_read_is_not_taken_for_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     storage = LocalStorage(tmp_path)
     storage.create("models/a/x", b"x")
@@ -274,12 +275,12 @@ def test_a_folder_that_may_not_be_read_is_not_taken_for_missing(
 
     def refuse(path: object, *args: object, **kwargs: object) -> int:
         if path == "a":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            raise OSError(code, os.strerror(code), path)
         return real(path, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", refuse)
     assert storage.folders("models/") == ("a", "b")
-    with pytest.raises(StorageError, match="permission denied"):
+    with pytest.raises(StorageError, match=os.strerror(code).lower()):
         list(storage.list("models/a/"))
 
 
