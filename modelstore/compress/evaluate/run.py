@@ -90,7 +90,10 @@ def evaluate(
         )
     vocabulary = int(config.get_text_config().vocab_size)
     if max(ids) >= vocabulary:
-        raise ValueError(f"the tokenizer of model {original.name!r} knows more tokens than the model's {vocabulary}")
+        raise ValueError(
+            f"the tokenizer of model {original.name!r} knows more tokens than the model's {vocabulary}: save the model with its "
+            f"own, files={{'tokenizer.json': …}}"
+        )
     windows = ev.windows(len(ids), choice.context, choice.stride)
     blank = Measured(
         name,
