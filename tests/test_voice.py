@@ -11,11 +11,12 @@ from tests.test_house import FILES, parse, where
 
 ERRORS = {name for name in vars(modelstore.errors) if name.endswith("Error")} | {"ValueError", "TypeError", "usage"}
 NAMES = {"Ray", "Zarr", "Hugging", "PyTorch", "Python"}  # begin a sentence as they begin elsewhere
-# "X is no Y" for "X is not a Y", "is to be" for "must be", "has not" for "does not have": English of another time.
+# "X is no Y" for "X is not a Y", "is to be" for "must be", "has not" for "does not have", "mend" for "repair" and "anew"
+# for "again": English of another time.
 OLD = re.compile(
     r"(?<!there )\b(?:is|are) no (?!longer|more|other|export's)[a-zA-Z]"
     r"|\b(?:is|are) to be (?:a|an|the|\{|positive)"
-    r"|\b(?:has|have) not(?: the| all| got|:)"
+    r"|\b(?:has|have) not(?: the| all| got|:)|\bmend\b|\banew\b"
 )
 NOT_OURS = {"modelstore/integrations/zarr.py"}  # says to Zarr what Zarr's own stores say
 

@@ -56,7 +56,7 @@ def repair(
             "--from",
             metavar="URL",
             show_default=False,
-            help="A store that holds the same models; without it, only what this store holds twice can be mended.",
+            help="A store that holds the same models; without it, only what this store holds twice can be repaired.",
         ),
     ] = None,
     store: StoreUrl = None,
@@ -80,7 +80,8 @@ def _end(found: Report, json: bool, quiet: bool) -> None:
     _result(found, json)
     if any(_ADVICE.search(problem.message) for problem in found.problems):
         output.remark(
-            "modelstore: 'modelstore repair --from URL' mends this from another copy of the store", quiet=quiet or json
+            "modelstore: 'modelstore repair --from URL' repairs this from another copy of the store",
+            quiet=quiet or json,
         )
     if not found.ok:
         raise typer.Exit(FAILED if found.damaged else UNREAD)

@@ -71,7 +71,7 @@ class Access:
         self._cluster = cluster
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """An address and options: a pickle opens the store anew, with the credentials of the process it comes to."""
+        """An address and options: a pickle opens the store again, with the credentials of the process it comes to."""
         source = self.source
         if source is not None:
             source = type(source)(source.url, without_secrets(source.options)[0], source.engine)

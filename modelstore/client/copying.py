@@ -43,7 +43,7 @@ class Copying(OpenedStore):
         is read, and not sent where it is right, so that an interrupted copy goes on when it is called again. (With `all`, packs
         of versions that are there already are looked at by their sizes alone; `verify` reads them.) A version keeps its number,
         where that was never used there; else it takes the next, and is known again by later copies. Where it is there already,
-        variants that were stored anew since, or have other metrics, are replaced. With `all`, what was deleted there, or is
+        variants that were stored again since, or have other metrics, are replaced. With `all`, what was deleted there, or is
         damaged here, is left out and said.
 
         Args:
@@ -90,7 +90,7 @@ class Copying(OpenedStore):
         Versions keep their numbers where the new name was never used, else they follow its last. Each is there under one name
         or both at every instant, and readers that have opened one go on; a call that was interrupted is finished by the same
         call. What is stored against the model stays readable. A save of the old name that ends meanwhile comes along, or makes
-        the old name anew; a compression that runs meanwhile ends with `ConflictError`.
+        the old name again; a compression that runs meanwhile ends with `ConflictError`.
 
         Args:
             old: The model's name.

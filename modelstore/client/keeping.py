@@ -1,4 +1,4 @@
-"""Keeping a store: verifying and mending it, tags, deleting, garbage collection."""
+"""Keeping a store: verifying and repairing it, tags, deleting, garbage collection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Keeping(OpenedStore):
     """The part of a store that keeps it whole and tidy."""
 
     def verify(self, ref: str | None = None, *, deep: bool = False, progress: Progress | None = None) -> results.Report:
-        """Check every stored byte of a variant, or of everything live: each chunk against its digest. Nothing is mended.
+        """Check every stored byte of a variant, or of everything live: each chunk against its digest. Nothing is repaired.
 
         Args:
             ref: The variant; without it, everything live.
@@ -59,18 +59,18 @@ class Keeping(OpenedStore):
         source: str | os.PathLike[str] | OpenedStore | None = None,
         progress: Progress | None = None,
     ) -> results.Report:
-        """Mend what `verify` finds: lost manifests from their copies, damaged packs from another copy of the store.
+        """Repair what `verify` finds: lost manifests from their copies, damaged packs from another copy of the store.
 
         Damaged records are taken from `source` or a mirror, else become what an earlier record says of which everything is
         there: `notes` say what that is now.
 
         Args:
-            ref: What to mend: a model, a version or a variant; without it, everything live.
+            ref: What to repair: a model, a version or a variant; without it, everything live.
             source: Another copy of the store: its URL, or the opened store.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was checked and mended, and `problems` that are left, with what to do.
+            What was checked and repaired, and `problems` that are left, with what to do.
 
         Raises:
             StorageError: The storage cannot be written.

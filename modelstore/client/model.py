@@ -179,7 +179,7 @@ class Model(Readable):
         """Make a compressed variant of this version; the original stays as it is, exact.
 
         Everything is read and written chunk by chunk within the memory budget. What was interrupted goes on where it stopped
-        when it is called again. "ladder" stores the original itself anew, with int8 and int4 as parts of the same bytes,
+        when it is called again. "ladder" stores the original itself again, with int8 and int4 as parts of the same bytes,
         after proving that every bit comes back.
 
         Args:

@@ -82,7 +82,7 @@ class Readable(Checked):
     def _check_same(self, found: VersionRecord) -> None:
         """`OtherStoreError` where a version of this number is of another store, `ConflictError` where it has other values.
 
-        The manifest tells: where it is the one that it was, so is all that it names. Else the version was stored anew, with the
+        The manifest tells: where it is the one that it was, so is all that it names. Else the version was stored again, with the
         same values, or the store is another, or an older copy that went on by itself.
         """
         repo, before, now = self._access.repo, self._original, found.variants[ORIGINAL]
@@ -92,7 +92,7 @@ class Readable(Checked):
                 if repo.manifests.entry(self.name, before).content != repo.manifests.entry(self.name, now).content:
                     raise ConflictError(
                         f"{self.name}@{found.version} has other values than when it was opened, as where another copy of the "
-                        f"store took the place of this one: open it anew",
+                        f"store took the place of this one: open it again",
                         model=self.name,
                     )
         self._original = now

@@ -114,7 +114,7 @@ class Saving(OpenedStore):
             work = self._access.work(progress).begin(total, f"saving {name}")
 
             def store_to(repo: Repo, *, resumable: bool = True) -> Outcome:
-                # At another try it is looked at anew: the parent may have been compacted meanwhile.
+                # At another try it is looked at again: the parent may have been compacted meanwhile.
                 against = known.pop() if known else self._access.against(named) if named is not None else None
                 return store(
                     repo,

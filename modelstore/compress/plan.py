@@ -161,7 +161,9 @@ def check_requantize(chosen: Recipe, codes: object | None) -> None:
     if codes is not None:
         raise ValueError("codes= are of the original's own weights, and requantize=True makes others: give one of them")
     if any(rule.codec and weight_codec(rule.codec).views for rule in chosen.rules):
-        raise ValueError("a ladder stores the original itself anew, which is quantized: requantize=True makes variants")
+        raise ValueError(
+            "a ladder stores the original itself again, which is quantized: requantize=True makes variants"
+        )
 
 
 def give_codes(

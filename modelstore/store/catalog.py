@@ -176,7 +176,7 @@ class Catalog(Lookup):
                 if there and there.manifest not in (entry.manifest, (instead_of or {}).get(variant)):
                     if variant == ORIGINAL:
                         raise ConflictError(
-                            f"the original of {model}@{version} was stored anew meanwhile: run this again", model=model
+                            f"the original of {model}@{version} was stored again meanwhile: run this again", model=model
                         )
                     raise ConflictError(
                         f"version {version} of model {model!r} has a variant {variant!r} already: "

@@ -251,7 +251,7 @@ def test_a_variant_made_anew_meanwhile_gets_no_metrics_of_the_old(
         return language_model(model, *args, **rest)
 
     monkeypatch.setattr("modelstore.compress.evaluate.run.language_model", slow)
-    with pytest.raises(ConflictError, match="made anew"):
+    with pytest.raises(ConflictError, match="made again"):
         store.eval("m:half", text=TEXT, context=CONTEXT, baseline=False)
     assert not evaluations(store.describe("m:half").metrics)
 

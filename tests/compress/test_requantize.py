@@ -131,7 +131,7 @@ def test_what_does_not_become_smaller_is_refused(store: ms.Store) -> None:
         store.plan_compression("m", "half", include=["a.weight"], requantize=True)
     with pytest.raises(ValueError, match=r"would be kept as floats \(the recipe keeps it\)"):
         store.plan_compression("m", "int4", skip=["a.weight"], requantize=True)
-    with pytest.raises(ValueError, match="a ladder stores the original itself anew"):
+    with pytest.raises(ValueError, match="a ladder stores the original itself again"):
         store.compress("m", "ladder", requantize=True)
 
 

@@ -60,7 +60,7 @@ def test_the_same_again_replaces_it_and_few_are_kept(store: ms.Store) -> None:
 
 
 def test_of_other_values_nothing_is_kept(store: ms.Store) -> None:
-    with pytest.raises(ConflictError, match="made anew"):
+    with pytest.raises(ConflictError, match="made again"):
         keep(store.repo, "m", 1, "other", made())
 
 

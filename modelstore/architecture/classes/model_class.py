@@ -144,7 +144,7 @@ def _check_counts(config: Any) -> None:
         most = _MOST if _COUNTS.fullmatch(str(key)) else _LARGEST
         if whole and value > most:
             raise UnsupportedError(
-                f"config.json says {str(key)[:80]} = {str(value)[:80]}, more than {most} (mend config.json)"
+                f"config.json says {str(key)[:80]} = {str(value)[:80]}, more than {most} (correct config.json)"
             )
 
 

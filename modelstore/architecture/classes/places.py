@@ -143,7 +143,7 @@ class _Built:
         if tuple(self._known[there].shape) != shape:
             raise UnsupportedError(
                 f"tensor {name!r} is {list(shape)} where config.json describes a model with {list(self._known[there].shape)}: "
-                f"mend config.json, or {_DENSE}",
+                f"correct config.json, or {_DENSE}",
                 tensor=name,
             )
         if any(self._rename(part_name(name, part), self._known)[0] != f"{owner}.{part}" for part in _PARTS):

@@ -40,7 +40,7 @@ def demo(
 ) -> None:
     """Show it all on a real model, in a minute or two.
 
-    Saves it, reads it back bit for bit, saves a second version, reads slices, exports it, damages a copy and mends
+    Saves it, reads it back bit for bit, saves a second version, reads slices, exports it, damages a copy and repairs
     that. Nothing is left behind, unless --store or --keep is given.
     """
     from modelstore.cli.demo.model import find_model

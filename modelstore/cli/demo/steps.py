@@ -158,10 +158,10 @@ class Demo:
         _say(f"  transformers loads it: {parameters} parameters, equal to those it loads from the source")
 
     def mend(self) -> None:
-        """A byte flipped in a second store is found, never handed out, and mended from the first."""
+        """A byte flipped in a second store is found, never handed out, and repaired from the first."""
         url = self.work / "damaged"
         self._step(
-            "Damage a second store, and mend it from the first",
+            "Damage a second store, and repair it from the first",
             f'second = ms.open(WORK + "/damaged"); second.save("{self.name}", MODEL)',
             "# one bit of one stored byte is flipped",
             f'second.verify("{self.name}"); second.repair("{self.name}", source=MODELSTORE_URL)',
@@ -186,7 +186,7 @@ class Demo:
         if not second.verify(self.name).ok:
             raise CorruptionError("the store is damaged still, after its repair", object=pack)
         self._compare(second.load(self.name), self.source)
-        _say("  repair: mended from the first store; verify finds nothing, and all tensors are exact again")
+        _say("  repair: replaced from the first store; verify finds nothing, and all tensors are exact again")
 
     def _step(self, title: str, *python: str, shell: str | None = None) -> None:
         self.number += 1

@@ -72,7 +72,7 @@ def result(value: Any, lines: Iterable[str], *, as_json: bool) -> None:
 
 
 def shown_lines(lines: Iterable[str]) -> Iterator[str]:
-    """Lines as `result` prints them, for what is drawn anew."""
+    """Lines as `result` prints them, for what is drawn again."""
     width = _width()
     return (folded(shown(line), width) for line in lines)
 

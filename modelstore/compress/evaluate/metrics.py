@@ -84,7 +84,7 @@ def change(repo: Repo, ref: Reference, content: str, fresh: Callable[[Mapping[st
         manifest = repo.manifests.entry(ref.name, entry)
         if manifest.content != content:
             raise ConflictError(
-                f"{ref.name}@{version}:{ref.variant} was made anew while it was measured: measure it again",
+                f"{ref.name}@{version}:{ref.variant} was made again while it was measured: measure it again",
                 model=ref.name,
             )
         metrics = fresh(manifest.metrics)

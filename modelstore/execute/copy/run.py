@@ -167,7 +167,7 @@ class _Copying:
             return
         raise CorruptionError(
             f"pack {key} cannot be copied, because its bytes are not those that its name stands for "
-            f"({'; '.join(reasons)}): mend it with 'modelstore repair --from URL', then copy again",
+            f"({'; '.join(reasons)}): repair it with 'modelstore repair --from URL', then copy again",
             object=key,
         )
 

@@ -89,7 +89,7 @@ def parse_header(read: Callable[[int, int], bytes], file_size: int) -> Header:
     version = cursor.number("<u4")
     if version not in (2, 3):
         what = "is big-endian" if version & 0xFFFF == 0 else f"has version {version}, where 2 and 3 are read"
-        raise UnsupportedError(f"the GGUF file {what}: convert it anew")
+        raise UnsupportedError(f"the GGUF file {what}: convert it again")
     count, entries = cursor.number("<u8"), cursor.number("<u8")
     cursor.check(24 * count + 13 * entries)
     metadata: dict[str, MetadataValue] = {}

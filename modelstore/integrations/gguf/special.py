@@ -84,7 +84,7 @@ def _encoded(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise FormatError("the chat template is not text in Unicode: mend it, and save the model again") from None
+        raise FormatError("the chat template is not text in Unicode: correct it, and save the model again") from None
 
 
 def _number(kind: str, said: Entries, config: Config, tokens: Tokens) -> int | None:

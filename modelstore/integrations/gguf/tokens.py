@@ -40,7 +40,7 @@ def tokens_of(tokenizer: Entries, vocabulary: int) -> Tokens:
     texts = [by_number.get(number, f"[PAD{number}]") for number in range(vocabulary)]
     numbers = {text: number for number, text in enumerate(texts)}
     if len(numbers) != len(texts):
-        raise FormatError("the tokenizer has two tokens of one text: mend it, and save the model again")
+        raise FormatError("the tokenizer has two tokens of one text: correct it, and save the model again")
     _check_bytes(model, numbers, pieces)
     kinds = [_kind(number, by_number, added, model, pieces) for number in range(vocabulary)]
     pairs = _pairs(model, numbers)

@@ -58,7 +58,7 @@ class ModelFiles:
             found = parse(self.read(name), MAX_TOKENIZER, MAX_MEMBERS)
         if found is None:
             raise FormatError(
-                f"{name} is not a JSON object of at most {MAX_TOKENIZER >> 20} MiB: mend it, and save the model again"
+                f"{name} is not a JSON object of at most {MAX_TOKENIZER >> 20} MiB: correct it, and save the model again"
             )
         return found
 
@@ -67,11 +67,11 @@ class ModelFiles:
         if name not in self.sizes:
             return None
         if self.sizes[name] > MAX_TEXT:
-            raise FormatError(f"{name} has more than {MAX_TEXT >> 20} MiB: mend it, and save the model again")
+            raise FormatError(f"{name} has more than {MAX_TEXT >> 20} MiB: correct it, and save the model again")
         try:
             return self.read(name).decode()
         except UnicodeDecodeError:
-            raise FormatError(f"{name} is not UTF-8: mend it, and save the model again") from None
+            raise FormatError(f"{name} is not UTF-8: correct it, and save the model again") from None
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, found: Vocabulary | None) -> None:
