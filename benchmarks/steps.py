@@ -48,7 +48,7 @@ def follow(url: str) -> dict[str, Any]:
     live = ms.open(url).follow("bench@1")
     steps, swaps = [], []
     for version in range(2, VERSIONS + 1):
-        prime(live.tensors[next(iter(live.tensors))].nbytes, url)
+        prime(sum(tensor.nbytes for tensor in live.tensors.values()), url)
         before = read_so_far()
         with Timer() as timer:
             done = live.prepare(version)
