@@ -24,10 +24,9 @@ def tag(
     """
     opened = open_store(store)
     with swapped.told(opened, "tag", (ref, tag), ("REF", "TAG"), second=is_word):
-        opened.tag(ref, tag)
-        named = opened[f"{ref.partition('@')[0]}@{tag}"]
-    at = f"{named.name}@{named.version}"
-    output.result({"ref": ref, "tag": tag, "version": named.version}, [f"{tag} names {at}"], as_json=json)
+        version = opened.tag(ref, tag)
+    at = f"{ref.partition('@')[0]}@{version}"
+    output.result({"ref": ref, "tag": tag, "version": version}, [f"{tag} names {at}"], as_json=json)
 
 
 def untag(

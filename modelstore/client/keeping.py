@@ -93,12 +93,15 @@ class Keeping(OpenedStore):
             progress=metered,
         )
 
-    def tag(self, ref: str, tag: str) -> None:
+    def tag(self, ref: str, tag: str) -> int:
         """Let a tag name a version, with all its variants; readers of the tag find it from then on.
 
         Args:
             ref: The version, as `name[@version-or-tag]`.
             tag: The tag; one that names another version moves.
+
+        Returns:
+            The version's number.
 
         Raises:
             NotFoundError: There is no such version.
@@ -111,6 +114,7 @@ class Keeping(OpenedStore):
         self.repo.catalog.open()
         record = self.repo.catalog.resolve(named)
         self.repo.catalog.set_tag(record.model, check_tag(tag), record.version, uuid.uuid4().hex)
+        return record.version
 
     def untag(self, name: str, tag: str) -> None:
         """Remove a tag; the version stays.

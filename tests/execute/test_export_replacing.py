@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import uuid
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import modelstore as ms
-from modelstore.errors import ConflictError, FormatError
+from modelstore.errors import ConflictError, FormatError, StorageError
 from modelstore.execute.export.replacing import not_staged, not_staged_zarr
 from modelstore.format.files.zarr_names import foreign
 from modelstore.format.objects.record import SPARE
@@ -268,3 +269,18 @@ def test_chunks_of_every_naming_are_read(store: ms.Store, tmp_path: Path) -> Non
         assert store.save(source, tmp_path / source).left_out == ()
         assert all(tensor.min() >= 1 for tensor in store.load(source).values())
     assert json.loads((tmp_path / "out/zarr.json").read_text())["node_type"] == "group"
+
+
+def test_a_disk_that_errs_after_the_lock_was_taken_lets_it_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next export of the same process is told of no other one at work."""
+    store = ms.open(tmp_path / "store")
+    store.save("m", {"w": torch.ones(3)})
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modelstore.execute.export.target.os.path.samestat", fail)
+        with pytest.raises(StorageError, match="input/output error"):
+            store.export("m", tmp_path / "out")
+    assert store.export("m", tmp_path / "out").bytes

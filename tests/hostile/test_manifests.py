@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from modelstore.errors import CorruptionError, FormatError, ModelStoreError, UnsupportedError
 from modelstore.format.objects import manifest as man
 from modelstore.format.objects.record import manifest_key
+from modelstore.plan.chain import LONGEST_CHAIN
 from modelstore.storage.local import LocalStorage
 from modelstore.storage.memory import MemoryStorage
 from tests.helpers.hostile import little_memory, manifest_of, plant, read_all
@@ -268,7 +269,7 @@ def test_what_is_all_the_same_is_written_so_that_it_can_be_read(storage: MemoryS
 def test_bases_upon_bases(storage: MemoryStorage) -> None:
     """A chain of deltas beyond what is ever written, each link sound by itself."""
     manifest = manifest_of(open_on(storage), "delta")
-    for _ in range(30):
+    for _ in range(LONGEST_CHAIN + 8):
         plant(storage, manifest)
         digest = open_on(storage).repo.catalog.newest("bad").variants["original"].manifest
         manifest = copy.deepcopy(manifest) | {"base": {"model": "bad", "manifest": digest}}

@@ -321,16 +321,17 @@ class Target:
 
     def _take_lock(self) -> None:
         with paths.folder(self.root, self._staging) as at:
-            lock = str(self.root / self._staging / LOCK)
-            self._lock = paths.open_in(at, LOCK, os.O_RDWR | os.O_CREAT, lock, 0o600)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                free = os.path.samestat(os.fstat(self._lock), paths.status_in(at, LOCK))
-            except (BlockingIOError, FileNotFoundError):
-                free = False
-        if not free:  # held by another, or removed by one that just finished
-            os.close(self._lock)
-            raise ConflictError(f"another export to {self.path} is at work: wait for it", object=str(self.path))
+            self._lock = paths.open_in(at, LOCK, os.O_RDWR | os.O_CREAT, str(self.root / self._staging / LOCK), 0o600)
+            try:  # an error: held by another, or removed by one that just finished
+                with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.samestat(os.fstat(self._lock), paths.status_in(at, LOCK)):
+                        return
+            except BaseException:
+                os.close(self._lock)
+                raise
+        os.close(self._lock)
+        raise ConflictError(f"another export to {self.path} is at work: wait for it", object=str(self.path))
 
     def _drop_others(self, folder: str) -> None:
         """Remove what lies there of an export of something else, and what is no file."""

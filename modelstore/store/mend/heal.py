@@ -65,9 +65,7 @@ def replace_pack(storage: Storage, mirror: Storage, digest: str) -> None:
     key = pack_key(digest)
     info = mirror.info(key)
     if info is None:
-        raise NotFoundError(f"{mirror.url} has no object {key}: try another copy of the store", object=key)
+        raise NotFoundError(f"{mirror.url} has no object {key}", object=key)
     if not pack_is_good(mirror, digest):
-        raise CorruptionError(
-            f"the copy of {key} in {mirror.url} is damaged too: try another copy of the store", object=key
-        )
+        raise CorruptionError(f"the copy of {key} in {mirror.url} is damaged too", object=key)
     storage.put(key, Pieces(lambda: pieces(mirror, key, info.size)), info.size)

@@ -380,4 +380,4 @@ class _Repair:
     def _advice(self, model: str) -> str:
         if self.source is None:
             return f"run 'modelstore repair {model} --from URL' with another copy of the store"
-        return f"{self.source.url} cannot mend it; try another copy of the store, or save the model again"
+        return f"{self.source.url} cannot repair it; try another copy of the store, or save the model again"
