@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelstore.cli.terminal import complete, output, swapped, units
-from modelstore.cli.terminal.failures import usage
+from modelstore.cli.terminal.failures import FAILED, usage
 from modelstore.cli.terminal.options import (
     AsJson,
     Debug,
@@ -58,6 +58,8 @@ def copy(
 
     What is there is not sent. A copy that was interrupted goes on when it is started again. The original comes along with a
     variant. A version keeps its number where that is free in the other store.
+
+    Exit code 1 where something was left out, as it is damaged or does not fit what is there.
     """
     if len(what) > 2 or (len(what) == 1 and not everything):
         raise usage("copy takes a reference and a store, copy REF DEST; or with --all a store alone")
@@ -73,6 +75,8 @@ def copy(
     output.result(done, _copied(done, target), as_json=json)
     for said in done.left_out:
         output.remark(f"modelstore: left out {said}", quiet=quiet or json)
+    if done.left_out:
+        raise typer.Exit(FAILED)
 
 
 def _copied(done: Copied, target: str) -> Iterator[str]:

@@ -211,3 +211,17 @@ def test_a_part_that_cannot_be_is_wrong_usage(run: Command, llama: Path, tmp_pat
     run("save", llama, "llama")
     run("load", "llama", "-o", tmp_path / "out.safetensors", "--shard", text, code=2)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_copy_that_leaves_something_out_does_not_end_as_done(saved: Command, answer: Answer, tmp_path: Path) -> None:
+    """A backup is known to be whole by its exit code."""
+    store = ms.open(tmp_path / "store")
+    store.save("acme/other", {"w": torch.ones(300)})
+    before = set((tmp_path / "store/packs").glob("*/*"))
+    store.save("acme/damaged", {"w": torch.zeros(7) + 3})
+    for pack in set((tmp_path / "store/packs").glob("*/*")) - before:
+        pack.unlink()
+    done = answer("copy", tmp_path / "there", "--all", code=1)
+    assert [said.partition(":")[0] for said in done["left_out"]] == ["acme/damaged@1"]
+    assert {one["model"] for one in done["versions"]} == {"acme/toy", "acme/other"}
+    assert "left out acme/damaged@1" in saved("copy", tmp_path / "there", "--all", code=1).stderr
