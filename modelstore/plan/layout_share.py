@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from modelstore.architecture.config import Config
 from modelstore.errors import NotFoundError
 from modelstore.format.given import told
 from modelstore.format.objects.architecture import Architecture
-from modelstore.format.region import Region, Shape, check, from_index, full
+from modelstore.format.region import Region, Shape, check, from_index, full, intersect, shift
 from modelstore.format.suggest import suggestion
 
 Shapes = Mapping[str, Shape]
@@ -56,6 +56,15 @@ class Share:
                 for mine, theirs in zip(self.ranges, other.ranges, strict=True)
             )
         )
+
+
+def overlaps(pieces: Iterable[tuple[Region, Region]], region: Region) -> Iterator[tuple[Region, Region]]:
+    """What a share's `pieces` hold of a region of the tensor, as boxes: (region of the whole tensor, region of the rank's)."""
+    for stored, placed in pieces:
+        both = intersect(region, stored)
+        if both is not None:
+            inner = shift(both, stored)
+            yield both, tuple((a + c, b + c) for (a, b), (c, _) in zip(inner, placed, strict=True))
 
 
 def whole(shape: Shape) -> Share:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from modelstore.format import grid
 from modelstore.format.objects.manifest import Manifest, Tensor
-from modelstore.format.region import Region, Shape, extent, full, intersect, shift
+from modelstore.format.region import Region, Shape, extent, full, shift
 from modelstore.plan.layout import Share
+from modelstore.plan.layout_share import overlaps
 
 JOB_BYTES = 8 << 20  # raw bytes that one job decodes, about
 JOB_CHUNKS = 4096  # that one job reads, at most
@@ -103,13 +104,7 @@ def chunk_reads(wants: Iterable[Want]) -> Iterator[ChunkRead]:
             touched = sorted({int(c) for p in pieces for c in grid.touching(tensor.shape, tensor.chunk, p[0])})
         for chunk in touched:
             region = grid.chunk_region(tensor.shape, tensor.chunk, chunk)
-            targets = []
-            for stored, placed in pieces:
-                both = intersect(region, stored)
-                if both is not None:
-                    origin = tuple((c - a, c) for (a, _), (c, _) in zip(stored, placed, strict=True))
-                    place = tuple((a + d[0], b + d[0]) for (a, b), d in zip(both, origin, strict=True))
-                    targets.append(Destination(shift(both, region), place))
+            targets = [Destination(shift(both, region), place) for both, place in overlaps(pieces, region)]
             rows = tuple(plane.first + chunk for plane in tensor.planes)
             yield ChunkRead(index, chunk, region, rows, tuple(targets))
 

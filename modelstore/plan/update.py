@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from modelstore.codecs.registry import codec
 from modelstore.format import grid
 from modelstore.format.objects.manifest import DIGEST_BYTES, Manifest, Tensor
-from modelstore.format.region import Region, intersect, shift
+from modelstore.format.region import Region
 from modelstore.plan.layout import Share
+from modelstore.plan.layout_share import overlaps
 
 Slot = tuple[str, Share]  # a tensor's name in the manifest, no tied one's, and the part of it that is held
 
@@ -92,9 +93,4 @@ def touching(tensor: Tensor, share: Share) -> NDArray[np.int64]:
 
 def boxes(tensor: Tensor, share: Share, chunk: int) -> Iterator[tuple[Region, Region]]:
     """What a share holds of a chunk, as boxes: (region of the whole tensor, region of the share's own)."""
-    region = grid.chunk_region(tensor.shape, tensor.chunk, chunk)
-    for stored, placed in share.pieces():
-        both = intersect(region, stored)
-        if both is not None:
-            inner = shift(both, stored)
-            yield both, tuple((a + c, b + c) for (a, b), (c, _) in zip(inner, placed, strict=True))
+    return overlaps(share.pieces(), grid.chunk_region(tensor.shape, tensor.chunk, chunk))

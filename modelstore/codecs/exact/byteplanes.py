@@ -180,7 +180,7 @@ def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes | None = None) -
         return
     flat, row, stride = as_words(out, dtype)
     under = np.ascontiguousarray(base).view(how.dtype) if differs and base is not None else flat[:0]
-    in_place = under.ctypes.data == out.ctypes.data
+    in_place = differs and under.ctypes.data == out.ctypes.data
     _, merge, _ = words.kernels(width)
     change = (how.magnitude, 0 if differs else how.top)
     at = HEADER.size + 4 * blocks * width

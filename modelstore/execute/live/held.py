@@ -15,8 +15,9 @@ from modelstore.format.buffers import Bytes
 from modelstore.format.digest import name_of
 from modelstore.format.locks import Lock
 from modelstore.format.objects.manifest import Manifest, Tensor
-from modelstore.format.region import Region, extent, full, intersect, shift, size
+from modelstore.format.region import Region, extent, full, shift, size
 from modelstore.plan.layout import Share, whole
+from modelstore.plan.layout_share import overlaps
 from modelstore.plan.read import Want
 from modelstore.plan.update import Slot
 
@@ -52,12 +53,8 @@ class HeldBases:
         the same element of its base.
         """
         for share, cell in self._cells.get(_identity(tensor), ()):
-            boxes = [
-                (both, stored, placed)
-                for stored, placed in share.pieces()
-                if (both := intersect(stored, region)) is not None
-            ]
-            covered = any(both == region for both, _, _ in boxes)
+            boxes = list(overlaps(share.pieces(), region))
+            covered = any(both == region for both, _ in boxes)
             if not covered and self._wanted.get(tensor.name) != {share}:
                 continue
             data = self._host(cell, tensor.name, None if share == whole(tensor.shape) else cell.digest)
@@ -79,23 +76,17 @@ class HeldBases:
             return self._bytes[id(cell)]
 
 
-def _region(
-    data: Bytes, share: Share, region: Region, boxes: Sequence[tuple[Region, Region, Region]], itemsize: int
-) -> Bytes:
+def _region(data: Bytes, share: Share, region: Region, boxes: Sequence[tuple[Region, Region]], itemsize: int) -> Bytes:
     """A region's bytes of what a share holds: its own memory where they lie one after another there. Zeros for what it has not.
 
-    boxes: what both have, the box of the tensor that it is in, and where that box lies in the share.
+    boxes: what both have, and where that lies in the share.
     """
-    places = [
-        (shift(both, region), tuple((a + c, b + c) for (a, b), (c, _) in zip(shift(both, stored), placed, strict=True)))
-        for both, stored, placed in boxes
-    ]
     shape = extent(region)
-    if len(places) == 1 and extent(places[0][0]) == shape:
-        return cut(data, share.shape, itemsize, places[0][1])
+    if len(boxes) == 1 and boxes[0][0] == region:
+        return cut(data, share.shape, itemsize, boxes[0][1])
     out = np.zeros(size(region) * itemsize, np.uint8)
-    for within, inner in places:
-        copy(data, share.shape, inner, out, shape, within, itemsize)
+    for both, inner in boxes:
+        copy(data, share.shape, inner, out, shape, shift(both, region), itemsize)
     return out
 
 
