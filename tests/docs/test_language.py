@@ -1,0 +1,95 @@
+"""Pages are written in plain English of today: no clause hung in front of its sentence, no words of another time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.test_house import ROOT
+
+TOP = ROOT.parent
+PAGES = [*sorted((TOP / "docs").glob("*.md")), TOP / "README.md", TOP / "CONTRIBUTING.md"]
+NOT_YET = (  # pages that still wait for this; take a page out when it is rewritten
+    "CONTRIBUTING.md",
+    "architecture.md",
+    "benchmarks.md",
+    "calibration.md",
+    "cli.md",
+    "cluster.md",
+    "codecs.md",
+    "compression.md",
+    "deploy.md",
+    "design.md",
+    "fitting.md",
+    "format.md",
+    "layouts.md",
+    "live.md",
+    "reliability.md",
+    "scaling.md",
+    "sources.md",
+    "storage.md",
+    "zarr.md",
+)
+FENCED = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+ITEM = re.compile(r"\s*(?:[-*]|\d+\.) |\s*$|[#|!<]")
+# A sentence, a part after a colon or semicolon, or a cell that starts with a clause in place of its subject:
+# "What is read is checked" for "Every chunk is checked when it is read".
+HUNG = re.compile(r"(?:^|[.:;] )[*(]*(?:What|Whatever|Who|Whoever|Whose|Of|Where|Wherever)\b(?![^.]*\?)")
+OLD = re.compile(
+    r"(?<![Tt]here )\b(?:is|are) no (?!longer|more|other)\w"  # is not a
+    r"|\b(?:is|are) (?:not )?to be\b"  # must be
+    r"|\b(?:has|have) not(?: the| a| all| any| got|[.,;:])"  # does not have
+    r"|\b(?:is|are) (?:said|told)\b"  # the result says
+    r"|\b(?:mend(?:s|ed|ing)?|anew|whoever|whosoever|wants?|lies|lie|lay|beg[aiu]ns?|beginning|bears?)\b"
+    r"|(?<!all )\bat once\b"  # immediately
+)
+
+
+def prose(text: str) -> Iterator[str]:
+    """Each paragraph, item of a list, and cell of a table, in one line, without headings, code and pictures."""
+    part: list[str] = []
+    for line in [*FENCED.sub("", text).splitlines(), ""]:
+        if ITEM.match(line) and part:
+            yield re.sub(r"`[^`]*`", "`…`", " ".join(part))
+            part = []
+        if line.startswith("|"):
+            yield from (re.sub(r"`[^`]*`", "`…`", cell.strip()) for cell in line.split("|"))
+        elif line.strip() and not line.startswith(("#", "!", "<")):
+            part.append(re.sub(r"^(?:[-*]|\d+\.) ", "", line.strip()))
+
+
+def found(text: str) -> list[str]:
+    """What of a page is hung or old, each with what stands around it."""
+    return [
+        f"…{part[max(hit.start() - 30, 0) : hit.end() + 50]}…"
+        for part in prose(text)
+        for pattern in (HUNG, OLD)
+        for hit in pattern.finditer(part)
+    ]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in NOT_YET], ids=lambda p: p.name)
+def test_pages_are_in_plain_english(page: object) -> None:
+    wrong = found((TOP / str(page)).read_text(encoding="utf-8"))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_pages_that_wait_are_there() -> None:
+    assert set(NOT_YET) <= {page.name for page in PAGES}
+
+
+@pytest.mark.parametrize(
+    ("text", "hits"),
+    [
+        ("Good. What is read is checked.", 1),
+        ("- Of others only chunks are read: Where one is lost, it is sent.", 2),
+        ("A file is no link, and must\nlie here at once.", 3),
+        ("| a | Who has it can join |", 1),
+        ("# Where the limits are\n\n```\nWhat lies here\n```\n\nThere is no link. `lies` is a name.", 0),
+        ("What does it cost? A second.", 0),
+    ],
+)
+def test_hung_and_old_sentences_are_found(text: str, hits: int) -> None:
+    assert len(found(text)) == hits, found(text)
