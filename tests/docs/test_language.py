@@ -17,14 +17,9 @@ NOT_YET = (  # pages that still wait for this; take a page out when it is rewrit
     "benchmarks.md",
     "cluster.md",
     "codecs.md",
-    "deploy.md",
     "design.md",
     "format.md",
-    "layouts.md",
     "reliability.md",
-    "scaling.md",
-    "storage.md",
-    "zarr.md",
 )
 FENCED = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 ITEM = re.compile(r"\s*(?:[-*]|\d+\.) |\s*$|[#|!<]")
