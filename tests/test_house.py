@@ -38,10 +38,11 @@ LAYERS = {
     "client": 10,
     "cli": 11,
     "integrations": 11,
+    "serve": 11,
     "testing": 12,  # which nothing else imports
 }
 # Siblings on one level know nothing of each other, with one exception: the edges may use one another.
-EDGES = frozenset({"cli", "integrations"})
+EDGES = frozenset({"cli", "integrations", "serve"})
 # The client hands out views that live at an edge (`store.zarr`): it looks for them when it is asked, not before.
 ON_DEMAND = frozenset({("client", "integrations")})
 FOREIGN = {  # packages that only these parts may import when they themselves are imported
@@ -50,6 +51,8 @@ FOREIGN = {  # packages that only these parts may import when they themselves ar
     "huggingface_hub": {"integrations"},
     "vllm": {"integrations"},
     "xarray": {"integrations"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
     "obstore": {"storage"},
     "s3fs": {"storage"},
     "pytest": {"testing"},

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli import about, bench, checking, checkpoints, listing, loading, moving, naming, removing, saving
+from modelstore.cli import (
+    about,
+    bench,
+    checking,
+    checkpoints,
+    listing,
+    loading,
+    moving,
+    naming,
+    removing,
+    saving,
+    serving,
+)
 from modelstore.cli.cluster import clusters
 from modelstore.cli.compression import comparing, compressing, evaluating
 from modelstore.cli.demo.command import demo
@@ -51,6 +63,7 @@ for command in (
     moving.du,
     checking.verify,
     checking.repair,
+    serving.serve,
     demo,
     bench.bench,
     about.version,
@@ -61,6 +74,7 @@ for command in (
 app.command("eval")(evaluating.evaluate)
 app.add_typer(compressing.plan)
 app.add_typer(clusters.cluster)
+app.add_typer(serving.token)
 
 
 def _print_version(wanted: bool) -> None:

@@ -30,7 +30,9 @@ def walk(group: Any, *before: str) -> Iterator[tuple[str, Any]]:
 FOUND = dict(sorted(walk(get_command(app))))
 COMMANDS = list(FOUND)
 PRINTING = [
-    name for name in COMMANDS if not hasattr(FOUND[name], "commands") and name not in ("demo", "cat", "cluster top")
+    name
+    for name in COMMANDS
+    if not hasattr(FOUND[name], "commands") and name not in ("demo", "cat", "cluster top", "serve")
 ]
 
 

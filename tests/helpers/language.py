@@ -21,8 +21,11 @@ WORDS = [
 TEXT = "".join(WORDS[(7 * i * i + 3 * i) % len(WORDS)] for i in range(160)) + "."
 
 
-def make_language_model(out: Path) -> Path:
-    """A folder in Hugging Face layout: a Llama of two layers in bfloat16, 64 positions, and a BPE tokenizer."""
+def make_language_model(out: Path, width: int = 32) -> Path:
+    """A folder in Hugging Face layout: a Llama of two layers in bfloat16, 64 positions, and a BPE tokenizer.
+
+    `width`: of its hidden layers; of 128, engines take its weights packed.
+    """
     import tokenizers
     import transformers
 
@@ -34,8 +37,8 @@ def make_language_model(out: Path) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=width + 16 if width < 128 else 2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

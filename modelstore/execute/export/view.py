@@ -82,6 +82,11 @@ class ExportedFile:
         """The file's bytes."""
         return self._output.size
 
+    @property
+    def digest(self) -> str:
+        """Equal for files of equal bytes at the same path, and known without making them: 64 hexadecimal digits."""
+        return self._output.digest
+
     def read(self, start: int = 0, stop: int | None = None) -> bytes:
         """Read bytes [start, stop) of the file into memory.
 

@@ -1,0 +1,223 @@
+"""A store as the Hub speaks of it: models, the revisions of each, and the files of a revision.
+
+A revision is `main` (the newest version), a version's number, a tag, a variant of the newest version, `VERSION-OR-TAG:VARIANT`,
+or a commit: 40 hexadecimal digits, which are a digest of model, version, variant and manifest. A model `NAME-GGUF` that is not
+stored has the GGUF files of `NAME`, as such models are called on the Hub: llama.cpp looks on `main` alone.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from modelstore.errors import ModelStoreError, NotFoundError, UnsupportedError
+from modelstore.format.digest import name_of
+from modelstore.format.names import LATEST, MAX_VERSION, ORIGINAL, Reference, is_model, is_word
+from modelstore.format.objects.record import VersionRecord
+from modelstore.format.structure import CHECKPOINT
+from modelstore.integrations.gguf.quants import TYPES
+from modelstore.serve.refusals import ENTRY, REVISION, RefusedError, no_model
+
+if TYPE_CHECKING:
+    from modelstore.client import Store
+    from modelstore.execute.export.view import ExportedFile
+
+T = TypeVar("T")
+MAIN = "main"
+GGUF = "-GGUF"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FORM = "1"  # of what is made of a variant: another number where its files get other bytes
+_OPENED = 32  # commits whose files are held open
+_WARMED = 8
+_KNOWN = 4096  # commits that are found without a look at every version
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One variant of one version under the name by which it was asked for: a model's own, or that of its GGUF files."""
+
+    model: str
+    reference: Reference  # with the number of its version
+    id: str
+    record: VersionRecord
+
+    @property
+    def created(self) -> float:
+        """When the variant was made, in Unix seconds."""
+        return self.record.variants[self.reference.variant].created
+
+    @property
+    def title(self) -> str:
+        """What the version is, in a line."""
+        said = self.record.note.message if self.record.note else ""
+        variant = self.reference.variant
+        of = f"version {self.record.version}" + (f", {variant}" if variant != ORIGINAL else "")
+        return (f"{said} ({of})" if said else of).splitlines()[0]
+
+
+class Library:
+    """The models of a store. May be used from many threads."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._catalog = store.repo.catalog
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, Reference] = OrderedDict()
+        self._opened: OrderedDict[str, Mapping[str, ExportedFile]] = OrderedDict()
+
+    def models(self) -> list[str]:
+        """The names of all models that have a record, ascending."""
+        return self._catalog.recorded()
+
+    def commit(self, model: str, revision: str) -> Commit:
+        """What a revision of a model names; `RefusedError` where there is no such model or revision."""
+        name = self._name(model)
+        if _COMMIT.fullmatch(revision):
+            return self._by_id(model, name, revision)
+        where, colon, variant = revision.partition(":")
+        if colon and not is_word(variant):
+            raise _no_revision(model, revision)
+        at = _reference(name, where)
+        record = self._resolved(at) if at is not None else None
+        if record is not None and (variant or ORIGINAL) in record.variants:
+            return self._commit(model, record, variant or ORIGINAL)
+        if not colon and record is None and is_word(revision):  # no tag of that name: a variant
+            newest = self._catalog.newest(name)
+            if revision in newest.variants:
+                return self._commit(model, newest, revision)
+        raise _no_revision(model, revision)
+
+    def commits(self, model: str) -> list[Commit]:
+        """Every variant of every live version of a model, the newest version first, its original before the others."""
+        name = self._name(model)
+        damaged: list[ModelStoreError] = []
+        return [
+            self._commit(model, record, variant)
+            for record in reversed(self._catalog.live(name, damaged))
+            for variant in sorted(record.variants, key=lambda one: (one != ORIGINAL, one))
+            if variant != CHECKPOINT
+        ]
+
+    def tags(self, model: str) -> dict[str, int]:
+        """A model's tags, and the versions that they name."""
+        damaged: list[ModelStoreError] = []
+        return self._catalog.tags(self._name(model), damaged)
+
+    def files(self, commit: Commit) -> Mapping[str, ExportedFile]:
+        """The files of a commit by their paths, ascending; none of their bytes are made."""
+        with self._lock:
+            found = self._opened.get(commit.id)
+            if found is not None:
+                self._opened.move_to_end(commit.id)
+                return found
+        made = self._made(commit)
+        with self._lock:
+            return _kept(self._opened, commit.id, dict(sorted(made.items())), _OPENED)
+
+    def file(self, commit: Commit, path: str) -> ExportedFile:
+        """One file of a commit; `RefusedError` where it has none of that path."""
+        found = self.files(commit).get(path)
+        if found is None:
+            raise RefusedError(
+                404, f"{commit.model} has no file {path[:80]!r} in this revision", ENTRY, {"X-Repo-Commit": commit.id}
+            )
+        return found
+
+    def warm(self) -> None:
+        """Open the files of some variants, so that the first who asks does not wait for what reading them imports."""
+        left = _WARMED
+        for model in self.models():
+            for commit in self.commits(model)[:2]:  # the newest original, and a variant of it
+                with suppress(ModelStoreError):  # who asks for it is told
+                    self.files(commit)
+                left -= 1
+            if left <= 0:
+                return
+
+    # ------------------------------------------------------------------ what is behind a name
+
+    def _name(self, model: str) -> str:
+        """The stored model behind a name; `RefusedError` where there is none."""
+        if is_model(model) and self._catalog.head(model) is not None:
+            return model
+        base = model.removesuffix(GGUF)
+        if base != model and is_model(base) and self._catalog.head(base) is not None:
+            return base
+        raise no_model(model)
+
+    def _resolved(self, at: Reference) -> VersionRecord | None:
+        with suppress(NotFoundError):
+            return self._catalog.resolve(at)
+        return None
+
+    def _commit(self, model: str, record: VersionRecord, variant: str) -> Commit:
+        parts = (_FORM, model, str(record.version), variant, record.variants[variant].manifest)
+        id = name_of("\0".join(parts).encode())[:40]
+        reference = Reference(record.model, record.version, None, variant)
+        with self._lock:
+            _kept(self._known, id, reference, _KNOWN)
+        return Commit(model, reference, id, record)
+
+    def _by_id(self, model: str, name: str, id: str) -> Commit:
+        """A commit by its id: where it was not seen lately, among all of the model's."""
+        with self._lock:
+            known = self._known.get(id)
+        if known is not None and known.name == name:
+            record = self._resolved(known)
+            if record is not None and known.variant in record.variants:
+                found = self._commit(model, record, known.variant)
+                if found.id == id:
+                    return found
+        for found in self.commits(model):
+            if found.id == id:
+                return found
+        raise _no_revision(model, id)
+
+    def _made(self, commit: Commit) -> Mapping[str, ExportedFile]:
+        model = self.store[str(commit.reference)]
+        if commit.model == commit.reference.name:
+            try:
+                return model.exported()
+            except UnsupportedError:  # engines have no packing for it: the weights that it stands for
+                return model.exported(dequantize=True)
+        return _gguf_files(model.exported)
+
+
+def _gguf_files(exported: Callable[..., Mapping[str, ExportedFile]]) -> Mapping[str, ExportedFile]:
+    """The GGUF file of each type that a model can be written as: of one that was saved as blocks, those."""
+    found: dict[str, ExportedFile] = {}
+    for kind in TYPES:
+        with suppress(UnsupportedError, ValueError):
+            found.update(exported(format="gguf", gguf_type=kind))
+    return found or exported(format="gguf")
+
+
+def _reference(name: str, where: str) -> Reference | None:
+    """The version that the first part of a revision names, None where it can name none."""
+    if where in (MAIN, "HEAD", LATEST):
+        return Reference(name)
+    if where.isascii() and where.isdigit() and len(where) <= 8 and 1 <= int(where) <= MAX_VERSION:
+        return Reference(name, int(where))
+    return Reference(name, tag=where) if is_word(where) else None
+
+
+def _no_revision(model: str, revision: str) -> RefusedError:
+    return RefusedError(
+        404,
+        f"{model} has no revision {revision[:80]!r}: name main, a version, a tag, a variant, or VERSION:VARIANT",
+        REVISION,
+    )
+
+
+def _kept(held: OrderedDict[str, T], key: str, value: T, most: int) -> T:
+    """The value, or the one that is held by that name already; the one not asked for the longest goes."""
+    value = held.setdefault(key, value)
+    held.move_to_end(key)
+    while len(held) > most:
+        held.popitem(last=False)
+    return value
