@@ -23,7 +23,19 @@ SHORT = re.compile(
     r"['`]((?:cluster )?[a-z]+(?: [A-Z@:\[\]-]+)*(?: --?[a-z][a-z-]*)*)['`]|\b(?:see|run|by) ([a-z]+ --[a-z-]+)"
 )
 NO_VERB = {"as", "is", "has", "does", "import", "and", "a", "on", "host", "cluster"}  # what follows the package's name
-NO_VERB |= {"builds", "computes", "decodes", "knows", "packs", "recognises", "refuses", "runs", "writes"}
+NO_VERB |= {
+    "builds",
+    "computes",
+    "decodes",
+    "knows",
+    "packs",
+    "recognises",
+    "refuses",
+    "runs",
+    "treats",
+    "uses",
+    "writes",
+}
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
