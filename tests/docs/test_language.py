@@ -27,7 +27,7 @@ OLD = re.compile(
 
 
 def prose(text: str) -> Iterator[str]:
-    """Each paragraph, item of a list, and cell of a table, in one line, without headings, code and pictures."""
+    """Each paragraph, list item and table cell, in one line, without headings, code and pictures."""
     part: list[str] = []
     for line in [*FENCED.sub("", text).splitlines(), ""]:
         if ITEM.match(line) and part:
@@ -40,7 +40,7 @@ def prose(text: str) -> Iterator[str]:
 
 
 def found(text: str) -> list[str]:
-    """What of a page is hung or old, each with what stands around it."""
+    """Each phrase of a page that is hung or old, with the text around it."""
     return [
         f"…{part[max(hit.start() - 30, 0) : hit.end() + 50]}…"
         for part in prose(text)
