@@ -2,7 +2,7 @@
 
 python benchmarks/calibration.py MODEL --calibration emma.txt --text persuasion.txt [--bits 4 3 2] [--group 64] [--only NAME …]
 
-Each bit width is made by GPTQ, by the clip weighted by what comes through each column (`imatrix`), by the least-error clip
+Each bit width is made by GPTQ, by AWQ, by the clip weighted by what comes through each column (`imatrix`), by the least-error clip
 (`mse`) and by plain rounding (`minmax`), in groups; half of the weights, and two of every four, are pruned by magnitude, by
 Wanda, by SparseGPT, and by that with reconstruction; factors of half the numbers are those of the weights, and of SVD-LLM.
 Embeddings and heads are kept. One thread. Seconds are those of the processor for the whole of `compress`; imports and compiling
@@ -50,6 +50,7 @@ def rounded(bits: int, group: int) -> list[Row]:
     what = f"{bits} bits"
     return [
         Row(what, "gptq", codec, {"name": "gptq"}),
+        Row(what, "awq", codec, {"name": "awq"}),
         Row(what, "imatrix", codec, {"name": "imatrix"}),
         Row(what, "mse", codec, None),
         Row(what, "minmax", plain, None),

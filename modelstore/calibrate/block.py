@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
-from modelstore.calibrate.layers import Linear, Linears, linears
+from modelstore.architecture.classes.skeleton import Run
+from modelstore.calibrate.folding import TRIED, Folding
+from modelstore.calibrate.layers import Linear, Linears, linears, norms
 from modelstore.calibrate.methods import WAYS, Layer, Solution, coded, rounding_of
 from modelstore.calibrate.statistics import TOKENS, Gathered, Inputs
 from modelstore.calibrate.tuned import Block, tune
@@ -20,6 +23,7 @@ from modelstore.format.objects.manifest import CodecSpec, Manifest
 from modelstore.format.recipe import METHODS, Method
 
 _SUM = 4  # bytes of sums for each pair of an input's numbers: float64, each pair once
+_COMPARED = re.compile(r"(^|[._])(q|k|query|key|qk|qkv|query_key_value)([._]|$)")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Asked:
     def layer(self, one: Linear, values: Mapping[str, torch.Tensor]) -> Layer:
         """A layer with its weight, of the block's values."""
         codec, kind = weight_codec(self.specs[one.tensor]), self.manifest.by_name[one.tensor].kind
-        return Layer(one.weight(values), codec, kind, self.wanted[one.tensor].told, one.across)
+        compared = _COMPARED.search(one.parameter) is not None
+        return Layer(one.weight(values), codec, kind, self.wanted[one.tensor].told, one.across, compared)
 
     def unfit(self, layer: Linear) -> str:
         """Why a layer's method cannot find what is stored of it; "" where it can."""
@@ -65,6 +70,19 @@ class Asked:
         """Whether a layer's method tunes what was solved; parts of a stack are left as they were."""
         return layer.part is None and WAYS[self.wanted[layer.tensor].name].tunes
 
+    def folds(self, layer: Linear) -> bool:
+        """Whether a layer's columns may be scaled; parts of a stack are left as they were."""
+        fit = layer.part is None and not self.unfit(layer)
+        return fit and WAYS[self.wanted[layer.tensor].name].folds
+
+    def gains(self) -> list[str]:
+        """The tensors that are kept exact and may yet be other ones than the original's: gains of norms."""
+        found: list[str] = []
+        for block, mine in enumerate(self.layers()):
+            if any(self.folds(layer) for layer in mine.values()):
+                found += norms(self.stages, self.manifest, block).values()
+        return [name for name in found if name not in self.specs]
+
 
 def too_few(tokens: int, columns: int) -> str:
     """Why a layer is not solved that so many tokens came to."""
@@ -78,17 +96,22 @@ class Solving:
     asked: Asked
     number: int
     layers: Linears
-    values: Mapping[str, torch.Tensor]
+    values: dict[str, torch.Tensor]
     shards: Sequence[torch.Tensor]
     before: Spool
     memory: int  # bytes for sums of stacks' layers
     notes: dict[str, str] = field(default_factory=dict)  # why tensors are made of their weights alone, by name
+    meant: dict[str, torch.Tensor] = field(default_factory=dict)  # what is stored of tensors that were scaled, float32
+    folded: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # tensors that were divided, with those that make up for it
 
     def solve(self, given: Spool) -> dict[str, Solution]:
         """What was found for each layer's tensor. `given`: for what the block gives, kept where layers are tuned by it."""
         found: dict[str, Solution] = {}
         for turn, layers in enumerate(self._turns()):
             gathered = self._gathered(layers, None if turn else given)
+            self._fold(layers, gathered)
             for first, names in _by_input(layers, gathered).items():
                 solved = self._solved(names, gathered.inputs.get(first))
                 found |= {self.layers[name].tensor: one for name, one in solved.items()}
@@ -136,6 +159,37 @@ class Solving:
                 if kept and given is not None:
                     given.append(found)
         return gathered
+
+    def _fold(self, layers: Linears, gathered: Gathered) -> None:
+        """Scale the columns of layers whose method does, and what comes before them; the sums are then of what comes now."""
+        mine = {
+            name: layer
+            for name, layer in layers.items()
+            if self.asked.folds(layer) and (read := gathered.read_by(name)) is not None and read.enough
+        }
+        groups = {first: names for first, names in _by_input(layers, gathered).items() if mine.keys() >= set(names)}
+        if not groups:
+            return
+        stages, by_name = self.asked.stages, self.asked.manifest.by_name
+        gains = norms(stages, self.asked.manifest, self.number)
+        told = {name: self.asked.layer(layer, self.values) for name, layer in mine.items()}
+        samples = max(int(layer.params["samples"]) for layer in told.values())
+        kinds = {parameter: getattr(torch, by_name[tensor].dtype) for parameter, tensor in gains.items()}
+        with stages.skeleton.at(self.number, self.values) as run:
+            folding = Folding(stages.skeleton.model, mine, told, kinds, _first(run, self, samples), _head(stages))
+            found = list(folding.found(groups, gathered.inputs))
+        tensors = gains | {layer.parameter: layer.tensor for layer in mine.values()}
+        for one in found:
+            before, readers = one.before, [mine[name].parameter for name in one.readers]
+            value = self.values[before.parameter]
+            kind = kinds.get(before.parameter, torch.float32)
+            self.values[before.parameter], factors = before.divided(value, one.factors, kind)
+            wide = before.spread(factors, gathered.inputs[one.readers[0]].columns)
+            self.values.update({name: self.values[name] * wide for name in readers})
+            gathered.inputs[one.readers[0]].divide(wide.double())
+            self.folded[tensors[before.parameter]] = [tensors[name] for name in readers]
+        changed = {name for one in found for name in (one.before.parameter, *(mine[r].parameter for r in one.readers))}
+        self.meant.update({tensors[name]: self.values[name] for name in changed})
 
     def _solved(self, names: Sequence[str], read: Inputs | None) -> dict[str, Solution]:
         """Layers of one input, by name."""
@@ -192,6 +246,25 @@ class Solving:
             tensor: coded(layer, roundings[name].solved(found.damping), solved[tensor].note)
             for name, (tensor, layer, found) in starts.items()
         }
+
+
+def _first(run: Run, solving: Solving, samples: int) -> Callable[[bool], torch.Tensor]:
+    """A block that is run on the first samples, or on a few tokens of the first."""
+    ids, came = solving.shards[0][:samples], solving.came(0)
+    came = came[:samples] if came is not None else None
+
+    def first(few: bool) -> torch.Tensor:
+        cut = (slice(1), slice(TRIED)) if few else slice(None)
+        return run(ids[cut], came[cut] if came is not None else None)
+
+    return first
+
+
+def _head(stages: Stages) -> int:
+    """Of how many rows a head of attention is."""
+    config = stages.skeleton.config
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    return int(getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads)
 
 
 def _by_input(layers: Linears, gathered: Gathered) -> dict[str, list[str]]:

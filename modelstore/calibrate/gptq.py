@@ -87,10 +87,13 @@ def _solve(
     return np.ascontiguousarray(back.T) if across else back, scales.numpy()
 
 
-def search(weight: torch.Tensor, importance: torch.Tensor, bits: int, group: int, stored: torch.dtype) -> torch.Tensor:
+def search(
+    weight: torch.Tensor, importance: torch.Tensor, bits: int, group: int, stored: torch.dtype, *, steps: int = _STEPS
+) -> torch.Tensor:
     """The scale of each group (rows, groups) that loses least, where each column counts by its importance.
 
-    The longer side of a group's range is turned to where there is one more code, by a negative scale where that is above zero.
+    `steps` clips are tried, from the whole range down: 1 is the whole range. The longer side of a group's range is turned to
+    where there is one more code, by a negative scale where that is above zero.
     """
     rows, columns = weight.shape
     groups = -(-columns // group)
@@ -99,7 +102,7 @@ def search(weight: torch.Tensor, importance: torch.Tensor, bits: int, group: int
     found = torch.empty(rows, groups)
     step = max(1, _ROWS // max(1, groups * group))
     for at in range(0, rows, step):
-        found[at : at + step] = _best(wide[at : at + step], heavy, bits, stored)
+        found[at : at + step] = _best(wide[at : at + step], heavy, bits, stored, steps)
     return found
 
 
@@ -108,14 +111,14 @@ def by_column(groups: torch.Tensor, group: int, columns: int) -> torch.Tensor:
     return groups.repeat_interleave(group, 1)[:, :columns]
 
 
-def _best(part: torch.Tensor, heavy: torch.Tensor, bits: int, stored: torch.dtype) -> torch.Tensor:
+def _best(part: torch.Tensor, heavy: torch.Tensor, bits: int, stored: torch.dtype, steps: int) -> torch.Tensor:
     half = 1 << (bits - 1)
     low, high = part.amin(-1), part.amax(-1)
     sign = torch.where(high > -low, -1.0, 1.0)
     widest = torch.maximum(high, -low)
     best = torch.full_like(widest, torch.inf)
     found = torch.ones_like(widest)
-    for at in range(_STEPS):
+    for at in range(steps):
         scale = (sign * widest * (1 - at / 28) / (half - 0.5)).to(stored).float()
         scale = torch.where(scale == 0, 1.0, scale)
         lost = ((part / scale[..., None]).round_().clamp_(-half, half - 1).mul_(scale[..., None]) - part).abs_()

@@ -71,6 +71,18 @@ def linears(stages: Stages, manifest: Manifest, block: int, wanted: Collection[s
     return found
 
 
+def norms(stages: Stages, manifest: Manifest, block: int) -> dict[str, str]:
+    """The gains of a block's norms that have no bias: the stored tensor of each, by the parameter's name."""
+    name = f"{stages.skeleton.stack}.{block}"
+    found = {}
+    for below, module in stages.skeleton.model.get_submodule(name).named_modules(prefix=name):
+        own = dict(module.named_parameters(recurse=False))
+        made = stages.names.made.get(f"{below}.weight")
+        if list(own) == ["weight"] and own["weight"].dim() == 1 and made is not None and made.patterns == ("",):
+            found[f"{below}.weight"] = manifest.by_name[made.sources[0]].name
+    return found
+
+
 def differing(layers: Linears, values: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> list[str]:
     """Layers of stacks that are not there what their shapes say: transformers changes what it stacks in another way."""
     return [

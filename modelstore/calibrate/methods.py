@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from modelstore.calibrate import gptq, lowrank, pruned, tuned
+from modelstore.calibrate import awq, gptq, lowrank, pruned, tuned
 from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.lowrank.codec import LowRank, factor_dtype, packed
 from modelstore.codecs.numeric.levels import narrowed
@@ -19,11 +19,11 @@ from modelstore.codecs.numeric.numbers import Floats, limit
 from modelstore.codecs.numeric.scaled import scale_dtype
 from modelstore.codecs.sparse.codec import Sparse
 from modelstore.codecs.sparse.pruning import Pruning
-from modelstore.codecs.weight import WeightCodec
+from modelstore.codecs.weight import WeightCodec, Weighted
 from modelstore.format import boxes
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
-from modelstore.format.recipe import Value
+from modelstore.format.recipe import BY_COLUMNS, Value
 from modelstore.format.region import Region, extent
 
 
@@ -31,7 +31,8 @@ from modelstore.format.region import Region, extent
 class Layer:
     """A weight that is to be found: float32 (rows, columns), its codec, its dtype as stored, and what its method is told.
 
-    `across`: its rows are what it reads, its columns what it gives.
+    `across`: its rows are what it reads, its columns what it gives. `compared`: what it gives is compared with what others give,
+    as queries with keys, and is not to be clipped.
     """
 
     weight: torch.Tensor
@@ -39,6 +40,7 @@ class Layer:
     kind: DType
     params: Mapping[str, Value]
     across: bool = False
+    compared: bool = False
 
 
 Planes = Callable[[Region], tuple[Buffer, ...]]
@@ -59,13 +61,15 @@ class Solution:
 @dataclass(frozen=True)
 class Way:
     """A method. `prepare`: what layers of one input share, of its sum of outer products; `by_codec`: how one is solved; `tunes`:
-    whether the layers of a block are then tuned together; `across`: whether weights may have inputs as rows.
+    whether the layers of a block are then tuned together; `across`: whether weights may have inputs as rows; `folds`: whether
+    columns are scaled first, and what comes before them.
     """
 
     prepare: Callable[[torch.Tensor], Any]
     by_codec: Mapping[str, Callable[[Layer, Any], Solution]]
     tunes: bool = False
     across: bool = False
+    folds: bool = False
 
     def solve(self, layer: Layer, prepared: Any) -> Solution:
         """A layer, stored by a codec that the method is for."""
@@ -103,6 +107,26 @@ def _weighted(layer: Layer, importance: torch.Tensor) -> Solution:
     wide = gptq.by_column(scales, codec.group_size, weight.shape[1])
     codes = (weight / wide).round().clamp(-half, half - 1).to(torch.int8).numpy()
     return Solution(_coded(codec, codes, scales.numpy(), layer.kind))
+
+
+def _by_columns(layer: Layer, importance: torch.Tensor) -> Solution:
+    """What the codec makes of a weight where each column counts by what comes through it."""
+    codec, kind, shape = layer.codec, layer.kind, (layer.weight.shape[0], layer.weight.shape[1])
+    assert isinstance(codec, Weighted), "recipes have the codecs that their methods are for"
+    raw = raw_of(layer.weight.float(), kind)
+    encode = codec.weighted(raw, shape, kind, importance.numpy())
+    return Solution(lambda region: encode(boxes.cut(raw, shape, kind.itemsize, region), region))
+
+
+def _scaled(layer: Layer, inputs: awq.Squares) -> Solution:
+    """Plain rounding, by the clip of each group that loses least of what the group gives."""
+    codec, weight = layer.codec, layer.weight.float()
+    assert isinstance(codec, Int), "recipes have the codecs that their methods are for"
+    bits, group, stored = codec.bits, codec.group_size, getattr(torch, scale_dtype(layer.kind))
+    whole = layer.compared
+    scales = awq.plain(weight, bits, group, stored) if whole else awq.clipped(weight, inputs, bits, group, stored)
+    found = awq.codes(weight, scales, bits, group).to(torch.int8).numpy()
+    return Solution(_coded(codec, found, scales.numpy(), layer.kind))
 
 
 def _importance(hessian: torch.Tensor) -> torch.Tensor:
@@ -196,7 +220,8 @@ WAYS: Mapping[str, Way] = MappingProxyType(
     {
         "gptq": Way(gptq.Factored.of, {"int": _gptq}, across=True),
         "tuned": Way(gptq.Factored.of, {"int": _gptq}, tunes=True, across=True),
-        "imatrix": Way(_importance, {"int": _weighted}),
+        "awq": Way(awq.Squares, {"int": _scaled}, folds=True),
+        "imatrix": Way(_importance, {"int": _weighted} | dict.fromkeys(BY_COLUMNS, _by_columns)),
         "wanda": Way(pruned.Moments, {"sparse": _wanda}),
         "sparsegpt": Way(pruned.Moments, {"sparse": _sparsegpt, "int": _pruned_codes}),
         "svd-llm": Way(lowrank.Whitening.of, {"lowrank": _low_rank}),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from modelstore.calibrate.block import Asked, Solving
 from modelstore.calibrate.layers import Linears, as_stored, decoded, differing
-from modelstore.calibrate.methods import Solution
+from modelstore.calibrate.methods import Solution, raw_of
 from modelstore.calibrate.shards import runs_of
 from modelstore.calibrate.text import Samples
 from modelstore.compress.calibrated import Begun, Write
@@ -23,6 +24,8 @@ from modelstore.execute.memory import trim
 from modelstore.execute.spool import Spool
 from modelstore.execute.write.encoding import Encoder, Input
 from modelstore.execute.write.packs import Written
+from modelstore.format import boxes
+from modelstore.format.dtypes import DTYPES
 from modelstore.format.region import full
 
 _STACKED = "transformers changes it where it is stacked with others"
@@ -32,7 +35,8 @@ _STACKED = "transformers changes it where it is stacked with others"
 class Calibrated:
     """A model's blocks, solved in their order, of what is asked; `memory`: bytes for what blocks hand on.
 
-    `notes`, once it has run: why tensors among them were made of their weights alone, by name.
+    `notes`, once it has run: why tensors among them were made of their weights alone, by name; `folded`: what was divided by
+    factors, and what was multiplied by them.
     """
 
     asked: Asked
@@ -40,6 +44,7 @@ class Calibrated:
     shards: Sequence[torch.Tensor]
     memory: int
     notes: dict[str, str] = field(default_factory=dict)
+    folded: dict[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, asked: Asked, samples: Samples, memory: int) -> Calibrated:
@@ -52,6 +57,11 @@ class Calibrated:
         """What a manifest says of the data."""
         return self.samples.recorded
 
+    @cached_property
+    def gains(self) -> Sequence[str]:
+        """Gains of norms, which may be folded into what comes behind."""
+        return self.asked.gains()
+
     def run(self, items: Sequence[Input], write: Write, begun: Begun) -> dict[str, Written]:
         """Write items, those that are to be solved with their codes. The order is that of the model."""
         left = {item.plan.name: item for item in items}
@@ -59,21 +69,24 @@ class Calibrated:
         before = Spool(0)
         layers = self.asked.layers()
 
-        def keep(solved: Mapping[str, Solution]) -> None:
-            fresh = [replace(left[name], encoder=_encoder(one)) for name, one in solved.items() if name in left]
+        def keep(solved: Mapping[str, Solution], meant: Mapping[str, torch.Tensor]) -> None:
+            names = [*solved, *(name for name in meant if name not in solved)]
+            fresh = [_fresh(left[name], solved.get(name), meant.get(name)) for name in names if name in left]
             written.update(write(fresh) if fresh else {})
 
         try:
             for block, mine in enumerate(layers):
                 done = _finished(begun, block)
                 if done is not None:
-                    self.notes |= done
+                    self.notes |= done["notes"]
+                    self.folded |= done["folded"]
                     before = self._pass_on(block, before, self._read(block, begun))
                 else:
                     before = self._solve(block, mine, before, keep, begun.note)
         finally:
             before.close()
-        rest = [item for name, item in left.items() if name not in written]
+        kept = {*written, *self.gains}
+        rest = [item for name, item in left.items() if name not in kept]
         self.notes = self.asked.no_layers(layers) | self.notes
         return written | (write(rest) if rest else {})
 
@@ -82,7 +95,7 @@ class Calibrated:
         block: int,
         layers: Linears,
         before: Spool,
-        keep: Callable[[Mapping[str, Solution]], None],
+        keep: Callable[[Mapping[str, Solution], Mapping[str, torch.Tensor]], None],
         note: Callable[[str, Any], None],
     ) -> Spool:
         """Solve a block, have that kept and noted, and give what the block as it is stored makes of the samples."""
@@ -99,14 +112,17 @@ class Calibrated:
             solved = solving.solve(given)
         finally:
             given.close()
-        notes = solving.notes
+        notes, folded, meant = solving.notes, solving.folded, solving.meant
         del solving  # the block's values are made anew, as they are stored
         self.notes |= notes
-        keep(solved)
-        note(_page(block), {"solved": sorted(solved), "notes": notes})
+        self.folded |= folded
+        keep(solved, meant)
+        there = sorted({*solved, *meant})
+        note(_page(block), {"solved": there, "notes": notes, "folded": folded})
+        meant = {name: one for name, one in meant.items() if name not in solved}
         made = {}
         for name in list(stored):  # one after the other is let go of
-            made[name] = self._as_stored(name, stored.pop(name), solved)
+            made[name] = self._as_stored(name, stored.pop(name), solved, meant)
         del solved
         trim()
         return self._pass_on(block, before, made)
@@ -116,7 +132,7 @@ class Calibrated:
         stored = self.asked.stages.stored(block, begun.reader)
         there = begun.reader.manifest.by_name
         return {
-            name: tensor if self.asked.manifest.by_name[name].name in there else self._as_stored(name, tensor, {})
+            name: tensor if self.asked.manifest.by_name[name].name in there else self._as_stored(name, tensor, {}, {})
             for name, tensor in stored.items()
         }
 
@@ -125,9 +141,17 @@ class Calibrated:
         stages = self.asked.stages
         return stages.pass_on(block, stages.values(block, made), self.shards, before, self.memory // 2)
 
-    def _as_stored(self, name: str, tensor: torch.Tensor, solved: Mapping[str, Solution]) -> torch.Tensor:
-        """How a tensor of the block will read in the variant."""
+    def _as_stored(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        solved: Mapping[str, Solution],
+        meant: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """How a tensor of the block will read in the variant; `meant`: what is stored exactly in place of the original's."""
         about = self.asked.manifest.by_name[name]
+        if about.name in meant:
+            return meant[about.name].to(tensor.dtype)
         if about.name not in self.asked.specs:
             return tensor
         codec = weight_codec(self.asked.specs[about.name])
@@ -142,13 +166,22 @@ def _page(block: int) -> str:
     return f"block {block}"
 
 
-def _finished(begun: Begun, block: int) -> dict[str, str] | None:
-    """What was noted of a block's tensors when it was finished; None where it was not, or what was solved is gone."""
+def _finished(begun: Begun, block: int) -> dict[str, Any] | None:
+    """What was noted of a block when it was finished; None where it was not, or what was solved is gone."""
     page = begun.notes.get(_page(block))
     if page is None or not set(page["solved"]) <= set(begun.written):
         return None
-    found: dict[str, str] = page["notes"]
+    found: dict[str, Any] = page
     return found
+
+
+def _fresh(item: Input, solved: Solution | None, meant: torch.Tensor | None) -> Input:
+    """What is written of a tensor that was solved, of other values than the original's, or both."""
+    encoder = _encoder(solved) if solved is not None else None
+    if meant is None:
+        return replace(item, encoder=encoder)
+    raw, plan = raw_of(meant, DTYPES[item.plan.dtype]), item.plan
+    return replace(item, encoder=encoder, instead=lambda region: boxes.cut(raw, plan.shape, plan.itemsize, region))
 
 
 def _encoder(solved: Solution) -> Encoder:

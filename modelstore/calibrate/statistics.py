@@ -28,6 +28,7 @@ class Inputs:
 
     columns: int
     count: int = 0
+    magnitude: torch.Tensor | None = None  # the sum of each column's absolute values, float64
     _panels: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -45,8 +46,17 @@ class Inputs:
                 self._panels.append(product)
             else:
                 self._panels[number] += product
+        sizes = vectors.abs().sum(0).double()
+        self.magnitude = sizes if self.magnitude is None else self.magnitude + sizes
         self.count += len(vectors)
         return finite
+
+    def divide(self, by: torch.Tensor) -> None:
+        """As if each column of the inputs had been divided by this, (columns)."""
+        for number, at in enumerate(range(0, self.columns, _PANEL)):
+            self._panels[number] /= by[at : at + _PANEL, None] * by[at:]
+        if self.magnitude is not None:
+            self.magnitude /= by
 
     def taken(self) -> torch.Tensor:
         """The sum (columns, columns), which is let go of here: float64 up to 4,096 columns, float32 beyond them."""

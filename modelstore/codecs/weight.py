@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,6 +179,17 @@ class WeightCodec:
 def as_weight_codec(codec: Codec) -> WeightCodec | None:
     """The codec as one that compresses weights; None where it stores bytes of any kind."""
     return codec if isinstance(codec, WeightCodec) else None
+
+
+@runtime_checkable
+class Weighted(Protocol):
+    """A codec that can look at what comes through each column of a matrix."""
+
+    def weighted(self, values: Bytes, shape: Shape, dtype: DType, importance: NDArray[np.float32]) -> Encode:
+        """How regions of a matrix are encoded so that Σ importance of the column · error² is small.
+
+        values: all of it; importance: of each column, of mean 1.
+        """
 
 
 class UnderCodes(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,12 +41,24 @@ class Solver(Protocol):
     def notes(self) -> dict[str, str]:
         """Once it has run: why tensors were left to what the weights alone give, by name."""
 
+    @property
+    def gains(self) -> Sequence[str]:
+        """Tensors that are kept exact, and of which it may yet write other values than the original's."""
+
+    @property
+    def folded(self) -> Mapping[str, Sequence[str]]:
+        """Once it has run: the tensors that were divided by factors, each with those that were multiplied by them."""
+
     def run(self, items: list[Input], write: Write, begun: Begun) -> dict[str, Written]:
-        """Write all items, in calls as it likes; those that are written already are not among them."""
+        """Write all items, in calls as it likes; those that are written already are not among them.
+
+        Of the `gains`, only those that are other ones than the original's.
+        """
 
 
 def noted(manifest: Manifest, calibrated: Solver | None) -> Manifest:
-    """A manifest that says which tensors were left to what the weights alone give, and why."""
-    if calibrated is None or not calibrated.notes:
+    """A manifest that says which tensors were left to what the weights alone give, and why; and what was folded into what."""
+    if calibrated is None:
         return manifest
-    return msgspec.structs.replace(manifest, metrics=manifest.metrics | {"data_free": calibrated.notes})
+    said = {"data_free": calibrated.notes, "folded": calibrated.folded}
+    return msgspec.structs.replace(manifest, metrics=manifest.metrics | {key: one for key, one in said.items() if one})

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from modelstore.architecture.ranks.parallel import axes
+from modelstore.codecs.registry import codec as make_codec
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
 from modelstore.compress.budget import check_memory
 from modelstore.compress.calibrated import Begun, Solver, noted
@@ -42,6 +43,7 @@ from modelstore.format.recipe import Recipe
 from modelstore.format.region import Region, extent, shift
 from modelstore.format.structure import CHECKPOINT
 from modelstore.plan.work import Limits, Work
+from modelstore.plan.write import FILE_CODEC, plan_tensor
 from modelstore.storage.base import Storage
 from modelstore.store.catalog import Catalog
 from modelstore.store.describe import variant_infos
@@ -134,6 +136,8 @@ def compress(
         work = work.within(work.memory - held, work.limits.threads)
     axis = axes(parent.config, known=parent.manifest.architecture) if parent.config else None
     inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed] + parent.file_inputs()
+    gains = calibrated.gains if calibrated else ()
+    inputs += [_exact_input(parent.manifest.by_name[name], parent.reader) for name in gains]
     tally, shelf = Tally(), Shelf(repo.storage)
     settings = msgspec.json.encode(recorded, order="sorted").decode()
     identity = ("compress", model, parent.content, *variants, settings)
@@ -160,6 +164,7 @@ def compress(
         written = resumed.written | write(left)
     else:
         written = resumed.written | calibrated.run(left, write, _begun(parent, variants, inputs, resumed))
+        inputs = [item for item in inputs if item.plan.name in written]
     _prove(parent, variants, plan, written)
     require_others(shelf, parent.reader, written)
     entries, measured = {}, {}
@@ -282,6 +287,13 @@ def _input_of(
     views = tuple(weight_codec(view_spec(chosen, variant)) for variant in variants)
     encoding = encoder(codec, _regions(reader, tensor), tensor, grid.count(plan.shape, plan.chunk), device)
     return Input(plan, codec, _reading(reader, tensor), encoding, views)
+
+
+def _exact_input(tensor: Tensor, reader: Reader) -> Input:
+    """A tensor that is stored exactly, whatever values it gets."""
+    codec = make_codec(FILE_CODEC.name, FILE_CODEC.params)
+    plan = plan_tensor(tensor.name, tensor.dtype, tensor.shape, FILE_CODEC)
+    return Input(plan, codec, _reading(reader, tensor), views=(codec,))
 
 
 def _regions(reader: Reader, tensor: Tensor) -> Callable[[Region], Bytes]:

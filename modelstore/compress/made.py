@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from modelstore.codecs.weight import as_weight_codec
 from modelstore.compress.kept import metrics
 from modelstore.compress.parent import Parent
 from modelstore.compress.plan import weight_codec
@@ -33,9 +34,10 @@ def manifest_of(
 ) -> Manifest:
     """The manifest of the variant of number `at`: what was written of it, and all else as the original has it."""
     variant, manifest = variants[at], parent.manifest
-    losses = {name: done.views[at].loss for name, done in written.items() if done.views}  # files have none
     builder = ManifestBuilder()
     fresh = {item.plan.name: item for item in inputs}
+    lossy = [name for name, item in fresh.items() if item.views and not item.views[at].exact]  # files have no views
+    losses = {name: written[name].views[at].loss for name in lossy}
     tensors = []
     kept_delta = False
     for tensor in manifest.tensors:
@@ -75,7 +77,7 @@ def _tensor(builder: ManifestBuilder, item: Input, done: Written, variant: str, 
     """The entry of a tensor that was written, as a variant reads it."""
     plan = item.plan
     planes = {name: done.planes[name] for name in item.views[at].planes(DTYPES[plan.dtype])}
-    spec = view_spec(plan.codec, variant)
+    spec = view_spec(plan.codec, variant) if as_weight_codec(item.codec) is not None else plan.codec
     return builder.tensor(plan.name, plan.dtype, plan.shape, plan.chunk, spec, done.views[at].digest, planes)
 
 

@@ -87,6 +87,7 @@ CALIBRATED: Mapping[str, Recipe] = MappingProxyType(
             _codes("gptq", 4, 128, "GPTQ"),
             _codes("gptq", 3, 128, "GPTQ"),
             _codes("gptq", 2, 64, "GPTQ"),
+            _codes("awq", 4, 128, "AWQ"),
             _codes("tuned", 4, 128, _SIGNED),
             _codes("tuned", 3, 128, _SIGNED),
             _codes("tuned", 2, 64, _SIGNED),

@@ -41,16 +41,20 @@ class Takes(NamedTuple):
     params: Mapping[str, Value] = MappingProxyType({})
 
 
+BY_COLUMNS = ("nf4", "mxfp4", "nvfp4", "kmeans")  # codecs beside int that can look at what comes through each column
 # Whether what is left is made to lose least; and the pattern, where the codec does not say it.
 _LEFT: Mapping[str, Value] = MappingProxyType({"reconstruct": False})
 _PRUNED: Mapping[str, Value] = MappingProxyType({**_LEFT, "sparsity": 0.0, "n": 0, "m": 0})
 # Steps, samples that each looks at, and how far all steps together can move a number between two codes.
 _TUNED: Mapping[str, Value] = MappingProxyType({"steps": 100, "batch": 1, "reach": 0.1})
+# Samples on which scales are looked for.
+_SCALED: Mapping[str, Value] = MappingProxyType({"samples": 2})
 METHODS: Mapping[str, Takes] = MappingProxyType(
     {
         "gptq": Takes(("int",)),
         "tuned": Takes(("int",), _TUNED),
-        "imatrix": Takes(("int",)),
+        "awq": Takes(("int",), _SCALED),
+        "imatrix": Takes(("int", *BY_COLUMNS)),
         "wanda": Takes(("sparse",), _LEFT),
         "sparsegpt": Takes(("sparse", "int"), _PRUNED),
         "svd-llm": Takes(("lowrank",)),
@@ -156,9 +160,9 @@ def _check_method(name: str, rule: Rule) -> None:
         kind = type(known.params[key])
         if type(value) is not kind:
             raise ValueError(f"recipe {name!r}: method {method.name}, {key}: {value!r} is no {kind.__name__}")
-    wrong = _wrong_tuning(method) if method.name == "tuned" else None
+    wrong = _wrong_counts(method)
     if wrong:
-        raise ValueError(f"recipe {name!r}: method tuned {wrong}")
+        raise ValueError(f"recipe {name!r}: method {method.name} {wrong}")
     params = codec.params if codec else {}
     plain = params.get("symmetric", True) is True and params.get("granularity", "group") == "group"
     if codec is None or codec.name not in known.codecs or (codec.name == "int" and not plain):
@@ -169,13 +173,15 @@ def _check_method(name: str, rule: Rule) -> None:
         raise ValueError(f"recipe {name!r}: method {method.name} {wrong}")
 
 
-def _wrong_tuning(method: Method) -> str | None:
-    """What is wrong with what tuning is told; None where that is nothing."""
+def _wrong_counts(method: Method) -> str | None:
+    """What is wrong with how often or how far a method is told to go; None where that is nothing."""
     told = method.told
-    for key, most in (("steps", 100_000), ("batch", 1 << 20)):
-        if not 1 <= int(told[key]) <= most:
+    for key, most in (("steps", 100_000), ("batch", 1 << 20), ("samples", 1 << 20)):
+        if key in told and not 1 <= int(told[key]) <= most:
             return f"has {key}={told[key]}, which is not a whole number from 1 to {most}"
-    return None if 0 < float(told["reach"]) <= 1 else f"has reach={told['reach']}, which is not above 0 and at most 1"
+    if 0 < float(told.get("reach", 1)) <= 1:
+        return None
+    return f"has reach={told['reach']}, which is not above 0 and at most 1"
 
 
 def _wrong_pattern(method: Method, codec: CodecSpec) -> str | None:

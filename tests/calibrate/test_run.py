@@ -215,7 +215,7 @@ def test_activations_that_are_no_numbers_are_refused(store: ms.Store) -> None:
         (RECIPE, ms.Calibration("the sea was calm", length=32), "give a longer text"),
         (RECIPE, "nowhere.txt", "no file"),
         ({**RECIPE, "rules": [{**RECIPE["rules"][0], "codec": {"name": "nf4"}}]}, DATA, "method gptq is for codec int"),
-        ({**RECIPE, "rules": [{**RECIPE["rules"][0], "method": {"name": "awq"}}]}, DATA, "not one of gptq"),
+        ({**RECIPE, "rules": [{**RECIPE["rules"][0], "method": {"name": "hqq"}}]}, DATA, "not one of gptq"),
         (
             pruning({"sparsity": 0.5}, {"name": "wanda", "params": {"shape": 1}}),
             DATA,

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modelstore.codecs import check
 from modelstore.codecs.floating import view as floatviews
+from modelstore.codecs.floating.weighted import CLIPS, Importance, searched
 from modelstore.codecs.numeric import scaled
 from modelstore.codecs.numeric.numbers import Floats, limit
 from modelstore.codecs.numeric.scaled import Format4, Grid
@@ -67,12 +69,24 @@ class Mxfp4(WeightCodec):
     def encode(self, values: Bytes, shape: Shape, dtype: DType, base: Bytes | None = None) -> tuple[Buffer, ...]:  # noqa: ARG002
         check.values(values, shape, dtype)
         grid = _grid(shape, 32)
-        largest = scaled.absmax(values, dtype, grid)
-        exponents = np.maximum((largest.view(np.uint32) >> 23).astype(np.int16) - 2, 1)  # biased by 127, as E8M0
-        exponents[largest == 0] = 127
-        scales = (exponents.astype(np.uint32) << 23).view(np.float32)
-        codes = scaled.encode4(values, dtype, grid, scales, E2M1)
+        exponents = _exponents(scaled.absmax(values, dtype, grid))
+        codes = scaled.encode4(values, dtype, grid, _powers(exponents), E2M1)
         return codes, exponents.astype(np.uint8).reshape(-1)
+
+    def weighted(self, values: Bytes, shape: Shape, dtype: DType, importance: Importance) -> Encode:
+        """The power of two that the specification has is tried, and those beside it."""
+        check.values(values, shape, dtype)
+        grid = _grid(shape, 32)
+        first = _exponents(scaled.absmax(values, dtype, grid))
+        tried = (_powers(np.clip(first + at, 1, 254)) for at in (0, 1, -1))
+        scales = searched(values, dtype, grid, tried, E2M1, importance)
+
+        def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
+            mine = scaled.in_region(scales, region, shape, 32)
+            exponents = (mine.view(np.uint32) >> 23).astype(np.uint8)
+            return scaled.encode4(values, dtype, _grid(extent(region), 32), mine, E2M1), exponents.reshape(-1)
+
+        return encode
 
     def decode(
         self,
@@ -157,12 +171,49 @@ class Nvfp4(WeightCodec):
         self, values: Bytes, shape: Shape, dtype: DType, over: np.float32, largest: Floats
     ) -> tuple[Buffer, ...]:
         grid = _grid(shape, 16)
-        wanted = np.clip(over * (largest / np.float32(MOST)), np.float32(_LEAST_SCALE), np.float32(MOST_SCALE))
-        wanted[largest == 0] = 1
-        kept = scaled.plane(wanted, "float8_e4m3fn")
-        scales = scaled.unplane(kept, wanted.shape, "float8_e4m3fn", "scale") / over
+        kept = _kept(largest, over)
+        scales = _unkept(kept, largest.shape, over)
         codes = scaled.encode4(values, dtype, grid, scales, E2M1)
         return codes, kept, scaled.plane(np.array([over]), "float32")
+
+    def weighted(self, values: Bytes, shape: Shape, dtype: DType, importance: Importance) -> Encode:
+        """Scales of down to 0.32 of each block's range are tried."""
+        check.values(values, shape, dtype)
+        grid = _grid(shape, 16)
+        largest = scaled.absmax(values, dtype, grid)
+        over = _global(largest.max(), dtype)
+        tried = (_unkept(_kept(largest * np.float32(clip), over), largest.shape, over) for clip in CLIPS)
+        scales = searched(values, dtype, grid, tried, E2M1, importance)
+
+        def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
+            mine = scaled.in_region(scales, region, shape, 16)
+            codes = scaled.encode4(values, dtype, _grid(extent(region), 16), mine, E2M1)
+            return codes, scaled.plane(mine * over, "float8_e4m3fn"), scaled.plane(np.array([over]), "float32")
+
+        return encode
+
+
+def _kept(largest: Floats, over: np.float32) -> Bytes:
+    """The plane of scales of nvfp4 for blocks of these largest magnitudes."""
+    wanted = np.clip(over * (largest / np.float32(MOST)), np.float32(_LEAST_SCALE), np.float32(MOST_SCALE))
+    wanted[largest == 0] = 1
+    return scaled.plane(wanted, "float8_e4m3fn")
+
+
+def _unkept(kept: Bytes, shape: tuple[int, ...], over: np.float32) -> Floats:
+    """What numbers are multiplied by, of such a plane."""
+    return scaled.unplane(kept, shape, "float8_e4m3fn", "scale") / over
+
+
+def _exponents(largest: Floats) -> NDArray[np.int16]:
+    """Of each block, biased by 127, as E8M0."""
+    exponents = np.maximum((largest.view(np.uint32) >> 23).astype(np.int16) - 2, 1)
+    exponents[largest == 0] = 127
+    return exponents
+
+
+def _powers(exponents: NDArray[np.int16]) -> Floats:
+    return (exponents.astype(np.uint32) << 23).view(np.float32)
 
 
 def _global(largest: np.float32, dtype: DType) -> np.float32:

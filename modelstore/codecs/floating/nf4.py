@@ -9,12 +9,13 @@ from itertools import pairwise
 import numpy as np
 
 from modelstore.codecs import check
+from modelstore.codecs.floating.weighted import CLIPS, Importance, searched
 from modelstore.codecs.numeric import scaled
 from modelstore.codecs.numeric.scaled import Format4, Grid
-from modelstore.codecs.weight import WeightCodec, group_of, matrix
+from modelstore.codecs.weight import Encode, WeightCodec, group_of, matrix
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
-from modelstore.format.region import Shape
+from modelstore.format.region import Region, Shape, extent
 
 # The levels as QLoRA's appendix gives them: quantiles of the normal distribution, eight below zero, zero, and seven above.
 LEVELS = (
@@ -73,6 +74,20 @@ class Nf4(WeightCodec):
         grid = self._grid(shape)
         scales = scaled.choose(scaled.absmax(values, dtype, grid), 1.0, dtype, "bfloat16")
         return scaled.encode4(values, dtype, grid, scales, NF4), scaled.plane(scales, "bfloat16")
+
+    def weighted(self, values: Bytes, shape: Shape, dtype: DType, importance: Importance) -> Encode:
+        """Scales of down to 0.32 of each group's range are tried."""
+        check.values(values, shape, dtype)
+        grid = self._grid(shape)
+        largest = scaled.absmax(values, dtype, grid)
+        tried = (scaled.choose(largest * np.float32(clip), 1.0, dtype, "bfloat16") for clip in CLIPS)
+        scales = searched(values, dtype, grid, tried, NF4, importance)
+
+        def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
+            mine = scaled.in_region(scales, region, shape, self.group_size)
+            return scaled.encode4(values, dtype, self._grid(extent(region)), mine, NF4), scaled.plane(mine, "bfloat16")
+
+        return encode
 
     def decode(
         self,

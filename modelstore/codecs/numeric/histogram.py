@@ -27,6 +27,7 @@ Counts = NDArray[np.int64]
 BAND = 4 << 20  # bytes that are read at once
 SHIFT = 13  # bits of a float32 that a bin leaves out: none that float16 has
 _TILE = 32 << 10
+_LIGHTEST = 1e-4  # what a number counts at least: it has to go somewhere
 
 
 def count(values: Bytes, dtype: DType, counts: Counts) -> None:
@@ -53,13 +54,31 @@ def of_tensor(read: ReadValues, shape: Shape, dtype: DType) -> Counts:
     return counts
 
 
-def numbers(counts: Counts, dtype: DType) -> tuple[NDArray[np.float64], Counts]:
-    """(the finite numbers that occur, ascending, float64; how often each does). NaN are 0; infinities are left out."""
+def weighted(values: Bytes, dtype: DType, importance: NDArray[np.float32]) -> NDArray[np.float64]:
+    """As counts of the numbers in raw bytes of a matrix, where a number counts by the importance of its column, above 0."""
+    width, columns = dtype.itemsize, importance.size
+    found, heavy = np.zeros(len(empty(dtype))), np.maximum(importance.astype(np.float64), _LIGHTEST)
+    rows = max(1, BAND // (width * columns))
+    for start in range(0, values.size, rows * columns * width):
+        part = values[start : start + rows * columns * width]
+        if width <= 2:
+            bins = part.view(WORDS[width])
+        else:
+            bins = without_nan(part, dtype, infinite=True).view(np.uint32) >> np.uint32(SHIFT)
+        found += np.bincount(bins, np.tile(heavy, bins.size // columns), found.size)
+    return found
+
+
+def numbers(counts: Counts, dtype: DType, of: NDArray[Any] | None = None) -> tuple[NDArray[np.float64], NDArray[Any]]:
+    """(the finite numbers that occur, ascending, float64; how often each does). NaN are 0; infinities are left out.
+
+    of: what is given of each number instead of how often it occurs, by its place in the counts.
+    """
     places = np.flatnonzero(counts)
     places = places[~_infinite(dtype)[places]]
     found = patterns(dtype)[places].astype(np.float64)
     order = np.argsort(found, kind="stable")
-    return found[order], counts[places][order]
+    return found[order], (counts if of is None else of)[places][order]
 
 
 @cache

@@ -19,6 +19,7 @@ from modelstore.codecs.numeric.numbers import Floats, from_float32, limit, numpy
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DTYPES, DType
+from modelstore.format.region import Region, Shape
 
 TILE = 16 << 10  # numbers whose float32 stay in the second-level cache
 
@@ -154,6 +155,14 @@ def choose(largest: Floats, most: float, dtype: DType, kind: str) -> Floats:
     scales = np.maximum(rounded.astype(np.float32), np.float32(2.0**-24 if kind == "float16" else 2.0**-126))
     scales[largest == 0] = 1
     return scales
+
+
+def in_region(scales: Floats, region: Region, shape: Shape, width: int) -> Floats:
+    """The scales of a matrix's groups that a region of it has, float32 (rows, groups). shape: (rows, columns) of the matrix."""
+    (a, b), (c, d) = region
+    assert c % width == 0, "regions begin where groups do"
+    assert d % width == 0 or d == shape[1], "regions end where groups do"
+    return np.ascontiguousarray(scales[a:b, c // width : -(-d // width)])
 
 
 def scale_dtype(dtype: DType) -> str:

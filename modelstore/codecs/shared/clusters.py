@@ -27,21 +27,29 @@ _STEPS = 16  # halvings of the interval in which its step lies
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Numbers, ascending and distinct, and running sums of how often they occur, of them, and of their squares."""
+    """Numbers, ascending and distinct, and running sums of how much each counts, of them, and of their squares.
+
+    `often`: running sums of how often they occur, which is what each counts, unless weights are given.
+    """
 
     values: Doubles
     count: Doubles
     total: Doubles
     square: Doubles
+    often: Doubles
 
     @classmethod
-    def of(cls, values: Doubles, counts: NDArray[np.int64]) -> Numbers:
+    def of(cls, values: Doubles, counts: NDArray[np.int64], weights: Doubles | None = None) -> Numbers:
         """Out of sorted numbers and how often each occurs, scaled so that squares cannot overflow."""
-        weights = counts.astype(np.float64)
-        return cls(
-            values,
-            *(np.concatenate([[0.0], np.cumsum(x)]) for x in (weights, weights * values, weights * values * values)),
-        )
+        often = counts.astype(np.float64)
+        heavy = often if weights is None else weights
+        columns = (heavy, heavy * values, heavy * values * values, often)
+        return cls(values, *(np.concatenate([[0.0], np.cumsum(column)]) for column in columns))
+
+    def shares(self, book: LevelsAndBounds) -> Doubles:
+        """How many of all numbers each cluster has, as a share."""
+        ends = np.concatenate([[0], np.searchsorted(self.values, book[1], "right"), [self.values.size]])
+        return np.asarray(np.diff(self.often[ends]) / self.often[-1], np.float64)
 
     def error(self, book: LevelsAndBounds) -> float:
         """The sum of squared errors."""
@@ -54,11 +62,15 @@ class Numbers:
         return np.diff(self.count[ends]), np.diff(self.total[ends]), np.diff(self.square[ends])
 
 
-def kmeans(numbers: Numbers, levels: int) -> LevelsAndBounds:
-    """At most `levels` numbers of least squared error: Lloyd's rounds from several beginnings, of which the best is kept."""
+def kmeans(numbers: Numbers, levels: int, known: Doubles | None = None) -> LevelsAndBounds:
+    """At most `levels` numbers of least squared error: Lloyd's rounds from several beginnings, of which the best is kept.
+
+    known: levels that are one more beginning.
+    """
     if numbers.values.size <= levels:
         return numbers.values, _middles(numbers.values)
-    books = [_lloyd(numbers, start) for start in _starts(numbers, levels)]
+    starts = [*_starts(numbers, levels), *([] if known is None else [known])]
+    books = [_lloyd(numbers, start) for start in starts]
     return min(books, key=numbers.error)
 
 
@@ -120,8 +132,8 @@ def _constrained(numbers: Numbers, step: float, most: int) -> tuple[LevelsAndBou
     for _ in range(40):
         counts, totals, _ = numbers.sums((points, bounds))
         full = counts > 0
+        share = numbers.shares((points, bounds))[full]
         points = totals[full] / counts[full]
-        share = counts[full] / numbers.count[-1]
         lengths = np.round(-64 * np.log2(share)) / 64  # robust against the last bits of a machine's logarithm
         moved = _middles(points) + slope * np.diff(lengths) / (2 * np.diff(points))
         moved = np.clip(np.maximum.accumulate(moved), numbers.values[0], numbers.values[-1])
@@ -133,9 +145,7 @@ def _constrained(numbers: Numbers, step: float, most: int) -> tuple[LevelsAndBou
     if not full.all():  # a bound belongs to the last cluster before it that is left
         ends = np.flatnonzero(full)
         points, bounds = points[ends], bounds[ends[:-1]]
-        counts = counts[ends]
-    share = counts / numbers.count[-1]
-    return (points, bounds), coded_length(share)
+    return (points, bounds), coded_length(numbers.shares((points, bounds)))
 
 
 def coded_length(share: Doubles) -> float:

@@ -54,16 +54,24 @@ class Codebook:
         return out
 
 
-def fitted(counts: Counts, dtype: DType, most: int, rate: float) -> Codebook:
-    """The codebook of a tensor out of its histogram: of at most `most` levels, or of `rate` bits an index where that is set."""
+def fitted(counts: Counts, dtype: DType, most: int, rate: float, heavy: NDArray[np.float64] | None = None) -> Codebook:
+    """The codebook of a tensor out of its histogram: of at most `most` levels, or of `rate` bits an index where that is set.
+
+    `heavy`: of each bin, what its numbers count together for the error, where they do not count alike.
+    """
     values, often = histogram.numbers(counts, dtype)
+    weights = None if heavy is None else histogram.numbers(counts, dtype, heavy)[1]
     if not values.size:
-        values, often = np.zeros(1), np.ones(1, np.int64)
+        values, often, weights = np.zeros(1), np.ones(1, np.int64), None
     scale = 2.0 ** np.floor(
         np.log2(np.abs(values).max() or 1.0)
     )  # squares of float32's largest and smallest stay numbers
-    numbers = Numbers.of(values / scale, often)
-    points, bounds = clusters.entropy_constrained(numbers, rate) if rate else clusters.kmeans(numbers, most)
+    numbers = Numbers.of(values / scale, often, weights)
+    if rate:
+        points, bounds = clusters.entropy_constrained(numbers, rate)
+    else:
+        alike = None if weights is None else clusters.kmeans(Numbers.of(values / scale, often), most)[0]
+        points, bounds = clusters.kmeans(numbers, most, alike)
     return _made(points * scale, bounds * scale, dtype)
 
 

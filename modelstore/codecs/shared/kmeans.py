@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modelstore.codecs import check
 from modelstore.codecs.numeric import histogram, levels
@@ -68,6 +69,15 @@ class KMeans(WeightCodec):
         counts = histogram.empty(dtype)
         histogram.count(values, dtype, counts)
         return _encoded(values, shape, dtype, codebook.fitted(counts, dtype, self._most, self.rate))
+
+    def weighted(self, values: Bytes, shape: Shape, dtype: DType, importance: NDArray[np.float32]) -> Encode:
+        """The values of the codebook are those by which least is lost where each column counts by its importance."""
+        check.values(values, shape, dtype)
+        counts = histogram.empty(dtype)
+        histogram.count(values, dtype, counts)
+        heavy = histogram.weighted(values, dtype, importance)
+        book = codebook.fitted(counts, dtype, self._most, self.rate, heavy)
+        return lambda values, region: _encoded(values, extent(region), dtype, book)
 
     def decode(
         self,

@@ -32,7 +32,8 @@ class Input:
     `encoder` gives, for a part of the tensor and its raw bytes, how chunks in it are encoded: by the codec, unless that
     needs more than a chunk's values, such as a base's, or what was found in whole rows or in the whole tensor.
     `views` are codecs that read what is stored, or some planes of it: each decodes every chunk again before it is
-    stored, for the digest and the loss of the values that its readers will get.
+    stored, for the digest and the loss of the values that its readers will get. `instead` gives what is stored in place of what
+    is read, which is read all the same, to be digested.
     """
 
     plan: TensorPlan
@@ -40,6 +41,11 @@ class Input:
     read: ReadRegion
     encoder: Encoder | None = None
     views: tuple[Codec, ...] = ()
+    instead: Callable[[Region], Bytes] | None = None
+
+    def meant(self, region: Region, raw: Bytes) -> Bytes:
+        """The raw bytes of a region that are stored, of those that were read."""
+        return raw if self.instead is None else self.instead(region)
 
     def encode_in(self, part: Region, raw: Bytes) -> EncodeRegion:
         """How chunks in a part of the tensor are encoded."""
@@ -75,17 +81,18 @@ def encode_step(step: Step, inputs: Sequence[Input]) -> list[Encoded]:
 
 def _encode_part(part: ReadStep, item: Input, raw: Bytes) -> Encoded:
     item.read(part.region, raw)
+    meant = item.meant(part.region, raw)
     decoded = tuple(np.empty_like(raw) for _ in item.views)
-    encode = item.encode_in(part.region, raw)
+    encode = item.encode_in(part.region, meant)
     chunks = []
     for chunk in part.chunks:
         region = grid.chunk_region(item.plan.shape, item.plan.chunk, chunk)
-        planes = _encode_chunk(item, encode, region, part.region, raw, decoded)
+        planes = _encode_chunk(item, encode, region, part.region, meant, decoded)
         chunks.append((chunk, tuple((digest_of(as_bytes(plane)), plane) for plane in planes)))
     if decoded and not part.chunks:
         _decode_band(part.region, item, decoded)
     kind = DTYPES[item.plan.dtype]
-    losses = tuple(loss_of(raw, values, kind) for values in decoded) if part.chunks else ()
+    losses = tuple(loss_of(meant, values, kind) for values in decoded) if part.chunks else ()
     return Encoded(part, (raw, *decoded) if part.hashed else (), tuple(chunks), losses)
 
 
@@ -118,6 +125,7 @@ def _decode_band(band: Region, item: Input, decoded: Sequence[Bytes]) -> None:
         raw = np.empty(size(region) * itemsize, np.uint8)
         apart = [np.empty_like(raw) for _ in item.views]
         item.read(region, raw)
+        raw = item.meant(region, raw)
         _encode_chunk(item, item.encode_in(region, raw), region, region, raw, apart)
         both = intersect(region, band)
         assert both is not None, "a chunk that touches the band shares elements with it"
