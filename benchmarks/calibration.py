@@ -2,7 +2,7 @@
 
 python benchmarks/calibration.py MODEL --calibration emma.txt --text persuasion.txt [--bits 4 3 2] [--group 64] [--only NAME …]
 
-Each bit width is made by GPTQ, by AWQ, by the clip weighted by what comes through each column (`imatrix`), by the least-error clip
+Each bit width is made by GPTQ, by AWQ, by a clip weighted by what comes through each column (`imatrix`), the least-error clip
 (`mse`) and by plain rounding (`minmax`), in groups; half of the weights, and two of every four, are pruned by magnitude, by
 Wanda, by SparseGPT, and by that with reconstruction; factors of half the numbers are those of the weights, and of SVD-LLM.
 Embeddings and heads are kept. One thread. Seconds are those of the processor for the whole of `compress`; imports and compiling
