@@ -134,10 +134,7 @@ def compress(
             plan = with_threshold(plan, recipe.prune, parent.manifest, parent.reader, work)
         held = check_memory(((parent.manifest.by_name[c.name], c.codec) for c in plan.compressed), work.memory)
         work = work.within(work.memory - held, work.limits.threads)
-    axis = axes(parent.config, known=parent.manifest.architecture) if parent.config else None
-    inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed] + parent.file_inputs()
-    gains = calibrated.gains if calibrated else ()
-    inputs += [_exact_input(parent.manifest.by_name[name], parent.reader) for name in gains]
+    inputs = _inputs(parent, variants, plan, codes, calibrated.gains if calibrated else ())
     tally, shelf = Tally(), Shelf(repo.storage)
     settings = msgspec.json.encode(recorded, order="sorted").decode()
     identity = ("compress", model, parent.content, *variants, settings)
@@ -165,7 +162,7 @@ def compress(
     else:
         written = resumed.written | calibrated.run(left, write, _begun(parent, variants, inputs, resumed))
         inputs = [item for item in inputs if item.plan.name in written]
-    _prove(parent, variants, plan, written)
+    _prove(parent, variants, written)
     require_others(shelf, parent.reader, written)
     entries, measured = {}, {}
     for at, variant in enumerate(variants):
@@ -177,6 +174,15 @@ def compress(
         keep_architecture(repo, parent.record, parent.manifest, parent.architecture, shelf)
     resumed.journal.clear()
     return CompressOutcome(record, measured, tally)
+
+
+def _inputs(
+    parent: Parent, variants: tuple[str, ...], plan: CompressionPlan, codes: Codes | None, gains: Iterable[str]
+) -> list[Input]:
+    """All that a job may write: what is compressed, files, and gains that what looks at data may change."""
+    axis = axes(parent.config, known=parent.manifest.architecture) if parent.config else None
+    inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed] + parent.file_inputs()
+    return inputs + [_exact_input(parent.manifest.by_name[name], parent.reader) for name in gains]
 
 
 def _begun(parent: Parent, variants: tuple[str, ...], inputs: Iterable[Input], resumed: Resumed) -> Begun:
@@ -335,24 +341,26 @@ def _made_before(
     return CompressOutcome(record, measured, Tally())
 
 
-def _prove(parent: Parent, variants: tuple[str, ...], plan: CompressionPlan, written: Mapping[str, Written]) -> None:
+def _prove(parent: Parent, variants: tuple[str, ...], written: Mapping[str, Written]) -> None:
     """What was read must be what was saved; and what an exact codec decodes to, too."""
-    for choice in plan.compressed:
-        saved, done = parent.manifest.by_name[choice.name].digest, written[choice.name]
+    for tensor in parent.manifest.tensors:
+        done, saved = written.get(tensor.name), tensor.digest
+        if done is None:
+            continue
         if saved and done.digest != saved:  # what is made of other tensors has no digest; the chunks of these have
             raise CorruptionError(
-                f"tensor {choice.name!r} of model {parent.record.model!r} is not what was saved, though every chunk is good: "
+                f"tensor {tensor.name!r} of model {parent.record.model!r} is not what was saved, though every chunk is good: "
                 f"nothing was published; run 'modelstore verify --deep'",
                 model=parent.record.model,
-                tensor=choice.name,
+                tensor=tensor.name,
             )
         for variant, viewed in zip(variants, done.views, strict=True):
             if variant == ORIGINAL and viewed.digest != saved:
                 raise CorruptionError(
-                    f"tensor {choice.name!r} of model {parent.record.model!r} does not come back exactly from "
-                    f"{choice.codec.name if choice.codec else ''}: nothing was published; please report this",
+                    f"tensor {tensor.name!r} of model {parent.record.model!r} does not come back exactly from the codec of "
+                    f"{variants[-1]}: nothing was published; please report this",
                     model=parent.record.model,
-                    tensor=choice.name,
+                    tensor=tensor.name,
                 )
 
 
