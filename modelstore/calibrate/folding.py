@@ -74,7 +74,7 @@ class Folding:
     run: Callable[[bool], torch.Tensor]
     head: int
 
-    def found(self, groups: Mapping[str, Sequence[str]], inputs: Mapping[str, Inputs]) -> Iterator[Found]:
+    def found(self, groups: Mapping[str, Sequence[str]], inputs: Mapping[str, Inputs]) -> Iterator[Fold]:
         """Of each group of layers that read one input what is folded; groups for which nothing is better are left out.
 
         groups: by the layer under which `inputs` has what they read.
@@ -87,7 +87,7 @@ class Folding:
             assert read.magnitude is not None, "something was read"
             factors = self._searched(before, groups[first], read.magnitude.float() / read.count, calls)
             if factors is not None:
-                yield Found(before, tuple(groups[first]), factors)
+                yield Fold(before, tuple(groups[first]), factors)
 
     def _before(self, names: Sequence[str]) -> Before | None:
         """What leaves the block as it was when it is divided, and layers are multiplied."""
@@ -198,7 +198,7 @@ class Folding:
 
 
 @dataclass(frozen=True)
-class Found:
+class Fold:
     """What is folded: factors (outputs of `before`) by which it is divided, and its readers' columns are multiplied."""
 
     before: Before
