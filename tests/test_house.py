@@ -34,6 +34,7 @@ LAYERS = {
     "compress": 7,
     "calibrate": 8,
     "search": 9,
+    "restructure": 9,
     "cluster": 9,
     "client": 10,
     "cli": 11,

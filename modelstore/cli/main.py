@@ -20,7 +20,7 @@ from modelstore.cli import (
     serving,
 )
 from modelstore.cli.cluster import clusters
-from modelstore.cli.compression import comparing, compressing, evaluating
+from modelstore.cli.compression import comparing, compressing, evaluating, restructuring
 from modelstore.cli.demo.command import demo
 from modelstore.cli.terminal.failures import Commands
 
@@ -48,6 +48,7 @@ for command in (
     loading.export,
     compressing.compress,
     compressing.presets,
+    restructuring.restructure,
     comparing.compare,
     clusters.jobs,
     listing.ls,

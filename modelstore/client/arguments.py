@@ -21,6 +21,7 @@ from modelstore.format.given import told
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.units import parse_duration, parse_size
 from modelstore.plan.layout import as_layout
+from modelstore.restructure.choose import check_amount
 
 F = TypeVar("F", bound=Callable[..., Any])
 Check = Callable[[str, Any], Any]
@@ -192,6 +193,16 @@ def _source(name: str, value: Any) -> Any:
     return _no_nul(name, value)
 
 
+def _amount(name: str, value: Any) -> Any:
+    check_amount(name, value)
+    return value
+
+
+def _amount_or_numbers(name: str, value: Any) -> Any:
+    check_amount(name, value, numbers=True)
+    return value
+
+
 def _module(name: str, value: Any) -> Any:
     import torch
 
@@ -327,6 +338,8 @@ ANNOTATIONS: dict[str, Check] = {
     "str | os.PathLike[str]": _path,
     "str | PathLike[str]": _path,
     "str | Path": _path,
+    "float | int": _amount,
+    "float | int | Sequence[int]": _amount_or_numbers,
     "Path": _path,
     "str | os.PathLike[str] | OpenedStore": _store,
     "Sequence[str | os.PathLike[str] | OpenedStore]": _stores,
@@ -378,7 +391,7 @@ def _url(name: str, value: str) -> str:
 
 MEANINGS: dict[str, Check] = {
     **dict.fromkeys(("ref", "a", "b", "parent"), _reference),
-    **dict.fromkeys(("name", "old", "new"), lambda _, value: check_model(value)),
+    **dict.fromkeys(("name", "old", "new", "to"), lambda _, value: check_model(value)),
     "tag": lambda _, value: check_word(value, "tag"),
     "variant": lambda _, value: check_word(value, "variant"),
     "device": _device,

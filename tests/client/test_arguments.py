@@ -41,7 +41,7 @@ METHODS = {
 
 VALID: dict[str, Any] = {  # by the parameter's name; None does for what is optional
     **dict.fromkeys(("ref", "a", "b"), "acme/m"),
-    **dict.fromkeys(("name", "old", "new"), "m"),
+    **dict.fromkeys(("name", "old", "new", "to"), "m"),
     **dict.fromkeys(("dest", "destination", "url", "path", "text"), "some/where"),
     "source": WEIGHTS,
     "tag": "prod",
@@ -61,6 +61,22 @@ WRONG: dict[str, list[Any]] = {  # by annotation, None aside
     "bool": ["no", 0, 1, "true", [], {}],
     "int": ["1", "x", 1.5, True, [1], torch.ones(3), WEIGHTS, -(10**9)],
     "float": ["1", "x", True, [1], float("nan"), torch.ones(3), WEIGHTS, -1.0, 10**400],
+    "float | int": ["0.5", "x", True, [1], 0, -1, 1.5, 0.0, float("nan"), torch.ones(3), WEIGHTS],
+    "float | int | Sequence[int]": [
+        "0,1",
+        True,
+        [],
+        [0, 0],
+        [-1],
+        [1.5],
+        [True],
+        0,
+        -1,
+        1.5,
+        0.0,
+        float("nan"),
+        WEIGHTS,
+    ],
     "int | str": [1.5, True, [1], "lots", "", "-1GiB", 3, 0, -5, "64"],
     "Size": [1.5, True, [1], "lots", "", "-1GiB", 0, -5, -(10**40), 10**40, "9" * 400, "1e5"],
     "bool | float": ["80%", [1], float("nan"), -0.1, 1.1, 80, torch.ones(3)],
@@ -102,7 +118,7 @@ WRONG: dict[str, list[Any]] = {  # by annotation, None aside
 }
 MEANT: dict[str, list[Any]] = {  # by name
     **{key: ["@", "m@0", "m:", "a/b/c", "m@x y"] for key in ("ref", "a", "b", "parent")},
-    **{key: ["a/b/c", "../x", "m@1", "m:int8"] for key in ("name", "old", "new")},
+    **{key: ["a/b/c", "../x", "m@1", "m:int8"] for key in ("name", "old", "new", "to")},
     "tag": ["1", "latest", "a b"],
     "variant": ["4bit", "a/b"],
     "threads": [0],

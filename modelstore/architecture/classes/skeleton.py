@@ -8,7 +8,7 @@ kind of attention of each layer are those that the model's own code makes. Stage
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -84,6 +84,10 @@ class Skeleton:
         around = [name for name in names if not name.startswith(tuple(skipped))]
         return [*around, *(name for name in names if name.startswith(block))]
 
+    def block(self, number: int) -> torch.nn.Module:
+        """One of the blocks."""
+        return self._blocks[number]
+
     @property
     def config(self) -> Any:
         """The part of the model's config that speaks of its blocks."""
@@ -145,6 +149,28 @@ class Skeleton:
                 _set(self.model, self._embedding, embedding)
             _restore(held)
             self._carried = None
+
+    @contextmanager
+    def entry(self, values: Mapping[str, torch.Tensor]) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """What comes to the first block, of tokens. `values`: those of stage 0."""
+        got: list[torch.Tensor] = []
+
+        def stop(_module: Any, given: Any, named: Mapping[str, Any]) -> None:
+            got.append(given[0] if given else named["hidden_states"])
+            raise _StopError
+
+        def run(ids: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), suppress(_StopError):
+                self.model(ids, use_cache=False)
+            return got.pop()
+
+        held = _place(self.model, values, ())
+        hook = self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            yield run
+        finally:
+            hook.remove()
+            _restore(held)
 
     def _run(self, stage: int, got: list[Any], ids: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
         self._carried = before

@@ -137,7 +137,7 @@ def compress(
 
     The original stays exact. A compression that was interrupted goes on when it is started again.
     """
-    text = _calibration(calibration, samples, length, seed)
+    text = calibration_of(calibration, samples, length, seed)
     opened = open_store(store, memory=memory, cluster=cluster)
     with output.progress(quiet=quiet) as report, _told_apart(opened, "compress", ref, recipe):
         done = opened.compress(
@@ -218,7 +218,7 @@ def plan_compress(
     No weights are read, unless --measure is given. Of a recipe that looks at data it says what is run, what waits between blocks,
     and which tensors are left without data.
     """
-    text = _calibration(calibration, samples, length, seed)
+    text = calibration_of(calibration, samples, length, seed)
     opened = open_store(store, memory=memory)
     also: dict[str, Any] = {"include": include or (), "skip": skip or ()}
     if fit is not None:
@@ -303,7 +303,7 @@ def _looks_lines(looks: Looks) -> Iterator[str]:
         yield f"without data: {name}, since {why}"
 
 
-def _calibration(text: Path | None, samples: int, length: int, seed: int) -> Calibration | None:
+def calibration_of(text: Path | None, samples: int, length: int, seed: int) -> Calibration | None:
     """A text, and how it is cut."""
     import modelstore as ms
 

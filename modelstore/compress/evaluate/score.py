@@ -215,13 +215,21 @@ def _against(
     surprises, divergences, agreed = [], [], 0
     for known, (answers, targets) in zip(reference, _answers(model, tokens, work, count), strict=True):
         surprises.append(_surprises(answers, targets))
-        rows = []
+        divergences.append(divergence(known, answers).reshape(targets.shape))
         for p, q in zip(torch.split(known, _ROWS), torch.split(answers, _ROWS), strict=True):
-            terms = p.exp() * (p - q)
-            rows.append(terms.masked_fill_(p == -math.inf, 0).sum(-1).double())
             agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-        divergences.append(torch.cat(rows).reshape(targets.shape))
     return Score.of(surprises, work, divergences, agreed)
+
+
+def divergence(known: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """KL(known ‖ answers) of each prediction in nats, float64 (predictions), of log p: float32 (predictions, vocabulary)."""
+    import torch
+
+    rows = []
+    for p, q in zip(torch.split(known, _ROWS), torch.split(answers, _ROWS), strict=True):
+        terms = p.exp() * (p - q)
+        rows.append(terms.masked_fill_(p == -math.inf, 0).sum(-1).double())
+    return torch.cat(rows)
 
 
 def _answers(

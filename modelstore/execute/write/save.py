@@ -366,4 +366,5 @@ def manifest_of(
         metadata=dict(source.metadata),
         base=Base(base.model, base.digest) if base else None,
         architecture=known,
+        metrics=dict(getattr(source, "metrics", {})),
     )
