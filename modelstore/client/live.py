@@ -15,6 +15,7 @@ from modelstore.execute.live.cells import LoadedVersion
 from modelstore.execute.live.rwlock import Readers
 from modelstore.execute.live.versions import advance, plan
 from modelstore.execute.read.loading import Variant
+from modelstore.execute.recycled import Recycled
 from modelstore.format.answers import results
 from modelstore.format.locks import Lock
 from modelstore.format.progress import Progress
@@ -68,6 +69,7 @@ class Live:
         self._names = None if names is None else tuple(names)
         self._device = device
         self._progress = progress
+        self._spare = Recycled()
         self._changing = Lock()
         self._readers = Readers()
         self._next: _Version | None = None
@@ -180,7 +182,7 @@ class Live:
         update = plan(old, model, places.values())
         total = sum(_raw(model, slot) for slot in (*update.read, *update.patched))
         work = self._work(self._progress).begin(total, f"loading {self._name}@{number}")
-        held = advance(old, model, update, work, device=self._device)
+        held = advance(old, model, update, work, device=self._device, spare=self._spare)
         tensors = MappingProxyType({name: held.cells[slot].tensor for name, slot in places.items()})
         counts = len(update.same), len(update.patched), len(update.read)
         return _Version(number, held, tensors), results.Prepared(

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,17 +57,19 @@ class Arena:
     it is. So a few bytes that are kept hold little more than themselves. Not for use by several threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, area: Callable[[int], Bytes] | None = None) -> None:
+        """`area`: where maps come from, in place of `huge`; buffers then have whatever content theirs have."""
+        self._area = area or huge
         self._map = np.empty(0, np.uint8)
         self._at = 0
 
     def allocate(self, nbytes: int) -> Bytes:
         """A writable buffer of `nbytes` bytes; `MemoryError` where there is no room for it."""
         if nbytes >= _ARENA // 4:
-            return huge(nbytes)
+            return self._area(nbytes)
         if self._at + nbytes > len(self._map):
             wanted = max(nbytes, min(2 * len(self._map), _ARENA))
-            self._map, self._at = huge(wanted) if wanted >= _HUGE else _aligned(wanted), 0
+            self._map, self._at = self._area(wanted) if wanted >= _HUGE else _aligned(wanted), 0
         buffer = self._map[self._at : self._at + nbytes]
         self._at += -(-nbytes // _ALIGN) * _ALIGN
         return buffer
@@ -81,6 +83,11 @@ def _aligned(nbytes: int) -> Bytes:
 
 def huge(nbytes: int) -> Bytes:
     """A zero-filled buffer in a map of its own that asks for huge pages; `MemoryError` where there is no room."""
+    return within(np.frombuffer(huge_map(nbytes), np.uint8), nbytes)
+
+
+def huge_map(nbytes: int) -> mmap.mmap:
+    """A map of its own, with room for `within`; `MemoryError` where there is none."""
     try:
         area = mmap.mmap(
             -1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -90,9 +97,13 @@ def huge(nbytes: int) -> Bytes:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
             area.madvise(mmap.MADV_HUGEPAGE)
-    buffer = np.frombuffer(area, np.uint8)
-    start = -buffer.ctypes.data % _HUGE
-    return buffer[start : start + nbytes]
+    return area
+
+
+def within(area: Bytes, nbytes: int) -> Bytes:
+    """The buffer in such a map, which begins with a huge page."""
+    start = -area.ctypes.data % _HUGE
+    return area[start : start + nbytes]
 
 
 def trim() -> None:

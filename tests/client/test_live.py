@@ -9,6 +9,7 @@ import signal
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,8 @@ def test_deltas_are_applied_to_what_is_held(monkeypatch: pytest.MonkeyPatch, sha
     """
     shrink(monkeypatch)
     if place == "device":
-        monkeypatch.setattr(versions, "_begin_on_host", versions._begin_on_device)
+        on_device = partial(versions._begin_on_device, device=torch.device("cpu"))
+        monkeypatch.setattr(versions, "_begin_on_host", lambda *args, spare: on_device(*args))  # noqa: ARG005
     counted = CountingStorage(MemoryStorage(uuid.uuid4().hex))
     store = open_on(counted)
     steps(store, 8)
@@ -189,6 +191,30 @@ def test_what_somebody_wrote_to_is_no_base(store: Store, shard: Any, caplog: pyt
     assert all_bits(dict(live.tensors)) == all_bits(store.load("m@3", shard=shard))
     said = [record.message for record in caplog.records]
     assert said == ["tensor 'w' was changed in memory since it was read: it is read whole"]
+
+
+def test_memory_of_old_versions_is_used_again_once_nobody_holds_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever holds a tensor of an old version has its bits, however many versions come after."""
+    monkeypatch.setattr("modelstore.execute.memory._HUGE", 4096)
+    monkeypatch.setattr("modelstore.execute.memory._ARENA", 32 << 10)
+    steps(store, 8)
+    live = store.follow("m@1")
+    held = {}
+    for version in range(2, 9):
+        live.swap_to(version)
+        if version == 3:
+            held = dict(live.tensors)
+        for thread in threading.enumerate():
+            if thread.name == "modelstore-free":
+                thread.join()
+    assert all_bits(dict(live.tensors)) == all_bits(store.load("m@8"))
+    assert all_bits(held) == all_bits(store.load("m@3"))
+    live.rollback()
+    assert all_bits(dict(live.tensors)) == all_bits(store.load("m@7"))
+    made = [len(spare) for spare in live._spare._spare.values()]
+    assert sum(made) > 0, "what nobody holds waits for the next version"
 
 
 @settings(max_examples=40, deadline=None)

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstore.codecs.exact import byteplanes, frames
+from modelstore.codecs.exact import byteplanes, frames, scatter
 from modelstore.codecs.exact.byteplanes import Word, words_of
+from modelstore.codecs.exact.scatter import MORE
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DType
@@ -28,7 +29,6 @@ LOG_GROUP = 15
 GROUP = 1 << LOG_GROUP  # changed words
 TILE = 1 << 20  # words that are compared at once
 MOST = 8  # one word in so many: where more changed, byte planes are smaller
-MORE = 255  # a byte of a gap's coded part that says that another one follows
 CODED = 4  # a gap's coded part is about 2 to that power: the alphabet is small, and its code near the entropy
 SMALL = 64  # bytes of a piece: fewer are stored as they are
 
@@ -66,14 +66,16 @@ def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes) -> None:
     flat, row, stride = byteplanes.as_words(out, dtype)
     if flat.flags.owndata:
         flat[:] = base.view(how.dtype)
-    last = -1
-    for group in _groups(as_bytes(plane), how.width, out.size // how.width):
-        at = _places(group, last, out.size // how.width)
-        last = int(at[-1])
-        there = at if row == stride else at // row * stride + at % row
-        signs = np.unpackbits(group.signs, count=at.size, bitorder="little")
-        delta = _delta(signs, _joined(group.planes, how.dtype))
-        flat[there] = _ordinals(_ordinals(flat[there], how.magnitude) + delta, how.magnitude)
+    data, words, last = as_bytes(plane), out.size // how.width, -1
+    data.flags.writeable = False  # of this view; the kernel is compiled for read-only pieces
+    apply = scatter.apply(how.width)
+    for group in _groups(data, how.width, words):
+        stored = group.coded, group.low, group.packed, group.signs, group.planes
+        last = apply(*stored, how.magnitude, row, stride, last, words, flat)
+        if last == scatter.COUNT:
+            raise FormatError(f"an encoded chunk has other gaps than those of {group.count} changed words")
+        if last < 0:
+            raise FormatError(f"an encoded chunk changes word {scatter.BEYOND - last} of {words}")
     if flat.flags.owndata:
         out[:] = flat.view(np.uint8).reshape(out.shape)
 
@@ -127,22 +129,6 @@ def _pack(gaps: NDArray[np.int64], low: int) -> Bytes:
     return np.packbits(bits.reshape(-1), bitorder="little")
 
 
-def _places(group: Group, last: int, count: int) -> NDArray[np.int64]:
-    """The changed words' places, after the `last` one; `FormatError` where they are not as many as said, or beyond the region."""
-    ends = np.flatnonzero(group.coded != MORE)
-    if ends.size != group.count or group.coded[-1] == MORE:
-        raise FormatError(f"an encoded chunk has {ends.size} gaps where {group.count} words changed")
-    gaps = ((np.diff(ends, prepend=-1) - 1) * MORE + group.coded[ends]) << group.low
-    if group.low:
-        bits = np.unpackbits(group.packed, count=group.count * group.low, bitorder="little").reshape(-1, group.low)
-        for i in range(group.low):
-            gaps += bits[:, i].astype(np.int64) << i
-    at = np.cumsum(gaps + 1) + last
-    if at[-1] >= count:
-        raise FormatError(f"an encoded chunk changes word {at[-1]} of {count}")
-    return at
-
-
 # ---------------------------------------------------------------------- by how much
 
 
@@ -161,21 +147,10 @@ def _parted(delta: NDArray[Word]) -> tuple[Bytes, NDArray[Word]]:
     return negative.astype(np.uint8), (delta ^ (kind(0) - negative)) - (kind(1) - negative)
 
 
-def _delta(signs: Bytes, sizes: NDArray[Word]) -> NDArray[Word]:
-    kind = sizes.dtype.type
-    negative = signs.astype(sizes.dtype)
-    found: NDArray[Word] = (sizes + (kind(1) - negative)) ^ (kind(0) - negative)
-    return found
-
-
 def _planes(lanes: NDArray[Word], width: int) -> list[Bytes]:
     """Bytes of words by their place, most significant first."""
     table = lanes.view(np.uint8).reshape(-1, width)
     return [np.ascontiguousarray(table[:, width - 1 - p]) for p in range(width)]
-
-
-def _joined(planes: list[Bytes], dtype: np.dtype[Word]) -> NDArray[Word]:
-    return np.ascontiguousarray(np.stack(planes[::-1], axis=1)).view(dtype).reshape(-1)
 
 
 # ---------------------------------------------------------------------- groups
@@ -191,7 +166,7 @@ class Group:
     packed: Bytes
     coded: Bytes
     signs: Bytes
-    planes: list[Bytes]
+    planes: tuple[Bytes, ...]
 
 
 def _piece(piece: Bytes) -> bytes:
@@ -237,4 +212,4 @@ def _group(data: Bytes, at: int, width: int, count: int) -> tuple[Group, int]:
         piece = data[begin : begin + length]
         pieces.append(piece if length == size else frames.decompress(piece, size))
         begin += length
-    return Group(count, low, data[start : start + packed], pieces[0], pieces[1], pieces[2:]), whole
+    return Group(count, low, data[start : start + packed], pieces[0], pieces[1], tuple(pieces[2:])), whole

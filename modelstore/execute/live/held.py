@@ -53,11 +53,14 @@ class HeldBases:
         the same element of its base.
         """
         for share, cell in self._cells.get(_identity(tensor), ()):
+            if share == whole(tensor.shape):
+                data = self._host(cell, tensor.name, None)
+                return None if data is None else cut(data, tensor.shape, tensor.kind.itemsize, region)
             boxes = list(overlaps(share.pieces(), region))
             covered = any(both == region for both, _ in boxes)
             if not covered and self._wanted.get(tensor.name) != {share}:
                 continue
-            data = self._host(cell, tensor.name, None if share == whole(tensor.shape) else cell.digest)
+            data = self._host(cell, tensor.name, cell.digest)
             if data is not None:
                 return _region(data, share, region, boxes, tensor.kind.itemsize)
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from modelstore.execute.live.cells import Cell, LoadedVersion
@@ -12,6 +13,7 @@ from modelstore.execute.live.pages import Image, Overlay
 from modelstore.execute.memory import Arena
 from modelstore.execute.read.loading import Variant
 from modelstore.execute.read.reader import Reader
+from modelstore.execute.recycled import Recycled
 from modelstore.format.boxes import copy, paste
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import name_of
@@ -42,13 +44,14 @@ def advance(
     work: Work,
     *,
     device: torch.device,
+    spare: Recycled | None = None,
 ) -> LoadedVersion:
-    """The version that `update` makes of `old`, whose own values stay as they are."""
+    """The version that `update` makes of `old`, whose own values stay as they are. `spare`: memory of versions before."""
     before = old.cells if old is not None else {}
-    begin = _begin_on_host if device.type == "cpu" else _begin_on_device
+    begin = partial(_begin_on_host, spare=spare) if device.type == "cpu" else partial(_begin_on_device, device=device)
     cells = {slot: before[source] for slot, source in update.same.items()}
     reader = model.reader if old is None else model.reader.over(HeldBases(old.manifest, before, update.read))
-    cells |= begin(before, model, reader, update, work, device)
+    cells |= begin(before, model, reader, update, work)
     _patch(cells, model, update, work)
     for slot in update.patched:
         if slot[1] != whole(model.manifest.by_name[slot[0]].shape):
@@ -65,7 +68,7 @@ def _begin_on_host(
     reader: Reader,
     update: Update,
     work: Work,
-    device: torch.device,  # noqa: ARG001
+    spare: Recycled | None,
 ) -> dict[Slot, Cell]:
     by_name = model.manifest.by_name
     overlays: dict[int, Overlay] = {}
@@ -85,9 +88,10 @@ def _begin_on_host(
                 shape = slot[1].shape
                 copy(cell.buffer, shape, inner, buffer, shape, inner, tensor.kind.itemsize)
         cells[slot] = Cell(_tensor(buffer, slot, tensor), buffer, cell.image, cell.start, apart)
-    deltas = {slot for slot in update.read if reader.codec(by_name[slot[0]]).needs_base}
-    fresh = _imaged((*copied, *(slot for slot in update.read if slot not in deltas)), by_name)
-    fresh |= _apart(deltas, by_name)
+    deltas = [slot for slot in update.read if reader.codec(by_name[slot[0]]).needs_base]
+    values = set(update.read).difference(deltas)
+    fresh = _imaged((*copied, *(slot for slot in update.read if slot in values)), by_name)
+    fresh |= _apart(deltas, by_name, spare)
     for slot, buffer in copied.items():
         filled = fresh[slot].buffer
         assert filled is not None
@@ -125,9 +129,9 @@ def _imaged(slots: Iterable[Slot], by_name: Mapping[str, Tensor]) -> dict[Slot, 
     return cells
 
 
-def _apart(slots: Iterable[Slot], by_name: Mapping[str, Tensor]) -> dict[Slot, Cell]:
+def _apart(slots: Iterable[Slot], by_name: Mapping[str, Tensor], spare: Recycled | None) -> dict[Slot, Cell]:
     """Memory for tensors that change all over with each version: huge pages, which images do not have, and nothing to share."""
-    arena, cells = Arena(), {}
+    arena, cells = Arena(spare.take if spare is not None else None), {}
     for slot in slots:
         buffer = arena.allocate(Want(by_name[slot[0]], slot[1]).nbytes)
         cells[slot] = Cell(_tensor(buffer, slot, by_name[slot[0]]), buffer)

@@ -174,7 +174,7 @@ class Reader:
             if out is not None:
                 codec.decode(planes, shape, tensor.kind, out, under)
                 return
-            values = np.empty(size(chunk.region) * tensor.kind.itemsize, np.uint8) if under is None else under
+            values = np.empty(size(chunk.region) * tensor.kind.itemsize, np.uint8)
             codec.decode(planes, shape, tensor.kind, values.reshape(1, -1), under)
         except FormatError as error:
             raise FormatError(
@@ -188,10 +188,10 @@ class Reader:
     def bases(
         self, chunks: Sequence[ChunkRead], wants: Sequence[Want], buffers: Mapping[int, Bytes]
     ) -> dict[tuple[int, int], Bytes]:
-        """The base's values of those chunks that are deltas, by want and chunk: in their place where that is one run of bytes.
+        """The base's values of those chunks that are deltas, by want and chunk: what memory holds, not to be written to, or read.
 
-        What is not held is read with as few requests as the chunks themselves. So a chain of deltas is decoded link after link
-        onto the same memory.
+        What is read lies in its place where that is one run of bytes, and takes as few requests as the chunks themselves. So a
+        chain of deltas is decoded link after link onto the same memory.
         """
         found: dict[tuple[int, int], Bytes] = {}
         missing: list[Want] = []
@@ -200,18 +200,16 @@ class Reader:
             want = wants[chunk.want]
             if not self.codec(want.tensor).needs_base:
                 continue
-            out = _place(chunk, want, buffers[chunk.want])
-            if out is not None and out.flags.c_contiguous:
-                values = out.reshape(-1)
-            else:
-                values = np.empty(size(chunk.region) * want.tensor.kind.itemsize, np.uint8)
             base = self._base_tensor(want.tensor)
-            held = self._held(base, chunk.region) if self._held is not None else None
-            if held is None:
+            values = self._held(base, chunk.region) if self._held is not None else None
+            if values is None:
+                out = _place(chunk, want, buffers[chunk.want])
+                if out is not None and out.flags.c_contiguous:
+                    values = out.reshape(-1)
+                else:
+                    values = np.empty(size(chunk.region) * want.tensor.kind.itemsize, np.uint8)
                 into[len(missing)] = values
                 missing.append(Want.of(base, chunk.region))
-            else:
-                values[:] = held
             found[chunk.want, chunk.chunk] = values
         if missing:
             assert self._base is not None
