@@ -40,11 +40,22 @@ def read_so_far() -> int:
     )
 
 
+def prepare_deltas() -> None:
+    """As `prepare`, with the kernel that applies deltas."""
+    import modelstore as ms
+
+    prepare()
+    store, values = ms.open("memory://deltas"), torch.randn(1 << 20).to(torch.bfloat16)
+    store.save("bench", {"w": values})
+    store.save("bench", {"w": step(values, 0.01, 1)}, codec="delta", parent="bench@1")
+    store.load("bench")
+
+
 def follow(url: str) -> dict[str, Any]:
     """All versions, one after the other: of each the bytes read, said to be read, and the seconds; and those of the swaps."""
     import modelstore as ms
 
-    prepare()
+    prepare_deltas()
     live = ms.open(url).follow("bench@1")
     steps, swaps = [], []
     for version in range(2, VERSIONS + 1):
@@ -64,7 +75,7 @@ def late(url: str) -> dict[str, Any]:
     """A follower of the first version goes to the last one at once."""
     import modelstore as ms
 
-    prepare()
+    prepare_deltas()
     live = ms.open(url).follow("bench@1")
     before = read_so_far()
     with Timer() as timer:

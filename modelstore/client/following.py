@@ -97,8 +97,10 @@ class Following(OpenedStore):
                 parsed if version is None else replace(parsed, version=version, tag=None)
             ).version
 
-        def opened(version: int) -> Variant:
-            return self._access.stored(replace(parsed, version=version, tag=None))
+        def opened(version: int) -> tuple[Variant, int]:
+            before = self.repo.manifests.bytes_read
+            model = self._access.stored(replace(parsed, version=version, tag=None))
+            return model, self.repo.manifests.bytes_read - before
 
         return Live(
             parsed.name,

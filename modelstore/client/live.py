@@ -52,7 +52,7 @@ class Live:
         self,
         name: str,
         resolve: Callable[[int | None], int],
-        opened: Callable[[int], Variant],
+        opened: Callable[[int], tuple[Variant, int]],
         work: Callable[[Progress | None], Work],
         *,
         shard: Layout | None,
@@ -63,7 +63,7 @@ class Live:
     ) -> None:
         self._name = name
         self._resolve = resolve  # the version that there is of that number; of None: that the reference names now
-        self._opened = opened
+        self._opened = opened  # with the bytes of manifests that were read for it
         self._work = work
         self._shard = shard
         self._names = None if names is None else tuple(names)
@@ -175,7 +175,7 @@ class Live:
 
     def _read(self, number: int) -> tuple[_Version, results.Prepared]:
         started = time.monotonic()
-        model = self._opened(number)
+        model, manifests = self._opened(number)
         shares = model.shares(self._shard, self._names)
         places: dict[str, Slot] = slots(model.manifest, shares)
         old = self._now.held if self._now is not None else None
@@ -186,7 +186,7 @@ class Live:
         tensors = MappingProxyType({name: held.cells[slot].tensor for name, slot in places.items()})
         counts = len(update.same), len(update.patched), len(update.read)
         return _Version(number, held, tensors), results.Prepared(
-            number, *counts, model.reader.bytes_read, time.monotonic() - started
+            number, *counts, manifests + model.reader.bytes_read, time.monotonic() - started
         )
 
 

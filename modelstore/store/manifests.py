@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -24,9 +25,16 @@ class Manifests:
         self._storages = (storage, *mirrors)
         self._cache: OrderedDict[str, tuple[Manifest, int]] = OrderedDict()
         self._lock = Lock()
+        self._here = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Manifests, (self._storages[0], self._storages[1:])  # what is cached is read again
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of manifests that this thread has read so far, from wherever; of those in the cache there are none."""
+        found: int = getattr(self._here, "bytes", 0)
+        return found
 
     def write(self, model: str, manifest: Manifest, shelf: Shelf) -> tuple[str, str]:
         """Store a manifest, and a copy of it as a pack, from which a lost one is rebuilt: both digests."""
@@ -47,6 +55,7 @@ class Manifests:
         for storage in self._storages:
             try:
                 data = storage.get(key)
+                self._here.bytes = self.bytes_read + len(data)
                 manifest = man.decode(data, digest, key)
             except (NotFoundError, CorruptionError, FormatError) as error:
                 problem = problem or error

@@ -77,7 +77,8 @@ class Prepared(Result, frozen=True):
     """A version got ready beside the current one: tensors shared with it, read in part, read whole or as deltas; bytes read.
 
     `bytes` are encoded, and came from the storage or a cluster's hosts: also those of bases that are not held, of copies read
-    because the first was wrong, and the little that lies between two ranges that are read as one. Manifests do not count.
+    because the first was wrong, the little that lies between two ranges that are read as one, and manifests that this process
+    did not have. Records, of a few hundred bytes each, do not count.
     """
 
     version: int
