@@ -21,7 +21,7 @@ class ModelStoreError(Exception):
     """Base of all errors of a store; `kind` is stable and meant for programs.
 
     `model`, `tensor`, `chunk` (an index in the tensor's grid) and `object` (a key in the store, or a path) say
-    where, each None where it does not apply.
+    where, each None if it does not apply.
     """
 
     kind = "error"

@@ -1,8 +1,8 @@
 """Files and folders below one that a user named, reached without following a link.
 
-Each name is opened in the folder before it (`openat` with `O_NOFOLLOW`), so nothing below the named folder leads out of
-it, and a link that is put there between two steps is met as a link. The named folder itself may be one: that is the
-user's choice. What is not a regular file (a pipe, a device) is never waited for.
+Each name is opened in the folder before it (`openat` with `O_NOFOLLOW`), so nothing below the named folder leads out of it,
+and a link that is put there between two steps is met as a link. The named folder itself may be one: that is the user's choice.
+A file that is not a regular file (a pipe, a device) is never waited for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-# What to do about what the operating system says.
+# Advice for errors of the operating system.
 _ADVICE = {
     errno.EACCES: "check who may read and write there",
     errno.EPERM: "check who may read and write there",
@@ -42,7 +42,7 @@ _ADVICE = {
 
 
 def explained(error: OSError) -> str:
-    """What the operating system says, and what to do about it."""
+    """The operating system's message, and what to do about it."""
     said = error.strerror or str(error)
     said = said[:1].lower() + said[1:] if said[1:2].islower() else said
     advice = _ADVICE.get(error.errno or 0) if error.strerror == os.strerror(error.errno or 0) else None
@@ -50,7 +50,7 @@ def explained(error: OSError) -> str:
 
 
 def from_home(path: str | os.PathLike[str]) -> Path:
-    """A path in which `~` and `~user` stand for a home; `ValueError` where there is no such user.
+    """A path in which `~` and `~user` stand for a home; `ValueError` if there is no such user.
 
     `./~x` is a file of that name, and becomes a whole path, since a Path would lose the `./`.
     """
@@ -66,7 +66,7 @@ def from_home(path: str | os.PathLike[str]) -> Path:
 
 
 def in_the_way(path: Path) -> str | None:
-    """Why a file cannot take its name from what is there: a folder, or a pipe or a device, as /dev/null is; None where it can."""
+    """Why a file cannot take its name from what is there: a folder, or a pipe or a device, as /dev/null is; None if it can."""
     if path.is_dir():
         return f"{path} is a folder: give the file to write"
     return f"{path} is a pipe or a device: give another place" if path.exists() and not path.is_file() else None
@@ -82,7 +82,7 @@ class LinkError(OSError):
 
 
 class NoFileError(OSError):
-    """What is there in the place of a file is a link, a pipe, a device or a socket."""
+    """In the place of a file there is a link, a pipe, a device or a socket."""
 
     def __init__(self, path: str, what: str) -> None:
         super().__init__(errno.EINVAL, f"{path} is {what}, where a file should be: remove it", path)
@@ -101,7 +101,7 @@ def folder(root: str | Path, relative: str = "", *, make: int | None = None, dur
     """A descriptor of the folder `relative` ('/'-separated, '' for `root` itself), valid within the block.
 
     With `make` folders that are missing are made with that mode, and durably unless said otherwise: a file is found after a
-    power cut only if its folders are. `LinkError` where one below `root` is a link, else `OSError` as `open` raises it.
+    power cut only if its folders are. `LinkError` if one below `root` is a link, else `OSError` as `open` raises it.
     """
     if make is not None:
         _make_root(Path(root), make)
@@ -165,7 +165,8 @@ def read_named(path: str | os.PathLike[str], limit: int) -> bytes:
 def new_file(path: Path, *, replace: bool) -> Iterator[BinaryIO]:
     """A file to write, which gets its name when the block ends: it is there whole, or not at all.
 
-    What has that name is replaced, a link by the file itself. `FileExistsError` where it is not to be.
+    An existing file of that name is replaced; a link is replaced by the file itself. `FileExistsError` if it must not be
+    replaced.
     """
     fresh = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
     try:
@@ -187,7 +188,7 @@ def status_in(at: int, name: str) -> os.stat_result:
 
 
 def kind_in(at: int, name: str) -> EntryKind | None:
-    """What a name in an open folder is; None where it is not there."""
+    """The kind of the entry of that name in an open folder; None if it is not there."""
     try:
         mode = status_in(at, name).st_mode
     except FileNotFoundError:
@@ -198,7 +199,7 @@ def kind_in(at: int, name: str) -> EntryKind | None:
 
 
 def entries(root: str | Path, relative: str = "") -> list[Entry]:
-    """What lies in a folder, in no order. Errors as for `folder`."""
+    """The entries of a folder, in no order. Errors as for `folder`."""
     with folder(root, relative) as at, os.scandir(at) as found:
         return [Entry(entry.name, _kind(entry)) for entry in found]
 

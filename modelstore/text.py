@@ -66,7 +66,7 @@ def cells(text: str) -> int:
 
 
 def shortened(text: str, width: int) -> str:
-    """The text, with its middle left out where it takes more than `width` columns: beginning and end tell names apart."""
+    """The text, with its middle left out if it takes more than `width` columns: start and end distinguish names."""
     if cells(text) <= width:
         return text
     if width < 2:
@@ -76,7 +76,7 @@ def shortened(text: str, width: int) -> str:
 
 
 def _fitting(text: str, width: int) -> str:
-    """As much of the text's beginning as fits."""
+    """As much of the text's start as fits."""
     taken = text[:width]
     while cells(taken) > width:
         taken = taken[:-1]

@@ -1,1 +1,1 @@
-"""What a model is, from its `config.json`, its tensors' names and shapes: read once here, asked by everybody above."""
+"""The structure of a model, from its `config.json`, its tensors' names and shapes: read once here; all code above asks here."""

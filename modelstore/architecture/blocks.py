@@ -55,7 +55,7 @@ def blocks(names: Iterable[str], known: Architecture | None = None) -> Blocks:
 
 
 def _place(name: str, said: Iterable[str]) -> tuple[str, int] | None:
-    """The stack that a tensor belongs to and the number of its layer; None for what lies outside, or in a tower beside."""
+    """The stack that a tensor belongs to and the number of its layer; None for a tensor outside, or in a tower beside."""
     found = None
     for stack in said:
         number, dot, _ = name.removeprefix(f"{stack}.").partition(".")

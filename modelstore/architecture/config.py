@@ -18,7 +18,7 @@ _DEEPEST = 4
 
 
 def parse(content: bytes, most_bytes: int = MAX_CONFIG, most_members: int = MAX_MEMBERS) -> Config | None:
-    """The JSON object in a file of a model; None where it is none, or has more bytes or members than are looked into."""
+    """The JSON object in a file of a model; None if it is none, or has more bytes or members than are looked into."""
     found = examined(content, most_bytes, most_members)
     return None if isinstance(found, str) else found
 
@@ -41,7 +41,7 @@ def examined(content: bytes, most_bytes: int = MAX_CONFIG, most_members: int = M
 
 
 def oddity(content: bytes) -> str:
-    """What is wrong with a `config.json`, in words that follow its name; "" where nothing is that shows by itself."""
+    """The problem with a `config.json`, in words that follow its name; "" if none shows by itself."""
     found = examined(content)
     if isinstance(found, str):
         return found
@@ -68,7 +68,7 @@ def model_type(config: Config) -> str:
 
 
 def type_told(config: Config) -> str:
-    """What a config says that the model is, for a message: "model type 'llama'"."""
+    """The model's type in a config, for a message: "model type 'llama'"."""
     found = config.get("model_type")
     if isinstance(found, str) and found:
         return f"model type {found[:80]!r}"
@@ -76,7 +76,7 @@ def type_told(config: Config) -> str:
 
 
 def count(config: Config, *keys: str) -> int | None:
-    """The first of those entries that the config has; `FormatError` where it is no positive whole number."""
+    """The first of those entries that the config has; `FormatError` if it is not a positive whole number."""
     for key in keys:
         value = config.get(key)
         if value is None:
@@ -88,7 +88,7 @@ def count(config: Config, *keys: str) -> int | None:
 
 
 def number(config: Config, key: str) -> float | None:
-    """An entry that is a real number, None where the config has none; `FormatError` where it is anything else."""
+    """An entry that is a real number, None if the config has none; `FormatError` if it is anything else."""
     value = config.get(key)
     if value is None:
         return None
@@ -98,7 +98,7 @@ def number(config: Config, key: str) -> float | None:
 
 
 def flag(config: Config, key: str) -> bool | None:
-    """An entry that is true or false, None where the config has none; `FormatError` where it is anything else."""
+    """An entry that is true or false, None if the config has none; `FormatError` if it is anything else."""
     value = config.get(key)
     if value is None or isinstance(value, bool):
         return value
@@ -106,7 +106,7 @@ def flag(config: Config, key: str) -> bool | None:
 
 
 def word(config: Config, key: str) -> str | None:
-    """An entry that is text, None where the config has none; `FormatError` where it is anything else."""
+    """An entry that is text, None if the config has none; `FormatError` if it is anything else."""
     value = config.get(key)
     if value is None or isinstance(value, str):
         return value
@@ -114,7 +114,7 @@ def word(config: Config, key: str) -> str | None:
 
 
 def part(config: Config, key: str) -> Config:
-    """An entry that is an object, an empty one where the config has none; `FormatError` where it is anything else."""
+    """An entry that is an object, an empty one where the config has none; `FormatError` if it is anything else."""
     value = config.get(key)
     if value is None:
         return {}

@@ -19,7 +19,7 @@ Described = Mapping[str, tuple[str, Shape]]  # name → dtype, shape
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 _CODES = (*_FP8, "float8_e4m3fnuz", "float8_e5m2fnuz", "int8", "uint8")
 _FLOATS = ("float32", "bfloat16", "float16")
-POWERS = ("uint8", "float8_e8m0fnu")  # of two: a scale is 2^(byte - 127), 255 is no number
+POWERS = ("uint8", "float8_e8m0fnu")  # of two: a scale is 2^(byte - 127), 255 is not a number
 _BLOCK = (128, 128)
 _GROUP = 32  # numbers that share a scale in mxfp4, two in a byte
 _SCALES = ("weight_scale_inv", "weight_scale")  # both are multiplied with
@@ -47,7 +47,7 @@ class Dequantized:
 def dequantized(tensors: Described, config: Config | None) -> tuple[dict[str, Dequantized], set[str]]:
     """The weights that quantized tensors stand for, by the name of their codes, and all tensors that belong to them.
 
-    `UnsupportedError` where one of the quantized tensors is of a method whose rule is not known here.
+    `UnsupportedError` if one of the quantized tensors is of a method whose rule is not known here.
     """
     already = quantized({name: dtype for name, (dtype, _) in tensors.items()})
     if not already and method(config) is None:
@@ -97,7 +97,7 @@ def _fp8(tensors: Described, already: set[str], config: Config | None) -> Iterat
 
 
 def _block(shape: Shape, scales: Shape, config: Config | None) -> tuple[int, int] | None:
-    """Rows and columns of a matrix that share one of so many scales; None where that cannot be told."""
+    """Rows and columns of a matrix that share one of so many scales; None if that cannot be told."""
     if len(shape) != 2 or 0 in shape:
         return None
     rows, columns = shape

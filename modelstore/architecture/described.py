@@ -1,7 +1,7 @@
-"""What is known of a model beyond tables: what its manifest says, or what its own class says here, where it can be asked.
+"""Facts about a model beyond tables: from its manifest, or from its own class here, if it can be asked.
 
-The class is asked by who decides something: what is compressed, or how an architecture that no table has is sliced. Who reads
-believes what is kept. Nobody who saves waits for an import.
+The class is asked by who decides something: what is compressed, or how an architecture that no table has is sliced. Readers
+trust the manifest. Nobody who saves waits for an import.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _found: dict[str, Architecture | None] = {}
 
 
 def described(manifest: Manifest, config: Config | None) -> Architecture | None:
-    """What is known of a stored model: as its manifest says, else as its class says; None where neither does."""
+    """The facts about a stored model: from its manifest, else from its class; None if neither has any."""
     if manifest.architecture is not None or config is None:
         return manifest.architecture
     return look(config, {name: tensor.shape for name, tensor in manifest.by_name.items()})
 
 
 def look(config: Config, tensors: Mapping[str, Shape], *, imported: bool = False) -> Architecture | None:
-    """What the model's own class says of these tensors; None where transformers is not here, or does not know the model.
+    """The facts about these tensors from the model's own class; None if transformers is not here, or does not know the model.
 
     `imported`: only where this process has imported the class already, since its import takes seconds.
     """

@@ -1,4 +1,4 @@
-"""What each tensor of a model is for, by its name, its shape and the tensors beside it.
+"""The kind of each tensor of a model, by its name, its shape and the tensors beside it.
 
 The names are those of the classes of transformers (each of its architectures is built and compared in the tests), of timm
 and of the checkpoints that were published beside them. A matrix is a linear layer's only where it is called `….weight`, or is
@@ -21,7 +21,7 @@ from modelstore.format.objects.manifest import Manifest
 from modelstore.format.recipe import KINDS, Kind
 from modelstore.format.region import Shape
 
-# What follows is matched with the whole name of the module that owns a `weight`, or of the parameter itself.
+# These are matched with the whole name of the module that owns a `weight`, or of the parameter itself.
 _EMBEDDING = re.compile(
     r"(?:.*[._])?(?:wte|wpe|shared|\w*emb(?:ed|eds|edding|eddings|edder|s)?(?:_\w+|\d+)?|Hash\w*Embedder_\d+|codebook|\w*_tokens?"
     r"|relative_attention_bias|bias_values|reference_points|quer(?:y_feat|ies_features)|pe_k|rel_pos_[hw])(?:\.[\d*]+)?"
@@ -44,7 +44,7 @@ _MATRIX = re.compile(r"(?:.*\.)?(?:in_proj_weight|mm_input_projection_weight)")
 
 
 class Its(NamedTuple):
-    """What kinds are told by, beside the name."""
+    """The facts that decide a kind, beside the name."""
 
     dtype: str
     shape: Shape
@@ -53,7 +53,7 @@ class Its(NamedTuple):
 def kinds(
     tensors: Mapping[str, Its], config: Config | None = None, known: Architecture | None = None
 ) -> dict[str, Kind]:
-    """What each tensor is for. Presets compress "linear" and "convolution" only; "unknown" is what nothing is known of.
+    """The kind of each tensor. Presets compress "linear" and "convolution" only; "unknown" is what nothing is known of.
 
     `known`: what the model's own class says, which counts before names.
     """
@@ -79,7 +79,7 @@ def kinds_in(manifest: Manifest, config: Config | None, known: Architecture | No
 
 
 def kind_of(name: str, shape: Shape, vocabulary: int | None = None) -> Kind:
-    """What a tensor of floats is for, by its name and shape alone; `vocabulary`: rows that only heads have."""
+    """The kind of a tensor of floats, by its name and shape alone; `vocabulary`: rows that only heads have."""
     owner, _, last = name.rpartition(".")
     weight = last == "weight"
     if len(shape) < 2:
@@ -122,7 +122,7 @@ _NAMED: tuple[tuple[Kind, re.Pattern[str]], ...] = (
 
 
 def _kernel(owner: str, shape: Shape) -> Kind:
-    """Of [out, in, *kernel], or of a stack of matrices."""
+    """The kernel of [out, in, *kernel], or of a stack of matrices."""
     if not is_convolution(shape):
         return "linear" if _PARALLEL.fullmatch(owner) else "unknown"
     return "depthwise" if shape[1] == 1 and shape[0] > 1 else "convolution"

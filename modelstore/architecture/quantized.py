@@ -8,7 +8,7 @@ from modelstore.architecture.config import Config, language
 from modelstore.format.dtypes import DTYPES
 
 METHODS = ("quantization_config", "compression_config")
-# What belongs together: a name that ends so, where the name with one of these ends instead is there, too.
+# Parts that belong together: a name with this ending, if the name with one of these endings instead is there, too.
 _TOGETHER = {
     "qweight": ("scales",),  # GPTQ, AWQ
     "qzeros": ("qweight",),
@@ -46,7 +46,7 @@ _ENDS = tuple(_TOGETHER)
 
 
 def method(config: Config | None) -> str | None:
-    """Which method the config says the weights are quantized by; None where it speaks of none."""
+    """Which method the config says the weights are quantized by; None if it speaks of none."""
     if config is None:
         return None
     for part in (config, language(config)):

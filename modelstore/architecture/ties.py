@@ -6,7 +6,7 @@ from modelstore.architecture.config import Config, language
 
 
 def tied(config: Config | None) -> bool | None:
-    """Whether the config says that head and embedding are tied; None where it says nothing, False where any part denies it."""
+    """Whether the config says that head and embedding are tied; None if it says nothing, False if any part denies it."""
     if config is None:
         return None
     said = [part.get("tie_word_embeddings") for part in (config, language(config))]

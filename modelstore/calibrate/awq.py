@@ -1,7 +1,7 @@
 """AWQ: columns through which much comes are scaled up before rounding, and what comes before them gives that much less.
 
-Lin and others, 2306.00978, with both of its forms of scales (`duo` of llm-compressor); then a clip for each group. What is scaled
-is in `folding`.
+Lin and others, 2306.00978, with both of its forms of scales (`duo` of llm-compressor); then a clip for each group. `folding`
+says which columns are scaled.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def scales(inputs: torch.Tensor, weights: torch.Tensor) -> Iterator[torch.Tensor
 
 
 def rounded(weight: torch.Tensor, bits: int, group: int, stored: torch.dtype) -> torch.Tensor:
-    """What plain rounding over the whole range of each group makes of a weight."""
+    """A weight by plain rounding over the whole range of each group."""
     return _coded(weight, plain(weight, bits, group, stored), bits, group)
 
 

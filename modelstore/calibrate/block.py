@@ -28,8 +28,8 @@ _COMPARED = re.compile(r"(^|[._])(q|k|query|key|qk|qkv|query_key_value)([._]|$)"
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a model's layers. `specs`: the codec of each tensor that is compressed; `wanted`: how those are found that
-    are to be solved.
+    """The tensors of a model's layers to solve. `specs`: the codec of each tensor that is compressed; `wanted`: how to find
+    the values of those to solve.
     """
 
     stages: Stages
@@ -38,7 +38,7 @@ class Asked:
     wanted: Mapping[str, Method]
 
     def layers(self) -> list[Linears]:
-        """The layers of each block that are to be solved, up to the last block that has any."""
+        """The layers of each block to solve, up to the last block that has any."""
         count = self.stages.skeleton.count
         found: list[Linears] = [linears(self.stages, self.manifest, block, self.wanted) for block in range(count)]
         while found and not found[-1]:
@@ -91,7 +91,7 @@ def too_few(tokens: int, columns: int) -> str:
 
 @dataclass(frozen=True)
 class Solving:
-    """A block that is solved: its number, its layers that are to be, its values, and the samples with what comes to it."""
+    """A block that is solved: its number, its layers to solve, its values, and the samples with its inputs."""
 
     asked: Asked
     number: int
@@ -107,7 +107,7 @@ class Solving:
     )  # tensors that were divided, with those that make up for it
 
     def solve(self, given: Spool) -> dict[str, Solution]:
-        """What was found for each layer's tensor. `given`: for what the block gives, kept where layers are tuned by it."""
+        """The solution for each layer's tensor. `given`: for what the block gives, kept where layers are tuned by it."""
         found: dict[str, Solution] = {}
         for turn, layers in enumerate(self._turns()):
             gathered = self._gathered(layers, None if turn else given)
@@ -122,7 +122,7 @@ class Solving:
         return found | self._tuned(given, found)
 
     def came(self, shard: int) -> torch.Tensor | None:
-        """What the block before gave for a shard; None where there is none before."""
+        """The output of the block before for a shard; None if there is none before."""
         return self.before[shard] if self.number else None
 
     def _turns(self) -> list[Linears]:
@@ -144,7 +144,7 @@ class Solving:
         return [turn for turn in turns if turn]
 
     def _gathered(self, layers: Linears, given: Spool | None) -> Gathered:
-        """What comes to layers. `given` is appended what the block gives, where layers are tuned by it."""
+        """The inputs of layers. `given` is appended what the block gives, where layers are tuned by it."""
         gathered, skeleton = Gathered(), self.asked.stages.skeleton
         kept = given is not None and any(self.asked.tunes(layer) for layer in self.layers.values())
         one_by_one = any(layer.part is not None for layer in layers.values())
@@ -261,7 +261,7 @@ def _first(run: Run, solving: Solving, samples: int) -> Callable[[bool], torch.T
 
 
 def _head(stages: Stages) -> int:
-    """Of how many rows a head of attention is."""
+    """The number of rows of a head of attention."""
     config = stages.skeleton.config
     heads = int(getattr(config, "num_attention_heads", None) or 1)
     return int(getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads)

@@ -1,7 +1,7 @@
 """Scales of columns that a block's weights take on before rounding, and what comes before these weights gives up.
 
-What may be folded into what is not told by names: it is tried on a few tokens. Two factors that leave what the block gives as it
-was are one function, whatever else reads a norm (a router, a second layer) or is done between two layers.
+Names do not tell which parts can be folded into which: it is tried on a few tokens. Two factors that leave what the block
+gives as it was are one function, whatever else reads a norm (a router, a second layer) or is done between two layers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _SAME = 1e-2  # of what one factor without the other changes
 
 @dataclass(frozen=True)
 class Before:
-    """What comes before layers: a norm's gain, `weight + plus`, or a linear layer's rows (`plus` is None); its parameter's name.
+    """The part before layers: a norm's gain, `weight + plus`, or a linear layer's rows (`plus` is None); its parameter's name.
 
-    `head`: of rows that several heads read, how many belong to one head; 0 where each row is read by one column.
+    `head`: of rows that several heads read, how many belong to one head; 0 if each row is read by one column.
     """
 
     parameter: str
@@ -75,7 +75,7 @@ class Folding:
     head: int
 
     def found(self, groups: Mapping[str, Sequence[str]], inputs: Mapping[str, Inputs]) -> Iterator[Fold]:
-        """Of each group of layers that read one input what is folded; groups for which nothing is better are left out.
+        """For each group of layers that read one input, its folding; groups for which nothing is better are left out.
 
         groups: by the layer under which `inputs` has what they read.
         """
@@ -90,7 +90,7 @@ class Folding:
                 yield Fold(before, tuple(groups[first]), factors)
 
     def _before(self, names: Sequence[str]) -> Before | None:
-        """What leaves the block as it was when it is divided, and layers are multiplied."""
+        """The part that leaves the block unchanged when it is divided, and layers are multiplied."""
         random = torch.Generator().manual_seed(0)
         columns = self.weights[names[0]].weight.shape[1]
         was = self.run(True)
@@ -121,7 +121,7 @@ class Folding:
                 yield Before(layer.parameter, None, self.head)
 
     def _plus(self, parameter: str) -> float | None:
-        """What a norm adds to its weight: 0, or Gemma's 1; None where its weight is no gain."""
+        """What a norm adds to its weight: 0, or Gemma's 1; None if its weight is no gain."""
         module = self.model.get_submodule(parameter.rpartition(".")[0])
         weight = self._value(parameter)
         values = torch.linspace(1, 2, len(weight)).reshape(1, 1, -1)
@@ -137,7 +137,7 @@ class Folding:
     def _searched(
         self, before: Before, names: Sequence[str], sizes: torch.Tensor, calls: Mapping[str, Call]
     ) -> torch.Tensor | None:
-        """Factors by which the module that reads loses least of what it gives; None where that is least without any.
+        """Factors by which the module that reads loses least of what it gives; None if that is least without any.
 
         sizes: the mean magnitude of each column that comes.
         """
@@ -180,7 +180,7 @@ class Folding:
 
     @contextmanager
     def _seen(self, names: Sequence[str]) -> Iterator[dict[str, Call]]:
-        """What modules are called with while this lasts."""
+        """The arguments that modules are called with while this lasts."""
         found: dict[str, Call] = {}
 
         def hook(module: torch.nn.Module, name: str) -> Any:
@@ -199,7 +199,7 @@ class Folding:
 
 @dataclass(frozen=True)
 class Fold:
-    """What is folded: factors (outputs of `before`) by which it is divided, and its readers' columns are multiplied."""
+    """A folding: factors (outputs of `before`) by which it is divided, and its readers' columns are multiplied."""
 
     before: Before
     readers: tuple[str, ...]

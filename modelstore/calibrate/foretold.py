@@ -1,4 +1,4 @@
-"""What a calibration would do, by shapes alone."""
+"""The plan of a calibration, by shapes alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FLOAT = 4
 
 
 def foretold(asked: Asked, samples: int, length: int) -> Looks:
-    """What is run, kept and left without data on so many samples of `length` tokens.
+    """The work, memory and tensors without data for so many samples of `length` tokens.
 
     Experts may turn out to see too few of them, and those of a block may take turns.
     """

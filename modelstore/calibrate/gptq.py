@@ -1,6 +1,6 @@
 """GPTQ: columns are rounded one after the other, and those that follow make up for what was lost.
 
-Frantar and others, 2210.17323. Scales are found first, on the weights as they were, so that groups lie where they do without it;
+Frantar and others, 2210.17323. Scales are found first, on the weights as they were, so that groups are the same as without it;
 columns are then rounded in the order of how much comes through them, and the order undone: the layout is the plain one.
 """
 
@@ -26,7 +26,7 @@ _ROWS = 1 << 22  # numbers that the search looks at a time
 class Solved:
     """A weight's codes, int8 (rows, columns), and the scales of its groups, float32 (rows, groups), as they are stored.
 
-    `damping`: the share of the mean diagonal that was added so that the factor exists; None where it did not, and the codes are
+    `damping`: the share of the mean diagonal that was added so that the factor exists; None if it did not, and the codes are
     those of plain rounding with the same scales.
     """
 
@@ -37,7 +37,7 @@ class Solved:
 
 @dataclass(frozen=True)
 class Factored:
-    """What layers that read one input have in common: how much comes through each column, the columns by that, and the factor."""
+    """The shared state of layers that read one input: how much comes through each column, the columns by that, and the factor."""
 
     diagonal: torch.Tensor
     order: torch.Tensor
@@ -58,7 +58,7 @@ def solve(
     """Codes and scales of a weight (rows, columns), each column read by an input.
 
     inputs: what comes to it; group: columns that share a scale, fewer at the end; stored: the dtype of the scales. across: the
-    weight is given, and its codes and scales are, with inputs as rows; groups lie along the outputs then.
+    weight is given, and its codes and scales are, with inputs as rows; groups run along the outputs then.
     """
     axis, step = int(across), max(1, _OUTPUTS // group) * group
     parts = [_solve(one, inputs, bits, group, stored, across=across) for one in torch.split(weight, step, axis)]
@@ -69,7 +69,7 @@ def solve(
 def _solve(
     weight: torch.Tensor, inputs: Factored, bits: int, group: int, stored: torch.dtype, *, across: bool
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Of a few outputs, which are no business of the others."""
+    """The solution for a few outputs, which do not depend on the others."""
     weight = weight.to(torch.float32, copy=True)
     dead = inputs.diagonal == 0
     weight[dead if across else (slice(None), dead)] = 0
@@ -107,7 +107,7 @@ def search(
 
 
 def by_column(groups: torch.Tensor, group: int, columns: int) -> torch.Tensor:
-    """What each group (rows, groups) has, for each of its columns."""
+    """The value of each group (rows, groups), for each of its columns."""
     return groups.repeat_interleave(group, 1)[:, :columns]
 
 
@@ -129,7 +129,7 @@ def _best(part: torch.Tensor, heavy: torch.Tensor, bits: int, stored: torch.dtyp
 
 
 def factor(hessian: torch.Tensor, order: torch.Tensor, dead: torch.Tensor) -> tuple[torch.Tensor | None, float | None]:
-    """The upper Cholesky factor of the inverse, and the damping that it took; None and None where none is enough.
+    """The upper Cholesky factor of the inverse, and the damping that it took; None and None if none is enough.
 
     order: of the columns in the factor. dead: those through which nothing comes; they count as much as the others do on
     average, so that no scale of the inputs matters.
@@ -148,7 +148,7 @@ def factor(hessian: torch.Tensor, order: torch.Tensor, dead: torch.Tensor) -> tu
 
 
 def _upper(hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor | None:
-    """The upper Cholesky factor of the inverse of a matrix in this order and with this diagonal, None where it has none.
+    """The upper Cholesky factor of the inverse of a matrix in this order and with this diagonal, None if it has none.
 
     It is computed in place: wide matrices are large.
     """

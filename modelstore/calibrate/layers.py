@@ -95,7 +95,7 @@ def differing(layers: Linears, values: Mapping[str, torch.Tensor], stored: Mappi
 def _parts(stages: Stages, made: Made, shape: Sequence[int], manifest: Manifest) -> Iterator[tuple[str, Stacked]]:
     """The stored matrices that are stacked in a parameter (matrices, rows, columns), by shapes; none where these do not fit.
 
-    Of each pattern there is one for each matrix, in order; those of several patterns lie below each other.
+    Each pattern has one part for each matrix, in order; those of several patterns follow each other.
     """
     about = [manifest.by_name[source] for source in made.sources]
     order = [one for one in stages.built.converters[made.patterns[0]].source_patterns if one in made.patterns]

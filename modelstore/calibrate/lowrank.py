@@ -65,7 +65,7 @@ def solve(weight: torch.Tensor, inputs: Whitening, rank: int, energy: float, sto
         right = torch.linalg.solve_triangular(root, inner.T, upper=False, left=False)
     sizes = (
         (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
-    )  # each bears half of a component
+    )  # each has half of a component
     left, right = left * sizes, right / sizes[:, None]
     right = _rounded(right, stored)
     inside, across = right.double() @ moments, whole @ moments

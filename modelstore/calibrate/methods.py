@@ -29,10 +29,10 @@ from modelstore.format.region import Region, extent
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight that is to be found: float32 (rows, columns), its codec, its dtype as stored, and what its method is told.
+    """A weight to find: float32 (rows, columns), its codec, its dtype as stored, and the parameters of its method.
 
-    `across`: its rows are what it reads, its columns what it gives. `compared`: what it gives is compared with what others give,
-    as queries with keys, and is not to be clipped.
+    `across`: its rows are what it reads, its columns what it gives. `compared`: its output is compared with that of others, as
+    queries with keys, and must not be clipped.
     """
 
     weight: torch.Tensor
@@ -110,7 +110,7 @@ def _weighted(layer: Layer, importance: torch.Tensor) -> Solution:
 
 
 def _by_columns(layer: Layer, importance: torch.Tensor) -> Solution:
-    """What the codec makes of a weight where each column counts by what comes through it."""
+    """The codec's result for a weight if each column counts by what comes through it."""
     codec, kind, shape = layer.codec, layer.kind, (layer.weight.shape[0], layer.weight.shape[1])
     assert isinstance(codec, Weighted), "recipes have the codecs that their methods are for"
     raw = raw_of(layer.weight.float(), kind)
@@ -130,7 +130,7 @@ def _scaled(layer: Layer, inputs: awq.Squares) -> Solution:
 
 
 def _importance(hessian: torch.Tensor) -> torch.Tensor:
-    """Of mean 1; where nothing comes through any column, all are alike."""
+    """With mean 1; if nothing comes through any column, all are alike."""
     found = hessian.diagonal().float()
     return found / found.mean() if bool(found.any()) else torch.ones_like(found)
 
@@ -179,14 +179,14 @@ def _pruned_codes(layer: Layer, inputs: pruned.Moments) -> Solution:
 
 
 def _kept(layer: Layer, inputs: pruned.Moments, found: torch.Tensor, note: str = "") -> Solution:
-    """What is left, or the weights in its places that lose least, where that is asked for."""
+    """The remaining weights, or, if asked for, the weights in their places that lose least."""
     if layer.params["reconstruct"]:
         found = pruned.reconstructed(found, layer.weight.float(), inputs)
     raw = raw_of(found, layer.kind)
 
     def planes(region: Region) -> tuple[Buffer, ...]:
         part = boxes.cut(raw, tuple(found.shape), layer.kind.itemsize, region)
-        return Sparse().encode(part, extent(region), layer.kind)  # all that is no zero
+        return Sparse().encode(part, extent(region), layer.kind)  # all that is not zero
 
     return Solution(planes, note)
 

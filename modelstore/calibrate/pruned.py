@@ -44,7 +44,7 @@ class InOrder:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of an input that layers share: the sum of outer products, float64, and what is computed of it once."""
+    """Moments of an input that layers share: the sum of outer products, float64, and everything computed from it once."""
 
     hessian: torch.Tensor
     _factored: dict[int, InOrder | None] = field(default_factory=dict)
@@ -55,10 +55,10 @@ class Moments:
         return self.hessian.diagonal()
 
     def factored(self, width: int) -> InOrder | None:
-        """What SparseGPT takes, None where there is no factor.
+        """The input of SparseGPT, None if there is no factor.
 
-        Patterns of `width` columns come in the order of how much comes through them. Without patterns (0) columns stay as
-        they lie: half of each block of them goes, and should not be half of those that matter most.
+        Patterns of `width` columns come in the order of how much comes through them. Without patterns (0), columns keep their
+        order: half of each block of them goes, and should not be half of those that matter most.
         """
         if width not in self._factored:
             order = self._order(width) if width else torch.arange(len(self.diagonal))
@@ -76,7 +76,7 @@ class Moments:
 
     @cached_property
     def damped(self) -> torch.Tensor:
-        """What reconstruction minimises by, float32."""
+        """The matrix of the error that reconstruction minimises, float32."""
         found = self.hessian.clone()
         found.diagonal().add_(_DAMP * live_mean(self.diagonal))
         return found.float()
@@ -127,7 +127,7 @@ def sparsegpt(
 
 
 def reconstructed(pruned: torch.Tensor, weight: torch.Tensor, inputs: Moments) -> torch.Tensor:
-    """The weights of least error where `pruned` (rows, columns) is not 0, begun at those: no row loses more than it did."""
+    """The weights of least error where `pruned` (rows, columns) is not 0, starting at those: no row loses more than it did."""
     found = pruned.clone()
     step = max(1, _ROWS // weight.shape[1])
     for at in range(0, len(weight), step):
@@ -137,7 +137,7 @@ def reconstructed(pruned: torch.Tensor, weight: torch.Tensor, inputs: Moments) -
 
 
 def lost(found: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """Of each row, the squared error of what a layer gives, summed up over its inputs; float64."""
+    """For each row, the squared error of a layer's output, summed up over its inputs; float64."""
     gap = (found - weight).double()
     return ((gap @ hessian.double()) * gap).sum(1)
 

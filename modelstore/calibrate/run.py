@@ -48,13 +48,13 @@ class Calibrated:
 
     @classmethod
     def of(cls, asked: Asked, samples: Samples, memory: int) -> Calibrated:
-        """On samples of a text, in `memory` bytes. `UnsupportedError` where one sample alone takes more than a quarter."""
+        """On samples of a text, in `memory` bytes. `UnsupportedError` if one sample alone takes more than a quarter."""
         skeleton = asked.stages.skeleton
         return cls(asked, samples, runs_of(samples.ids, skeleton, memory // 4), memory // 4)
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What a manifest says of the data."""
+        """A manifest's entry on the data."""
         return self.samples.recorded
 
     @cached_property
@@ -63,7 +63,7 @@ class Calibrated:
         return self.asked.gains()
 
     def run(self, items: Sequence[Input], write: Write, begun: Begun) -> dict[str, Written]:
-        """Write items, those that are to be solved with their codes. The order is that of the model."""
+        """Write items, the ones to solve with their codes. The order is that of the model."""
         left = {item.plan.name: item for item in items}
         written: dict[str, Written] = {}
         before = Spool(0)
@@ -113,7 +113,7 @@ class Calibrated:
         finally:
             given.close()
         notes, folded, meant = solving.notes, solving.folded, solving.meant
-        del solving  # the block's values are made anew, as they are stored
+        del solving  # the block's values are made again, as they are stored
         self.notes |= notes
         self.folded |= folded
         keep(solved, meant)
@@ -128,7 +128,9 @@ class Calibrated:
         return self._pass_on(block, before, made)
 
     def _read(self, block: int, begun: Begun) -> dict[str, torch.Tensor]:
-        """What a finished block's tensors read as in the variant; those that were not solved are made again of their weights."""
+        """The tensors of a finished block as the variant reads them; those that were not solved are made again from their
+        weights.
+        """
         stored = self.asked.stages.stored(block, begun.reader)
         there = begun.reader.manifest.by_name
         return {
@@ -137,7 +139,7 @@ class Calibrated:
         }
 
     def _pass_on(self, block: int, before: Spool, made: Mapping[str, torch.Tensor]) -> Spool:
-        """What a block of these tensors gives for the samples; what came to it is let go of."""
+        """The output of a block of these tensors for the samples; its input is released."""
         stages = self.asked.stages
         return stages.pass_on(block, stages.values(block, made), self.shards, before, self.memory // 2)
 
@@ -167,7 +169,7 @@ def _page(block: int) -> str:
 
 
 def _finished(begun: Begun, block: int) -> dict[str, Any] | None:
-    """What was noted of a block when it was finished; None where it was not, or what was solved is gone."""
+    """The notes on a block from when it was finished; None if it was not, or if a solved tensor is gone."""
     page = begun.notes.get(_page(block))
     if page is None or not set(page["solved"]) <= set(begun.written):
         return None
@@ -176,7 +178,7 @@ def _finished(begun: Begun, block: int) -> dict[str, Any] | None:
 
 
 def _fresh(item: Input, solved: Solution | None, meant: torch.Tensor | None) -> Input:
-    """What is written of a tensor that was solved, of other values than the original's, or both."""
+    """The written form of a tensor that was solved, of other values than the original's, or both."""
     encoder = _encoder(solved) if solved is not None else None
     if meant is None:
         return replace(item, encoder=encoder)

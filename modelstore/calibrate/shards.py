@@ -34,7 +34,7 @@ def per_run(sample: int) -> int:
 def runs_of(ids: torch.Tensor, model: Skeleton, memory: int) -> tuple[torch.Tensor, ...]:
     """Samples, int64 (samples, length), in runs of a few.
 
-    `UnsupportedError` where one sample alone is computed in more than `memory` bytes.
+    `UnsupportedError` if one sample alone is computed in more than `memory` bytes.
     """
     length, config = ids.shape[1], model.config
     heads = int(getattr(config, "num_attention_heads", None) or 1)

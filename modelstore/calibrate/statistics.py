@@ -1,4 +1,4 @@
-"""What goes into a model's linear layers, summed up while a block runs."""
+"""Sums of the inputs of a model's linear layers, made while a block runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EXACT = 4096  # columns up to which sums are given in float64
 
 @dataclass
 class Inputs:
-    """Of one input: the sum of outer products of its vectors, and how many they are.
+    """The statistics of one input: the sum of outer products of its vectors, and how many they are.
 
     Sums are float32 within a run and float64 over the runs. Each pair of columns is summed once: of every few columns the
     products with themselves and with those behind.
@@ -70,7 +70,7 @@ class Inputs:
 
 
 class _Stacks(torch.overrides.TorchFunctionMode):
-    """Sees what is multiplied by each matrix of a stack, which is no module of its own."""
+    """Sees the inputs of each matrix of a stack, which is not a module of its own."""
 
     def __init__(
         self, stacked: Mapping[int, Mapping[int, list[str]]], add: Callable[[str, torch.Tensor], None]
@@ -120,11 +120,11 @@ class Gathered:
                 hook.remove()
 
     def begin(self) -> None:
-        """Another run begins."""
+        """Another run starts."""
         self._seen.clear()
 
     def read_by(self, layer: str) -> Inputs | None:
-        """What a layer reads; None where nothing came to it."""
+        """The input of a layer; None if nothing came to it."""
         return self.inputs.get(self.of.get(layer, ""))
 
     def _add(self, name: str, values: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ SAMPLES, LENGTH = 128, 512  # where nothing is said
 class Calibration:
     """A text, and what of it a calibrated compression looks at: `samples` windows of `length` tokens, at places drawn by `seed`.
 
-    `ValueError` where a number cannot be meant so.
+    `ValueError` if a number cannot be meant so.
     """
 
     text: str | os.PathLike[str]
@@ -45,7 +45,7 @@ class Samples:
 
 
 def cut(tokens: Sequence[int], how: Calibration, vocabulary: int, positions: int | None) -> Samples:
-    """The samples of a text. `ValueError` where it is too short, or the model cannot look at so many tokens at once."""
+    """The samples of a text. `ValueError` if it is too short, or the model cannot look at so many tokens together."""
     import torch
 
     if positions is not None and how.length > positions:

@@ -1,9 +1,9 @@
 """Tuned rounding: codes and scales of a block's layers, moved together until the block gives what it gave.
 
-SignRound (Cheng and others, 2309.05516), as AutoRound has it: each weight over its scale is a number that is rounded; each step
-moves it, and the scale of each group, by the same small amount against the gradient of the squared error of the block's output;
-rounding counts as no change where gradients pass. It begins where GPTQ ended: with numbers that round to its codes, as near
-to the weights as such numbers are.
+SignRound (Cheng and others, 2309.05516), as AutoRound has it: each weight over its scale is a number that is rounded; each
+step moves it, and the scale of each group, by the same small amount against the gradient of the squared error of the block's
+output; rounding counts as no change where gradients pass. It starts with GPTQ's result: with numbers that round to its codes,
+as near to the weights as such numbers are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from modelstore.calibrate.gptq import Solved, by_column
 
 _EDGE = 0.49  # from a code, where a number is still rounded to it
-_NARROWEST, _WIDEST = 0.5, 1.5  # scales, by those that were begun with
+_NARROWEST, _WIDEST = 0.5, 1.5  # scales, by the initial ones
 _SHARE = 4.0  # a step of scales by one of numbers is this to the power of 1 - bits: what scales move adds up over their columns
 _CHECKED = 4  # samples by which it is judged whether tuning gained anything
 
@@ -26,7 +26,7 @@ _CHECKED = 4  # samples by which it is judged whether tuning gained anything
 class Rounding:
     """A weight's rounding that is tuned.
 
-    `numbers`: float32 (rows, columns), weights over the scales begun with; `ratios`: float32 (rows, groups), scales by those;
+    `numbers`: float32 (rows, columns), weights over the initial scales; `ratios`: float32 (rows, groups), scales by those;
     `begun`: those, float32 (rows, groups); `stored`: the dtype of scales.
     """
 
@@ -39,7 +39,7 @@ class Rounding:
 
     @classmethod
     def of(cls, weight: torch.Tensor, start: Solved, bits: int, group: int, stored: torch.dtype) -> Rounding:
-        """Of a weight, from the codes and scales that were found for it."""
+        """The rounding of a weight, from the codes and scales that were found for it."""
         begun, codes = torch.from_numpy(start.scales).float(), torch.from_numpy(start.codes).float()
         numbers = weight.float() / by_column(begun, group, weight.shape[1])
         numbers = codes + (numbers - codes).clamp_(-_EDGE, _EDGE)
@@ -86,8 +86,8 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Block:
-    """What tuning asks of a block: its parameters by name, the mean squared error of what it gives for some of the samples, and
-    how many samples there are.
+    """The interface of a block for tuning: its parameters by name, the mean squared error of its output for some of the
+    samples, and how many samples there are.
     """
 
     parameters: Mapping[str, torch.nn.Parameter]

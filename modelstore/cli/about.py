@@ -20,7 +20,7 @@ def version(json: AsJson = False) -> None:
 
 
 def installed(name: str) -> str | None:
-    """A package's version, None where it is not installed."""
+    """A package's version, None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

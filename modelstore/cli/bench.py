@@ -45,8 +45,8 @@ def bench(
 ) -> None:
     """Measure saving and loading on this machine.
 
-    The fastest of three rounds counts, each save into a new store in a temporary folder. What is read was written
-    just before: the disk's cache is warm, so these are the speeds of the program, not of the disk.
+    The fastest of three rounds counts, each save into a new store in a temporary folder. The file that is read was written
+    just before, so the disk's cache is warm: these are the speeds of the program, not of the disk.
     """
     import modelstore as ms
     from modelstore.cli.demo.model import find_model

@@ -97,7 +97,7 @@ def _result(found: Report, json: bool) -> None:
 
 
 def _told(problem: Problem) -> str:
-    """A problem as it is read: without what is said once, and with digests cut short; `--json` has all of it."""
+    """A problem for people: without repetitions, and with digests cut short; `--json` has all of it."""
     return f"{problem.kind}: {_short(_ADVICE.sub('', problem.message))}"
 
 

@@ -45,7 +45,7 @@ def checkpoint(
 ) -> None:
     """Write a training checkpoint that was saved with --include all, as it was, into one file of torch.save.
 
-    All of it is in memory at once.
+    The whole checkpoint is in memory while it is written.
     """
     from modelstore.errors import ConflictError
     from modelstore.execute.export.replacing import check_no_store
@@ -81,7 +81,7 @@ def checkpoint(
 
 
 def _write(path: Path, value: Any, overwrite: bool) -> int:
-    """Write a file that is there whole or not at all; its bytes. `FileExistsError` where it is not to be replaced."""
+    """Write a file that is there whole or not at all; its bytes. `FileExistsError` if it must not be replaced."""
     import torch
 
     with new_file(path, replace=overwrite) as file:

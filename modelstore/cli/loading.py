@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """What an export looks like."""
+    """The forms of an export."""
 
     hf = "hf"
     safetensors = "safetensors"
@@ -43,7 +43,7 @@ class Format(StrEnum):
 
 
 class GgufType(StrEnum):
-    """What the matrices of a GGUF file are stored as."""
+    """The types of the matrices in a GGUF file."""
 
     F32 = "F32"
     F16 = "F16"
@@ -54,7 +54,7 @@ class GgufType(StrEnum):
 
 
 class Activations(StrEnum):
-    """What engines round activations to."""
+    """The types that engines round activations to."""
 
     int8 = "int8"
 
@@ -208,7 +208,7 @@ def export(
             metavar="SIZE",
             parser=size_of,
             show_default=False,
-            help="hf: begin a new .safetensors file where one would grow beyond this, such as 5GB.",
+            help="hf: start a new .safetensors file where one would grow beyond this, such as 5GB.",
         ),
     ] = None,
     overwrite: Overwrite = False,

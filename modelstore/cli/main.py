@@ -90,7 +90,7 @@ def common(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What holds for every command."""
+    """Set the options that every command has."""
 
 
 def main() -> None:

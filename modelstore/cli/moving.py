@@ -37,7 +37,7 @@ def copy(
     ],
     name: Annotated[
         str | None,
-        typer.Option("--name", metavar="NAME", show_default=False, help="What the model is called in the other store."),
+        typer.Option("--name", metavar="NAME", show_default=False, help="The model's name in the other store."),
     ] = None,
     variants: Annotated[bool, typer.Option("--variants", help="Copy all variants of the version.")] = False,
     tags: Annotated[
@@ -56,8 +56,8 @@ def copy(
 ) -> None:
     """Copy a version to another store, as it is stored.
 
-    What is there is not sent. A copy that was interrupted goes on when it is started again. The original comes along with a
-    variant. A version keeps its number where that is free in the other store.
+    Content that is already there is not sent. A copy that was interrupted goes on when it is started again. The original comes
+    along with a variant. A version keeps its number where that is free in the other store.
 
     Exit code 1 where something was left out, as it is damaged or does not fit what is there.
     """
@@ -134,7 +134,7 @@ def du(
 ) -> None:
     """Say what models take: all that each holds, and what nothing else holds.
 
-    What a model holds alone is freed when it is removed, by gc. Manifests are read, no weights.
+    `gc` frees the bytes that only this model holds, after it is removed. Manifests are read, no weights.
     """
     found = open_store(store).du(name)
     output.result(found, _usage(found, name), as_json=json)

@@ -98,9 +98,9 @@ def gc(
 ) -> None:
     """Find, or delete, what nothing refers to.
 
-    Objects that no version of any model refers to are listed; --delete deletes them, and frees their space. What is dead within
-    packs that something else needs is freed by --compact: the live rest moves to new packs, and the old ones are deleted
-    when the grace period is over.
+    Objects that no version of any model refers to are listed; --delete deletes them, and frees their space. --compact frees
+    the dead bytes within packs that something else needs: the live rest moves to new packs, and the old ones are deleted when
+    the grace period is over.
     """
     if live_share is not None and not compact:
         raise usage("--live-share is for --compact: add that, or leave it out")

@@ -48,7 +48,7 @@ class Ack(StrEnum):
 
 
 class Include(StrEnum):
-    """What of a checkpoint is saved."""
+    """The parts of a checkpoint that can be saved."""
 
     model = "model"
     all = "all"
@@ -129,7 +129,7 @@ def save(
         typer.Option(
             "--gguf",
             show_default=False,
-            help="Of a GGUF file, dequantize: the numbers (default). blocks: its blocks as they are, to be exported again.",
+            help="For a GGUF file, dequantize: the numbers (default). blocks: its blocks as they are, to be exported again.",
         ),
     ] = None,
     ack: Annotated[
@@ -141,7 +141,7 @@ def save(
     ] = Ack.storage,
     message: Annotated[
         str | None,
-        typer.Option("--message", "-m", metavar="TEXT", show_default=False, help="What to say of it; log shows it."),
+        typer.Option("--message", "-m", metavar="TEXT", show_default=False, help="A description; log shows it."),
     ] = None,
     meta: Annotated[
         list[str] | None,
@@ -216,7 +216,7 @@ def _remarks(saved: Saved) -> Iterator[str]:
 
 
 def _entries(option: str, form: str, texts: Sequence[str]) -> dict[str, str]:
-    """What an option that is repeated says by name."""
+    """The values of a repeated option, by name."""
     entries: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -229,7 +229,7 @@ def _entries(option: str, form: str, texts: Sequence[str]) -> dict[str, str]:
 
 
 def _named(left_out: Sequence[LeftOut]) -> str:
-    """What was left out, by reason; the rest is counted."""
+    """The entries that were left out, by reason; the rest is counted."""
     largest = sorted(left_out, key=lambda one: -one.bytes)[:_SHOWN]
     shown = [f"{one.name} ({one.why}{f', {units.size(one.bytes)}' if one.bytes else ''})" for one in largest]
     more = len(left_out) - len(shown)

@@ -53,7 +53,7 @@ def serve(
     ] = None,
     at_once: Annotated[
         int | None,
-        typer.Option("--at-once", metavar="N", min=1, show_default=False, help="Requests at once of a token."),
+        typer.Option("--at-once", metavar="N", min=1, show_default=False, help="Parallel requests of a token."),
     ] = None,
     memory: Annotated[
         int,
@@ -72,12 +72,12 @@ def serve(
             metavar="TIME",
             parser=duration_of,
             show_default=False,
-            help="What running requests get when it ends; 30s by default.",
+            help="The time for running requests when it ends; 30s by default.",
         ),
     ] = 30.0,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", metavar="DIR", show_default=False, help="Where digests of files are kept."),
+        typer.Option("--cache", metavar="DIR", show_default=False, help="The folder for digests of files."),
     ] = None,
     access_log: Annotated[
         Path | None,
@@ -125,10 +125,10 @@ def _file(path: Path | None) -> TokenFile:
 
 @token.command("create")
 def create(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Who it is for.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The owner.", show_default=False)],
     role: Annotated[
         Literal["read", "write", "admin"],
-        typer.Option("--role", help="What it allows: write includes read, admin all."),
+        typer.Option("--role", help="The rights: write includes read, admin all."),
     ] = "read",
     scope: Annotated[
         list[str] | None,
@@ -136,7 +136,7 @@ def create(
             "--scope",
             metavar="PREFIX",
             show_default=False,
-            help="Only models whose names begin so, such as acme/. Several times.",
+            help="Only models whose names start so, such as acme/. Several times.",
         ),
     ] = None,
     lifetime: Annotated[

@@ -1,4 +1,4 @@
-"""What a user holds: the store, its models, its cluster."""
+"""The objects that users hold: the store, its models, its cluster."""
 
 from modelstore.client.cluster import Cluster
 from modelstore.client.model import Model

@@ -1,4 +1,4 @@
-"""What a store's objects share: where its bytes lie, what a call may use, models opened for reading, the way to the cluster."""
+"""State that a store's objects share: its storage, the limits of a call, models opened for reading, the way to the cluster."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 log = logging.getLogger("modelstore")
-_LOOKED_AT = 8  # newest versions of a model of which one is to be readable, so that its chunks are not stored again
+_LOOKED_AT = 8  # one of so many newest versions of a model must be readable, so that its chunks are not stored again
 
 
 def warn(damaged: Iterable[ModelStoreError]) -> None:
@@ -108,7 +108,7 @@ class Access:
 
     @property
     def fetching(self) -> Fetching:
-        """Where chunks come from: the storage, or a cluster's hosts."""
+        """The source of chunks: the storage, or a cluster's hosts."""
         session = self.session
         if session is None or self.source is None:
             return Fetcher
@@ -117,13 +117,13 @@ class Access:
         return ClusterFetching(session, self.source)
 
     def work(self, progress: Progress | None = None) -> Work:
-        """What a call that begins now may use, and whom it tells how far it is."""
+        """The limits of a call that starts now, and the receiver of its progress."""
         return Work(self.limits(), progress=progress)
 
     # ------------------------------------------------------------------ reading
 
     def limits(self) -> Limits:
-        """What a call that begins now may use."""
+        """The limits of a call that starts now."""
         return Limits(budget(self._memory), self._threads)
 
     def manifest(self, ref: Reference) -> Manifest:
@@ -144,7 +144,7 @@ class Access:
         return self.as_it_is(ref, partial(self._stored_or_made, ref), record)
 
     def as_it_is(self, ref: Reference, opened: Callable[[VersionRecord], T], record: VersionRecord | None = None) -> T:
-        """What `opened` makes of a version's record; again where a compaction has replaced its manifests meanwhile."""
+        """The result of `opened` for a version's record; again if a compaction has replaced its manifests meanwhile."""
         if record is None:
             self.repo.catalog.open()
             record = self.repo.catalog.resolve(ref)

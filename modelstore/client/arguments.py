@@ -1,7 +1,7 @@
 """The arguments of every public method, checked by one table before any work, and refused in one sentence.
 
-What a parameter takes is read off its annotation, so that a new method is checked as it is written; what its name means
-(a reference, a tag, a device) is checked by that name.
+A parameter is checked by its annotation, so that a new method is checked as it is written; a name with a meaning (a reference,
+a tag, a device) is checked by that name.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Checked:
 def _refuse_swapped(
     function: str, name: str, arguments: Mapping[str, Any], checks: Mapping[str, Check], signature: inspect.Signature
 ) -> None:
-    """`TypeError` where an argument that does not fit would fit in another's place, and that one in its own."""
+    """`TypeError` if an argument that does not fit would fit in another's place, and that one in its own."""
     for other, value in arguments.items():
         if other == name or other not in checks or signature.parameters[other].kind is inspect.Parameter.KEYWORD_ONLY:
             continue
@@ -98,7 +98,7 @@ def _refuse_swapped(
 
 
 def check_of(parameter: inspect.Parameter, signature: inspect.Signature) -> Check | None:
-    """How a parameter's argument is checked; None where nothing here knows its annotation."""
+    """How a parameter's argument is checked; None if nothing here knows its annotation."""
     annotation = str(parameter.annotation).removesuffix(" | None")
     optional = annotation != str(parameter.annotation)
     check = _of_annotation(annotation, parameter.name)
@@ -185,7 +185,7 @@ def _share(name: str, value: Any) -> Any:
 
 
 def _source(name: str, value: Any) -> Any:
-    """What nothing can be saved from; all else is looked at by `open_source`."""
+    """Refuse values that nothing can be saved from; `open_source` looks at all others."""
     if value is None or isinstance(value, bool | int | float | bytes):
         raise TypeError(f"{name} is {told(value)}: give a path, a mapping from names to tensors, or a module")
     if _is_store(value) or type(value).__module__ == "modelstore.client.model":

@@ -1,4 +1,4 @@
-"""What every part of `Store` stands on."""
+"""The base of every part of `Store`."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class OpenedStore(Checked):
 
     @property
     def repo(self) -> Repo:
-        """What lies under the store: its storage, the catalog of its records, its manifests. For tools that look inside."""
+        """The parts under the store: its storage, the catalog of its records, its manifests. For tools that look inside."""
         return self._access.repo
 
     @property
     def url(self) -> str:
-        """Where the store lies, without credentials."""
+        """The store's URL, without credentials."""
         return self.repo.storage.url
 
     def __repr__(self) -> str:

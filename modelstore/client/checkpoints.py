@@ -21,16 +21,16 @@ class Checkpoints(OpenedStore):
     def checkpoint(self, ref: str, *, device: str | torch.device = "cpu", progress: Progress | None = None) -> Any:
         """Give back what was saved with `include="all"`: the model's state dict, the optimizer's, and every plain value.
 
-        Tensors are exact, those that were one are one, and views of one memory share one again. Objects of classes that are no
+        Tensors are exact, those that were one are one, and views of one memory share one again. Objects of other classes than
         plain data are `modelstore.Inert`. Paths are pure paths.
 
         Args:
             ref: The version, as `name[@version-or-tag]`.
-            device: Where the tensors are put.
+            device: The device for the tensors.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was given to `save`.
+            The structure that was given to `save`.
 
         Raises:
             NotFoundError: There is no such version, or it was saved without.

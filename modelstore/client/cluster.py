@@ -63,12 +63,12 @@ class Cluster(Checked):
 
         Args:
             ref: The variant, as `name[@version-or-tag][:variant]`.
-            tier: Where the hosts hold them.
+            tier: The tier of the hosts that holds them.
             replicas: How many hosts hold each chunk (default: its home alone). Copies go from host to host.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What is there now; it is less than all where the tiers take no more.
+            The amounts that are there now; less than all if the tiers take no more.
 
         Raises:
             NotFoundError: There is no such model, version or variant.
@@ -84,10 +84,10 @@ class Cluster(Checked):
 
         Args:
             ref: The variant.
-            tier: Where the hosts hold it.
+            tier: The tier of the hosts that holds it.
 
         Returns:
-            What is there now, as for `prefetch`.
+            The amounts that are there now, as for `prefetch`.
 
         Raises:
             NotFoundError: There is no such model, version or variant.
@@ -163,9 +163,9 @@ class Cluster(Checked):
         """Give Ray actors a variant's tensors: calls `method` of each with {name: tensor}, some at a time, until it has all.
 
         On every node with some of the workers, one sender reads and decodes the model once and hands it on: from host memory
-        through Ray's own objects ("object_store"), or, with `device="cuda"`, from a GPU by Ray Direct Transport: NIXL where
-        it is installed, else NCCL. Each tensor is checked where it arrives; those of one call share their memory: copy them,
-        or keep all. What a worker's method raises is raised here.
+        through Ray's own objects ("object_store"), or, with `device="cuda"`, from a GPU by Ray Direct Transport: NIXL where it
+        is installed, else NCCL. Each tensor is checked where it arrives; those of one call share their memory: copy them, or
+        keep all. Errors of a worker's method are raised here.
 
         Args:
             ref: The variant.
@@ -173,14 +173,14 @@ class Cluster(Checked):
             method: The name of the workers' method that takes {name: tensor}.
             shards: A layout for each worker.
             names: Only these tensors.
-            transport: Another transport; all but "object_store" want workers made with
+            transport: Another transport; all but "object_store" need workers made with
                 `@ray.remote(enable_tensor_transport=True)`.
-            device: Where the senders hold the tensors.
-            gpus: What a sender takes of a GPU.
+            device: The device on which the senders hold the tensors.
+            gpus: The share of a GPU that a sender takes.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was handed out: bytes, senders, the transport, seconds.
+            The delivery: bytes, senders, the transport, seconds.
 
         Raises:
             NotFoundError: There is no such model, version, variant or tensor.
@@ -218,14 +218,14 @@ class Cluster(Checked):
     # ------------------------------------------------------------------ jobs and nodes
 
     def jobs(self) -> list[cluster_results.JobStatus]:
-        """List the compressions that run on the cluster now, whoever started them.
+        """List the compressions that run on the cluster now, of all users.
 
         Returns:
             Each job: its name, what it makes, and how far it is.
 
         Raises:
             UnsupportedError: The store was opened in a process of which this one was forked.
-            StorageError: The cluster has no hosts any more.
+            StorageError: The cluster does not have any hosts left.
 
         Example:
             >>> [job.job for job in store.cluster.jobs()]
@@ -236,7 +236,7 @@ class Cluster(Checked):
         return jobs()
 
     def cancel(self, job: str) -> None:
-        """Stop a job. What it finished stays, and the same compression goes on from there.
+        """Stop a job. Its finished parts stay, and the same compression continues from there.
 
         Args:
             job: The job's name, as `jobs` lists it.
@@ -257,7 +257,7 @@ class Cluster(Checked):
         """Prepare for a node to leave: its hosts get no new chunks, and send what they hold to other hosts.
 
         Args:
-            node: The node's id or the beginning of it, its address, or its host's name.
+            node: The node's id or the start of it, its address, or its host's name.
             wait: How long to wait at most, in seconds or as a text such as "10m", until all is handed on as far as
                 others have room; `status` shows what is left.
 

@@ -1,4 +1,4 @@
-"""What a store does through a cluster: saves to the memory of two nodes, tensors that share a node's memory."""
+"""Operations of a store through a cluster: saves to the memory of two nodes, tensors that share a node's memory."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def mapped(
 
 
 def saved(name: str, version: int, outcome: Outcome, seconds: float) -> results.Saved:
-    """What a save answers; without a version it is not durable yet."""
+    """The answer of a save; without a version it is not durable yet."""
     entry, tally = outcome.others.get(CHECKPOINT, outcome.entry), outcome.tally
     return results.Saved(
         name,

@@ -39,17 +39,17 @@ class Copying(OpenedStore):
         """Copy a version to another store, as it is stored; it is visible there when this returns, and not before.
 
         The original always comes along, and its "checkpoint" where it has one; so does what deltas are stored against. Packs
-        are streamed, several at once as far as the memory allows, and checked against their digests on the way. What is there
-        is read, and not sent where it is right, so that an interrupted copy goes on when it is called again. (With `all`, packs
-        of versions that are there already are looked at by their sizes alone; `verify` reads them.) A version keeps its number,
-        where that was never used there; else it takes the next, and is known again by later copies. Where it is there already,
-        variants that were stored again since, or have other metrics, are replaced. With `all`, what was deleted there, or is
-        damaged here, is left out and said.
+        are streamed, several in parallel as far as the memory allows, and checked against their digests on the way. Content
+        that is already there is read, and sent again only if it is damaged, so that an interrupted copy continues when it is
+        called again. (With `all`, packs of versions that are there already are looked at by their sizes alone; `verify` reads
+        them.) A version keeps its number, where that was never used there; else it takes the next, and is known again by later
+        copies. If the version is already there, variants that were stored again since, or have other metrics, are replaced.
+        With `all`, what was deleted there, or is damaged here, is left out and said.
 
         Args:
             ref: The version, and with it a variant; with `all`, a model, or None for every model.
             destination: A URL, or an open store; the first copy makes it.
-            name: What the model is called there (default: as here).
+            name: The model's name there (default: as here).
             variants: Others by name, or True for all that the version has.
             tags: Names of tags, or True for all that name the version; one that names another version there moves.
             all: Every version, with all variants and tags.
@@ -57,7 +57,7 @@ class Copying(OpenedStore):
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was copied: versions, tags, bytes sent, bytes that were there; what was left out, and why.
+            The copied content: versions, tags, bytes sent, bytes that were there; what was left out, and why.
 
         Raises:
             NotFoundError: There is no such version, variant or tag.
@@ -89,15 +89,15 @@ class Copying(OpenedStore):
 
         Versions keep their numbers where the new name was never used, else they follow its last. Each is there under one name
         or both at every instant, and readers that have opened one go on; a call that was interrupted is finished by the same
-        call. What is stored against the model stays readable. A save of the old name that ends meanwhile comes along, or makes
-        the old name again; a compression that runs meanwhile ends with `ConflictError`.
+        call. Deltas against the model stay readable. A save of the old name that ends meanwhile comes along, or makes the old
+        name again; a compression that runs meanwhile ends with `ConflictError`.
 
         Args:
             old: The model's name.
             new: Its name from then on.
 
         Returns:
-            What each version is called now, and the tags.
+            The new name of each version, and the tags.
 
         Raises:
             NotFoundError: There is no model of the old name.
@@ -120,7 +120,7 @@ class Copying(OpenedStore):
         listed; no weights are.
 
         Args:
-            name: Of this model only; what it holds alone is always against the whole store.
+            name: Only this model; the bytes that it holds alone are always against the whole store.
 
         Returns:
             Sizes in bytes.

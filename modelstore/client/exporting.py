@@ -105,7 +105,7 @@ def exported(
 
 
 def _engine_layout(opened: Variant, dequantize: bool, activations: Literal["int8"] | None) -> EngineLayout | None:
-    """How a variant is written packed; None where it is written dense."""
+    """How a variant is written packed; None if it is written dense."""
     if dequantize:
         return None
     from modelstore.compress.engine.export import engine_layout
@@ -114,7 +114,7 @@ def _engine_layout(opened: Variant, dequantize: bool, activations: Literal["int8
 
 
 def _in_place(layout: EngineLayout | None) -> dict[str, Any]:
-    """What of a folder is written otherwise than it is stored."""
+    """The files of a folder that are written differently from how they are stored."""
     return {"packed": layout.packed, "instead": {"config.json": layout.config}} if layout else {}
 
 
@@ -134,7 +134,7 @@ def _safetensors(
 
 
 def _check_part(model: Variant, shares: Mapping[str, Share]) -> None:
-    """`ValueError` where a part that is to be written holds nothing of a model; a warning names the tensors of which it does."""
+    """`ValueError` if a part to write holds nothing of a model; a warning names the tensors of which it holds nothing."""
     held = [name for name, share in shares.items() if 0 not in share.shape]
     empty = [name for name, share in shares.items() if 0 in share.shape and model.tensor(name).nbytes]
     if not held and (empty or not shares):

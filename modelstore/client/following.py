@@ -1,4 +1,4 @@
-"""What a store can do for models that change: say when a version comes, and move memory from version to version."""
+"""Models that change: wait for versions, and move memory from version to version."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Following(OpenedStore):
     def watch(self, name: str, *, tag: str | None = None, poll: Duration = 1.0, since: int | None = None) -> Watch:
         """Give each version of a model as it becomes the newest, or the one that a tag names.
 
-        It begins with what is there, unless that is version `since`, and blocks until there is another. A model that is not
-        there is waited for.
+        It starts with the newest version, unless that is version `since`, and blocks until there is another. A model that is
+        not there is waited for.
 
         Args:
             name: The model's name.
@@ -67,7 +67,7 @@ class Following(OpenedStore):
             ref: The variant.
             shard: A rank's layout, as for `load`, for every version.
             names: Only these tensors, as for `load`, for every version.
-            device: Where the tensors are put.
+            device: The device for the tensors.
             into: A module whose parameters and buffers become these tensors, and are exchanged with each swap; run it within
                 `with live.reading():`. Its parameters become new objects, so optimizers and captured graphs are not for it.
             progress: Called with the bytes done, the bytes in all, and what is being done.

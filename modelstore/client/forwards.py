@@ -342,7 +342,7 @@ class OfModels(OpenedStore):
     ) -> list[Compared]:
         """Compare variants, of one version or of several models: sizes, and what each loses on a text.
 
-        Each is compared to the original of its own version, on the CPU in float32. What was measured before is not again.
+        Each is compared to the original of its own version, on the CPU in float32. Earlier measurements are not repeated.
         Perplexities of models with different tokenizers cannot be compared.
 
         Args:

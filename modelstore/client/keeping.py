@@ -31,7 +31,7 @@ class Keeping(OpenedStore):
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was checked, and `problems`: what is wrong, each with its place. It never raises for what it finds.
+            The checked objects, and `problems`: each with its place. It never raises for what it finds.
 
         Raises:
             NotFoundError: There is no such model, version or variant.
@@ -65,12 +65,12 @@ class Keeping(OpenedStore):
         there: `notes` say what that is now.
 
         Args:
-            ref: What to repair: a model, a version or a variant; without it, everything live.
+            ref: A model, a version or a variant to repair; without it, everything live.
             source: Another copy of the store: its URL, or the opened store.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was checked and repaired, and `problems` that are left, with what to do.
+            The checked and repaired objects, and the `problems` that are left, with what to do.
 
         Raises:
             StorageError: The storage cannot be written.
@@ -134,7 +134,7 @@ class Keeping(OpenedStore):
         self.repo.catalog.set_tag(name, tag, 0, uuid.uuid4().hex)
 
     def delete(self, ref: str, *, all: bool = False) -> None:
-        """Delete a version, one of its variants, or a whole model. It is gone for readers at once; `gc` frees its bytes.
+        """Delete a version, one of its variants, or a whole model. Readers no longer see it immediately; `gc` frees its bytes.
 
         Args:
             ref: A version ("name@3"), a variant ("name@3:int8"), or, with `all`, a model ("name").
@@ -173,7 +173,7 @@ class Keeping(OpenedStore):
     ) -> inventory.Swept:
         """Remove objects that nothing refers to and that are older than the grace period; by default only say which.
 
-        What was deleted within the grace period is kept too: readers and writers at work then lose nothing.
+        Content that was deleted within the grace period is kept too, so that readers and writers at work lose nothing.
 
         Args:
             dry_run: Only say what would be removed.
@@ -184,7 +184,7 @@ class Keeping(OpenedStore):
             progress: Called with the bytes moved, the bytes in all, and what is being done.
 
         Returns:
-            What was, or would be, removed, in bytes; what had to be kept, and why.
+            The bytes that were, or would be, removed; what had to be kept, and why.
 
         Raises:
             ConflictError: Writers rely on what was to be removed; nothing was removed then.

@@ -43,9 +43,9 @@ class _Version:
 class Live:
     """Tensors of one version of a model at a time, made by `Store.follow`. May be used from many threads.
 
-    A new version is read beside the current one, and only what differs: tensors that are the same are the same memory, of
-    the others only chunks that changed are read, and deltas are applied to what is held. The version before stays for
-    `rollback`. Tensors are shared between versions: they are not to be written to.
+    A new version is read beside the current one, and only what differs: tensors that are the same are the same memory, of the
+    others only chunks that changed are read, and deltas are applied to what is held. The version before stays for `rollback`.
+    Tensors are shared between versions: they must not be written to.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Live:
         """Make a version current, in one step, when nobody is in `reading`; by default the one that the reference now names.
 
         `together`: called with whether this process is ready, it answers whether all are, and only then this one swaps
-        (`Store.together` is such a vote; so is an all-reduce). `CancelledError` where the answer is no: the version that
+        (`Store.together` is such a vote; so is an all-reduce). `CancelledError` if the answer is no: the version that
         was current stays, what was read is kept for the next attempt.
         """
         self._readers.check_outside()

@@ -1,4 +1,4 @@
-"""What a store holds, and what happened to it."""
+"""The content of a store, and its history."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Looking(OpenedStore):
         return model_info(name, live, tags, damaged)
 
     def versions(self, name: str) -> list[results.VersionInfo]:
-        """List the live versions of a model. Of versions that cannot be read a warning says so.
+        """List the live versions of a model. A warning names the versions that cannot be read.
 
         Args:
             name: The model's name.
@@ -106,7 +106,7 @@ class Looking(OpenedStore):
     def log(self, name: str) -> list[LogEntry]:
         """Tell the history of a model: who made each version, when, of what, with which message; deleted ones too.
 
-        What earlier releases saved says neither who nor of what. Of versions that cannot be read a warning says so.
+        Versions saved by earlier releases say neither who nor from what. A warning names the versions that cannot be read.
 
         Args:
             name: The model's name.

@@ -36,7 +36,7 @@ class Model(Restructurable):
 
     @classmethod
     def there(cls, access: Access, ref: str) -> Model:
-        """The model that a reference names; `NotFoundError` where there is none."""
+        """The model that a reference names; `NotFoundError` if there is none."""
         from modelstore.compress.presets import PRESETS
 
         model = cls(access, ref)
@@ -72,19 +72,19 @@ class Model(Restructurable):
             format: "hf" is a folder that transformers and vLLM load: a compressed variant that engines have a layout for
                 is written packed, as compressed-tensors has it, any other dense in its own dtype. "safetensors" and "gguf"
                 are one file, "zarr" a group; all of them are dense.
-            gguf_type: What matrices of a GGUF are stored as: "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1" (default: BF16
+            gguf_type: The type of the matrices of a GGUF: "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1" (default: BF16
                 or F16, by the model).
             dequantize: Write every weight of "hf" dense.
             activations: "int8" writes an int8 variant for engines that round activations to int8 too (W8A8), token by token.
-            overwrite: Replace one file; in a folder those of the same names and other weights; "zarr" where all else is Zarr.
+            overwrite: Replace one file; in a folder those of the same names and other weights; "zarr" if all else is Zarr.
             max_shard_bytes: The largest file of "hf", in bytes or as a text such as "5GB".
-            names: Of "safetensors", only these tensors.
-            shard: Of "safetensors", only a rank's part, as for `load`.
+            names: For "safetensors", only these tensors.
+            shard: For "safetensors", only a rank's part, as for `load`.
             storage_options: fsspec's, for a URL.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was written: files, bytes, seconds; and what a folder still has beside it.
+            The export: files, bytes, seconds; and what else a folder has beside it.
 
         Raises:
             NotFoundError: There is no such model, version or variant.
@@ -178,9 +178,9 @@ class Model(Restructurable):
     ) -> results.Compressed:
         """Make a compressed variant of this version; the original stays as it is, exact.
 
-        Everything is read and written chunk by chunk within the memory budget. What was interrupted goes on where it stopped
-        when it is called again. "ladder" stores the original itself again, with int8 and int4 as parts of the same bytes,
-        after proving that every bit comes back.
+        Everything is read and written chunk by chunk within the memory budget. If it is interrupted, the same call continues
+        where it stopped. "ladder" stores the original itself again, with int8 and int4 as parts of the same bytes, after
+        proving that every bit comes back.
 
         Args:
             recipe: A preset's name (`modelstore.presets()`), a `Recipe`, or one as plain data.
@@ -190,20 +190,20 @@ class Model(Restructurable):
             max_kl: Instead of a recipe: the most that the variant may diverge from the original, in nats a token, on the first
                 8,192 tokens of `text`. It is the smallest mix that was found to hold that, of at most four that are made.
             max_perplexity_increase: Instead of a recipe: as `max_kl`, of a share by which the perplexity may grow, such as 0.02.
-            text: With these bounds, the text that is judged on, other than that of `calibration`, of 512 tokens or more (of the
-                model's whole context, where that is less).
+            text: With these bounds, the text that is judged on, other than that of `calibration`, of 512 tokens or more (of
+                the model's whole context, if that is less).
             method: With `fit` or a bound, how the values of these formats are found: "gptq" or "imatrix", both for int;
-                rounded where nothing is said.
+                rounded by default.
             formats: With `fit` or a bound, what a layer may get, besides to be kept: names of presets that engines run
                 (default: int of 2, 3, 4 and 8 bits, symmetric, in groups, clipped).
             context: With `fit`, which is then the most bytes in an engine's memory: weights and scales as it holds them, and for
                 so many tokens of each sequence the KV cache, activations and logits.
-            batch: With `context`, how many sequences there are at a time (default: 1).
+            batch: With `context`, the number of sequences at a time (default: 1).
             engine: With `fit` or a bound, the engine whose formats alone are used.
             device: With `fit`, a file of JSON that describes a device: its `bytes`, the `formats` that it runs, and `seconds` for
-                10⁹ weights of a format, where they were measured.
-            variant: The name of what is made (default: the recipe's name; "fit-", or the method and "-", and the size, with
-                the batch and context where these are given; "kl-" or "ppl-" and the bound).
+                10⁹ weights of a format, if they were measured.
+            variant: The name of the variant (default: the recipe's name; "fit-", or the method and "-", and the size, with the
+                batch and context if these are given; "kl-" or "ppl-" and the bound).
             codes: A ladder's int4 codes, found by GPTQ or the like: a directory of compressed-tensors (pack-quantized,
                 symmetric, in groups), or a reference to a stored variant with such. Weights without any are rounded to nearest.
             include: Further targets to compress by the recipe's first rule: kinds ("embedding", "head", …) or patterns of
@@ -216,13 +216,13 @@ class Model(Restructurable):
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was made: variants, bytes before and now, quality.
+            The variants, bytes before and now, quality.
 
         Raises:
             ValueError: The recipe or the codes do not fit the model, or this is not an original.
             FormatError: The codes have another layout.
             UnsupportedError: The values of a quantized checkpoint cannot be computed here; or `fit` is less than the smallest
-                size that is possible, which is said; or no mix holds the bound.
+                possible size, which the message says; or no mix holds the bound.
             ConflictError: There is another variant of that name.
 
         Example:
@@ -264,7 +264,7 @@ class Model(Restructurable):
     ) -> results.CompressionPlan:
         """Tell what `compress` would do, tensor by tensor; no weights are read.
 
-        Of a recipe that looks at data, `looks` tells what is run, what waits between blocks, and what is left without data.
+        For a recipe that looks at data, `looks` says what is run, what waits, and which tensors are left without data.
 
         Args:
             recipe: As for `compress`.
@@ -272,7 +272,7 @@ class Model(Restructurable):
             include: As for `compress`.
             skip: As for `compress`.
             requantize: As for `compress`.
-            calibration: As for `compress`; where none is given, 128 samples of 512 tokens are told of.
+            calibration: As for `compress`; if none is given, the plan assumes 128 samples of 512 tokens.
 
         Returns:
             The plan: each tensor's codec, or why it is kept, with sizes in bytes.
@@ -313,8 +313,8 @@ class Model(Restructurable):
     ) -> FitPlan:
         """Tell what `compress(fit=…)` would do; nothing is made.
 
-        Where it was measured before what the formats cost, the mix, its recipe and the mixes of other sizes are told; else what
-        the measurement takes, from manifests alone.
+        If the cost of the formats was measured before, the plan has the mix, its recipe and the mixes of other sizes; else it
+        says what the measurement takes, from manifests alone.
 
         Args:
             fit: As for `compress`.
@@ -370,10 +370,10 @@ class Model(Restructurable):
                 the text before it).
             limit: Only so many tokens of the text.
             baseline: Run the original too, and compare: KL divergence and agreement.
-            keep: Keep what is found with the variant, and the original; it is not computed again then.
-            batch: Windows that are run at once.
-            device: Where the models run.
-            dtype: What the arithmetic is done in, whatever the weights are stored as.
+            keep: Keep the results with the variant, and the original; they are not computed again then.
+            batch: Windows that are run together.
+            device: The device that the models run on.
+            dtype: The dtype of the arithmetic, whatever the weights are stored as.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:

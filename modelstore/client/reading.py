@@ -64,7 +64,7 @@ class Readable(Checked):
         return self.reference.variant
 
     def _pinned(self) -> Reference:
-        """What names it, with the number of its version, which is looked up once."""
+        """The reference with the number of its version, which is looked up once."""
         if self.reference.version is None:
             self._record = self.record()
         return self.reference
@@ -80,7 +80,7 @@ class Readable(Checked):
         return found
 
     def _check_same(self, found: VersionRecord) -> None:
-        """`OtherStoreError` where a version of this number is of another store, `ConflictError` where it has other values.
+        """`OtherStoreError` if a version of this number is of another store, `ConflictError` if it has other values.
 
         The manifest tells: where it is the one that it was, so is all that it names. Else the version was stored again, with the
         same values, or the store is another, or an older copy that went on by itself.
@@ -120,15 +120,15 @@ class Readable(Checked):
         with the bits that `compress` would store; a warning says so.
 
         Args:
-            device: Where the tensors are put.
+            device: The device for the tensors.
             shard: A rank's layout (`TensorParallel`, `PipelineStage`, …), or {name: region}.
             names: Only these tensors. A name with `*`, `?` or `[` is a pattern.
             mmap: Map the tensors: nothing is read, or checked, until it is touched. For local models saved with
                 `codec="raw", grid="whole"`. In a cluster any model is mapped, as the node's host decoded and checked it
                 once for all readers; while that host is being replaced the model is loaded, and a warning says so.
             dequantize: False gives a compressed variant's weights as engines take them: instead of `a.weight` its
-                `a.weight_packed`, `a.weight_scale`, … in the packing of compressed-tensors. A rank's slices then begin
-                and end with groups.
+                `a.weight_packed`, `a.weight_scale`, … in the packing of compressed-tensors. A rank's slices then start and end
+                with groups.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
@@ -172,7 +172,7 @@ class Readable(Checked):
         """Read tensors one after the other, within the memory budget; a tensor larger than the budget comes alone.
 
         Args:
-            device: Where the tensors are put.
+            device: The device for the tensors.
             shard: A rank's layout, as for `load`.
             names: Only these tensors, as for `load`.
             dequantize: False gives weights as engines take them, as for `load`.

@@ -66,7 +66,7 @@ class Restructurable(Readable):
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was made: counts before and after, the layers that were left out with what that lost, bytes.
+            The result: counts before and after, the layers that were left out with what that lost, bytes.
 
         Raises:
             ValueError: An amount is more than there is, or nothing is left out, or a text is missing.
@@ -96,7 +96,7 @@ class Restructurable(Readable):
             by: As for `restructure`.
 
         Returns:
-            Counts and bytes before and after, and how often the weights would be read to measure. Where layers differ in size and
+            Counts and bytes before and after, and how often the weights would be read to measure. If layers differ in size and
             are not named, bytes are those of the first ones.
 
         Raises:
@@ -118,7 +118,7 @@ class Restructurable(Readable):
 
 
 def _wanted(layers: Any, mlp: Any, heads: Any, by: Any, correct: bool, calibration: object) -> Cutback:
-    """What a caller asked for; `ValueError` where a text is missing or has no effect."""
+    """What a caller asked for; `ValueError` if a text is missing or has no effect."""
     from modelstore.restructure.run import Cutback
 
     wanted = Cutback(layers, mlp, heads, by, correct)

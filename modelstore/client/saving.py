@@ -71,17 +71,17 @@ class Saving(OpenedStore):
             files: Files beside the source's own: path → local path or bytes.
             include: "all" keeps what a checkpoint holds beside weights too, optimizer states and plain values, as the variant
                 "checkpoint", which `checkpoint` gives back. "model" leaves it out, and `left_out` of the answer names it.
-            key: The dict of a checkpoint to save, such as "ema.state_dict". `docs/sources.md` says which one is taken by default.
-            gguf: Of a GGUF file, "dequantize" (default) saves the numbers that its blocks stand for, "blocks" the blocks.
+            key: The dict of a checkpoint to save, such as "ema.state_dict". `docs/sources.md` says which one is the default.
+            gguf: For a GGUF file, "dequantize" (default) saves the numbers that its blocks stand for, "blocks" the blocks.
             ack: "memory" returns when hosts on two nodes of a cluster hold all of it. They store it afterwards, and only then is
-                it visible and has a version; `flush` waits for that. Where no two nodes can hold it, for example while a
-                host is being replaced, the call returns when it is stored, with a warning.
+                it visible and has a version; `flush` waits for that. If no two nodes can hold it, for example while a host is
+                being replaced, the call returns when it is stored, with a warning.
             message: A description of the version; `log` shows it.
             meta: Plain values that are kept with it, by name.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was saved: the version, bytes as they are, bytes stored, bytes found again.
+            The saved version: bytes as they are, bytes stored, bytes found again.
 
         Raises:
             ValueError: An option does not fit the others, or the source holds nothing.
@@ -153,13 +153,13 @@ class Saving(OpenedStore):
     ) -> results.Part:
         """Save what one of many processes holds of a version that `publish` will make; nothing is visible before that.
 
-        Every element is to be given once. A rank that is run again, as after a crash, goes on from what it stored, and what it
+        Every element must be given once. A rank that is run again, as after a crash, goes on from what it stored, and what it
         gives last counts.
 
         Args:
             name: The model's name.
-            source: What `save` takes; its values may be slices (`modelstore.Slice`), or DTensors (FSDP2, tensor
-                parallelism): each rank gives its shard, and of replicas the first rank alone.
+            source: A source as for `save`; its values may be slices (`modelstore.Slice`), or DTensors (FSDP2, tensor
+                parallelism): each rank gives its shard, and only the first rank of replicas gives values.
             session: Names this version among all ranks, such as f"step-{step}", and is used for no other.
             rank: The number of this process, from 0.
             ranks: How many processes save.
@@ -169,7 +169,7 @@ class Saving(OpenedStore):
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What this rank saved, in bytes.
+            The bytes that this rank saved.
 
         Raises:
             ValueError: The rank or the session is not valid.
@@ -235,12 +235,12 @@ class Saving(OpenedStore):
             ranks: How many processes saved.
             tag: A tag that will name the new version.
             files: Files beside those of the parts: path → local path or bytes.
-            message: What is said of the version, as for `save`.
+            message: A description of the version, as for `save`.
             meta: Plain values that are kept with it, as for `save`.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
         Returns:
-            What was saved, as for `save`.
+            The saved version, as for `save`.
 
         Raises:
             NotFoundError: Ranks, which are named, have no part.

@@ -39,9 +39,9 @@ def open(
     Args:
         url: A folder, `file://`, `s3://bucket/prefix`, `gs://`, `az://`, `memory://name`, or another of fsspec's.
         memory: The working memory of each call, in bytes or as a text like "1GiB" (default: a quarter of what is free, at
-            most 4 GiB; at least 64 MiB). What a call returns comes on top.
-        threads: Threads of each call (default: the cores; more where requests wait for a network).
-        mirrors: Copies of the store, as URLs or opened stores, read where this one's bytes are wrong or gone, which they then
+            most 4 GiB; at least 64 MiB). The results of a call come on top.
+        threads: Threads of each call (default: the cores; more if requests wait for a network).
+        mirrors: Copies of the store, as URLs or opened stores, read if this store's bytes are wrong or gone, which they then
             replace.
         storage_options: fsspec's for the protocol.
         engine: The S3 client, "obstore" or "s3fs".
@@ -56,8 +56,8 @@ def open(
     Raises:
         ValueError: The URL or an option is not valid.
         UnsupportedError: The protocol cannot hold a store, or needs a package that is not installed.
-        NotFoundError: A mirror answers, and has no store.
-        StorageError: A client that connects at once cannot.
+        NotFoundError: A mirror answers, but is not a store.
+        StorageError: A client that connects immediately cannot.
 
     Example:
         >>> store = ms.open("s3://bucket/models", memory="1GiB")

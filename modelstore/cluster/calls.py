@@ -28,7 +28,7 @@ class HostGoneError(StorageError):
 
 
 def actor(name: str) -> Any:
-    """The handle of an actor of the cluster, by its name. `ValueError` where there is none."""
+    """The handle of an actor of the cluster, by its name. `ValueError` if there is none."""
     return ray.get_actor(name, namespace=NAMESPACE)
 
 
@@ -53,7 +53,7 @@ def told(error: BaseException, whom: str) -> BaseException:
 
 
 def answer(ref: Any, whom: str, seconds: float | None) -> Any:
-    """What a call to `whom` returns. `HostGoneError` where it died or says nothing in time; its own errors as they are."""
+    """The result of a call to `whom`. `HostGoneError` if it died or says nothing in time; its own errors as they are."""
     try:
         return ray.get(ref, timeout=seconds)
     except ray.exceptions.RayError as error:
@@ -83,16 +83,16 @@ def failed(error: BaseException, whom: str) -> Future[Any]:
 
 
 def ask_directory(method: Callable[Concatenate[Control, P], R], *arguments: P.args, **named: P.kwargs) -> R:
-    """What the cluster's directory answers: `ask_directory(Control.view)`. Errors as for `ask_directory_within`."""
+    """The answer of the cluster's directory: `ask_directory(Control.view)`. Errors as for `ask_directory_within`."""
     return ask_directory_within(ANSWER, method, *arguments, **named)
 
 
 def ask_directory_within(
     seconds: float, method: Callable[Concatenate[Control, P], R], *arguments: P.args, **named: P.kwargs
 ) -> R:
-    """What the cluster's directory answers; one that just died is waited for, as it starts again by itself.
+    """The answer of the cluster's directory; one that just died is waited for, as it starts again by itself.
 
-    `HostGoneError` where it says nothing in so many seconds, `StorageError` where the cluster has none.
+    `HostGoneError` if it says nothing in so many seconds, `StorageError` if the cluster has none.
     """
     end = time.monotonic() + seconds
     while True:

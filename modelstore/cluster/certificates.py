@@ -53,7 +53,7 @@ def new_authority(folder: Path) -> Path:
 def issue(authority: Path, folder: Path, hosts: list[str]) -> dict[str, str]:
     """Make a certificate for addresses of this machine: the environment by which Ray, and `channel.TLS`, use it.
 
-    `FormatError` where the authority's file is none, or others could have written it.
+    `FormatError` if the authority's file is none, or others could have written it.
     """
     _check_installed()
     from cryptography import x509
@@ -79,7 +79,7 @@ def issue(authority: Path, folder: Path, hosts: list[str]) -> dict[str, str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What Ray reads of a certificate that was issued there."""
+    """Ray's environment for a certificate that was issued there."""
     return {
         "RAY_USE_TLS": "1",
         "RAY_TLS_SERVER_CERT": str(folder / _OWN),
@@ -89,7 +89,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def own_address(peer: str) -> str:
-    """The address of this machine from which HOST:PORT is reached. `StorageError` where it is not."""
+    """The address of this machine from which HOST:PORT is reached. `StorageError` if it is not."""
     host = peer.rpartition(":")[0].strip("[]")
     try:
         found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]

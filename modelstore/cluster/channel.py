@@ -1,4 +1,4 @@
-"""Connections between hosts and readers: who is at the other end is proven on both sides before anything else is said.
+"""Connections between hosts and readers: both sides prove who they are before anything else is sent.
 
 Server: 32 random bytes. Client: 32 random bytes, and its proof. Server: its proof. A proof is BLAKE3, keyed with the cluster's
 secret, of the role, both nonces, and the channel: the address that was dialled, and with TLS the server's certificate. So who
@@ -52,7 +52,7 @@ class TLS:
 
     @classmethod
     def from_environment(cls) -> TLS | None:
-        """As RAY_USE_TLS and the RAY_TLS_ variables say; None without. `StorageError` where they name no certificate."""
+        """As RAY_USE_TLS and the RAY_TLS_ variables say; None without. `StorageError` if they name no certificate."""
         if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
             return None
         files = [os.environ.get(f"RAY_TLS_{name}", "") for name in ("SERVER_CERT", "SERVER_KEY", "CA_CERT")]
@@ -78,7 +78,7 @@ class Greeting:
         self._lock = threading.Lock()
 
     def begin(self, address: str) -> bool:
-        """Whether one more may begin."""
+        """Whether one more may start."""
         with self._lock:
             if self._open.total() >= GREETED or self._open[address] >= FROM_ONE:
                 return False
@@ -116,7 +116,7 @@ def deadline(connection: socket.socket, seconds: float) -> Iterator[None]:
 
 
 def greet(connection: socket.socket, secret: bytes, address: str, tls: TLS | None) -> socket.socket:
-    """A server's part. `EOFError` or `OSError` where the other side is not of the cluster."""
+    """A server's part. `EOFError` or `OSError` if the other side is not of the cluster."""
     with deadline(connection, GREETING):
         connection.settimeout(GREETING)
         channel = _channel(address, tls.own if tls else b"")
@@ -150,7 +150,7 @@ def meet(connection: socket.socket, secret: bytes, address: str, tls: TLS | None
 
 
 def prove(role: bytes, server: bytes, client: bytes, channel: bytes, secret: bytes) -> bytes:
-    """What only who knows the secret can say of two nonces and a channel. Pure."""
+    """The proof of two nonces and a channel, which only a holder of the secret can make. Pure."""
     return blake3(role + server + client + channel, key=blake3(secret).digest()).digest()
 
 
@@ -159,7 +159,9 @@ def _channel(address: str, certificate: bytes) -> bytes:
 
 
 def _prepared(connection: socket.socket) -> socket.socket:
-    """Calls that end when nothing moves; small messages at once; a peer that vanished is noticed."""
+    """A connection whose calls end when nothing moves, and that sends small messages immediately; a peer that vanished is
+    noticed.
+    """
     if isinstance(connection, ssl.SSLSocket):
         connection.settimeout(LIMIT)
     else:  # by the kernel: a timeout of Python's would make every call two
@@ -173,7 +175,7 @@ def _prepared(connection: socket.socket) -> socket.socket:
 
 
 def exactly(connection: socket.socket, size: int) -> memoryview:
-    """So many bytes; memory for them is taken as they come. `EOFError` where the other side ends before."""
+    """So many bytes; memory for them is taken as they come. `EOFError` if the other side ends before."""
     if size <= _STEP:
         memory = memoryview(bytearray(size))
         fill(connection, memory)
@@ -187,7 +189,7 @@ def exactly(connection: socket.socket, size: int) -> memoryview:
 
 
 def fill(connection: socket.socket, memory: memoryview) -> None:
-    """Receive until the memory is full, in as few system calls as it takes. `EOFError` where the other side ends before."""
+    """Receive until the memory is full, in as few system calls as it takes. `EOFError` if the other side ends before."""
     flags = 0 if isinstance(connection, ssl.SSLSocket) else socket.MSG_WAITALL
     while memory:
         got = connection.recv_into(memory, 0, flags)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from modelstore.errors import ConflictError, StorageError
 
-ROOT = "modelstore-"  # clusters' folders in shared memory begin with it
+ROOT = "modelstore-"  # the names of clusters' folders in shared memory start with it
 _LOCK = "lock"
 _TRIES = 50  # to claim: a sweep holds the lock of what it removes for an instant
 _NUMBERED = 64  # processes that one folder serves: several hosts only where nodes share a machine
@@ -21,7 +21,7 @@ _PAUSE = 0.01  # seconds between them
 def claim(folder: str) -> int:
     """Mark a folder, made where it is not there, as this process's, until the returned descriptor is closed or it dies.
 
-    `ConflictError` where another process has it, `StorageError` where it cannot be made or is another user's.
+    `ConflictError` if another process has it, `StorageError` if it cannot be made or is another user's.
     """
     path = Path(folder)
     for _ in range(_TRIES):
@@ -110,7 +110,7 @@ def _sweep_one(folder: Path) -> int:
 
 
 def _locked(folder: Path, *, create: bool = True) -> int | None:
-    """A descriptor that holds the folder's lock; None where another process holds it, or the folder was removed meanwhile."""
+    """A descriptor that holds the folder's lock; None if another process holds it, or the folder was removed meanwhile."""
     path = folder / _LOCK
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o600)
     try:

@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def in_thread(work: Callable[[], Any]) -> Future[Any]:
-    """What `work` returns or raises, once it has, in a thread of its own: one that hangs takes none away from others."""
+    """The result or error of `work`, once it is there, in a thread of its own: one that hangs takes none away from others."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -26,6 +26,6 @@ def in_thread(work: Callable[[], Any]) -> Future[Any]:
 
 
 def answers(asked: Mapping[K, Future[R]], seconds: float) -> dict[K, R]:
-    """What those say who answer within so many seconds, all together; who fails, or is silent, is left out."""
+    """The answers that come within so many seconds, all together; failed and silent ones are left out."""
     wait(asked.values(), timeout=seconds)
     return {key: future.result() for key, future in asked.items() if future.done() and future.exception() is None}

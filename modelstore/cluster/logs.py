@@ -1,4 +1,4 @@
-"""What hosts and the directory log: one JSON object a line, in Ray's log of their process."""
+"""The log of hosts and the directory: one JSON object a line, in Ray's log of their process."""
 
 from __future__ import annotations
 

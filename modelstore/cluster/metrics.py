@@ -1,7 +1,7 @@
-"""What hosts and jobs do, as metrics of Ray: scraped by Prometheus from each node's metrics port, as all of Ray's own.
+"""The counters of hosts and jobs, as metrics of Ray: scraped by Prometheus from each node's metrics port, as all of Ray's own.
 
-Names begin with `modelstore_`; every figure carries the host's and the node's name. Figures that only grow are gauges of their
-totals since the host began, so that nothing is counted twice when a host is looked at twice.
+Names start with `modelstore_`; every figure has the host's and the node's name. Figures that only grow are gauges of their
+totals since the host started, so that nothing is counted twice when a host is looked at twice.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class HostMetrics:
 
 
 class ReaderMetrics:
-    """What answered the readers of one process, and what went wrong."""
+    """The sources of answers to the readers of one process, and the failures."""
 
     def __init__(self, node: str) -> None:
         self._tags = {"node": node[:12], "pid": str(os.getpid())}

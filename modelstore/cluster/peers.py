@@ -57,7 +57,7 @@ class Peers:
     def ask(
         self, member: str, method: Callable[Concatenate[Host, P], R], *arguments: P.args, **named: P.kwargs
     ) -> Future[R]:
-        """Call a method of a member's host: `ask(member, Host.stats)`. What it raises itself is raised as it is."""
+        """Call a method of a member's host: `ask(member, Host.stats)`. Its own errors are raised unchanged."""
         whom = f"host {member}"
         try:
             remote = getattr(self._handle(member), method.__name__).remote
@@ -71,7 +71,8 @@ class Peers:
     ) -> Future[Sequence[Bytes | None]]:
         """The bytes of pieces, unchecked: by TCP, or through Ray where nobody can be reached so.
 
-        What a member lacks it fetches ("fetched"), or it gives what it has: to a reader ("held"), or another host ("handed on").
+        If a member does not have a piece, it fetches it ("fetched"), or it gives the pieces that it has: to a reader ("held"),
+        or another host ("handed on").
         """
         wanted, fetch = list(parts), want == "fetched"
 

@@ -1,4 +1,4 @@
-"""What hosts hold and hand out: chunks' encoded bytes, each named by its digest, with where it lies in the store."""
+"""The pieces that hosts hold and hand out: chunks' encoded bytes, each named by its digest, with its place in the store."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The object that it lies in."""
+        """The object that holds it."""
         return pack_key(self.pack)
 
 
@@ -52,7 +52,7 @@ def pieces(manifest: Manifest, rows: Iterable[int]) -> list[Piece]:
 
 
 def section_keys(parts: Sequence[Piece]) -> NDArray[np.uint64]:
-    """By which each piece is placed: all that begin in one section of a pack have one key. Shape [len(parts)]."""
+    """The keys that pieces are placed by: all that start in one section of a pack have one key. Shape [len(parts)]."""
     packs: dict[str, int] = {}
     made = np.empty(len(parts), np.uint64)
     for at, part in enumerate(parts):
@@ -64,7 +64,7 @@ def section_keys(parts: Sequence[Piece]) -> NDArray[np.uint64]:
 
 
 def check_digest(digest: bytes) -> bytes:
-    """The digest; `ValueError` where it is not 32 bytes."""
+    """The digest; `ValueError` if it is not 32 bytes."""
     if not isinstance(digest, bytes) or len(digest) != DIGEST_BYTES:
         raise ValueError(f"a digest is {DIGEST_BYTES} bytes, not {digest!r:.80}")
     return digest

@@ -16,7 +16,7 @@ _SHORT = 26  # characters of a folder in which the paths of Ray's sockets are no
 
 
 def run_folder() -> Path:
-    """Where it is noted what this user runs on this machine, made and proven to be this user's alone.
+    """The folder that records the processes of this user on this machine, made and proven to be this user's alone.
 
     MODELSTORE_RUN_DIR, else `modelstore` in XDG_RUNTIME_DIR, else `modelstore-<user id>` in the temporary folder. `StorageError`
     where that is somebody else's.
@@ -27,14 +27,15 @@ def run_folder() -> Path:
 def find_file(name: str) -> Path | None:
     """A file of the run folder, also where another environment put it (a login has XDG_RUNTIME_DIR, cron has not).
 
-    None where there is none that only this user can have written.
+    None if there is none that only this user can have written.
     """
     return next((path for folder in _candidates() if _is_ours(path := folder / name)), None)
 
 
 def private_folder(path: Path, advice: str | None = None) -> Path:
-    """The folder, made for this user alone where it is not there. `StorageError` for a link, another user's, or one that
-    others can write to: what lies there could be theirs."""
+    """The folder, made for this user alone where it is not there. `StorageError` for a link, another user's folder, or one
+    that others can write to: its content could be theirs.
+    """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700, parents=True)
     if not is_own(path):
@@ -52,7 +53,7 @@ def temporary_folder() -> Path:
 
 
 def read_private(path: Path, owners: tuple[int, ...] = ()) -> bytes | None:
-    """A file's content; None where there is none, or it is a link, no plain file, or one that others could have written.
+    """A file's content; None if there is none, or it is a link, no plain file, or one that others could have written.
 
     `owners`: user ids that are believed beside this user's.
     """

@@ -1,4 +1,4 @@
-"""What a cluster is and does, as plain data."""
+"""The state and work of a cluster, as plain data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def status(session: Session) -> cluster_results.ClusterStatus:
-    """Every host with what it holds and did; a host that does not answer has no figures."""
+    """Every host with its content and counters; a host that does not answer does not have figures."""
     import ray  # not before the session, which tells it the cluster's token
 
     from modelstore.cluster.calls import ask_directory

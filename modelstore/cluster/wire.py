@@ -35,7 +35,7 @@ Read = Callable[[StoreAddress, Sequence[Piece], bool], Sequence[Bytes | None]]
 
 _SIZE = struct.Struct("<Q")
 _MESSAGE = 64 << 20  # bytes of a request, or of what stands before an answer, at most
-_CONNECT = 1.0  # seconds: who is no further away than a cluster's nodes answers sooner
+_CONNECT = 1.0  # seconds: a peer that is no further away than a cluster's nodes answers sooner
 _ASKING = 60.0  # seconds within which a request that began is there
 _UNUSED = 600.0  # seconds without a request after which a server ends a connection
 _FETCHES = 8  # requests that get something from elsewhere, at once: each may hold as much memory as it asks for
@@ -49,7 +49,7 @@ class UnreachableError(StorageError):
 
 
 class _Request(msgspec.Struct, array_like=True):
-    """Pieces that are wanted; with `fetch` also what the host has not got."""
+    """Requested pieces; with `fetch` also those that the host does not have."""
 
     source: StoreAddress
     parts: list[Piece]
@@ -121,8 +121,8 @@ class PieceClient:
     def read(self, source: StoreAddress, parts: Sequence[Piece], fetch: bool) -> list[Bytes | None]:
         """The pieces' bytes, unchecked; None for what is not there. Those of one call share their memory.
 
-        `UnreachableError` where no connection comes about, `StorageError` for what the host could not read, `OSError` or
-        `EOFError` where the connection broke, `TypeError` where the source cannot be written in MessagePack.
+        `UnreachableError` if no connection comes about, `StorageError` for what the host could not read, `OSError` or
+        `EOFError` if the connection broke, `TypeError` if the source cannot be written in MessagePack.
         """
         request = msgspec.msgpack.encode(_Request(source, list(parts), fetch))
         if len(request) > _MESSAGE:
@@ -233,7 +233,7 @@ def _receive(connection: socket.socket, parts: Sequence[Piece], given: Sequence[
 
 
 def _request(connection: socket.socket) -> memoryview:
-    """The next request, waited for as long as none begins, but for a limit; one that began must come to its end."""
+    """The next request, waited for as long as none starts, up to a limit; one that started must come to its end."""
     if not _buffered(connection):
         waiting = select.poll()
         waiting.register(connection, select.POLLIN)

@@ -1,4 +1,4 @@
-"""What a codec is: a pure, synchronous pair of functions between a region's raw bytes and its planes."""
+"""The contract of a codec: a pure, synchronous pair of functions between a region's raw bytes and its planes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Codec(Protocol):
 
     @property
     def needs_base(self) -> bool:
-        """Whether encode and decode want the same region of a base tensor. Each element depends on the base's same one alone."""
+        """Whether encode and decode need the same region of a base tensor. Each element depends on the base's same one alone."""
 
     def planes(self, dtype: DType) -> tuple[str, ...]:
         """Names of the planes that a tensor of that dtype is stored as, in the order of encode's result."""
@@ -38,6 +38,6 @@ class Codec(Protocol):
 
         `rows * bytes of a row` is the region's size; a row holds whole elements. `base` as for encode; it may be the memory of
         `out` itself, where that is one run of bytes.
-        `FormatError` where the planes are not what encode makes: whatever they hold, nothing outside `out` is written and
+        `FormatError` if the planes are not what encode makes: whatever they hold, nothing outside `out` is written and
         no more memory is taken than a small multiple of the region.
         """

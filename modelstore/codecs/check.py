@@ -1,4 +1,4 @@
-"""What codecs ask of their arguments (wrong ones are the caller's: `ValueError`) and of stored planes (`FormatError`)."""
+"""Checks of codecs' arguments (wrong ones are the caller's: `ValueError`) and of stored planes (`FormatError`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a codec that is not exact loses: the energy of the error beside that of the signal."""
+"""The loss of a codec that is not exact: the energy of the error beside that of the signal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Loss(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def sqnr(self) -> float:
-        """Signal to quantization noise ratio in dB; infinite where nothing was lost."""
+        """Signal to quantization noise ratio in dB; infinite if nothing was lost."""
         if not self.noise:
             return math.inf
         return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf

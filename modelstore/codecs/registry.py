@@ -63,7 +63,7 @@ def names() -> tuple[str, ...]:
 def codec(name: str, params: Mapping[str, object] | None = None) -> Codec:
     """The codec of that name with these parameters, each having a default.
 
-    `UnsupportedError` where no codec has that name, `ValueError` where it has no such parameter or refuses its value.
+    `UnsupportedError` if no codec has that name, `ValueError` if it does not have such a parameter or refuses its value.
     """
     if not isinstance(name, str):
         raise ValueError(f"a codec is named by a text such as 'int', not by {told(name)}")

@@ -15,7 +15,7 @@ class CheckedSpec(manifest.CodecSpec, frozen=True, omit_defaults=True, eq=False)
         params: Its parameters by name; those that are left out have their defaults.
 
     Raises:
-        ValueError: There is no such codec, or it has no such parameter, or refuses its value.
+        ValueError: There is no such codec, or it does not have such a parameter, or refuses its value.
 
     Example:
         >>> ms.CodecSpec("int", {"bits": 4, "group_size": 64})

@@ -1,4 +1,4 @@
-"""What a codec for weights is: codecs that compress work on matrices of numbers, in groups, and need not be exact.
+"""The contract of a codec for weights: codecs that compress work on matrices of numbers, in groups, and need not be exact.
 
 A tensor is looked at as a matrix, whose rows are output channels and whose columns are inputs; see `matrix`.
 """
@@ -23,7 +23,7 @@ Encode = Callable[[Bytes, Region], tuple[Buffer, ...]]  # a region's raw bytes, 
 EncodeOn = Callable[[Bytes, Shape, DType, str], tuple[Buffer, ...]]  # as `Codec.encode`, on a device of torch
 
 FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
-_PART = "weight"  # with which the names of a weight's parts begin
+_PART = "weight"  # the first part of the names of a weight's parts
 _KERNEL = 11  # a last dimension up to this, of three or more, is a convolution's kernel
 
 
@@ -54,8 +54,8 @@ def is_convolution(shape: Shape) -> bool:
 def group_of(shape: Shape, columns: int, rows: int = 1) -> Shape:
     """The group of a codec that works on blocks of `rows` × `columns` of the matrix, as multiples for each dimension.
 
-    0 stands for the whole extent. Convolutions, and matrices in a stack whose columns are no multiple, are never cut
-    along their columns, so that a region of one is still seen as what it is.
+    0 stands for the whole extent. Convolutions, and matrices in a stack whose columns are not a multiple, are never cut along
+    their columns, so that the shape of a region still shows what it is.
     """
     if not shape:
         return ()
@@ -116,7 +116,7 @@ class WeightCodec:
         raise NotImplementedError
 
     def refuses(self, shape: Shape, dtype: DType) -> str | None:
-        """Why a tensor is not encoded so, as the end of "it …"; None where it is."""
+        """Why a tensor is not encoded so, as the end of "it …"; None if it is."""
         if dtype.name not in FLOATS:
             return f"is {dtype.name}"
         if not math.prod(shape):
@@ -156,7 +156,7 @@ class WeightCodec:
     def on_device(self) -> EncodeOn | None:
         """Encodes a region of floats of 16 bits and more on a device of torch: the planes of `encode`, bit for bit, and sooner.
 
-        None where nothing is gained by it.
+        None if nothing is gained by it.
         """
         return None
 
@@ -167,17 +167,17 @@ class WeightCodec:
 
     @property
     def under_codes(self) -> UnderCodes | None:
-        """How a region is encoded with codes that come from elsewhere; None where the codec finds them itself."""
+        """How a region is encoded with codes that come from elsewhere; None if the codec finds them itself."""
         return None
 
     @property
     def view(self) -> EngineView | None:
-        """How engines take what is stored, without dequantizing it; None where none does."""
+        """How engines take what is stored, without dequantizing it; None if none does."""
         return None
 
 
 def as_weight_codec(codec: Codec) -> WeightCodec | None:
-    """The codec as one that compresses weights; None where it stores bytes of any kind."""
+    """The codec as one that compresses weights; None if it stores bytes of any kind."""
     return codec if isinstance(codec, WeightCodec) else None
 
 
@@ -193,7 +193,7 @@ class Weighted(Protocol):
 
 
 class UnderCodes(Protocol):
-    """`values` encoded with int4 codes (rows, columns) that are no function of them, and the raw bytes of their scales."""
+    """`values` encoded with int4 codes (rows, columns) that are not a function of them, and the raw bytes of their scales."""
 
     def __call__(
         self, values: Bytes, shape: Shape, dtype: DType, codes: NDArray[np.int8], scale: Bytes
@@ -210,7 +210,7 @@ class EngineTensor:
 
 
 class EngineView(Protocol):
-    """What a codec stores, in the names and packing of compressed-tensors. Planes are unpacked, placed, then packed."""
+    """A codec's planes, in the names and packing of compressed-tensors. Planes are unpacked, placed, then packed."""
 
     @property
     def format(self) -> str:
@@ -220,7 +220,7 @@ class EngineView(Protocol):
         """compressed-tensors' description of the weights: num_bits, type, symmetric, strategy, group_size, …"""
 
     def cells(self, shape: Shape) -> Mapping[str, tuple[int, int]]:
-        """Of each unpacked array, the rows and columns of the weight matrix that one entry stands for (0: all of them)."""
+        """For each unpacked array, the rows and columns of the weight matrix that one entry stands for (0: all of them)."""
 
     def arrays(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> dict[str, NDArray[Any]]:
         """A region's planes unpacked: 2-d arrays by name, such as codes (rows, columns) and scales (rows, groups)."""

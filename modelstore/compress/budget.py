@@ -1,4 +1,4 @@
-"""Whether what a codec holds of a tensor is within the memory that a work may use, told before the work begins."""
+"""Whether a codec's memory for a tensor is within the limits of an operation, checked before it starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHARE = 4  # of the memory a quarter, at least, is for what is read, encoded and
 
 
 def check_memory(tensors: Iterable[tuple[Tensor, CodecSpec | None]], memory: int) -> int:
-    """The bytes that codecs hold of one of the tensors, at most; `UnsupportedError` where too little is left beside them."""
+    """The bytes that codecs hold of one of the tensors, at most; `UnsupportedError` if too little is left beside them."""
     most, name, codec = 0, "", ""
     for tensor, spec in tensors:
         needed = weight_codec(spec).memory(tensor.shape, tensor.kind) if spec is not None else 0

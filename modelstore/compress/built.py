@@ -10,14 +10,14 @@ from modelstore.architecture.classes.model_class import Built, build
 from modelstore.errors import FormatError
 from modelstore.execute.read.loading import Variant
 
-_SLACK = 1 << 26  # numbers beside the stored ones: masks, rotary tables, a head that is made anew
+_SLACK = 1 << 26  # numbers beside the stored ones: masks, rotary tables, a head that is made again
 
 
 def built_of(model: Variant, class_name: str) -> Built:
     """The model as that class on torch's meta device.
 
-    `FormatError` where its `config.json` asks for far more numbers than are stored: it is of another model, and what it asks for
-    is not allocated. `UnsupportedError` where transformers cannot build it.
+    `FormatError` if its `config.json` asks for far more numbers than are stored: it is of another model, and what it asks for
+    is not allocated. `UnsupportedError` if transformers cannot build it.
     """
     config: dict[str, Any] = {**(model.config() or {}), "architectures": [class_name]}
     built = build(config, len(model.manifest.tensors))

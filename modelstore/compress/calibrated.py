@@ -1,4 +1,4 @@
-"""What a compression asks of who finds values on data, and keeps of it."""
+"""The interface between a compression and the solver that finds values on data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Write = Callable[[list[Input]], dict[str, Written]]
 
 @dataclass(frozen=True)
 class Begun:
-    """What an earlier run of the same work left, where it was broken off.
+    """The state that an interrupted run of the same work left.
 
     `written`: names of tensors that are stored; `reader` gives these, as the variant will. `notes`: what was noted, by name;
     `note` notes more for a later run, plain data.
@@ -31,11 +31,11 @@ class Begun:
 
 
 class Solver(Protocol):
-    """What finds values of tensors on data, and writes them with all others."""
+    """Finds values of tensors on data, and writes them with all others."""
 
     @property
     def recorded(self) -> Mapping[str, Any]:
-        """What a manifest says of the data."""
+        """A manifest's entry on the data."""
 
     @property
     def notes(self) -> dict[str, str]:
@@ -52,7 +52,7 @@ class Solver(Protocol):
     def run(self, items: list[Input], write: Write, begun: Begun) -> dict[str, Written]:
         """Write all items, in calls as it likes; those that are written already are not among them.
 
-        Of the `gains`, only those that are other ones than the original's.
+        Only those of the `gains` that differ from the original's.
         """
 
 

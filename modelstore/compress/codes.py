@@ -2,8 +2,8 @@
 
 Directories are of format pack-quantized, 4 bits, symmetric, in groups: for each weight `x.weight` there are `x.weight_packed`,
 int32 (rows, columns / 8), least significant code first, 8 above what it stands for; `x.weight_scale` (rows, groups); and
-`x.weight_shape`. What the codes are put under must be the model that they were made of: every tensor that was left as it was
-must be the model's own, since methods that scale weights and the norms before them (AWQ, SmoothQuant) change these too.
+`x.weight_shape`. The codes must be of the same model: every tensor that was left as it was must be the model's own, since
+methods that scale weights and the norms before them (AWQ, SmoothQuant) change these too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from modelstore.sources.base import TensorSpec
 
 _PACKED, _SCALE, _SHAPE = "_packed", "_scale", "_shape"
 _WORD = 8  # codes of an int32
-_GROUPS = (128, 64, 32)  # where rows are no whole groups
+_GROUPS = (128, 64, 32)  # if rows are not whole groups
 _BAND = 8 << 20  # bytes that are read at once to be digested
 
 ReadInto = Callable[[str, Region, Bytes], None]  # a tensor's name, a region of it, where its raw bytes go
@@ -45,11 +45,11 @@ class Given:
 
 
 class Codes(Protocol):
-    """int4 codes with their scales, by the names of the weights they stand for. Threads may read at once."""
+    """int4 codes with their scales, by the names of the weights they stand for. Threads may read in parallel."""
 
     @property
     def origin(self) -> str:
-        """Where they are, as errors say it."""
+        """The place of the codes, for errors."""
 
     @property
     def given(self) -> Mapping[str, Given]:
@@ -58,7 +58,7 @@ class Codes(Protocol):
     def check(self, manifest: Manifest) -> str:
         """A digest of all codes and scales, after what comes with them was compared with the model they are to go under.
 
-        `FormatError` where a scale is not finite, `ValueError` where a tensor is not the model's.
+        `FormatError` if a scale is not finite, `ValueError` if a tensor is not the model's.
         """
 
     def read(self, name: str, region: Region) -> tuple[NDArray[np.int8], Bytes]:
@@ -69,10 +69,10 @@ class Codes(Protocol):
 
 
 class PackedCodes:
-    """Codes as a directory of compressed-tensors has them. `FormatError` where it has other ones, or none."""
+    """Codes as a directory of compressed-tensors has them. `FormatError` if it has other ones, or none."""
 
     def __init__(self, origin: str, tensors: Mapping[str, TensorSpec], read: ReadInto) -> None:
-        """`tensors` by name; `read` reads regions of them. Of the values, only the shapes are read here."""
+        """`tensors` by name; `read` reads regions of them. Only the shapes of the values are read here."""
         self._origin, self._tensors, self._read = origin, tensors, read
         weights = [name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)]
         if not weights:
@@ -127,7 +127,7 @@ class PackedCodes:
         """Nothing is held here."""
 
     def _parse(self, name: str) -> Given:
-        """What a weight's tensors say of themselves."""
+        """The parameters that a weight's tensors declare."""
         for part, what in (
             ("_zero_point", "is asymmetric, and zero points"),
             ("_g_idx", "is in groups by activation, which"),
@@ -198,7 +198,7 @@ def encoder_of(under: UnderCodes, codes: Codes, tensor: Tensor) -> Encoder:
 
 
 def group_size(columns: int, groups: int) -> int:
-    """The columns of a group, an even number, 0 where there is none that gives so many groups."""
+    """The columns of a group, an even number, 0 if there is none that gives so many groups."""
     if groups < 1:
         return 0
     if columns % groups == 0:

@@ -67,7 +67,7 @@ Spread = Callable[[Portion], int]  # bytes that were newly stored
 
 @dataclass(frozen=True)
 class CompressOutcome:
-    """What a compression made: the record that shows it, and each variant's metrics."""
+    """The result of a compression: the record that shows it, and each variant's metrics."""
 
     record: VersionRecord
     metrics: Mapping[str, dict[str, Any]]
@@ -89,9 +89,9 @@ class CompressOutcome:
 
 
 def variants_of(plan: CompressionPlan, name: str) -> tuple[str, ...]:
-    """The variants that a plan makes: one, or with `ladder` the original anew and its prefixes.
+    """The variants that a plan makes: one, or with `ladder` the original again and its prefixes.
 
-    `ValueError` where a recipe mixes `ladder` with other codecs, or names a ladder's variants otherwise.
+    `ValueError` if a recipe mixes `ladder` with other codecs, or names a ladder's variants otherwise.
     """
     found = {weight_codec(choice.codec).views for choice in plan.compressed if choice.codec}
     if found <= {()}:
@@ -121,7 +121,7 @@ def compress(
     `codes`: those that the plan's choices were given. `earlier`: manifests whose chunks need not be stored again. `spread`
     has others encode what is left, who note it in the journal; what they leave is encoded here. `calibrated`: what solves
     tensors on data.
-    `ConflictError` where a variant of that name is there and is another, before anything is read; `CorruptionError` where
+    `ConflictError` if a variant of that name is there and is another, before anything is read; `CorruptionError` if
     a tensor read is not what was saved, or does not decode to what it should: nothing is published then.
     """
     model = parent.record.model
@@ -186,7 +186,7 @@ def _inputs(
 
 
 def _begun(parent: Parent, variants: tuple[str, ...], inputs: Iterable[Input], resumed: Resumed) -> Begun:
-    """What a calibration that goes on finds of an earlier run."""
+    """The state that a resumed calibration finds of an earlier run."""
     reader = reader_of(parent, variants, inputs, resumed.written)
     return Begun(resumed.written.keys(), reader, resumed.notes, resumed.journal.remark)
 
@@ -223,10 +223,10 @@ def encode(
 def encoder(
     codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor, chunks: int, device: str | None = None
 ) -> Encoder:
-    """How parts of a tensor are encoded: what the codec wants to look at first is taken from the part, where it has it.
+    """How parts of a tensor are encoded: the codec's first look uses the part, if it has it.
 
-    Where it has not, the tensor is read for it when its first chunk is encoded, and what was found is let go after the
-    last one. `device` of torch: for what gives the same bits there.
+    If it does not, the tensor is read for it when its first chunk is encoded, and the findings are released after the last
+    one. `device` of torch: for what gives the same bits there.
     """
     fit = fit_on(codec, device)
     lock = threading.Lock()
@@ -255,7 +255,7 @@ def encoder(
 
 
 def _recorded(recipe: Recipe, plan: CompressionPlan, codes: str | None, requantized: str) -> dict[str, Any]:
-    """What a manifest says of how it was made: the recipe, each tensor's codec where rules alone do not tell it, given codes."""
+    """A manifest's entry on how it was made: the recipe, each tensor's codec if rules alone do not give it, given codes."""
     resolved = {choice.name: choice.codec for choice in plan.compressed if choice.reason}
     more = {"resolved": resolved, "codes": codes, "requantized": requantized}
     whole = msgspec.to_builtins(recipe) | {key: value for key, value in more.items() if value}
@@ -311,7 +311,7 @@ def _reading(reader: Reader, tensor: Tensor) -> ReadRegion:
 
 
 def _check_free(record: VersionRecord, variants: tuple[str, ...]) -> None:
-    """`ConflictError` where a version has one of these variants already, its original aside."""
+    """`ConflictError` if a version has one of these variants already, its original aside."""
     taken = [variant for variant in variants if variant != ORIGINAL and variant in record.variants]
     if taken:
         raise ConflictError(
@@ -329,7 +329,7 @@ def _check_free(record: VersionRecord, variants: tuple[str, ...]) -> None:
 def _made_before(
     manifests: Manifests, parent: Parent, variants: tuple[str, ...], recorded: dict[str, Any]
 ) -> CompressOutcome | None:
-    """The outcome of the very same work, where it was done and published already; None where it was not."""
+    """The outcome of the very same work, where it was done and published already; None if it was not."""
     record, measured = parent.record, {}
     for variant in variants:
         if variant not in record.variants:
@@ -342,7 +342,7 @@ def _made_before(
 
 
 def _prove(parent: Parent, variants: tuple[str, ...], written: Mapping[str, Written]) -> None:
-    """What was read must be what was saved; and what an exact codec decodes to, too."""
+    """The bytes read must match the saved digest, and so must the decoded bytes of an exact codec."""
     for tensor in parent.manifest.tensors:
         done, saved = written.get(tensor.name), tensor.digest
         if done is None:

@@ -1,4 +1,4 @@
-"""What a compression keeps beside the planes: what it cost the values, and what was found out about the model."""
+"""The records that a compression keeps beside the planes: the loss of the values, and its findings about the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modelstore.store.shelf import Shelf
 
 
 def metrics(losses: Mapping[str, Loss]) -> dict[str, Any]:
-    """What a manifest keeps of the losses: signal to noise in dB, of all and by tensor, and counts of non-finite values."""
+    """A manifest's entry on the losses: signal to noise in dB, of all and by tensor, and counts of non-finite values."""
     total = sum(losses.values(), Loss())
     strange = {name: loss.nonfinite for name, loss in losses.items() if loss.nonfinite}
     sqnr = {name: round(loss.sqnr, 2) for name, loss in losses.items() if loss.noise and loss.signal}

@@ -66,7 +66,9 @@ def manifest_of(
 def reader_of(
     parent: Parent, variants: tuple[str, ...], inputs: Iterable[Input], written: Mapping[str, Written]
 ) -> Reader:
-    """What reads the tensors that are written so far as the first variant will, and no others; no variant names them yet."""
+    """A reader of the tensors written so far, as the first variant will read them, and of no others; no variant names them
+    yet.
+    """
     builder = ManifestBuilder()
     there = [item for item in inputs if item.plan.name in written and item.views]
     tensors = [_tensor(builder, item, written[item.plan.name], variants[0], 0) for item in there]

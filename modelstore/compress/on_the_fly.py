@@ -37,8 +37,8 @@ def unstored(original: Variant, recipe: Recipe, maker: Callable[[Manifest, Manif
 
     `maker`, of its manifest and the original's, says who else makes its chunks.
 
-    `UnsupportedError` for a recipe that needs the whole model before its first chunk, or that stores the original anew;
-    `ValueError` where it compresses nothing.
+    `UnsupportedError` for a recipe that needs the whole model before its first chunk, or that stores the original again;
+    `ValueError` if it compresses nothing.
     """
     anew = any(weight_codec(rule.codec).views for rule in recipe.rules if rule.codec)
     if recipe.prune is not None or anew:
@@ -72,10 +72,10 @@ def planned(original: Manifest, config: Mapping[str, Any] | None, recipe: Recipe
 
 
 class Maker(Protocol):
-    """Who else can make the chunks of a variant that is not stored."""
+    """A maker of the chunks of a variant that is not stored, such as a cluster."""
 
     def made(self, tensor: Tensor, region: Region) -> list[Bytes] | None:
-        """The planes of a chunk, checked; None where they are to be made here."""
+        """The planes of a chunk, checked; None if they must be made here."""
 
 
 class OnTheFlyReader(Reader):
@@ -101,7 +101,9 @@ class OnTheFlyReader(Reader):
         *,
         bounded: bool = True,
     ) -> Iterator[tuple[int, T]]:
-        """As `Reader.schedule`. What codecs found in whole tensors is let go tensor by tensor, except where one is read alone."""
+        """As `Reader.schedule`. The codecs' findings on whole tensors are released tensor by tensor, except if one is read
+        alone.
+        """
         made = [want.tensor for want in wants if not want.tensor.planes and want.tensor.nbytes]
         check_memory(((tensor, self.manifest.codecs[tensor.codec]) for tensor in made), work.memory)
         less = work.within(

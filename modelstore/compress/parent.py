@@ -1,4 +1,4 @@
-"""What a variant is made of."""
+"""The parent of a variant."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from modelstore.store.packs import FILE
 class Parent:
     """The original that is compressed: its record, its manifest with its digest, and how its tensors are read.
 
-    `architecture`: what is known of the model, by its manifest or found out here. Where the original is quantized and read as
-    the weights that it stands for, `manifest` is of these, `stored` is what the store has, `requantized` says by what method
-    it is quantized, and `files` are written instead of its own.
+    `architecture`: what is known of the model, by its manifest or found out here. If the original is quantized and read as the
+    weights that it stands for, `manifest` is of these, `stored` is the manifest in the store, `requantized` is the method it
+    is quantized by, and `files` are written instead of its own.
     """
 
     record: VersionRecord
@@ -39,11 +39,11 @@ class Parent:
 
     @property
     def content(self) -> str:
-        """Of the original as it is stored; see `Manifest.content`."""
+        """The content of the original as it is stored; see `Manifest.content`."""
         return (self.stored or self.manifest).content
 
     def file_inputs(self) -> list[Input]:
-        """What encodes the files that are written instead of the original's."""
+        """The encoder's inputs for the files that are written instead of the original's."""
         return [_file_input(path, content) for path, content in self.files.items()]
 
 

@@ -1,4 +1,4 @@
-"""What compressing a variant would do, tensor by tensor, decided from its manifest alone."""
+"""The plan of compressing a variant, tensor by tensor, decided from its manifest alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DequantizedWeights(Protocol):
 
 
 def weight_codec(spec: CodecSpec) -> WeightCodec:
-    """The codec of a rule; `ValueError` or `UnsupportedError` where it is none that compresses."""
+    """The codec of a rule; `ValueError` or `UnsupportedError` if it is none that compresses."""
     made = as_weight_codec(make_codec(spec.name, spec.params))
     if made is None:
         raise UnsupportedError(f"codec {spec.name!r} stores a model, it does not compress one: save with it instead")
@@ -55,7 +55,7 @@ def plan_compression(
 
     Tensors that a codec refuses are kept, and the reason is given. Layers that engines fuse share one scheme: where rules
     differ, that of the first one is taken for all, and where one is kept, all are.
-    `ValueError` where the recipe compresses nothing.
+    `ValueError` if the recipe compresses nothing.
     """
     found = kinds_in(manifest, config, known)
     already = method(config) or ("another tool" if "quantized" in found.values() else None)
@@ -82,7 +82,7 @@ def plan_compression(
 
 
 def _requantized(choice: CodecChoice, dequantized: DequantizedWeights) -> CodecChoice:
-    """The choice for a weight that is made of quantized ones; `ValueError` where it would be kept, or be no smaller."""
+    """The choice for a weight that is made of quantized ones; `ValueError` if it would be kept, or be no smaller."""
     stored = dequantized.stored.get(choice.name)
     if stored is None:
         return choice
@@ -140,7 +140,7 @@ def _nothing(choices: Sequence[CodecChoice], chosen: Recipe, already: str | None
 
 
 def check_targets(plan: CompressionPlan, given: Mapping[str, Sequence[str]]) -> None:
-    """`ValueError` where a target that was given beside the recipe speaks of no tensor: it would do nothing."""
+    """`ValueError` if a target that was given beside the recipe speaks of no tensor: it would do nothing."""
     for option, targets in given.items():
         for target in targets:
             if any(matches(target, choice.name, choice.kind) for choice in plan.choices):
@@ -157,7 +157,7 @@ def check_targets(plan: CompressionPlan, given: Mapping[str, Sequence[str]]) -> 
 
 
 def check_requantize(chosen: Recipe, codes: object | None) -> None:
-    """`ValueError` where a quantized checkpoint cannot be compressed anew so."""
+    """`ValueError` if a quantized checkpoint cannot be compressed again so."""
     if codes is not None:
         raise ValueError("codes= are of the original's own weights, and requantize=True makes others: give one of them")
     if any(rule.codec and weight_codec(rule.codec).views for rule in chosen.rules):
@@ -171,7 +171,7 @@ def give_codes(
 ) -> CompressionPlan:
     """A ladder's plan with the int4 codes that weights have been given, whatever their kind; those kept by a rule aside.
 
-    `ValueError` where a weight is not in the model so, or the recipe is no ladder.
+    `ValueError` if a weight is not in the model in this form, or the recipe is not a ladder.
     """
     ladders = [rule.codec for rule in chosen.rules if rule.codec]
     if any(spec.name != "ladder" for spec in ladders):
@@ -230,7 +230,7 @@ def _choice(
     pruned: float | None = None,
 ) -> CodecChoice:
     stored = int(manifest.length[manifest.rows(tensor)].sum())
-    # Where a share of all weights goes, each tensor is expected to lose that share: what it will lose is not known yet.
+    # If a share of all weights is pruned, each tensor is expected to lose that share: its real loss is not known yet.
     sized = CodecSpec("sparse", {"sparsity": pruned}) if spec and pruned is not None else spec
     expected = weight_codec(sized).size(tensor.shape, tensor.kind) if sized else stored
     return CodecChoice(tensor.name, kind, tensor.dtype, tensor.shape, spec, reason, tensor.nbytes, stored, expected)
@@ -245,7 +245,7 @@ def tensor_plan(tensor: Tensor, spec: CodecSpec, axis: Callable[[str], int | Non
 def resolve(value: str | Recipe | Mapping[str, Any], include: Iterable[str] = (), skip: Iterable[str] = ()) -> Recipe:
     """A recipe from a preset's name, plain data or itself; with targets that it compresses, or keeps, as well.
 
-    `ValueError` where there is no such preset or the recipe cannot be meant so.
+    `ValueError` if there is no such preset or the recipe cannot be meant so.
     """
     if isinstance(value, str):
         made = preset(value)

@@ -118,7 +118,7 @@ def presets() -> dict[str, Recipe]:
 
 
 def preset(name: str) -> Recipe:
-    """The preset of that name; `ValueError` where there is none."""
+    """The preset of that name; `ValueError` if there is none."""
     every = presets()
     try:
         return every[name]

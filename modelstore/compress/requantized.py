@@ -54,7 +54,7 @@ class Requantized:
 
 
 def requantized(reader: Reader, config: Config | None) -> Requantized:
-    """The weights of a quantized checkpoint. `UnsupportedError` where it is none, or its values cannot be computed here."""
+    """The weights of a quantized checkpoint. `UnsupportedError` if it is none, or its values cannot be computed here."""
     manifest = reader.manifest
     described = {tensor.name: (tensor.dtype, tensor.shape) for tensor in manifest.tensors}
     made, members = dequantized(described, config)
@@ -80,7 +80,7 @@ def requantized(reader: Reader, config: Config | None) -> Requantized:
 def parent_of(
     record: VersionRecord, digest: str, reader: Reader, config: Config | None, requantize: bool
 ) -> tuple[Parent, Requantized | None]:
-    """What a variant is made of: an original as it is stored, or with `requantize` as the weights that it stands for."""
+    """The parent of a variant: an original as it is stored, or with `requantize` as the weights that it stands for."""
     if not requantize:
         known = described(reader.manifest, config)
         return Parent(record, digest, reader.manifest, reader, config, known), None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Stages:
     """A variant's blocks, its embedding before the first and its head behind the last, as float32.
 
-    `UnsupportedError` where its architecture cannot be run so, `FormatError` where tensors that it needs are missing.
+    `UnsupportedError` if its architecture cannot be run so, `FormatError` if tensors that it needs are missing.
     """
 
     def __init__(self, model: Variant, class_name: str, limits: Limits) -> None:
@@ -55,7 +55,7 @@ class Stages:
         return model.load(model.shares(None, names), Work(self._limits)) if names else {}
 
     def values(self, stage: int, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What a stage computes with, made of `stored`, or of what is put in the place of these tensors."""
+        """The values that a stage computes with, made of `stored`, or of their replacements."""
         import torch
 
         needed = self.skeleton.needs(stage)
@@ -72,7 +72,9 @@ class Stages:
         before: Spool,
         memory: int,
     ) -> Spool:
-        """What a stage gives for batches of tokens, of what the stage before gave, which is let go; in up to `memory` bytes."""
+        """The output of a stage for batches of tokens, from the output of the stage before, which is released; in up to
+        `memory` bytes.
+        """
         after = Spool(memory)
         with self.skeleton.at(stage, values) as run:
             for at, ids in enumerate(batches):

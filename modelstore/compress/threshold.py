@@ -44,7 +44,7 @@ def with_threshold(
 
 
 def _counts(reader: Reader, tensor: Tensor, work: Work) -> histogram.Counts:
-    """How often each number occurs in a tensor, chunk by chunk, as it lies in the store."""
+    """How often each number occurs in a tensor, chunk by chunk, as it is stored."""
     counts = histogram.empty(tensor.kind)
     for chunk in range(tensor.chunks):
         values = reader.region(tensor, grid.chunk_region(tensor.shape, tensor.chunk, chunk))

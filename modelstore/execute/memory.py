@@ -64,7 +64,7 @@ class Arena:
         self._at = 0
 
     def allocate(self, nbytes: int) -> Bytes:
-        """A writable buffer of `nbytes` bytes; `MemoryError` where there is no room for it."""
+        """A writable buffer of `nbytes` bytes; `MemoryError` if there is no room for it."""
         if nbytes >= _ARENA // 4:
             return self._area(nbytes)
         if self._at + nbytes > len(self._map):
@@ -82,12 +82,12 @@ def _aligned(nbytes: int) -> Bytes:
 
 
 def huge(nbytes: int) -> Bytes:
-    """A zero-filled buffer in a map of its own that asks for huge pages; `MemoryError` where there is no room."""
+    """A zero-filled buffer in a map of its own that asks for huge pages; `MemoryError` if there is no room."""
     return within(np.frombuffer(huge_map(nbytes), np.uint8), nbytes)
 
 
 def huge_map(nbytes: int) -> mmap.mmap:
-    """A map of its own, with room for `within`; `MemoryError` where there is none."""
+    """A map of its own, with room for `within`; `MemoryError` if there is none."""
     try:
         area = mmap.mmap(
             -1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -101,7 +101,7 @@ def huge_map(nbytes: int) -> mmap.mmap:
 
 
 def within(area: Bytes, nbytes: int) -> Bytes:
-    """The buffer in such a map, which begins with a huge page."""
+    """The buffer in such a map, which starts with a huge page."""
     start = -area.ctypes.data % _HUGE
     return area[start : start + nbytes]
 
@@ -113,14 +113,14 @@ def trim() -> None:
 
 
 def fault_ahead(buffers: Sequence[Bytes]) -> threading.Thread:
-    """Map the pages of buffers in a thread of its own, ahead of whoever reads them. For maps of what lies in memory.
+    """Map the pages of buffers in a thread of its own, ahead of their reader. For maps of memory.
 
-    Each page of a map costs a fault when it is first read; shared memory has the smallest pages, so that a reader waits
-    for them as long as for the bytes. A buffer that nobody refers to any more is left alone. Where the kernel cannot do it
-    (before Linux 5.14) nothing is changed.
+    Each page of a map costs a fault when it is first read; shared memory has the smallest pages, so that a reader waits for
+    them as long as for the bytes. A buffer that nobody refers to any more is left alone. If the kernel cannot do it (before
+    Linux 5.14), nothing is changed.
     """
 
-    # The second half first: whoever reads in order maps the first one meanwhile. Small steps: maps and unmaps wait for one.
+    # The second half first: an in-order reader maps the first one meanwhile. Small steps: maps and unmaps wait for one.
     steps = [(weakref.ref(buffer), at) for buffer in buffers for at in range(0, len(buffer), _HUGE)]
 
     def run() -> None:

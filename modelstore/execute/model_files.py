@@ -8,7 +8,7 @@ from modelstore.format.files.checkpoint import CONFIG
 
 
 def json_object(reader: Reader, name: str) -> Config | None:
-    """A file of the model that holds a JSON object; None where it has none of that name that can be read."""
+    """A file of the model that holds a JSON object; None if it has none of that name that can be read."""
     for file in reader.manifest.files:
         if file.name == name and file.nbytes <= MAX_CONFIG:
             return parse(reader.region(file, ((0, file.shape[0]),)).tobytes())
@@ -16,12 +16,12 @@ def json_object(reader: Reader, name: str) -> Config | None:
 
 
 def model_config(reader: Reader) -> Config | None:
-    """The model's config.json, None where it has none that can be read."""
+    """The model's config.json, None if it has none that can be read."""
     return json_object(reader, CONFIG)
 
 
 def without_config(reader: Reader) -> str:
-    """Why a model has no config, for a message: "has no config.json", or what is wrong with the one that it has."""
+    """Why a model does not have a config, for a message: "has no config.json", or the problem with the one that it has."""
     for file in reader.manifest.files:
         if file.name == CONFIG:
             if file.nbytes > MAX_CONFIG:

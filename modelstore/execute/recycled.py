@@ -24,7 +24,7 @@ class Recycled:
         self._spare: dict[int, deque[mmap.mmap]] = {}
 
     def take(self, nbytes: int) -> Bytes:
-        """A writable buffer of `nbytes` bytes, all of which is to be written; `MemoryError` where there is no room."""
+        """A writable buffer of `nbytes` bytes, all of which must be written; `MemoryError` if there is no room."""
         spare = self._spare.setdefault(nbytes, deque())
         try:
             area = spare.pop()

@@ -21,7 +21,7 @@ class Spool:
         return len(self._held)
 
     def append(self, tensor: torch.Tensor) -> None:
-        """Put one more tensor behind the others. `OSError` where the disk is full."""
+        """Put one more tensor behind the others. `OSError` if the disk is full."""
         tensor = tensor.detach().to("cpu").contiguous()
         if tensor.nbytes <= self._left:
             self._left -= tensor.nbytes

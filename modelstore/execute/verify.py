@@ -1,6 +1,6 @@
 """Verification: every stored chunk against its digest, and, deep, every tensor against the digest of what was saved.
 
-Nothing is mended, and no mirror stands in: what is looked at is this very store. It never stops at a problem.
+Nothing is repaired, and no mirror stands in: only this store is looked at. It never stops at a problem.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class _Verification:
             model, digest, copy = manifest.base.model, manifest.base.manifest, ""
 
     def _manifest(self, model: str, digest: str, copy: str) -> Manifest | None:
-        """A manifest, from elsewhere if it is damaged here, so that the rest can be checked; None where there is none."""
+        """A manifest, from elsewhere if it is damaged here, so that the rest can be checked; None if there is none."""
         found: list[Manifest] = []
         key = manifest_key(model, digest)
         ways: list[tuple[str, str, Callable[[], Manifest]]] = [
@@ -230,7 +230,9 @@ class _Verification:
         return self.work.limits.reading_threads(self.repo.storage.local)
 
     def _check_headers(self, model: str, manifest: Manifest) -> None:
-        """See that what makes each pack a safetensors file is whole; packs with bad chunks, and lost ones, are told already."""
+        """Check that the header makes each pack a whole safetensors file; packs with bad chunks, and lost ones, are reported
+        already.
+        """
         told = {digest for digest, _ in self._wrong}
         fresh = [digest for digest in manifest.packs if digest not in self._headers and digest not in told]
         self._headers.update(fresh)

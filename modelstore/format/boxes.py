@@ -15,7 +15,7 @@ def elements(buffer: Bytes, shape: Shape, itemsize: int) -> NDArray[np.void]:
 
 
 def cut(buffer: Bytes, shape: Shape, itemsize: int, region: Region) -> Bytes:
-    """A region's bytes, out of those of a tensor; a copy only where they do not lie one after another."""
+    """A region's bytes, out of those of a tensor; a copy only if they do not follow one another."""
     box = elements(buffer, shape, itemsize)[slices(region)]
     return np.ascontiguousarray(box).reshape(-1).view(np.uint8)
 

@@ -1,4 +1,4 @@
-"""What counts as bytes: anything with the buffer protocol."""
+"""Values that count as bytes: anything with the buffer protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview | Bytes
 
 
 class Pieces:
-    """An object's pieces, made anew each time they are taken: so a write that failed half-way can be repeated."""
+    """An object's pieces, made again each time they are taken, so that a write that failed half-way can be repeated."""
 
     def __init__(self, make: Callable[[], Iterator[Buffer]]) -> None:
         self._make = make

@@ -16,7 +16,7 @@ class DType:
     """One dtype.
 
     `name` is torch's attribute name, `itemsize` the bytes of an element, `lane` the bytes of one number in it
-    (half of `itemsize` for complex), `safetensors` its name in a safetensors header (None where that format has none).
+    (half of `itemsize` for complex), `safetensors` its name in a safetensors header (None if that format has none).
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a caller gave, checked before anything is done, and told back to him in one sentence."""
+"""Values that a caller gave, checked before anything is done, and described in one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LINE = 60  # columns of a value that is told of
 
 
 def told(value: Any) -> str:
-    """What a value is, in a few words: never its contents where these are long."""
+    """A value in a few words: never its contents if these are long."""
     kind = type(value).__name__
     article = "an" if kind[:1].lower() in "aeiou" else "a"
     if value is None or isinstance(value, bool):
@@ -29,7 +29,7 @@ def told(value: Any) -> str:
 
 
 def text(name: str, value: Any) -> str:
-    """A text that is not empty; `TypeError` or `ValueError` where it is none."""
+    """A text that is not empty; `TypeError` or `ValueError` if it is none."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a text, not {told(value)}")
     if not value:
@@ -38,7 +38,7 @@ def text(name: str, value: Any) -> str:
 
 
 def whole(name: str, value: Any, least: int | None = None) -> int:
-    """A whole number; `TypeError` or `ValueError` where it is none, or is less than `least`."""
+    """A whole number; `TypeError` or `ValueError` if it is none, or is less than `least`."""
     if isinstance(value, str):
         hint = f": write int({shortened(repr(value), _LINE)})" if value.strip().lstrip("-").isdecimal() else ""
         raise TypeError(f"{name} must be a whole number, not {told(value)}{hint}")

@@ -121,7 +121,7 @@ def _lead(chunk: Sequence[int]) -> int:
 
 
 def slab_sizes(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, int]:
-    """(period, slab): the elements of a slab of `slabs`, and after how many of them slabs begin anew, the last cut short."""
+    """(period, slab): the elements of a slab of `slabs`, and after how many of them slabs start again, the last cut short."""
     lead = _lead(chunk)
     inner = math.prod(shape[lead + 1 :])
     return math.prod(shape[lead:]), math.prod(chunk[lead : lead + 1]) * inner

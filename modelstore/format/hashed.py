@@ -15,9 +15,9 @@ _MOST = 1000  # comparisons for each part of a key
 
 
 def check_hashes(keys: Sequence[Any]) -> None:
-    """`ValueError` where a dict of these keys takes more than a thousand comparisons for each part of them.
+    """`ValueError` if a dict of these keys takes more than a thousand comparisons for each part of them.
 
-    `TypeError` where a key has no hash.
+    `TypeError` if a key is not hashable.
     """
     found = sorted((hash(key), i) for i, key in enumerate(keys) if not isinstance(key, _SECRET))
     work = 0
@@ -30,7 +30,7 @@ def check_hashes(keys: Sequence[Any]) -> None:
 
 
 def _parts(keys: Iterable[Any]) -> int:
-    """What comparing keys takes: their numbers and words of memory, all together."""
+    """The cost of comparing keys: their numbers and words of memory, all together."""
     return sum(map(_part, keys))
 
 

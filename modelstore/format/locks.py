@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 
 class Lock:
-    """A mutex for `with`. Where a thread of the parent holds it at a fork, nobody in the child could ever release it."""
+    """A mutex for `with`. If a thread of the parent held it at a fork, nobody in the child could ever release it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

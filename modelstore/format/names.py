@@ -30,7 +30,7 @@ def is_model(name: object) -> bool:
 
 
 def check_model(name: str) -> str:
-    """The name of a model, `name` or `org/name`, as it is; `ValueError` where it is not valid."""
+    """The name of a model, `name` or `org/name`, as it is; `ValueError` if it is not valid."""
     if not is_model(name):
         alone = re.split("[@:]", name, maxsplit=1)[0] if isinstance(name, str) else ""
         if alone != name and is_model(alone):
@@ -48,7 +48,7 @@ def is_word(word: object) -> bool:
 
 
 def check_word(word: str, what: str) -> str:
-    """A tag's or variant's name as it is; `ValueError` where it is not valid. It never looks like a number."""
+    """A tag's or variant's name as it is; `ValueError` if it is not valid. It never looks like a number."""
     if not is_word(word):
         raise ValueError(
             f"{what} {word!r} is not valid: begin with a letter, go on with letters, digits, '.', '_' and '-', at most 96"
@@ -58,14 +58,14 @@ def check_word(word: str, what: str) -> str:
 
 
 def check_tag(tag: str) -> str:
-    """The name of a tag that is set, as it is; `ValueError` where it is not valid, or the name of every version's weights."""
+    """The name of a tag that is set, as it is; `ValueError` if it is not valid, or the name of every version's weights."""
     if check_word(tag, "tag") == ORIGINAL:
         raise ValueError(f"tag {tag!r} is the name of a variant, which every version has: choose another name")
     return tag
 
 
 def check_tensor(name: str) -> str:
-    """The name of a tensor read from a file or manifest; `FormatError` where no store can hold it."""
+    """The name of a tensor read from a file or manifest; `FormatError` if no store can hold it."""
     if (
         not name
         or name == "__metadata__"
@@ -93,7 +93,7 @@ def check_tensors(names: Collection[str]) -> None:
 
 
 def check_file(path: str) -> str:
-    """The relative POSIX path of a model's file; `FormatError` where it could lead out of its folder."""
+    """The relative POSIX path of a model's file; `FormatError` if it could lead out of its folder."""
     parts = path.split("/")
     bad = any(p in ("", ".", "..") or len(p) > _MAX_FILE for p in parts) or "\\" in path or bool(_CONTROL.search(path))
     if bad or len(path) > _MAX_PATH or re.match(r"[A-Za-z]:", path):
@@ -104,7 +104,7 @@ def check_file(path: str) -> str:
 
 
 def check_new_files(paths: Collection[str]) -> None:
-    """The paths of all files of a model that is saved; `FormatError` where no export could write them.
+    """The paths of all files of a model that is saved; `FormatError` if no export could write them.
 
     Stricter than `check_file`, which also reads what was saved before.
     """

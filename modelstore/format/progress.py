@@ -9,7 +9,7 @@ Advance = Callable[[int], None]  # whom a work tells: bytes done since it told l
 
 
 def meter(progress: Progress | None, total: int, what: str) -> Advance | None:
-    """A counter of bytes that reports the sum so far; None where nobody listens.
+    """A counter of bytes that reports the sum so far; None if nobody listens.
 
     The total is never 0, so that a caller may divide by it: where it is not known, it grows with what is done.
     """

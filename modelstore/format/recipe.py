@@ -35,7 +35,7 @@ Value = int | float | str | bool
 
 
 class Takes(NamedTuple):
-    """Of a method: the codecs that can store what it finds, and what it can be told, with what it takes otherwise."""
+    """The codecs that can store a method's results, and the method's parameters, with their defaults."""
 
     codecs: tuple[str, ...]
     params: Mapping[str, Value] = MappingProxyType({})
@@ -64,7 +64,7 @@ MIXABLE = ("gptq", "imatrix")  # methods that find the values of a mix's formats
 
 
 class Method(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How the values that a codec stores are found, where that takes data, such as "gptq" or "wanda"; and what it is told."""
+    """How the values that a codec stores are found, if that takes data, such as "gptq" or "wanda"; and its parameters."""
 
     name: str
     params: dict[str, Value] = {}
@@ -80,7 +80,7 @@ class Rule(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
 
     Each target is a kind ("linear", "convolution", "embedding", …), a pattern of names with `*` and `?`, or an expression
     after "re:" that the whole name matches. A kind speaks of the tensors that are meant to be compressed so; a pattern of
-    whatever it matches. `method`: how the codec's values are found, where they are no function of the weights alone.
+    whatever it matches. `method`: how the codec's values are found, if they are not a function of the weights alone.
     """
 
     targets: tuple[str, ...]
@@ -174,7 +174,7 @@ def _check_method(name: str, rule: Rule) -> None:
 
 
 def _wrong_counts(method: Method) -> str | None:
-    """What is wrong with how often or how far a method is told to go; None where that is nothing."""
+    """The problem with how often or how far a method is told to go, or None."""
     told = method.told
     for key, most in (("steps", 100_000), ("batch", 1 << 20), ("samples", 1 << 20)):
         if key in told and not 1 <= int(told[key]) <= most:
@@ -185,7 +185,7 @@ def _wrong_counts(method: Method) -> str | None:
 
 
 def _wrong_pattern(method: Method, codec: CodecSpec) -> str | None:
-    """What is wrong with what a method is to prune, of which a codec of codes says nothing; None where that is nothing."""
+    """The problem with the pattern that a method should prune, of which a codec of codes says nothing; or None."""
     said = {"sparsity", "n", "m"} & method.params.keys()
     if codec.name == "sparse":
         if said:
@@ -203,7 +203,7 @@ def _wrong_pattern(method: Method, codec: CodecSpec) -> str | None:
 
 
 def _wrong_share(method: str, params: Mapping[str, Any]) -> str | None:
-    """What is wrong with the pattern that codec sparse has for a method; its values are checked where the codec is made."""
+    """The problem with the pattern that codec sparse has for a method, or None; its values are checked when the codec is made."""
     if params.get("threshold"):
         return "prunes by no threshold: give codec sparse a sparsity, or n and m, and leave threshold out"
     if params.get("n") or params.get("m"):
@@ -216,7 +216,7 @@ def _wrong_share(method: str, params: Mapping[str, Any]) -> str | None:
 
 
 def check(value: Recipe) -> None:
-    """`ValueError` where a recipe cannot be meant so."""
+    """`ValueError` if a recipe cannot be meant so."""
     if value.prune is not None and not 0 < value.prune < 1:
         raise ValueError(f"recipe {value.name!r}: prune={value.prune} is not a share between 0 and 1")
     if (

@@ -33,13 +33,13 @@ def nbytes(shape: Sequence[int], itemsize: int) -> int:
 
 
 def intersect(one: Region, other: Region) -> Region | None:
-    """The overlap of two regions of the same tensor, None where they share no element."""
+    """The overlap of two regions of the same tensor, None if they share no element."""
     both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return both if all(a < b for a, b in both) else None
 
 
 def shift(region: Region, origin: Region) -> Region:
-    """`region` in coordinates that begin at the corner of `origin`."""
+    """`region` in coordinates that start at the corner of `origin`."""
     return tuple((a - c, b - c) for (a, b), (c, _) in zip(region, origin, strict=True))
 
 
@@ -49,7 +49,7 @@ def slices(region: Region) -> tuple[slice, ...]:
 
 
 def rows(buffer: Bytes, shape: Sequence[int], itemsize: int, place: Region) -> Bytes | None:
-    """A region's bytes as a 2-d view of a tensor's buffer, rows contiguous; None where its rows are not evenly apart."""
+    """A region's bytes as a 2-d view of a tensor's buffer, rows contiguous; None if its rows are not evenly apart."""
     if not place:
         return buffer.reshape(1, -1)
     *lead, last = shape
@@ -82,7 +82,7 @@ def offset(region: Region, shape: Sequence[int]) -> int:
 
 
 def check(region: Region, shape: Sequence[int]) -> None:
-    """`ValueError` unless the region lies within a tensor of that shape."""
+    """`ValueError` unless the region is within a tensor of that shape."""
     if len(region) != len(shape):
         raise ValueError(
             f"region {region} has {len(region)} dimensions, the tensor {len(shape)}: give one pair a dimension"
@@ -95,8 +95,8 @@ def check(region: Region, shape: Sequence[int]) -> None:
 def from_index(index: Any, shape: Sequence[int], *, exact: bool = False) -> tuple[Region, tuple[int, ...]]:
     """A NumPy-like index (ints, slices of step 1, `...`) as a region, and the dimensions that ints drop.
 
-    `IndexError` where an int lies outside, and with `exact` also where a slice reaches beyond the dimension, which
-    otherwise ends with it; `TypeError` for steps, arrays and other kinds of index.
+    `IndexError` if an int is outside, and with `exact` also if a slice reaches beyond the dimension, which otherwise ends with
+    it; `TypeError` for steps, arrays and other kinds of index.
     """
     items = index if isinstance(index, tuple) else (index,)
     if sum(item is Ellipsis for item in items) > 1:

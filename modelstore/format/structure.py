@@ -63,7 +63,7 @@ class Inert:
 def structure(data: bytes, tensors: Mapping[str, torch.Tensor]) -> Any:
     """The structure that a file says, with these tensors in it; views of one memory share one again (`views` says which).
 
-    `FormatError` where the file is not valid, or names a tensor that is not given.
+    `FormatError` if the file is not valid, or names a tensor that is not given.
     """
     try:
         table = _table(data)
@@ -75,7 +75,7 @@ def structure(data: bytes, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def check(data: bytes, names: Iterable[str]) -> None:
-    """`FormatError` where `structure` would not take a file with tensors of these names: asked before it is stored."""
+    """`FormatError` if `structure` would not take a file with tensors of these names: asked before it is stored."""
     try:
         _made(_table(data), {name: _Absent() for name in names})
     except _WRONG as error:

@@ -1,4 +1,4 @@
-"""What was meant, where a name is not known: the one place that says "did you mean"."""
+"""Suggestions for an unknown name: the one place that says "did you mean"."""
 
 from __future__ import annotations
 

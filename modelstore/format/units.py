@@ -27,7 +27,7 @@ _BYTES = {
 }
 _SECONDS = {"": 1, "S": 1, "M": 60, "H": 3600, "D": 86_400, "W": 604_800}
 _MOST = 1 << 100
-_LONGEST = 40  # characters of a size: beyond that it is no number that a machine has bytes for
+_LONGEST = 40  # characters of a size: beyond that it is not a number that a machine has bytes for
 
 
 def parse_size(size: Size) -> int:

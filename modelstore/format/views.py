@@ -1,4 +1,4 @@
-"""Tensors that are views of one memory: which of them are put into one memory again, and where in it they lie.
+"""Tensors that are views of one memory: which of them are put into one memory again, and their places in it.
 
 One rule serves both sides, so that nothing is saved that cannot be given back: views are joined where their memory takes at
 most 16 times their own bytes, or is small. Others stay tensors of their own, exact, which share nothing.
@@ -35,12 +35,12 @@ class SharedView(NamedTuple):
 
     @property
     def first(self) -> int:
-        """Where its first element begins."""
+        """The place of its first element."""
         return self.offset * self.itemsize
 
     @property
     def end(self) -> int:
-        """Where its last element ends."""
+        """The end of its last element."""
         last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
         return (self.offset + last + 1) * self.itemsize
 
@@ -65,7 +65,7 @@ class _Allowance:
 def placed(groups: Iterable[Sequence[SharedView]]) -> tuple[dict[str, list[Any]], list[str]]:
     """Name → `[memory, offset, strides]` of the views that are joined, and the names of those that will share nothing.
 
-    Each group is of one memory. Of a wide one, those that do not overlap come to lie in memories of their own.
+    Each group is of one memory. Views of a wide memory that do not overlap get memories of their own.
     """
     allowance, table, apart, number = _Allowance(), {}, [], itertools.count()
     for group in groups:
@@ -81,7 +81,7 @@ def placed(groups: Iterable[Sequence[SharedView]]) -> tuple[dict[str, list[Any]]
 
 
 def _moved(views: Sequence[SharedView]) -> list[SharedView]:
-    """The same views in a memory that begins where the first of them does."""
+    """The same views in a memory that starts at the first of them."""
     start = min(view.first for view in views) // _ALIGNED * _ALIGNED
     return [view._replace(offset=view.offset - start // view.itemsize) for view in views]
 
@@ -101,7 +101,7 @@ def _overlapping(views: Sequence[SharedView]) -> list[list[SharedView]]:
 def joined(tensors: Mapping[str, torch.Tensor], table: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Tensors that were views of one memory as views of one again, those that are joined.
 
-    `table`: name → `[memory, offset, strides]`. `ValueError` where a place in it is not valid.
+    `table`: name → `[memory, offset, strides]`. `ValueError` if a place in it is not valid.
     """
     together: dict[int, list[SharedView]] = {}
     for name, (memory, offset, strides) in table.items():
@@ -129,7 +129,7 @@ def _memory(tensors: Mapping[str, torch.Tensor], views: Sequence[SharedView]) ->
     for view in views:
         tensor = tensors[view.name]
         made[view.name] = memory.view(tensor.dtype).as_strided(view.shape, view.strides, view.offset)
-        # What is repeated along an axis lies there once.
+        # An element that is repeated along an axis is there once.
         once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in view.strides)
         _fill(made[view.name][once], tensor[once])
     return made

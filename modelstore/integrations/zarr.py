@@ -22,7 +22,7 @@ from modelstore.integrations.zarr_nodes import METADATA, Node, Nodes, TensorLike
 
 
 class TensorReader(Protocol):
-    """The least that a model must offer to be seen as Zarr. Called from several threads at once."""
+    """The least that a model must offer to be seen as Zarr. Called from several threads in parallel."""
 
     @property
     def tensors(self) -> Mapping[str, TensorLike]:
@@ -31,7 +31,7 @@ class TensorReader(Protocol):
 
     @property
     def attributes(self) -> Mapping[str, Any]:
-        """What the root group carries; plain JSON."""
+        """The attributes of the root group; plain JSON."""
         ...
 
     def read(self, name: str, region: Region) -> Raw:
@@ -79,7 +79,7 @@ class ModelArrays(Store):
         return type(self)(self.reader, bits=self.bits, consolidated=self.consolidated, read_only=read_only)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """The value at a key, or the part of it asked for; None where there is none."""
+        """The value at a key, or the part of it asked for; None if there is none."""
         await self._ensure_open()
         if key == METADATA or key.endswith("/" + METADATA):
             # In a thread: the root's document can be tens of megabytes
@@ -108,7 +108,7 @@ class ModelArrays(Store):
         return self._nodes.chunk(key) is not None
 
     async def getsize(self, key: str) -> int:
-        """The size of a value in bytes, without reading a chunk; `FileNotFoundError` where there is none."""
+        """The size of a value in bytes, without reading a chunk; `FileNotFoundError` if there is none."""
         if found := self._nodes.chunk(key):
             return _size(found[0])
         document = self._nodes.document(key[: -len(METADATA)].rstrip("/")) if await self.exists(key) else None
@@ -122,7 +122,7 @@ class ModelArrays(Store):
             yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        """Every key that begins with the prefix."""
+        """Every key that starts with the prefix."""
         for key in self._nodes.keys_under(prefix):
             yield key
 
@@ -157,7 +157,7 @@ def _restored(reader: TensorReader, bits: bool, consolidated: bool) -> ModelArra
 
 
 def _chunk(reader: TensorReader, node: Node, index: Shape) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The bytes of one chunk as Zarr wants it: at the edges of the array padded with zeros to its full shape."""
+    """The bytes of one chunk as Zarr needs it: at the edges of the array padded with zeros to its full shape."""
     region = node.stored_region(index)
     raw = as_bytes(reader.read(node.name, region))
     expected = math.prod(extent(region)) * node.stored.itemsize

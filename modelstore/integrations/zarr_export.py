@@ -64,9 +64,10 @@ def export_zarr(
 
     Names, chunks and dtypes are those of the Zarr view (see `docs/zarr.md`), so what Zarr lacks is widened without loss, and
     the attribute `dtype` names the stored dtype; chunks are compressed with zstd. Tied tensors are written under each name.
-    The group grows in a hidden folder beside `path` and takes its name when it is whole. An interrupted export goes on: what it
-    left is compared with what it should be, and written where it is missing or another. No link is followed below that folder.
-    What is at `path` is a `ConflictError`; with `overwrite` a folder that is a Zarr group, and holds nothing else, is replaced.
+    The group grows in a hidden folder beside `path` and takes its name when it is whole. An interrupted export goes on: what
+    it left is compared with what it should be, and written where it is missing or another. No link is followed below that
+    folder. An existing `path` is a `ConflictError`; with `overwrite` a folder that is a Zarr group, and holds nothing else, is
+    replaced.
     """
     started = time.monotonic()
     path = Path(os.path.abspath(path))  # noqa: PTH100  links on the way there stay what they are
@@ -93,7 +94,7 @@ def export_zarr(
 
 
 def _check(staging: Path, path: Path, overwrite: bool) -> None:
-    """`ConflictError` where something is in the way of the group, or of what is put aside for it."""
+    """`ConflictError` if something is in the way of the group, or of what is put aside for it."""
     check_group(path, overwrite=overwrite)
     aside = f"{staging.name}{_OLD}"
     if strange := not_staged_zarr(below(path.parent, aside)):  # may be removed in part
@@ -101,7 +102,7 @@ def _check(staging: Path, path: Path, overwrite: bool) -> None:
 
 
 def _claim(staging: Path, path: Path, nodes: Nodes) -> int:
-    """The hidden folder, rid of what is no part of this export; locked until the answer is closed."""
+    """The hidden folder, cleared of anything that is not part of this export; locked until the answer is closed."""
     with paths.folder(path.parent, make=0o777):  # as any other folder; what is hidden in it is not
         pass
     with paths.folder(path.parent, staging.name, make=0o700) as at:
@@ -128,7 +129,7 @@ def _files(nodes: Nodes) -> set[str]:
 
 
 def _drop_others(root: Path, folder: str, files: set[str], inner: str = "") -> None:
-    """Remove what is no file of the group."""
+    """Remove everything that is not a file of the group."""
     with paths.folder(root, folder) as at:
         for entry in paths.entries(root, folder):
             name = f"{inner}{entry.name}"
@@ -204,7 +205,7 @@ def _write_chunks(reader: Reader, nodes: Nodes, staging: Path, work: Work) -> in
 
 
 def _check_space(folder: Path, need: int) -> None:
-    """`StorageError` where the next chunks would not fit if they could not be compressed."""
+    """`StorageError` if the next chunks would not fit if they could not be compressed."""
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if need > free:
@@ -244,7 +245,9 @@ def _place(staging: Path, path: Path) -> None:
 
 
 def _umask() -> int:
-    """What new folders of this process are denied; found by asking the kernel, as setting it would be seen by other threads."""
+    """The permissions that new folders of this process are denied; found by asking the kernel, as setting it would be seen by
+    other threads.
+    """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("Umask:"):

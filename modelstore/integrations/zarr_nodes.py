@@ -24,7 +24,7 @@ _CHUNK_KEY = re.compile(r"^(.*)/c((?:/(?:0|[1-9]\d{0,17}))*)$", re.DOTALL)
 
 
 class TensorLike(Protocol):
-    """What is known of a tensor without reading it."""
+    """The facts about a tensor that are known without reading it."""
 
     @property
     def dtype(self) -> DType: ...
@@ -62,7 +62,7 @@ class Node:
         )
 
     def metadata(self, dimension: str) -> dict[str, Any]:
-        """The array's `zarr.json`. `dimension` begins the names of dimensions."""
+        """The array's `zarr.json`. `dimension` starts the names of dimensions."""
         single_byte = self.view.dtype.itemsize == 1
         return {
             "zarr_format": 3,
@@ -103,7 +103,7 @@ class Nodes:
             self.dimension = "_" + self.dimension
 
     def document(self, path: str) -> bytes | None:
-        """The `zarr.json` of a node, None where there is no node."""
+        """The `zarr.json` of a node, None if there is no node."""
         if path == "":
             return self._root
         content = self._content(path)
@@ -127,7 +127,7 @@ class Nodes:
         return _encoded(root | {"consolidated_metadata": consolidated})
 
     def chunk(self, key: str) -> tuple[Node, Shape] | None:
-        """The array and chunk index that a key such as `a.weight/c/0/3` names, None where it names none."""
+        """The array and chunk index that a key such as `a.weight/c/0/3` names, None if it names none."""
         found = _CHUNK_KEY.match(key)
         node = self.arrays.get(found[1]) if found else None
         if node is None or found is None:
@@ -146,7 +146,7 @@ class Nodes:
                 yield "/".join((path, "c", *map(str, index)))
 
     def keys_under(self, prefix: str) -> Iterator[str]:
-        """Every key that begins with `prefix`; chunks of other arrays are not enumerated."""
+        """Every key that starts with `prefix`; chunks of other arrays are not enumerated."""
         for group in self.children:
             if (key := f"{group}/{METADATA}" if group else METADATA).startswith(prefix):
                 yield key
@@ -178,7 +178,7 @@ class Nodes:
 
 
 def path_and_groups(path: str) -> Iterator[str]:
-    """A path, then the groups it lies in, nearest first, the root (`""`) last."""
+    """A path, then the groups that contain it, nearest first, the root (`""`) last."""
     yield path
     while path:
         path = path.rpartition("/")[0]
@@ -190,7 +190,7 @@ def _node(name: str, path: str, tensor: TensorLike, bits: bool) -> Node:
     shape, chunks = tuple(tensor.shape), tuple(tensor.chunk_shape)
     if len(chunks) != len(shape):
         raise ValueError(f"{name}: chunks of shape {chunks} for a tensor of shape {shape}: give one length a dimension")
-    # Zarr wants chunks of at least one element; one larger than the tensor would only be padding
+    # Zarr needs chunks of at least one element; one larger than the tensor would only be padding
     chunks = tuple(max(1, min(c, n)) for c, n in zip(chunks, shape, strict=True))
     if shown.each > 1:
         shape, chunks = (*shape[:-1], shape[-1] * shown.each), (*chunks[:-1], chunks[-1] * shown.each)
@@ -215,7 +215,7 @@ def _paths(names: Mapping[str, object]) -> dict[str, str]:
 
 
 def _escaped(part: str) -> str:
-    """A path component that Zarr allows: not empty, not dots only, no reserved beginning, no backslash."""
+    """A path component that Zarr allows: not empty, not dots only, no reserved start, no backslash."""
     if not part.strip("."):
         return part.replace(".", "%2E") or "%"
     if part.startswith("__") or part == METADATA:
@@ -252,7 +252,7 @@ def _indices(grid: Shape) -> Iterator[Shape]:
 
 
 def shown(node: Node, index: Shape, raw: Bytes) -> Bytes:
-    """A chunk's bytes as Zarr wants them: widened, and at the edges of the array padded with zeros to the full shape."""
+    """A chunk's bytes as Zarr needs them: widened, and at the edges of the array padded with zeros to the full shape."""
     if node.view.widened:
         raw = widen(raw, node.stored).view(np.uint8)
     part = tuple(min((i + 1) * c, n) - i * c for i, c, n in zip(index, node.chunks, node.shape, strict=True))

@@ -1,4 +1,4 @@
-"""A stored model, as the Zarr view wants to read it."""
+"""A stored model, as the Zarr view reads it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _ReadArray:
 
 
 class ModelReader:
-    """One open variant; called from several threads at once."""
+    """One open variant; called from several threads in parallel."""
 
     def __init__(self, model: Variant) -> None:
         self._model = model

@@ -33,7 +33,7 @@ class ZarrDtype:
 
     @property
     def fill_value(self) -> Any:
-        """Zero, as the metadata of an array wants it."""
+        """Zero, as the metadata of an array needs it."""
         kind = self.dtype.kind
         return {"b": False, "c": [0.0, 0.0], "f": 0.0}.get(kind, 0)
 
@@ -53,7 +53,7 @@ _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 def view(dtype: DType, *, bits: bool, scalar: bool = False) -> ZarrDtype:
-    """How a stored dtype is shown. A 0-d tensor of two numbers a byte has no axis to double: its bits are shown."""
+    """How a stored dtype is shown. A 0-d tensor of two numbers a byte does not have an axis to double: its bits are shown."""
     if dtype.name in _AS_THEY_ARE:
         return ZarrDtype(dtype.name)
     if bits or (scalar and dtype.name == "float4_e2m1fn_x2"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LONGEST_CHAIN = 64  # each link is a manifest, and some more requests
-SHARE = 0.5  # of what the full version takes: so whoever reads the last one reads at most half as much again
+SHARE = 0.5  # of the size of the full version: so a reader of the last one reads at most half as much again
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """What is stored under a version: how many deltas, their bytes, and those of the full version that they begin at."""
+    """The deltas under a version: their number, their bytes, and those of the full version that they start at."""
 
     full: int
     links: int = 0

@@ -17,9 +17,9 @@ from modelstore.plan.layout_share import Combines, Shapes, Share, whole
 class Layers(Combines):
     """Layers `start` to `stop` (not included), whole.
 
-    What lies outside the layers goes with the first layer (embeddings, towers), or with the last (final norm, heads).
-    Where the head's weight is tied to the embedding and not stored apart, both the first and the last hold the
-    embedding, under its own name. `UnsupportedError` for a model with several stacks of layers (encoder and decoder).
+    Tensors outside the layers go with the first layer (embeddings, towers), or with the last (final norm, heads). If the
+    head's weight is tied to the embedding and not stored separately, both the first and the last hold the embedding, under its
+    own name. `UnsupportedError` for a model with several stacks of layers (encoder and decoder).
     """
 
     start: int
@@ -45,10 +45,10 @@ class Layers(Combines):
 
 @dataclass(frozen=True)
 class PipelineStage(Combines):
-    """Stage `stage` of `stages`: as many layers to each; see `Layers` for what lies outside them.
+    """Stage `stage` of `stages`, each with as many layers; see `Layers` for tensors outside them.
 
-    Where the layers do not divide evenly, the stages before the last take one more each, from the back: the first and
-    the last also hold the embedding and the head. `ValueError` where there are more stages than layers.
+    If the layers do not divide evenly, the stages before the last take one more each, from the back: the first and the last
+    also hold the embedding and the head. `ValueError` if there are more stages than layers.
     """
 
     stage: int
@@ -76,7 +76,7 @@ class PipelineStage(Combines):
 
 
 def _layers(tensors: Shapes, known: Architecture | None) -> Mapping[str, int]:
-    """The layer of each tensor that lies in one."""
+    """The layer of each tensor that is in one."""
     stacks = blocks(tensors, known).stacks
     if len(stacks) > 1:
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""What one rank holds of a tensor, as plain data, and how layouts are put together."""
+"""The part of a tensor that one rank holds, as plain data, and how layouts are combined."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Share:
 
     @property
     def region(self) -> Region | None:
-        """The share as one region, None where it takes several."""
+        """The share as one region, None if it takes several."""
         return tuple(ranges[0] for ranges in self.ranges) if all(len(r) == 1 for r in self.ranges) else None
 
     def pieces(self) -> Iterator[tuple[Region, Region]]:
@@ -49,7 +49,7 @@ class Share:
             yield tuple(source for source, _ in picks), tuple(target for _, target in picks)
 
     def within(self, other: Share) -> Share:
-        """What both shares of the same tensor hold, in this share's order."""
+        """The parts that both shares of the same tensor hold, in this share's order."""
         return Share(
             tuple(
                 _joined([(max(a, c), min(b, d)) for a, b in mine for c, d in theirs])
@@ -59,7 +59,9 @@ class Share:
 
 
 def overlaps(pieces: Iterable[tuple[Region, Region]], region: Region) -> Iterator[tuple[Region, Region]]:
-    """What a share's `pieces` hold of a region of the tensor, as boxes: (region of the whole tensor, region of the rank's)."""
+    """The parts of a region of the tensor that a share's `pieces` hold, as boxes: (region of the whole tensor, region of the
+    rank's).
+    """
     for stored, placed in pieces:
         both = intersect(region, stored)
         if both is not None:
@@ -101,11 +103,11 @@ class Layout(Protocol):
     """How a model is divided, seen from one rank."""
 
     def shares(self, config: Config | None, tensors: Shapes, known: Architecture | None = None) -> dict[str, Share]:
-        """What this rank holds of a model with that `config.json` and those tensors, in their order.
+        """The shares that this rank holds of a model with that `config.json` and those tensors, in their order.
 
-        A tensor that is missing from the answer is not held at all; names are kept as they are. `config` is None
-        where the model has no `config.json`; `known` is what its manifest says of it.
-        `UnsupportedError` where the layout cannot be derived, `ValueError` where a tensor cannot be divided this way.
+        A tensor that is missing from the answer is not held at all; names are kept as they are. `config` is None if the model
+        does not have a `config.json`; `known` is what its manifest says of it. `UnsupportedError` if the layout cannot be
+        derived, `ValueError` if a tensor cannot be divided this way.
         """
         ...
 
@@ -123,7 +125,7 @@ class Combines:
 
 @dataclass(frozen=True)
 class Both(Combines):
-    """What two layouts both hold: `PipelineStage(1, 4) & TensorParallel(3, 8)`."""
+    """The parts that two layouts both hold: `PipelineStage(1, 4) & TensorParallel(3, 8)`."""
 
     one: Layout
     other: Layout
@@ -138,9 +140,8 @@ class Both(Combines):
 class Regions(Combines):
     """Exactly these regions of these tensors, for any model; a tensor that is not listed is not held.
 
-    Each value is a region `((start, stop), …)`, an index (`numpy.s_[:, 1024:2048]`; slices of step 1 and `...`), or
-    None for the whole tensor. `NotFoundError` where the model has no such tensor, `ValueError` where a region does
-    not lie within it.
+    Each value is a region `((start, stop), …)`, an index (`numpy.s_[:, 1024:2048]`; slices of step 1 and `...`), or None for
+    the whole tensor. `NotFoundError` if the model does not have such a tensor, `ValueError` if a region is not within it.
     """
 
     def __init__(self, regions: Mapping[str, Any]) -> None:
@@ -177,7 +178,7 @@ class Regions(Combines):
 
 
 def _region(name: str, index: Any, shape: Shape) -> Region:
-    """What a user gave as the region of one tensor, as a region of it."""
+    """A user's region of one tensor, as a region of it."""
     if index is None:
         return full(shape)
     try:

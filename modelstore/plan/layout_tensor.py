@@ -28,7 +28,7 @@ class TensorParallel(Combines):
 
     `experts="parallel"` gives each rank whole experts instead of a slice of every expert.
 
-    `ValueError` where a tensor cannot be cut in `size` (attention heads, features; the message says which sizes work),
+    `ValueError` if a tensor cannot be cut in `size` (attention heads, features; the message says which sizes work),
     or where several ranks would each hold all of the model, because no tensor of it has a name that is cut,
     `UnsupportedError` without a plan for an architecture of which neither the table, nor the model's manifest, nor
     transformers where it is installed, says how it is cut.

@@ -17,9 +17,9 @@ _FACTORS = (2, 3, 5, 7)  # a cell is cut by these before it is cut into what may
 
 @dataclass(frozen=True, slots=True)
 class RankSlice:
-    """What one rank stored of a tensor: its dtype, the whole tensor's shape, the region, the cut that it kept to.
+    """One rank's stored part of a tensor: its dtype, the whole tensor's shape, the region, the cut that it kept to.
 
-    `chunk` is the shape of a chunk of the whole tensor; None where the region's borders fit no cut, and it was cut by itself.
+    `chunk` is the shape of a chunk of the whole tensor; None if the region's borders fit no cut, and it was cut by itself.
     """
 
     rank: int
@@ -34,7 +34,7 @@ def shared_chunk(shape: Shape, region: Region, itemsize: int, ranks: int, like: 
 
     A slice's place tells the cell that an even split into at most `ranks` would have, as torch makes it: all but the last
     equally long. All ranks find the same cell, and so the same cut: `like` (an earlier version's), else the one that a
-    tensor saved whole would have, where the cell's borders are multiples of it; else the cell cut evenly. None where the
+    tensor saved whole would have, where the cell's borders are multiples of it; else the cell cut evenly. None if the
     slice is of no even split.
     """
     cells = [_cell(n, a, b, ranks) for n, (a, b) in zip(shape, region, strict=True)]
@@ -81,7 +81,7 @@ def _ways(n: int) -> int:
 
 
 def common_chunk(pieces: Sequence[RankSlice]) -> Shape | None:
-    """The cut that all pieces of a tensor kept to and whose cells they are made of; None where there is none."""
+    """The cut that all pieces of a tensor kept to and whose cells they are made of; None if there is none."""
     chunk = pieces[0].chunk
     if chunk is None or any(piece.chunk != chunk for piece in pieces):
         return None
@@ -93,12 +93,12 @@ def common_chunk(pieces: Sequence[RankSlice]) -> Shape | None:
 
 
 def cells(piece: RankSlice, chunk: Shape) -> NDArray[np.int64]:
-    """Of a piece's own chunks, in the order of its grid, the indices in the whole tensor's grid."""
+    """The indices of a piece's own chunks, in the order of its grid, in the whole tensor's grid."""
     return grid.touching(piece.shape, chunk, piece.region)
 
 
 def piece_problem(pieces: Sequence[RankSlice]) -> str | None:
-    """Why the pieces are not one tensor, naming their ranks; None where they are, each element given once."""
+    """Why the pieces are not one tensor, naming their ranks; None if they are, each element given once."""
     first = pieces[0]
     for piece in pieces[1:]:
         if (piece.dtype, piece.shape) != (first.dtype, first.shape):

@@ -1,4 +1,6 @@
-"""Where chunks are held: rendezvous hashing over the members of a cluster, zones apart. Pure: views in, views and arrays out."""
+"""The placement of chunks: rendezvous hashing over the members of a cluster, zones apart. Pure: views in, views and arrays
+out.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +52,14 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class View(msgspec.Struct, frozen=True, cache_hash=True):
-    """Who is in a cluster: `epoch` counts its changes; members in ascending order of their names."""
+    """The members of a cluster: `epoch` counts its changes; members in ascending order of their names."""
 
     epoch: int
     members: tuple[Member, ...] = ()
 
 
 class Moves(NamedTuple):
-    """Copies that are to be made, one a line: `keys[key]` goes to `after.members[target]`.
+    """Copies to make, one a line: `keys[key]` goes to `after.members[target]`.
 
     It comes from `after.members[source]`, which held it before; where `source` is -1 only object storage has it. All three
     are 1-d and equally long: int64, int32, int32, in ascending order of `key`.
@@ -87,14 +89,14 @@ def left(view: View, ids: Collection[str]) -> View:
 
 
 def draining(view: View, id: str) -> View:
-    """The view in which that member is home to nothing more. `ValueError` where it is not in the view."""
+    """The view in which that member is home to nothing more. `ValueError` if it is not in the view."""
     if not any(m.id == id for m in view.members):
         raise ValueError(f"there is no member {id!r} in the view of epoch {view.epoch}: it has left")
     return _next(view, [msgspec.structs.replace(m, draining=True) if m.id == id else m for m in view.members])
 
 
 def holders(view: View, keys: NDArray[np.uint64], replicas: int, *, threads: int | None = None) -> NDArray[np.int32]:
-    """Who holds each key: indices into `view.members`, home first, shape [len(keys), replicas].
+    """The holders of each key: indices into `view.members`, home first, shape [len(keys), replicas].
 
     Holders are in zones of their own as long as there are any left, then on nodes of their own. Draining members hold
     nothing while there are others. -1 stands where there are fewer members than replicas. A pure function of the members'
@@ -125,7 +127,7 @@ def holders(view: View, keys: NDArray[np.uint64], replicas: int, *, threads: int
 
 
 def moved(before: View, after: View, keys: NDArray[np.uint64], replicas: int, *, threads: int | None = None) -> Moves:
-    """The copies that `after` asks for and `before` did not: what is to be sent when members leave, drain or join.
+    """The copies that `after` needs and `before` did not: those to send when members leave, drain or join.
 
     A member's copies are taken to be gone when it left, or came back under its name on another node.
     """
@@ -158,10 +160,10 @@ def balanced(
     """The view with corrections by which every member's bytes are at most `within` above its share, as far as possible.
 
     Chance gives some of n members, with s sections each, more than others: about sqrt(2 ln(n) / s) more. Here shares are
-    multiplied by the root of what is missing, again and again (at most 8 times), until these very keys are even; the whole
-    of it overshoots where a member has few. Later keys fall as corrections say, so these want renewing. Readers need no
-    table of where things are, as they would for placement with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2016): the
-    view alone still says it. The best view found is returned; the same one, with its epoch, where nothing is better.
+    multiplied by the root of what is missing, again and again (at most 8 times), until these very keys are even; the whole of
+    it overshoots where a member has few. Later keys fall as corrections say, so these need renewing. Readers need no table of
+    where things are, as they would for placement with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2016): the view alone
+    still says it. The best view found is returned; the same one, with its epoch, where nothing is better.
     """
     wanted = np.array([0.0 if m.draining else m.weight for m in view.members])
     if not wanted.sum() or not np.sum(nbytes):
@@ -185,7 +187,7 @@ def balanced(
 
 
 class _Table(NamedTuple):
-    """What the kernel wants of a view, of the members that may hold something, in ascending order of their names."""
+    """The view as the kernel needs it, of the members that may hold something, in ascending order of their names."""
 
     seeds: NDArray[np.uint64]
     shares: NDArray[np.float64]

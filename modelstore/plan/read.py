@@ -1,4 +1,4 @@
-"""What will be read: which ranges of which packs, and where each chunk's values go."""
+"""The plan of a read: which ranges of which packs are read, and where each chunk's values go."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where a part of a chunk goes: `source` within the chunk, `place` within the wanted buffer."""
+    """The destination of a part of a chunk: `source` within the chunk, `place` within the wanted buffer."""
 
     source: Region
     place: Region
@@ -49,7 +49,7 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRead:
-    """One chunk to read: its tensor's place among the wants, its index in the grid, its region, its rows (one a plane)."""
+    """One chunk to read: its tensor's place among the wants, its index in the grid, its region, its rows (one for each plane)."""
 
     want: int
     chunk: int
@@ -59,7 +59,7 @@ class ChunkRead:
 
     @property
     def whole(self) -> Region | None:
-        """Where the chunk goes, if all of it goes to one place."""
+        """The chunk's destination, if all of it goes to one place."""
         if len(self.targets) == 1 and extent(self.targets[0].source) == extent(self.region):
             return self.targets[0].place
         return None

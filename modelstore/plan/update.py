@@ -1,4 +1,4 @@
-"""What is to be read so that one version in memory becomes another: a pure comparison of two manifests."""
+"""The plan that turns one version in memory into another: a pure comparison of two manifests."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def slots(manifest: Manifest, shares: Mapping[str, Share]) -> dict[str, Slot]:
 def plan_update(old: Manifest, held: Iterable[Slot], new: Manifest, wanted: Iterable[Slot]) -> Update:
     """How `wanted` slots of the new manifest are made of the `held` ones of the old.
 
-    Tensors of equal dtype, shape and digest are the same. Where also the grid and the codec are equal, chunks whose encoded
-    bytes have the same digests are. Whatever else changed is read whole.
+    Tensors of equal dtype, shape and digest are the same. If the grid and the codec are equal too, chunks whose encoded bytes
+    have the same digests are equal. All other changed parts are read whole.
     """
     there = set(held)
     same: dict[Slot, Slot] = {}
@@ -63,7 +63,7 @@ def plan_update(old: Manifest, held: Iterable[Slot], new: Manifest, wanted: Iter
 
 
 def changed_chunks(old: Manifest, before: Tensor, new: Manifest, tensor: Tensor) -> NDArray[np.int64] | None:
-    """Indices in the grid of the chunks whose encoded bytes differ; None where the two cannot be compared so."""
+    """Indices in the grid of the chunks whose encoded bytes differ; None if the two cannot be compared so."""
     spec = new.codecs[tensor.codec]
     planes = [plane.name for plane in tensor.planes]
     if (
@@ -92,5 +92,5 @@ def touching(tensor: Tensor, share: Share) -> NDArray[np.int64]:
 
 
 def boxes(tensor: Tensor, share: Share, chunk: int) -> Iterator[tuple[Region, Region]]:
-    """What a share holds of a chunk, as boxes: (region of the whole tensor, region of the share's own)."""
+    """The parts of a chunk that a share holds, as boxes: (region of the whole tensor, region of the share's own)."""
     return overlaps(share.pieces(), grid.chunk_region(tensor.shape, tensor.chunk, chunk))

@@ -1,4 +1,4 @@
-"""What a work may use, and who hears how far it is."""
+"""The limits of an operation, and the receiver of its progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REMOTE_THREADS = 16
 
 @dataclass(frozen=True)
 class Limits:
-    """What a work may use: bytes of working memory, and threads (None: as many as pay)."""
+    """The limits of an operation: bytes of working memory, and threads (None: as many as pay)."""
 
     memory: int
     threads: int | None = None
@@ -47,7 +47,7 @@ class Work:
             self.advance(nbytes)
 
     def unheard(self) -> Work:
-        """The same limits, for a part of the work that is told of otherwise."""
+        """The same limits, for a part of the operation whose progress is reported otherwise."""
         return Work(self.limits)
 
     def within(self, memory: int, threads: int | None = None) -> Work:

@@ -1,4 +1,4 @@
-"""What will be written: for each tensor its codec, its chunks, and the steps in which its bytes are read."""
+"""The plan of a write: for each tensor its codec, its chunks, and the steps in which its bytes are read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class ReadStep:
-    """A region of a tensor to read at once; the chunks in it to encode; whether it advances the tensor's digest."""
+    """A region of a tensor to read in one step; the chunks in it to encode; whether it advances the tensor's digest."""
 
     tensor: int
     region: Region

@@ -29,7 +29,7 @@ def check(
     layers: Sequence[int],
     changed: Collection[tuple[int, int]],
 ) -> None:
-    """`UnsupportedError` where transformers makes another model of `config` than the one that was cut.
+    """`UnsupportedError` if transformers makes another model of `config` than the one that was cut.
 
     before: the original. layers: those that are kept. changed: numbers, such as those of neurons, before and after.
     """
@@ -58,7 +58,7 @@ def _compare(before: Skeleton, after: Skeleton, layer: int, place: int, changed:
 
 
 def _attributes(module: Any) -> Iterable[tuple[str, Any]]:
-    """What a module says of itself in plain values, but for its number and shapes."""
+    """A module's own description in plain values, but for its number and shapes."""
     return (
         (key, value)
         for key, value in vars(module).items()

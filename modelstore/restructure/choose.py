@@ -13,12 +13,12 @@ _STEP = 32  # a share of neurons is rounded to a multiple of so many, which kern
 
 
 def named(amount: Amount | None) -> tuple[int, ...] | None:
-    """The numbers that an amount names, None where it is a share or a count."""
+    """The numbers that an amount names, None if it is a share or a count."""
     return None if amount is None or isinstance(amount, int | float) else tuple(amount)
 
 
 def check_amount(what: str, amount: object, *, numbers: bool = False) -> None:
-    """`ValueError` or `TypeError` where an amount cannot be meant; `numbers`: whether it may name what is kept."""
+    """`ValueError` or `TypeError` if an amount cannot be meant; `numbers`: whether it may name what is kept."""
     if isinstance(amount, bool | str | bytes) or not isinstance(amount, int | float | Sequence):
         listed = ", or the numbers of those to keep" if numbers else ""
         raise TypeError(f"{what} must be a share such as 0.75, or a count{listed}, not {told(amount)}")
@@ -40,7 +40,7 @@ def check_amount(what: str, amount: object, *, numbers: bool = False) -> None:
 def count_of(what: str, amount: Amount, there: int, *, step: int = 1) -> int:
     """How many of `there` an amount keeps. A share is rounded to a multiple of `step` where `there` is one.
 
-    `ValueError` where there are not so many.
+    `ValueError` if there are not so many.
     """
     if isinstance(amount, float):
         unit = step if there % step == 0 else 1
@@ -60,6 +60,6 @@ def neurons_of(amount: Amount, there: int) -> int:
 
 
 def best(importance: Sequence[float], count: int) -> tuple[int, ...]:
-    """The numbers of the `count` most important parts, in ascending order. Of equal ones the first are kept."""
+    """The numbers of the `count` most important parts, in ascending order. Among equal ones the first are kept."""
     order = sorted(range(len(importance)), key=lambda at: (-importance[at], at))
     return tuple(sorted(order[:count]))

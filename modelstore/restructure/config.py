@@ -37,7 +37,7 @@ def rewritten(
 ) -> Config:
     """The config of the model that keeps these layers. `kinds`: the attention kind of each layer of the original, if it has any.
 
-    `UnsupportedError` where the config has no entry for what is cut.
+    `UnsupportedError` if the config has no entry for what is cut.
     """
     section = language(config)
     changed = dict(section)

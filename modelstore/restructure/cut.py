@@ -1,6 +1,6 @@
 """Which regions of which stored tensors make the tensors of the smaller model: pure, by names, shapes and rank layouts.
 
-What lies along an axis (attention heads, neurons) is known from how tensor-parallel ranks slice the model: the same knowledge
+The units along an axis (attention heads, neurons) are known from how tensor-parallel ranks slice the model: the same knowledge
 says where one may cut, and which tensors are cut together.
 """
 
@@ -23,7 +23,7 @@ _EXPERTS = "experts"
 
 @dataclass(frozen=True)
 class KeptParts:
-    """What is kept of a model: the numbers of its layers, and for each kept layer those of its neurons and key/value heads.
+    """The kept parts of a model: the numbers of its layers, and for each kept layer those of its neurons and key/value heads.
 
     All numbers are the original's. A layer that `neurons` or `groups` does not name keeps all of them.
     """
@@ -35,7 +35,7 @@ class KeptParts:
 
 @dataclass(frozen=True)
 class Along:
-    """What lies along an axis of a tensor: neurons or heads, in parts one behind the other, each of so many units.
+    """The units along an axis of a tensor: neurons or heads, in parts one behind the other, each of so many units.
 
     `width`: numbers of one unit, by part.
     """
@@ -47,7 +47,7 @@ class Along:
 
     @property
     def neurons(self) -> bool:
-        """Whether neurons lie there, and not heads."""
+        """Whether the units are neurons, and not heads."""
         return set(self.parts) == {"even"}
 
 
@@ -69,9 +69,9 @@ class CutTensor:
 
 
 class Structure:
-    """A stored model's layers and what lies along the axes of their tensors.
+    """A stored model's layers and the units along the axes of their tensors.
 
-    `stack`: the name before the layers' numbers; `layers`: how many there are. `UnsupportedError` where there is not one such
+    `stack`: the name before the layers' numbers; `layers`: how many there are. `UnsupportedError` if there is not one such
     stack.
     """
 
@@ -92,7 +92,7 @@ class Structure:
         return [tensor for tensor in self.manifest.tensors if self._numbers.get(tensor.name) == layer]
 
     def along(self, tensor: Tensor) -> Along | None:
-        """What lies along the axis that is cut; None where the tensor is whole whatever is cut."""
+        """The units along the axis that is cut; None if the tensor is whole whatever is cut."""
         if tensor.name not in self._numbers:
             return None
         found = self._cuts.find(tensor.name)
@@ -119,11 +119,11 @@ class Structure:
         return Along(found.axis, found.parts, units, widths)
 
     def neurons(self) -> int:
-        """How many neurons each layer has. `UnsupportedError` where layers differ, or have experts."""
+        """How many neurons each layer has. `UnsupportedError` if layers differ, or have experts."""
         return self._units("even", "neurons")
 
     def groups(self) -> tuple[int, int]:
-        """How many key/value heads each layer has, and how many query heads use each. `UnsupportedError` where layers differ."""
+        """How many key/value heads each layer has, and how many query heads use each. `UnsupportedError` if layers differ."""
         query = self._units("query", "attention heads")
         parts = {part for tensor in self.tensors(0) if (at := self.along(tensor)) for part in at.parts}
         key = self._units("key", "key/value heads") if "key" in parts else query
@@ -188,7 +188,7 @@ class Structure:
 
 
 def positions(at: Along, chosen: Sequence[int], share: int) -> NDArray[np.int64]:
-    """Where along an axis the chosen units lie, in ascending order. `share`: query heads that use one key/value head."""
+    """The places of the chosen units along an axis, in ascending order. `share`: query heads that use one key/value head."""
     found, first = [], 0
     for part, units, width in zip(at.parts, at.units, at.width, strict=True):
         each = share if part == "query" else 1

@@ -92,7 +92,7 @@ class LayerLosses:
         return self.stages.values(stage, self.stages.stored(stage))
 
     def _entries(self) -> Spool:
-        """What comes to the first block, run by run."""
+        """The inputs of the first block, run by run."""
         found = Spool(self.memory // 2)
         with self.stages.skeleton.entry(self._values(0)) as run:
             for ids in self.runs:
@@ -100,7 +100,7 @@ class LayerLosses:
         return found
 
     def _ends(self, kept: Sequence[int]) -> dict[int, Spool]:
-        """What the last kept block gives, of all these blocks (`_ALL`), and without each one of them."""
+        """The output of the last kept block, with all these blocks (`_ALL`), and without each one of them."""
         each = self.memory // (2 * (len(kept) + 2))
         streams = {_ALL: self._entries()}
         for stage in kept:

@@ -40,10 +40,10 @@ _SHARE = 4  # the part of the memory budget that blocks' outputs may take
 
 @dataclass(frozen=True)
 class Cutback:
-    """What a caller wants to keep of a model: amounts of layers, neurons and key/value heads; None keeps all.
+    """The parts of a model that a caller keeps: amounts of layers, neurons and key/value heads; None keeps all.
 
     `by`: how layers are compared; None: by divergence up to 48 layers, else by influence. `correct`: whether weights
-    behind what is left out are solved again. `ValueError` or `TypeError` where that cannot be meant.
+    behind what is left out are solved again. `ValueError` or `TypeError` if that cannot be meant.
     """
 
     layers: Amount | None = None
@@ -93,7 +93,7 @@ class Cutting:
         self.before, self.after, self._groups = self._counts()
 
     def _counts(self) -> tuple[ShapeCounts, ShapeCounts, int | None]:
-        """What the model has, what it will have, and the key/value heads of that; None for what is not cut."""
+        """The model's counts before and after, and the key/value heads after; None for parts that are not cut."""
         wanted, structure = self.wanted, self.structure
         layers = structure.layers
         left = layers if wanted.layers is None else count_of("layers", wanted.layers, layers)
@@ -122,7 +122,7 @@ class Cutting:
 
     @property
     def by(self) -> ComparedBy | None:
-        """How layers are compared; None where none are, or they are named."""
+        """How layers are compared; None if none are, or they are named."""
         if (
             self.wanted.layers is None
             or named(self.wanted.layers) is not None
@@ -165,7 +165,7 @@ class Cutting:
         return found
 
     def measured(self, samples: Samples | None, solved: SolvedWeights, work: Work) -> tuple[KeptParts, list[Dropped]]:
-        """What is kept, and what each layer that goes is worth; weights that are solved again go into `solved`."""
+        """The kept parts, and the worth of each layer that goes; weights that are solved again go into `solved`."""
         from modelstore.calibrate.shards import runs_of
 
         explicit = named(self.wanted.layers) if self.wanted.layers is not None else None
@@ -207,7 +207,7 @@ class Cutting:
     def recorded(
         self, parent: str, kept: KeptParts, dropped: Sequence[Dropped], samples: Samples | None
     ) -> dict[str, Any]:
-        """What the manifest keeps of how the model was made; neurons and heads as hexadecimal digits of one bit each."""
+        """The manifest's entry on how the model was made; neurons and heads as hexadecimal digits of one bit each."""
         said: dict[str, Any] = {"of": parent, "content": self.model.manifest.content, "layers": list(kept.layers)}
         if self.before.neurons is not None:
             said["neurons"] = {str(at): _bits(chosen, self.before.neurons) for at, chosen in kept.neurons.items()}
@@ -222,7 +222,7 @@ class Cutting:
     def source(
         self, kept: KeptParts, solved: SolvedWeights, files: Mapping[str, Path | bytes], metrics: Mapping[str, Any]
     ) -> CutModel:
-        """The smaller model, to be saved. `files`: those of the original; `UnsupportedError` where it cannot be described."""
+        """The smaller model, to be saved. `files`: those of the original; `UnsupportedError` if it cannot be described."""
         config = self._checked(kept)
         said = json.dumps([self.model.manifest.content, metrics, solved.digests()], sort_keys=True)
         return CutModel(

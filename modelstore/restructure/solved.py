@@ -25,7 +25,7 @@ class SolvedWeights:
         self._arrays: dict[str, NDArray[Any]] = {}
 
     def put(self, tensor: Tensor, value: torch.Tensor) -> None:
-        """Keep a tensor's new values, in its own dtype. `OSError` where the disk is full."""
+        """Keep a tensor's new values, in its own dtype. `OSError` if the disk is full."""
         raw = bytes_of(value.contiguous())
         assert raw is not None, "solved weights have a dtype that is stored"
         path = Path(self._folder.name) / str(len(self._arrays))

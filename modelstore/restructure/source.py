@@ -63,7 +63,7 @@ class CutModel:
             self._gather(one.source, region, one.axis, one.index[start:stop], into)
 
     def _gather(self, tensor: Tensor, region: Region, axis: int, index: NDArray[np.int64], into: NDArray[Any]) -> None:
-        """The numbers `index` along an axis, ascending within each part: halved where they lie far apart."""
+        """The numbers `index` along an axis, ascending within each part: halved if they are far apart."""
         first, last = int(index.min()), int(index.max()) + 1
         if last - first > _SPREAD * len(index):
             half = len(index) // 2

@@ -1,8 +1,8 @@
 """Which neurons and heads of each layer a model misses least, and the weights behind them, solved again for those that stay.
 
-A layer's neurons, or heads, are what one of its weights reads. What such a weight gives for each of them, over the samples, is
-how important it is. Of those that stay the weight is solved again by least squares, so that it gives what it gave, as
-far as they tell: W H[:, kept] H[kept, kept]⁻¹, where H is the sum of outer products of what the weight reads.
+A layer's neurons, or heads, are what one of its weights reads. The output of such a weight for each of them, over the samples,
+is its importance. The weight of those that stay is solved again by least squares, so that it gives what it gave, as far as
+they tell: W H[:, kept] H[kept, kept]⁻¹, where H is the sum of outer products of what the weight reads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Widths:
     _kept: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=lambda: {"even": {}, "query": {}})
 
     def run(self, layers: Sequence[int]) -> KeptParts:
-        """What is kept of these layers."""
+        """The kept parts of these layers."""
         skeleton = self.stages.skeleton
         before = Spool(self.memory // 2)
         with skeleton.entry(self.stages.values(0, self.stages.stored(0))) as entry:
@@ -87,7 +87,7 @@ class Widths:
         trim()
 
     def _reader(self, layer: int, part: str) -> tuple[Tensor, Along, Linear]:
-        """The one weight of a layer that reads what is narrowed. `UnsupportedError` where there is not one."""
+        """The one weight of a layer that reads what is narrowed. `UnsupportedError` if there is not one."""
         about = {one.name: at for one in self.structure.tensors(layer) if (at := self.structure.along(one)) is not None}
         wanted = [name for name, at in about.items() if at.parts == (part,)]
         manifest = self.structure.manifest
@@ -113,7 +113,7 @@ class Widths:
         return read.taken().double()
 
     def _pass_on(self, layer: int, stored: Mapping[str, torch.Tensor], before: Spool) -> Spool:
-        """What the layer gives, as it is stored then."""
+        """The layer's output, as it is stored then."""
         after = Spool(self.memory // 2)
         with self.stages.skeleton.at(layer, self.stages.values(layer, stored)) as run:
             for at, ids in enumerate(self.runs):
@@ -123,7 +123,7 @@ class Widths:
 
 
 def _importance(rows: torch.Tensor, sums: torch.Tensor, at: Along, share: int) -> list[float]:
-    """Of each unit the squared norm of what the weight makes of it; rows: (outputs, inputs), sums: (inputs, inputs).
+    """For each unit, the squared norm of the weight's output for it; rows: (outputs, inputs), sums: (inputs, inputs).
 
     share: units that are kept or left together, such as query heads of one key/value head.
     """

@@ -1,8 +1,8 @@
 """The best mix of a given size: one option for each group, of the least cost in all, within so many bytes.
 
 A multiple-choice knapsack, solved exactly. Groups are taken one after the other; of the choices made so far, those are kept
-that are not worse than others in both bytes and cost, and that can still come to less than the best mix known. What the rest
-can come to at least is told by a price of a byte: with the right price few choices are left, however many groups there are.
+that are not worse than others in both bytes and cost, and that can still come to less than the best mix known. A price of a
+byte bounds the best result of the rest: with the right price few choices are left, however many groups there are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SLACK = 1e-12  # of what is added up: sums of floats in another order differ
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What a group takes in one format, and what that costs; costs add up."""
+    """A group's size in one format, and its cost; costs add up."""
 
     bytes: int
     cost: float
@@ -40,14 +40,14 @@ def smallest(groups: Groups) -> int:
 def allocate(groups: Groups, budget: int) -> list[int]:
     """The option of each group, by its number, with the least cost of all together in at most `budget` bytes.
 
-    Of equal costs the smaller mix. `ValueError` where not even the smallest is within the budget.
+    Among equal costs, the smaller mix. `ValueError` if not even the smallest is within the budget.
     """
     least = smallest(groups)
     if least > budget:
         raise ValueError(f"the smallest mix has {least} bytes, and {budget} are given")
     tables = [_table(group) for group in groups]
     price, known = _priced(tables, budget)
-    # What the groups behind each come to at least: in bytes, and in cost with bytes at the price.
+    # The least that the groups behind each need: in bytes, and in cost with bytes at the price.
     room = _behind([int(sizes.min()) for sizes, _, _ in tables])
     bound = _behind([float((costs + price * sizes).min()) for sizes, costs, _ in tables])
     size, cost = np.zeros(1, np.int64), np.zeros(1)
@@ -108,7 +108,7 @@ def _priced(tables: Sequence[_Table], budget: int) -> tuple[float, float]:
 
 
 def _behind(values: Sequence[float]) -> list[float]:
-    """Of each place, the sum of the values from it on; 0 behind the last."""
+    """For each place, the sum of the values from it on; 0 behind the last."""
     sums: list[float] = [0]
     for value in reversed(values):
         sums.append(sums[-1] + value)

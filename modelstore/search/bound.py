@@ -29,10 +29,10 @@ class Trial:
 
 
 def bisect(expected: Sequence[float], limit: float, judge: Callable[[int], float]) -> tuple[int | None, list[Trial]]:
-    """The number of the smallest mix that was found to hold `limit`, None where none did; and all trials, at most four.
+    """The number of the smallest mix that was found to hold `limit`, None if none did; and all trials, at most four.
 
-    `expected`: of mixes by size, what each is expected to come to, falling. What is measured is taken to be a multiple of it,
-    the same at neighbours; a mix that was found to hold, or not, ends the search on its side.
+    `expected`: of mixes by size, what each is expected to come to, falling. The measured value is taken to be a multiple of
+    it, the same at neighbours; a mix that was found to hold, or not, ends the search on its side.
     """
     low, high = -1, len(expected)  # the largest known not to hold, the smallest known to
     trials: list[Trial] = []

@@ -26,7 +26,7 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read(path: str | os.PathLike[str]) -> Device:
-    """A device from a file of JSON. `ValueError` where there is none, or it does not describe one."""
+    """A device from a file of JSON. `ValueError` if there is none, or it does not describe one."""
     try:
         found = msgspec.json.decode(read_named(path, _LARGEST), type=prepared(Device))
     except OSError as error:
@@ -44,7 +44,7 @@ def read(path: str | os.PathLike[str]) -> Device:
 def seconds_of(
     device: Device, named: Mapping[str, CodecSpec], chosen: Sequence[tuple[CodecSpec | None, int]]
 ) -> float | None:
-    """Seconds a token of a mix, by format and weights; None where a format was not measured. named: codecs of presets."""
+    """Seconds a token of a mix, by format and weights; None if a format was not measured. named: codecs of presets."""
     known = {name: spec for name, spec in named.items() if name in device.seconds}
     total = 0.0
     for spec, weights in chosen:

@@ -1,4 +1,4 @@
-"""What inference engines run: of the formats that a mix may use, those that an engine has kernels and a layout for."""
+"""The formats that inference engines run: of those that a mix may use, the ones with kernels and a layout in an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model takes in an engine's memory beside its weights: KV cache, activations, logits; by its config alone."""
+"""A model's memory in an engine beside its weights: KV cache, activations, logits; by its config alone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attenti
 
 
 def footprint(config: Any, context: int, batch: int, number: int) -> Memory:
-    """Of `batch` sequences of `context` tokens at once. config: of the text, as transformers has it; number: bytes of one.
+    """The memory of `batch` sequences of `context` tokens together. config: of the text, as transformers has it; number: bytes
+    of one.
 
-    `ValueError` where the model has fewer positions; `UnsupportedError` for layers whose state is not known.
+    `ValueError` if the model has fewer positions; `UnsupportedError` for layers whose state is not known.
     """
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and context > longest:

@@ -1,7 +1,7 @@
-"""What solving leaves of a rounded layer's error: by how much less it costs than its Fisher information alone says.
+"""How much of a rounded layer's error solving leaves: by how much less it costs than its Fisher information alone says.
 
-Where codes are solved for what comes to a layer, errors of its weights make up for each other, which the squares of gradients do
-not see. The share of tr(ΔW H ΔWᵀ) that solving leaves is much the same in all formats of a layer, so it is found in one.
+If codes are solved for the inputs of a layer, errors of its weights compensate for each other, which the squares of gradients
+do not see. The share of tr(ΔW H ΔWᵀ) that solving leaves is much the same in all formats of a layer, so it is found in one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def gains(
     bits: int,
     group: int,
 ) -> dict[str, float]:
-    """Of each tensor, the share that solving leaves; of those that too little came to, nothing is said.
+    """For each tensor, the share of the error that solving leaves; tensors with too little input are left out.
 
     `rounded`: a layer's weight by its parameter's name, as its format stores it without data.
     """

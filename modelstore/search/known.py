@@ -1,4 +1,4 @@
-"""What was measured of a model lies with its original: another budget needs no second measurement."""
+"""The measurements of a model are stored with its original: another budget does not need a second measurement."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def known(
 ) -> Sensitivity | None:
     """The newest measurement of these data (of any, where None are given) that says all of these formats and tensors.
 
-    It has these formats, in their order. `solved`: it is to say what solving codes gains, too. None where it was not made yet.
+    It has these formats, in their order. `solved`: it is to say what solving codes gains, too. None if it was not made yet.
     """
     for one in measured(metrics):
         if solved and one.gains is None:
@@ -59,7 +59,7 @@ def known(
 
 
 def found_by(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What data are found again by."""
+    """The key that data are found again by."""
     return {key: data.get(key) for key in _DATA}
 
 
@@ -74,7 +74,7 @@ def rounded(costs: Mapping[str, Sequence[float | None]]) -> dict[str, tuple[floa
 def keep(repo: Repo, model: str, version: int, content: str, made: Sensitivity) -> None:
     """Keep a measurement with the original of a version; `content` is that of the manifest that was measured.
 
-    `ConflictError` where it holds other values by now.
+    `ConflictError` if it holds other values by now.
     """
 
     def with_it(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ Costs = Mapping[str, Sequence[float | None]]
 def default_formats(columns: Sequence[int], engine: str | None = None) -> tuple[CodecSpec, ...]:
     """Integers of 2, 3, 4 and 8 bits, clipped, in groups of at most 128 that divide the columns of each weight.
 
-    Of these, the ones that an engine runs, where one is named.
+    If an engine is named, only the formats that it runs.
     """
 
     def of(size: int) -> tuple[CodecSpec, ...]:
@@ -72,7 +72,7 @@ class Mixture:
 
     @property
     def kept(self) -> int:
-        """Bytes of what is no group's."""
+        """Bytes of the tensors that are in no group."""
         return self.fixed - (self.memory.total if self.memory else 0)
 
     @property
@@ -86,7 +86,7 @@ class Mixture:
         return self.fixed + sum(each[-1].bytes for each in self.options)
 
     def best(self, budget: int) -> Mix:
-        """The best mix of a size. `UnsupportedError` where it is below the smallest."""
+        """The best mix of a size. `UnsupportedError` if it is below the smallest."""
         least = self.smallest
         if budget < least:
             cost = sum(min(each, key=lambda one: (one.bytes, one.cost)).cost for each in self.options)
@@ -148,7 +148,7 @@ class Mix:
         return tuple(found)
 
     def weights(self, shapes: Mapping[str, Shape]) -> list[tuple[CodecSpec | None, int]]:
-        """Each group's format, None where it is kept, and how many weights it has."""
+        """Each group's format, None if it is kept, and how many weights it has."""
         counts = [sum(math.prod(shapes[name]) for name in names) for names in self.of.groups]
         formats = [each[at] for each, at in zip(self.of.formats, self.chosen, strict=True)]
         return list(zip(formats, counts, strict=True))
@@ -178,7 +178,7 @@ def mixture(
 ) -> Mixture:
     """The groups of a model. `plan`: in which the tensors that take part are compressed, by one of the formats.
 
-    `costs`: of each of these tensors by format; None where they are not known, and count as nothing. A tensor that the data
+    `costs`: of each of these tensors by format; None if they are not known, and count as nothing. A tensor that the data
     say nothing of (None in all formats), such as an expert that no token came to, counts as the dearest of its kind; where
     all of them are so, it is kept. With `memory` bytes are those that an engine holds, weights as it takes them.
     """
@@ -222,7 +222,7 @@ def _stored(codec: WeightCodec, shape: Shape, kind: DType) -> int:
 
 
 def _held(codec: WeightCodec, shape: Shape, kind: DType) -> int:
-    """Bytes of a weight as engines take it: rows of packed codes end with a whole word; what has no layout is dense."""
+    """Bytes of a weight as engines take it: rows of packed codes end with a whole word; a weight without a layout is dense."""
     view, (rows, columns) = codec.view, matrix(shape)
     if view is None or not _has_layout(view, shape):
         return rows * columns * kind.itemsize
@@ -240,7 +240,7 @@ def _option(
     *,
     held: bool,
 ) -> Option | None:
-    """What a group takes in a format, and costs; None where one of its tensors cannot be stored so."""
+    """A group's size and cost in a format; None if one of its tensors cannot be stored so."""
     codec = weight_codec(spec)
     size, cost = 0, 0.0
     for name in group:
@@ -272,7 +272,7 @@ def _exactly(name: str) -> str:
 
 
 def named_formats(names: Sequence[str], engine: str | None = None) -> tuple[CodecSpec, ...]:
-    """The codecs of presets, each once. `ValueError` where one is none that engines, or this one, run, or has several."""
+    """The codecs of presets, each once. `ValueError` if one is none that engines, or this one, run, or has several."""
     found: list[CodecSpec] = []
     for name in names:
         made = preset(name)

@@ -61,7 +61,7 @@ def check_picture(path: Path) -> None:
     Raises:
         ValueError: The ending is none of `FORMATS`.
         NotFoundError: The folder is not there.
-        ConflictError: A folder, a pipe or a device has the name, or it lies in a store.
+        ConflictError: A folder, a pipe or a device has the name, or it is in a store.
         UnsupportedError: It is drawn with matplotlib, which is not installed.
     """
     if path.suffix.lower() not in FORMATS:
@@ -74,7 +74,7 @@ def check_picture(path: Path) -> None:
 
 
 def draw(chart: Chart, path: Path) -> None:
-    """Draw a chart into a file of the kind that its name ends in; `StorageError` where it cannot be written."""
+    """Draw a chart into a file of the kind that its name ends in; `StorageError` if it cannot be written."""
     kind = path.suffix.lower()
     with writing(path), new_file(path, replace=True) as file:
         if kind in _OF_MATPLOTLIB:
@@ -84,7 +84,7 @@ def draw(chart: Chart, path: Path) -> None:
 
 
 def svg(chart: Chart) -> str:
-    """The picture as SVG. On a logarithmic axis, what is 0 lies at the bottom."""
+    """The picture as SVG. On a logarithmic axis, 0 is at the bottom."""
     sizes, values = [point.bytes for point in chart.points], [point.value for point in chart.points]
     across, up = _across(sizes), _up(values, chart.logarithmic)
     middle = (_LEFT + _WIDTH - _RIGHT) // 2
@@ -136,7 +136,7 @@ def _across(sizes: Sequence[int]) -> Callable[[float], float]:
 
 
 def _bounds(values: Sequence[float], logarithmic: bool) -> tuple[float, float]:
-    """The least and the most of an axis, a little beyond what lies on it."""
+    """The least and the most of an axis, a little beyond the values on it."""
     if logarithmic:
         above = [value for value in values if value > 0] or [1e-3]
         return min(above) / _BELOW, max(above) * _BELOW
@@ -198,5 +198,5 @@ def _drawn(chart: Chart) -> Any:
     axes.set_ylabel(chart.measure)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.set_title(shown(chart.title), fontsize=10, parse_math=False)  # a "$" of a name is no formula
+    axes.set_title(shown(chart.title), fontsize=10, parse_math=False)  # a "$" of a name is not a formula
     return figure

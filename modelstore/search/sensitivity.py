@@ -32,8 +32,8 @@ class Measuring:
 
     `solved`: the number of a format, its bits and its columns of a group, in which it is tried what solving codes for the data
     gains; `gains` then says it.
-    `costs`, once it has run: of each tensor in nats a token, by format; None where the codec refuses the tensor, the model
-    does not compute with it, or no gradient came to it; 0 where the format stores it exactly.
+    `costs`, once it has run: of each tensor in nats a token, by format; None if the codec refuses the tensor, the model
+    does not compute with it, or no gradient came to it; 0 if the format stores it exactly.
     """
 
     stages: Stages
@@ -125,7 +125,7 @@ class Measuring:
         self._done(stored)
 
     def _made(self, stage: int) -> dict[str, Made]:
-        """Of the parameters that a stage computes with, what makes each that is made of wanted tensors."""
+        """For the parameters that a stage computes with, the recipe of each that is made of wanted tensors."""
         found = {}
         known = {name for name, _ in self.stages.skeleton.model.named_parameters(remove_duplicate=False)}
         for name in self.stages.skeleton.needs(stage):
@@ -164,7 +164,7 @@ class Measuring:
         return values(self.stages.built, made, stored.__getitem__, torch.float32)[parameter]
 
     def _owner(self, made: Made, parameter: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """Of each number of a parameter, which of its sources it is of; None where there is one.
+        """For each number of a parameter, the source that it is of; None if there is one.
 
         It is asked of the same conversion, by tensors that hold their number.
         """

@@ -52,7 +52,7 @@ class Visit:
 
     @property
     def name(self) -> str:
-        """Whose limits count: a token's, else an address's."""
+        """The caller whose limits count: a token's, else an address's."""
         client = self.request.client
         return self.caller.id if self.caller is not None and self.caller.id else client.host if client else ""
 

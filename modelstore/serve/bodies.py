@@ -1,4 +1,4 @@
-"""What a request's body says, read within a bound."""
+"""A request's body, read within a bound."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORM = 4 << 20  # bytes of a body that is held in memory
 
 
 async def pieces(request: Request, most: int) -> AsyncIterator[bytes]:
-    """A body as it comes; `RefusedError` (413) where it is longer, `ClientGoneError` where nothing comes for too long."""
+    """A body as it comes; `RefusedError` (413) if it is longer, `ClientGoneError` if nothing comes for too long."""
     so_far = 0
     stream = request.stream().__aiter__()
     while True:

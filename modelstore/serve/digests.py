@@ -27,7 +27,7 @@ _TABLE = "CREATE TABLE IF NOT EXISTS digests (etag TEXT PRIMARY KEY, size INTEGE
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """What git and the Hub call a file: SHA-256, and git's id of the file itself, or of the pointer to a large one."""
+    """A file's names for git and the Hub: SHA-256, and git's id of the file itself, or of the pointer to a large one."""
 
     sha256: str
     git: str
@@ -39,7 +39,7 @@ def is_large(path: str, size: int) -> bool:
 
 
 def pointer(sha256: str, size: int) -> bytes:
-    """What git holds in place of a large file."""
+    """The pointer that git holds in place of a large file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
@@ -71,7 +71,7 @@ class FileHash:
 
 
 class Digests:
-    """What was found, in a file that several servers may share; and the thread that finds more, one file at a time."""
+    """Known digests, in a file that several servers may share; and the thread that finds more, one file at a time."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class Digests:
             return database.execute(statement, values).fetchall()
 
     def known(self, file: ExportedFile) -> FileDigest | None:
-        """What is known of a file, without reading it."""
+        """The known digests of a file, without reading it."""
         rows = self._do("SELECT sha256, git FROM digests WHERE etag = ? AND size = ?", _key(file), file.size)
         return FileDigest(*rows[0]) if rows else None
 
@@ -133,7 +133,7 @@ class Digests:
             try:
                 self.find(file)
                 error = None
-            except Exception as raised:  # whoever waits hears of it; the next file is of another model
+            except Exception as raised:  # the waiting request hears of it; the next file is of another model
                 error = raised
             with self._lock:
                 done = self._finding.pop(file.digest)

@@ -1,4 +1,4 @@
-"""Who asks, and whether they may: every request passes here before anything of the store is looked at."""
+"""The sender of a request, and their rights: every request passes here before anything of the store is looked at."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class Gate:
     tokens: TokenFile | None
 
     def caller(self, authorization: str) -> Token | None:
-        """Who sends this header; None for nobody known, which is no error yet. `RefusedError` (401) for a token that is none."""
+        """The sender of this header; None for an unknown one, which is not an error yet. `RefusedError` (401) for a token that
+        is none.
+        """
         if self.tokens is None:
             return EVERYBODY
         if not authorization:
@@ -35,7 +37,7 @@ class Gate:
         return found
 
     def check(self, caller: Token | None, target: Route, role: Role) -> None:
-        """`RefusedError` where a caller may not do that. A model that it may not know of is answered as one that is not there."""
+        """`RefusedError` if a caller may not do that. A model that it may not know of is answered as one that is not there."""
         if target.kind in _OPEN:
             return
         role = _NEEDS.get(target.kind, role)

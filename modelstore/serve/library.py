@@ -53,7 +53,7 @@ class Commit:
 
     @property
     def title(self) -> str:
-        """What the version is, in a line."""
+        """The version's description, in a line."""
         said = self.record.note.message if self.record.note else ""
         variant = self.reference.variant
         of = f"version {self.record.version}" + (f", {variant}" if variant != ORIGINAL else "")
@@ -75,7 +75,7 @@ class Library:
         return self._catalog.recorded()
 
     def commit(self, model: str, revision: str) -> Commit:
-        """What a revision of a model names; `RefusedError` where there is no such model or revision."""
+        """The version that a revision of a model names; `RefusedError` if there is no such model or revision."""
         name = self._name(model)
         if _COMMIT.fullmatch(revision):
             return self._by_id(model, name, revision)
@@ -120,7 +120,7 @@ class Library:
             return _kept(self._opened, commit.id, dict(sorted(made.items())), _OPENED)
 
     def file(self, commit: Commit, path: str) -> ExportedFile:
-        """One file of a commit; `RefusedError` where it has none of that path."""
+        """One file of a commit; `RefusedError` if it has none of that path."""
         found = self.files(commit).get(path)
         if found is None:
             raise RefusedError(
@@ -142,7 +142,7 @@ class Library:
     # ------------------------------------------------------------------ what is behind a name
 
     def _name(self, model: str) -> str:
-        """The stored model behind a name; `RefusedError` where there is none."""
+        """The stored model behind a name; `RefusedError` if there is none."""
         if is_model(model) and self._catalog.head(model) is not None:
             return model
         base = model.removesuffix(GGUF)
@@ -198,7 +198,7 @@ def _gguf_files(exported: Callable[..., Mapping[str, ExportedFile]]) -> Mapping[
 
 
 def _reference(name: str, where: str) -> Reference | None:
-    """The version that the first part of a revision names, None where it can name none."""
+    """The version that the first part of a revision names, None if it can name none."""
     if where in (MAIN, "HEAD", LATEST):
         return Reference(name)
     if where.isascii() and where.isdigit() and len(where) <= 8 and 1 <= int(where) <= MAX_VERSION:

@@ -1,4 +1,4 @@
-"""How many requests a caller may make: so many a minute, and so many at once."""
+"""How many requests a caller may make: so many a minute, and so many in parallel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Caller:
 class CallerLimits:
     """Limits of each caller; for one event loop. None: no limit.
 
-    A caller who made no request for a minute may make a minute's at once.
+    A caller who made no request for a minute may make all requests of a minute without a pause.
     """
 
     def __init__(self, a_minute: int | None, at_once: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What a `Range` header asks for. Strict: a range is answered as one, or refused, and never by the whole file."""
+"""The value of a `Range` header. Strict: a range is answered as one, or refused, and never by the whole file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _RANGE = re.compile(r"bytes=(?:(\d{1,19})-(\d{1,19})?|-(\d{1,19}))")
 
 
 def parse_range(header: str, size: int) -> tuple[int, int]:
-    """Bytes [start, stop) of a file of so many; `RefusedError` (416) for what is no single range that has a byte.
+    """Bytes [start, stop) of a file of so many; `RefusedError` (416) if it is not a single range that has a byte.
 
     Example:
         >>> parse_range("bytes=-2", 10)

@@ -34,7 +34,7 @@ class Listed:
 
 
 def etag(file: ExportedFile) -> str:
-    """What a file's bytes are known by; the same wherever they are the same."""
+    """The tag that identifies a file's bytes; equal bytes have an equal tag."""
     return file.digest[:40]
 
 
@@ -44,7 +44,7 @@ def stamp(seconds: float) -> str:
 
 
 class Answers:
-    """What the read side answers. May be used from many threads."""
+    """The answers of the read side. May be used from many threads."""
 
     def __init__(self, library: Library, digests: Digests) -> None:
         self._library = library
@@ -124,7 +124,7 @@ class Answers:
         return [_commit_row(one) for one in (commit, *before)]
 
     def models(self, allowed: Sequence[str] | None, search: str, author: str, after: str, limit: int) -> Listed:
-        """Models by name, a page of them: those whose names begin with one of `allowed` (None: all)."""
+        """Models by name, a page of them: those whose names start with one of `allowed` (None: all)."""
         names = [
             name
             for name in self._library.models()
@@ -180,7 +180,7 @@ class Answers:
 
 
 def whoami(name: str, role: str) -> Row:
-    """Who a token belongs to."""
+    """The owner of a token."""
     token = {"displayName": name, "role": role, "createdAt": stamp(time.time())}
     return {
         "type": "user",
@@ -200,7 +200,7 @@ def _size(file: ExportedFile) -> int:
 
 
 def _brief(commit: Commit) -> Row:
-    """What lists say of a model."""
+    """The entry of a model in lists."""
     when = stamp(commit.created)
     return {
         "_id": commit.id[:24],

@@ -43,7 +43,7 @@ def no_model(name: str) -> RefusedError:
 
 
 def refusal(error: Exception) -> RefusedError:
-    """What is answered where this was raised; 500 for what should not happen."""
+    """The answer to a request that raised this; 500 for unexpected errors."""
     if isinstance(error, RefusedError):
         return error
     status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)

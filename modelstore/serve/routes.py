@@ -1,4 +1,4 @@
-"""What a request's path names. Paths are read as they were sent: a revision is one segment, its slashes percent-encoded."""
+"""The meaning of a request's path. Paths are read as they were sent: a revision is one segment, its slashes percent-encoded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLAIN = {
     "api/models": "list",
     "api/whoami-v2": "whoami",
 }
-# What follows a model's name below /api/models, and how many segments come after it at least and at most (None: any number).
+# The word after a model's name below /api/models, and how many segments follow it at least and at most (None: any number).
 _VERBS: dict[str, tuple[int, int | None]] = {
     "revision": (1, 1),
     "tree": (1, None),
@@ -30,7 +30,7 @@ _VERBS: dict[str, tuple[int, int | None]] = {
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What is asked for: `kind` chooses the answer; the rest is decoded, "" where the kind has none."""
+    """The requested object: `kind` chooses the answer; the rest is decoded, "" if the kind has none."""
 
     kind: str
     model: str = ""
@@ -39,7 +39,7 @@ class Route:
 
 
 def parse_path(raw: bytes) -> Route:
-    """The target of a path as it was sent, without its query; `RefusedError` where there is nothing of the kind.
+    """The target of a path as it was sent, without its query; `RefusedError` if there is nothing of the kind.
 
     Example:
         >>> parse_path(b"/acme/llama/resolve/3%3Aint4/config.json")
@@ -68,7 +68,7 @@ def _decoded(segment: bytes) -> str:
 
 
 def _of_api(rest: Sequence[str]) -> Route:
-    """What a path below /api/models names: a model of one or two parts, and what of it."""
+    """The meaning of a path below /api/models: a model of one or two parts, and what of it."""
     for length in (1, 2):
         verb, after = rest[length : length + 1], rest[length + 1 :]
         if not verb or verb[0] not in _VERBS:

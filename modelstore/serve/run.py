@@ -57,7 +57,7 @@ def serve(store: Store, settings: ServerSettings, ready: Callable[[str], None]) 
     """Serve a store until SIGTERM or SIGINT; requests under way then have `drain` seconds to end.
 
     Args:
-        store: What is served; its memory is that of one file that is made.
+        store: The store to serve; its memory is that of one file that is made.
         settings: How.
         ready: Called with the server's URL once it can be connected to.
 
@@ -113,7 +113,7 @@ async def _serve(
 def _warm(library: Library, app: HubApp) -> None:
     try:
         library.warm()
-    except Exception as error:  # the store answers that to whoever asks
+    except Exception as error:  # the store answers that to the caller
         log.warning("cannot warm up: %s", error)
     finally:
         app.warmed.set()
@@ -141,7 +141,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _journal(out: IO[str] | None) -> Callable[[Visit], None]:
-    """What writes a line of JSON for every request."""
+    """The writer of a line of JSON for every request."""
 
     def write(visit: Visit) -> None:
         if out is None:

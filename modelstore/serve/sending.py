@@ -1,8 +1,8 @@
-"""Sending bytes of a file as they are made, to many clients at once, within a bounded memory.
+"""Sends bytes of a file as they are made, to many clients in parallel, within a bounded memory.
 
-So many files are made at the same time; who waits longest goes next. Who has a turn gives it up after some MiB where others wait,
-and at once when its client does not take what was made: a slow client holds one piece, and no turn. One that takes nothing for
-half a minute is cut off.
+So many files are made at the same time; who waits longest goes next. The client that has a turn gives it up after some MiB if
+others wait, and immediately when it does not take the bytes: a slow client holds one piece, and no turn. One that takes
+nothing for half a minute is cut off.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ClientGoneError(Exception):
 
 @dataclass
 class Turns:
-    """How many files are made at once, and who waits; of one event loop."""
+    """How many files are made in parallel, and which requests wait; of one event loop."""
 
     most: int
     held: int = 0
@@ -85,7 +85,7 @@ class Connection:
         self._gone.cancel()
 
     async def give(self, part: memoryview, patience: float) -> bool:
-        """Hand a part over; False where the client did not take enough of what came before in that time, and this one waits."""
+        """Hand a part over; False if the client did not take enough of what came before in that time, and this one waits."""
         if self._gone.done():
             raise ClientGoneError("the client closed the connection")
         message: dict[str, Any] = {"type": "http.response.body", "body": part, "more_body": True}
@@ -97,7 +97,7 @@ class Connection:
         return True
 
     async def insist(self, piece: memoryview) -> None:
-        """Hand a piece over, at the client's pace; `ClientGoneError` where it takes nothing for too long."""
+        """Hand a piece over, at the client's pace; `ClientGoneError` if it takes nothing for too long."""
         for part in _parts(piece):
             if not await self.give(part, STALLED):
                 raise ClientGoneError(f"the client took nothing for {STALLED:.0f} s")

@@ -29,7 +29,7 @@ _LENGTH = 43  # letters after hf_: llama.cpp drops tokens with fewer than 34
 
 
 class Token(msgspec.Struct, frozen=True):
-    """A token as it is kept: who has it, what it allows on models whose names begin with a prefix, until when."""
+    """A token as it is stored: its owner, its rights on models whose names start with a prefix, and its end."""
 
     id: str
     name: str
@@ -56,7 +56,7 @@ class _Kept(msgspec.Struct, frozen=True):
 
 
 class TokenFile:
-    """The tokens in a file. What other processes change in it holds from the next request on."""
+    """The tokens in a file. Changes by other processes take effect from the next request on."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,7 +76,7 @@ class TokenFile:
         return token, secret
 
     def revoke(self, id: str) -> Token:
-        """Take a token away, by its id or its holder's name; `NotFoundError` where there is none, or several of that name."""
+        """Take a token away, by its id or its holder's name; `NotFoundError` if there is none, or several of that name."""
         with self._changing() as tokens:
             found = [token for token in tokens if token.id == id] or [token for token in tokens if token.name == id]
             if len(found) != 1:
@@ -91,7 +91,7 @@ class TokenFile:
         return tuple(sorted(self._tokens().values(), key=lambda token: token.created))
 
     def find(self, secret: str) -> Token | None:
-        """The token with this text, None where there is none or it has expired."""
+        """The token with this text, None if there is none or it has expired."""
         token = self._tokens().get(_hash(secret))
         return token if token is not None and (token.expires is None or time.time() < token.expires) else None
 

@@ -1,1 +1,1 @@
-"""What can be saved: safetensors, Hugging Face directories, state dicts, modules, .pt files, Zarr, torch DCP."""
+"""Sources to save from: safetensors, Hugging Face directories, state dicts, modules, .pt files, Zarr, torch DCP."""

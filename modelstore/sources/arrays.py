@@ -17,7 +17,7 @@ _NAMES = frozenset(name for name in DTYPES if name not in ("complex32", "float4_
 
 
 def dtype_of(name: str, kind: np.dtype[Any]) -> DType:
-    """Our dtype for NumPy's, of the tensor of that name; `UnsupportedError` where there is none."""
+    """Our dtype for NumPy's, of the tensor of that name; `UnsupportedError` if there is none."""
     if not is_tensor_dtype(kind):
         raise UnsupportedError(
             f"{name!r} has dtype {kind}, which no tensor can have: convert it, or leave it out", tensor=name

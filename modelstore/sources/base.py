@@ -1,4 +1,4 @@
-"""What a source of tensors must do."""
+"""The contract of a source of tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TensorSpec:
 
 
 class Source(Protocol):
-    """Tensors and files to save. Threads may read different tensors, or regions of one, at once."""
+    """Tensors and files to save. Threads may read different tensors, or regions of one, in parallel."""
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -43,7 +43,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str | None:
-        """The same text as long as the source holds the same bytes, so that an interrupted save can go on; None where unknown."""
+        """The same text as long as the source holds the same bytes, so that an interrupted save can go on; None if unknown."""
 
     @property
     def opened(self) -> Files:

@@ -22,9 +22,9 @@ _TAR = (257, b"ustar")  # torch before 0.2
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What of a source is saved.
+    """The parts of a source that are saved.
 
-    `key` names the model's state dict in a checkpoint; `include` is "model", or "all" for what lies beside it too; `gguf`
+    `key` names the model's state dict in a checkpoint; `include` is "model", or "all" to include the content beside it; `gguf`
     is "dequantize" or "blocks", None for the first of them.
     """
 
@@ -42,14 +42,14 @@ class Selection:
 
     @property
     def everything(self) -> bool:
-        """Whether what lies beside the weights is wanted."""
+        """Whether the content beside the weights is wanted."""
         return self.include == "all"
 
 
 def open_chosen(what: Any, choice: Selection) -> Source | None:
     """The source, where it is of a kind that has choices or is a file known by its content; None for any other.
 
-    `ValueError` where something is chosen that this kind does not have.
+    `ValueError` if something is chosen that this kind does not have.
     """
     pickled = choice.key is not None or choice.everything
     if isinstance(what, Mapping) and pickled:
@@ -102,7 +102,7 @@ def _holds_pickled(root: Path) -> bool:
 
 
 def _only(choice: Selection, what: str, *, gguf: bool = True, pickled: bool = True) -> None:
-    """`ValueError` where a choice is made that a kind of source does not have."""
+    """`ValueError` if a choice is made that a kind of source does not have."""
     if not pickled and (choice.key is not None or choice.everything):
         name = f"key={choice.key!r}" if choice.key is not None else 'include="all"'
         raise ValueError(f"{name} is for checkpoints of torch.save and mappings, and {what} is none: leave it out")

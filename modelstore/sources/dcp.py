@@ -1,7 +1,7 @@
 """Directories of `torch.distributed.checkpoint` as a source.
 
-`.metadata` is a pickle: it is read by a reader that knows DCP's own records and runs nothing. Each chunk of a tensor
-is a `torch.save` archive at a range of a `.distcp` file, found when it is first read, and read from where it lies.
+`.metadata` is a pickle: it is read by a reader that knows DCP's own records and runs nothing. Each chunk of a tensor is a
+`torch.save` archive at a range of a `.distcp` file, found when it is first read, and read in its place.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DcpSource(FiledSource[Item]):
         self._lock = threading.Lock()
 
     def place(self, spec: TensorSpec, piece: FiledBox[Item]) -> ArrayPlace:
-        """Where a chunk's bytes lie, remembered; `FormatError` where its archive is not what the metadata says."""
+        """The place of a chunk's bytes, remembered; `FormatError` if its archive is not what the metadata says."""
         with self._lock:
             known = self._placed.get(piece.where)
         if known is not None:
@@ -80,8 +80,8 @@ class DcpSource(FiledSource[Item]):
 def open_directory(root: Path) -> DcpSource:
     """A directory that `torch.distributed.checkpoint.save` wrote.
 
-    Entries that are no tensors (step counters, Python objects) are left out: `skipped` names them. Files other than
-    the checkpoint's own are kept. `FormatError` where the metadata is not valid or a chunk is missing.
+    Entries that are not tensors (step counters, Python objects) are left out: `skipped` names them. Files other than the
+    checkpoint's own are kept. `FormatError` if the metadata is not valid or a chunk is missing.
     """
     folder = scan(root, keep=frozenset({METADATA}))
     opened = Files(folder.states)
@@ -185,7 +185,7 @@ def _indexed(table: dict[Any, Any], path: Path) -> Iterator[tuple[str, Shape, Re
         name = index.get("fqn") if isinstance(index, Record) else None
         if not isinstance(name, str) or not isinstance(info, Record) or info.kind != "_StorageInfo":
             raise FormatError(f"{path}: the table of places is not valid", object=str(path))
-        if index.get("offset") is not None:  # else it is no tensor's
+        if index.get("offset") is not None:  # else it is not a tensor's
             yield name, _shape(index.get("offset"), name, path), info
 
 

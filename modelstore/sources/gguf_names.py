@@ -1,4 +1,4 @@
-"""What transformers calls the tensors of a GGUF file, and the configuration its metadata says, for the Llama family."""
+"""transformers' names for the tensors of a GGUF file, and the configuration in its metadata, for the Llama family."""
 
 from __future__ import annotations
 

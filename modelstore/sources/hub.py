@@ -73,7 +73,7 @@ def hub_id(what: object) -> tuple[str, str | None] | None:
 def cached_snapshot(folder: Path) -> Path | None:
     """The snapshot that a model's folder of a Hub cache stands for; None for any other folder.
 
-    That of `refs/main`, else the only one there is. `FormatError` where that does not tell.
+    That of `refs/main`, else the only one there is. `FormatError` if that does not tell.
     """
     if not _CACHE.fullmatch(folder.name) or not (folder / "snapshots").is_dir():
         return None
@@ -106,7 +106,7 @@ def open_hub(name: str, revision: str | None, given: str) -> Source | Path:
 
 
 def _repository(hub: Any, name: str, revision: str | None) -> Repository:
-    """What is there, pinned to the commit that the revision names now."""
+    """The repository's content, pinned to the commit that the revision names now."""
     api = hub.HfApi()
     commit = api.model_info(name, revision=revision).sha
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
@@ -175,7 +175,7 @@ def _open_fetched(hub: Any, repository: Repository, root: Path, remote: dict[Pat
 
 
 class HubFiles(Files):
-    """Files that lie at the Hub, read by ranges at one commit, which never changes; others as always."""
+    """Files at the Hub, read by ranges at one commit, which never changes; others as always."""
 
     def __init__(
         self, states: Mapping[Path, State], hub: Any, repository: Repository, remote: Mapping[Path, str]

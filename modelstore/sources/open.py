@@ -40,13 +40,13 @@ _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 def open_source(
     what: Openable, *, files: Mapping[str, str | Path | bytes] | None = None, choice: Selection | None = None
 ) -> Source:
-    """What is given, as tensors and files that can be saved; close it when done.
+    """The given source, as tensors and files that can be saved; close it when done.
 
     `what` is a path, an address of the Hub (`hf://org/name[@revision]`), a list of safetensors paths, a mapping from names
     to tensors (torch or NumPy), a `torch.nn.Module` or a `zarr.Group`. `files` adds further files, or replaces those found:
     relative POSIX path → local path, or bytes.
     `choice` says which part of a checkpoint is wanted. Single files are known by their content, not by their names.
-    `NotFoundError` where the path does not exist, `FormatError` where what is there is not valid, `UnsupportedError`
+    `NotFoundError` if the path does not exist, `FormatError` if what is there is not valid, `UnsupportedError`
     where nothing here can read it, `TypeError` for other kinds of object.
     """
     extra = checked_files(files or {})
@@ -60,7 +60,9 @@ def open_source(
 
 
 def check_holds(source: Source, what: Any, files: Mapping[str, Any] | None) -> None:
-    """Refuse a source without a tensor, as what is meant lies elsewhere; `files` that were given make a version by themselves."""
+    """Refuse a source without a tensor, as the tensors must be elsewhere; `files` that were given make a version by
+    themselves.
+    """
     if source.tensors or files:
         return
     if isinstance(what, (str, Path)):
@@ -232,7 +234,7 @@ class _WithFiles:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What is odd in the source itself, and kept."""
+        """Oddities of the source itself, which are kept."""
         said: tuple[str, ...] = getattr(self._source, "remarks", ())
         return said
 
@@ -244,7 +246,7 @@ class _WithFiles:
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """What is not saved: relative path, or entry, → why."""
+        """The entries that are not saved: relative path, or entry, → why."""
         skipped: Mapping[str, str] = getattr(self._source, "skipped", {})
         return skipped
 

@@ -29,7 +29,7 @@ _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safeten
 
 
 def open_files(paths: Sequence[Path], *, files: Mapping[str, Path | bytes] | None = None) -> SafetensorsSource:
-    """One or more `.safetensors` files as one checkpoint, in the order given. `FormatError` where a name repeats."""
+    """One or more `.safetensors` files as one checkpoint, in the order given. `FormatError` if a name repeats."""
     if not paths:
         raise ValueError("no safetensors files were given")
     for path in paths:
@@ -68,8 +68,8 @@ class SafetensorsSource(FiledSource[ArrayPlace]):
 def open_pipeline(root: Path, reading: Callable[[Mapping[Path, State]], Files] = Files) -> SafetensorsSource:
     """A pipeline of diffusers: the safetensors of each component that `model_index.json` names, every other file beside them.
 
-    The tensors' names begin with their component's: `unet/conv_in.weight`. `UnsupportedError` where a component has
-    weights in other formats alone.
+    The tensors' names start with their component's: `unet/conv_in.weight`. `UnsupportedError` if a component has weights in
+    other formats alone.
     """
     folder = scan(root)
     used: set[str] = set()
@@ -127,7 +127,7 @@ def _choose(folder: Folder, place: Weights) -> tuple[set[str], Mapping[str, str]
 
 
 def _numbered(root: Path, names: Sequence[str]) -> bool:
-    """Whether the names are one whole set `stem-00001-of-0000n`; `FormatError` where only some of it is missing."""
+    """Whether the names are one whole set `stem-00001-of-0000n`; `FormatError` if only some of it is missing."""
     found = [_NUMBERED.fullmatch(name) for name in names]
     matches = [m for m in found if m is not None]
     if not matches or len(matches) != len(names) or len({(m["stem"], int(m["count"])) for m in matches}) != 1:
@@ -146,7 +146,7 @@ def _open(
     skipped: Mapping[str, str],
     by_folder: bool = False,
 ) -> SafetensorsSource:
-    """`by_folder`: each file's tensors are named after the folder it lies in."""
+    """`by_folder`: each file's tensors are named after its folder."""
     try:
         headers = {name: _read_header(opened, path) for name, path in shards.items()}
         tables = {name: _parse(shards[name], header) for name, header in headers.items()}

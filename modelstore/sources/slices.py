@@ -1,4 +1,4 @@
-"""What one of several processes holds of a model: tensors, and slices of tensors that others hold the rest of."""
+"""The part of a model that one of several processes holds: tensors, and slices of tensors that others hold the rest of."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class SliceBounds:
-    """Where a slice lies: the whole tensor's shape, and the region of it."""
+    """The place of a slice: the whole tensor's shape, and the region of it."""
 
     shape: Shape
     region: Region
@@ -43,17 +43,17 @@ class SliceBounds:
 
 @dataclass(frozen=True)
 class PartSource:
-    """A process's own tensors as a source, by the shapes they have here; and where those lie that are slices."""
+    """A process's own tensors as a source, by the shapes they have here; and the places of those that are slices."""
 
     source: Source
     places: Mapping[str, SliceBounds] = field(default_factory=dict)
 
 
 def open_part(what: Openable, *, files: Mapping[str, str | Path | bytes] | None = None) -> PartSource:
-    """What a process gives of a model: anything that `open_source` takes, whose values may be `Slice`s and DTensors too.
+    """A process's part of a model: anything that `open_source` takes, whose values may be `Slice`s and DTensors too.
 
-    Of a DTensor's replicas the first gives the values, and the others nothing. Slices without elements are left out.
-    `ValueError` for a slice that does not lie within its tensor, `UnsupportedError` for a DTensor with sums not done yet.
+    The first of a DTensor's replicas gives the values, and the others nothing. Slices without elements are left out.
+    `ValueError` for a slice that is not within its tensor, `UnsupportedError` for a DTensor with pending sums.
     """
     own: Mapping[str, Any] = {}
     found: Mapping[str, Path | bytes] = {}
@@ -87,7 +87,7 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
 
 
 def _held(name: str, value: Any) -> tuple[Any, SliceBounds | None] | None:
-    """The values of an entry and where they lie (None: they are the whole tensor); None where another rank gives them."""
+    """The values of an entry and their place (None: they are the whole tensor); None if another rank gives them."""
     if is_dtensor(value):
         return _of_dtensor(name, value)
     if not isinstance(value, Slice):
@@ -113,9 +113,9 @@ def _placed(
 
 
 def box_of(name: str, tensor: DTensor) -> Region | None:
-    """The box of a DTensor that this process holds in `to_local()`; None where it holds nothing of it.
+    """The box of a DTensor that this process holds in `to_local()`; None if it holds nothing of it.
 
-    `UnsupportedError` where sums are not done, or what is held is no box.
+    `UnsupportedError` if sums are pending, or the local part is not a box.
     """
     if tensor.device_mesh.get_coordinate() is None:  # the tensor is not on this process
         return None

@@ -121,7 +121,7 @@ class StateDictSource:
 
 
 def open_state_dict(state: Mapping[str, Any], *, files: Mapping[str, Path | bytes] | None = None) -> StateDictSource:
-    """Named tensors (torch or NumPy) as a source; `TypeError` naming a value that is no tensor."""
+    """Named tensors (torch or NumPy) as a source; `TypeError` naming a value that is not a tensor."""
     return StateDictSource(state, files=files)
 
 
@@ -153,7 +153,7 @@ def _examine(name: str, tensor: torch.Tensor) -> tuple[TensorSpec, torch.Tensor,
 
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, detached, as a plain strided one; `UnsupportedError` where it has no dense values here."""
+    """The tensor itself, detached, as a plain strided one; `UnsupportedError` if it does not have dense values here."""
 
     def refuse(what: str, advice: str) -> UnsupportedError:
         return UnsupportedError(f"tensor {name!r} is {what}: {advice}", tensor=name)

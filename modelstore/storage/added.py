@@ -31,8 +31,8 @@ def added() -> Mapping[str, EntryPoint]:
 def open_added(scheme: str, url: str, options: Mapping[str, Any], shown: str) -> Storage:
     """The storage that the package of that scheme gives.
 
-    `UnsupportedError` where the package cannot be imported, or gives something else; `ValueError` where it has no such options;
-    `StorageError` where it fails otherwise, which names the store as `shown`, without secrets.
+    `UnsupportedError` if the package cannot be imported, or gives something else; `ValueError` if it does not have such
+    options; `StorageError` for any other failure; it names the store as `shown`, without secrets.
     """
     point = added()[scheme]
     package = point.dist.name if point.dist is not None else point.value

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from modelstore.paths import from_home
 
-# Of the protocols that people write; others are URLs, too, where they are followed by "://".
+# The protocols that people write; others are URLs, too, if they are followed by "://".
 _PROTOCOLS = (
     "abfs|abfss|az|azure|dropbox|file|ftp|gcs|gdrive|gs|hdfs|hf|http|https|local|memory|oci|oss|r2|s3|s3a|s3n|sftp|smb|ssh|"
     "webdav|webhdfs"
@@ -23,7 +23,7 @@ _MACHINE = ("", "localhost")  # hosts of a file URL that stand for this machine
 
 
 def is_url(address: str | os.PathLike[str]) -> bool:
-    """Whether it is a URL. `ValueError` where it is neither a URL nor meant as a path, such as `s3:/bucket` or `://x`."""
+    """Whether it is a URL. `ValueError` if it is neither a URL nor meant as a path, such as `s3:/bucket` or `://x`."""
     text = os.fspath(address)
     scheme, separator, rest = text.partition("://")
     if separator:

@@ -1,4 +1,4 @@
-"""What a storage must do, and nothing more. Keys are relative, '/'-separated, and validated by the caller."""
+"""The contract of a storage, and nothing more. Keys are relative, '/'-separated, and validated by the caller."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL = 4 << 20  # bytes of a record, and of the other small objects of a store
 
 
 def too_large(key: str, size: int, limit: int) -> FormatError:
-    """The error of an object that is larger than what it is to be can be."""
+    """The error of an object that is larger than it can be by its kind."""
     return FormatError(f"object {key} has {size} bytes, at most {limit} are read: run 'modelstore repair'", object=key)
 
 
@@ -31,18 +31,18 @@ class ObjectInfo(NamedTuple):
 
 
 class Storage(Protocol):
-    """Bytes at keys. All methods are synchronous and may be called from many threads at once.
+    """Bytes at keys. All methods are synchronous and may be called from many threads in parallel.
 
-    Each raises `NotFoundError` for an absent object, and `StorageError` for anything else that retries did not mend;
-    both name the object.
+    Each raises `NotFoundError` for an absent object, and `StorageError` for anything else that retries did not cure; both name
+    the object.
     """
 
     @property
     def url(self) -> str:
-        """Where this storage lies, without credentials."""
+        """The storage's URL, without credentials."""
 
     def get(self, key: str, limit: int = LARGEST) -> bytes:
-        """The whole object, for small ones (records, manifests); `FormatError` where it has more than `limit` bytes.
+        """The whole object, for small ones (records, manifests); `FormatError` if it has more than `limit` bytes.
 
         That is found out before they are read.
         """
@@ -50,7 +50,7 @@ class Storage(Protocol):
     def read(self, key: str, start: int, out: memoryview) -> None:
         """Fill `out` (bytes, writable, contiguous) with the object's bytes from `start`.
 
-        `CorruptionError` where the object ends before that.
+        `CorruptionError` if the object ends before that.
         """
 
     def create(self, key: str, data: Buffer) -> bool:
@@ -67,10 +67,10 @@ class Storage(Protocol):
         """
 
     def info(self, key: str) -> ObjectInfo | None:
-        """Size and time of an object, None where there is none."""
+        """Size and time of an object, None if there is none."""
 
     def list(self, prefix: str, *, limit: int | None = None, after: str = "") -> Iterator[ObjectInfo]:
-        """Objects whose key begins with `prefix` (which is '' or ends in '/'), at any depth, in ascending order of their keys.
+        """Objects whose key starts with `prefix` (which is '' or ends in '/'), at any depth, in ascending order of their keys.
 
         At most the first `limit` of those whose key is greater than `after`, in as few requests as the backend can.
         """
@@ -79,7 +79,7 @@ class Storage(Protocol):
         """Names of the immediate sub-folders of `prefix` (which is '' or ends in '/'), ascending."""
 
     def delete(self, key: str) -> None:
-        """Remove an object; an absent one is no error."""
+        """Remove an object; an absent one is not an error."""
 
     @property
     def local(self) -> bool:
@@ -87,10 +87,10 @@ class Storage(Protocol):
         return False
 
     def path(self, key: str) -> Path | None:
-        """The file that is the object, None where the storage is not local."""
+        """The file that is the object, None if the storage is not local."""
 
     def check_writable(self, what: str) -> None:  # noqa: ARG002
-        """Refuse `what`: `UnsupportedError` where it is open for reading only, `StorageError` where this user may not write."""
+        """Refuse `what`: `UnsupportedError` if it is open for reading only, `StorageError` if this user may not write."""
         return None
 
     def hold_spare(self) -> None:
@@ -102,6 +102,7 @@ class Storage(Protocol):
         return False
 
     def sweep(self, before: float, *, dry_run: bool = False) -> tuple[ObjectInfo, ...]:  # noqa: ARG002
-        """Remove what writers that were broken off left behind, and did not touch since `before` (Unix seconds by the storage's
-        clock); what it was, under names that are no keys. Nobody's work is disturbed. Empty where nothing can be left."""
+        """Remove leftovers of interrupted writers that were not touched since `before` (Unix seconds by the storage's clock);
+        the removed entries, under names that are not keys. Nobody's work is disturbed. Empty where nothing can be left.
+        """
         return ()

@@ -11,7 +11,7 @@ from modelstore.format.locks import Lock
 
 
 class _File:
-    """An open descriptor, and how many reads use it now; closed by whoever is last once it is retired."""
+    """An open descriptor, and how many reads use it now; the last of them closes it once it is retired."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -22,8 +22,8 @@ class _File:
 class Descriptors:
     """A bounded cache of files open for reading, safe among threads.
 
-    A descriptor is never closed while a read uses it. A file that was removed or replaced is noticed (it has no name
-    left), and what is there now is opened instead. `opener` gives a descriptor of a file by its name.
+    A descriptor is never closed while a read uses it. A file that was removed or replaced is noticed (it does not have a name
+    left), and the file that is there now is opened instead. `opener` gives a descriptor of a file by its name.
     """
 
     def __init__(self, limit: int, opener: Callable[[str], int]) -> None:
@@ -34,7 +34,7 @@ class Descriptors:
 
     @contextmanager
     def borrow(self, path: str) -> Iterator[int]:
-        """A descriptor of a file, valid within the block; `OSError` where it cannot be opened."""
+        """A descriptor of a file, valid within the block; `OSError` if it cannot be opened."""
         file = self._take(path)
         try:
             yield file.descriptor

@@ -9,7 +9,7 @@ _WRITES = ("create", "write")
 
 
 class TransientStorageError(StorageError):
-    """A failure that another attempt may mend: throttling, 5xx, a time-out, a dropped connection, a short body.
+    """A failure that another attempt may cure: throttling, 5xx, a time-out, a dropped connection, a short body.
 
     `unreachable`: nobody answered at all.
     """

@@ -1,4 +1,4 @@
-"""What a key may be: the same rules for every backend, so that a store can be copied from any to any."""
+"""The rules for keys: the same for every backend, so that a store can be copied from any to any."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def key_problem(key: str) -> str | None:
-    """Why `key` is no valid key, in a few words; None where it is one."""
+    """Why `key` is not a valid key, in a few words; None if it is one."""
     try:
         encoded = key.encode()
     except UnicodeEncodeError:

@@ -151,7 +151,7 @@ class LocalStorage(Storage):
             )
 
     def hold_spare(self) -> None:
-        """A file at the root that is no object; what a full disk took of it is written again."""
+        """A file at the root that is not an object; the part that a full disk took of it is written again."""
         with suppress(OSError), paths.folder(self.root, "") as at:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             descriptor = paths.open_in(at, SPARE, flags, f"{self.root}/{SPARE}")
@@ -203,7 +203,7 @@ class LocalStorage(Storage):
                         yield ObjectInfo(relative, status.st_size, status.st_mtime)
 
     def _entries(self, prefix: str) -> Sequence[paths.Entry]:
-        """What lies in a folder, without what cannot be a key: temporary files, and names not ours."""
+        """The entries of a folder, without those that cannot be keys: temporary files, and names not ours."""
         with self._named(prefix, "list"):
             try:
                 found = paths.entries(self.root, prefix.rstrip("/"))
@@ -225,7 +225,7 @@ class LocalStorage(Storage):
                 yield from self._look(prefix, batch)
 
     def _look(self, prefix: str, names: Sequence[str]) -> Sequence[ObjectInfo]:
-        """What objects of one folder are; those that are gone, or where a folder lies now, are left out."""
+        """The infos of objects of one folder; those that are gone, or whose place a folder has now, are left out."""
         found = []
         with self._named(prefix, "list"):
             try:
@@ -303,7 +303,7 @@ class LocalStorage(Storage):
             raise StorageError(f"{said}: {paths.explained(error)}", object=key) from error
 
     def _closed(self, key: str) -> str | None:
-        """The folder that this user may not write an object into, as it is told: the store, or one in or above it."""
+        """The folder that this user may not write an object into, for the message: the store, or one in or above it."""
         deepest = next(at for at in (self.root / key).parents if os.access(at, os.F_OK, effective_ids=True))
         if _writable(deepest):
             return None
@@ -323,7 +323,7 @@ def _info(key: str, status: os.stat_result) -> ObjectInfo | None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock a file that is open for writing; False where another holds it. A file system without locks has none that others hold.
+    """Lock a file that is open for writing; False if another holds it. A file system without locks has none that others hold.
 
     Not shared: NFS has that of files only that are open for reading.
     """
@@ -338,7 +338,7 @@ def _lock(descriptor: int) -> bool:
 
 @contextmanager
 def _unless_in_use(at: int, name: str, shown: str) -> Iterator[bool]:
-    """Whether no writer holds a temporary file open; none can begin to within the block."""
+    """Whether no writer holds a temporary file open; none can start to within the block."""
     try:
         descriptor = paths.open_in(at, name, os.O_RDWR, shown)
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from modelstore.storage.keys import check_key, check_prefix
 
 
 class _Shelf:
-    """What lies under one name, shared by all storages of that name in the process."""
+    """The objects under one name, shared by all storages of that name in the process."""
 
     def __init__(self) -> None:
         self.lock = Lock()
@@ -105,7 +105,7 @@ class MemoryStorage(Storage):
 
 
 def _of_process(name: str, process: int) -> MemoryStorage:
-    """What a pickle gives back, in the process that has the objects."""
+    """The storage for a pickle, in the process that has the objects."""
     if process != os.getpid():
         raise UnsupportedError(
             f"memory://{name} lies in the memory of another process: use a folder or a bucket to share it"

@@ -46,8 +46,8 @@ def open_storage(
     `added`), or another of fsspec's.
 
     `storage_options` are fsspec's for that protocol, or those of the other package. `engine` chooses the client of `s3://`:
-    obstore (the default) or s3fs. Nothing is asked of the network yet. What cannot create objects exclusively is refused with
-    `UnsupportedError`, unless it is opened with `read_only`; everything remote is retried.
+    obstore (the default) or s3fs. Nothing is asked of the network yet. A storage that cannot create objects exclusively is
+    refused with `UnsupportedError`, unless it is opened with `read_only`; everything remote is retried.
     """
     text, options = normal(url), dict(storage_options or {})
     if not text:
@@ -109,7 +109,9 @@ def _local(path: Path, options: dict[str, Any], engine: str | None) -> Storage:
 
 
 def _added(scheme: str, url: str, options: dict[str, Any], read_only: bool) -> Storage:
-    """As all that is remote: proved, retried, and opened anew in a forked process. Of its options none is known to be public."""
+    """Like every remote storage: proved, retried, and opened again in a forked process. None of its options is known to be
+    public.
+    """
     opened = partial(open_added, scheme, url, options, _shown(url))
     pickled: tuple[Any, ...] = (_reopened, _shown(url), {}, None, read_only, tuple(sorted(options)))
     return _remote(OpenedAnew(opened(), opened, pickled), scheme, options)
@@ -245,7 +247,7 @@ def _filesystem(
 
 
 def _remote(storage: Storage, client: str, options: dict[str, Any]) -> Storage:
-    """What passes is retried, and nothing is written before it is proved that objects are created exclusively."""
+    """Transient failures are retried, and nothing is written before exclusive creation is proved."""
     named = {name: value for name, value in os.environ.items() if name.startswith(_LEADING) or name.endswith("_PROXY")}
     way = repr((client, storage.url, sorted(options.items()), sorted(named.items())))
     return RetryingStorage(ProvedStorage(storage, name_of(way.encode())))  # a digest, as there are keys in it

@@ -19,7 +19,7 @@ _AHEAD = 8  # items a thread that are under way or done and not yet taken
 
 
 class _Work:
-    """Whether a piece of work was given up, and the work that its threads began in turn."""
+    """Whether a piece of work was given up, and the work that its threads started in turn."""
 
     def __init__(self) -> None:
         self.given_up = threading.Event()
@@ -53,7 +53,7 @@ class Pool(ThreadPoolExecutor):
         super().__init__(threads, thread_name_prefix, initializer=self._start)
 
     def give_up(self) -> None:
-        """Let the threads end what they wait for, and begin nothing more; does not wait for them."""
+        """Let the threads finish the operation that they wait for, and start nothing more; does not wait for them."""
         self._work.give_up()
         self.shutdown(wait=False, cancel_futures=True)
 
@@ -78,12 +78,12 @@ def ordered(
     memory: int | None = None,
     cost: Callable[[T], int] = lambda item: 0,  # noqa: ARG005  items that cost nothing
 ) -> Generator[U, None, None]:
-    """What `act` makes of each item, in the order of the items; `threads` threads of that name do it.
+    """The result of `act` for each item, in the order of the items; `threads` threads of that name do it.
 
     At most `ahead` items (by default 8 a thread) are under way or wait to be taken, and what they cost is at most `memory`
     bytes, except that one above it is let through alone. Items are asked for in the caller's thread, as there is room for
-    them. An error of `act` is raised in the place of its item. Whoever stops taking, also by an error, begins nothing more,
-    and goes on when the threads have stopped.
+    them. An error of `act` is raised in the place of its item. A consumer that stops taking, also by an error, starts nothing
+    more, and continues when the threads have stopped.
     """
     limit = ahead or _AHEAD * threads
     pool = Pool(threads, thread_name_prefix=name)

@@ -26,10 +26,10 @@ log = logging.getLogger("modelstore")
 class RetryingStorage(WrappingStorage):
     """Repeats what failed for a passing reason (see `causes`) for `patience` seconds, however often that is.
 
-    The time begins with the first failure, so that a long upload has it too. Pauses grow exponentially to `cap` seconds, with
-    full jitter; they end at once when the work is given up (see `pool`). The `StorageError` that remains names the object, the
-    time, the attempts and the last cause. A `create` whose answer was lost returns False when repeated: the caller recognises
-    its own bytes. A `put` is repeated if its pieces can be taken again, or none was taken.
+    The time starts with the first failure, so that a long upload has it too. Pauses grow exponentially to `cap` seconds, with
+    full jitter; they end immediately when the work is given up (see `pool`). The `StorageError` that remains names the object,
+    the time, the attempts and the last cause. A `create` whose answer was lost returns False when repeated: the caller
+    recognises its own bytes. A `put` is repeated if its pieces can be taken again, or none was taken.
     """
 
     def __init__(

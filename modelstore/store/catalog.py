@@ -43,7 +43,7 @@ class Catalog(Lookup):
     def open(self, *, create: bool = False, again: bool = False) -> StoreInfo:
         """The store's own record, read once; made where there is none and `create` allows it.
 
-        `again`: where it was read before, it is looked at anew. `OtherStoreError` where that store is not there any more.
+        `again`: if it was read before, it is read again. `OtherStoreError` if that store is not there any more.
         """
         if self._info is None:
             self._info = self._open(create)
@@ -55,7 +55,7 @@ class Catalog(Lookup):
 
     @property
     def known(self) -> StoreInfo | None:
-        """The store's own record as it was when this was opened, None where it was not."""
+        """The store's own record as it was when this was opened, None if it was not."""
         return self._info
 
     def _publish(self, key: str, data: bytes) -> bool:
@@ -122,7 +122,7 @@ class Catalog(Lookup):
     def publish_made(self, record: VersionRecord) -> bool:
         """Make a version visible that has its number already: it was made in another store, or under another name.
 
-        False where that number is taken by another record.
+        False if that number is taken by another record.
         """
         self._check_number(record.model, record.version)
         if record.deleted:
@@ -130,7 +130,7 @@ class Catalog(Lookup):
         return Reliance(self._storage, record.model, record.variants).create(record, self._create_version) is not None
 
     def published(self, model: str, writer: str, entry: VariantEntry, *, after: int) -> VersionRecord | None:
-        """The version above `after` that a writer made of an entry's content; None where there is none.
+        """The version above `after` that a writer made of an entry's content; None if there is none.
 
         Each version is known by its first record.
         """
@@ -161,8 +161,8 @@ class Catalog(Lookup):
     ) -> VersionRecord:
         """Make variants of a live version visible, all at once.
 
-        `instead_of`: the manifest that a variant had, where it is to be replaced. `ConflictError` where a name is taken by
-        another manifest, or the version went away.
+        `instead_of`: the manifest that a variant had, if it must be replaced. `ConflictError` if a name is taken by another
+        manifest, or the version went away.
         """
         reliance = Reliance(self._storage, model, entries)
         for _ in range(_RACES):
@@ -200,7 +200,7 @@ class Catalog(Lookup):
     ) -> VersionRecord:
         """Point a variant of a live version at another manifest of the same tensors (repair, metrics).
 
-        `ConflictError` where it has not the manifest `instead_of` any more.
+        `ConflictError` if it no longer has the manifest `instead_of`.
         """
         for _ in range(_RACES):
             head = self.version(model, version)
@@ -224,7 +224,7 @@ class Catalog(Lookup):
     ) -> VersionRecord:
         """Delete a version (for good), or one variant of it; `ConflictError` while a tag names the version.
 
-        `only`: the number of the record that it must have still; `ConflictError` where it was changed since.
+        `only`: the number of the record that it must have still; `ConflictError` if it was changed since.
         """
         for _ in range(_RACES):
             head = self._to_delete(model, version) if variant is None else self.version(model, version)
@@ -279,14 +279,14 @@ class Catalog(Lookup):
     ) -> TagRecord | None:
         """Let a tag name a live version; version 0 removes the tag.
 
-        Who deletes the version at the same instant looks at its tags after that, and who sets the tag at the version after
-        that: one of the two finds the other, and the tag names again what it named before. `NotFoundError` then.
+        A caller who deletes the version at the same instant looks at its tags after that, and the tag setter looks at the
+        version after that: one of the two finds the other, and the tag names again what it named before. `NotFoundError` then.
 
         `instead_of`: the version that it must name still; None, and nothing is changed, where it names another.
         """
         self._check_live(model, version)
         for _ in range(_RACES):
-            number = self._tag_number(model, tag) + 1  # told by the key, so that a damaged tag can be set anew
+            number = self._tag_number(model, tag) + 1  # told by the key, so that a damaged tag can be set again
             if instead_of is not None:
                 head = self._tag_head(model, tag)
                 if head is None or head.version != instead_of:
@@ -312,7 +312,7 @@ class Catalog(Lookup):
         for _ in range(_RACES):
             head = self._tag_head(model, tag)
             if head is None or head.version != version:
-                return  # somebody else did, or set it anew
+                return  # somebody else did, or set it again
             before = noting([], lambda number=head.number: self._tagged(model, tag, number - 1)) or 0  # type: ignore[misc]
             record = TagRecord(FORMAT, model, tag, head.number + 1, writer, time.time(), before)
             if self._publish(rec.tag_key(model, tag, record.number), seal(record)):
@@ -321,7 +321,7 @@ class Catalog(Lookup):
                 version = before  # and it was deleted meanwhile, too
 
     def _tagged(self, model: str, tag: str, number: int) -> int:
-        """The version that a record of a tag names, 0 where there is none, or it is not live."""
+        """The version that a record of a tag names, 0 if there is none, or it is not live."""
         if number < 1:
             return 0
         key = rec.tag_key(model, tag, number)
@@ -353,7 +353,7 @@ class Catalog(Lookup):
     def _own(self, key: str, kind: type[R], record: R) -> bool:
         try:
             return rec.parse(self._storage.get(key, SMALL), kind, key) == record
-        except (NotFoundError, *UNREADABLE):  # something that is no record takes the number
+        except (NotFoundError, *UNREADABLE):  # something that is not a record takes the number
             return False
 
     def _to_delete(self, model: str, version: int) -> VersionRecord:

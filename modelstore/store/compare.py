@@ -1,4 +1,4 @@
-"""What differs between two variants, from their manifests alone."""
+"""The differences between two variants, from their manifests alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be read is named, and does not keep anything else from being read."""
+"""Names the objects that cannot be read, so that they do not keep others from being read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNREADABLE = (FormatError, CorruptionError, StorageError, UnsupportedError)
 
 
 def listed(storage: Storage, key: str) -> bytes:
-    """The bytes of a record that a listing has, and that nobody removes: what is not to be had is damaged."""
+    """The bytes of a record that a listing has, and that nobody removes: if it cannot be had, it is damaged."""
     try:
         return storage.get(key, SMALL)
     except NotFoundError as error:
@@ -43,7 +43,7 @@ def naming(what: str, model: str) -> Iterator[None]:
 
 
 def noting(damaged: Damaged | None, act: Callable[[], T]) -> T | None:
-    """What `act` gives; None, and the error in the list, where something cannot be read. Without a list it is raised."""
+    """The result of `act`; None, and the error in the list, if something cannot be read. Without a list it is raised."""
     try:
         return act()
     except UNREADABLE as error:

@@ -36,7 +36,7 @@ def model_info(
 
 
 def problem(error: ModelStoreError, model: str) -> Problem:
-    """What an error says, as an entry of a report; it names the model that this is of."""
+    """An error as an entry of a report; it names the model that this is of."""
     text, of = str(error), error.model or model
     if of and repr(of) not in text and not isinstance(error, StorageError):  # a network is of no model
         text = f"of model {of!r}: {text}"
@@ -51,7 +51,7 @@ def version_info(record: VersionRecord, tags: Mapping[str, int]) -> VersionInfo:
 
 
 def log_entry(record: VersionRecord, tags: Mapping[str, int]) -> LogEntry:
-    """What the newest record of a version says of it as history."""
+    """The newest record of a version, as an entry of its history."""
     note, original = record.note or Note(), record.variants[ORIGINAL]
     return LogEntry(
         record.version,

@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 def freeing(storage: Storage, work: Callable[[], T]) -> T:
-    """What `work` gives; where the storage is full it is done again in the space that was held, and what is left is held again.
+    """The result of `work`; if the storage is full, it is done again in the space that was held, and the rest is held again.
 
-    The work must be one that can be broken off and done again. `StorageError` where nothing was held, or it is not enough.
+    The work must be one that can be broken off and done again. `StorageError` if nothing was held, or it is not enough.
     """
     try:
         return work()

@@ -32,7 +32,7 @@ class Lookup:
     def models(self, *, closed: bool = False) -> list[str]:
         """Names of all models that have records, ascending.
 
-        `closed`: a folder that cannot be listed is no error, but named as a model, of which reading then says why.
+        `closed`: a folder that cannot be listed is not an error, but named as a model; reading it then says why.
         """
         found = []
         for first in self._storage.folders(rec.MODELS):
@@ -49,13 +49,13 @@ class Lookup:
         return sorted(filter(is_model, found))
 
     def recorded(self) -> list[str]:
-        """Those of them of which there is a record: in a folder that is no store others may have such names."""
+        """Those of them that have a record: in a folder that is not a store, others may have such names."""
         return [model for model in self.models() if self.head(model) is not None]
 
     def versions(self, model: str, damaged: Damaged | None = None) -> list[VersionRecord]:
         """The newest record of every version of a model, deleted ones too, oldest version first.
 
-        Where one cannot be read it is added to `damaged`, and the others are given; without that list it is an error.
+        If one cannot be read, it is added to `damaged`, and the others are given; without that list it is an error.
         """
         keys = noting(damaged, lambda: [key for _, key in self._heads(model, None)]) or []
         found = ordered(
@@ -77,7 +77,7 @@ class Lookup:
     def newest(self, model: str) -> VersionRecord:
         """The newest live version of a model: one listing and one read, however many versions there are.
 
-        Where a record that may be it is damaged, the error names the newest version that can be read.
+        If a record that may be it is damaged, the error names the newest version that can be read.
         """
         for limit in (_NEWEST, None):
             for _, key in self._heads(model, limit):
@@ -96,7 +96,7 @@ class Lookup:
         return type(error)(f"{error}{advice}", model=model, object=error.object)
 
     def highest(self, model: str) -> int:
-        """The highest number that a version of a model ever had, 0 where it never had one.
+        """The highest number that a version of a model ever had, 0 if it never had one.
 
         Told by the keys alone, so that a damaged record's number is not used again. One that is so high that it would end the
         numbering counts only if a valid record tells that it was a version.
@@ -165,7 +165,7 @@ class Lookup:
 
     @staticmethod
     def variant(record: VersionRecord, variant: str) -> VariantEntry:
-        """The entry of a version's variant; `NotFoundError` where it has none of that name."""
+        """The entry of a version's variant; `NotFoundError` if it has none of that name."""
         if variant not in record.variants:
             known = ", ".join(record.variants)
             like = suggestion(variant, record.variants)
@@ -194,7 +194,7 @@ class Lookup:
         return {head.tag: head.version for head in heads if head and head.version}
 
     def head(self, model: str, tag: str | None = None) -> str | None:
-        """The key of the newest record of a model, or of one of its tags; None where there is none.
+        """The key of the newest record of a model, or of one of its tags; None if there is none.
 
         One request. As long as it is the same key, the newest version, or what the tag names, is the same.
         """
@@ -202,14 +202,14 @@ class Lookup:
         return next(iter(self._keys(prefix, 1)), None)
 
     def maker(self, model: str, version: int) -> str | None:
-        """Who made a version visible, None where that cannot be said: it is damaged, or there is no such version."""
+        """The maker of a version, None if it cannot be found: the version is damaged, or does not exist."""
         record = self._first(model, version)
         return record.writer if record is not None else None
 
     # ------------------------------------------------------------------ within
 
     def _first(self, model: str, version: int) -> VersionRecord | None:
-        """The record that made a version visible, None where it cannot be read, or that number was left out by a copy."""
+        """The record that made a version visible, None if it cannot be read, or that number was left out by a copy."""
         with suppress(NotFoundError):
             return noting([], lambda: self.first(model, version))
         return None
@@ -244,7 +244,7 @@ class Lookup:
         return None
 
     def _tag_number(self, model: str, tag: str) -> int:
-        """The number of a tag's newest record, 0 where it has none."""
+        """The number of a tag's newest record, 0 if it has none."""
         prefix = rec.tag_prefix(model, tag)
         return next((rec.record_number(key, prefix) or 0 for key in self._keys(prefix, 1)), 0)
 

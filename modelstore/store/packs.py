@@ -25,7 +25,7 @@ PACK_BYTES = 128 << 20
 
 
 class TensorNote(msgspec.Struct, frozen=True):
-    """What a pack says of a tensor that has chunks in it, so that the data can be read by the pack alone."""
+    """A pack's note on a tensor that has chunks in it, so that the data can be read by the pack alone."""
 
     dtype: str
     shape: Shape
@@ -42,7 +42,7 @@ class PackNote(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass(slots=True)
 class PackBuilder:
-    """A pack being filled in memory. Entries lie in the order in which they are added."""
+    """A pack being filled in memory. Entries are stored in the order in which they are added."""
 
     entries: list[HeaderEntry] = field(default_factory=list)
     pieces: list[Buffer] = field(default_factory=list)
@@ -71,7 +71,7 @@ class PackBuilder:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """A finished pack: its name, its bytes, and where its data begins."""
+    """A finished pack: its name, its bytes, and the start of its data."""
 
     digest: str
     pieces: Iterable[Buffer]  # to be taken more than once
@@ -87,7 +87,7 @@ def finish(builder: PackBuilder, metadata: Mapping[str, str]) -> Pack:
 
 
 def data_start(storage: Storage, key: str) -> int:
-    """Where the data of a pack begins, as its first bytes say; 0 where they cannot be right, or it is gone."""
+    """The start of the data of a pack, from its first bytes; 0 if they cannot be right, or it is gone."""
     prefix = np.empty(PREFIX, np.uint8)
     info = storage.info(key)
     try:
@@ -106,7 +106,7 @@ def copy_pack(model: str, digest: str, data: bytes) -> Pack:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A stored pack's header: its entries, its metadata, where its data begins, and the object's size."""
+    """A stored pack's header: its entries, its metadata, the start of its data, and the object's size."""
 
     entries: list[HeaderEntry]
     metadata: dict[str, str]
@@ -115,7 +115,7 @@ class Opened:
 
 
 def open_pack(storage: Storage, key: str) -> Opened:
-    """A stored pack's header; `NotFoundError` or `FormatError` where there is none."""
+    """A stored pack's header; `NotFoundError` or `FormatError` if there is none."""
     info = storage.info(key)
     if info is None:
         raise NotFoundError(f"there is no object {key}: run 'modelstore repair'", object=key)
@@ -134,7 +134,7 @@ def manifest_copies(storage: Storage) -> list[tuple[str, str, str]]:
         try:
             metadata = open_pack(storage, key).metadata
         except ModelStoreError:
-            return None  # a damaged pack is no copy; where it is needed, it is reported
+            return None  # a damaged pack is not a copy; if it is needed, it is reported
         if metadata.get("kind") != "manifest":
             return None
         return metadata.get("model", ""), metadata.get("manifest", ""), key.rpartition("/")[2].partition(".")[0]

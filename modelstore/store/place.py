@@ -1,4 +1,4 @@
-"""Where a store may be made: not among another one's objects, and not among files of others; whether it is still there."""
+"""Places for a new store: not among another one's objects, and not among files of others; whether it is still there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger("modelstore")
 _LOOKS = 100  # objects of a place without `modelstore.json` that are looked at: one request
 _PASSING = tuple(folder for folder in rec.FOLDERS if folder not in (rec.PACKS, rec.MODELS))  # notes of works
 _NAMED = 3  # of these in a message
-# What file systems and their tools put into a folder by themselves.
+# Files that file systems and their tools put into a folder by themselves.
 _LITTER = re.compile(
     r"lost\+found|\.(DS_Store|snapshots?|zfs|Trash.*|nfs.*|fuse_hidden.*|directory|fseventsd|Spotlight-V100|_.*)"
     r"|\.(keep|git(keep|ignore|attributes))|Thumbs\.db|desktop\.ini|System Volume Information|\$RECYCLE\.BIN|@eaDir"
@@ -35,7 +35,7 @@ class OtherStoreError(StorageError):
 
 
 def same_store(storage: Storage, known: StoreInfo | None) -> StoreInfo:
-    """The record of the store that is there now; `OtherStoreError` where none is, or another than the `known` one.
+    """The record of the store that is there now; `OtherStoreError` if none is, or another than the `known` one.
 
     One request. A file system that was unmounted leaves an empty folder, in which everything could be written as before.
     """
@@ -58,10 +58,10 @@ def same_store(storage: Storage, known: StoreInfo | None) -> StoreInfo:
 
 
 def check_place(storage: Storage) -> None:
-    """Refuse a place where no store is to be made; `storage` has no `modelstore.json`.
+    """Refuse a place where no store may be made; `storage` does not have a `modelstore.json`.
 
-    `UnsupportedError` within another store, which would take its own objects for the new one's; `ConflictError` where files lie
-    that are no store's, or those of one that lost its record.
+    `UnsupportedError` within another store, which would take its own objects for the new one's; `ConflictError` if there are
+    files that are not a store's, or those of one that lost its record.
     """
     _not_within(storage)
     names = _names(storage)
@@ -78,7 +78,7 @@ def check_place(storage: Storage) -> None:
 
 
 def store_at(folder: Path) -> Path | None:
-    """The store that a folder is, or among whose own objects it lies, there or not; None where there is none."""
+    """The store that a folder is, or that has the folder among its own objects, there or not; None if there is none."""
     for above in (folder, *folder.parents):
         inner = folder.relative_to(above).parts
         if (not inner or f"{inner[0]}/" in rec.FOLDERS) and os.path.isfile(above / rec.STORE_KEY):  # noqa: PTH113  none fails
@@ -87,10 +87,10 @@ def store_at(folder: Path) -> Path | None:
 
 
 def check_mirror(storage: Storage) -> None:
-    """Refuse as a mirror a place that answers, and has no store: `NotFoundError`. One request, which is made once.
+    """Refuse as a mirror a place that answers, but is not a store: `NotFoundError`. One request, which is made once.
 
-    What cannot be reached is let pass, since work without it goes on: it is told when something of it is needed. So is a store
-    that lost its record, as what it holds can still mend another.
+    An unreachable one is accepted, since work without it continues: the error comes when something of it is needed. So is a
+    store that lost its record, as its content can still repair another.
     """
     try:
         at_once(storage).get(rec.STORE_KEY, SMALL)
@@ -107,13 +107,13 @@ def check_mirror(storage: Storage) -> None:
 
 
 def told_of(storage: Storage) -> str:
-    """What to say of a place that has no store."""
+    """The message about a place that is not a store."""
     found, empty = _found(storage)
     return f"{found}: {'save a model to make one, or ' if empty else ''}check the address"
 
 
 def _found(storage: Storage) -> tuple[str, bool]:
-    """What is in a place that has no store, and whether it is nothing."""
+    """The content of a place that is not a store, and whether it is nothing."""
     inside = storage.path(rec.STORE_KEY)
     if inside is not None and inside.parent.exists() and not inside.parent.is_dir():
         return f"{storage.url} is a file, and a store is a folder", False
@@ -134,9 +134,9 @@ def _not_within(storage: Storage) -> None:
 
 
 def _names(storage: Storage) -> list[str]:
-    """The first names of what lies in a place, but for litter and what is there for a moment, before a store is made.
+    """The first names in a place, without litter and files that are there for a moment, before a store is made.
 
-    Only its top is looked at, so that what lies deeper, and may be large or closed, does not matter.
+    Only its top is looked at, so that deeper content, which may be large or closed, does not matter.
     """
     for look in (lambda: storage.folders(""), lambda: _files(storage)):  # the folders are told in one request
         with suppress(ModelStoreError):  # not everything that can be written to can be listed

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class GoneError(ConflictError):
-    """What was to be published relies on an object that is gone. Nothing is visible; the same work can be done again.
+    """A publication relies on an object that is gone. Nothing is visible; the same work can be done again.
 
     `missing`: it was looked for and is not there; otherwise a collection is removing it.
     """
@@ -50,9 +50,10 @@ class GoneError(ConflictError):
 
 
 def again(work: Callable[[], T]) -> T:
-    """Do a work; where what it relied on was removed meanwhile, do it anew: it then finds that, and stores it.
+    """Run an operation; if an object it relied on was removed meanwhile, run it again: it then finds that, and stores the
+    object.
 
-    Where the same object is missing once more, nobody removed it meanwhile: it is missing for good, and the error says so.
+    If the same object is missing once more, nobody removed it meanwhile: it is missing for good, and the error says so.
     """
     lacking: str | None = None
     for left in reversed(range(_TRIES)):
@@ -128,9 +129,9 @@ class Reliance:
         self._needed = self._need()
 
     def create(self, record: VersionRecord, create: Callable[[VersionRecord], bool]) -> VersionRecord | None:
-        """Create a record with these variants; None where its number is taken, in which case `create` is called no more.
+        """Create a record with these variants; None if its number is taken, in which case `create` is called no more.
 
-        `GoneError` where something that it relies on is gone; nothing is visible then.
+        `GoneError` if something that it relies on is gone; nothing is visible then.
         """
         for _ in range(_TRIES):
             record = msgspec.structs.replace(record, variants={**record.variants, **self.entries})
@@ -185,7 +186,7 @@ def hold(
 ) -> None:
     """Keep what a record relies on whose number is not known yet, until `release`.
 
-    `coming` says, once all is announced, which objects are yet to be stored: all others have to be there. `GoneError` where
+    `coming` says, once all is announced, which objects are yet to be stored: all others have to be there. `GoneError` if
     some of it is gone, or about to be removed; nothing is held then.
     """
     key = hs.intent_key(id)
@@ -207,7 +208,7 @@ def release(storage: Storage, id: str) -> None:
 
 
 def condemned_among(storage: Storage, needed: Collection[str]) -> set[str]:
-    """Of these objects those that collections are removing. A collection that only thinks of it is stopped.
+    """Those of these objects that collections are removing. A collection that only thinks of it is stopped.
 
     So is one whose candidates are damaged; a damaged verdict is taken to name all its candidates, of which it is a part.
     """
@@ -222,7 +223,7 @@ def condemned_among(storage: Storage, needed: Collection[str]) -> set[str]:
             with suppress(*DAMAGED):
                 wanted = _read(storage, candidates)
                 if wanted is None or not any(key in needed for key in wanted.objects):
-                    continue  # it is over, and what is there stays there; or it wants nothing of this
+                    continue  # it is over, and its content stays; or it needs nothing of this
             storage.create(verdict, hs.encode(Condemned(FORMAT, uuid.uuid4().hex, ())))
         try:
             pronounced = _read(storage, verdict)

@@ -1,8 +1,8 @@
 """Gives a model another name: new records under it, then the old ones are deleted. No pack is written.
 
 Each version is made under the new name before it is deleted under the old one, the newest first: at every instant every
-version is there under one name or both, and the newest of the new name is the newest. What was interrupted goes on when it is
-started again: versions made by it are known by their writer, which is made of both names and the old number.
+version is there under one name or both, and the newest of the new name is the newest. An interrupted renaming continues when
+it is started again: versions made by it are known by their writer, which is made of both names and the old number.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _ROUNDS = 1000  # how often what others did meanwhile is looked for again
 def rename(repo: Repo, old: str, new: str) -> Renamed:
     """Give all live versions of `old`, and its tags, to `new`.
 
-    Versions keep their numbers where `new` was never used, else all move up by as much as is needed. `ConflictError` where
-    `new` has live versions that are not of this very work; `NotFoundError` where there is no `old`.
+    Versions keep their numbers where `new` was never used, else all move up by as much as is needed. `ConflictError` if
+    `new` has live versions that are not of this very work; `NotFoundError` if there is no `old`.
     """
     if old == new:
         raise ValueError(f"model {old!r} has that name already: give another")
@@ -114,7 +114,7 @@ class _Renaming:
             left += [(newer, newer.version + up) for newer in reversed(records) if newer.version >= one.version]
 
     def _publish(self, record: VersionRecord, number: int) -> bool:
-        """Make a version under the new name; False where the number is another's."""
+        """Make a version under the new name; False if the number is another's."""
         self._write_manifests(record.variants.values())
         made = msgspec.structs.replace(
             record,
@@ -167,7 +167,7 @@ class _Renaming:
         """Bring variants that were made or replaced since the version was made under the new name."""
         there = self._catalog.version(self._new, self.moved[head.version])
         if there.deleted:
-            return  # by somebody who no longer wants it
+            return  # by a process that no longer needs it
         first = self._catalog.first(self._new, there.version)
         ours = there.writer == self._writer(head.version)  # nobody has changed it since this renaming did
         fresh = {
@@ -200,10 +200,10 @@ class _Renaming:
 
 
 def _changed(old: VariantEntry, copied: VariantEntry | None, new: VariantEntry | None, *, ours: bool) -> bool:
-    """Whether a variant of the old name is to be brought to the new one: it is not what was `copied`, and `new` is.
+    """Whether a variant of the old name must be brought to the new one: it is not what was `copied`, and `new` is.
 
-    Told by what the records name, since the clocks of those who made them may differ. Where both names changed, the new
-    name's counts.
+    Told by what the records name, since the clocks of those who made them may differ. If both names changed, the new name's
+    change counts.
     """
     if copied is not None and old.manifest == copied.manifest:
         return False  # as it was copied: what the new name has, or has no more, is later

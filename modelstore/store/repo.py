@@ -1,4 +1,4 @@
-"""A store as its parts hand it along: where its bytes lie, and who reads its records and manifests."""
+"""A store as its parts pass it along: its storage, and the readers of its records and manifests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of packs that lie near each other are read at once: which, and how."""
+"""Groups neighbouring bytes of packs into one read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
 
 def runs(items: Iterable[T], span: Callable[[T], Span]) -> Iterator[list[T]]:
-    """Items, in their order, by what is read at once: each follows the one before in the same pack, with little between them."""
+    """Items, in their order, grouped by read: each follows the one before in the same pack, with little between them."""
     run: list[T] = []
     first = last = Span("", 0, 0)
     for item in items:
@@ -44,7 +44,7 @@ def runs(items: Iterable[T], span: Callable[[T], Span]) -> Iterator[list[T]]:
 
 
 def read(storage: Storage, run: Sequence[Span]) -> list[Bytes]:
-    """The bytes of a run's spans, unchecked, in one request; `NotFoundError` or `CorruptionError` where not all are there."""
+    """The bytes of a run's spans, unchecked, in one request; `NotFoundError` or `CorruptionError` if not all are there."""
     pack, start, _ = run[0]
     data = np.empty(run[-1].stop - start, np.uint8)
     storage.read(pack_key(pack), start, view(data))

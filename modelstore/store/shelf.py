@@ -1,7 +1,7 @@
-"""What lies in the store already, and whether a save may rely on it: it is there, whole, and what its name says.
+"""The content that is already in the store, and whether a save may rely on it: it is there, whole, and matches its name.
 
-A pack is read and digested once in a process, before the first chunk in it is referred to; as long as the storage says that it is
-the same object, that counts. All of a pack that is not good is stored anew. A save of the same content makes the same pack
+A pack is read and digested once in a process, before the first chunk in it is referred to; as long as the storage says that it
+is the same object, that counts. All contents of a bad pack are stored again. A save of the same content makes the same pack
 again, so that the bad one is replaced, for older versions and other models too.
 """
 
@@ -34,7 +34,7 @@ _lock = Lock()
 
 
 class Shelf:
-    """What one save may rely on. Safe to use from many threads."""
+    """The content that one save may rely on. Safe to use from many threads."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -96,7 +96,7 @@ class Shelf:
                 )
 
     def put(self, pack: Pack) -> bool:
-        """Store a pack unless a good one lies there; whether there was none.
+        """Store a pack unless a good one is there; whether there was none.
 
         One that is old is written again, so that garbage collection leaves it alone.
         """
@@ -109,9 +109,9 @@ class Shelf:
         return not good
 
     def heal(self, manifests: Sequence[Manifest], known: Mapping[bytes, Location]) -> None:
-        """Make packs again that were found bad, of chunks that are right: `known` says where those lie that were stored anew.
+        """Make bad packs again, of chunks that are right: `known` has the places of those that were stored again.
 
-        What cannot be made again is left as it is; nothing new refers to it, so that no save fails of it.
+        A pack that cannot be made again is left as it is; nothing new refers to it, so no save fails because of it.
         """
         bad = [
             pack

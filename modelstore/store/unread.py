@@ -1,4 +1,4 @@
-"""What could not be read is not known to be damaged: it is told apart, and told once."""
+"""An object that could not be read is not known to be damaged: it is reported differently, and once."""
 
 from __future__ import annotations
 

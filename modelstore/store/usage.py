@@ -1,4 +1,6 @@
-"""What models, versions and variants hold of a store's packs, alone and shared, and what nothing holds."""
+"""The content of a store's packs that models, versions and variants hold, alone and shared, and the content that nothing
+holds.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ Extents = NDArray[np.uint64]  # lines of pack, offset, length
 
 
 def usage(repo: Repo, model: str | None = None) -> StoreUsage:
-    """What is held in a store; versions and variants, and the models listed, are those of `model` where one is given.
+    """The usage of a store; versions and variants, and the models listed, are those of `model` if one is given.
 
     Manifests of everything live are read, and all objects listed; no weights are.
     """
@@ -71,7 +73,7 @@ class _Counting:
         return np.stack([numbers[manifest.pack], manifest.offset, manifest.length], axis=1)
 
     def held(self, model: str | None) -> tuple[tuple[Usage, ...], tuple[Usage, ...], tuple[Usage, ...]]:
-        """Of models, versions, variants."""
+        """Bytes held by models, versions, variants."""
         every, at = np.unique(np.concatenate(self.places or [_NONE]), axis=0, return_inverse=True)
         ends = np.cumsum([len(places) for places in self.places])[:-1]
         ids = np.split(at.reshape(-1), ends) if self.places else []
@@ -117,7 +119,7 @@ _NONE: Extents = np.zeros((0, 3), np.uint64)
 def _alone(
     groups: Mapping[tuple[str | int, ...], Sequence[NDArray[np.int64]]], lengths: NDArray[np.uint64], model: str | None
 ) -> Iterator[Usage]:
-    """What each group holds, and holds alone; those of a model, or all."""
+    """The bytes that each group holds, and holds alone; those of a model, or all."""
     holders = np.zeros(len(lengths), np.int64)
     ids = {name: np.unique(np.concatenate(held)) for name, held in groups.items()}
     for held in ids.values():

@@ -40,7 +40,7 @@ class Watch(Iterator[VersionInfo]):
         raise StopIteration
 
     def look(self) -> VersionInfo | None:
-        """The version that is to be given now, None where it is the last one still; does not wait."""
+        """The version to give now, None if it is still the last one; does not wait."""
         ref = self._ref
         head = self._catalog.head(ref.name, ref.tag)
         if head is None or head == self._seen:
@@ -51,7 +51,7 @@ class Watch(Iterator[VersionInfo]):
             record = self._catalog.resolve(ref)
         except NotFoundError:  # all versions were deleted, or the tag removed
             return None
-        # Where the newest record is of a deleted version, what happens to older ones does not show in its key.
+        # If the newest record is of a deleted version, changes to older ones do not show in its key.
         seen = head if ref.tag is not None or head.startswith(version_prefix(ref.name, record.version)) else None
         if record.version == self._last:
             self._seen = seen
@@ -61,7 +61,7 @@ class Watch(Iterator[VersionInfo]):
         return info
 
     def close(self) -> None:
-        """End the iteration; a `next` that waits returns at once."""
+        """End the iteration; a waiting `next` returns immediately."""
         self._closed.set()
 
     def __enter__(self) -> Watch:

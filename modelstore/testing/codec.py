@@ -1,4 +1,4 @@
-"""What every exact codec must do: subclass `ExactCodecContract`, give `codec`, and pytest runs it all."""
+"""The contract of every exact codec: subclass `ExactCodecContract`, give `codec`, and pytest runs it all."""
 
 from __future__ import annotations
 

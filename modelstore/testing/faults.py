@@ -60,7 +60,7 @@ class CountingStorage(WrappingStorage):
 
 
 class Killed(BaseException):
-    """The process is to be thought dead: nothing catches this on its way out, and no later operation works."""
+    """The process counts as dead: nothing catches this on its way out, and no later operation works."""
 
 
 class FaultyStorage(WrappingStorage):

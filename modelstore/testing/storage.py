@@ -1,4 +1,4 @@
-"""What every storage must do; each backend inherits it."""
+"""The contract of every storage; each backend inherits it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class StorageContract:
         return bytes(out)
 
     def leave_behind(self, storage: Storage) -> str | None:  # noqa: ARG002
-        """Leave in an empty storage what a killed writer would, and give its name; None where nothing can be left."""
+        """Leave in an empty storage what a killed writer would, and give its name; None if nothing can be left."""
         return None
 
     def keys(self, storage: Storage, prefix: str = "", limit: int | None = None) -> list[str]:

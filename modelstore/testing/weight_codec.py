@@ -1,4 +1,4 @@
-"""What every codec that compresses weights must do: subclass `WeightContract`, give `codec`, and pytest runs it all."""
+"""The contract of every codec that compresses weights: subclass `WeightContract`, give `codec`, and pytest runs it all."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def cuts(shape: Shape, units: Shape, most: int = 4) -> list[Region]:
 
 
 class WeightContract:
-    """What a codec promises beyond the interface is said in these."""
+    """These fields say what a codec promises beyond the interface."""
 
     codec: Any  # a Codec and WeightCodec
     exact_size: ClassVar[bool] = True  # size() is what is stored; else it is so within `size_factor` either way

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 
 import pytest
 
-from tests.test_house import ROOT
+from tests.test_house import FILES, ROOT, parse, where
 
 TOP = ROOT.parent
 PAGES = [*sorted((TOP / "docs").glob("*.md")), TOP / "README.md", TOP / "CONTRIBUTING.md"]
@@ -68,3 +69,23 @@ def test_pages_are_in_plain_english(page: object) -> None:
 )
 def test_hung_and_old_sentences_are_found(text: str, hits: int) -> None:
     assert len(found(text)) == hits, found(text)
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Each public module, class and function, and its docstring without quotations. A reader's "want" is a term."""
+    for path in FILES:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                name = "" if isinstance(node, ast.Module) else node.name
+                text = re.sub(r'"[^"]*"|\bwants?\b', "…", ast.get_docstring(node) or "")
+                if text and not name.startswith("_"):
+                    yield f"{where(path)} {name}", text
+
+
+def test_docstrings_are_in_plain_english() -> None:
+    wrong = [f"{place}: {hit}" for place, text in docstrings() for hit in found(text)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_there_are_docstrings_to_look_at() -> None:
+    assert len(list(docstrings())) > 1500

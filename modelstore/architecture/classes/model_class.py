@@ -38,7 +38,7 @@ class Built:
     """A model without weights, and how transformers renames and converts a checkpoint's tensors while it loads them.
 
     `rename(name, known)`: the parameter that a stored tensor goes to, and the source pattern of the converter that makes it of
-    several tensors, None where the tensor is the parameter. `converters`: by source pattern. `by`: what built it.
+    several tensors, None if the tensor is the parameter. `converters`: by source pattern. `by`: what built it.
     """
 
     model: Any
@@ -50,7 +50,7 @@ class Built:
 def build(config: Config, tensors: int) -> Built:
     """The model of so many tensors that a `config.json` describes.
 
-    `NotInstalledError` without transformers, `UnsupportedError` where transformers does not know the model, or cannot build it.
+    `NotInstalledError` without transformers, `UnsupportedError` if transformers does not know the model, or cannot build it.
     """
     try:
         import transformers
@@ -90,7 +90,7 @@ def is_imported(config: Config) -> bool:
 
 
 def _model(transformers: Any, config: Config, tensors: int) -> Any:
-    """The model on torch's meta device. `UnsupportedError` where transformers cannot build it."""
+    """The model on torch's meta device. `UnsupportedError` if transformers cannot build it."""
     import torch
 
     kind = model_type(config)
@@ -119,7 +119,7 @@ def _mappings(known: Any) -> Sequence[Mapping[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A config without what chooses kernels or fetches, and with the numbers that JSON has no word for.
+    """A config without the entries that choose kernels or fetch, and with the numbers that JSON has no word for.
 
     transformers writes those as {"__float__": "Infinity"}.
     """

@@ -35,13 +35,13 @@ class Parameters:
     tied: Mapping[str, str]
 
     def of(self, wanted: Iterable[str]) -> list[Made]:
-        """What makes these parameters, each once."""
+        """The recipes of these parameters, each once."""
         found = {id(one): one for name in wanted for one in [self.made[self.tied.get(name, name)]]}
         return list(found.values())
 
 
 def parameters(built: Built, stored: Collection[str]) -> Parameters:
-    """What makes each entry of the model's `state_dict`. `FormatError` names those that nothing makes."""
+    """The recipe of each entry of the model's `state_dict`. `FormatError` names those that nothing makes."""
     from transformers.core_model_loading import dot_natural_key
 
     known: dict[str, Any] = dict(built.model.state_dict(keep_vars=True))
@@ -97,7 +97,7 @@ def values(
 
 
 def _place(model: torch.nn.Module, name: str) -> torch.Tensor | None:
-    """The model's parameter or buffer of that name; None where it has none. All of them are not listed for one."""
+    """The model's parameter or buffer of that name; None if it has none. All of them are not listed for one."""
     owner, _, key = name.rpartition(".")
     try:
         module = model.get_submodule(owner)

@@ -1,4 +1,4 @@
-"""Where transformers puts the tensors of a checkpoint, and what of it engines take packed.
+"""The places of a checkpoint's tensors in transformers, and which of them engines take packed.
 
 Which layers a packed weight may stand for, and under which name an engine looks for them, is known to the model's own class
 and to the conversions that transformers makes while it loads (renamed tensors, experts that become one parameter).
@@ -28,11 +28,12 @@ _PLAIN = ("gemma", "gemma2", "granite", "llama", "mistral", "olmo2", "phi3", "qw
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a weight of the checkpoint goes. `why`: why it is not packed there, as the end of "it …"; None where it can be.
+    """The place that a weight of the checkpoint gets. `why`: why it is not packed there, as the end of "it …"; None if it
+    can be.
 
     `fused`: the parameter of which it becomes one part, such as that of all experts of a layer, by a conversion that takes
-    packed weights apart; None where it stays by itself. `early`: why it has to be unpacked while the model is loaded, and not
-    when it runs first, as the end of "it …". `needed`: so it is where its packed layer has no `weight`.
+    packed weights apart; None if it stays by itself. `early`: why it has to be unpacked while the model is loaded, and not
+    when it runs first, as the end of "it …". `needed`: this is so if its packed layer does not have a `weight`.
     """
 
     module: str
@@ -51,21 +52,21 @@ class Modules(Protocol):
 
     @property
     def early(self) -> str | None:
-        """Why all weights have to be unpacked while the model is loaded, as a sentence; None where they need not."""
+        """Why all weights have to be unpacked while the model is loaded, as a sentence; None if they need not."""
 
     @property
     def late(self) -> str | None:
-        """Why weights cannot be unpacked while the model is loaded, as a sentence; None where they can."""
+        """Why weights cannot be unpacked while the model is loaded, as a sentence; None if they can."""
 
     def place(self, name: str, shape: Shape) -> Place:
-        """Where a weight of the checkpoint of that name and shape goes."""
+        """The place of a weight of the checkpoint of that name and shape."""
 
     def called(self, name: str) -> tuple[str, ...]:
         """The names under which engines look for a module: those of the checkpoint, of the model, and of its base model."""
 
 
 def modules_of(config: Config, tensors: int) -> Modules:
-    """The modules of the model of so many tensors that a config.json describes. `UnsupportedError` where they are not known."""
+    """The modules of the model of so many tensors that a config.json describes. `UnsupportedError` if they are not known."""
     try:
         built = build(config, tensors)
     except NotInstalledError:
@@ -82,7 +83,7 @@ def modules_of(config: Config, tensors: int) -> Modules:
 
 
 class _Plain:
-    """Modules that bear the names of their weights."""
+    """Modules that have the names of their weights."""
 
     linears = ()
     early = None
@@ -221,7 +222,9 @@ def _late(modules: Mapping[str, Any]) -> str | None:
 
 @cache
 def _cast_by(kind: type[Any]) -> frozenset[str]:
-    """What a class assigns anew in its `forward`, as itself in another dtype or place; a model has many modules of a class."""
+    """The attributes that a class assigns again in its `forward`, as itself in another dtype or place; a model has many
+    modules of a class.
+    """
     try:
         source = inspect.getsource(kind.forward)
     except (OSError, TypeError):

@@ -39,7 +39,7 @@ class _Stub(torch.nn.Module):
                 setattr(self, key, getattr(like, key))
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """What the last block before the one that runs gave."""
+        """The output of the last block before the one that runs."""
         return self._owner[0].carried()
 
 
@@ -58,8 +58,8 @@ class _NoEmbedding(torch.nn.Module):
 class Skeleton:
     """A model without weights that is given those of one block at a time.
 
-    `stack`: the name before the blocks' numbers; `count`: of blocks. `UnsupportedError` where the model has no such stack, or
-    blocks that read more than the block before gives.
+    `stack`: the name before the blocks' numbers; `count`: of blocks. `UnsupportedError` if the model does not have such a
+    stack, or has blocks that read more than the output of the block before.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -109,7 +109,7 @@ class Skeleton:
             self.model.set_experts_implementation(before)  # type: ignore[operator]
 
     def carried(self) -> Any:
-        """What the stubs return now."""
+        """The values that the stubs return now."""
         return (self._carried,) if self._tuple else self._carried
 
     @contextmanager
@@ -118,8 +118,8 @@ class Skeleton:
     ) -> Iterator[Run]:
         """A stage with its values placed: how it is run, on tokens and what the stage before gave for them.
 
-        Parameters are on the meta device again afterwards. Gradients are computed only where it is said of which parameters,
-        and then of what the stage before gave, if that requires it, too.
+        Parameters are on the meta device again afterwards. Gradients are computed only if parameters are named for them; then
+        also of the output of the stage before, if that requires them, too.
         """
         held = _place(self.model, values, gradients or ())
         self._graded = gradients is not None
@@ -152,7 +152,7 @@ class Skeleton:
 
     @contextmanager
     def entry(self, values: Mapping[str, torch.Tensor]) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """What comes to the first block, of tokens. `values`: those of stage 0."""
+        """The inputs of the first block for tokens. `values`: those of stage 0."""
         got: list[torch.Tensor] = []
 
         def stop(_module: Any, given: Any, named: Mapping[str, Any]) -> None:
@@ -216,7 +216,7 @@ def _alike(blocks: torch.nn.ModuleList) -> bool:
 
 
 def _check(model: torch.nn.Module, stack: str, blocks: torch.nn.ModuleList) -> None:
-    """`UnsupportedError` where blocks share what one alone would not have."""
+    """`UnsupportedError` if blocks share what one alone would not have."""
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     why = next((said for key, said in _SHARED.items() if getattr(config, key, None)), None)
     seen: dict[int, int] = {}

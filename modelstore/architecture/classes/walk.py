@@ -1,4 +1,6 @@
-"""What the model's own class says of a checkpoint's tensors: its modules walked once, each tensor followed to its module."""
+"""Facts about a checkpoint's tensors from the model's own class: its modules are walked once, and each tensor followed to its
+module.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ _NORMS = re.compile(r".*Norm\w*")
 
 
 def walk(built: Built, tensors: Mapping[str, Shape]) -> Architecture | None:
-    """What the class says of tensors, by name; None where it has none of them, or in none of these shapes."""
+    """The class's facts about tensors, by name; None if it has none of them, or in none of these shapes."""
     model = built.model
     known = dict(model.state_dict(keep_vars=True))
     modules = dict(model.named_modules())
@@ -39,7 +41,7 @@ def walk(built: Built, tensors: Mapping[str, Shape]) -> Architecture | None:
 
 
 def _meet(built: Built, known: dict[str, Any], modules: Mapping[str, Any], name: str, shape: Shape) -> Met | None:
-    """A tensor with its parameter; None where the model has none for it, or one of another shape."""
+    """A tensor with its parameter; None if the model has none for it, or one of another shape."""
     there, source = built.rename(name, known)
     owner = modules.get(there.rpartition(".")[0])
     if there not in known or owner is None:
@@ -50,7 +52,7 @@ def _meet(built: Built, known: dict[str, Any], modules: Mapping[str, Any], name:
 
 
 def _kind(one: Met, head: Any) -> Kind | None:
-    """What a tensor is for, by the module that owns it; names tell what of linear layers is a router, and what is a stem."""
+    """A tensor's kind, by the module that owns it; names tell which linear layer is a router, and which is a stem."""
     import torch
 
     by_name = names.kind_of(one.name, one.shape)

@@ -1,4 +1,4 @@
-"""How ranks slice a model: along which axis each tensor is cut for tensor parallelism, and what lies along it."""
+"""How ranks slice a model: along which axis each tensor is cut for tensor parallelism, and the parts along it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 def axes(
     config: Config | None, plan: AxisPlan | None = None, known: Architecture | None = None
 ) -> Callable[[str], int | None]:
-    """The axis along which tensor parallelism would cut a tensor of that name; None where it is replicated.
+    """The axis along which tensor parallelism would cut a tensor of that name; None if it is replicated.
 
     Resolved once, then a dictionary lookup a name. For an unknown architecture without a plan the answer is always
     None; an axis that comes from the plan is returned as it is given there.
@@ -86,7 +86,7 @@ class Cuts:
         return self.found[general]
 
     def _sliced(self, name: str, slices: Mapping[str, Sliced]) -> AxisCut | None:
-        """As the model's own class says; what lies beside a weight that is sliced must be spoken of."""
+        """As the model's own class says; it must also say how a tensor beside a sliced weight is cut."""
         said = find(slices, name)
         if said is not None:
             parts = tuple(_kind(part) for part, _ in said.parts)
@@ -131,7 +131,7 @@ def _heads(inner: Config) -> int | None:
 
 
 def _kind(part: str) -> Cut:
-    """What lies along an axis, as a manifest says it."""
+    """The kind of the parts along an axis, as a manifest names it."""
     if part not in KINDS:
         raise UnsupportedError(f"the manifest says that {part[:40]!r} lies along an axis: use a newer modelstore")
     return part  # type: ignore[return-value]

@@ -1,8 +1,8 @@
 """How the usual architectures are cut for tensor parallelism: a table, by `model_type` of `config.json`.
 
-A module is named by the end of its path, with `*` for a number: `model.layers.3.mlp.experts.7.gate_proj.weight` is
-found as `experts.*.gate_proj`; the longest entry wins. What is not listed (norms, routers, position embeddings, vision
-towers) is replicated: every rank holds the whole of it.
+A module is named by the end of its path, with `*` for a number: `model.layers.3.mlp.experts.7.gate_proj.weight` is found as
+`experts.*.gate_proj`; the longest entry wins. All other modules (norms, routers, position embeddings, vision towers) are
+replicated: every rank holds the whole of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS: tuple[str, ...] = get_args(Cut)
 
 @dataclass(frozen=True, slots=True)
 class AxisCut:
-    """How one module is cut: the axis of its weight, and the parts that lie along it, each cut by itself.
+    """How one module is cut: the axis of its weight, and the parts along it, each cut by itself.
 
     `bias`: whether the bias is cut too (along its only axis). It is for column-wise modules, whose outputs are
     divided; a row-wise one is replicated, and added once, after the ranks' partial results are summed. `units`: how many

@@ -10,7 +10,7 @@ from modelstore.architecture.ranks.parallel_table import BESIDE, FAMILIES
 from modelstore.format.objects.architecture import Sliced, general
 from modelstore.format.region import Shape
 
-# Styles of transformers. Where outputs are gathered, or inputs split, no head need be whole.
+# Styles of transformers. If outputs are gathered, or inputs split, no head needs to be whole.
 _COLUMNS = ("colwise", "colwise_gather_output", "colwise_rep")
 _ROWS = ("rowwise", "rowwise_split_input", "rowwise_rep")
 _ANYWHERE = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep")
@@ -60,10 +60,10 @@ class Slicer:
         self._key = _whole(getattr(config, "num_key_value_heads", None)) or self._query
 
     def slices(self, met: Iterable[Met]) -> dict[str, Sliced | None] | None:
-        """How each tensor is sliced, None for those of which ranks hold the whole; None where nothing is known.
+        """How each tensor is sliced, None for those of which ranks hold the whole; None if nothing is known.
 
-        Nothing is known without a plan, or where a tensor that it names is stored in a way that it does not speak of; of what
-        the table knows, nothing is said.
+        Nothing is known without a plan, or if a tensor that it names is stored in a way that it does not cover; tensors that
+        the table knows are left out.
         """
         if self._known or not self._plan:
             return None
@@ -102,7 +102,7 @@ class Slicer:
         raise _NotKnownError(one.name)
 
     def _cut(self, one: Met, axis: int, style: str) -> Sliced:
-        """A tensor cut along an axis, in the units that lie there."""
+        """A tensor cut along an axis, in the units along it."""
         length = one.shape[axis]
         path = one.parameter.split(".")
         module = path[-2] if path[-1] in ("weight", "bias") and len(path) > 1 else path[-1]
@@ -130,7 +130,7 @@ class Slicer:
         raise _NotKnownError(one.name)
 
     def _heads(self, one: Met, length: int, count: int | None, width: int | None) -> int:
-        """How many heads lie along a length: as many as the config says, or in this layer as their width tells."""
+        """The number of heads along a length: as the config says, or in this layer as their width tells."""
         if length == 0:
             raise _NotKnownError(one.name)
         if count and width and length in (count * width, 2 * count * width):  # twice: a gate beside each

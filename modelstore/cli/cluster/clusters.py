@@ -32,7 +32,7 @@ Node = Annotated[
     typer.Argument(
         metavar="NODE",
         show_default=False,
-        help="The node's id or its beginning, its address, or its host, as 'cluster status' shows them.",
+        help="The node's id or its start, its address, or its host, as 'cluster status' shows them.",
     ),
 ]
 
@@ -86,9 +86,9 @@ def stop(
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Stop the Ray node that was started on this machine, with its host; where it began the cluster, all of its hosts.
+    """Stop the Ray node that was started on this machine, with its host; if it started the cluster, all of its hosts.
 
-    Saves that were acknowledged from memory are stored before. Of a node that ended by itself, what it left is removed.
+    Saves that were acknowledged from memory are stored before. If a node ended by itself, its leftovers are removed.
     """
     from modelstore.cluster.control import nodes, runtime
     from modelstore.cluster.folders import sweep
@@ -118,7 +118,7 @@ def drain(
             metavar="TIME",
             parser=duration_of,
             show_default=False,
-            help="How long to wait until all is handed on, such as 90s or 10m. Ten minutes by default; 0 returns at once.",
+            help="How long to wait until all is handed on, such as 90s or 10m. Ten minutes by default; 0 returns immediately.",
         ),
     ] = 600.0,
     address: Address = "auto",
@@ -243,7 +243,7 @@ def jobs(
 
 
 def _reached(address: str) -> bool:
-    """Whether the cluster of this machine's node can be connected to, and is. Where it is gone, so are its hosts."""
+    """Whether the cluster of this machine's node can be connected to, and is. If it is gone, so are its hosts."""
     from modelstore.cluster.control import runtime
 
     try:

@@ -72,7 +72,9 @@ def start(
     ] = None,
     disk_size: Annotated[
         int | None,
-        typer.Option(metavar="SIZE", parser=size_of, show_default=False, help="Of that folder: half of what is free."),
+        typer.Option(
+            metavar="SIZE", parser=size_of, show_default=False, help="The size of that folder: half of the free space."
+        ),
     ] = None,
     images: Annotated[
         int | None,
@@ -98,7 +100,7 @@ def start(
             metavar="SIZE",
             parser=size_of,
             show_default=False,
-            help="Of one GPU of each node that has one, for chunks: none.",
+            help="The memory of one GPU of each node that has one, for chunks: none.",
         ),
     ] = None,
     replicas: Annotated[

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def state(address: str) -> ClusterStatus:
-    """What a cluster is and does."""
+    """The state of a cluster and of its work."""
     from modelstore.cluster.control.joining import join
     from modelstore.cluster.status import status as look
 

@@ -56,8 +56,8 @@ def compare(
 ) -> None:
     """Compare variants: their sizes, and what each loses on a text.
 
-    Each is compared to the original of its own version. What is known already is not computed again. A star marks what no other
-    beats in both size and divergence.
+    Each is compared to the original of its own version. Results that were measured before are not computed again. A star marks
+    what no other beats in both size and divergence.
     """
     opened = open_store(store, memory=memory)
     with output.progress(quiet=quiet) as report:

@@ -215,8 +215,8 @@ def plan_compress(
 ) -> None:
     """Print what compress would do, tensor by tensor.
 
-    No weights are read, unless --measure is given. Of a recipe that looks at data it says what is run, what waits between blocks,
-    and which tensors are left without data.
+    No weights are read, unless --measure is given. For a recipe that looks at data, it says what is run, how much waits
+    between blocks, and which tensors are left without data.
     """
     text = calibration_of(calibration, samples, length, seed)
     opened = open_store(store, memory=memory)

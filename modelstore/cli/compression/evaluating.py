@@ -53,16 +53,16 @@ def evaluate(
             metavar="TOKENS",
             min=1,
             show_default=False,
-            help="From one window's beginning to the next one's: the context if not given.",
+            help="From one window's start to the next one's: the context if not given.",
         ),
     ] = None,
     limit: Limit = None,
     batch: Annotated[
         int | None,
-        typer.Option("--batch", metavar="N", min=1, show_default=False, help="Windows that are run at once."),
+        typer.Option("--batch", metavar="N", min=1, show_default=False, help="Windows that are run together."),
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="Where the model runs, such as cuda.")
+        str, typer.Option("--device", metavar="DEVICE", help="The device that the model runs on, such as cuda.")
     ] = "cpu",
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep what is found with the variant.")] = True,
     store: StoreUrl = None,
@@ -75,7 +75,7 @@ def evaluate(
 
     Perplexity, and against the original KL divergence (nats a token) and how often both think the same token likeliest, with
     standard errors over windows. The arithmetic is float32. A model that does not fit into half of --memory is run block by
-    block, with the same result. What is known already is not computed again.
+    block, with the same result. Results that were measured before are not computed again.
     """
     opened = open_store(store, memory=memory)
     with output.progress(quiet=quiet) as report:

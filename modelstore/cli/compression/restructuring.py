@@ -118,7 +118,7 @@ def restructure(
 ) -> None:
     """Cut a smaller model out of a version: fewer layers, neurons and attention heads.
 
-    It becomes the next version of the model --to, which transformers loads without custom code. What stays as it is keeps its
+    It becomes the next version of the model --to, which transformers loads without custom code. Unchanged tensors keep their
     chunks.
     """
     text = calibration_of(calibration, samples, length, seed)

@@ -1,4 +1,4 @@
-"""What the demonstration checks its results against, and how it changes and damages things."""
+"""The checks of the demonstration, and the ways it changes and damages things."""
 
 from __future__ import annotations
 

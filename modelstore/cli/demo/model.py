@@ -1,4 +1,4 @@
-"""Where the demonstration's model comes from: a folder, the Hub, or the package that carries one."""
+"""The source of the demonstration's model: a folder, the Hub, or the package that carries one."""
 
 from __future__ import annotations
 

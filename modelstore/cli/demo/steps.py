@@ -111,7 +111,7 @@ class Demo:
         _say(f"  columns {columns // 2} to {columns}: {units.size(half.nbytes)}, equal bit for bit")
 
     def list(self) -> None:
-        """What the store holds."""
+        """List the content of the store."""
         self._step(
             "List what is there",
             "store.models()",
@@ -205,7 +205,7 @@ class Demo:
 
     @staticmethod
     def _compare(weights: dict[str, torch.Tensor], folder: Path) -> tuple[int, int]:
-        """How many tensors, and bytes, were compared with those of a folder; `CorruptionError` where one differs."""
+        """How many tensors, and bytes, were compared with those of a folder; `CorruptionError` if one differs."""
         count = size = 0
         for name, tensor in tensors(folder):
             if name not in weights:

@@ -1,1 +1,1 @@
-"""What commands share: options and how they are read, what is printed, and how a command ends."""
+"""Shared code of the commands: options and how they are read, printing, and how a command ends."""

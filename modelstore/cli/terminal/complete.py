@@ -1,4 +1,4 @@
-"""What a shell offers when Tab is pressed: names, versions, tags and variants out of the store.
+"""Completions for Tab: names, versions, tags and variants out of the store.
 
 Nobody may be disturbed by it: it raises nothing, prints nothing, and gives up soon.
 """
@@ -55,7 +55,7 @@ def _references(store: Store, incomplete: str) -> Iterator[str]:
 
 
 def _ask(ctx: typer.Context, question: Callable[[Store], Any], incomplete: str) -> list[str]:
-    """The answers that begin with what was typed; none where the store cannot be asked, or not in time."""
+    """The answers that start with the typed text; none if the store cannot be asked, or not in time."""
     url = str(ctx.params.get("store") or os.environ.get("MODELSTORE_URL") or "")
     answers: list[str] = []
 

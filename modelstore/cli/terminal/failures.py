@@ -24,7 +24,7 @@ from modelstore.errors import ModelStoreError
 from modelstore.paths import explained
 from modelstore.text import json_line
 
-# What a command that was stopped has done is not done again by these.
+# These do not repeat the finished part of a command that was stopped.
 RESUMING = frozenset({"save", "export", "compress", "copy", "rename", "repair", "gc"})
 FAILED, USAGE, UNREAD, BROKEN_PIPE = 1, 2, 3, 141
 PATIENCE = 5.0  # seconds from Ctrl-C to the end of a command, and from that to the end of the process
@@ -111,8 +111,8 @@ class Stopped:
     def noticed(self) -> Iterator[None]:
         """Within the block, Ctrl-C is noted, and raises `KeyboardInterrupt` as ever.
 
-        Where the block does not end of it in `PATIENCE` seconds, as while a server does not answer, the process does: whatever
-        is stopped at any point can be done again.
+        If the block does not end within `PATIENCE` seconds (a server may not answer), the process ends: everything can be
+        stopped at any point and done again.
         """
         before = signal.getsignal(signal.SIGINT)
         if before is end_at_once:  # of the command's start, which is over

@@ -1,4 +1,4 @@
-"""What Ctrl-C does before a command begins. Imports nothing, so that it is in place before all else is imported."""
+"""Ctrl-C before a command starts. Imports nothing, so that it is in place before all else is imported."""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ _HELP = (
 
 
 def layout_of(texts: Iterable[str]) -> Layout:
-    """What all of these hold; regions of several tensors are held together. Wrong usage where one cannot be read."""
+    """The layout that combines all of these; regions of several tensors are held together. Wrong usage if one cannot be
+    read.
+    """
     from modelstore.plan.layout import Regions
 
     layouts: list[Layout] = []

@@ -52,7 +52,7 @@ StoreUrl = Annotated[
         envvar="MODELSTORE_URL",
         metavar="URL",
         show_default=False,
-        help="Where the store lies: a folder, or a URL such as s3://bucket/models.",
+        help="The store's place: a folder, or a URL such as s3://bucket/models.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result (and an error, on stderr) as one line of JSON.")]

@@ -1,4 +1,4 @@
-"""What a command prints: a result on stdout, as text or as JSON; progress and remarks on stderr.
+"""The output of a command: a result on stdout, as text or as JSON; progress and remarks on stderr.
 
 All of it passes here, and nothing that a name holds reaches a terminal as more than the characters that are seen.
 """
@@ -169,13 +169,13 @@ def _lines(widths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def _width() -> int | None:
-    """Columns of the terminal that the result goes to; None where it goes elsewhere."""
+    """Columns of the terminal that the result goes to; None if it goes elsewhere."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 @contextmanager
 def progress(*, quiet: bool = False) -> Iterator[Progress | None]:
-    """A callable that moves a progress bar on stderr; None where nobody looks: no terminal there, or `quiet`."""
+    """A callable that moves a progress bar on stderr; None if nobody looks: no terminal there, or `quiet`."""
     if quiet or not sys.stderr.isatty():
         yield None
         return

@@ -38,9 +38,9 @@ def told(
     first: Callable[[str], bool] = is_reference,
     second: Callable[[str], bool] = anything,
 ) -> Iterator[None]:
-    """Where the block fails and what was `given` would fit in each other's places, and not in these, say so instead.
+    """If the block fails and the `given` values would fit in each other's places, and not in these, say so instead.
 
-    `first` and `second` tell what can stand in a place. Where each could be either, it counts which of them names a model.
+    `first` and `second` tell what can stand in a place. If each could be either, it counts which of them names a model.
     """
     try:
         yield

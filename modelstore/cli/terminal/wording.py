@@ -21,7 +21,7 @@ _OTHERWISE = {  # arguments of Python whose option has another name
 }
 _TEXT = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _VALUE = rf"{_TEXT}|\[[^\[\]]*\]|\{{[^{{}}]*\}}|-?\d[\w.+-]*\w|\d|True|False|None|"
-# A quotation stands as it is, whatever it holds; an apostrophe within a word begins none.
+# A quotation stays as it is, whatever it holds; an apostrophe within a word does not start one.
 _ARGUMENT = re.compile(rf"(?<![\w=])(?:{_TEXT})|(?<![\w.'\"-])(?P<name>[a-z][a-z_]*)=(?P<value>{_VALUE})")
 _ITEM = re.compile(r"'([^']*)': ([^,}]+)")  # of a mapping, as messages write it
 _FIRST = re.compile(r"\A(?P<name>[a-z][a-z_]*)(?=: | is | are | must )")  # of a message that is about an argument
@@ -40,7 +40,7 @@ _RUNNING: ContextVar[tuple[Any, Sequence[str]] | None] = ContextVar("running", d
 
 @contextmanager
 def of_command(group: Any, words: Sequence[str]) -> Iterator[None]:
-    """Within the block, messages are of the command of `group` that `words` begin with."""
+    """Within the block, messages are of the command of `group` that starts with `words`."""
     before = _RUNNING.set((group, words))
     try:
         yield
@@ -63,7 +63,7 @@ def in_options(message: str, own: Mapping[str, str], known: Mapping[str, str]) -
 
     Args:
         message: one sentence, such as "recipe= and fit= each say what is to be made".
-        own: what the command takes, by its name in Python: a sentence may begin with one of these.
+        own: what the command takes, by its name in Python: a sentence may start with one of these.
         known: what any command takes, these too: "save with codec='raw'" may be said by another command.
     """
     message = _FIRST.sub(lambda found: own.get(found["name"], found[0]), message)
@@ -93,7 +93,7 @@ def _written(found: re.Match[str], known: Mapping[str, str]) -> str:
 
 
 def of_value(message: str) -> str:
-    """What Typer says of a value, in this package's words."""
+    """Typer's message about a value, in this package's words."""
     for theirs, ours in _PARSED:
         message = theirs.sub(ours, message)
     return message

@@ -1,4 +1,4 @@
-"""What can be refused before minutes of work: names, stores that are not written to, and texts that tell too little."""
+"""Checks before minutes of work: names, stores that cannot be written to, and texts that are too short."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 def check_made(name: str) -> str:
-    """The name of a variant that is to be made, as it is; `ValueError` where it is not valid, or saves make it."""
+    """Check the name of a variant to be made; `ValueError` if it is not valid, or is reserved for saves."""
     if name in (ORIGINAL, CHECKPOINT):
         raise ValueError(f"a variant that is made cannot be called {name!r}, as saves make it: choose another name")
     return check_word(name, "variant")
 
 
 def check_writes(access: Access) -> None:
-    """`UnsupportedError` where the store is open for reading only."""
+    """`UnsupportedError` if the store is open for reading only."""
     access.repo.storage.check_writable("keep what is found")
 
 
 def recipe_there(access: Access, record: VersionRecord, name: str, said: str) -> dict[str, Any] | None:
-    """The recipe of a variant that is there, None where there is none. `ConflictError` where its description is not `said`."""
+    """The recipe of a variant that is there, None if there is none. `ConflictError` if its description is not `said`."""
     entry = record.variants.get(name)
     if entry is None:
         return None
@@ -50,7 +50,7 @@ def check_judge(
     context: int,
     calibration: str | os.PathLike[str] | Calibration | None,
 ) -> None:
-    """`ValueError` where a text is that of the calibration, or has less than one whole context of tokens."""
+    """`ValueError` if a text is that of the calibration, or has less than one whole context of tokens."""
     from modelstore.calibrate.text import Calibration
     from modelstore.compress.evaluate.model import tokens
 

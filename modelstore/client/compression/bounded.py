@@ -45,7 +45,7 @@ def bounded(
 ) -> results.Compressed:
     """Make the smallest mix that was found to hold a bound, as `Model.compress` says.
 
-    What was made and judged before a crash is found again by the same call. An error leaves nothing but the measurement.
+    The same call finds again what it made and judged before a crash. An error leaves nothing but the measurement.
     """
     name = check_made(variant or f"{bound.word}-{_shown(bound.limit)}")
     ready = Fitting(access, model, wish)

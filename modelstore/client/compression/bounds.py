@@ -1,4 +1,4 @@
-"""How far a variant may be from the original: what is measured, what a mix is expected to come to, and how it is said."""
+"""How far a variant may be from the original: the measure, the expectation for a mix, and the words for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Bound(Protocol):
     """A bound, as an argument of `Model.compress` gives it."""
 
     argument: ClassVar[str]
-    word: ClassVar[str]  # with which names of variants begin
+    word: ClassVar[str]  # the first part of the names of variants
     takes: ClassVar[str]  # what the argument is, as the end of "give …"
 
     @property
@@ -24,13 +24,13 @@ class Bound(Protocol):
         """The most that may be found."""
 
     def expected(self, cost: float) -> float:
-        """What a mix is expected to come to that is expected to diverge by so many nats a token."""
+        """The expected measure of a mix that is expected to diverge by so many nats a token."""
 
     def found(self, measured: results.Measured) -> float:
-        """What an evaluation says of it; infinite where it says nothing."""
+        """The evaluation's result for this measure; infinite if there is none."""
 
     def said(self, found: float) -> str:
-        """What was found, with its unit."""
+        """The result, with its unit."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def plan_compression(
     requantize: bool,
     calibration: str | PathLike[str] | Calibration | None,
 ) -> results.CompressionPlan:
-    """What `compress` would do."""
+    """The plan of `compress`."""
     with _codes(access, codes) as given:
         parent, plan, wanted = planned(access, model, value, given, include, skip, requantize)
     opened = _looks(access, model, parent, wanted, calibration)
@@ -119,7 +119,7 @@ def planned(
     skip: Iterable[str],
     requantize: bool,
 ) -> tuple[Parent, results.CompressionPlan, Recipe]:
-    """What is compressed, what becomes of it, and the recipe with what is included and skipped."""
+    """The tensors to compress, the plan for each, and the recipe with the given includes and skips."""
     from modelstore.compress.plan import check_requantize, check_targets, give_codes, plan_compression, resolve
     from modelstore.compress.requantized import parent_of
 
@@ -150,7 +150,7 @@ def _calibrated(
     recipe: Recipe,
     given: str | PathLike[str] | Calibration | None,
 ) -> Calibrated | None:
-    """What solves a recipe's tensors on a text; None where the recipe takes none."""
+    """The solver of a recipe's tensors on a text; None if the recipe needs none."""
     opened = _looks(access, model, parent, recipe, given)
     if opened is None:
         return None
@@ -165,7 +165,7 @@ def _calibrated(
 
 
 def _looks(access: Access, model: Readable, parent: Parent, recipe: Recipe, given: object) -> Variant | None:
-    """The original, where a recipe looks at data, None where it does not; `ValueError` where it cannot, or a text is idle."""
+    """The original, where a recipe looks at data, None if it does not; `ValueError` if it cannot, or a text is idle."""
     if not recipe.calibrated:
         if given is not None:
             raise ValueError(f"calibration= has no effect: recipe {recipe.name!r} looks at no data, leave it out")
@@ -180,7 +180,7 @@ def _looks(access: Access, model: Readable, parent: Parent, recipe: Recipe, give
 def _asked(
     access: Access, opened: Variant, config: Any, parent: Parent, plan: results.CompressionPlan, recipe: Recipe
 ) -> Asked:
-    """What a plan asks of a model's layers; no weight is read yet."""
+    """The questions of a plan about a model's layers; no weight is read yet."""
     from modelstore.calibrate.block import Asked
     from modelstore.compress.evaluate.model import class_of
     from modelstore.compress.stages import Stages
@@ -219,7 +219,7 @@ def _spread(access: Access, parent: Parent, earlier: Iterable[VariantEntry], wor
 
 
 def _earlier(access: Access, record: VersionRecord, variants: tuple[str, ...]) -> list[VariantEntry]:
-    """What has chunks that a compression may find again: all variants of this version, and these of the version before."""
+    """The variants with chunks that a compression may find again: all of this version, and these of the version before."""
     entries = list(record.variants.values())
     for before in access.repo.catalog.readable(record.model):
         if before.version < record.version:

@@ -102,7 +102,7 @@ def quality(access: Access, ref: Reference) -> list[results.Quality]:
 
 
 def _pinned(access: Access, refs: list[Reference]) -> list[Reference]:
-    """The references with their version's number; `ValueError` where they are not of one version."""
+    """The references with their version's number; `ValueError` if they are not of one version."""
     if not refs:
         raise ValueError("nothing to evaluate: name a variant")
     found = []
@@ -119,7 +119,7 @@ def _pinned(access: Access, refs: list[Reference]) -> list[Reference]:
 
 
 def text_of(text: str | os.PathLike[str]) -> tuple[str, str]:
-    """A text's name and content, of a file or of itself; `ValueError` where there is none."""
+    """A text's name and content, of a file or of itself; `ValueError` if there is none."""
     if not isinstance(text, str) or (len(text) < 4096 and not any(c in text for c in "\n\0") and _is_file(text)):
         path = Path(text)
         try:

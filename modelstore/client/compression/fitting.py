@@ -67,7 +67,7 @@ class Fitting:
 
     @property
     def data(self) -> Mapping[str, Any] | None:
-        """What data say, or are to say, what formats cost; None where there are none."""
+        """The data that give the cost of formats; None if there are none."""
         from modelstore.search.known import found_by
 
         if self.samples is not None:
@@ -86,7 +86,7 @@ class Fitting:
         return mixture(self.plan, self.opened.manifest, self.formats, costs, self.memory())
 
     def memory(self) -> Memory | None:
-        """What an engine holds beside the weights; None where bytes are counted as stored."""
+        """The memory that an engine holds beside the weights; None if bytes are counted as stored."""
         from modelstore.search.footprint import footprint
 
         if self.wish.context is None:

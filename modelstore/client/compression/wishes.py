@@ -1,4 +1,4 @@
-"""What is asked of a mix of formats, and whether it can be meant so."""
+"""The wishes for a mix of formats, and whether they can be met together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OF = {"context": "tokens", "batch": "sequences"}
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked of a mix beside its size, as `Model.compress` says."""
+    """Wishes for a mix beside its size, as in `Model.compress`."""
 
     calibration: str | PathLike[str] | Calibration | None
     method: str | None
@@ -30,7 +30,7 @@ class Wish:
     device: str | PathLike[str] | None = None
 
     def check(self) -> None:
-        """`ValueError` where it cannot be meant so."""
+        """`ValueError` if it cannot be meant so."""
         from modelstore.compress.presets import preset
         from modelstore.search.engines import ENGINES
 
@@ -64,7 +64,7 @@ def check_asked(
     codes: object,
     requantize: object,
 ) -> None:
-    """`ValueError` unless one thing is asked for: a recipe, a size or a bound; or for what has no effect beside it."""
+    """`ValueError` unless exactly one is given: a recipe, a size or a bound; or if another argument has no effect beside it."""
     bounds = {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase}
     asked = {name: one for name, one in {"recipe": recipe, "fit": fit, **bounds}.items() if one is not None}
     bound = next((name for name in bounds if name in asked), None)

@@ -1,1 +1,1 @@
-"""Who is in a cluster: started, joined, watched, described."""
+"""The members of a cluster: started, joined, watched, described."""

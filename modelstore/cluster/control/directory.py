@@ -1,4 +1,4 @@
-"""Who is in a cluster: plain state behind the directory actor. Out of the path of reads: readers keep the last view."""
+"""The members of a cluster: plain state behind the directory actor. Out of the path of reads: readers keep the last view."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SILENT = 15.0  # seconds without a word of its driver after which a job is take
 
 
 class ClusterSettings(msgspec.Struct, frozen=True):
-    """What every host of a cluster is given. Sizes are bytes a node."""
+    """The settings that every host of a cluster gets. Sizes are bytes a node."""
 
     cluster: str  # a name of its own, part of paths and of the namespace
     memory: int  # of shared memory, for encoded chunks
@@ -25,7 +25,7 @@ class ClusterSettings(msgspec.Struct, frozen=True):
     disk: str | None = None
     disk_bytes: int = 0
     replicas: int = 1
-    pending: int = 0  # of shared memory, for saves that the storage has not got yet
+    pending: int = 0  # of shared memory, for saves that are not in the storage yet
     device_bytes: int = 0  # of one GPU of each node that has one, none where 0
     device: str = "cuda"  # torch's name of what device_bytes lie on
     secret: str = ""  # by which hosts know who may ask them over TCP, which they do not offer without one
@@ -41,7 +41,7 @@ class ClusterSettings(msgspec.Struct, frozen=True):
 
 
 class Started(NamedTuple):
-    """Who is in a cluster, by node why a host could not be started, and whether the node that was asked for is served."""
+    """The members of a cluster, by node why a host could not be started, and whether the requested node is served."""
 
     view: View
     problems: dict[str, str]
@@ -49,7 +49,7 @@ class Started(NamedTuple):
 
 
 class Directory:
-    """The view of a cluster, changed by one at a time. Epochs grow across restarts, for they begin with the time."""
+    """The view of a cluster, changed by one at a time. Epochs grow across restarts, because they start with the time."""
 
     def __init__(self, settings: ClusterSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = settings
@@ -84,7 +84,7 @@ class Directory:
             return self._change(*changed)
 
     def report(self, status: JobStatus | None, job: str) -> bool:
-        """Note how far a job is (None: it ended); whether it is to be cancelled."""
+        """Note how far a job is (None: it ended); whether it must be cancelled."""
         with self._lock:
             if status is None:
                 self._forget(job)

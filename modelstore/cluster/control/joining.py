@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def join(cluster: str) -> Session:
-    """A session of the cluster "auto", "local" or HOST:PORT. `StorageError` where it does not answer or has no hosts."""
+    """A session of the cluster "auto", "local" or HOST:PORT. `StorageError` if it does not answer or has no hosts."""
     if importlib.util.find_spec("ray") is None:
         raise UnsupportedError("cluster= needs Ray: pip install 'modelstore[cluster]'")
     from modelstore.cluster.control import runtime

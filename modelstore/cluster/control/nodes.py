@@ -39,11 +39,11 @@ PROCESS = {  # how Ray behaves in a process that is connected to a cluster
     "RAY_timeout_ms_task_wait_for_death_info": "200",  # who asks a dead host hears so at once, not after a second
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # What Ray says on standard output, amid what a program says there.
+    # Ray's lines on standard output, amid those of a program.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "has been marked dead|Raylet is terminated",
 }
 HOSTS_FIRST = {
-    # Where memory ends, workers are ended before hosts.
+    # If memory runs out, workers are ended before hosts.
     "RAY_max_kill_memory_buffer_bytes": "0",
     "RAY_worker_killing_policy_by_group": "1",
     # Readers wait for hosts: these run at the priority of every other process. By Ray's default a busy machine starves
@@ -74,12 +74,12 @@ class Running(msgspec.Struct, frozen=True):
 
 
 def state_file() -> Path | None:
-    """Where it is noted what was started by this user on this machine, if anything was."""
+    """The file that records the nodes that this user started on this machine, if any."""
     return find_file("node.json")
 
 
 def noted() -> Running | None:
-    """What `start_node` noted here, as far as it was this user who did; it may have ended since."""
+    """The record of `start_node` here, if this user made it; the node may have ended since."""
     file = state_file()
     with contextlib.suppress(msgspec.MsgspecError):
         return msgspec.json.decode(read_private(file) or b"", type=prepared(Running)) if file else None
@@ -87,7 +87,7 @@ def noted() -> Running | None:
 
 
 def running() -> Running | None:
-    """What `start_node` started here, where it still runs."""
+    """The node that `start_node` started here, if it still runs."""
     found = noted()
     try:
         os.kill(found.pid, 0) if found else None
@@ -102,7 +102,7 @@ def ended() -> bool:
 
 
 def is_head() -> bool:
-    """Whether this machine's node began its cluster."""
+    """Whether this machine's node started its cluster."""
     here = running()
     return here is not None and here.head
 
@@ -128,7 +128,7 @@ def is_member(address: str) -> bool:
 
 
 def ray_address() -> str | None:
-    """The cluster that `ray start` began on this machine, as its own file says; only this user's and root's is believed."""
+    """The cluster that `ray start` started on this machine, as its own file says; only this user's and root's is trusted."""
     return (read_private(_RAY_ADDRESS, owners=(0,)) or b"").decode(errors="replace").strip() or None
 
 
@@ -164,10 +164,10 @@ def start_node(
 ) -> Running:
     """Start a Ray node on this machine: a head, or with `join` a member of the cluster at that address.
 
-    Without `host`, a head is of this machine alone, and listens on the loopback only. Else Ray listens on all interfaces. Who can
-    speak to it can run programs; `tls` makes a head an authority of its own, whose file those who join give as `authority`, and
-    encrypts all between nodes. A token is always wanted: `token`, else RAY_AUTH_TOKEN, else a new one for a head; it
-    is kept in a file of this user's. `StorageError` where Ray does not come up.
+    Without `host`, a head is of this machine alone, and listens on the loopback only. Else Ray listens on all interfaces.
+    Everyone who can connect to it can run programs; `tls` makes a head an authority of its own, whose file joining nodes give
+    as `authority`, and encrypts all between nodes. A token is always wanted: `token`, else RAY_AUTH_TOKEN, else a new one for
+    a head; it is kept in a file of this user's. `StorageError` if Ray does not come up.
     """
     if (here := running()) is not None:
         raise ValueError(
@@ -239,9 +239,9 @@ def _place(join: str | None, host: str | None, port: int) -> list[str]:
 
 
 def stop_node() -> Running | None:
-    """Stop the node that was started here, with all its processes; what it was, None where there was none.
+    """Stop the node that was started here, with all its processes; what it was, None if there was none.
 
-    Of one that ended by itself, what it left is removed.
+    If it ended by itself, its leftovers are removed.
     """
     found, file = noted(), state_file()
     if found is None or file is None:
@@ -351,7 +351,7 @@ def _until(seconds: float) -> Iterator[None]:
 
 
 def _born(pid: int) -> int:
-    """When a process began; 0 where there is none."""
+    """When a process started; 0 if there is none."""
     with contextlib.suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     return 0
@@ -373,7 +373,7 @@ def _terminate(pid: int, seconds: float = 40.0) -> None:
 
 
 def read_file(path: str | None) -> str | None:
-    """What a file says, without white space around it; None where there is none, or it is empty."""
+    """The content of a file, without white space around it; None if there is none, or it is empty."""
     with contextlib.suppress(OSError, TypeError):
         return Path(path or "").read_text().strip() or None
     return None

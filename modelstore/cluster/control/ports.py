@@ -1,4 +1,4 @@
-"""Which ports of this machine a Ray node listens at, for whom: as the kernel says, so that what is said of them is true."""
+"""The ports of this machine that a Ray node listens at, and for whom: as the kernel reports them, so that they are certain."""
 
 from __future__ import annotations
 

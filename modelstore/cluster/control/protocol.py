@@ -1,4 +1,4 @@
-"""What may be asked of a cluster's directory from another process: each call with its types, as `ask_directory` takes it."""
+"""The calls to a cluster's directory from another process: each with its types, as `ask_directory` takes it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Control(Protocol):
         """The members now."""
 
     def settings(self) -> ClusterSettings:
-        """What hosts are given."""
+        """The settings that hosts get."""
 
     def wait(self, hosts: int, node: str, seconds: float) -> Started:
-        """Who is there, once it is so many and one on that node, if it is to have one; or they cannot be, or the time is up."""
+        """The members, once there are so many and one on that node, if it must have one; or they cannot be, or the time is up."""
 
     def report(self, status: JobStatus | None, job: str) -> bool:
-        """Note how far a job is (None: it ended); whether it is to be cancelled."""
+        """Note how far a job is (None: it ended); whether it must be cancelled."""
 
     def jobs(self) -> list[JobStatus]:
         """The jobs that run."""

@@ -46,7 +46,7 @@ _addresses: set[str] = set()  # by which this process's cluster was asked for
 def connect(cluster: str) -> None:
     """Connect this process to the Ray cluster "auto" (of this machine) or at HOST:PORT. Quick to say what is wrong.
 
-    `ValueError` where it is connected to another one: a process has one at a time.
+    `ValueError` if it is connected to another one: a process has one at a time.
     """
     if _connected():
         _check_same(cluster)
@@ -72,7 +72,7 @@ def connect(cluster: str) -> None:
 
 
 def _check_same(cluster: str) -> None:
-    """`ValueError` where an address is not that of the cluster that this process is connected to, as far as names tell."""
+    """`ValueError` if an address is not that of the cluster that this process is connected to, as far as names tell."""
     import ray
 
     now = ray.get_runtime_context().gcs_address
@@ -136,7 +136,7 @@ def _set_environment(token: str | None, *, alone: bool) -> None:
 
 
 def _check_without_token(address: str, tls: Mapping[str, str]) -> None:
-    """Ray reads once, when it is imported, that there is a token: `StorageError` where it came too early for this cluster."""
+    """Ray reads once, when it is imported, that there is a token: `StorageError` if it came too early for this cluster."""
     try:
         probe(address, None, tls)
     except StorageError:
@@ -185,8 +185,8 @@ def default_settings(
 ) -> ClusterSettings:
     """Settings with sizes that suit a node like this one; `ValueError` for what cannot be.
 
-    Of its free shared memory, beside what is given, a quarter each for chunks and images, and an eighth for saves that the
-    storage has not got yet.
+    Out of its free shared memory, beside the given sizes, a quarter each for chunks and images, and an eighth for saves that
+    are not in the storage yet.
     """
     if replicas < 1:
         raise ValueError(f"replicas={replicas} is not positive")
@@ -222,8 +222,8 @@ def deploy(
 ) -> None:
     """Put a directory and hosts on the Ray cluster that this process is connected to; those that are there stay.
 
-    Returns when there are so many, and one on this node, if it is to have one. `ValueError` where the cluster has hosts with
-    other settings than `settings` says, as far as they are named in `given` (None: all that users choose); `StorageError` where
+    Returns when there are so many, and one on this node, if it is to have one. `ValueError` if the cluster has hosts with
+    other settings than `settings` says, as far as they are named in `given` (None: all that users choose); `StorageError` if
     hosts do not come up; where their nodes cannot have them, a directory that was made for them is removed then.
     """
     import ray
@@ -263,7 +263,7 @@ def deploy(
 
 
 def _check_settings(wanted: ClusterSettings, there: ClusterSettings, given: Collection[str] | None) -> None:
-    """`ValueError` where the hosts that are there were given something else."""
+    """`ValueError` if the hosts that are there were given something else."""
     names = ("memory", "images", "disk", "disk_bytes", "replicas", "pending", "device_bytes")
     other = [
         f"{name} is {getattr(there, name)}"
@@ -278,7 +278,7 @@ def _check_settings(wanted: ClusterSettings, there: ClusterSettings, given: Coll
 
 
 def _shortage(found: Started, hosts: int, here: str, seconds: float) -> str | None:
-    """What is wrong with the hosts that there are, as far as anything is. Pure."""
+    """The problem of the hosts that there are, if there is one. Pure."""
     members = found.view.members
     if len(members) >= hosts and found.served:
         return None
@@ -294,7 +294,7 @@ def _shortage(found: Started, hosts: int, here: str, seconds: float) -> str | No
 def undeploy(*, seconds: float = 60.0, force: bool = False) -> int:
     """Stop the hosts and the directory of the connected cluster, and remove what they hold in memory; how many hosts.
 
-    Saves that were acknowledged are waited for. `StorageError` where one is not in the storage after so many seconds:
+    Saves that were acknowledged are waited for. `StorageError` if one is not in the storage after so many seconds:
     nothing is stopped then, unless by `force`, which loses it.
     """
     import ray
@@ -349,13 +349,13 @@ def _close(names: Sequence[str]) -> None:
 
 
 def _wait_for_saves(names: Sequence[str], seconds: float) -> None:
-    """`StorageError` where hosts still have something to store after so many seconds; one that is gone has not."""
+    """`StorageError` if hosts still have something to store after so many seconds; one that is gone does not count."""
     from modelstore.cluster.futures import answers
     from modelstore.cluster.host.protocol import Host
     from modelstore.cluster.peers import Peers
 
     peers = Peers(View(0), "")
-    # Who is gone, or too silent to wait for, is left out: the others have its saves.
+    # Hosts that are gone, or too silent to wait for, are left out: the others have their saves.
     flushed = answers({name: peers.ask(name, Host.flush, seconds) for name in names}, seconds + 5)
     late = [member for member, done in flushed.items() if not done]
     if late:

@@ -63,7 +63,9 @@ class Session:
 
     @property
     def counts(self) -> ReadCounts:
-        """What answered so far: bytes by host, "node" for the node's own memory, "storage" for what no host gave."""
+        """The sources of answers so far: bytes by host, "node" for the node's own memory, "storage" for bytes that no host
+        gave.
+        """
         return self._asker.counts
 
     def view(self, *, fresh: bool = False) -> View:
@@ -141,8 +143,8 @@ class Session:
     def image(self, source: StoreAddress, name: str, digest: str, manifest: Manifest) -> Path:
         """The file on this node with a manifest's decoded tensors, made by the node's host where it is not there.
 
-        `UnsupportedError` where this node has no host and is to have none, or its memory no room; `HostGoneError` where the host
-        that takes the place of one that died is not there in time.
+        `UnsupportedError` if this node does not have a host and will not get one, or its memory has no room; `HostGoneError`
+        if the host that replaces a dead one is not there in time.
         """
         for member in self.here():
             path = image_path(self.settings.folder(member), manifest)
@@ -163,7 +165,7 @@ class Session:
             self.view(fresh=True)
 
     def _is_home(self) -> bool:
-        """Whether this node has a host, had one, or is to have one; True where nobody can say."""
+        """Whether this node has a host, had one, or is to have one; True if nobody can say."""
         if self._node in self._known_nodes:
             return True
         try:
@@ -194,7 +196,7 @@ class Session:
         self._all(Host.pin_image, content, pin)
 
     def drain(self, node: str, *, draining: bool = True, seconds: float = 0.0) -> list[str]:
-        """As `Supervisor.drain`; waits until what they hold is handed on. `NotFoundError` where there are none, `StorageError`
+        """As `Supervisor.drain`; waits until what they hold is handed on. `NotFoundError` if there are none, `StorageError`
         where that takes longer than so many seconds: it goes on."""
         found = ask_directory(Control.drain, node, draining) if node else []
         if not found:
@@ -216,7 +218,7 @@ class Session:
         return found
 
     def left(self) -> dict[str, int | None]:
-        """Of each member that drains, the bytes that it has still to hand on; None where it does not say."""
+        """For each member that drains, the bytes that it still has to hand on; None if it does not say."""
         draining = [member.id for member in self.view(fresh=True).members if member.draining]
         asked = {member: self.peers.ask(member, Host.left) for member in draining}
         return dict.fromkeys(draining) | answers(asked, LEFT)
@@ -226,7 +228,7 @@ class Session:
         self._all(Host.unpin, pin)
 
     def stats(self) -> dict[str, HostStats | None]:
-        """Of each member what it holds and did; None for one that does not answer."""
+        """The content and counters of each member; None for one that does not answer."""
         members = [member.id for member in self.view(fresh=True).members]
         return dict.fromkeys(members) | answers(self.peers.everyone(Host.stats), STATS)
 
@@ -235,7 +237,7 @@ class Session:
         return self.peers.meet()
 
     def _all(self, method: Callable[Concatenate[Host, P], R], *arguments: P.args, **named: P.kwargs) -> list[R]:
-        """What every host that answers says."""
+        """The answers of all hosts that answer."""
         self.view(fresh=True)
         found = []
         for future in self.peers.everyone(method, *arguments, **named).values():
@@ -250,7 +252,7 @@ class Session:
 
 
 def _from_node(folders: Sequence[str], part: Piece) -> Bytes | None:
-    """A piece's bytes from a host's files on this node; None where none has it."""
+    """A piece's bytes from a host's files on this node; None if none has it."""
     for folder in folders:
         path: Path = local_path(folder, part.digest)
         try:

@@ -96,8 +96,9 @@ class Supervisor:
         self._metrics.show(self._directory.jobs(), len(view.members), view.epoch)
 
     def wait(self, hosts: int, node: str, seconds: float) -> Started:
-        """Who is there, once it is so many, and one of them on that node if it is to have one; or they cannot be, or the time is
-        up."""
+        """The members, once there are so many, and one of them on that node if it must have one; or they cannot be, or the
+        time is up.
+        """
         first = self._looks + 2  # a whole one from now on, which knows the node
 
         def served() -> bool:
@@ -120,8 +121,8 @@ class Supervisor:
     def drain(self, node: str, draining: bool = True) -> list[str]:
         """Let a node's hosts be home to nothing: others are sent what they hold, and they serve it until they go. Their names.
 
-        `node`: its id or the beginning of it, its address, or the name of its host. `ValueError` where that is several nodes,
-        `ConflictError` where no other host would be left to hold anything. Without `draining` they are homes again.
+        `node`: its id or the start of it, its address, or the name of its host. `ValueError` if that is several nodes,
+        `ConflictError` if no other host would be left to hold anything. Without `draining` they are homes again.
         """
         members = self._directory.view().members
         chosen = [m for m in members if m.node.startswith(node) or m.id == node or m.address.rpartition(":")[0] == node]
@@ -229,7 +230,7 @@ class Supervisor:
 
 
 def device_of(settings: ClusterSettings, resources: Mapping[str, float]) -> str | None:
-    """The device that a host on a node with these resources keeps chunks on, None where it has none. Pure.
+    """The device that a host on a node with these resources keeps chunks on, None if it has none. Pure.
 
     Ray shows a process only the GPU that it was given a share of, so that is its first one.
     """

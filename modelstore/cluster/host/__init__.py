@@ -1,1 +1,1 @@
-"""What one host of a cluster holds."""
+"""The content of one host of a cluster."""

@@ -46,7 +46,7 @@ class AntiEntropy:
         self._replicas = replicas
         self._lacks = lacks
         self._fill = fill
-        self._at = 0  # where the next look begins
+        self._at = 0  # where the next look starts
 
     def even(self) -> None:
         """Send the other holders of some of what is held what they lack, as far as they have room beside what they hold.

@@ -1,4 +1,6 @@
-"""Whether a node has what a cluster's settings want of it: said before anything is started, and by each host of its own node."""
+"""Whether a node has the resources for a cluster's settings: checked before anything is started, and by each host of its own
+node.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ _SHARED = "/dev/shm"
 
 
 def check(settings: ClusterSettings) -> None:
-    """`ValueError` where this machine's shared memory or disk is smaller than what is wanted of it, `StorageError` where the
+    """`ValueError` if this machine's shared memory or disk is smaller than what is wanted of it, `StorageError` if the
     folder on disk cannot be written to."""
     have = min(shutil.disk_usage(_SHARED).total, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     want = settings.memory + settings.images + settings.pending

@@ -1,4 +1,4 @@
-"""Where the pieces that a host holds come from, and the copies of them that other holders are to have."""
+"""The sources of the pieces that a host holds, and the copies of them that other holders must get."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Copies:
             self._let_have(source, parts, before, after)
 
     def held(self) -> list[tuple[StoreAddress, list[Piece]]]:
-        """What is held and known to come from a store, by store."""
+        """The pieces that are held and known to come from a store, by store."""
         known = dict(self._known)
         found: dict[str, tuple[StoreAddress, list[Piece]]] = {}
         for (digest, (source, part)), there in zip(known.items(), self._host.has(list(known)), strict=True):

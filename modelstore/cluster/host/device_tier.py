@@ -33,7 +33,7 @@ class DeviceTier:
         self._stats = TierStats(limit=limit)
 
     def get(self, digest: bytes) -> Bytes | None:
-        """A copy of a piece's bytes in host memory, None where it is not held. Counts as a use of it."""
+        """A copy of a piece's bytes in host memory, None if it is not held. Counts as a use of it."""
         with self._lock:
             tensor = self._tensors.get(digest)
             if tensor is None:
@@ -66,7 +66,7 @@ class DeviceTier:
             self._writing.add(digest)
         tensor = None
         try:
-            tensor = torch.from_numpy(np.array(data)).to(self._device)  # a copy: torch wants to be able to write
+            tensor = torch.from_numpy(np.array(data)).to(self._device)  # a copy: torch needs to be able to write
         except RuntimeError:  # the device has no room, though the bound would allow it: others use it, too
             pass
         finally:
@@ -100,7 +100,7 @@ class DeviceTier:
         return False
 
     def evict(self, digests: Collection[bytes] | None = None, *, pinned: bool = False) -> int:
-        """Let pieces go (all, where none are named), pinned ones only if that is said; bytes freed."""
+        """Remove pieces (all, if none are named), pinned ones only if asked; bytes freed."""
         with self._lock:
             chosen = self._lru.digests() if digests is None else [d for d in dict.fromkeys(digests) if d in self._lru]
             going = [digest for digest in chosen if pinned or not self._lru.is_pinned(digest)]
@@ -119,14 +119,14 @@ class DeviceTier:
             self._lru.unpin(pin)
 
     def stats(self) -> TierStats:
-        """What is held now, and what was done so far."""
+        """The current content, and the counters."""
         with self._lock:
             lru = self._lru
             return msgspec.structs.replace(self._stats, bytes=lru.nbytes, pieces=len(lru), pinned=lru.pinned)
 
 
 def _copy(tensor: torch.Tensor) -> Bytes:
-    """A tensor's bytes in host memory of their own, wherever it lies."""
+    """A tensor's bytes in host memory of their own, on whatever device it is."""
     out = np.empty(tensor.numel(), np.uint8)
     import torch
 

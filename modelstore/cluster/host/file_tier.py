@@ -31,7 +31,7 @@ _BUSY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)  # say nothing a
 
 
 class TierStats(msgspec.Struct):
-    """What a tier holds and did."""
+    """The content and counters of a tier."""
 
     bytes: int = 0
     pieces: int = 0
@@ -44,7 +44,7 @@ class TierStats(msgspec.Struct):
 
 
 def local_path(folder: str, digest: bytes) -> Path:
-    """Where a reader on the node finds a piece in a host's folder."""
+    """The path of a piece in a host's folder, for a reader on the node."""
     name = digest.hex()
     return Path(folder) / name[:2] / name
 
@@ -52,8 +52,8 @@ def local_path(folder: str, digest: bytes) -> Path:
 class FileTier:
     """Pieces as files, private to this user. Safe to use from many threads.
 
-    Bytes are counted in whole pages, as the memory or the disk does, and from before they are written. A `trusted` tier (shared
-    memory) begins empty and hands out maps without a check, since whoever reads them checks; a map stays valid when its piece
+    Bytes are counted in whole pages, as the memory or the disk does, and from before they are written. A `trusted` tier
+    (shared memory) starts empty and hands out maps without a check, since readers check them; a map stays valid when its piece
     is evicted. Any other outlives its process: it is found again, and its pieces are read and checked each time.
     """
 
@@ -74,7 +74,7 @@ class FileTier:
             self._find()
 
     def get(self, digest: bytes) -> Bytes | None:
-        """A piece's bytes; None where it is not held, or was found wrong. Counts as a use of it."""
+        """A piece's bytes; None if it is not held, or was found wrong. Counts as a use of it."""
         with self._lock:
             if digest not in self._lru:
                 return None
@@ -86,7 +86,7 @@ class FileTier:
         return data
 
     def kept(self, digest: bytes) -> Bytes | None:
-        """A map of a piece that was just put; None where there is none, or it would be no gain. Counts as no use."""
+        """A map of a piece that was just put; None if there is none, or it would be no gain. Counts as no use."""
         if self._trusted and self._lru.size(digest) >= _MAPPED:
             return self._load(digest)
         return None
@@ -155,7 +155,7 @@ class FileTier:
         return wrong, checked
 
     def evict(self, digests: Collection[bytes] | None = None, *, pinned: bool = False) -> int:
-        """Let pieces go (all, where none are named), pinned ones only if that is said; bytes freed."""
+        """Remove pieces (all, if none are named), pinned ones only if asked; bytes freed."""
         with self._lock:
             chosen = self._lru.digests() if digests is None else [d for d in dict.fromkeys(digests) if d in self._lru]
             going = [digest for digest in chosen if pinned or not self._lru.is_pinned(digest)]
@@ -174,13 +174,13 @@ class FileTier:
             self._lru.unpin(pin)
 
     def stats(self) -> TierStats:
-        """What is held now, and what was done so far."""
+        """The current content, and the counters."""
         with self._lock:
             lru = self._lru
             return msgspec.structs.replace(self._stats, bytes=lru.nbytes, pieces=len(lru), pinned=lru.pinned)
 
     def close(self, *, keep: bool) -> None:
-        """Use it no more; the pieces' files go unless they are to be kept, and shared memory's folder with them."""
+        """Use it no more; the pieces' files are removed unless they must be kept, and shared memory's folder with them."""
         with self._lock:
             self._closed = True
         if self._trusted:
@@ -260,7 +260,7 @@ class FileTier:
             self._path(digest).unlink(missing_ok=True)
 
     def _files(self) -> Iterator[tuple[bytes | None, Path, os.stat_result]]:
-        """The pieces' files, and half-written ones (None): whatever else lies in the folder is none of ours."""
+        """The pieces' files, and half-written ones (None); all other entries of the folder are not ours."""
         for path in self._folder.glob("??/*"):
             name, _, rest = path.name.partition(".")
             try:

@@ -37,7 +37,7 @@ _WAIT = 60.0  # seconds that a thread waits for others that fetch the same piece
 
 
 class HostSettings(msgspec.Struct, frozen=True):
-    """Where a host keeps what. Sizes are bytes at most; `folder` lies in shared memory and is this host's own."""
+    """The places of a host's content. Sizes are bytes at most; `folder` is in shared memory and is this host's own."""
 
     id: str
     node: str
@@ -51,10 +51,11 @@ class HostSettings(msgspec.Struct, frozen=True):
 
 
 class HostStats(msgspec.Struct):
-    """What a host holds, by tier, and did: bytes fetched from the storage and from peers, wrong copies, pieces under way.
+    """A host's content, by tier, and its counters: bytes fetched from the storage and from peers, wrong copies, pieces under
+    way.
 
-    Of the pieces that readers `asked` for, `hits` were held. `repaired`: bytes taken in as copies that others lacked; `queued`:
-    batches of copies to be sent to others. `pending`: saves that the storage has not got yet.
+    Among the pieces that readers `asked` for, `hits` were held. `repaired`: bytes taken in as copies that others lacked;
+    `queued`: batches of copies to be sent to others. `pending`: saves that are not in the storage yet.
     """
 
     tiers: dict[str, TierStats]
@@ -77,7 +78,7 @@ class ShardHost:
     """
 
     def __init__(self, settings: HostSettings, peers: FromPeers | None = None) -> None:
-        """`ConflictError` where another process has the folder, `StorageError` where one cannot be used.
+        """`ConflictError` if another process has the folder, `StorageError` if one cannot be used.
 
         A folder on disk that another host uses is left to it: this one then keeps nothing on disk.
         """
@@ -97,15 +98,15 @@ class ShardHost:
     # ------------------------------------------------------------------ reading
 
     def read(self, source: StoreAddress, parts: Sequence[Piece], *, fetch: bool = True) -> list[Bytes | None]:
-        """The pieces' bytes, in order: maps of what lies in memory. None where a piece is not held and `fetch` is off; else it
-        is fetched, and held from then on where there is room. Whoever reads checks what came from memory, and calls `drop`.
+        """The pieces' bytes, in order: maps of those in memory. None if a piece is not held and `fetch` is off; else it is
+        fetched, and held from then on where there is room. Readers check bytes from memory, and call `drop`.
 
-        `StorageError`, `NotFoundError` or `CorruptionError` where the storage cannot give one. Pieces that together are
+        `StorageError`, `NotFoundError` or `CorruptionError` if the storage cannot give one. Pieces that together are
         longer than the memory tier pass through without being held there.
         """
         found = [self._held(part) for part in parts]
         missing = [part for part, data in zip(parts, found, strict=True) if data is None]
-        if fetch:  # whoever only looks asks for nothing
+        if fetch:  # a caller that only looks asks for nothing
             with self._lock:
                 self._stats.asked += len(parts)
                 self._stats.hits += len(parts) - len(missing)
@@ -118,9 +119,10 @@ class ShardHost:
     def hold(
         self, source: StoreAddress, parts: Sequence[Piece], *, tier: Tier = "memory", pin: str | None = None
     ) -> int:
-        """Get pieces into a tier; bytes of them that it holds then. What exceeds the tier, from the front, is not fetched.
+        """Get pieces into a tier; bytes of them that it holds then. The pieces that exceed the tier, from the front, are not
+        fetched.
 
-        Errors as for `read`; `ValueError` where the host has no such tier. With `pin` they stay until `unpin`.
+        Errors as for `read`; `ValueError` if the host does not have such a tier. With `pin` they stay until `unpin`.
         """
         target = self._tier(tier)
         wanted = list({part.digest: part for part in parts}.values())
@@ -182,14 +184,14 @@ class ShardHost:
         return list(dict.fromkeys(wrong))
 
     def stats(self) -> HostStats:
-        """What is held now, and what was done so far."""
+        """The current content, and the counters."""
         tiers = {name: tier.stats() for name, tier in self._tiers().items()}
         with self._lock:
             wrong = self._stats.wrong + sum(tier.wrong for tier in tiers.values())
             return msgspec.structs.replace(self._stats, tiers=tiers, wrong=wrong, in_flight=len(self._flights))
 
     def close(self, *, keep_disk: bool = True) -> None:
-        """Stop, and remove what lies in shared memory; the disk keeps its own, unless told otherwise."""
+        """Stop, and remove the files in shared memory; the disk keeps its own, unless asked otherwise."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._memory.close(keep=False)
         if self._disk is not None:
@@ -263,7 +265,9 @@ class ShardHost:
     def _lead(
         self, source: StoreAddress, parts: Sequence[Piece], mine: Mapping[bytes, Flight], tier: Tier | None
     ) -> dict[bytes, Bytes]:
-        """Fetch for this thread and for those that wait for it. What could be fetched is held, also where the rest fails."""
+        """Fetch for this thread and for those that wait for it. The pieces that could be fetched are held, even if the rest
+        fails.
+        """
         found: dict[bytes, Bytes] = {}
         try:
             found |= self._from_tiers(parts, tier)
@@ -272,7 +276,7 @@ class ShardHost:
                 self._flights.land(digest, mine[digest], data)
             rest = [part for part in parts if part.digest not in found]
             work = [self._begin(source, run, mine, tier) for run in runs(rest, self._settings.threads)]
-            # What one of them brings is held, also where another one fails. (`wait` would not see those that `close` cancels.)
+            # Pieces that one of them brings are held, even if another fails. (`wait` would not see those that `close` cancels.)
             problems = [error for error in (_problem(future) for future in work) if error is not None]
             if problems:
                 raise self._is_closed() if isinstance(problems[0], FuturesCancelledError) else problems[0]
@@ -304,7 +308,7 @@ class ShardHost:
         return data if kept is None else kept
 
     def _from_tiers(self, parts: Sequence[Piece], tier: Tier | None) -> dict[bytes, Bytes]:
-        """What came in since it was looked for, or is held in another tier than the one it is to go to."""
+        """The pieces that came in since they were looked for, or are held in another tier than their target."""
         found = {}
         for part in parts:
             data = self._held(part)
@@ -319,7 +323,7 @@ class ShardHost:
         return found
 
     def _from_peers(self, source: StoreAddress, parts: Sequence[Piece], tier: Tier | None) -> dict[bytes, Bytes]:
-        """What other holders have; a peer that fails, or sends something wrong, is as one that has nothing."""
+        """The pieces of other holders; a peer that fails, or sends something wrong, counts as one that has nothing."""
         if self._peers is None or not parts:
             return {}
         try:
@@ -372,7 +376,7 @@ def _problem(future: Future[dict[bytes, Bytes]]) -> BaseException | None:
 
 
 def _first(parts: Sequence[Piece], tier: FileTier | DeviceTier) -> list[Piece]:
-    """As many of the pieces, from the front, as the tier can have at once. Pure."""
+    """As many of the pieces, from the front, as the tier can hold together. Pure."""
     chosen, room = [], tier.stats().limit
     for part in parts:
         room -= tier.cost(part.length)

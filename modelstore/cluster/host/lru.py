@@ -32,7 +32,7 @@ class SegmentedLRU:
         return digest in self._probation or digest in self._protected
 
     def digests(self) -> list[bytes]:
-        """All that is held, what goes first at the beginning."""
+        """All held digests, the next to be evicted first."""
         return [*self._probation, *self._protected]
 
     def touch(self, digest: bytes) -> None:
@@ -49,7 +49,7 @@ class SegmentedLRU:
                 self._probation[old] = size
 
     def room(self, size: int) -> list[bytes] | None:
-        """What has to go so that `size` bytes more fit; None where they cannot. Nothing is removed yet."""
+        """The entries to evict so that `size` bytes more fit; None if they cannot. Nothing is removed yet."""
         if size > self.limit - self.pinned - self.reserved:
             return None
         going, free = [], self.limit - self.nbytes - self.reserved
@@ -61,8 +61,9 @@ class SegmentedLRU:
         return going if free >= size else None
 
     def reserve(self, size: int) -> list[bytes] | None:
-        """Set `size` bytes aside for a piece that is about to be written, until `release`. What has to go for it is forgotten
-        here, and returned to be removed; None where there is no room."""
+        """Set `size` bytes aside for a piece that is about to be written, until `release`. The entries to evict for it are
+        forgotten here, and returned to be removed; None if there is no room.
+        """
         going = self.room(size)
         if going is not None:
             for old in going:
@@ -71,7 +72,7 @@ class SegmentedLRU:
         return going
 
     def release(self, size: int) -> None:
-        """What was set aside is written and added, or was given up."""
+        """A reservation was written and added, or was given up."""
         self.reserved -= size
 
     def add(self, digest: bytes, size: int) -> None:
@@ -83,7 +84,7 @@ class SegmentedLRU:
                 self.pinned += size
 
     def remove(self, digest: bytes) -> int:
-        """Note that it is gone; its size, 0 where it was not there."""
+        """Note that it is gone; its size, 0 if it was not there."""
         size = self._probation.pop(digest, None)
         if size is None:
             size = self._protected.pop(digest, 0)

@@ -47,7 +47,7 @@ _DECODING = 1 << 30  # bytes of working memory for an image
 
 
 class NodeHost:
-    """A member's parts together. What `host.protocol.Host` says, its methods and those of `pieces`, `saves` and `making` do."""
+    """A member's parts together. The methods of `host.protocol.Host`; those of `pieces`, `saves` and `making` do the work."""
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class NodeHost:
             return self._holding
 
     def _from_peers(self, source: StoreAddress, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
-        """What other holders have of these, asked all at once."""
+        """The pieces of other holders, all asked in parallel."""
         wanted = others(self._member.id, self._peers.view, self._before, self._settings.replicas, parts)
         asked = {member: self._peers.pieces(member, source, its, "handed on") for member, its in wanted.items()}
         found: dict[bytes, Bytes] = {}
@@ -218,7 +218,7 @@ class NodeHost:
     def _tell(
         self, member: str, method: Callable[Concatenate[Keeper, P], R], /, *arguments: P.args, **named: P.kwargs
     ) -> R:
-        """What another keeper answers."""
+        """The answer of another keeper."""
         return self._peers.ask(member, method, *arguments, **named).result(KEEP)
 
     def _send(self, member: str, source: StoreAddress, parts: list[Piece]) -> None:

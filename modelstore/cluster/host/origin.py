@@ -23,7 +23,7 @@ _OPEN = 32  # storages that are kept open
 
 
 def runs(parts: Sequence[Piece], threads: int) -> Iterator[list[Piece]]:
-    """Pieces that lie near each other in one pack, to be fetched together; so long that every thread has work. Pure."""
+    """Pieces that are near each other in one pack, to be fetched together; so long that every thread has work. Pure."""
     longest = min(RUN, max(_SHORT, sum(part.length for part in parts) // max(1, threads)))
     run: list[Piece] = []
     stop = 0
@@ -40,7 +40,7 @@ def runs(parts: Sequence[Piece], threads: int) -> Iterator[list[Piece]]:
 
 @dataclass
 class Fetched:
-    """What one request brought: right bytes by digest, and the pieces that are wrong in the storage."""
+    """The result of one request: right bytes by digest, and the pieces that are wrong in the storage."""
 
     nbytes: int
     found: dict[bytes, Bytes] = field(default_factory=dict)
@@ -57,13 +57,11 @@ class Origin:
     def read(self, source: StoreAddress, run: Sequence[Piece]) -> Fetched:
         """A run in one request; what came wrong is asked for once more. Errors are the storage's.
 
-        `CorruptionError` where the object is shorter than the run.
+        `CorruptionError` if the object is shorter than the run.
         """
         storage, key = self._storage(source), run[0].key
         start, stop = run[0].offset, max(part.offset + part.length for part in run)
-        if (
-            stop - start > RUN
-        ):  # whoever asks may be wrong: no such memory is taken before the object is known to have it
+        if stop - start > RUN:  # the caller may be wrong: no such memory is taken before the object is known to have it
             info = storage.info(key)
             if info is not None and info.size < stop:
                 raise CorruptionError(f"object {key!r} in {source.url} ends before byte {stop:,}", object=key)

@@ -1,4 +1,4 @@
-"""What may be asked of a host from another process: each call with its types, as `Peers.ask` takes it."""
+"""The calls to a host from another process: each with its types, as `Peers.ask` takes it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Host(Keeper, Protocol):
     # ------------------------------------------------------------------ by other hosts
 
     def take(self, source: StoreAddress, parts: Sequence[Piece]) -> list[Bytes | None]:
-        """What is held of these."""
+        """The held ones of these."""
 
     def copy(self, source: StoreAddress, parts: Sequence[Piece]) -> int:
         """Hold a copy of these, which others have; bytes of them that are held now."""
@@ -63,7 +63,7 @@ class Host(Keeper, Protocol):
         """The process."""
 
     def member(self) -> Member:
-        """Who this host is. `ValueError` or `StorageError` where its settings are not for this node."""
+        """This host as a member. `ValueError` or `StorageError` if its settings are not for this node."""
 
     def ping(self) -> bool:
         """True, as long as the process answers."""
@@ -75,7 +75,7 @@ class Host(Keeper, Protocol):
         """Bytes that are still to be handed on before this host may go: copies, and saves that are not stored."""
 
     def stats(self) -> HostStats:
-        """What is held, and what was done."""
+        """The current content, and the counters."""
 
     def close(self) -> None:
-        """Remove what lies in shared memory; the disk keeps its own."""
+        """Remove the files in shared memory; the disk keeps its own."""

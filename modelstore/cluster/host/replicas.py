@@ -11,8 +11,8 @@ from modelstore.plan.placement import View, holders
 def copies_to_send(me: str, before: View, after: View, replicas: int, parts: Sequence[Piece]) -> dict[str, list[Piece]]:
     """By member, the pieces that this host is to let it have: those it has come to hold in `after`.
 
-    Of the hosts that held a piece before and still live, the first one sends. Where none of them is left, whoever has a
-    copy (this host, as it has `parts`) does.
+    The first of the hosts that held a piece before and still live sends it. If none of them is left, a host that has a copy
+    (this host, as it has `parts`) sends it.
     """
     if replicas < 1 or not parts or len(after.members) < 2:
         return {}

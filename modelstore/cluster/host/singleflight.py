@@ -1,4 +1,4 @@
-"""Who fetches what now: one thread fetches a piece, the others that want it wait for that one."""
+"""Fetches without repetition: one thread fetches a piece, the others that need it wait for that one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import Future, InvalidStateError
 
 from modelstore.format.buffers import Bytes
 
-Flight = Future[Bytes | None]  # None: whoever fetched it failed, so that another is to try
+Flight = Future[Bytes | None]  # None: the thread that fetched it failed, so that another must try
 
 
 class SingleFlight:

@@ -38,7 +38,7 @@ BATCH = 256 << 20  # bytes that are handed over at once, about; a larger tensor 
 TRANSPORTS = ("gloo", "nccl", "nixl", "cuda_ipc", "object_store")
 _GROUPED = ("gloo", "nccl")  # those whose ends must have joined a group
 _WINDOW = 2  # batches on their way at each sender
-_ALIGNED = 256  # bytes at which tensors begin in a batch: what any dtype, and any GPU, wants
+_ALIGNED = 256  # bytes at which tensors start in a batch: enough for any dtype, and any GPU
 _ANSWER = 60.0  # seconds for an actor to say where it is, or for a sender to come up
 _MEMORY = 1 << 30  # bytes of a sender's working memory, beside its batches
 
@@ -57,7 +57,7 @@ class BatchEntry:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors on their way: one uint8 buffer, 1-d, and what lies where in it. An array is Ray's memory, which others map."""
+    """Tensors on their way: one uint8 buffer, 1-d, and the place of each in it. An array is Ray's memory, which others map."""
 
     buffer: torch.Tensor | Bytes
     entries: tuple[BatchEntry, ...]
@@ -83,12 +83,12 @@ def batches(model: Variant, shares: Mapping[str, Share], size: int = BATCH) -> I
 
 
 def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
-    """Views of a batch's buffer, by name. `CorruptionError` where bytes are not what was sent."""
+    """Views of a batch's buffer, by name. `CorruptionError` if bytes are not what was sent."""
     import torch
 
     from modelstore.execute.read.tensors import torch_dtype
 
-    # What others map, too, is not to be written to by whoever gets it.
+    # A receiver must not write to memory that others map, too.
     buffer = torch.from_numpy(batch.buffer.copy()) if isinstance(batch.buffer, np.ndarray) else batch.buffer
     found: dict[str, torch.Tensor] = {}
     for entry in batch.entries:
@@ -158,9 +158,9 @@ def deliver(
 ) -> tuple[int, int, str]:
     """Call `method` of every worker with its tensors, batch by batch: bytes handed over, senders, the transport.
 
-    `ConflictError` where a worker is in a group of this transport already; `ValueError` where NCCL is asked for and a GPU is that
-    of two; `StorageError` where a worker or a sender is gone, or
-    no sender comes up. What a worker's own method raises is raised here.
+    `ConflictError` if a worker is in a group of this transport already; `ValueError` if NCCL is asked for and a GPU is
+    that of two; `StorageError` if a worker or a sender is gone, or no sender comes up. Errors of a worker's own method are
+    raised here.
     """
     chosen = list(names) if names is not None else None
     used = _transport(transport, device)
@@ -187,12 +187,12 @@ def deliver(
 
 
 def _take(worker: Any, batch: Batch, method: str) -> None:
-    """What runs in a worker: its own method with the tensors, once these are checked."""
+    """Runs in a worker: calls its own method with the tensors, once these are checked."""
     getattr(worker, method)(tensors_of(batch))
 
 
 def _transport(asked: str | None, device: str) -> str:
-    """What moves the bytes: a sender is on the node of its workers, where host memory needs no network."""
+    """The transport of the bytes: a sender is on the node of its workers, where host memory needs no network."""
     if asked is None:
         return "object_store" if device == "cpu" else "nixl" if find_spec("nixl") else "nccl"
     if asked not in TRANSPORTS:
@@ -201,7 +201,7 @@ def _transport(asked: str | None, device: str) -> str:
 
 
 def _check(workers: Sequence[Any], method: str, transport: str) -> None:
-    """`ValueError` where workers are not what can be delivered to: known now, not after a time-out."""
+    """`ValueError` if workers are not what can be delivered to: known now, not after a time-out."""
     if not workers:
         raise ValueError("there are no workers to deliver to")
     for worker in workers:
@@ -226,7 +226,7 @@ def _by_node(workers: Sequence[Any]) -> dict[str, list[int]]:
 
 
 def _alike(those: Sequence[int], layouts: Sequence[Layout | None]) -> list[tuple[Layout | None, list[int]]]:
-    """Workers that hold the same part: it is read for all of them at once. Pure."""
+    """Workers that hold the same part: it is read for all of them together. Pure."""
     found: list[tuple[Layout | None, list[int]]] = []
     for at in those:
         group = next((group for layout, group in found if layout == layouts[at]), None)
@@ -249,7 +249,7 @@ def _sender(
     device: str,
     gpus: float,
 ) -> Iterator[tuple[Any, Sequence[int]]]:
-    """A sender on a node, in a group with its workers where the transport wants one; gone afterwards."""
+    """A sender on a node, in a group with its workers if the transport needs one; gone afterwards."""
     made: Any = (
         ray.remote(enable_tensor_transport=transport != "object_store")(Sender)  # type: ignore[call-overload]
         .options(
@@ -273,7 +273,7 @@ def _sender(
 def _group(actors: Sequence[Any], transport: str) -> Iterator[None]:
     """The actors in a group, which they leave afterwards, so that they can join the next one.
 
-    Ray's groups of Gloo lie over the process group of torch, of which a process has one; it is left as it was found.
+    Ray's groups of Gloo use the process group of torch, of which a process has one; it is left as it was found.
     """
     from ray.experimental.collective import create_collective_group, destroy_collective_group, get_collective_groups
 
@@ -303,7 +303,7 @@ def _gpus(_: Any) -> list[str]:
 
 
 def _check_apart(gpus: Sequence[Sequence[str]]) -> None:
-    """`ValueError` where not everyone on a node, the sender first, has a GPU of its own. Pure."""
+    """`ValueError` if not everyone on a node, the sender first, has a GPU of its own. Pure."""
     taken: set[str] = set()
     for mine in gpus:
         if not mine or not taken.isdisjoint(mine):

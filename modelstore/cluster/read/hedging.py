@@ -26,7 +26,7 @@ Alive = Callable[[str], "Future[bool]"]
 
 @dataclass(slots=True)
 class ReadCounts:
-    """What answered a reader: pieces and bytes by source, and what went wrong."""
+    """The sources of answers to a reader: pieces and bytes by source, and the failures."""
 
     bytes: dict[str, int] = field(default_factory=dict)
     hedged: int = 0
@@ -52,10 +52,10 @@ class _Question:
 
 
 class Hedged:
-    """Reads pieces from whoever holds them. May be used from many threads.
+    """Reads pieces from their holders. May be used from many threads.
 
-    `ask(member, source, parts, fetch)` begins a request; with `fetch` the holder gets what it has not got, else it only
-    says what it holds. `alive(member)` asks whether it answers at all.
+    `ask(member, source, parts, fetch)` starts a request; with `fetch` the holder gets the pieces that it does not have, else
+    it only gives those that it holds. `alive(member)` asks whether it answers at all.
     """
 
     def __init__(self, ask: Ask, alive: Alive, *, hedge: float = HEDGE, suspect: float = SUSPECT) -> None:
@@ -74,7 +74,7 @@ class Hedged:
         return [member for member, until in self._suspects.items() if until > now]
 
     def read(self, view: View, replicas: int, source: StoreAddress, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
-        """The bytes of each piece that a holder gave, by digest; unchecked. What nobody gave is missing."""
+        """The bytes of each piece that a holder gave, by digest; unchecked. Pieces that nobody gave are missing."""
         found: dict[bytes, Bytes] = {}
         if not view.members or not parts:
             return found
@@ -137,7 +137,7 @@ class Hedged:
         left: dict[bytes, tuple[Piece, list[str]]],
         found: dict[bytes, Bytes],
     ) -> list[bytes]:
-        """Note an answer; the pieces that it did not bring and that the next holder is to be asked for."""
+        """Note an answer; the pieces that it did not bring, for which the next holder must be asked."""
         try:
             answer = future.result()
         except (
@@ -192,7 +192,7 @@ class Hedged:
         return lives is False
 
     def _doubt(self, overtaken: Sequence[_Question]) -> None:
-        """Others gave what these holders were asked for: ask them whether they live, for whoever reads next.
+        """Others gave the pieces that these holders were asked for: ask them whether they live, for the next reader.
 
         One that is stopped would else be asked first, and waited for, by every read.
         """
@@ -222,7 +222,7 @@ class Hedged:
 
 
 def _lives(ping: Future[bool], since: float, now: float) -> bool | None:
-    """What a holder says that was asked whether it lives; False also when it said nothing in time, None until then."""
+    """The answer of a holder that was asked whether it lives; False also if it said nothing in time, None until then."""
     if ping.done():
         return ping.exception() is None and ping.result()
     return False if now - since > _LIVES else None

@@ -37,7 +37,7 @@ def places(manifest: Manifest) -> tuple[dict[str, int], int]:
 
 
 def image_path(folder: str, manifest: Manifest) -> Path:
-    """Where a host with that folder keeps a manifest's image."""
+    """The place where a host with that folder keeps a manifest's image."""
     return Path(folder) / _FOLDER / manifest.content
 
 
@@ -63,7 +63,7 @@ class Images:
     def make(self, model: Variant, limits: Limits) -> Path:
         """The image of a model, made where it is not there; one at a time, however many ask for it.
 
-        `UnsupportedError` where there is no room for it even with all others gone that are not pinned.
+        `UnsupportedError` if there is no room for it even with all others gone that are not pinned.
         """
         manifest = model.manifest
         name, path = manifest.content, image_path(self._folder, manifest)
@@ -160,7 +160,7 @@ def _decode(model: Variant, limits: Limits, path: Path, size: int) -> None:
 def open_image(path: Path, manifest: Manifest) -> Iterator[tuple[Tensor, Bytes]]:
     """Each distinct tensor of an image with its raw bytes, mapped privately; nothing is read until it is touched.
 
-    `CorruptionError` where the file is not as long as it should be, or somebody else's.
+    `CorruptionError` if the file is not as long as it should be, or somebody else's.
     """
     offsets, size = places(manifest)
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)

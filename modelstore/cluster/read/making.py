@@ -43,7 +43,7 @@ class Unstored(msgspec.Struct, frozen=True):
 
 
 class Makers(Protocol):
-    """Who can be asked to make chunks."""
+    """The hosts that can make chunks."""
 
     def view(self, *, fresh: bool = False) -> View:
         """The members."""
@@ -66,7 +66,7 @@ class HostMaker:
         self._codecs = [make_codec(spec.name, spec.params) for spec in manifest.codecs]
 
     def made(self, tensor: Tensor, region: Region) -> list[Bytes] | None:
-        """The planes of a chunk, checked; None where no host gave them."""
+        """The planes of a chunk, checked; None if no host gave them."""
         member = self._home(tensor, region)
         if member is None:
             return None
@@ -105,7 +105,7 @@ class Making:
         self._lock = threading.Lock()
 
     def make(self, variant: Unstored, tensor: str, region: Region) -> MadePlanes:
-        """The planes of a chunk with their digests. `NotFoundError` where the model has no such tensor."""
+        """The planes of a chunk with their digests. `NotFoundError` if the model does not have such a tensor."""
         reader = self._reader(variant)
         found = reader.manifest.by_name.get(tensor)
         if found is None:
@@ -127,5 +127,5 @@ class Making:
 
 
 def variant_of(source: StoreAddress, model: str, digest: str, chosen: Recipe) -> Unstored:
-    """What hosts need to know of a variant."""
+    """The facts about a variant that hosts need."""
     return Unstored(source, model, digest, msgspec.json.encode(chosen))

@@ -26,8 +26,8 @@ def mapped(
 ) -> dict[str, torch.Tensor]:
     """Tensors, or ranks' shares of them, as views of the node's image; a write to one stays in this process.
 
-    `UnsupportedError` for a share of several runs, where this node has no host, or no room; `HostGoneError` where its host is
-    being replaced.
+    `UnsupportedError` for a share of several runs, if this node does not have a host, or no room; `HostGoneError` if its host
+    is being replaced.
     """
     from modelstore.execute.read import tensors as ten
 

@@ -59,7 +59,7 @@ def prefetch(
 ) -> cluster_results.Prefetched:
     """Have every holder hold its chunks; where hosts die meanwhile, those that take their place.
 
-    `StorageError` where none of the hosts answers, or they die again and again.
+    `StorageError` if none of the hosts answers, or they die again and again.
     """
     started = time.monotonic()
     copies = replicas if replicas is not None else session.settings.replicas

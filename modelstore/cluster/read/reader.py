@@ -16,13 +16,13 @@ from modelstore.storage.base import Storage
 
 
 class Holding(Protocol):
-    """Who can be asked for pieces."""
+    """The members that can be asked for pieces."""
 
     def read(self, source: StoreAddress, parts: Sequence[Piece]) -> dict[bytes, Bytes]:
-        """What holders have of these or could get, by digest; unchecked."""
+        """The pieces among these that holders have or could get, by digest; unchecked."""
 
     def wrong(self, part: Piece) -> None:
-        """A holder gave wrong bytes: every copy of the piece is to be checked."""
+        """A holder gave wrong bytes: every copy of the piece must be checked."""
 
     def passed(self, nbytes: int) -> None:
         """So many bytes had to be read from the storage instead."""

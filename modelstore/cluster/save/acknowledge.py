@@ -1,6 +1,6 @@
 """Saves that return when two hosts on different nodes have all of it; the storage follows behind. Knows no Ray.
 
-Where that cannot be done (a host dies meanwhile, the hosts' room is full) the save goes to the storage instead, as without.
+If that is not possible (a host dies meanwhile, the hosts' room is full) the save goes to the storage instead, as without.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Hosts(Protocol):
     """How hosts are reached."""
 
     def view(self, *, fresh: bool = False) -> View:
-        """Who they are; `fresh`: now, and not some seconds ago."""
+        """The current members; `fresh`: now, and not some seconds ago."""
 
     def nodes(self) -> int:
-        """On how many nodes there are hosts, were some, or are to be some."""
+        """The number of nodes that have hosts, had some, or will have some."""
 
     def share(self, data: Bytes) -> Any:
         """Bytes, made so that several hosts can be sent them."""
@@ -69,7 +69,7 @@ class Hosts(Protocol):
 
 
 class Acknowledged(NamedTuple):
-    """What became of a save: `version` 0 where hosts will publish it, and `order` then says what they publish."""
+    """The result of a save: `version` is 0 if hosts will publish it, and `order` then says what they publish."""
 
     outcome: Outcome
     version: int
@@ -138,8 +138,8 @@ def save(
 ) -> Acknowledged:
     """Store a model with `store`, on hosts of two nodes first: `here` are those of this node.
 
-    Where there are no two nodes with hosts, one that is being replaced is waited for a moment; then, and where hosts die
-    meanwhile, the model goes to the storage instead, and a warning says so. `StorageError` where that cannot be written to.
+    If there are no two nodes with hosts, one that is being replaced is waited for a moment. After that, or if hosts die
+    meanwhile, the model goes to the storage instead, with a warning. `StorageError` if that cannot be written to.
     """
     began = time.time()
     after = Catalog(storage).highest(model)
@@ -201,7 +201,7 @@ def _coming(hosts: Hosts, pair: Sequence[str], save: str, keys: Collection[str])
 
 
 def _hold(storage: Storage, model: str, save: str, outcome: Outcome, coming: Callable[[], Collection[str]]) -> None:
-    """Keep garbage collection away from what a save relies on until it is published; `UnkeptError` where it came before.
+    """Keep garbage collection away from what a save relies on until it is published; `UnkeptError` if it came before.
 
     A storage that takes nothing now is not waited for: no collection runs on it either.
     """
@@ -228,7 +228,7 @@ def _hold(storage: Storage, model: str, save: str, outcome: Outcome, coming: Cal
 def wait_durable(hosts: Hosts, storage: Storage, orders: Sequence[Order], seconds: float | None) -> dict[str, int]:
     """Wait until acknowledged saves are in the storage; the version of each, by the save's id.
 
-    `StorageError` where that takes longer than so many seconds, or where no host knows of one any more.
+    `StorageError` if that takes longer than so many seconds, or where no host knows of one any more.
     """
     left = {order.save: order for order in orders}
     found: dict[str, int] = {}
@@ -262,7 +262,7 @@ def wait_durable(hosts: Hosts, storage: Storage, orders: Sequence[Order], second
 
 
 def _versions(hosts: Hosts, saves: Sequence[str]) -> dict[str, int]:
-    """What hosts know of saves: the version of each, 0 while it is not durable."""
+    """The hosts' state of saves: the version of each, 0 while it is not durable."""
     asked = {member.id: hosts.ask(member.id, Keeper.versions, saves) for member in hosts.view().members}
     found: dict[str, int] = {}
     for known in answers(asked, _VERSIONS).values():
@@ -272,7 +272,7 @@ def _versions(hosts: Hosts, saves: Sequence[str]) -> dict[str, int]:
 
 
 def _published(storage: Storage, order: Order) -> int:
-    """The version that a save became, as the storage knows; 0 where it does not."""
+    """The version that a save became, as the storage knows; 0 if it does not."""
     try:
         record = Catalog(storage).published(order.model, order.save, order.entry, after=order.after)
     except ModelStoreError:
@@ -286,7 +286,7 @@ def _forget(hosts: Hosts, pair: Sequence[str], save: str) -> None:
 
 
 def _answers(asked: Sequence[Future[R]]) -> list[R]:
-    """What hosts answered; `UnkeptError` where one did not."""
+    """The hosts' answers; `UnkeptError` if one did not answer."""
     for future in asked:
         problem = _problem(future)
         if problem is not None:

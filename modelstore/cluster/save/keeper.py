@@ -1,4 +1,4 @@
-"""What may be asked of a host that keeps saves, by savers and by the other keepers, and how it is asked."""
+"""The calls to a host that keeps saves, from savers and from the other keepers, and how they are made."""
 
 from __future__ import annotations
 

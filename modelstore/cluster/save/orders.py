@@ -1,4 +1,4 @@
-"""What a save asks of the two hosts that keep it, and who they are. Pure."""
+"""A save's request to the two hosts that keep it, and these hosts. Pure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Order(msgspec.Struct, frozen=True):
 
 
 class PendingStats(msgspec.Struct):
-    """What is not in the storage yet: bytes held (of `limit`), acknowledged saves, and what keeps them from it, if known."""
+    """The content that is not in the storage yet: bytes held (of `limit`), acknowledged saves, and the obstacle, if known."""
 
     bytes: int = 0
     limit: int = 0

@@ -1,6 +1,6 @@
 """Saves that were acknowledged from memory: kept on two nodes until the storage has them. Knows no Ray.
 
-Objects named by their content may lie in the storage before anything refers to them, so each is stored as soon as it is whole;
+Objects named by their content may be in the storage before anything refers to them, so each is stored as soon as it is whole;
 the record, which alone makes the version visible, comes last. The first keeper stores; the second one does when it is gone.
 """
 
@@ -37,7 +37,7 @@ P = ParamSpec("P")
 
 _STORING = 4  # objects on their way to the storage at once
 _AGAIN = 0.2, 5.0  # seconds until a failed write is tried again: at first, at most
-_MENDABLE = (GoneError, *DAMAGED)  # what keeps a save from being published until something is mended
+_MENDABLE = (GoneError, *DAMAGED)  # the obstacle that keeps a save from being published until it is removed
 _REMEMBERED = 1000  # saves whose version is still known after they are durable
 _FORGOTTEN = 600.0  # seconds without a word after which a save that was not committed is dropped
 
@@ -75,7 +75,7 @@ class WriteBehind:
     def reserve(
         self, save: str, source: StoreAddress, keepers: Sequence[str], key: str, size: int, seconds: float
     ) -> bool:
-        """Make room for an object; False where there is none within so many seconds: the storage takes less than comes in."""
+        """Make room for an object; False if there is none within so many seconds: the storage takes less than comes in."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._stats.bytes + size <= self._stats.limit, timeout=seconds):
                 return False
@@ -92,7 +92,7 @@ class WriteBehind:
         return True
 
     def write(self, save: str, key: str, start: int, data: Buffer, digest: bytes | None = None) -> None:
-        """Keep a part of an object; with its last one comes the digest of the whole. `CorruptionError` where it is another,
+        """Keep a part of an object; with its last one comes the digest of the whole. `CorruptionError` if it is another,
         `NotFoundError` for an object that no room was made for."""
         with self._changed:
             found = self._saves.get(save)
@@ -120,7 +120,7 @@ class WriteBehind:
         self._store_some(save)
 
     def commit(self, order: Order) -> None:
-        """Take over a save whose objects are all kept: it will be published. `NotFoundError` where one is missing."""
+        """Take over a save whose objects are all kept: it will be published. `NotFoundError` if one is missing."""
         with self._changed:
             if order.save in self._done:
                 return
@@ -155,7 +155,7 @@ class WriteBehind:
             return set(found.stored) if found is not None else set()
 
     def versions(self, saves: Sequence[str]) -> dict[str, int]:
-        """Of these saves those taken over here: the version that each became, 0 while it is not durable."""
+        """The saves among these that were taken over here: the version that each became, 0 while it is not durable."""
         with self._changed:
             known = {save: 0 for save in saves if save in self._saves and self._saves[save].order is not None}
             return known | {save: self._done[save] for save in saves if save in self._done}
@@ -212,7 +212,7 @@ class WriteBehind:
             )
 
     def stats(self) -> PendingStats:
-        """What is not in the storage yet. Saves are counted by the host that stores them."""
+        """The content that is not in the storage yet. Saves are counted by the host that stores them."""
         with self._changed:
             saves = sum(1 for found in self._saves.values() if found.order and found.leads)
             return msgspec.structs.replace(self._stats, saves=saves, problem=self._stats.problem if saves else None)

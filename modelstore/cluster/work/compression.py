@@ -28,7 +28,7 @@ _GPU_SHARE = 0.1  # of a GPU, for a worker: most of its time goes by elsewhere
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a worker knows beside its portion. `digest` is the original's manifest; `earlier` are (model, manifest)."""
+    """A worker's data beside its portion. `digest` is the original's manifest; `earlier` are (model, manifest)."""
 
     source: StoreAddress
     model: str
@@ -37,7 +37,7 @@ class Encoding:
     earlier: tuple[tuple[str, str], ...]
 
     def __call__(self, portion: Portion, device: str | None) -> int:
-        """Read, encode, write packs, note them. Bytes stored anew."""
+        """Read, encode, write packs, note them. Bytes newly stored."""
         repo = repo_of(self.source)
         # Each chunk is read once: hosts would only copy what a file system gives.
         original = opened(None if repo.storage.local else Session(), self.source, self.model, self.digest)
@@ -101,8 +101,8 @@ class Compression:
 def portions(portion: Portion, manifest: Manifest, size: int = PORTION) -> Iterator[Portion]:
     """A job's tensors in portions of neighbours in model order: the same ones, however many workers there are. Pure.
 
-    Of `size` bytes at most, where a tensor is no larger, and smaller ones towards the end, so that all workers end at about
-    the same time (guided self-scheduling: Polychronopoulos and Kuck, IEEE Transactions on Computers C-36, 1987).
+    Portions of `size` bytes at most, unless a tensor is larger, and smaller ones towards the end, so that all workers end at
+    about the same time (guided self-scheduling: Polychronopoulos and Kuck, IEEE Transactions on Computers C-36, 1987).
     """
     left = _nbytes(portion, manifest)
     specs: dict[str, CodecSpec] = {}
@@ -133,7 +133,7 @@ def nearest(portion: Portion, manifest: Manifest, view: View) -> str | None:
 
 
 def gpu_share(portion: Portion, free: Mapping[str, float]) -> float:
-    """Of a GPU, what a worker takes for a portion: nothing where none is free, or would make nothing sooner. Pure."""
+    """The share of a GPU that a worker takes for a portion: nothing if none is free, or would make nothing sooner. Pure."""
     wanted = free.get("GPU", 0.0) >= _GPU_SHARE and any(
         weight_codec(view_spec(spec, ORIGINAL)).on_device for spec in portion.specs.values()
     )

@@ -1,7 +1,7 @@
 """Jobs: a task on a model that workers all over a cluster share, in portions, in a bounded window.
 
-A worker notes in the store what it finished; the driver only learns that it is done. So whoever starts the same job again, after
-the death of a worker, a node or the driver, goes on from what is finished.
+A worker notes in the store what it finished; the driver only learns that it is done. So if the same job is started again,
+after the death of a worker, a node or the driver, it continues from the finished portions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ P = TypeVar("P")
 
 
 class Task(Protocol[P]):
-    """What a job does. A portion of it is plain data, and is the same however many workers there are."""
+    """The work of a job. A portion of it is plain data, and is the same however many workers there are."""
 
     @property
     def job(self) -> str:
@@ -53,33 +53,34 @@ class Task(Protocol[P]):
 
     @property
     def title(self) -> str:
-        """What Ray calls a portion's work: "compress acme/llama"."""
+        """Ray's name for a portion's work: "compress acme/llama"."""
 
     def portions(self) -> Sequence[P]:
-        """What is to be done. Those of most bytes are begun first: one that is begun last would be waited for."""
+        """The work to do. Those of most bytes are started first: one that is started last would be waited for."""
 
     def nbytes(self, portion: P) -> int:
-        """Bytes of a portion, of which progress is told."""
+        """Bytes of a portion, for the progress."""
 
     def nearest(self, portion: P, view: View) -> str | None:
-        """The node on which a portion is best worked on; None where it is all the same."""
+        """The node on which a portion is best worked on; None if it is all the same."""
 
     def gpus(self, portion: P, free: Mapping[str, float]) -> float:
-        """Of a GPU, what a worker takes for a portion, given what the cluster has free."""
+        """The share of a GPU that a worker takes for a portion, given the cluster's free resources."""
 
     def first(self, portion: P) -> str:
         """The first tensor of a portion, by which an error says where it is."""
 
     def work(self) -> Callable[[P, str | None], int]:
-        """What a worker does with a portion, in a process of its own, and on a device of torch if there is one: does it, notes
-        it in the store, and returns bytes that are stored anew. Plain data; doing it twice is as doing it once."""
+        """Do a portion's work, in a process of its own, and on a device of torch if there is one; note it in the store, and
+        return the bytes that are newly stored. Plain data; doing it twice is as doing it once.
+        """
 
 
 def run(task: Task[P], progress: Advance | None = None) -> int:
-    """Have workers do all of a task; bytes that they stored anew.
+    """Have workers do all of a task; bytes that they newly stored.
 
-    `CancelledError` where somebody cancelled the job; a worker's error, where it failed again and again. What is finished
-    by then stays noted.
+    `CancelledError` if somebody cancelled the job; a worker's error, where it failed again and again. The portions finished
+    by then stay noted.
     """
     view = Session().view(fresh=True)
     portions = sorted(task.portions(), key=task.nbytes, reverse=True)
@@ -131,12 +132,12 @@ def _submit(task: Task[P], portion: P, view: View) -> Any:
 
 
 def _window() -> int:
-    """Portions that are to be under way now: nodes may have come since the last time."""
+    """Portions that should be under way now: nodes may have come since the last time."""
     return max(2, _AHEAD * int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
 
 
 def _work(work: Callable[[P, str | None], int], portion: P) -> int:
-    """What runs in a worker: a portion's work, on the GPU that this process was given a share of, if it was."""
+    """Runs in a worker: a portion's work, on the GPU that this process was given a share of, if it was."""
     import torch
 
     os.nice(max(0, _NICE - os.nice(0)))
@@ -157,7 +158,7 @@ def _result(ref: Any, first: str) -> int:
 
 
 def _report(status: JobStatus | None, job: str = "") -> bool:
-    """Tell the directory how far a job is, or that it ended; whether it is to be cancelled."""
+    """Tell the directory how far a job is, or that it ended; whether it must be cancelled."""
     try:
         return ask_directory_once(_REPORT, Control.report, status, job)
     except (StorageError, ray.exceptions.RayError):  # it is away: nobody can see or cancel the job meanwhile

@@ -1,8 +1,8 @@
 """Values as byte planes in blocks, each piece stored raw or as a zstd frame: what `lossless` and `delta` store.
 
 The bytes are laid out as docs/codecs.md says, for every dtype alike: a header, the stored length of every piece, and block
-after block of pieces. A block is what 128 KiB of each plane hold, so that what passes between the split, or merge, and
-zstd stays in a core's cache, and so that many frames can be decoded at once (on GPUs, too).
+after block of pieces. A block is the words of 128 KiB of each plane, so that the data between the split, or merge, and zstd
+stay in a core's cache, and so that many frames can be decoded in parallel (on GPUs, too).
 """
 
 from __future__ import annotations
@@ -126,18 +126,18 @@ def _write(lanes: NDArray[Word], base: NDArray[Word], how: WordShape, costs: lis
         f"<{len(lengths)}I", *lengths
     )
     out[: len(head)] = np.frombuffer(head, np.uint8)
-    # What is left over is not given back, unless it is much: an array shrunk in place costs the next call fresh pages.
+    # The rest is not given back, unless it is much: an array shrunk in place costs the next call fresh pages.
     return out[:at] if at > out.size // 2 else out[:at].copy()
 
 
 def _smaller(piece: Bytes, method: FrameMethod) -> bytes | None:
-    """The piece as a frame, None where that is not smaller."""
+    """The piece as a frame, None if that is not smaller."""
     frame = frames.compress(piece, method)
     return frame if len(frame) < piece.size else None
 
 
 def _methods(lanes: NDArray[Word], base: NDArray[Word], how: WordShape, costs: list[float]) -> list[FrameMethod | None]:
-    """How each plane is to be compressed: by its estimated bits a byte; integers by what the first piece comes to."""
+    """How to compress each plane: by its estimated bits a byte; integers by the result for the first piece."""
     if not how.trial:
         return ["entropy" if cost < TRY else None for cost in costs]
     split, _, _ = words.kernels(how.width)
@@ -153,7 +153,7 @@ def _methods(lanes: NDArray[Word], base: NDArray[Word], how: WordShape, costs: l
 
 
 def _places(coded: Sequence[bytes | FrameMethod | None], at: int, size: int) -> NDArray[np.int64]:
-    """Where each raw piece of a block goes: one after the other from `at`; -1 for those that become frames."""
+    """The place of each raw piece of a block: one after the other from `at`; -1 for those that become frames."""
     places = []
     for how in coded:
         places.append(-1 if how is not None else at)
@@ -162,7 +162,7 @@ def _places(coded: Sequence[bytes | FrameMethod | None], at: int, size: int) -> 
 
 
 def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes | None = None) -> None:
-    """Write the values that `plane` encodes into `out`, as `Codec.decode` says. `FormatError` where it is no such encoding."""
+    """Write the values that `plane` encodes into `out`, as `Codec.decode` says. `FormatError` if it is not such an encoding."""
     how = words_of(dtype)
     data = as_bytes(plane)
     data.flags.writeable = False  # of this view; the kernels are compiled for read-only pieces
@@ -213,7 +213,7 @@ def _check_header(data: Bytes, width: int, blocks: int) -> bool:
 
 
 def _pieces(data: Bytes, at: int, sizes: list[int], n: int) -> tuple[tuple[Bytes, ...], int]:
-    """The pieces of one block, each `n` bytes, and where the next block begins: raw ones lie first, then the frames."""
+    """The pieces of one block, each `n` bytes, and the start of the next block: raw ones come first, then the frames."""
     if max(sizes) > n:
         raise FormatError(f"an encoded chunk has a piece of {max(sizes)} bytes where {n} are the most")
     raw, at = at, at + n * sizes.count(n)
@@ -229,7 +229,7 @@ def _pieces(data: Bytes, at: int, sizes: list[int], n: int) -> tuple[tuple[Bytes
 
 
 def as_words(out: Bytes, dtype: DType) -> tuple[NDArray[Word], int, int]:
-    """(words over all that `out` spans, words of a row, words from row to row); new memory where rows lie at odd distances."""
+    """(words over all that `out` spans, words of a row, words from row to row); new memory if rows are at odd distances."""
     how = words_of(dtype)
     rows, size = out.shape
     step = out.strides[0]

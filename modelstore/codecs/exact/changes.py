@@ -1,4 +1,5 @@
-"""The few words of a region that differ from a base: where they are, and by how much. What `delta` stores after a small step.
+"""The few words of a region that differ from a base: where they are, and by how much. The encoding of `delta` after a small
+step.
 
 Between two steps of training about one value in a hundred changes, in every chunk. The bytes are laid out as docs/codecs.md
 says: gaps between changed words, and the differences of their ordinals, each entropy-coded, in groups, so that a decoder needs
@@ -34,7 +35,7 @@ SMALL = 64  # bytes of a piece: fewer are stored as they are
 
 
 def encode(values: Bytes, dtype: DType, base: Bytes) -> Bytes | None:
-    """The encoding of `values` (uint8, 1-d, whole elements) against a base of the same size; None where too much changed."""
+    """The encoding of `values` (uint8, 1-d, whole elements) against a base of the same size; None if too much changed."""
     how = words_of(dtype)
     lanes, under = (np.ascontiguousarray(raw).view(how.dtype) for raw in (values, base))
     at = _changed(lanes, under)
@@ -59,7 +60,9 @@ def encode(values: Bytes, dtype: DType, base: Bytes) -> Bytes | None:
 
 
 def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes) -> None:
-    """Write the base, changed as `plane` says, into `out`, as `Codec.decode` says. `FormatError` where it is no such encoding."""
+    """Write the base, changed as `plane` says, into `out`, as `Codec.decode` says. `FormatError` if it is not such an
+    encoding.
+    """
     how = words_of(dtype)
     if out.ctypes.data != base.ctypes.data:
         out[:] = base.reshape(out.shape)
@@ -84,7 +87,7 @@ def decode(plane: Buffer, dtype: DType, out: Bytes, base: Bytes) -> None:
 
 
 def _changed(lanes: NDArray[Word], under: NDArray[Word]) -> NDArray[Any] | None:
-    """Where words differ, ascending; None where more do than are worth it."""
+    """The places of words that differ, ascending; None if more do than are worth it."""
     kind: type[np.uint32 | np.uint64] = (
         np.uint32 if lanes.size <= 1 << 32 else np.uint64
     )  # half the memory, where it will do
@@ -194,7 +197,7 @@ def _groups(data: Bytes, width: int, words: int) -> Iterator[Group]:
 
 
 def _group(data: Bytes, at: int, width: int, count: int) -> tuple[Group, int]:
-    """The group of `count` changed words that begins at a byte, and where the next one does."""
+    """The group of `count` changed words that starts at a byte, and the start of the next one."""
     streams = 2 + width
     start = at + HEAD.size + 4 * streams
     if data.size < start:

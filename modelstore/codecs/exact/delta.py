@@ -11,7 +11,7 @@ from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Shape
 
-SMALL = 256  # bytes: of what is no larger, nothing smaller is looked for
+SMALL = 256  # bytes: for anything that is no larger, nothing smaller is looked for
 
 
 @dataclass(frozen=True, slots=True)

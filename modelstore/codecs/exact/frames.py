@@ -63,7 +63,7 @@ def compress(piece: Bytes, method: FrameMethod) -> bytes:
 
 
 def compress_parts(parts: Sequence[Bytes], method: FrameMethod) -> bytes:
-    """All parts, one after the other, as one frame, in which each begins a block, hence may have an entropy code of its own.
+    """All parts, one after the other, as one frame, in which each starts a block, hence may have an entropy code of its own.
 
     Parts are contiguous, of any size. For many small ones a frame each would cost more calls.
     """

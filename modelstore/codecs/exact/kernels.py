@@ -1,6 +1,6 @@
 """Between words (unsigned lanes of 1, 2, 4 or 8 bytes) and byte planes, most significant plane first.
 
-The words are changed on the way, so that what varies little comes to lie in the top bytes:
+The words are changed on the way, so that the bits that vary little move to the top bytes:
 
     a top given     the sign moved down to the place below the top byte, which then holds nothing but exponent (and in
                     float16 the first bits after it). `top` is the mask of the top byte, or 0: nothing moves
@@ -73,7 +73,7 @@ def _split(values, base, magnitude, top, places, out, scratch):  # type: ignore[
 
 
 def _merge(pieces, base, magnitude, top, first, row, stride, out):  # type: ignore[no-untyped-def]
-    """The reverse: words first, first + 1, … of a region whose rows of `row` words begin `stride` words apart in `out`.
+    """The reverse: words first, first + 1, … of a region whose rows of `row` words start `stride` words apart in `out`.
 
     pieces: as many uint8 arrays (n,) as a word has bytes; base: words (n,) or empty; out: words, 1-d.
     """
@@ -142,8 +142,8 @@ def _cost(values, base, magnitude, top, run, counts, bits):  # type: ignore[no-u
     To it are added what a sample underestimates (Miller and Madow: half a nat a sample for each further kind of byte)
     and the table of a Huffman code (4 bits a kind), so that small tensors are not tried in vain.
 
-    Sampled are `run` words at the beginning of each of equally long stretches, at most 64 of them, over all of `values`.
-    counts: uint32 (planes, 256), overwritten; bits: float64 (planes,).
+    The sample is `run` words at the start of each of equally long stretches, at most 64 of them, over all of `values`. counts:
+    uint32 (planes, 256), overwritten; bits: float64 (planes,).
     """
     width = values.itemsize
     wide = 8 * width

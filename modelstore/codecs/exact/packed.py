@@ -38,8 +38,9 @@ WORTH = 0.88  # of the size of packed codes: where `lossless` is estimated to co
 class FixedRate(WeightCodec):
     """One plane, `data`, laid out as docs/codecs.md says.
 
-    bfloat16 weights take 0.695 to 0.7 of their raw bytes where `lossless` takes 0.667, and decode at more than twice its speed.
-    What does not come out smaller so (integers, zeros, noise) has the bytes that `lossless` would give it.
+    bfloat16 weights take 0.695 to 0.7 of their raw bytes where `lossless` takes 0.667, and decode at more than twice its
+    speed. Values that do not become smaller in this way (integers, zeros, noise) have the bytes that `lossless` would give
+    them.
     """
 
     @property
@@ -90,7 +91,7 @@ class FixedRate(WeightCodec):
 
 @dataclass(frozen=True, slots=True)
 class TileParts:
-    """Where the parts of an encoding lie in its bytes: views of it, and nothing beside.
+    """The parts of an encoding in its bytes: views of it, and nothing beside.
 
     codes: of all tiles, one after the other; planes: (bytes of a word - 1, words); tops, and the numbers of escapes and of whole
     bytes: one for each tile; rest: nibbles, then whole bytes.
@@ -128,7 +129,7 @@ def _vanishes(values: Bytes, dtype: DType) -> bool:
 
 
 def _encode(values: Bytes, width: int) -> Bytes | None:
-    """The encoding of whole words; None where it has more escapes than it has room for."""
+    """The encoding of whole words; None if it has more escapes than it has room for."""
     from modelstore.codecs.exact.packed_kernels import kernels
 
     words = values.view(f"<u{width}")
@@ -150,7 +151,7 @@ def _encode(values: Bytes, width: int) -> Bytes | None:
 
 
 def _laid_out(data: Bytes, count: int, width: int) -> TileParts:
-    """The parts of stored bytes; `FormatError` where they are not as long as so many words and their escapes."""
+    """The parts of stored bytes; `FormatError` if they are not as long as so many words and their escapes."""
     _, _, fixed = _fixed(count, width)
     if data.size < fixed:
         raise FormatError(f"an encoded chunk has {data.size} bytes where its codes alone take {fixed}")

@@ -1,13 +1,13 @@
 """Between words of 2 or 4 bytes and fixed-rate codes of their top bytes, tile by tile: what `packed` lays out.
 
 A tile is 2,048 words (the last of a region fewer). The words' signs are moved as `kernels` moves them, so that the top byte is
-the exponent of a bfloat16 or float32. What a tile stores for it is a code of three bits: how far it lies below the tile's `top`.
-The highest code says that it lies elsewhere, and is an escape: a nibble says where near the codes, or that the byte is 0, or
+the exponent of a bfloat16 or float32. A tile stores a code of three bits for it: how far it is below the tile's `top`. The
+highest code is an escape, for an exponent that is elsewhere: a nibble says where near the codes, or that the byte is 0, or
 that it is among the bytes that are kept whole.
 
-Codes lie in eight stripes of `m` bytes: word i of a tile is number i % m of stripe i // m, so that every inner loop is over
-neighbours, with one shift for all of them, and vectorises. Escapes are few (1 word in 40 of trained weights): their places are
-read off a mask, 64 words at a time.
+Codes are stored in eight stripes of `m` bytes: word i of a tile is number i % m of stripe i // m, so that every inner loop is
+over neighbours, with one shift for all of them, and vectorises. Escapes are few (1 word in 40 of trained weights): their
+places are read off a mask, 64 words at a time.
 
 Nothing is checked here but the number of escapes: callers in `packed` answer for every length.
 """
@@ -39,8 +39,8 @@ LOOKED = 4  # every fourth top byte of a tile is counted to find its `top`: all 
 def _pack(codes, m, out):  # type: ignore[no-untyped-def]
     """The codes of a tile, uint8 (8 m,), into 3 m bytes: the upper two bits of all, then the lowest.
 
-    Of the first 2 m bytes, byte j holds, from its lowest bits, those of words j, j + 2 m, j + 4 m, j + 6 m; of the m others,
-    those of words j, j + m, … j + 7 m.
+    Byte j of the first 2 m bytes holds, from its lowest bits, those of words j, j + 2 m, j + 4 m, j + 6 m; byte j of the m
+    others, those of words j, j + m, … j + 7 m.
     """
     two, one = out[: 2 * m], out[2 * m : 3 * m]
     for j in range(m):
@@ -125,7 +125,7 @@ def _choose(tops, counts):  # type: ignore[no-untyped-def]
 
 
 def _encode(words, packed, planes, tops, escapes, whole, nibbles, bytes_):  # type: ignore[no-untyped-def]
-    """(bytes of nibbles, whole bytes) of all `words`; the first is -1 where either has no room.
+    """(bytes of nibbles, whole bytes) of all `words`; the first is -1 if either has no room.
 
     words: 1-d; packed: uint8, codes of all tiles; planes: uint8 (bytes of a word - 1, words); tops: uint8 (tiles,); escapes,
     whole: uint16 (tiles,), the number of escapes, and of whole bytes among them; nibbles, bytes_: uint8, the room for them.
@@ -182,7 +182,8 @@ def _encode(words, packed, planes, tops, escapes, whole, nibbles, bytes_):  # ty
 
 
 def _decode(packed, planes, tops, escapes, whole, nibbles, bytes_, row, stride, out):  # type: ignore[no-untyped-def]
-    """The reverse, into rows of `row` words that begin `stride` words apart in `out`; False where escapes are not as said.
+    """The reverse, into rows of `row` words that start `stride` words apart in `out`; False if escapes do not match their
+    counts.
 
     As for `_encode`; nibbles are as many as `escapes` says.
     """

@@ -1,4 +1,5 @@
-"""The kernel that changes a group of words in place, for `changes`: gaps and differences are read, and words written, at once.
+"""The kernel that changes a group of words in place, for `changes`: gaps and differences are read, and words written, in one
+step.
 
 Nothing is written beyond the region, whatever is stored; `changes` answers for the lengths of what it passes.
 """

@@ -43,9 +43,9 @@ _BAND = 4 << 20  # bytes of a tensor that are looked at at a time
 class Mxfp4(WeightCodec):
     """OCP Microscaling Formats 1.0 (2023), MXFP4: blocks of 32 numbers with a power of two.
 
-    Planes: `codes`, two E2M1 codes a byte, the first in the low bits, each row beginning a byte; `scale`, a byte of E8M0
-    (2 ** (byte - 127)) for each block of each row. The exponent is floor(log2(largest finite magnitude)) - 2, as the
-    specification has it, so that numbers may saturate at 6; at least -126; 0 for a block of zeros.
+    Planes: `codes`, two E2M1 codes a byte, the first in the low bits, each row starting a byte; `scale`, a byte of E8M0 (2 **
+    (byte - 127)) for each block of each row. The exponent is floor(log2(largest finite magnitude)) - 2, as the specification
+    has it, so that numbers may saturate at 6; at least -126; 0 for a block of zeros.
     """
 
     @property
@@ -201,12 +201,12 @@ def _kept(largest: Floats, over: np.float32) -> Bytes:
 
 
 def _unkept(kept: Bytes, shape: tuple[int, ...], over: np.float32) -> Floats:
-    """What numbers are multiplied by, of such a plane."""
+    """The factor of numbers of such a plane."""
     return scaled.unplane(kept, shape, "float8_e4m3fn", "scale") / over
 
 
 def _exponents(largest: Floats) -> NDArray[np.int16]:
-    """Of each block, biased by 127, as E8M0."""
+    """For each block, biased by 127, as E8M0."""
     exponents = np.maximum((largest.view(np.uint32) >> 23).astype(np.int16) - 2, 1)
     exponents[largest == 0] = 127
     return exponents

@@ -22,7 +22,7 @@ BLOCK = 1024  # numbers between one loop and the next: they stay in the first-le
 
 
 def _absmax(numbers, columns, width, out):  # type: ignore[no-untyped-def]
-    """Largest magnitude of the finite numbers of each group, 0 where there are none. numbers: float32 bits as uint32."""
+    """Largest magnitude of the finite numbers of each group, 0 if there are none. numbers: float32 bits as uint32."""
     if width >= 8 * RUN or width % RUN:
         for r in range(out.shape[0]):
             for g in range(out.shape[1]):
@@ -99,7 +99,7 @@ def _encode8(numbers, columns, width, scales, mantissa, bias, most, out):  # typ
 
 
 def _decode8(codes, columns, width, scales, mantissa, bias, limit, out):  # type: ignore[no-untyped-def]
-    """Numbers of such codes, into `out`; the count of codes whose magnitude is `limit` or more, which are no numbers."""
+    """Numbers of such codes, into `out`; the count of codes whose magnitude is `limit` or more, which are not numbers."""
     block = np.empty(BLOCK, np.float32)
     bits = block.view(np.uint32)
     shift = np.uint32(23 - mantissa)
@@ -131,7 +131,7 @@ def _decode8(codes, columns, width, scales, mantissa, bias, limit, out):  # type
 
 
 def _encode4(numbers, columns, width, scales, borders, signed, out):  # type: ignore[no-untyped-def]
-    """Codes of 4 bits, two a byte, the first in the low bits; each row begins a byte. `width` is a multiple of 16.
+    """Codes of 4 bits, two a byte, the first in the low bits; each row starts a byte. `width` is a multiple of 16.
 
     A code is how many of the ascending `borders` the number is beyond; with `signed` it is so for the magnitude, and
     bit 3 is the sign.

@@ -45,8 +45,8 @@ class Nf4(WeightCodec):
 
     group_size  numbers of a row that share a scale: a multiple of 16 from 16 to 4096
 
-    Planes: `codes`, two a byte, the first in the low bits, each row beginning a byte; `scale`, the largest finite
-    magnitude of each group of each row, rounded to bfloat16, 1 for a group of zeros. A number is LEVELS[code] * scale.
+    Planes: `codes`, two a byte, the first in the low bits, each row starting a byte; `scale`, the largest finite magnitude of
+    each group of each row, rounded to bfloat16, 1 for a group of zeros. A number is LEVELS[code] * scale.
     """
 
     group_size: int = 64

@@ -85,7 +85,7 @@ class _Packed:
     width = 0
 
     def cells(self, shape: Shape) -> Mapping[str, tuple[int, int]]:
-        """As `EngineView.cells`. `UnsupportedError` where rows are no whole blocks."""
+        """As `EngineView.cells`. `UnsupportedError` if rows are not whole blocks."""
         columns = matrix(shape)[1]
         if columns % self.width:
             raise UnsupportedError(

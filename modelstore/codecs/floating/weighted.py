@@ -20,7 +20,7 @@ CLIPS = tuple(1 - at / 28 for at in range(20))  # of the largest magnitude, from
 def searched(
     values: Bytes, dtype: DType, grid: Grid, tried: Iterable[Floats], how: Format4, importance: Importance
 ) -> Floats:
-    """Of each group, the scale among those tried by which Σ importance · error² is least; the first of equal ones.
+    """For each group, the scale among those tried by which Σ importance · error² is least; the first of equal ones.
 
     tried: float32 (rows, groups) each. Scales by which a number decodes to none that is finite are left out.
     """

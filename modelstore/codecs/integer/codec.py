@@ -45,7 +45,7 @@ class Int(WeightCodec):
     """Planes `codes`, `scale` and, unless symmetric, `zero`; a number is (code - zero point) * scale.
 
     bits            of a code: 2, 3, 4 or 8
-    symmetric       whether there is no zero point, and 0 lies in the middle of the codes
+    symmetric       whether there is no zero point, and 0 is in the middle of the codes
     granularity     numbers that share a scale: "tensor", "channel" (a row of the matrix), "group" (of a row's columns) or
                     "block" (a square); those at the end are smaller
     group_size      columns of a group, or the side of a block
@@ -93,7 +93,7 @@ class Int(WeightCodec):
 
     @property
     def layout(self) -> IntLayout:
-        """Where codes and scales lie in the planes."""
+        """The places of codes and scales in the planes."""
         return IntLayout(self.bits, self.symmetric, self.granularity, self.group_size)
 
     @property
@@ -308,7 +308,7 @@ def _words(values: Bytes, dtype: DType) -> NDArray[np.unsignedinteger]:
 
 
 def _first_best(losses: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Of each row's losses the index of the least, up to where five are no better than the least before them."""
+    """For each row's losses, the index of the least, up to where five are no better than the least before them."""
     best = np.zeros(len(losses), np.intp)
     least = losses[:, 0].copy()
     worse = np.zeros(len(losses), np.intp)

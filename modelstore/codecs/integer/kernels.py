@@ -167,14 +167,14 @@ def _total(values):  # type: ignore[no-untyped-def]
 
 @register_jitable
 def _inverse(s):  # type: ignore[no-untyped-def]
-    """Of a scale; finite."""
+    """The inverse of a scale; finite."""
     size = np.float32(1) / max(abs(s), np.float32(2.0**-126))
     return -size if s < np.float32(0) else size
 
 
 @register_jitable
 def _loss(w, s, z, unit, bits, largest, room):  # type: ignore[no-untyped-def]
-    """Sum of |error / unit| ** 2.4. Multiplies where `_round` divides: a code that lies on the border may be its neighbour."""
+    """Sum of |error / unit| ** 2.4. Multiplies where `_round` divides: a code on the border may be its neighbour."""
     least, most = _ends(s, z, bits, largest)
     inverse, per = _inverse(s), _inverse(abs(unit))
     for i in range(w.size):
@@ -188,7 +188,7 @@ def _loss(w, s, z, unit, bits, largest, room):  # type: ignore[no-untyped-def]
 
 @register_jitable
 def _clip(w, low, high, bits, symmetric, kind, largest, room):  # type: ignore[no-untyped-def]
-    """Of shrinking ranges the one of least loss."""
+    """The one of shrinking ranges with the least loss."""
     unit, best_z = _scale(low, high, np.float32(1), bits, symmetric, kind)
     best_s, least, worse = unit, _loss(w, unit, best_z, unit, bits, largest, room), 0
     for i in range(1, STEPS):
@@ -303,7 +303,7 @@ def _extremes(words, kind, low, high):  # type: ignore[no-untyped-def]
 
 
 def _candidates(low, high, bits, symmetric, kind, scales, zeros):  # type: ignore[no-untyped-def]
-    """What `_clip` tries, for each row, the longer side turned below zero: scales, zeros: float32 (rows, up to STEPS)."""
+    """The candidates of `_clip`, for each row, the longer side turned below zero: scales, zeros: float32 (rows, up to STEPS)."""
     for r in range(low.size):
         turned = symmetric and scales.shape[1] > 1 and high[r] > -low[r]
         for i in range(scales.shape[1]):

@@ -1,4 +1,4 @@
-"""The planes of `int`: where codes, scales and zero points lie, and what is refused as not theirs."""
+"""The planes of `int`: the places of codes, scales and zero points, and the checks of these."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class IntLayout:
         return -(-columns * self.bits // 8)
 
     def each(self, shape: Shape) -> int:
-        """Rows within which cells lie: for blocks those of one matrix of a stack, else all."""
+        """The number of rows that cells are within: for blocks those of one matrix of a stack, else all."""
         stack = self.granularity == "block" and len(shape) > 2 and not is_convolution(shape)
         return shape[-2] if stack else matrix(shape)[0]
 
@@ -71,7 +71,7 @@ class IntLayout:
         return codes, scale, (zeros.reshape(-1) + (1 << (self.bits - 1))).astype(np.uint8)
 
     def unplane(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> tuple[NDArray[np.uint8], Floats, Floats]:
-        """The reverse. `FormatError` where the planes are not a region's of that shape and dtype."""
+        """The reverse. `FormatError` if the planes are not a region's of that shape and dtype."""
         named = check.planes(planes, self.names)
         rows, columns = matrix(shape)
         grid = self.grid(shape)

@@ -1,8 +1,8 @@
-"""The arithmetic of `int` in torch, bit for bit, on whatever device a tensor lies: groups of rows, by range or best clip.
+"""The arithmetic of `int` in torch, bit for bit, on the device of the tensor: groups of rows, by range or best clip.
 
-What `kernels` computes group by group is computed here for all groups at once, operation by operation and in the
-same order; eager torch joins no multiplication with an addition, so that a CUDA device gives the bits of the CPU. It divides by
-a Python number as by its reciprocal there, with other bits; so numbers to divide by are tensors here (`_divided`).
+`kernels` computes group by group; here the same is computed for all groups together, operation by operation and in the same
+order. Eager torch joins no multiplication with an addition, so that a CUDA device gives the bits of the CPU. It divides by a
+Python number as by its reciprocal there, with other bits; so numbers to divide by are tensors here (`_divided`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def quantize(
 ) -> Quantized:
     """A matrix (rows, columns) of floats in groups of its columns, as `codec.Int` does by "minmax" and "mse".
 
-    The last group may be shorter. `ValueError` for any other method, and for what is no matrix.
+    The last group may be shorter. `ValueError` for any other method, and for anything but a matrix.
     """
     import torch
 
@@ -135,7 +135,7 @@ def _clip(
     kind: dtype,
     largest: float,
 ) -> tuple[Tensor, Tensor]:
-    """Of shrinking ranges the one of least loss, up to where five are no better than the best before them."""
+    """The one of shrinking ranges with the least loss, up to where five are no better than the best before them."""
     import torch
 
     best_s, best_z, least = unit, zero, _loss(w, unit, zero, unit, bits, largest)

@@ -50,7 +50,7 @@ class PackedView:
         }
 
     def cells(self, shape: Shape) -> Mapping[str, tuple[int, int]]:
-        """As `EngineView.cells`. `UnsupportedError` where engines have no layout for such a weight."""
+        """As `EngineView.cells`. `UnsupportedError` if engines have no layout for such a weight."""
         if len(shape) < 2 or is_convolution(shape):
             raise UnsupportedError(
                 f"engines take matrices and stacks of them, which {list(shape)} is not: dequantize it"
@@ -145,7 +145,7 @@ class WiderView(PackedView):
 
 
 def without_zero_points(view: EngineView) -> EngineView | None:
-    """The same numbers without zero points, in 4 or 8 bits, which engines have kernels for; None where that cannot be.
+    """The same numbers without zero points, in 4 or 8 bits, which engines have kernels for; None if that cannot be.
 
     A code less its zero point takes one bit more than a code, so that 8 bits with zero points have no other form.
     """
@@ -156,7 +156,7 @@ def without_zero_points(view: EngineView) -> EngineView | None:
 
 
 def beside_int8(view: EngineView) -> EngineView | None:
-    """The same weights as engines take them beside int8 activations; None where these are not 8 bits, symmetric, by channel."""
+    """The same weights as engines take them beside int8 activations; None if these are not 8 bits, symmetric, by channel."""
     scheme = view.scheme()
     wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     if not isinstance(view, PackedView) or any(scheme[key] != value for key, value in wanted.items()):

@@ -1,6 +1,6 @@
 """Rows of codes of 2, 3, 4 or 8 bits, packed into bytes and back, by themselves or within other kernels.
 
-Code i of a row begins at bit i * bits, the lowest bit of a byte being the first; a row ends with a whole byte. Read as
+Code i of a row starts at bit i * bits, the lowest bit of a byte being the first; a row ends with a whole byte. Read as
 little-endian words of 32 bits this is what compressed-tensors packs. Nothing is checked here.
 """
 

@@ -1,6 +1,6 @@
 """Codes (one small integer a byte) packed into few bits and back, and values gathered by them from tables.
 
-Nothing is checked here: callers in `codecs` answer for every length, and for codes that lie within their tables.
+Nothing is checked here: callers in `codecs` guarantee every length, and that codes are within their tables.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ def _lookup(words, table, out):  # type: ignore[no-untyped-def]
 
 
 def _assign(numbers, table, bounds, out):  # type: ignore[no-untyped-def]
-    """out[i] = how many of `bounds` (float32, ascending) lie below numbers[i] (float32, no NaN).
+    """out[i] = how many of `bounds` (float32, ascending) are below numbers[i] (float32, no NaN).
 
-    table: uint8 (65536,), by the upper half of a number's bits how many bounds lie below all numbers that share it.
+    table: uint8 (65536,), by the upper half of a number's bits how many bounds are below all numbers that share it.
     """
     bits = numbers.view(np.uint32)
     for i in range(numbers.size):

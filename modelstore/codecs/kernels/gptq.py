@@ -15,7 +15,7 @@ _TILE = 64  # rows that are worked on at a time, so that they stay in the first-
 
 
 def _columns(weights, factor, scales, least, most, codes, errors):  # type: ignore[no-untyped-def]
-    """Round the columns of a block, in their order; rows lie along the vectors.
+    """Round the columns of a block, in their order; rows run along the vectors.
 
     weights: float32 (columns, rows), changed; factor: float32 (columns, columns), upper triangular; scales: float32 (columns,
     rows); least, most: of a code; codes: int8 (columns, rows); errors: float32 (columns, rows), what each column lost, by the

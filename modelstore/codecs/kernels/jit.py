@@ -1,8 +1,8 @@
 """Numba, loaded when the first kernel is wanted, and kernels compiled once a machine.
 
-Compiled code is kept beside the package, or in the user's cache folder where the package cannot be written. Where
-neither can be, kernels are compiled anew in each process (about half a second each), and nothing else changes. The works
-that go on when a kernel has to be compiled, and was not before, are told of it (`telling`): all of them may wait for it.
+Compiled code is kept beside the package, or in the user's cache folder where the package cannot be written. If neither can be
+written, kernels are compiled again in each process (about half a second each), and nothing else changes. Running operations
+hear (`telling`) when a kernel has to be compiled, and was not before: all of them may wait for it.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ _TILE = 64  # rows that are worked on at a time, so that they stay in the first-
 
 
 def _columns(weights, factor, scales, least, most, n, m, mask, errors):  # type: ignore[no-untyped-def]
-    """Prune, and round, the columns of a block, in their order; rows lie along the vectors.
+    """Prune, and round, the columns of a block, in their order; rows run along the vectors.
 
     weights: float32 (columns, rows), left as what they are found to be; factor: float32 (columns, columns), upper triangular;
-    scales: float32 (columns, rows), of codes from `least` to `most`, 0 where nothing is rounded; n, m: of every m columns the n
+    scales: float32 (columns, rows), of codes from `least` to `most`, 0 if nothing is rounded; n, m: of every m columns the n
     whose loss is largest are kept as they are reached, and with m = 0 those that `mask` says; mask: uint8 (columns, rows), 1
     where a weight is kept; errors: float32 (columns, rows), what each column lost, by the factor's diagonal.
     """

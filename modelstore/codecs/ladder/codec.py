@@ -1,7 +1,7 @@
 """`ladder`: one set of planes that serves the original, to the last bit, and its int8 and int4 versions.
 
-The idea, int8 and what is missing for the original, is that of QStore (VLDB 2025). Here int4 lies below int8, what is
-missing is counted in representable numbers, and its streams go by the size of the code.
+The idea, int8 and what is missing for the original, is that of QStore (VLDB 2025). Here int4 is below int8, the missing part
+is counted in representable numbers, and its streams go by the size of the code.
 """
 
 from __future__ import annotations
@@ -141,10 +141,10 @@ class Ladder(WeightCodec):
     def encode_with(
         self, values: Bytes, shape: Shape, dtype: DType, codes: NDArray[np.int8], scale: Bytes
     ) -> tuple[Buffer, ...]:
-        """The planes of `values` with int4 codes that are no function of them, such as GPTQ's: `int4` is codes * scale.
+        """The planes of `values` with int4 codes that are not a function of them, such as GPTQ's: `int4` is codes * scale.
 
-        codes: int8 (rows, columns) of the matrix, -8..7; scale: raw bytes of the dtype (rows, groups), finite.
-        `ValueError` where they are not, or where the codec has no `codes_group_size`.
+        codes: int8 (rows, columns) of the matrix, -8..7; scale: raw bytes of the dtype (rows, groups), finite. `ValueError` if
+        they are not, or if the codec does not have `codes_group_size`.
         """
         check.values(values, shape, dtype)
         kind, words = _words(values, dtype)
@@ -287,7 +287,7 @@ def _limit(dtype: DType) -> float:
 
 
 def _place(data: Bytes, at: int, out: Bytes) -> None:
-    """Bytes to the place in `out`, rows some way apart, that begins with its byte `at` in row-major order."""
+    """Bytes to the place in `out`, rows some way apart, that starts with its byte `at` in row-major order."""
     width = out.shape[1]
     row, column = divmod(at, width)
     head = min(data.size, width - column) if column else 0

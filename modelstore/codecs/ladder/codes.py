@@ -43,7 +43,7 @@ def eighth(s4: Bytes, dtype: DType) -> Floats:
 
 
 class CodeReader:
-    """A region's codes, block after block. `FormatError` where the planes are not those of `rows` x `columns`.
+    """A region's codes, block after block. `FormatError` if the planes are not those of `rows` x `columns`.
 
     Eight-bit codes where there is a plane `low`, else int4 ones. `raw` are the raw s4 of the codes read, `scale` is what they
     are multiplied with, float32 (rows * groups,), and `group` the columns of a group.

@@ -2,7 +2,7 @@
 
 A code q given with its scale, and the low nibble of the ladder's own eight-bit code, all but say what the high one is: of the
 numbers 16 * h + low, that nearest to what q stands for. The difference between h and that, negated where low is positive,
-modulo 16, is the correction: 0 where the code was rounded to nearest, and then most often one less where it was not, since
+modulo 16, is the correction: 0 if the code was rounded to nearest, and then most often one less where it was not, since
 what moved a number to the next code was near to it. Ratios of scales are fixed-point, so that every machine reads the same.
 """
 

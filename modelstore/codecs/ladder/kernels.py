@@ -6,9 +6,9 @@ stream 0 holds whole words, where the code is 0, the others symbols of a byte. N
 1 float16, 2 float32) are words; the ordinal of a word, its place in numeric order, has the bits below the sign flipped
 where the sign is set.
 
-The difference between a word's ordinal and that of the word nearest to q8 * s8, its lowest `drop` bits rounded away,
-negated where q8 is negative, plus `bias`, modulo the word, is `symbol << shift | rest`. Where the symbol would need more than
-a byte the word itself is kept apart, as a patch.
+The difference between a word's ordinal and that of the word nearest to q8 * s8, its lowest `drop` bits rounded away, negated
+where q8 is negative, plus `bias`, modulo the word, is `symbol << shift | rest`. If the symbol would need more than a byte, the
+word itself is stored separately, as a patch.
 
 Loops over elements vectorise, except for the walk along the streams, whose cursors wait for the cache: it takes four
 quarters of a block in turn. Callers answer for every length; nothing is checked here but what says otherwise.
@@ -269,7 +269,7 @@ def _count(u, counts):  # type: ignore[no-untyped-def]
 def _scatter(u, symbols, lengths, cursors, streams):  # type: ignore[no-untyped-def]
     """Each symbol to its stream. lengths: uint8 (256,), the stream of each code.
 
-    cursors: uint64 (LANES, STREAMS), where in `streams` each quarter begins in each stream, advanced.
+    cursors: uint64 (LANES, STREAMS), the start of each quarter in each stream in `streams`, advanced.
     """
     one = np.uint64(1)  # unsigned: a signed place might count from the end
     quarter = u.size // 4

@@ -1,8 +1,8 @@
 """How the ladder's planes are laid out: nibbles in pieces, and what is left of the original beyond its codes.
 
 Numbers are little-endian. A plane of nibbles: version (1 byte), two zeros, log2 of a piece's bytes (17); the length (u32) of
-each piece as stored; the pieces, each as it is where it is stored in all its bytes, else a zstd frame. In a piece, nibble
-2i lies in the low bits of byte i.
+each piece as stored; the pieces, each as it is where it is stored in all its bytes, else a zstd frame. In a piece, nibble 2i
+is in the low bits of byte i.
 
 The residual: version, form, `drop` (see `kernels/ladder`), log2 of a block's elements (18). Form 0: the values, as
 `lossless` stores them. Form 1:
@@ -16,8 +16,8 @@ The residual: version, form, `drop` (see `kernels/ladder`), log2 of a block's el
 
 A block's symbols are seven streams, one after the other: of the codes whose abs has 1 bit, then 2, … 7 or more, each in the
 order of elements. A stream of symbols from 120 to 135 only is packed: nibbles, as above, of symbol - 120. Rests are nibbles
-for float16, u16 for float32; there are none for bfloat16. Where bits are dropped, since the numbers were rounded to bfloat16
-or float16 before, the rests say little: they follow the symbols in their frame, the low bytes of u16 before the high ones.
+for float16, u16 for float32; there are none for bfloat16. If bits are dropped, since the numbers were rounded to bfloat16 or
+float16 before, the rests say little: they follow the symbols in their frame, the low bytes of u16 before the high ones.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class NibbleWriter:
 
 
 class NibbleReader:
-    """The pieces of a plane of nibbles. `FormatError` where it is none of `count` nibbles."""
+    """The pieces of a plane of nibbles. `FormatError` if it is none of `count` nibbles."""
 
     def __init__(self, data: Bytes, count: int, name: str) -> None:
         self._data, self._count, self._name = data, count, name
@@ -191,7 +191,7 @@ class ResidualWriter:
         return self._patched > self._count // _PATCHES
 
     def patches(self, places: NDArray[np.uint32], words: Words, first: int, count: int) -> None:
-        """The patches of a block that begins at element `first`: some of them, where there are more than there is room for."""
+        """The patches of a block that starts at element `first`: some of them, if there are more than there is room for."""
         self._patched += count
         if count:
             self._places.append(places[:count] + np.uint32(first))
@@ -253,7 +253,7 @@ class ResidualWriter:
 
 
 def starts(counts: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """(where each quarter begins in each stream, (LANES, STREAMS); the streams' sizes). Streams follow each other."""
+    """(the start of each quarter in each stream, (LANES, STREAMS); the streams' sizes). Streams follow each other."""
     sizes = counts.sum(axis=0)
     first = np.cumsum(sizes) - sizes
     return np.ascontiguousarray(first + np.cumsum(counts, axis=0) - counts, np.uint64), sizes
@@ -282,7 +282,7 @@ def _join(*pieces: bytes | Bytes) -> Bytes:
 
 
 class ResidualReader:
-    """Gives blocks their original words. `FormatError` where the plane is no residual of `count` words."""
+    """Gives blocks their original words. `FormatError` if the plane is not a residual of `count` words."""
 
     def __init__(self, data: Bytes, kind: Split, dtype: DType, count: int) -> None:
         self._data, self._kind, self._count = data, kind, count
@@ -378,7 +378,7 @@ def _rest_bytes(kind: Split, n: int) -> int:
 
 
 def is_values(data: Bytes) -> bool:
-    """Whether a residual holds the values themselves. `FormatError` where it is of no form that is known."""
+    """Whether a residual holds the values themselves. `FormatError` if it is of no form that is known."""
     head = data[: HEADER.size].tobytes()
     known = [
         HEADER.pack(VERSION, VALUES, 0, LOG_BLOCK),

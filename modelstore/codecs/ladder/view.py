@@ -24,7 +24,7 @@ from modelstore.format.region import Shape
 class LadderView:
     """Codes of `bits` (4 or 8) with a scale for each group of columns, of which the last one may be shorter.
 
-    `given`: columns of a group of int4 codes that came from elsewhere, 0 where they are the ladder's own.
+    `given`: columns of a group of int4 codes that came from elsewhere, 0 if they are the ladder's own.
     """
 
     bits: int
@@ -53,7 +53,7 @@ class LadderView:
         }
 
     def cells(self, shape: Shape) -> Mapping[str, tuple[int, int]]:  # noqa: ARG002
-        """What one entry of each array stands for, in rows and columns of the matrix."""
+        """The rows and columns of the matrix that one entry of each array stands for."""
         return {"codes": (1, 1), "scales": (1, self.group)}
 
     def arrays(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> dict[str, NDArray[Any]]:

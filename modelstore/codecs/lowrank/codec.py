@@ -72,7 +72,7 @@ class LowRank(WeightCodec):
         return group_of(shape, 0) if is_convolution(shape) else (*(1,) * (len(shape) - 1), *_last(shape))
 
     def refuses(self, shape: Shape, dtype: DType) -> str | None:
-        """Also what has no two dimensions, and what its factors would not be smaller than."""
+        """Also tensors with fewer than two dimensions, and those whose factors would not be smaller."""
         reason = WeightCodec.refuses(self, shape, dtype)
         if reason or len(shape) < 2:
             return reason or "is not a matrix"
@@ -105,7 +105,7 @@ class LowRank(WeightCodec):
         rank = self.rank_of(rows, columns)
         numbers = (rank or min(rows, columns)) * (rows + columns)
         factors = numbers * factor_dtype(dtype).itemsize
-        # Of a band there are its bytes, its numbers, and a chunk of which they are read; of regions, the factors as numbers.
+        # For a band there are its bytes, its numbers, and a chunk of which they are read; for regions, the factors as numbers.
         fitting = decompose.memory(rows, columns, rank) + 4 * decompose.BAND
         return max(fitting, 2 * factors + 4 * numbers) + factors * (min(2, count) - 1)
 
@@ -243,7 +243,7 @@ def _bands(read: ReadValues, shape: Shape, dtype: DType, index: int) -> decompos
 
 
 class _Recent:
-    """The factors of the matrices that were asked for last: a region is of one, or of some that lie beside each other."""
+    """The factors of the matrices that were asked for last: a region is of one, or of some that are next to each other."""
 
     def __init__(self, make: Callable[[int], tuple[Bytes, Bytes]]) -> None:
         self._make = make

@@ -1,6 +1,6 @@
 """Truncated singular value decomposition of a matrix that is read in bands of rows, in memory that is known before.
 
-Where the shorter side is short, or the rank not far from it, the eigenvectors of the smaller Gram matrix in float64 are the
+If the shorter side is short, or the rank not far from it, the eigenvectors of the smaller Gram matrix in float64 are the
 answer. Else it is looked for in a space of somewhat more dimensions than the rank: a random one, multiplied by the Gram matrix
 and made orthonormal again some times (Halko, Martinsson and Tropp 2011), whose squared error is within 0.3 % (0.02 dB) of the
 least one, and takes a quarter of the memory or less. Which of both depends on shape and rank alone.
@@ -33,7 +33,7 @@ _WIDE = 256  # columns of the space that are multiplied at once: each time the m
 
 @dataclass(frozen=True)
 class Bands:
-    """A matrix: its size, how many rows are read at once, and what reads rows [a, b) as float32."""
+    """A matrix: its size, how many rows are read together, and the reader of rows [a, b) as float32."""
 
     rows: int
     columns: int
@@ -42,7 +42,7 @@ class Bands:
 
     @property
     def tall(self) -> bool:
-        """Whether it has no fewer rows than columns."""
+        """Whether it has at least as many rows as columns."""
         return self.columns <= self.rows
 
     @property
@@ -57,7 +57,7 @@ class Bands:
 
 
 def memory(rows: int, columns: int, rank: int) -> int:
-    """Bytes that the decomposition holds at once, beside bands and what it returns. `rank`: 0 where it is not known."""
+    """Bytes that the decomposition holds together, beside bands and its result. `rank`: 0 if it is not known."""
     short, wide = min(rows, columns), columns > rows
     if not _searches(short, rank):
         return max(5 * 8 * short**2, 8 * short * (rank or short) + 8 * (rank or short) * columns * wide)
@@ -95,7 +95,7 @@ def factors(bands: Bands, rank: int, narrow: Narrow) -> tuple[Bytes, Bytes]:
 
 
 def _other(bands: Bands, vectors: Reals) -> Reals:
-    """What a wide matrix makes of vectors of its rows."""
+    """A wide matrix applied to vectors of its rows."""
     made = np.zeros((vectors.shape[1], bands.columns), vectors.dtype)
     for a, b, band in bands:
         made += vectors[a:b].T @ band.astype(vectors.dtype, copy=False)

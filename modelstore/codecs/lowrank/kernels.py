@@ -16,8 +16,8 @@ BLOCK = 256  # columns whose sums stay in the first-level cache
 def _product(left, right, out):  # type: ignore[no-untyped-def]
     """out = left @ right in float32, each number summed over k = 0, 1, … one product at a time.
 
-    left: float32 (rows, rank); right: float32 (rank, columns); out: float32 (rows, columns). Four rows are done at once, so that
-    a row of `right` is loaded once for them.
+    left: float32 (rows, rank); right: float32 (rank, columns); out: float32 (rows, columns). Four rows are done together, so
+    that a row of `right` is loaded once for them.
     """
     rows, rank = left.shape
     columns = right.shape[1]

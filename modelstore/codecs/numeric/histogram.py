@@ -1,4 +1,4 @@
-"""How often each number occurs in a tensor: all that is to be known of it for one codebook, or for one threshold.
+"""The number of times each number occurs in a tensor: enough to find one codebook, or one threshold.
 
 Numbers of 8 and 16 bits are counted by their bit patterns, exactly. Wider ones are counted as float32 by the top 19 of
 their 32 bits, each bin standing for its middle: off by at most 2^-11 of a number, far below what quantization loses.
@@ -92,7 +92,7 @@ def _infinite(dtype: DType) -> NDArray[np.bool_]:
 
 @cache
 def patterns(dtype: DType) -> Floats:
-    """What each bin stands for, float32, by its place in the counts: infinities for the largest finite numbers."""
+    """The number that each bin stands for, float32, by its place in the counts: infinities for the largest finite numbers."""
     if dtype.itemsize <= 2:
         found = without_nan(np.arange(1 << 8 * dtype.itemsize, dtype=WORDS[dtype.itemsize]).view(np.uint8), dtype)
     else:

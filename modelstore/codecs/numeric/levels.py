@@ -1,4 +1,4 @@
-"""What codecs share whose values are few: numbers as float32, tables of what codes stand for, and values gathered from them."""
+"""Shared parts of codecs with few values: numbers as float32, tables of the codes' values, and values gathered from them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def narrowed(floats: Floats, dtype: DType) -> Bytes:
 
 
 def words(plane: Buffer, count: int, dtype: DType, what: str) -> Words:
-    """A plane of `count` raw numbers as unsigned words; `FormatError` where it has another length."""
+    """A plane of `count` raw numbers as unsigned words; `FormatError` if it has another length."""
     data = as_bytes(plane)
     if data.size != count * dtype.itemsize:
         raise FormatError(f"the plane {what!r} has {data.size} bytes where {count * dtype.itemsize} are expected")
@@ -45,7 +45,7 @@ def negative(found: Words) -> Words:
 def gathered(unpack: Unpack, tables: Words, columns: int, group: int, shape: Shape, dtype: DType, out: Bytes) -> None:
     """Write tables[group of an element, its code] for every element of a region into `out`, as `Codec.decode` says.
 
-    tables: words (rows * groups of a row, levels), for groups of `group` columns of rows of `columns`; codes lie within.
+    tables: words (rows * groups of a row, levels), for groups of `group` columns of rows of `columns`; codes are within.
     """
     check.out(out, shape, dtype)
     flat = out.reshape(-1) if out.flags.c_contiguous else np.empty(out.size, np.uint8)

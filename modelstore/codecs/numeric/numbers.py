@@ -30,7 +30,7 @@ def to_float32(values: Bytes, dtype: DType) -> Floats:
 def from_float32(numbers: Floats, dtype: DType, out: Bytes) -> None:
     """float32 numbers, rounded to the nearest even, as raw bytes of a dtype, into `out`: 2-d, rows contiguous.
 
-    What is beyond float16's and float64's range becomes infinite, beyond float8's what ml_dtypes makes of it.
+    Numbers beyond float16's and float64's range become infinite, those beyond float8's as ml_dtypes makes them.
     """
     flat = numbers.reshape(-1)
     if dtype.name == "bfloat16":
@@ -43,7 +43,7 @@ def from_float32(numbers: Floats, dtype: DType, out: Bytes) -> None:
 
 
 def with_nan(values: Bytes, dtype: DType) -> Floats:
-    """Raw bytes as float32. What is finite and beyond float32 becomes its largest number; infinities and NaN stay."""
+    """Raw bytes as float32. A finite number beyond float32 becomes its largest number; infinities and NaN stay."""
     if dtype.name != "float64":
         return to_float32(values, dtype)
     exact = values.view(np.float64)

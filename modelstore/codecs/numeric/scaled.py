@@ -26,7 +26,7 @@ TILE = 16 << 10  # numbers whose float32 stay in the second-level cache
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How a region's numbers lie: rows × columns, `width` columns sharing a scale."""
+    """The layout of a region's numbers: rows × columns, `width` columns sharing a scale."""
 
     rows: int
     columns: int
@@ -73,7 +73,7 @@ class Format4:
 
 
 def absmax(values: Bytes, dtype: DType, grid: Grid) -> Floats:
-    """Of each group the largest magnitude among finite numbers: float32 (rows, groups). float64 counts as float32."""
+    """For each group, the largest magnitude among finite numbers: float32 (rows, groups). float64 counts as float32."""
     out = np.zeros((grid.rows, grid.groups), np.float32)
     kernel = floats.kernels()["absmax"]
     for tile in _tiles(grid):
@@ -110,7 +110,7 @@ def decode8(codes: Buffer, grid: Grid, scales: Floats, how: Format8, dtype: DTyp
 
 
 def encode4(values: Bytes, dtype: DType, grid: Grid, scales: Floats, how: Format4) -> Bytes:
-    """Two codes a byte, the first in the low bits; each row begins a byte."""
+    """Two codes a byte, the first in the low bits; each row starts a byte."""
     out = np.empty(grid.rows * grid.line, np.uint8)
     kernel, borders = floats.kernels()["encode4"], np.array(how.borders, np.float32)
     for tile in _tiles(grid):
@@ -181,7 +181,7 @@ def plane(numbers: Floats, kind: str) -> Bytes:
 
 
 def unplane(buffer: Buffer, shape: tuple[int, ...], kind: str, name: str) -> Floats:
-    """A plane of so many numbers as float32. `FormatError` where it holds more or fewer."""
+    """A plane of so many numbers as float32. `FormatError` if it holds more or fewer."""
     how = numpy_dtype_of(kind)
     data = check.plane(buffer, int(np.prod(shape, dtype=np.int64)) * how.itemsize, name)
     return data.view(how).astype(np.float32).reshape(shape)
@@ -263,7 +263,7 @@ def _write(fill: Callable[[_Tile], Floats], grid: Grid, dtype: DType, out: Bytes
 
 @cache
 def _pairs(levels: tuple[float, ...]) -> NDArray[np.uint64]:
-    """Of each byte the two levels that its codes stand for, as the bits of float32 numbers side by side."""
+    """For each byte, the two levels of its codes, as the bits of float32 numbers side by side."""
     table = np.array(levels, np.float32)
     codes = np.arange(256)
     pairs = np.stack([table[codes & 15], table[codes >> 4]], axis=1).view(np.uint64)[:, 0].copy()

@@ -57,7 +57,7 @@ class Numbers:
         return float((squares - 2 * book[0] * totals + book[0] ** 2 * counts).sum())
 
     def sums(self, book: LevelsAndBounds) -> tuple[Doubles, Doubles, Doubles]:
-        """Of each cluster: how many, their sum, the sum of their squares. A number at a bound lies below it."""
+        """For each cluster: the count, the sum, the sum of squares. A number at a bound is below it."""
         ends = np.concatenate([[0], np.searchsorted(self.values, book[1], "right"), [self.values.size]])
         return np.diff(self.count[ends]), np.diff(self.total[ends]), np.diff(self.square[ends])
 
@@ -65,7 +65,7 @@ class Numbers:
 def kmeans(numbers: Numbers, levels: int, known: Doubles | None = None) -> LevelsAndBounds:
     """At most `levels` numbers of least squared error: Lloyd's rounds from several beginnings, of which the best is kept.
 
-    known: levels that are one more beginning.
+    known: levels that are one more start.
     """
     if numbers.values.size <= levels:
         return numbers.values, _middles(numbers.values)
@@ -107,8 +107,8 @@ def _middles(points: Doubles) -> Doubles:
 def entropy_constrained(numbers: Numbers, rate: float) -> LevelsAndBounds:
     """A codebook of least squared error whose indices take at most `rate` bits each, to about 1 %, once coded.
 
-    Chou, Lookabaugh, Gray, "Entropy-Constrained Vector Quantization" (1989): squared error + slope * length of the code.
-    The slope belongs to the step of the uniform quantizer that is the beginning, and that is halved in on.
+    Chou, Lookabaugh, Gray, "Entropy-Constrained Vector Quantization" (1989): squared error + slope * length of the code. The
+    slope belongs to the step of the initial uniform quantizer, which is halved in on.
     """
     spread = float(np.sqrt(numbers.square[-1] / numbers.count[-1])) or 1.0
     low, high = np.log2(spread) - 9, np.log2(spread) + 4  # log2 of the step

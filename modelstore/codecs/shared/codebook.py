@@ -27,7 +27,7 @@ class Codebook:
     """Levels in the tensor's dtype, ascending, and how numbers are assigned to them.
 
     `table` is uint8: for dtypes of 8 and 16 bits the index of every bit pattern; for wider ones, by the upper half of a
-    float32's bits, how many `bounds` (float32, ascending) lie below all numbers that share it.
+    float32's bits, how many `bounds` (float32, ascending) are below all numbers that share it.
     """
 
     data: Bytes

@@ -47,7 +47,7 @@ def encode(indices: Bytes, levels: int) -> Bytes:
 
 
 def decode(plane: Buffer, count: int, levels: int, what: str = "indices") -> Bytes:
-    """`count` indices, one a byte, all below `levels`. `FormatError` where the plane holds no such indices."""
+    """`count` indices, one a byte, all below `levels`. `FormatError` if the plane holds no such indices."""
     data = as_bytes(plane)
     bits = width(levels)
     if not data.size or data[0] > CODED:

@@ -31,8 +31,8 @@ class KMeans(WeightCodec):
               the least squared error at that rate (Chou et al., "Entropy-Constrained Vector Quantization", 1989)
 
     Planes: `indices` (see `indices`), row-major; `codebook`, the values in the tensor's dtype, ascending: the same in every
-    region, so that it is stored once. A tensor of 8 or 16 bits
-    that has no more different values than the codebook keeps them all; wider ones to 2^-11 of each.
+    region, so that it is stored once. A codebook keeps all values of a tensor of 8 or 16 bits that has no more different
+    values than it; wider ones to 2^-11 of each.
     """
 
     bits: int = 4

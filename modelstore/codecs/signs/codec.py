@@ -24,7 +24,7 @@ THRESHOLD = 0.7  # of the mean magnitude: Li's optimum for uniform and, nearly, 
 
 
 class _Signs(WeightCodec):
-    """What both have in common. Scales have the tensor's own dtype: values are ± a scale, so nothing is lost by that.
+    """The shared parts of both. Scales have the tensor's own dtype: values are ± a scale, so nothing is lost by that.
 
     Infinities have codes, but no part in a scale: they decode to it. Without anything finite in a group it is 0.
     """
@@ -49,7 +49,7 @@ class _Signs(WeightCodec):
         return group_of(shape, self._columns)
 
     def _cut(self, shape: Shape) -> tuple[int, int, int, int]:
-        """Of a region: rows, columns, columns of a group, groups of a row."""
+        """The sizes of a region: rows, columns, columns of a group, groups of a row."""
         rows, columns = matrix(shape)
         group = min(self._columns or columns, columns) or 1
         return rows, columns, group, -(-columns // group)
@@ -130,7 +130,7 @@ class Binary(_Signs):
 
 @dataclass(frozen=True, slots=True)
 class Ternary(_Signs):
-    """-s, 0 or s: 0 where abs(w) is at most 0.7 of its mean over the row or group, s the mean of abs(w) over the others.
+    """-s, 0 or s: 0 if abs(w) is at most 0.7 of its mean over the row or group, s the mean of abs(w) over the others.
 
     Li, Zhang, Liu, "Ternary Weight Networks" (2016).
 

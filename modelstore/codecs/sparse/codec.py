@@ -29,9 +29,9 @@ _CODED = {"bfloat16": 1.33, "float16": 1.75, "float32": 3.35, "float64": 7.0}  #
 
 @dataclass(frozen=True, slots=True)
 class Sparse(WeightCodec):
-    """What is kept is one of, of equal magnitudes the earlier ones first, and never zeros or NaN:
+    """The kept numbers are one of these, of equal magnitudes the earlier ones first, and never zeros or NaN:
 
-    threshold         what exceeds it in magnitude: all but zeros, where nothing is said
+    threshold         the numbers that exceed it in magnitude: all but zeros by default
     sparsity, scope   all but that share of the smallest, over the "tensor" or over each "row" of the matrix (an output
                       channel): rounded to whole weights, half up
     n, m              the n largest of every m columns of a row, such as 2 of 4

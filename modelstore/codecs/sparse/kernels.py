@@ -1,6 +1,6 @@
 """Which weights are kept, by their magnitude; and those kept moved together, and back to their places.
 
-A magnitude is the bits of a finite float32 without its sign, which order as the numbers do. Of equal ones the earlier are
+A magnitude is the bits of a finite float32 without its sign, which order as the numbers do. Among equal ones the earlier are
 kept; zeros never are. Nothing is checked here.
 """
 
@@ -25,7 +25,7 @@ def _above(numbers, limit, mask):  # type: ignore[no-untyped-def]
 
 
 def _rows(numbers, pruned, mask):  # type: ignore[no-untyped-def]
-    """Of each row all but the `pruned` smallest. numbers: float32 (rows, columns); mask: uint8 (rows, columns)."""
+    """Keep all of each row except the `pruned` smallest. numbers: float32 (rows, columns); mask: uint8 (rows, columns)."""
     rows, columns = numbers.shape
     counts = np.empty(_BINS, np.int64)
     for r in range(rows):
@@ -55,7 +55,7 @@ def _rows(numbers, pruned, mask):  # type: ignore[no-untyped-def]
 
 
 def _pattern(numbers, n, m, mask):  # type: ignore[no-untyped-def]
-    """Of every m columns of a row the n largest. numbers: float32 (rows, columns); mask: uint8 (rows, columns)."""
+    """Keep the n largest of every m columns of a row. numbers: float32 (rows, columns); mask: uint8 (rows, columns)."""
     rows, columns = numbers.shape
     for r in range(rows):
         bits = numbers[r].view(np.uint32)

@@ -60,7 +60,7 @@ class Pruning:
             raise ValueError(f"{self} says more than one thing: give a threshold, or a sparsity, or n and m")
 
     def group(self, shape: Shape) -> Shape:
-        """What the borders of regions are multiples of."""
+        """The unit of the borders of regions."""
         if self.sparsity and self.scope == "row":
             return group_of(shape, 0)
         return group_of(shape, self.m) if self.m else (1,) * len(shape)
@@ -157,7 +157,7 @@ def _cut(read: ReadValues, shape: Shape, dtype: DType, pruned: int) -> tuple[int
 
 @cache
 def _magnitudes(dtype: DType) -> NDArray[np.uint32]:
-    """Of what each bin of a histogram stands for."""
+    """The magnitudes that the bins of a histogram stand for."""
     return np.abs(histogram.patterns(dtype)).view(np.uint32)
 
 
@@ -181,7 +181,7 @@ def magnitudes(counts: Counts, dtype: DType) -> Counts:
 
 
 def global_threshold(histograms: Iterable[Counts], sparsity: float) -> float:
-    """The magnitude, as float32, at or below which a share of nearly `sparsity` of all weights lies.
+    """The magnitude, as float32, with a share of nearly `sparsity` of all weights at or below it.
 
     histograms: the `magnitudes` of each tensor. The share is off by at most half of what the bin at the threshold holds:
     all weights of one magnitude in bfloat16, float16 and float8; in wider dtypes those within 2^-10 of it.

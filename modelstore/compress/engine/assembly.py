@@ -1,4 +1,4 @@
-"""Weights as engines want them, from chunks of them: names, which slices can be had, and where each chunk's entries go.
+"""Weights as engines take them, from chunks of them: names, the possible slices, and the place of each chunk's entries.
 
 A codec's view (`codecs.weight.EngineView`) unpacks a chunk into arrays of which an entry stands for a cell of the weight: a
 code for one number, a scale for a group. Here these are put into arrays of the whole weight, or of a rank's slice of it, which
@@ -90,7 +90,7 @@ def _entries(region: Region, cell: tuple[int, int]) -> Region:
 class Assembly:
     """One weight, or a rank's slice of it, on its way: chunks are put in from several threads, the last one packs it.
 
-    `parts` are None until then. `ValueError` where the slice cuts through groups.
+    `parts` are None until then. `ValueError` if the slice cuts through groups.
     """
 
     def __init__(self, want: Want, view: EngineView) -> None:
@@ -105,7 +105,7 @@ class Assembly:
         self.parts: Mapping[str, EngineTensor] | None = None
 
     def put(self, chunk: ChunkRead, planes: Sequence[Buffer]) -> None:
-        """Put a chunk's entries to their places. `FormatError` where they are not those of its region."""
+        """Put a chunk's entries to their places. `FormatError` if they are not those of its region."""
         tensor = self._want.tensor
         shape = extent(chunk.region)
         for name, found in self._view.arrays(planes, shape, tensor.kind).items():
@@ -142,7 +142,7 @@ class Assembly:
 
 
 def lossy_codec(reader: Reader, tensor: Tensor) -> WeightCodec | None:
-    """The codec that changed a weight's values; None where they are stored exactly, as engines take them."""
+    """The codec that changed a weight's values; None if they are stored exactly, as engines take them."""
     codec = as_weight_codec(reader.codec(tensor))
     return None if codec is None or codec.exact else codec
 
@@ -159,7 +159,7 @@ def read_parts(reader: Reader, tensor: Tensor, view: EngineView, region: Region)
 
 
 def _touched(want: Want) -> int:
-    """How many chunks a want touches."""
+    """The number of chunks that a want touches."""
     tensor = want.tensor
     found = [grid.touching(tensor.shape, tensor.chunk, region) for region, _ in want.share.pieces()]
     return len(np.unique(np.concatenate(found))) if found else 0

@@ -1,8 +1,8 @@
 """Decides which weights of a variant engines get packed, which dense, and how config.json says so: nothing is written here.
 
 The rule is what transformers and compressed-tensors load, and vLLM's config reader takes: a packed weight is that of an untied
-linear layer whose shape its codec has a layout for, in a scheme that `schemes` offers. Where a layer would not bear that its
-weight is missing until the model runs, config.json has transformers dequantize all of the model while it loads.
+linear layer whose shape its codec has a layout for, in a scheme that `schemes` offers. If a layer could not work without its
+weight until the model runs, config.json makes transformers dequantize all of the model while it loads.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ log = logging.getLogger("modelstore")
 
 _WEIGHT = ".weight"
 _DENSE = "export it with dequantize=True"
-# What vLLM's kernels for int8 weights want to be told of activations: rounded token by token, when they are there.
+# How vLLM's kernels for int8 weights need activations described: rounded token by token, when they are there.
 _TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 _UNPACKED = (FLOAT8, "int-quantized")  # a layer's codes are its `weight`
 # transformers takes experts without scales as they are where their group is of float8, and takes for theirs one whose pattern
-# says "experts". This one is no layer's: it means the model itself, without which compressed-tensors warns that it means nothing.
+# says "experts". This one is not a layer's: it means the model itself; without that, compressed-tensors warns of no meaning.
 _DENSE_EXPERTS = "re:(dense experts)?$"
 _FLOAT8_CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
 
@@ -60,7 +60,7 @@ def choose(
     modules: Modules,
     plain: Mapping[str, EngineView],
 ) -> EngineChoice:
-    """Which weights are packed. `UnsupportedError` where none can be.
+    """Which weights are packed. `UnsupportedError` if none can be.
 
     `plain`: the same weights without what `views` have beside them, such as int8 activations. Those that transformers makes one
     parameter of are packed so.
@@ -132,7 +132,7 @@ def _sorted(
 
 
 def _early(tensor: Tensor, view: EngineView | None, place: Place | None) -> str | None:
-    """Why a weight has to be dequantized while it is loaded, as the end of "it …"; None where it need not."""
+    """Why a weight has to be dequantized while it is loaded, as the end of "it …"; None if it need not."""
     if view is None or place is None or place.fused is not None:
         return None
     if place.needed and view.format not in _UNPACKED:

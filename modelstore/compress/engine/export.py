@@ -41,7 +41,7 @@ _DENSE = "export it with dequantize=True"
 
 @dataclass(frozen=True)
 class EngineLayout:
-    """What of a variant is written how: the packed weights by name, and the config that says so."""
+    """How each part of a variant is written: the packed weights by name, and the config that says so."""
 
     packed: Mapping[str, Packing]
     config: bytes
@@ -50,7 +50,7 @@ class EngineLayout:
 def engine_layout(
     reader: Reader, config: Mapping[str, Any] | None, activations: Literal["int8"] | None = None
 ) -> EngineLayout | None:
-    """The layout of a compressed variant for engines; None where none of its codecs has one, and it is exported dense.
+    """The layout of a compressed variant for engines; None if none of its codecs has one, and it is exported dense.
 
     `activations`: "int8" for weights of 8 bits that engines multiply with activations rounded to int8, token by token.
     Weights that engines do not take packed, such as experts in some schemes, are dense, and a warning says so. `UnsupportedError`
@@ -180,7 +180,7 @@ class _Bands:
         return [parts[name].data for name, _, _ in self._spans(region)]
 
     def _spans(self, region: Region) -> Iterator[tuple[str, int, int]]:
-        """Which bytes of which parts a region of rows makes: where they begin, and how many they are."""
+        """The bytes of each part that a region of rows makes: where they start, and how many they are."""
         packed, (start, stop) = self.packed, region[0]
         for name, (kind, shape) in packed.specs.items():
             size, step = nbytes(shape, dtype(kind).itemsize), packed.steps[name]

@@ -29,9 +29,9 @@ _Target = Assembly | Bytes
 
 
 def engine_views(reader: Reader, tensors: Sequence[Tensor]) -> list[EngineView | None]:
-    """How engines take each tensor; None where they take its values: it is stored exactly, or they have no layout for its shape.
+    """How engines take each tensor; None if they take its values: it is stored exactly, or they have no layout for its shape.
 
-    `UnsupportedError` where no engine takes what a codec stores, whatever the shape. Shapes without a layout are warned of.
+    `UnsupportedError` if no engine takes what a codec stores, whatever the shape. Shapes without a layout are warned of.
     """
     views: list[EngineView | None] = []
     dense: dict[str, str] = {}
@@ -70,8 +70,8 @@ def stream_parts(
 
     A compressed tensor whose shape engines have no layout for comes dequantized, under its own name; a warning says so.
 
-    Tied tensors are one tensor under each of their names. A weight of which a rank holds nothing has no parts.
-    Before anything is read: `ValueError` where a slice cuts through groups, `UnsupportedError` for a codec that no engine
+    Tied tensors are one tensor under each of their names. If a rank holds nothing of a weight, the weight does not have parts.
+    Before anything is read: `ValueError` if a slice cuts through groups, `UnsupportedError` for a codec that no engine
     takes. `UnsupportedError` also where a part would have the name of another tensor.
     """
     found = _stream(model, shares, work, device, bounded)

@@ -1,9 +1,9 @@
 """In which scheme each compressed weight is offered to engines, and which are dense because no engine would take them so.
 
-A weight stays dense by itself (no linear layer has it, its shape has no layout), or for the sake of the others: transformers
-makes one parameter of all experts of a layer while it loads them, by one scheme for the whole model; and where it has to unpack
-all weights while it loads them, it does so by one scheme, too. Zero points that are not taken are left out where the codes can
-be written in more bits.
+A weight stays dense for its own reasons (no linear layer has it, its shape does not have a layout), or because of the others.
+transformers makes one parameter of all experts of a layer while it loads them, by one scheme for the whole model; and if it
+has to unpack all weights while it loads them, it does so by one scheme, too. Zero points that are not taken are left out where
+the codes can be written in more bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger("modelstore")
 Views = Mapping[str, EngineView]
 Places = Mapping[str, Place]
 
-# What compressed-tensors unpacks to bfloat16: powers of two times numbers of four bits are exact in it, others are rounded.
+# Types that compressed-tensors unpacks to bfloat16: powers of two times numbers of four bits are exact in it, others rounded.
 EXACT, ROUNDED = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
 FLOAT8 = "float-quantized"
 _WORD = 32  # bits, into which the zero points of several rows are packed
@@ -113,7 +113,7 @@ def _alone(manifest: Manifest, views: Views, places: Places) -> dict[str, str]:
 
 
 def _reason(tensor: Tensor, view: EngineView, place: Place | None) -> str | None:
-    """Why a compressed tensor is not packed, as the end of "it …"; None where it is."""
+    """Why a compressed tensor is not packed, as the end of "it …"; None if it is."""
     if len(tensor.shape) > 2:
         return f"is {len(tensor.shape)}-d, which engines have no packed layout for"
     if place is None:

@@ -1,4 +1,4 @@
-"""What evaluations a variant's manifest keeps: found again by their settings, and published with it."""
+"""The evaluations that a variant's manifest keeps: found again by their settings, and published with it."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def same_settings(one: Measured, other: Measured) -> bool:
 
 
 def settings(one: Measured) -> tuple[Any, ...]:
-    """What an evaluation is found again by."""
+    """The settings that an evaluation is found again by."""
     return one.text_digest, one.tokens, one.context, one.stride, one.dtype
 
 
 def known(metrics: Mapping[str, Any], wanted: Measured) -> Measured | None:
-    """The evaluation with the settings of another, None where it was not made yet."""
+    """The evaluation with the settings of another, None if it was not made yet."""
     return next((one for one in evaluations(metrics) if same_settings(one, wanted)), None)
 
 
 def with_evaluation(metrics: Mapping[str, Any], made: Measured) -> dict[str, Any]:
     """Metrics with one more evaluation, which is the newest then; one of the same settings is replaced.
 
-    What it does not say (its comparison to the original was not asked for) is kept as it was.
+    A field that it does not have (its comparison to the original was not asked for) is kept as it was.
     """
     before = evaluations(metrics)
     same = next((one for one in before if same_settings(one, made)), None)
@@ -74,8 +74,8 @@ def publish(repo: Repo, ref: Reference, content: str, made: Measured) -> str:
 def change(repo: Repo, ref: Reference, content: str, fresh: Callable[[Mapping[str, Any]], dict[str, Any]]) -> str:
     """Let the manifest of a variant have other metrics, made of those that it has; the digest of the manifest then.
 
-    `content` is that of the manifest that was measured: where the variant holds other values by now, `ConflictError`.
-    Nothing is written where nothing changes. Of several writers at once none loses what it found.
+    `content` is that of the manifest that was measured: where the variant holds other values by now, `ConflictError`. Nothing
+    is written where nothing changes. If several writers write together, none loses its result.
     """
     version = ref.version
     assert version is not None, "what is measured is of one version"
@@ -104,7 +104,7 @@ def change(repo: Repo, ref: Reference, content: str, fresh: Callable[[Mapping[st
 
 
 def shared(found: Iterable[list[Measured]]) -> tuple[Any, ...] | None:
-    """The settings that most variants were evaluated with, the newest of equally many; None where none was."""
+    """The settings that most variants were evaluated with, the newest of equally many; None if none was."""
     counts: dict[tuple[Any, ...], int] = {}
     for measured in found:
         for one in measured:

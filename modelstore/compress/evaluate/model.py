@@ -1,7 +1,7 @@
 """Language models of a store, made ready to be evaluated: the architecture, the tokenizer and the weights, all from it.
 
-Nothing is fetched from a hub and no code of the model's is run. What a model's `config.json` says of attention kernels is
-not followed, since transformers might fetch them.
+Nothing is fetched from a hub and no code of the model's is run. The attention kernels that a model's `config.json` names are
+ignored, since transformers might fetch them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _LARGEST = 256 << 20  # bytes of a file that a tokenizer is made of
 def language_config(model: Variant) -> Any:
     """transformers' config of a model that predicts next tokens.
 
-    `UnsupportedError` where it does not, where transformers does not know it, or where its weights are quantized by another
-    tool; `NotFoundError` where there is no `config.json`.
+    `UnsupportedError` if it does not, where transformers does not know it, or where its weights are quantized by another
+    tool; `NotFoundError` if there is no `config.json`.
     """
     transformers = _transformers()
     content = model.config()
@@ -88,7 +88,7 @@ def language_config(model: Variant) -> Any:
 
 
 def tokens(model: Variant, text: str) -> list[int]:
-    """A text as the model's own tokenizer cuts it, with what it puts before a text; `NotFoundError` where it has none."""
+    """A text as the model's own tokenizer cuts it, with what it puts before a text; `NotFoundError` if it has none."""
     transformers = _transformers()
     files = [
         f for f in model.manifest.files if f.name.endswith(_SUFFIXES) and "/" not in f.name and f.nbytes <= _LARGEST
@@ -120,7 +120,7 @@ def class_of(config: Any) -> str:
 
 
 def check_runs(model: Variant, config: Any) -> None:
-    """`UnsupportedError` where the model cannot be built, `FormatError` where its config asks for far more than is stored."""
+    """`UnsupportedError` if the model cannot be built, `FormatError` if its config asks for far more than is stored."""
     try:
         built_of(model, class_of(config))
     except UnsupportedError as error:
@@ -130,7 +130,7 @@ def check_runs(model: Variant, config: Any) -> None:
 def language_model(model: Variant, config: Any, limits: Limits, *, dtype: str, device: str) -> torch.nn.Module:
     """The model with its stored weights, ready to predict. The whole of it is in memory, as `dtype`.
 
-    `FormatError` where tensors that the architecture needs are missing or have another shape.
+    `FormatError` if tensors that the architecture needs are missing or have another shape.
     """
     import torch
 

@@ -41,7 +41,7 @@ class Choice:
     dtype: str = "float32"
 
     def check(self) -> None:
-        """`ValueError` where the settings cannot be meant so."""
+        """`ValueError` if the settings cannot be meant so."""
         if self.context < 2:
             raise ValueError(f"context={self.context} is too short: a token is predicted from at least one before it")
         if not 1 <= self.stride <= self.context:
@@ -74,9 +74,9 @@ def evaluate(
 ) -> Found:
     """Evaluate variants of one version; `models` are they and the original, by name.
 
-    `keep`: where what is new is to be kept, which is asked whether it may be written to before anything is run.
+    `keep`: the store for new results, which is checked for writing before anything is run.
 
-    `ValueError` where the text has fewer than two tokens, or the context is longer than what the model was made for.
+    `ValueError` if the text has fewer than two tokens, or the context is longer than what the model was made for.
     """
     original = models[ORIGINAL]
     config = language_config(original)

@@ -27,7 +27,7 @@ class Predicts(Protocol):
     """A model, whole or block by block."""
 
     def logits(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Of each batch of tokens (windows, tokens) its logits (windows, tokens, vocabulary), in their order."""
+        """For each batch of tokens (windows, tokens), its logits (windows, tokens, vocabulary), in their order."""
 
 
 MakeModel = Callable[[], Predicts]
@@ -85,7 +85,7 @@ class Score:
         divergences: Sequence[torch.Tensor] | None = None,
         agreed: int = 0,
     ) -> Score:
-        """Of the surprises, and divergences, of each batch: float64 (windows, predictions of each)."""
+        """The statistics of the surprises, and divergences, of each batch: float64 (windows, predictions of each)."""
         counts = [window.predicted for batch in work for window in batch]
         lost = [float(one) for batch in surprises for one in batch.sum(1)]
         far = [float(one) for batch in divergences or () for one in batch.sum(1)] or [0.0] * len(lost)
@@ -93,19 +93,19 @@ class Score:
 
     @property
     def perplexity(self) -> float | None:
-        """e to the mean surprise; None where the model predicts nothing that is a number."""
+        """e to the mean surprise; None if the model predicts nothing that is a number."""
         mean = self.surprise / self.predicted
         return math.exp(mean) if mean < 700 else None  # NaN is not below either
 
     @property
     def perplexity_error(self) -> float | None:
-        """The standard error of the perplexity; None with less than two windows, or where it is no number."""
+        """The standard error of the perplexity; None with less than two windows, or if it is not a number."""
         error, at = standard_error([(n, s) for n, s, _ in self.windows]), self.perplexity
         return None if error is None or at is None else at * error
 
     @property
     def divergence_error(self) -> float | None:
-        """The standard error of the mean divergence; None with less than two windows, or where it is no number."""
+        """The standard error of the mean divergence; None with less than two windows, or if it is not a number."""
         return standard_error([(n, d) for n, _, d in self.windows])
 
 
@@ -139,7 +139,7 @@ def windows(tokens: int, context: int, stride: int) -> list[Window]:
 
 
 def batches(found: Sequence[Window], most: int) -> list[list[Window]]:
-    """Windows of the same form, up to `most` at once, in their order."""
+    """Windows of the same form, up to `most` together, in their order."""
     made = []
     for _, alike in groupby(found, key=lambda w: (w.stop - w.start, w.first - w.start)):
         run = list(alike)
@@ -148,7 +148,7 @@ def batches(found: Sequence[Window], most: int) -> list[list[Window]]:
 
 
 def batch_size(context: int, vocabulary: int) -> int:
-    """How many windows are run at once where nobody says."""
+    """The default number of windows that are run together."""
     return max(1, min(8, _LOGITS // (4 * context * max(1, vocabulary))))
 
 
@@ -164,9 +164,9 @@ def compare(
 ) -> tuple[Score | None, list[Score]]:
     """The score of the original, where one is given, and of each variant against it.
 
-    Where the original's predictions (4 bytes for each token of the vocabulary and each prediction) fit into `memory` bytes,
-    they are kept: one model is in memory at a time, and the original is run once, however many variants there are. Where
-    they do not, the original is run beside each variant, batch by batch. `count` hears of tokens as they are predicted.
+    If the original's predictions (4 bytes for each token of the vocabulary and each prediction) fit into `memory` bytes, they
+    are kept: one model is in memory at a time, and the original is run once, however many variants there are. If they do not,
+    the original is run beside each variant, batch by batch. `count` hears of tokens as they are predicted.
     """
     if original is None:
         return None, [_alone(make(), tokens, work, count) for make in variants]
@@ -238,8 +238,9 @@ def _answers(
     work: Sequence[Sequence[Window]],
     count: Advance | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each batch: log p of every token of the vocabulary, float32 (predictions, vocabulary); and the tokens that came,
-    (windows, predictions of each)."""
+    """For each batch: log p of every token of the vocabulary, float32 (predictions, vocabulary); and the tokens that came,
+    (windows, predictions of each).
+    """
     import torch
 
     batches = [torch.tensor([tokens[w.start : w.stop] for w in batch]) for batch in work]

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 class Streamed:
     """A model's logits, computed with one block in memory at a time; the same bits as those of the whole model.
 
-    What blocks hand on takes up to `memory` bytes of memory, and beyond them a temporary file.
+    The outputs of blocks take up to `memory` bytes of memory, and beyond them a temporary file.
     """
 
     def __init__(self, stages: Stages, memory: int) -> None:
         self._stages, self._memory = stages, memory
 
     def logits(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Of each batch of tokens (windows, tokens) its logits (windows, tokens, vocabulary)."""
+        """For each batch of tokens (windows, tokens), its logits (windows, tokens, vocabulary)."""
         skeleton, before = self._stages.skeleton, Spool(0)
         try:
             for stage in range(skeleton.count):

@@ -1,4 +1,4 @@
-"""What a copy will do: which versions the other store has already, under which number, and what they lack there."""
+"""The plan of a copy: the versions that the other store has already, under which number, and the parts they lack there."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Wanted:
 
     @property
     def at(self) -> str:
-        """What it is called in the store that it comes from."""
+        """Its reference in the store that it comes from."""
         return f"{self.record.model}@{self.record.version}"
 
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """What is to be done for a version: where it is there already, which entries it still lacks, and their manifests."""
+    """The plan for a version: its place there, the entries it still lacks, and their manifests."""
 
     wanted: Wanted
     there: VersionRecord | None
@@ -51,7 +51,7 @@ class CopyPlan:
 
 
 class Planner:
-    """Decides what is to be done for versions; looks, and writes nothing.
+    """Makes the plans for versions; looks, and writes nothing.
 
     `everything`: they are many, and what was deleted there, or does not fit, is left out.
     """
@@ -63,7 +63,7 @@ class Planner:
         self._source_id = source.catalog.open().id
 
     def plan(self, wanted: Wanted) -> CopyPlan:
-        """What is to be done for a version, as it is now where it was compacted or deleted since it was looked at."""
+        """The plan for a version, in its current state if it was compacted or deleted since it was looked at."""
         try:
             if wanted.record.deleted:
                 which = f"version {wanted.record.version} of model {wanted.record.model!r}"
@@ -78,7 +78,7 @@ class Planner:
             return CopyPlan(wanted, None, left_out=(f"{wanted.at}: {error}",), nothing=True)
 
     def now(self, wanted: Wanted) -> Wanted | None:
-        """A version as it is in the store that it comes from; None where that has not changed, or cannot be told."""
+        """A version as it is in the store that it comes from; None if that has not changed, or cannot be told."""
         try:
             record = self._source.catalog.version(wanted.record.model, wanted.record.version)
         except (*UNREADABLE, NotFoundError):
@@ -153,8 +153,8 @@ class Planner:
     def _is_whole(self, model: str, entry: VariantEntry, *, same: bool) -> bool:
         """Whether all is there of a variant that the other store has already, with the sizes that its chunks need.
 
-        Where it is copied as one of many that is enough; else its bytes are looked at too: with those of the packs that are
-        to be sent, where they are the `same` ones.
+        If it is copied as one of many, that is enough; else its bytes are checked too: with those of the packs to send, if
+        they are the `same` ones.
         """
         if same and not self._everything:
             return False
@@ -171,8 +171,9 @@ class Planner:
         return all(is_good(self._target.storage, pack) for pack in packs)
 
     def _differs(self, wanted: Wanted, variant: str, entry: VariantEntry, old: VariantEntry) -> bool:
-        """Whether a variant that is there is to be replaced by this one, of the same values in other chunks or with other
-        metrics; `ConflictError` where its values are others."""
+        """Whether this variant must replace the one that is there, of the same values in other chunks or with other metrics;
+        `ConflictError` if its values are others.
+        """
         mine = self._source.manifests.entry(wanted.record.model, entry)
         others = self._target.manifests.entry(wanted.name, old)
         if mine.content != others.content:
@@ -207,7 +208,7 @@ class Planner:
             yield from self._source.manifests.read(model, digest).packs
 
     def missing(self, needed: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
-        """The packs that are to be sent, and those that are there, with their sizes."""
+        """The packs to send, and those that are there, with their sizes."""
         wanted = sorted(set(needed))
         found = self._sizes((self._target.storage,), wanted)
         right = self._sizes((self._source.storage, *self._source.mirrors), wanted)

@@ -42,10 +42,10 @@ def copy(
     work: Work,
     what: str,
 ) -> Copied:
-    """Copy versions, in this order. `everything`: as one of many, so that what was deleted there stays so, and what does not
-    fit is left out and said; else it is copied anew, or an error.
+    """Copy versions, in this order. `everything`: as one of many, so that a version that was deleted there stays deleted, and
+    one that does not fit is left out and reported; else it is copied again, or an error.
 
-    `what` the work is called by whoever hears of the bytes sent.
+    `what` names the operation for the receiver of progress.
     """
     started = time.monotonic()
     copying = _Copying(source, target, Planner(source, target, everything), everything)
@@ -126,7 +126,7 @@ class _Copying:
             raise
 
     def bad(self, there: Mapping[str, int], work: Work) -> list[str]:
-        """Of the packs that are there those whose bytes are not right: they are sent again, before anything relies on them."""
+        """The packs among those there whose bytes are wrong: they are sent again, before anything relies on them."""
 
         def good(pack: str) -> bool:
             right = pack_is_good(self._target.storage, pack)
@@ -139,7 +139,7 @@ class _Copying:
 
     @staticmethod
     def _threads(limits: Limits) -> int:
-        """Packs on their way at once, as far as memory allows."""
+        """Packs on their way in parallel, as far as memory allows."""
         return max(1, min(_AT_ONCE, limits.threads or _AT_ONCE, limits.memory // _PER_PACK))
 
     def send(self, missing: Iterable[str], work: Work) -> None:

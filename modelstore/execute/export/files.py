@@ -1,10 +1,7 @@
 """Writes a variant to local files that other programs load.
 
-layout   which files there are, and where each tensor lies in them
-target   the folder they go to: hidden until whole, resumable, one export at a time
-share    ranks' shares of tensors
-write    the work itself
-view     the same files read without being written
+layout the files, and the place of each tensor in them target the folder they go to: hidden until whole, resumable, one export
+at a time share ranks' shares of tensors write the work itself view the same files read without being written
 """
 
 from __future__ import annotations
@@ -57,7 +54,7 @@ def export(
     durable; of a folder, what an interrupted export finished is found again by the next one to the same place. A target that is
     there and not empty is a `ConflictError`, unless `overwrite`: files of the same names, and other weights, are
     replaced then, and anything else stays, as `remarks` say. A store, and a folder that is Zarr, is a `ConflictError` always.
-    `StorageError` where the disk is too small, `UnsupportedError` for tensors that safetensors cannot hold: both before
+    `StorageError` if the disk is too small, `UnsupportedError` for tensors that safetensors cannot hold: both before
     anything is written.
     """
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Which files an export has, and where each tensor lies in them: pure decisions, made before anything is written."""
+"""The files of an export, and the place of each tensor in them: pure decisions, made before anything is written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("modelstore")
 
 
-# Of tied tensors transformers and vLLM make these again from the embedding, and its own `save_pretrained` leaves them out.
+# For tied tensors, transformers and vLLM make these again from the embedding, and its own `save_pretrained` leaves them out.
 _HEAD = re.compile(
     r"(.*\.)?lm_head(\.decoder)?\.(weight|bias)|embed_out\.weight|cls\.predictions\.decoder\.(weight|bias)"
 )
@@ -37,7 +37,7 @@ _FROM_SHARED = re.compile(r"(.*\.)?(encoder|decoder)\.embed_tokens\.weight")
 
 
 class Form(Protocol):
-    """How a tensor comes into a file, where its bytes are not written as they are. Used by several threads at once."""
+    """How a tensor comes into a file, where its bytes are not written as they are. Used by several threads in parallel."""
 
     @property
     def key(self) -> str:
@@ -47,7 +47,7 @@ class Form(Protocol):
         """The tensor in regions of about `limit` raw bytes, in order."""
 
     def places(self, region: Region) -> list[tuple[int, int]]:
-        """Where a region's bytes go: runs of the file, each as its offset and how many bytes it has."""
+        """The places of a region's bytes: runs of the file, each as its offset and how many bytes it has."""
 
     def read(self, reader: Reader, region: Region) -> list[Bytes]:
         """A region read and made into what is written: the bytes of each of its `places`."""
@@ -85,7 +85,7 @@ class _Item:
 class PlacedTensor:
     """A tensor's bytes within a file. A tied tensor's second copy does not count as progress.
 
-    With a `form`, that says where the bytes go, and `offset` is where the first of them lies.
+    With a `form`, that gives the places of the bytes, and `offset` is the place of the first of them.
     """
 
     tensor: Tensor
@@ -100,9 +100,9 @@ class PlacedTensor:
 
 @dataclass(frozen=True, slots=True)
 class OutFile:
-    """A file to write: its relative path, the bytes it begins with, the tensors after them.
+    """A file to write: its relative path, the bytes it starts with, the tensors after them.
 
-    `weights`: where what it is a shard or the index of lies; older files of these weights make room for it.
+    `weights`: the place of the weights that it is a shard or the index of; older files of these weights are replaced.
     """
 
     path: str
@@ -142,9 +142,9 @@ def directory(
 ) -> list[OutFile]:
     """A directory that others load: shards of at most so many bytes of tensors (or of one tensor), their index, the files.
 
-    `places`: where the weights lie (`format.files.checkpoint`). `packed` tensors, by name, are written in their parts; `instead`
-    are files with other bytes than the model's. What loaders look for first comes last, indexes before it: those that meet an
-    unfinished directory then see that it is none.
+    `places`: the places of the weights (`format.files.checkpoint`). `packed` tensors, by name, are written in their parts;
+    `instead` are files with other bytes than the model's. The files that loaders look for first come last, indexes before
+    them: loaders that meet an unfinished directory then see that it is not a model.
     """
     left_out = _left_out(manifest, config)
     items: dict[Weights, list[_Item]] = {}
@@ -203,7 +203,7 @@ def _shards(place: Weights, items: Sequence[_Item], metadata: Mapping[str, str],
 
 
 def block_limit(memory: int) -> int:
-    """Raw bytes that are read and made into what is written at once, within that much working memory."""
+    """Raw bytes that are read and converted in one step, within that much working memory."""
     return max(2 << 20, min(16 << 20, memory // 16))
 
 
@@ -256,7 +256,7 @@ def _left_out(manifest: Manifest, config: Mapping[str, Any] | None) -> set[str]:
 
 
 def _weights(path: str, items: Iterable[_Item], metadata: Mapping[str, str]) -> OutFile:
-    # Wider numbers first, as the safetensors library does it: each tensor then begins at a multiple of its width.
+    # Wider numbers first, as the safetensors library does it: each tensor then starts at a multiple of its width.
     parts = [(item, part) for item in items for part in item.parts]
     parts.sort(key=lambda found: -dtype(found[1][1]).itemsize)
     entries = []
@@ -304,7 +304,7 @@ def _files(manifest: Manifest, places: Sequence[Weights]) -> Iterator[OutFile]:
 
 
 def _check_paths(outputs: Iterable[OutFile]) -> None:
-    """`FormatError` where one path is there twice, or is a folder on the way to another."""
+    """`FormatError` if one path is there twice, or is a folder on the way to another."""
     paths = [output.path for output in outputs]
     folders: set[str] = set()
     for path in paths:

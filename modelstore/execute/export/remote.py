@@ -22,7 +22,7 @@ from modelstore.storage.base import Storage
 from modelstore.storage.open import open_target
 from modelstore.storage.remote.options import StorageOptions
 
-_LAST = (CONFIG, ADAPTER, PIPELINE, zarr_names.DOCUMENT)  # at the top, without these no loader begins
+_LAST = (CONFIG, ADAPTER, PIPELINE, zarr_names.DOCUMENT)  # at the top, without these no loader starts
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 _PIECE = 8 << 20
 
@@ -38,8 +38,8 @@ def deliver(
     """Have `export` write to `target`: a local path, or a URL, to which its files are sent.
 
     Each object is whole or absent. Those without which no loader takes the others (`config.json`, an index, Zarr's metadata)
-    are sent last, and where they are there already are removed first: an unfinished target is not taken for a finished one.
-    It is begun anew if it was interrupted. What lies there is a `ConflictError`, unless `overwrite`.
+    are sent last, and where they are there already are removed first: an unfinished target is not taken for a finished one. It
+    is started again if it was interrupted. An existing file there is a `ConflictError`, unless `overwrite`.
     """
     here = local_path(target)
     if here is not None:
@@ -64,7 +64,7 @@ def deliver(
 
 
 def _check_above(place: str, options: StorageOptions | None) -> None:
-    """`ConflictError` where a URL lies among the objects of a store above it."""
+    """`ConflictError` if a URL is among the objects of a store above it."""
     parts = place.rstrip("/").split("/")
     for number, part in enumerate(parts):
         if number > 2 and f"{part}/" in FOLDERS:  # after the scheme and the bucket
@@ -75,7 +75,7 @@ def _check_above(place: str, options: StorageOptions | None) -> None:
 
 @dataclass(frozen=True)
 class _Remote:
-    """Where files are sent: one of that name, or all into a folder."""
+    """The target of files: one of that name, or all into a folder."""
 
     storage: Storage
     single: str | None
@@ -83,7 +83,7 @@ class _Remote:
     overwrite: bool
 
     def check(self) -> None:
-        """`ConflictError` where something is in the way that may not be replaced."""
+        """`ConflictError` if something is in the way that may not be replaced."""
         if self.single is not None:
             there = self.single if self.storage.info(self.single) else None
         else:
@@ -103,7 +103,7 @@ class _Remote:
             raise zarr_there(self.storage.url, mark)
 
     def left(self, mine: Collection[str]) -> tuple[str, ...]:
-        """What to say of objects that lie in a folder beside the files that were sent."""
+        """The remark on objects in a folder beside the files that were sent."""
         if self.single is not None or not self.overwrite:
             return ()
         return not_replaced(self.storage.url, [item.key for item in self.storage.list("") if item.key not in mine])

@@ -1,6 +1,7 @@
-"""What an export may replace, and what it may not touch: decided here for every form, on this machine and at URLs.
+"""The rules for replacing in an export, and for files it must not touch: decided here for every form, on this machine and at
+URLs.
 
-Decisions are functions of names. What raises looks at a disk first, and names what is in the way.
+Decisions are functions of names. Functions that raise look at a disk first, and name what is in the way.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def zarr_in_the_way(names: Iterable[str], mine: Collection[str]) -> str | None:
 
 
 def not_replaced(where: str, names: Sequence[str]) -> tuple[str, ...]:
-    """What to say of files that lie beside those of an export, which another one may have written."""
+    """The remark on files beside those of an export, which another one may have written."""
     if not names:
         return ()
     named = ", ".join(repr(name) for name in names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
@@ -77,7 +78,7 @@ def below(root: Path, relative: str = "") -> list[str]:
 
 
 def beside(root: Path, mine: Collection[str]) -> list[str]:
-    """What lies in the folders of an export beside its own files; folders end in "/"."""
+    """The files in the folders of an export beside its own; folders end in "/"."""
     folders = {""} | {"/".join(parts[:n]) for name in mine for parts in [name.split("/")] for n in range(1, len(parts))}
     found = []
     for folder in sorted(folders):
@@ -89,7 +90,7 @@ def beside(root: Path, mine: Collection[str]) -> list[str]:
 
 
 def check_no_store(root: Path, names: Iterable[str]) -> None:
-    """`ConflictError` where files of these names below `root` would lie in a store's folder, or among its objects."""
+    """`ConflictError` if files of these names below `root` would be in a store's folder, or among its objects."""
     real = root.resolve()
     for folder in sorted({name.rpartition("/")[0] for name in names}):
         if (store := store_at(real / folder)) is not None:
@@ -106,7 +107,8 @@ def check_file(path: Path) -> None:
 
 
 def check_staging(root: Path, name: str, marker: str, strange: Callable[[list[str]], list[str]]) -> None:
-    """`ConflictError` where the hidden folder of an export is a link, a file, another user's, or holds what is no export's.
+    """`ConflictError` if the hidden folder of an export is a link, a file, another user's, or contains anything that is not an
+    export's.
 
     `marker` is the file that every export puts there first; `strange` tells which files are none of an export's.
     """

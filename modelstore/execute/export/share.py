@@ -43,7 +43,7 @@ class _Shared:
         return repr(self.share.ranges)
 
     def regions(self, limit: int) -> Iterator[Region]:
-        """What the share holds of each block of the tensor, so that no chunk is read for two of them."""
+        """The share's part of each block of the tensor, so that no chunk is read for two of them."""
         boxes = [source for source, _ in self.share.pieces()]
         for block in blocks(self.tensor, limit):
             for box in boxes:
@@ -60,7 +60,7 @@ class _Shared:
         return runs
 
     def read(self, reader: Reader, region: Region) -> list[Bytes]:
-        """As `Form.read`; a region that lies at several places of the share is read once."""
+        """As `Form.read`; a region that is at several places of the share is read once."""
         data, at, found = reader.region(self.tensor, region), 0, []
         for _, length in self.places(region):
             found.append(data[at : at + length])
@@ -81,7 +81,7 @@ class _Shared:
 
 
 def cuts(manifest: Manifest, shares: Mapping[str, Share]) -> dict[str, Packing | None]:
-    """How each tensor that is to be written goes into a file: as it is (None), or cut."""
+    """How each tensor to write goes into a file: as it is (None), or cut."""
     tensors = {name: manifest.by_name[name] for name in shares}
     return {
         name: None if shares[name] == whole(tensor.shape) else TensorShare(tensor, shares[name])
@@ -90,5 +90,5 @@ def cuts(manifest: Manifest, shares: Mapping[str, Share]) -> dict[str, Packing |
 
 
 def _moved(source: Region, target: Region) -> Region:
-    """What `shift` takes to bring regions of `source` to `target`."""
+    """The argument of `shift` that brings regions of `source` to `target`."""
     return tuple((a - c, 0) for (a, _), (c, _) in zip(source, target, strict=True))

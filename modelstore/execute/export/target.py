@@ -1,4 +1,4 @@
-"""Where an export goes: unfinished files lie in a hidden folder, and take their names when all are whole."""
+"""The target of an export: unfinished files are in a hidden folder, and get their names when all are whole."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class _ExportState(msgspec.Struct):
-    """What an interrupted export had finished. `placing`: which export had all files whole, and was giving them their names."""
+    """The state of an interrupted export. `placing`: which export had all files whole, and was giving them their names."""
 
     files: dict[str, Done] = {}
     placing: str = ""
@@ -64,9 +64,9 @@ def abandon() -> None:
 class Target:
     """The files of one export, on their way to `root`. A context manager: it keeps other exports out of the same place.
 
-    Below `root` no link is followed. What lies in the hidden folder is not believed: what an earlier run left there goes on
-    only if its bytes have the digests of the tensors (`verify`), or is written anew. Where the export fails or is stopped, a
-    folder's stays, to go on from; that of a single file goes: only a process that was killed leaves one.
+    Below `root` no link is followed. The content of the hidden folder is not trusted: a file of an earlier run is used only if
+    its bytes have the digests of the tensors (`verify`), or is written again. If the export fails or is stopped, a folder's
+    stays, to continue from; that of a single file goes: only a process that was killed leaves one.
     """
 
     def __init__(self, path: Path, outputs: Sequence[OutFile], *, single: bool, overwrite: bool) -> None:
@@ -132,7 +132,7 @@ class Target:
             paths.sync(at)
 
     def open_staged(self, output: OutFile, *, fresh: bool) -> int:
-        """The file where it lies while it is not whole, for reading and writing; a `fresh` one is empty and new."""
+        """The file in its place while it is not whole, for reading and writing; a `fresh` one is empty and new."""
         folder, _, name = self._staged(output).rpartition("/")
         with paths.folder(self.root, folder, make=0o700) as at:
             shown = str(self.root / self._staged(output))
@@ -142,9 +142,9 @@ class Target:
             return self._own(paths.open_in(at, name, os.O_RDWR, shown), shown)
 
     def done(self, output: OutFile, limit: int) -> Done:
-        """What an earlier run says that it left of a file. To be verified when the file is whole.
+        """An earlier run's note on the finished part of a file. To be verified when the file is whole.
 
-        Of tensors that are written in another form no digest is known: such a file is written anew.
+        Tensors that are written in another form do not have a known digest: such a file is written again.
         """
         nothing = Done(output.digest, False)
         if output.path in self._placed:
@@ -156,7 +156,7 @@ class Target:
             return nothing
         try:
             descriptor = self.open_staged(output, fresh=False)
-        except OSError:  # it is gone, or is no file of ours: written again
+        except OSError:  # it is gone, or is not a file of ours: written again
             return nothing
         try:
             return found if os.fstat(descriptor).st_size == output.size else nothing
@@ -211,7 +211,7 @@ class Target:
             self._clear()
 
     def beside(self) -> list[str]:
-        """What lies in a folder beside the files of this export, once these have their names."""
+        """The files in a folder beside those of this export, once these have their names."""
         return [] if self._single else beside(self.root, {output.path for output in self._outputs})
 
     def _give_name(self, output: OutFile) -> None:
@@ -229,14 +229,14 @@ class Target:
         return f"{self._staging}/files/{output.path}"
 
     def _own(self, descriptor: int, shown: str) -> int:
-        """An open file, if it has no other name: what is written to it would be written there, too."""
+        """An open file, if it does not have another name: writes to it would be written there, too."""
         if os.fstat(descriptor).st_nlink == 1:
             return descriptor
         os.close(descriptor)
         raise OSError(errno.EMLINK, f"{shown} has another name: remove it")
 
     def _check_free(self) -> None:
-        """`ConflictError` where something is in the way that may not be replaced."""
+        """`ConflictError` if something is in the way that may not be replaced."""
         mine = {output.path for output in self._outputs}
         check_no_store(self.root, mine)
         if self._state.placing == self._identity:
@@ -261,7 +261,7 @@ class Target:
             self._check_way(self.root / output.path)
 
     def _names(self) -> Iterator[str]:
-        """What lies in the target; folders into which this very export was placing files by what is in them."""
+        """The names in the target; folders into which this very export was placing files by their content."""
         placing = self._state.placing == self._identity
         waiting = [""]
         while waiting:
@@ -293,7 +293,7 @@ class Target:
                     os.unlink(entry.name, dir_fd=at)
 
     def _check_way(self, final: Path) -> None:
-        """`ConflictError` where a file would lie behind a link, or has a folder in its place."""
+        """`ConflictError` if a file would be behind a link, or has a folder in its place."""
         for folder in final.parents:
             if folder == self.root:
                 break
@@ -303,7 +303,7 @@ class Target:
             raise ConflictError(f"{final} is a folder, where the export has a file: remove it", object=str(final))
 
     def _check_space(self) -> None:
-        """`StorageError` where what is still to be written does not fit on the disk."""
+        """`StorageError` if what is still to be written does not fit on the disk."""
         left = [output for output in self._outputs if output.path not in self._placed]
         need = sum(output.size for output in left)
         for output in left:
@@ -334,7 +334,7 @@ class Target:
         raise ConflictError(f"another export to {self.path} is at work: wait for it", object=str(self.path))
 
     def _drop_others(self, folder: str) -> None:
-        """Remove what lies there of an export of something else, and what is no file."""
+        """Remove leftovers of an export of something else, and anything that is not a file."""
         mine = {output.path: output.digest for output in self._outputs}
         with paths.folder(self.root, f"{self._staging}/{folder}") as at:
             for entry in paths.entries(self.root, f"{self._staging}/{folder}"):

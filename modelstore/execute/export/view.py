@@ -1,7 +1,8 @@
 """Files of an export that are not written: any bytes of them are made of the chunks that these bytes touch.
 
-An `OutFile` says where everything lies in a file. Here a range of it becomes runs, in the file's order: bytes that are known,
-a part of a tensor as it is stored, or a part of what a form makes of a tensor. Each run is made by itself, in a bounded memory.
+An `OutFile` gives the place of everything in a file. Here a range of it becomes runs, in the file's order: bytes that are
+known, a part of a tensor as it is stored, or a part of what a form makes of a tensor. Each run is made by itself, in a bounded
+memory.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class _Run:
 class ExportedFile:
     """A file as `export` would write it, read without being written. May be used from many threads.
 
-    The bytes are those that `export` writes, whatever the ranges in which they are read, and each time the same. Of the model
-    only those chunks are read that a range touches, and each is checked.
+    The bytes are those that `export` writes, whatever the ranges in which they are read, and each time the same. Only the
+    chunks of the model that a range touches are read, and each is checked.
 
     Example:
         >>> file = store["acme/llama:int4"].exported()["model.safetensors"]
@@ -98,7 +99,7 @@ class ExportedFile:
             The bytes.
 
         Raises:
-            ValueError: The range does not lie within the file.
+            ValueError: The range is not within the file.
             CorruptionError: Stored bytes are wrong, and no mirror has good ones.
 
         Example:
@@ -109,17 +110,17 @@ class ExportedFile:
     def stream(self, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
         """Read bytes [start, stop) of the file in pieces, in order, however many they are.
 
-        What is made ahead stays within the memory budget of the store.
+        Bytes made ahead stay within the memory budget of the store.
 
         Args:
             start: The first byte.
             stop: The byte after the last one (default: the end of the file).
 
         Returns:
-            An iterator of the bytes in pieces of some MiB. Whoever stops taking them reads no more.
+            An iterator of the bytes in pieces of some MiB. A consumer that stops taking them reads no more.
 
         Raises:
-            ValueError: The range does not lie within the file.
+            ValueError: The range is not within the file.
             CorruptionError: Stored bytes are wrong, and no mirror has good ones.
 
         Example:
@@ -203,7 +204,7 @@ class ExportedFile:
             start = end
 
     def _of(self, span: _Span, start: int, stop: int) -> Iterator[_Run]:
-        """A part of a span as runs: a form's at once, a stored tensor's in blocks."""
+        """A part of a span as runs: a form's in one step, a stored tensor's in blocks."""
         if span.region is not None:
             yield _Run(start, stop, span, span.region)
             return
@@ -228,7 +229,7 @@ class ExportedFile:
 
 
 class _Beside:
-    """What forms make beside the bytes that are wanted next, until it is their turn: scales, beside codes. For one thread."""
+    """Bytes that forms make beside the requested ones, until it is their turn: scales, beside codes. For one thread."""
 
     def __init__(self, stop: int, room: int) -> None:
         self._stop = stop

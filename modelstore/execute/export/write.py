@@ -52,7 +52,7 @@ def write(reader: Reader, outputs: Sequence[OutFile], target: Target, work: Work
     limit = block_limit(work.memory)
     found = [(output, target.done(output, limit)) for output in outputs]
     _write_all(reader, found, target, work, limit)
-    # What an earlier run left was believed so far: it is looked at now that it is whole.
+    # The content from an earlier run was trusted so far: it is checked now that it is whole.
     left = [output for output, done in found if done.whole or done.blocks]
     wrong = [(output, Done(output.digest, False)) for output in left if not target.verify(output)]
     if wrong:
@@ -242,7 +242,7 @@ def _nbytes(placed: PlacedTensor, region: Region) -> int:
 
 
 def _write_region(placed: PlacedTensor, region: Region, buffer: Bytes, descriptor: int) -> None:
-    """Write a region's bytes where they belong in the file: at once, or run by run."""
+    """Write a region's bytes to their places in the file: in one step, or run by run."""
     shape, itemsize = placed.tensor.shape, placed.tensor.kind.itemsize
     data = view(buffer)
     if is_contiguous(region, shape):

@@ -1,4 +1,4 @@
-"""What a follower holds, as the base of deltas: a step of training is applied to memory, and no base is read again."""
+"""A follower's tensors, as the base of deltas: a step of training is applied to memory, and no base is read again."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _CHANGED = "tensor %r was changed in memory since it was read: it is read whole"
 class HeldBases:
     """Regions of tensors that memory holds, found by the tensor's digest, whatever version that is of. Many threads may use it.
 
-    Tensors are not to be written to, but somebody may. What is made of a whole tensor is compared with the digest of the new
-    one (`checked`); a part of a tensor is compared with what it was, once, before anything is made of it.
+    Tensors must not be written to, but somebody may. A whole tensor made from it is compared with the digest of the new one
+    (`checked`); a part of a tensor is compared with its old digest, once, before anything is made of it.
     """
 
     def __init__(self, manifest: Manifest, cells: Mapping[Slot, Cell], wanted: Iterable[Slot]) -> None:
@@ -47,9 +47,9 @@ class HeldBases:
         self._bytes: dict[int, Bytes | None] = {}
 
     def __call__(self, tensor: Tensor, region: Region) -> Bytes | None:
-        """The raw bytes of a region of a tensor, None where they are not held as they were read.
+        """The raw bytes of a region of a tensor, None if they are not held as they were read.
 
-        Where no more is wanted of the tensor than is held, the rest of the region is zeros: each element of a delta is made of
+        If no more of the tensor is requested than is held, the rest of the region is zeros: each element of a delta is made of
         the same element of its base.
         """
         for share, cell in self._cells.get(_identity(tensor), ()):
@@ -66,7 +66,7 @@ class HeldBases:
         return None
 
     def _host(self, cell: Cell, name: str, digest: str | None) -> Bytes | None:
-        """What a cell holds, in host memory; with a digest, None where it has another one."""
+        """A cell's content, in host memory; with a digest, None if it has another one."""
         if cell.buffer is not None and digest is None:
             return cell.buffer
         with self._lock:
@@ -80,9 +80,9 @@ class HeldBases:
 
 
 def _region(data: Bytes, share: Share, region: Region, boxes: Sequence[tuple[Region, Region]], itemsize: int) -> Bytes:
-    """A region's bytes of what a share holds: its own memory where they lie one after another there. Zeros for what it has not.
+    """A region's bytes of a share: its own memory if they follow one another there. Zeros for the parts that it does not have.
 
-    boxes: what both have, and where that lies in the share.
+    boxes: the parts that both have, and their place in the share.
     """
     shape = extent(region)
     if len(boxes) == 1 and boxes[0][0] == region:

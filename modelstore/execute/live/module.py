@@ -14,7 +14,7 @@ from modelstore.sources.torch import unwrapped
 
 
 def targets_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's parameters and buffers by their names, as they are; `ValueError` where these are copies."""
+    """A module's parameters and buffers by their names, as they are; `ValueError` if these are copies."""
     targets = {n: value for n, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
     fully = sys.modules.get("torch.distributed.fsdp")
     if fully is not None and any(isinstance(part, fully.FullyShardedDataParallel) for part in module.modules()):
@@ -26,17 +26,17 @@ def targets_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def boxes_of(targets: Mapping[str, torch.Tensor]) -> dict[str, Region | None]:
-    """Of each DTensor the box that this process holds, None where it holds nothing of it."""
+    """For each DTensor the box that this process holds, None if it holds nothing of it."""
     return {name: box_of(name, value) for name, value in targets.items() if is_dtensor(value)}
 
 
 def local_of(target: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a target, in the target's own memory."""
+    """This process's part of a target, in the target's own memory."""
     return target.to_local().detach() if is_dtensor(target) else target
 
 
 def like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What takes the place of a target that has no memory: these values, of its dtype, and as it is divided."""
+    """The replacement of a target that does not have memory: these values, of its dtype, and divided in the same way."""
     value = value.to(target.dtype)
     if not is_dtensor(target):
         return value
@@ -54,9 +54,9 @@ def to_fill(targets: Mapping[str, torch.Tensor], stored: Container[str]) -> dict
 
 
 class ModuleSlots:
-    """Where a module's tensors go, by the names in a model; ties of the module stay ties.
+    """The places of a module's tensors, by the names in a model; ties of the module stay ties.
 
-    `ValueError` where names or shapes do not fit.
+    `ValueError` if names or shapes do not fit.
     """
 
     def __init__(self, module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -78,7 +78,7 @@ class ModuleSlots:
                         self._places.setdefault(names[id(value)], []).append((part, key, kind))
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """`ValueError` where these do not fit the module."""
+        """`ValueError` if these do not fit the module."""
         stored = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
         check_targets(self._wanted, stored, True)
 

@@ -1,7 +1,7 @@
 """Host memory that versions of a model share page by page, copy-on-write: only what differs between two is held twice.
 
-A version's tensors lie in a file in memory (memfd). The next version maps that file privately and writes what changed: the
-kernel copies the pages that are written, and both versions share the rest. Where the system has no such files (it is
+A version's tensors are in a file in memory (memfd). The next version maps that file privately and writes what changed: the
+kernel copies the pages that are written, and both versions share the rest. If the system does not have such files (they are
 Linux's), tensors that changed are copied whole.
 """
 
@@ -23,10 +23,10 @@ _ALIGN = 64
 
 
 class Image:
-    """Memory for buffers of given sizes, zero-filled; `MemoryError` where there is no room.
+    """Memory for buffers of given sizes, zero-filled; `MemoryError` if there is no room.
 
-    `buffers` are to be filled once, and not written to after `overlay` was called. Their memory is freed when nothing refers
-    to it any more.
+    `buffers` must be filled once, and not written to after `overlay` was called. Their memory is freed when nothing refers to
+    it any more.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:

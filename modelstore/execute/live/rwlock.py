@@ -34,7 +34,7 @@ class Readers:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Within it nobody reads; it begins when those that read have left."""
+        """Within it nobody reads; it starts when the readers have left."""
         with self._free:
             self._waiting += 1
             try:
@@ -45,6 +45,6 @@ class Readers:
                 self._free.notify_all()
 
     def check_outside(self) -> None:
-        """`RuntimeError` where this thread reads: a change would wait for it forever."""
+        """`RuntimeError` if this thread reads: a change would wait for it forever."""
         if threading.get_ident() in self._depths:
             raise RuntimeError("a swap within reading() would wait for itself: leave the block first")

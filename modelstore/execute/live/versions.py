@@ -32,7 +32,7 @@ _IMAGES = 128  # images of a model, tensors above their size aside: each is an o
 
 
 def plan(old: LoadedVersion | None, model: Variant, wanted: Iterable[Slot]) -> Update:
-    """What is to be read of `model`, where `old` is held."""
+    """The parts of `model` to read, if `old` is held."""
     slots = tuple(dict.fromkeys(wanted))
     return plan_update(old.manifest, old.cells, model.manifest, slots) if old is not None else Update(read=slots)
 

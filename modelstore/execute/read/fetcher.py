@@ -25,7 +25,7 @@ log = logging.getLogger("modelstore")
 
 
 class ChunkSource(Protocol):
-    """Where the encoded chunks of one manifest come from: the storage, a cluster's hosts. Whatever it gives is checked."""
+    """The source of the encoded chunks of one manifest: the storage, a cluster's hosts. All its bytes are checked."""
 
     @property
     def model(self) -> str:
@@ -33,7 +33,7 @@ class ChunkSource(Protocol):
 
     @property
     def manifest(self) -> Manifest:
-        """Whose chunks they are."""
+        """The manifest of the chunks."""
 
     @property
     def bytes_read(self) -> int:
@@ -45,13 +45,13 @@ class ChunkSource(Protocol):
 
     @property
     def elsewhere(self) -> bool:
-        """Whether bytes may come from elsewhere than the store, and say nothing of what lies in it."""
+        """Whether bytes may come from elsewhere than the store, and say nothing of the store's own."""
 
     def over(self, manifest: Manifest) -> ChunkSource:
         """The same for another manifest of the model."""
 
     def ranges(self, job: ReadJob, wants: Sequence[Want]) -> dict[int, Bytes]:
-        """The encoded bytes of each of the job's rows. They may lie in this thread's memory until its next job."""
+        """The encoded bytes of each of the job's rows. They may be in this thread's memory until its next job."""
 
     def direct(self, row: int, out: Bytes, tensor: str, chunk: int) -> None:
         """Read one row's bytes straight to where they belong."""
@@ -81,7 +81,7 @@ class Fetcher:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether bytes may come from elsewhere than the store, and say nothing of what lies in it."""
+        """Whether bytes may come from elsewhere than the store, and say nothing of the store's own."""
         return bool(self.mirrors)
 
     def over(self, manifest: Manifest) -> Fetcher:
@@ -89,7 +89,7 @@ class Fetcher:
         return Fetcher(self.model, manifest, self.storage, self.mirrors)
 
     def ranges(self, job: ReadJob, wants: Sequence[Want]) -> dict[int, Bytes]:
-        """The encoded bytes of each of the job's rows, checked. They lie in this thread's scratch buffer."""
+        """The encoded bytes of each of the job's rows, checked. They are in this thread's scratch buffer."""
         buffer = self._buffer(job.fetched)
         pieces: dict[Range, Bytes | None] = {}
         at = 0
@@ -119,7 +119,7 @@ class Fetcher:
             out[:] = self.recover(row, tensor, chunk)
 
     def recover(self, row: int, tensor: str, chunk: int) -> Bytes:
-        """A row's bytes from any good copy; the bad one is replaced. `CorruptionError` where there is none.
+        """A row's bytes from any good copy; the bad one is replaced. `CorruptionError` if there is none.
 
         Packs that a compaction has emptied may be gone while somebody still reads by the manifest of before it: the chunks
         are then where live records say.
@@ -156,7 +156,7 @@ class Fetcher:
         )
 
     def _read_where_moved(self, row: int, out: Bytes) -> bool:
-        """Whether a row's bytes were found where live records say that its chunk lies by now."""
+        """Whether a row's bytes were found at the new place of its chunk according to live records."""
         for look_again in (False, True):
             with self._lock:
                 if look_again or self._moved is None:

@@ -69,11 +69,11 @@ class Variant:
         return made
 
     def file(self, path: str) -> bytes:
-        """A file of the model; `NotFoundError` where it has none of that path."""
+        """A file of the model; `NotFoundError` if it has none of that path."""
         return b"".join(self.pieces(path))
 
     def pieces(self, path: str) -> Iterator[bytes]:
-        """A file of the model, chunk by chunk; `NotFoundError`, at once, where it has none of that path."""
+        """A file of the model, chunk by chunk; `NotFoundError`, before the first chunk, if it has none of that path."""
         for file in self.manifest.files:
             if file.name == path:
                 regions = (grid.chunk_region(file.shape, file.chunk, i) for i in range(file.chunks))
@@ -82,11 +82,11 @@ class Variant:
         raise NotFoundError(f"model {self.name!r} has no file {path!r}: it has {known}", model=self.name)
 
     def config(self) -> Config | None:
-        """The model's config.json, None where it has none that can be read."""
+        """The model's config.json, None if it has none that can be read."""
         return model_config(self.reader)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by its name, or a tied one's; `NotFoundError` where there is none."""
+        """A tensor by its name, or a tied one's; `NotFoundError` if there is none."""
         try:
             return self.manifest.by_name[name]
         except KeyError:
@@ -100,7 +100,7 @@ class Variant:
             ) from None
 
     def _named(self, name: str) -> list[str]:
-        """The tensors that a name, or a pattern of names, stands for; `NotFoundError` where there is none."""
+        """The tensors that a name, or a pattern of names, stands for; `NotFoundError` if there is none."""
         every = self.manifest.by_name
         if name not in every and isinstance(name, str) and any(sign in name for sign in PATTERN):
             found = [one for one in every if fnmatchcase(one, name)]
@@ -109,15 +109,15 @@ class Variant:
         return [name] if self.tensor(name) else []
 
     def nbytes(self, shares: Mapping[str, Share] | None) -> int:
-        """Raw bytes of what is to be read: of these, or of all tensors."""
+        """Raw bytes to read: of these, or of all tensors."""
         if shares is None:
             return self.manifest.nbytes
         return sum(nbytes(share.shape, self.tensor(name).kind.itemsize) for name, share in shares.items())
 
     def shares(self, shard: Layout | None, names: Iterable[str] | None) -> dict[str, Share]:
-        """What is to be read: tensors by name, in model order, with the part of each; tied names included.
+        """The parts to read: tensors by name, in model order, with the part of each; tied names included.
 
-        `names`: these only, in their order; one that is no tensor's, and has `*`, `?` or `[`, is a pattern.
+        `names`: these only, in their order; a name that is not a tensor's, and has `*`, `?` or `[`, is a pattern.
         """
         every = self.manifest.by_name
         chosen = list(every) if names is None else list(dict.fromkeys(n for name in names for n in self._named(name)))
@@ -189,9 +189,9 @@ class Variant:
     def load_into(self, module: torch.nn.Module, work: Work, *, asked: str, shard: Layout | None, strict: bool) -> None:
         """Fill a module's parameters and buffers, in place; those on the meta device are given memory.
 
-        Host tensors are decoded straight into their own memory. Of a DTensor that box is read which this process holds. `asked`
-        is what its progress calls the model.
-        `ValueError` where names or shapes do not fit, or a buffer would stay on the meta device, before anything is changed.
+        Host tensors are decoded straight into their own memory. For a DTensor, the box that this process holds is read.
+        `asked` is what its progress calls the model. `ValueError` if names or shapes do not fit, or a buffer would stay on
+        the meta device, before anything is changed.
         """
         import torch
 
@@ -287,12 +287,12 @@ class LazyTensor:
     # numpy and torch would otherwise take it for a sequence, and read it number by number.
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """All of it, read at once: `numpy.asarray(lazy)`. `TypeError` for a dtype that NumPy does not have."""
+        """All of it, read in one step: `numpy.asarray(lazy)`. `TypeError` for a dtype that NumPy does not have."""
         whole = self[...].numpy()
         return whole if dtype is None else whole.astype(dtype, copy=bool(copy))
 
     def __dlpack__(self, **how: Any) -> Any:
-        """All of it, read at once: `torch.as_tensor(lazy)`."""
+        """All of it, read in one step: `torch.as_tensor(lazy)`."""
         return self[...].__dlpack__(**how)
 
     def __dlpack_device__(self) -> Any:

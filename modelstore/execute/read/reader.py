@@ -48,12 +48,12 @@ class Reader:
 
     @property
     def fetcher(self) -> ChunkSource:
-        """Where the chunks come from."""
+        """The source of the chunks."""
         return self._fetcher
 
     @property
     def base(self) -> Reader | None:
-        """What deltas are decoded against."""
+        """The base of deltas."""
         return self._base
 
     def over(self, held: Held) -> Reader:
@@ -95,8 +95,8 @@ class Reader:
     ) -> Iterator[tuple[int, Bytes]]:
         """Each want's place in the list and its raw bytes, as they become ready.
 
-        Reads run in the order of the wants. With `bounded`, buffers not yet taken count against the memory, and one
-        tensor above it is let through alone; without, all are the caller's.
+        Reads run in the order of the wants. With `bounded`, buffers not yet taken count against the memory, and one tensor
+        above it is let through alone; without, all are the caller's.
         """
         arena = Arena()
         allocate = allocate or (lambda _, nbytes: arena.allocate(nbytes))
@@ -117,7 +117,7 @@ class Reader:
         *,
         bounded: bool = True,
     ) -> Iterator[tuple[int, T]]:
-        """As `stream`, where `begin` makes what a want is read into, and `run` reads a job's chunks into these."""
+        """As `stream`, but `begin` makes the memory of a want, and `run` reads a job's chunks into it."""
         return schedule(
             plan_read(self.manifest, wants),
             [want.nbytes for want in wants],
@@ -129,7 +129,7 @@ class Reader:
         )
 
     def planes(self, job: ReadJob, wants: Sequence[Want]) -> Iterator[tuple[ChunkRead, list[Bytes]]]:
-        """Each of a job's chunks with its encoded planes, checked; they lie in this thread's memory until its next job."""
+        """Each of a job's chunks with its encoded planes, checked; they are in this thread's memory until its next job."""
         found = self._fetcher.ranges(job, wants)
         for chunk in job.chunks:
             yield chunk, [found[row] for row in chunk.rows]
@@ -188,10 +188,11 @@ class Reader:
     def bases(
         self, chunks: Sequence[ChunkRead], wants: Sequence[Want], buffers: Mapping[int, Bytes]
     ) -> dict[tuple[int, int], Bytes]:
-        """The base's values of those chunks that are deltas, by want and chunk: what memory holds, not to be written to, or read.
+        """The base's values of those chunks that are deltas, by want and chunk: held in memory (do not write to them), or
+        read.
 
-        What is read lies in its place where that is one run of bytes, and takes as few requests as the chunks themselves. So a
-        chain of deltas is decoded link after link onto the same memory.
+        Values that are read go to their place if that is one run of bytes, and take as few requests as the chunks themselves.
+        So a chain of deltas is decoded link after link onto the same memory.
         """
         found: dict[tuple[int, int], Bytes] = {}
         missing: list[Want] = []
@@ -233,7 +234,7 @@ class Reader:
 
 
 def _place(chunk: ChunkRead, want: Want, buffer: Bytes) -> Bytes | None:
-    """Where in the want's buffer all of a chunk goes, as (rows, bytes of a row); None where parts of it go to several places."""
+    """The place of a whole chunk in the want's buffer, as (rows, bytes of a row); None if parts of it go to several places."""
     place = chunk.whole
     return rows(buffer, want.shape, want.tensor.kind.itemsize, place) if place is not None else None
 

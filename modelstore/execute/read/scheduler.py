@@ -23,10 +23,10 @@ def schedule(
     memory: int | None,
     progress: Advance | None = None,
 ) -> Iterator[tuple[int, T]]:
-    """Each want's place in the list and what was made for it by `begin` and filled by `run`, as they become ready.
+    """Each want's place in the list and its result, made by `begin` and filled by `run`, as they become ready.
 
-    `jobs` come in the order of the wants, of which `costs` has the bytes. What is begun and not yet taken costs at most
-    `memory` (None: any amount), except that one want above it is let through alone. `run` works in `threads` threads.
+    `jobs` come in the order of the wants; `costs` has the bytes of these. Started wants that are not yet taken cost at most
+    `memory` (None: any amount), except that one want above it is admitted alone. `run` works in `threads` threads.
     """
     wants = _Wants(costs, begin)
     pending: dict[Future[None], ReadJob] = {}
@@ -62,25 +62,25 @@ def schedule(
 
 
 class _Wants(Generic[T]):
-    """What is begun and not yet taken, and what it costs."""
+    """The started wants that are not yet taken, and their cost."""
 
     def __init__(self, costs: Sequence[int], begin: Callable[[int], T]) -> None:
         self.targets: dict[int, T] = {}
-        self.left: dict[int, int] = {}  # chunks not finished, of the wants begun
+        self.left: dict[int, int] = {}  # chunks not finished, of the wants that were started
         self._costs = costs
         self._begin = begin
-        self._next = 0  # the lowest want that is not begun
-        self._complete = 0  # wants below it have no more chunks to come
+        self._next = 0  # the lowest want that is not started
+        self._complete = 0  # wants below it do not have any more chunks to come
         self._held = 0
 
     def fits(self, job: ReadJob, memory: int | None, *, running: bool) -> bool:
-        """Whether a job may begin, of which the wants are held in memory; one alone always may."""
+        """Whether a job may start: its wants must fit in memory; one alone always may."""
         fresh = {chunk.want for chunk in job.chunks} - self.targets.keys()
         busy = running or any(n == 0 and i < self._complete for i, n in self.left.items())  # else waiting never ends
         return memory is None or not fresh or not busy or self._held + sum(self._costs[i] for i in fresh) <= memory
 
     def begin(self, job: ReadJob) -> None:
-        """Begin all wants up to a job's last, and count its chunks."""
+        """Start all wants up to a job's last, and count its chunks."""
         highest = job.chunks[-1].want
         self._start(highest + 1)
         self._complete = max(self._complete, highest)
@@ -88,7 +88,7 @@ class _Wants(Generic[T]):
             self.left[chunk.want] += 1
 
     def begin_rest(self) -> None:
-        """Begin the wants after those of the last job: they have no chunks."""
+        """Start the wants after those of the last job: they have no chunks."""
         self._start(len(self._costs))
         self._complete = len(self._costs)
 
@@ -98,7 +98,7 @@ class _Wants(Generic[T]):
             self.left[chunk.want] -= 1
 
     def ready(self) -> list[int]:
-        """The wants of which all is there; each is given once."""
+        """The complete wants; each is given once."""
         found = [i for i, n in self.left.items() if n == 0 and i < self._complete]
         for index in found:
             del self.left[index]

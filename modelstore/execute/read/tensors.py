@@ -21,7 +21,7 @@ from modelstore.storage.base import Storage
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype of that name; `UnsupportedError` where this torch has none."""
+    """torch's dtype of that name; `UnsupportedError` if this torch has none."""
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise UnsupportedError(f"dtype {name} is not known to torch {torch.__version__}: use a newer torch")
@@ -37,7 +37,7 @@ def to_torch(buffer: Bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
 
 
 def bytes_of(tensor: torch.Tensor) -> Bytes | None:
-    """A host tensor's memory as bytes, None where it is not one run of them in host memory."""
+    """A host tensor's memory as bytes, None if it is not one run of them in host memory."""
     if (
         tensor.device.type != "cpu"
         or not tensor.is_contiguous()
@@ -57,8 +57,8 @@ def pinned(nbytes: int) -> Bytes:
 class Mapped:
     """Tensors mapped from local packs: nothing is read until it is touched, and nothing is checked.
 
-    For tensors that lie in one piece, as `save(codec="raw", grid="whole")` stores them. A write to a mapped tensor
-    stays in this process.
+    For tensors that are in one piece, as `save(codec="raw", grid="whole")` stores them. A write to a mapped tensor stays in
+    this process.
     """
 
     def __init__(self, storage: Storage, manifest: Manifest) -> None:
@@ -67,7 +67,7 @@ class Mapped:
         self._files: dict[int, Bytes] = {}
 
     def tensor(self, tensor: Tensor, share: Share) -> torch.Tensor:
-        """A tensor, or a rank's share of it; `UnsupportedError` where it cannot be mapped."""
+        """A tensor, or a rank's share of it; `UnsupportedError` if it cannot be mapped."""
         manifest = self._manifest
         chunks = tensor.chunks
         first = tensor.planes[0].first if tensor.planes else 0

@@ -37,7 +37,7 @@ def unsaved(module: torch.nn.Module) -> list[UnsavedBuffer]:
 def made_again(module: torch.nn.Module, strict: bool) -> dict[UnsavedBuffer, torch.Tensor]:
     """Values, in host memory, of the unsaved buffers, made by the module's class. The module stays as it is.
 
-    `ValueError` where there are others, or a warning where it is not `strict`: they would have no values.
+    `ValueError` if there are others, or a warning where it is not `strict`: they would have no values.
     """
     buffers = unsaved(module)
     make = getattr(module, "_init_weights", None)
@@ -64,7 +64,7 @@ def made_again(module: torch.nn.Module, strict: bool) -> dict[UnsavedBuffer, tor
 def _tried(
     buffers: list[UnsavedBuffer], number: int, make: Callable[[torch.nn.Module], object]
 ) -> Iterator[torch.Tensor | None]:
-    """The values after `make` ran upon buffers that were all of one number; None where it cannot be run upon a part."""
+    """The values after `make` ran upon buffers that were all of one number; None if it cannot be run upon a part."""
     for buffer in buffers:
         part, key, _ = buffer
         if any(p is not None and not p.is_meta for p in part._parameters.values()):

@@ -1,4 +1,4 @@
-"""Reads and encodes one step of a write plan; and, where a codec is to be proved or loses something, decodes it again."""
+"""Reads and encodes one step of a write plan; and, if a codec must be proved or loses something, decodes it again."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _encode_chunk(
 
 
 def _decode_band(band: Region, item: Input, decoded: Sequence[Bytes]) -> None:
-    """What views read of a band that is no whole chunks: its chunks are encoded and decoded, one after another."""
+    """The values for views of a band that is not whole chunks: its chunks are encoded and decoded, one after another."""
     plan, itemsize = item.plan, item.plan.itemsize
     for chunk in grid.touching(plan.shape, plan.chunk, band).tolist():
         region = grid.chunk_region(plan.shape, plan.chunk, chunk)

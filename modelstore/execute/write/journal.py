@@ -50,14 +50,14 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Journal:
-    """What one work stored, as create-only objects under `jobs/<id>/`."""
+    """The stored objects of one job, as create-only objects under `jobs/<id>/`."""
 
     def __init__(self, storage: Storage, job: str) -> None:
         self._storage = storage
         self._prefix = f"{JOBS}{job}/"
 
     def finished(self, shelf: Shelf) -> tuple[dict[str, Written], dict[bytes, Location], dict[str, Any]]:
-        """Tensors that an earlier run stored, where all chunks that it stored lie, and what it noted by names of its own.
+        """Tensors that an earlier run stored, if all their chunks are there, and its notes by names of its own.
 
         Without those whose pack is gone, or old (such a pack may be garbage about to be collected), or not good.
         """
@@ -98,7 +98,7 @@ class Journal:
         self._write(Page(tensors, _chunks(chunks)))
 
     def remark(self, name: str, said: Any) -> None:
-        """Record plain data that the work wants to find again, by a name of its own."""
+        """Record plain data that the job needs to find again, by a name of its own."""
         self._write(Page({}, (), {name: said}))
 
     def _write(self, page: Page) -> None:

@@ -1,7 +1,7 @@
 """Merges the parts that ranks saved into one version, and publishes it by the one write that makes it visible.
 
 Nothing is stored again, except tensors whose slices were cut by borders that fit no common grid: these are read back and cut
-anew. The digest of a tensor that came in slices is computed by reading it back, in the order of its bytes, within the budget.
+again. The digest of a tensor that came in slices is computed by reading it back, in the order of its bytes, within the budget.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class StoredSlice:
 
 @dataclass(frozen=True)
 class Merge:
-    """What the parts make together: each tensor's pieces, in model order; ties; files by path and the rank that gives them."""
+    """The result of all parts together: each tensor's pieces, in model order; ties; files by path and the rank that gives
+    them.
+    """
 
     tensors: Mapping[str, tuple[StoredSlice, ...]]
     aliases: Mapping[str, str]
@@ -70,7 +72,7 @@ class Merge:
 
 
 def plan_merge(parts: Sequence[Stored], replaced: Collection[str] = ()) -> Merge:
-    """What the parts of all ranks, in their order, make together; files that are `replaced` need not agree.
+    """The merge of the parts of all ranks, in their order; files that are `replaced` need not agree.
 
     `ConflictError` names the tensor or file that does not go together, and the ranks.
     """
@@ -132,8 +134,8 @@ def publish(
 ) -> tuple[VersionRecord, Manifest]:
     """Publish the parts of all ranks as the next version; a session that was published already is not published again.
 
-    `files` has further files, `note` what is said of the version. `ConflictError` where the parts do not go together,
-    `NotFoundError` where a pack of one is gone; nothing is visible then.
+    `files` has further files, `note` the description of the version. `ConflictError` if the parts do not go together,
+    `NotFoundError` if a pack of one is gone; nothing is visible then.
     """
     page = parts[0].page
     model, session = page.model, page.session
@@ -260,7 +262,7 @@ class _RankSlices:
 
 
 def _input(name: str, pieces: Sequence[StoredSlice], readers: Mapping[int, Reader], previous: Against | None) -> Input:
-    """A tensor that is to be cut anew, read from its slices."""
+    """A tensor to cut again, read from its slices."""
     first = pieces[0]
     piece = first.piece
     before = previous.manifest.by_name.get(name) if previous else None

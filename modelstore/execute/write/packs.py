@@ -49,7 +49,7 @@ class Written:
 
 @dataclass(slots=True)
 class Tally:
-    """What was done: bytes of packs newly written, of chunks found already stored, and the raw bytes.
+    """The counts of a write: bytes of packs newly written, of chunks found already stored, and the raw bytes.
 
     A chunk is counted once, however often it is referred to, and one that this very work stored was not there before.
     """
@@ -60,7 +60,7 @@ class Tally:
     seen: set[bytes] = field(default_factory=set)  # digests that are counted
 
     def find(self, digest: bytes, nbytes: int) -> None:
-        """A chunk is needed that lies in the store."""
+        """A chunk is needed that is in the store."""
         if digest not in self.seen:
             self.seen.add(digest)
             self.reused += nbytes
@@ -94,7 +94,7 @@ class _ChunkPlace(NamedTuple):
 
 @dataclass
 class PackWriter:
-    """Encodes inputs into packs. `known` are chunks that lie in the store already, by digest, where `shelf` finds them good."""
+    """Encodes inputs into packs. `known` are chunks that are in the store already, by digest, if `shelf` finds them good."""
 
     storage: Storage
     work: Work
@@ -117,7 +117,7 @@ class PackWriter:
         state = _PackState(self, inputs)
         threads = self.work.limits.threads or max(2, os.cpu_count() or 1)
         steps = plan_steps(((i, item.plan) for i, item in enumerate(inputs)), self._slab_limit)
-        # Of a step's raw bytes there are: themselves, the encoded ones, those of a chunk, and two for each view.
+        # A step's raw bytes are there as: themselves, the encoded ones, those of a chunk, and two for each view.
         copies = 3 + 2 * max((len(item.views) for item in inputs), default=0)
         encoding = ordered(
             lambda step: encode_step(step, inputs),
@@ -194,7 +194,7 @@ class _PackState:
                 self.filled += len(as_bytes(data))
 
     def _known(self, digest: bytes) -> Location | None:
-        """Where a chunk lies that may be referred to: in a pack that this save has stored, or in one that is good."""
+        """The place of a chunk that may be referred to: in a pack that this save has stored, or in one that is good."""
         at = self._writer.known.get(digest)
         if at is None or at[0] in self._own or self._writer.shelf.good(at[0]):
             return at
@@ -269,7 +269,7 @@ class _PackState:
 
 
 def known_chunks(stored: Iterable[Manifest]) -> dict[bytes, Location]:
-    """Where the chunks of stored manifests lie, by digest."""
+    """The places of the chunks of stored manifests, by digest."""
     known: dict[bytes, Location] = {}
     for manifest in stored:
         digests = manifest.chunks.digest

@@ -1,6 +1,6 @@
-"""Parts of a version that several processes save, each its own: packs, and a page that says what lies where.
+"""Parts of a version that several processes save, each its own: packs, and a page with the place of everything.
 
-A session's pages lie at `jobs/<id of model and session>/<rank>/<number>.json`, create-only, the newest of a rank first in a
+A session's pages are at `jobs/<id of model and session>/<rank>/<number>.json`, create-only, the newest of a rank first in a
 listing: a rank that is run again after a crash adds a page, which counts from then on, and nothing is changed in place. As
 they are in a job's folder, what they name is kept by garbage collection as long as the session goes on.
 """
@@ -39,7 +39,7 @@ _ADVICE = "save that rank again"
 
 
 class SlicePlace(msgspec.Struct, frozen=True, array_like=True):
-    """Where a rank's tensor lies in the whole one, and the cut that it kept to; None where it was cut by itself."""
+    """The place of a rank's tensor in the whole one, and the cut that it kept to; None if it was cut by itself."""
 
     shape: tuple[Count, ...]
     region: tuple[tuple[Count, Count], ...]
@@ -47,7 +47,7 @@ class SlicePlace(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PartPage(msgspec.Struct, frozen=True):
-    """What one rank stored: a manifest of its own tensors, of which those in `slices` are boxes of larger ones.
+    """One rank's stored part: a manifest of its own tensors; those in `slices` are boxes of larger ones.
 
     `after` is the model's newest version when the rank was first saved: the session's is a later one.
     """
@@ -64,7 +64,7 @@ class PartPage(msgspec.Struct, frozen=True):
 
 
 class Published(msgspec.Struct, frozen=True):
-    """What is left of a session when it is done: the version that it became."""
+    """The record of a finished session: the version that it became."""
 
     version: Count
 
@@ -84,12 +84,12 @@ def session_id(model: str, session: str) -> str:
 
 
 def session_prefix(model: str, session: str) -> str:
-    """Where all of a session lies."""
+    """The prefix of a session's objects."""
     return f"{JOBS}{session_id(model, session)}/"
 
 
 def published_key(model: str, session: str) -> str:
-    """Where it is said which version a session became."""
+    """The key of the object that says which version a session became."""
     return f"{session_prefix(model, session)}published.json"
 
 
@@ -110,7 +110,7 @@ def save_part(
 
     Chunks of the `earlier` versions are referred to, and so are those that an earlier run of the same rank stored. `after`
     is the model's newest version now.
-    `ConflictError` where the session was published already.
+    `ConflictError` if the session was published already.
     """
     done = published(storage, model, session)
     if done is not None:
@@ -185,7 +185,7 @@ def _within(chunk: Shape, shape: Shape) -> Shape:
 
 
 def _still_there(storage: Storage, page: PartPage, shelf: Shelf) -> dict[bytes, Location]:
-    """Where the chunks of an earlier page lie, but for those of packs that are gone, or may be about to be collected."""
+    """The places of the chunks of an earlier page, except those of packs that are gone, or may soon be collected."""
     there = {}
     for pack in page.manifest.packs:
         info = storage.info(pack_key(pack))
@@ -210,7 +210,7 @@ def _write(storage: Storage, page: PartPage, before: Stored | None, shelf: Shelf
 
 
 def published(storage: Storage, model: str, session: str) -> int | None:
-    """The version that a session became, None where it was not published (or that was forgotten since)."""
+    """The version that a session became, None if it was not published (or that was forgotten since)."""
     key = published_key(model, session)
     try:
         return _decode(storage.get(key, SMALL), Published, key).version
@@ -262,7 +262,7 @@ def _newest(storage: Storage, model: str, session: str, rank: int) -> Stored | N
 
 
 def page_problem(page: PartPage) -> str | None:
-    """What is wrong with a page's content, None where nothing is."""
+    """The problem with a page's content, or None."""
     problem = first_problem(page.manifest)
     if problem:
         return problem

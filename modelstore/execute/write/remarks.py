@@ -1,4 +1,6 @@
-"""What is odd in a model's files, and is stored as it is: said when it is saved, since later it shows as something else."""
+"""Oddities of a model's files, which are stored as they are: reported when it is saved, since later they show as something
+else.
+"""
 
 from __future__ import annotations
 

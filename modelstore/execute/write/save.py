@@ -74,7 +74,7 @@ class Against:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a save stored, to be published; all that it relies on, by key, with sizes; the journal that is to be cleared then."""
+    """The result of a save, to be published; all that it relies on, by key, with sizes; the journal to clear then."""
 
     entry: VariantEntry
     tally: Tally
@@ -86,7 +86,7 @@ class Outcome:
 
 
 def check_options(codec: str, grid: str, parent: object | None, ack: str = "storage") -> None:
-    """`ValueError` where a save's options do not go together."""
+    """`ValueError` if a save's options do not go together."""
     if ack not in ACKS:
         raise ValueError(f"ack {ack!r} is not one of {', '.join(ACKS)}")
     if codec not in CODECS and not (codec in added() and make_codec(codec).exact):
@@ -138,7 +138,7 @@ def store(
     cut = [item for item in left if not item.plan.whole]
     written |= PackWriter(storage, work, known, shelf, note, tally).write(cut)
     if base is not None:
-        # What was encoded now was read from it; a journal's tensors were not, and a copy of the store tells nothing of this one.
+        # Tensors encoded now were read from it; a journal's tensors were not, and a copy of the store tells nothing of this one.
         looked = cut if not base.reader.fetcher.elsewhere else []
         based = {item.plan.name for item in inputs if item.plan.codec.name == "delta"}
         require_bases(shelf, base.reader, based.difference(item.plan.name for item in looked))
@@ -172,7 +172,7 @@ def _no_difference(parent: Against, inputs: Sequence[Input]) -> tuple[str, ...]:
 
 
 def left_out(source: Source) -> tuple[LeftOut, ...]:
-    """What a source holds and does not give, by name."""
+    """The content that a source holds and does not give, by name."""
     why: Mapping[str, str] = getattr(source, "skipped", {})
     sizes: Mapping[str, int] = getattr(source, "skipped_bytes", {})
     return tuple(LeftOut(name, why[name], sizes.get(name, 0)) for name in sorted(why))
@@ -277,7 +277,7 @@ def tensor_axes(
 
 
 def config_of(files: Mapping[str, Path | bytes]) -> Config | None:
-    """The config.json among files that are to be stored; None where there is none that can be read."""
+    """The config.json among files to store; None if there is none that can be read."""
     content = files.get(CONFIG)
     if content is None:
         return None
@@ -288,7 +288,7 @@ def config_of(files: Mapping[str, Path | bytes]) -> Config | None:
 
 
 def architecture_of(source: Source, earlier: Sequence[Manifest] = ()) -> Architecture | None:
-    """What is known of a model that is saved: as an earlier version of it says, else as its class says, if that is imported."""
+    """The facts about a model that is saved: from an earlier version of it, else from its class, if that is imported."""
     config = config_of(source.files)
     if config is None:
         return None

@@ -22,9 +22,9 @@ class _Decision(msgspec.Struct, frozen=True):
 class Vote:
     """One vote of `ranks` processes; `session` names it among them, and is used for no other.
 
-    Each says that it is ready by making an object of its own. Whoever sees that all are makes the decision "go", and
-    whoever cannot go, or has waited `timeout` seconds, makes it "stop". The decision is one object, created only once, so
-    all read the same one. A rank that is run again in the same session gets the decision that was made.
+    Each says that it is ready by making an object of its own. A process that sees that all are ready makes the decision "go";
+    one that cannot go, or has waited `timeout` seconds, makes it "stop". The decision is one object, created only once, so all
+    read the same one. A rank that is run again in the same session gets the decision that was made.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ class _Digested:
 
 @dataclass
 class WholeWriter:
-    """Stores inputs as ordinary safetensors shards. `known` are chunks that lie in the store already, by digest."""
+    """Stores inputs as ordinary safetensors shards. `known` are chunks that are in the store already, by digest."""
 
     storage: Storage
     known: dict[bytes, Location]
@@ -84,7 +84,7 @@ class WholeWriter:
         return _Digested(hasher.hexdigest(), tuple(chunks))
 
     def _stored_in_one_piece(self, tensor: _Digested) -> list[Location] | None:
-        """Where the tensor lies already, its chunks one after another in one pack; None where it does not."""
+        """The tensor's place in the store, if its chunks follow one another in one pack; None if they do not."""
         at = [self.known.get(digest) for digest, _ in tensor.chunks]
         if not at or any(where is None for where in at):
             return None

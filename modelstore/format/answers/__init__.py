@@ -1,1 +1,1 @@
-"""What calls answer: plain data, the same for Python, `--json` and tables."""
+"""Results of calls: plain data, the same for Python, `--json` and tables."""

@@ -22,7 +22,7 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Timed(Result, frozen=True):
-    """An answer with `seconds`: those of the whole call, from its beginning to its answer."""
+    """An answer with `seconds`: those of the whole call, from its start to its answer."""
 
     def after(self, seconds: float) -> Self:
         """The same answer, of a call that took so long."""

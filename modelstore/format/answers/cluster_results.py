@@ -1,4 +1,4 @@
-"""What a cluster answers: plain data, the same for Python, `--json` and tables. Sizes are bytes, times Unix seconds."""
+"""Results of a cluster's calls: plain data, the same for Python, `--json` and tables. Sizes are bytes, times Unix seconds."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Delivered(Timed, frozen=True):
 
 
 class HostStatus(Result, frozen=True):
-    """One host of a cluster: its name, its node and zone, and what it holds and did; None where it does not answer.
+    """One host of a cluster: its name, its node and zone, and what it holds and did; None if it does not answer.
 
-    `address` is its node's. While it drains, `left` bytes are still to be handed on before its node may go, None where that is
+    `address` is its node's. While it drains, `left` bytes are still to be handed on before its node may go, None if that is
     not known.
     """
 
@@ -70,5 +70,5 @@ class JobStatus(Result, frozen=True):
 
     @property
     def left(self) -> float | None:
-        """Seconds that it will take still, if it goes on like this; None where nothing is done yet."""
+        """Seconds that it will take still, if it goes on like this; None if nothing is done yet."""
         return self.seconds * (self.bytes - self.done) / self.done if self.done else None

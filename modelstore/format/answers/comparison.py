@@ -1,4 +1,4 @@
-"""What a comparison of variants answers: a row of a table each."""
+"""Results of a comparison of variants: a row of a table each."""
 
 from __future__ import annotations
 

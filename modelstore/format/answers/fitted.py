@@ -1,4 +1,4 @@
-"""What a fit answers: which format each layer gets, at which size, and what that is expected to cost."""
+"""Results of a fit: the format of each layer, at which size, and the expected cost."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class FrontPoint(Result, frozen=True):
 
 
 class Memory(Result, frozen=True):
-    """What an engine holds beside the weights for `batch` sequences of `context` tokens, in bytes.
+    """The memory of an engine beside the weights, for `batch` sequences of `context` tokens, in bytes.
 
-    `cache`: keys and values of all layers; `activations`: the most that is there at a time within a block, where all tokens are
-    read at once; `logits`: those of the last token of each sequence.
+    `cache`: keys and values of all layers; `activations`: the most that exist at a time within a block, if all tokens are read
+    in one step; `logits`: those of the last token of each sequence.
     """
 
     context: int
@@ -47,7 +47,7 @@ class Memory(Result, frozen=True):
 
 
 class FitPlan(Result, frozen=True):
-    """What a fit would do. `budget`, `smallest` (the least that is possible) and `original` are bytes as stored.
+    """The plan of a fit. `budget`, `smallest` (the least that is possible) and `original` are bytes as stored.
 
     With `memory` they are bytes that an engine holds: weights, scales, and what `memory` says.
 

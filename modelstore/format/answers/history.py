@@ -1,4 +1,4 @@
-"""What the history of a model answers: plain data."""
+"""Results for the history of a model: plain data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from modelstore.format.answers.brief import Result
 class LogEntry(Result, frozen=True):
     """A version as its history tells it: who made it `of` what, when, against which `parent`, with which message.
 
-    Sizes, codec and tensors are of its original. `deleted`: when (Unix seconds); None where it was not.
+    Sizes, codec and tensors are of its original. `deleted`: when (Unix seconds); None if it was not.
     """
 
     version: int

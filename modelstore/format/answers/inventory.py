@@ -1,4 +1,4 @@
-"""What copying, renaming, counting and collecting a store answer: plain data. Sizes are bytes, times seconds."""
+"""Results of copying, renaming, counting and collecting a store: plain data. Sizes are bytes, times seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CopiedVersion(Result, frozen=True):
 
 
 class Copied(Timed, frozen=True):
-    """What a copy brought to `url`.
+    """The content that a copy brought to `url`.
 
     `tags`, as NAME@TAG, name the same versions there now. `sent` and `there` are bytes of packs that were written, and that
     were found there, checked and not sent; manifests and their copies do not count. `left_out` says what was not copied, and why.
@@ -49,7 +49,7 @@ class Renamed(Result, frozen=True):
 class Usage(Result, frozen=True):
     """Bytes of chunks that a model, a version or a variant holds: all of them, and those that nothing else holds.
 
-    `name` is a reference. What a delta is stored against counts as held by it. The difference of the two is shared.
+    `name` is a reference. The base of a delta counts as held by the delta. The difference of the two is shared.
     """
 
     name: str
@@ -58,9 +58,9 @@ class Usage(Result, frozen=True):
 
 
 class StoreUsage(Result, frozen=True):
-    """What a store's packs and manifests take.
+    """The sizes of a store's packs and manifests.
 
-    `live` bytes of packs are held by some version; `dead` ones lie in the packs of these and are held by none: compaction
+    Some version holds the `live` bytes of packs; the `dead` ones are in the same packs and no version holds them: compaction
     frees them. `unused` bytes are of packs and manifests that no version needs, and of what killed saves left half written:
     garbage collection frees them, when they are old enough. `manifests` are those that are needed, with their copies.
     `problems` say what could not be read: what it holds counts as unused, or dead.
@@ -78,7 +78,7 @@ class StoreUsage(Result, frozen=True):
 
 
 class Compaction(Result, frozen=True):
-    """What compaction did, or would do: `packs` of which less than the bound was live, and what became of them.
+    """The result of a compaction, or of its plan: `packs` with less live content than the bound, and the result for each.
 
     `before` are the bytes of these packs, `after` those that their live chunks take now; the difference is freed when garbage
     collection removes the old packs, after its grace period. `variants`, as references, are read from the new packs now.
@@ -101,11 +101,11 @@ class SweptObject(Result, frozen=True):
 
 
 class Swept(Result, frozen=True):
-    """What garbage collection removed, or would remove, and how many objects stay.
+    """The objects that garbage collection removed, or would remove, and how many objects stay.
 
-    `problems`: what could not be read, so that what it may refer to was kept.
-    `dead` bytes lie in packs that stay, since something else in these is needed: `compaction` says what became of them,
-    where it was asked for. `young` bytes are those of objects that nothing refers to, but that are younger than the grace period.
+    `problems`: what could not be read, so that what it may refer to was kept. `dead` bytes are in packs that stay, since
+    something else in these is needed: `compaction` says what became of them, if it was asked for. `young` bytes are those of
+    objects that nothing refers to, but that are younger than the grace period.
     """
 
     objects: tuple[SweptObject, ...]

@@ -1,4 +1,4 @@
-"""What a plan answers of a recipe that looks at data."""
+"""Results of a plan for a recipe that looks at data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from modelstore.format.answers.brief import Result
 
 
 class Looks(Result, frozen=True):
-    """What a recipe that looks at data does: so many `passes` of `samples` of `length` tokens through each of `blocks` blocks.
+    """The work of a recipe that looks at data: so many `passes` of `samples` of `length` tokens through each of `blocks`
+    blocks.
 
     `solved` tensors are found on the data; up to `spool` bytes of activations wait between blocks, in memory or in a file.
     `data_free`: the tensors that are made of their weights alone, and why.

@@ -1,4 +1,4 @@
-"""What cutting a model answers: what stays, and what that is worth."""
+"""Results of cutting a model: the parts that stay, and their worth."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class LeftOutLayer(Result, frozen=True):
 
 
 class RestructurePlan(Result, frozen=True):
-    """What `restructure` would do: counts before and after (None for what is not cut), bytes of all tensors, and the work.
+    """The plan of `restructure`: counts before and after (None for parts that are not cut), bytes of all tensors, and the
+    work.
 
-    `passes`: how many times the blocks' weights are read to measure; `by`: how layers are compared, "" where they are not.
+    `passes`: how many times the blocks' weights are read to measure; `by`: how layers are compared, "" if they are not.
     """
 
     model: str
@@ -37,7 +38,7 @@ class RestructurePlan(Result, frozen=True):
 class Restructured(Timed, frozen=True):
     """A model that was cut out of `parent`: what was saved, the numbers of the layers that stayed, and those that went, in order.
 
-    `layers`, and of each layer `neurons`, `heads` and `key_heads`, are before and after, None where they were not cut; `bytes`
+    `layers`, and of each layer `neurons`, `heads` and `key_heads`, are before and after, None if they were not cut; `bytes`
     those of all tensors.
     """
 

@@ -1,4 +1,4 @@
-"""What a store answers: plain data, the same for Python, `--json` and tables. Sizes are bytes, times Unix seconds."""
+"""Results of a store's calls: plain data, the same for Python, `--json` and tables. Sizes are bytes, times Unix seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modelstore.format.objects.manifest import CodecSpec
 
 
 class LeftOut(Result, frozen=True):
-    """What a source holds and was not saved: a file's path or an entry's name, why, and its bytes (0 where not known)."""
+    """An entry of a source that was not saved: a file's path or an entry's name, why, and its bytes (0 if not known)."""
 
     name: str
     why: str
@@ -23,7 +23,7 @@ UNREADABLE = "unreadable"  # the kind of a problem that says nothing about damag
 
 
 class Problem(Result, frozen=True):
-    """Something that is not as it should be, and where. One of kind "unreadable" is told of once, for all objects."""
+    """Something that is not as it should be, and where. A problem of kind "unreadable" is reported once, for all objects."""
 
     kind: str
     message: str
@@ -36,8 +36,9 @@ class Problem(Result, frozen=True):
 class Saved(Timed, frozen=True):
     """A version that was made: raw bytes of its tensors, bytes newly stored, and of chunks found already stored.
 
-    One that is not `durable` lies in the memory of two nodes, and has no version yet: 0. `left_out` is what the source holds
-    and was not saved; `remarks` are of what is odd, and kept as it is. With `include="all"` the sums are of all that was saved.
+    If it is not `durable`, it is in the memory of two nodes, and does not have a version yet: 0. `left_out` is what the source
+    holds and was not saved; `remarks` are of what is odd, and kept as it is. With `include="all"` the sums are of all that was
+    saved.
     """
 
     model: str
@@ -77,8 +78,8 @@ class Prepared(Result, frozen=True):
     """A version got ready beside the current one: tensors shared with it, read in part, read whole or as deltas; bytes read.
 
     `bytes` are encoded, and came from the storage or a cluster's hosts: also those of bases that are not held, of copies read
-    because the first was wrong, the little that lies between two ranges that are read as one, and manifests that this process
-    did not have. Records, of a few hundred bytes each, do not count.
+    because the first was wrong, the few bytes between two ranges that are read as one, and manifests that this process did not
+    have. Records, of a few hundred bytes each, do not count.
     """
 
     version: int
@@ -181,7 +182,7 @@ class Exported(Timed, frozen=True):
 
 
 class Report(Result, frozen=True):
-    """What a verification or repair found, what it mended, and `notes` on what is now otherwise than it was.
+    """The findings and repairs of a verification or repair, and `notes` on what has changed.
 
     `chunks` were checked, each counted once whatever shares it; `bytes` are theirs as stored, and nothing else's;
     of a repair, which looks at whole packs, those of the packs.
@@ -206,7 +207,9 @@ class Report(Result, frozen=True):
 
 
 class Diff(Result, frozen=True):
-    """What differs between two variants: tensors by name, chunks of tensors that both have, stored bytes only in the second."""
+    """The differences between two variants: tensors by name, chunks of tensors that both have, stored bytes only in the
+    second.
+    """
 
     added: tuple[str, ...]
     removed: tuple[str, ...]
@@ -218,7 +221,7 @@ class Diff(Result, frozen=True):
 
 
 class CodecChoice(Result, frozen=True):
-    """What becomes of one tensor: a codec, or None with the reason why it is kept as it is stored."""
+    """The choice for one tensor: a codec, or None with the reason why it is kept as it is stored."""
 
     name: str
     kind: str
@@ -271,8 +274,8 @@ class Measured(Result, frozen=True):
     """One evaluation as a manifest keeps it: of which text, how, and what came out.
 
     `tokens` of the text were read, `predicted` of them predicted, in windows of `context` tokens that are `stride` apart.
-    `kl` (nats a token) and `top1` (share of predictions) are against the original, None where they were not asked for;
-    a perplexity is None where the model predicts no numbers. `perplexity_error` and `kl_error` are standard errors, by which
+    `kl` (nats a token) and `top1` (share of predictions) are against the original, None if they were not asked for;
+    a perplexity is None if the model predicts no numbers. `perplexity_error` and `kl_error` are standard errors, by which
     the same would differ on other windows of such a text: None with less than two windows.
     """
 
@@ -305,7 +308,7 @@ class Evaluation(Result, frozen=True):
 class Quality(Result, frozen=True):
     """A variant's size beside its quality. `stored` and `bits` (for each weight) are of its tensors, without files.
 
-    `sqnr` in dB, None where nothing is lost or known; `measured` is the evaluation that can be compared with those of the
+    `sqnr` in dB, None if nothing is lost or known; `measured` is the evaluation that can be compared with those of the
     other variants.
     """
 

@@ -1,4 +1,4 @@
-"""Where a folder that other programs load keeps its weights, as its own index says: a model's, an adapter's, a pipeline's.
+"""Weights in a folder that other programs load, as its own index says: a model's, an adapter's, a pipeline's.
 
 A model has `model.safetensors` or numbered shards with an index; an adapter of PEFT `adapter_model.safetensors`; a pipeline of
 diffusers a folder for each component that `model_index.json` names, whose tensors have the component's name and a slash
@@ -16,13 +16,13 @@ PIPELINE = "model_index.json"
 ADAPTER = "adapter_config.json"
 CONFIG = "config.json"
 _SUFFIX = r"(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?"
-_OF_PEFT = "base_model."  # what the names of an adapter's tensors begin with
+_OF_PEFT = "base_model."  # the first part of the names of an adapter's tensors
 _COMPONENT = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where weights lie: the folder (ending in "/", empty: the top), and what their files' names begin with."""
+    """The place of weights: the folder (ending in "/", empty: the top), and the first part of their files' names."""
 
     folder: str = ""
     stem: str = "model"
@@ -54,11 +54,11 @@ def places(
     pipeline: Mapping[str, Any] | None,
     config: Mapping[str, Any] | None,
 ) -> list[Weights]:
-    """Where a model with these files and tensors keeps its weights.
+    """The place of the weights of a model with these files and tensors.
 
-    `pipeline` and `config`: its `model_index.json` and `config.json`, where it has them. A component of a pipeline that lies in
-    a folder of its own says in `config.json` which class of diffusers it is. Of an adapter that has a `config.json` beside
-    it, the tensors' names tell that they are PEFT's.
+    `pipeline` and `config`: its `model_index.json` and `config.json`, where it has them. If a component of a pipeline has a
+    folder of its own, its `config.json` says which class of diffusers it is. If an adapter has a `config.json` beside it, the
+    tensors' names show that they are PEFT's.
     """
     if pipeline is not None:
         return components(pipeline)

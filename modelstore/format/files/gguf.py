@@ -1,7 +1,7 @@
 """The header of a GGUF file (version 2 and 3): metadata and the places of its tensors, every count checked before it is used.
 
 A file is "GGUF", a version, two counts, the metadata (key, type, value), the tensors' names, dimensions, types and offsets,
-padding, then their blocks. Dimensions begin with the innermost.
+padding, then their blocks. Dimensions start with the innermost.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MetadataValue:
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """A tensor: its shape (outermost first), type, and where its bytes lie in the file.
+    """A tensor: its shape (outermost first), type, and the place of its bytes in the file.
 
     `block` numbers of a row are stored in `size` bytes.
     """
@@ -80,8 +80,9 @@ class Header:
 def parse_header(read: Callable[[int, int], bytes], file_size: int) -> Header:
     """The header of a file of which `read(start, length)` gives bytes.
 
-    `FormatError` where it is not valid: counts and lengths beyond the file, names that repeat, tensors that overlap, are no
-    whole number of blocks, or lie outside. `UnsupportedError` for other versions, byte orders and types, and split files.
+    `FormatError` if it is not valid: counts and lengths beyond the file, names that repeat, tensors that overlap, are not a
+    whole number of blocks, or are outside the file. `UnsupportedError` for other versions, byte orders and types, and split
+    files.
     """
     cursor = _Cursor(read, min(file_size, MAX_HEADER))
     if cursor.take(4) != MAGIC:
@@ -165,7 +166,7 @@ def _sizes() -> dict[int, tuple[str, int, int]]:
 
 
 class _Cursor:
-    """Reads a header from its beginning, no further than what it needs."""
+    """Reads a header from its start, no further than it needs."""
 
     def __init__(self, read: Callable[[int, int], bytes], limit: int) -> None:
         self._read = read

@@ -1,8 +1,7 @@
 """The header of a safetensors file, for checkpoints that are read and for packs: parse, check, build.
 
-A file is an 8-byte little-endian header length, the header (JSON: name → dtype, shape, offsets), then the data, which
-the tensors cover without a gap or an overlap. Offsets count from the first byte of the data, which lies at
-`8 + header length`.
+A file is an 8-byte little-endian header length, the header (JSON: name → dtype, shape, offsets), then the data, which the
+tensors cover without a gap or an overlap. Offsets count from the first byte of the data, which is at `8 + header length`.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class HeaderEntry:
 def header_length(prefix: bytes, file_size: int | None = None) -> int:
     """The header's length in bytes, from the first 8 bytes of the file.
 
-    `FormatError` where it is beyond the limit of 100 MB, below 2 (an empty JSON object), or beyond the file's end.
+    `FormatError` if it is beyond the limit of 100 MB, below 2 (an empty JSON object), or beyond the file's end.
     """
     if len(prefix) < PREFIX:
         raise FormatError(f"a safetensors file has at least {PREFIX} bytes, this one has {len(prefix)}")
@@ -61,7 +60,7 @@ def header_length(prefix: bytes, file_size: int | None = None) -> int:
 def parse_header(header: bytes, file_size: int) -> tuple[list[HeaderEntry], dict[str, str]]:
     """Entries in the order of their data, and the file's own metadata, of a header (without its 8-byte prefix).
 
-    `file_size` is that of the whole file. `FormatError` where anything is not valid: JSON, a repeated name, an
+    `file_size` is that of the whole file. `FormatError` if anything is not valid: JSON, a repeated name, an
     unknown dtype, a size that is not shape times dtype, an overlap, a hole, data beyond the end or left over.
     `UnsupportedError` for dtypes that are valid and have no counterpart here.
     """
@@ -83,9 +82,9 @@ def parse_header(header: bytes, file_size: int) -> tuple[list[HeaderEntry], dict
 
 
 def build_header(entries: Iterable[HeaderEntry], metadata: Mapping[str, str] | None = None) -> bytes:
-    """A whole header, its 8-byte prefix included, padded with spaces so that the data begins at a multiple of 8.
+    """A whole header, its 8-byte prefix included, padded with spaces so that the data starts at a multiple of 8.
 
-    The same entries in the same order, and the same metadata in any order, give the same bytes. `ValueError` where
+    The same entries in the same order, and the same metadata in any order, give the same bytes. `ValueError` if
     the entries do not follow one another without a gap, in order; `UnsupportedError` for a dtype safetensors lacks.
     """
     table: dict[str, Any] = {}
@@ -123,7 +122,7 @@ def _decode(header: bytes) -> dict[str, Any]:
         raise FormatError("the header's JSON is nested too deeply") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
         raise FormatError(f"the header is not valid JSON: {error}") from None
-    return table  # type: ignore[no-any-return]  # it begins with '{'
+    return table  # type: ignore[no-any-return]  # it starts with '{'
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

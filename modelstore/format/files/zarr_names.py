@@ -1,7 +1,7 @@
-"""The names of files in a Zarr hierarchy: what is Zarr's own, and what lies there beside it.
+"""The names of files in a Zarr hierarchy: Zarr's own, and others beside them.
 
-Zarr v3: a node is a folder with a `zarr.json`; an array's chunks lie in it as `c/1/0` (or `c.1.0`), of a scalar as `c`. In
-format 2, and where `chunk_key_encoding` is "v2", they are `1.0` (or `1/0`), of a scalar `0`.
+Zarr v3: a node is a folder with a `zarr.json`; an array's chunks are in it as `c/1/0` (or `c.1.0`), that of a scalar as `c`.
+In format 2, and where `chunk_key_encoding` is "v2", they are `1.0` (or `1/0`), of a scalar `0`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 DOCUMENT = "zarr.json"
-LOCK = "__lock"  # of an export that writes a hierarchy; a node never begins with "__"
+LOCK = "__lock"  # of an export that writes a hierarchy; a node never starts with "__"
 FRESH = ".partial"  # ends the names of an export's files that are not whole
 MARKS = (DOCUMENT, ".zarray", ".zgroup", ".zmetadata")  # at the top of a folder: readers take it for Zarr
 _CHUNK = re.compile(r"(.+)/c(?:[./](?:0|[1-9]\d*))*", re.ASCII)
 
 
 def foreign(names: Iterable[str], *, unfinished: bool = False) -> list[str]:
-    """Which files ('/'-separated, from the top) are no part of a Zarr v3 group, in order.
+    """The files ('/'-separated, from the top) that are not part of a Zarr v3 group, in order.
 
-    A chunk is one where the folder before its `c` has a document. Of an `unfinished` hierarchy documents may be missing, and
+    A chunk is one where the folder before its `c` has a document. In an `unfinished` hierarchy, documents may be missing, and
     files may end in ".partial".
     """
     there = sorted(names)
@@ -39,7 +39,7 @@ def foreign(names: Iterable[str], *, unfinished: bool = False) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class ChunkNames:
-    """How an array names the files of its chunks: what comes first, what lies between the numbers, how many these are."""
+    """How an array names the files of its chunks: the prefix, the separator of the numbers, and how many these are."""
 
     first: tuple[str, ...]
     separator: str
@@ -51,7 +51,7 @@ class ChunkNames:
         return len(parts) == len(self.first) + self.numbers and self._begins(parts)
 
     def leads(self, name: str) -> bool:
-        """Whether chunks lie below a folder of that name."""
+        """Whether a folder of that name leads to chunks."""
         parts = name.split("/")
         return self.separator == "/" and len(parts) < len(self.first) + self.numbers and self._begins(parts)
 
@@ -62,7 +62,7 @@ class ChunkNames:
 
 
 def chunk_names(document: Mapping[str, Any], version: Literal[2, 3]) -> ChunkNames | None:
-    """How the array of a `.zarray` or `zarr.json` names its chunks; None where that is none that is known."""
+    """How the array of a `.zarray` or `zarr.json` names its chunks; None if that is none that is known."""
     shape = document.get("shape")
     if not isinstance(shape, list):
         return None

@@ -1,4 +1,6 @@
-"""What a model's own class says of its tensors, as a manifest keeps it: plain data, by which readers need no such class."""
+"""Facts about a model's tensors from its own class, as a manifest keeps them: plain data, so that readers do not need the
+class.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ _Units = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 
 
 class Sliced(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """How ranks slice a tensor: along which axis, and the parts that lie along it, each as (what it is, how many units).
+    """How ranks slice a tensor: along which axis, and the parts along it, each as (what it is, how many units).
 
     Without parts: all ranks hold the whole of it, though the weight beside it is sliced.
     """
@@ -26,11 +28,11 @@ class Sliced(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Architecture(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is known of a model, by whom (`by`, such as "transformers 5.24.0"), of which class.
+    """Facts about a model, by whom (`by`, such as "transformers 5.24.0"), of which class.
 
     Tensors are named as in the manifest, with `*` for parts of a name that are numbers; a whole name counts before one with
     `*`. `kinds`: what tensors are for. `ties`: name → the name of the tensor that it is. `blocks`: the names before the
-    numbers of repeated layers. `slices`: how tensor-parallel ranks slice tensors, which hold the whole of others; None where it
+    numbers of repeated layers. `slices`: how tensor-parallel ranks slice tensors, which hold the whole of others; None if it
     is not known.
     """
 

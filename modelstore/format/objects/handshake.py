@@ -1,4 +1,4 @@
-"""What writers and garbage collection tell each other: small create-only JSON objects, and the keys they lie at.
+"""Messages between writers and garbage collection: small create-only JSON objects, and their keys.
 
 A writer's *intent* names the record that it is about to create and every object that this relies on. A collection's
 *condemnation* names what it may remove: first its candidates, then, when it has looked at all intents and records, its verdict.
@@ -58,12 +58,12 @@ def encode(note: Intent | Condemned) -> bytes:
 
 
 def parse(data: bytes, kind: type[N], where: str) -> N:
-    """An intent or a condemnation from its bytes; `FormatError` where it is not one, `UnsupportedError` for a newer format."""
+    """An intent or a condemnation from its bytes; `FormatError` if it is not one, `UnsupportedError` for a newer format."""
     return unseal(data, kind, where, what=kind.__name__.lower() + " note", advice=advice(where))
 
 
 def advice(key: str) -> str:
-    """What to do where a damaged intent or condemnation lies at a key."""
+    """The advice for a damaged intent or condemnation at a key."""
     if key.startswith(CONDEMNED):
         return "garbage collection removes it 30 days after it was written; remove it earlier only while nothing is collected"
     when = "is older than its grace period" if claimed(key) else "was written 30 days ago"
@@ -73,14 +73,14 @@ def advice(key: str) -> str:
 
 
 def intent_key(id: str, record: VersionRecord | None = None) -> str:
-    """The key of an intent; it names the record that is to be created, so that this is known whatever becomes of the object."""
+    """The key of an intent; it names the record to be created, so that this is known whatever happens to the object."""
     if record is None:
         return f"{INTENTS}{id}.json"
     return f"{INTENTS}{id}-{record.version}-{record.number}-{record.model}.json"
 
 
 def claimed(key: str) -> Claim | None:
-    """The record that an intent's key names, without its variants; None where it names none."""
+    """The record that an intent's key names, without its variants; None if it names none."""
     found = _CLAIMED.fullmatch(key)
     if found is None:
         return None
@@ -94,5 +94,7 @@ def candidates_key(id: str) -> str:
 
 
 def verdict_key(id: str) -> str:
-    """The key of what a collection removes: created once, by the collection, or empty by whoever stops it."""
+    """The key of the list of objects that a collection removes: created once, by the collection, or empty by a writer that
+    stops it.
+    """
     return f"{CONDEMNED}{id}/{_VERDICT}"

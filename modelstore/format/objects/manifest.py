@@ -1,4 +1,4 @@
-"""What a variant is made of: tensors → codec, planes → chunks → (pack, offset, length, digest); files; provenance.
+"""The content of a variant: tensors → codec, planes → chunks → (pack, offset, length, digest); files; provenance.
 
 A manifest is JSON, compressed with zstd, named by the BLAKE3 of the JSON. Its chunk table is columnar, so that a million
 chunks are read without making a million objects.
@@ -128,17 +128,17 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
 
     @cached_property
     def pack(self) -> NDArray[np.uint32]:
-        """Of each chunk, the index of its pack."""
+        """For each chunk, the index of its pack."""
         return np.frombuffer(self.chunks.pack, "<u4")
 
     @cached_property
     def offset(self) -> NDArray[np.uint64]:
-        """Of each chunk, its first byte in its pack, counted from the beginning of the file."""
+        """For each chunk, its first byte in its pack, counted from the start of the file."""
         return np.frombuffer(self.chunks.offset, "<u8")
 
     @cached_property
     def length(self) -> NDArray[np.uint64]:
-        """Of each chunk, how many bytes it is stored in."""
+        """For each chunk, its stored bytes."""
         return np.frombuffer(self.chunks.length, "<u8")
 
     @cached_property
@@ -178,7 +178,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
         return int(np.unique(at, axis=1)[2].sum()) if at.size else 0
 
 
-_SKIPPED = 0x184D2A50  # begins a frame of zstd that decoders pass over
+_SKIPPED = 0x184D2A50  # starts a frame of zstd that decoders pass over
 _encoder = msgspec.json.Encoder(order="deterministic")
 _decoder = msgspec.json.Decoder(prepared(Manifest))
 
@@ -186,7 +186,7 @@ _decoder = msgspec.json.Decoder(prepared(Manifest))
 def encode(manifest: Manifest) -> tuple[str, bytes]:
     """The manifest's digest, and the bytes to store.
 
-    Where they are fewer than readers believe that much to come from, a frame that is skipped makes them more.
+    If the frame is too short for readers to accept that much content, a skippable frame makes it longer.
     """
     text = _encoder.encode(manifest)
     data = zstandard.ZstdCompressor(level=3).compress(text)
@@ -200,7 +200,7 @@ def encode(manifest: Manifest) -> tuple[str, bytes]:
 
 
 def _parts(text: bytes, size: int) -> int:
-    """How many members and elements a JSON text has, at most; 0 where they are not too many for `size` bytes in any case."""
+    """How many members and elements a JSON text has, at most; 0 if they are not too many for `size` bytes in any case."""
     if len(text) <= max(FEW, MAX_DENSITY * size):
         return 0
     parts = sum(text.count(mark) for mark in (b"{", b"[", b",", b":"))
@@ -208,7 +208,7 @@ def _parts(text: bytes, size: int) -> int:
 
 
 def form(manifest: Manifest) -> str:
-    """Equal for manifests of the same values, stored as the same chunks, wherever these lie."""
+    """Equal for manifests of the same values, stored as the same chunks, wherever these are."""
     table = msgspec.structs.replace(manifest.chunks, pack=b"", offset=b"")
     return encode(msgspec.structs.replace(manifest, packs=(), chunks=table, base=None, nonce=""))[0]
 
@@ -216,7 +216,7 @@ def form(manifest: Manifest) -> str:
 def decode(data: bytes, digest: str, where: str) -> Manifest:
     """The manifest from its stored bytes, checked against its digest and validated.
 
-    `FormatError` says what is wrong with the object called `where`; `UnsupportedError` where it is of another format.
+    `FormatError` says what is wrong with the object called `where`; `UnsupportedError` if it is of another format.
     """
 
     def wrong(what: str) -> FormatError:
@@ -248,7 +248,7 @@ def decode(data: bytes, digest: str, where: str) -> Manifest:
 
 
 def first_problem(manifest: Manifest) -> str | None:
-    """What is wrong with a manifest's content, None where nothing is."""
+    """The first problem of a manifest's content, or None."""
     table = manifest.chunks
     rows = len(table.pack) // 4
     sizes = {"pack": 4, "offset": 8, "length": 8, "digest": DIGEST_BYTES}

@@ -29,7 +29,7 @@ class ManifestBuilder:
         digest: str,
         planes: Mapping[str, Sequence[tuple[bytes, Location]]],
     ) -> Tensor:
-        """The entry of a tensor whose chunks lie at these places; `digest` is of its values as they will be read."""
+        """The entry of a tensor whose chunks are at these places; `digest` is of its values as they will be read."""
         made = []
         for plane, chunks in planes.items():
             made.append(Plane(plane, len(self._rows)))

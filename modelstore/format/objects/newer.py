@@ -1,4 +1,4 @@
-"""An object of a newer release is told from a damaged one: its format's number is read by itself."""
+"""Distinguishes an object of a newer release from a damaged one: its format's number is read by itself."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class _Told(msgspec.Struct):
 
 
 def check_format(text: bytes, reads: int, what: str, where: str) -> None:
-    """`UnsupportedError` where JSON whose digest is right says that it has another format than the one that this release `reads`.
+    """`UnsupportedError` if JSON whose digest is right says that it has another format than the one that this release `reads`.
 
     To be called before, or where, its members are found to be others than expected. `what` names the object at the key `where`.
     """
     try:
         found = msgspec.json.decode(text, type=prepared(_Told)).format
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return  # it is no object, or no JSON at all: whoever decodes it says so
+        return  # it is not an object, or not JSON at all: the code that decodes it says so
     if found is not None and found != reads:
         raise UnsupportedError(
             f"{what} has format {found}, this release reads {reads}: it was made by a newer modelstore; use that",

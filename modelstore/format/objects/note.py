@@ -1,4 +1,4 @@
-"""What people say of a version, and who made it of what: kept in its record, for people."""
+"""Notes on a version, such as who made it from what: kept in its record, for people."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Note(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def note(message: str | None, meta: Mapping[str, Any] | None, source: object, parent: str = "") -> Note:
-    """The note of a version that this process makes; `ValueError` where a message or an entry is too long or misnamed."""
+    """The note of a version that this process makes; `ValueError` if a message or an entry is too long or misnamed."""
     text = message or ""
     if len(text) > MAX_MESSAGE:
         raise ValueError(f"message has {len(text):,} characters: at most {MAX_MESSAGE:,} are kept")

@@ -1,4 +1,4 @@
-"""What makes a version or a tag visible: small create-only JSON objects, and the keys they lie at.
+"""The records that make a version or a tag visible: small create-only JSON objects, and their keys.
 
 Numbers in keys count down from 99,999,999, so that the newest version, and the newest record of it, is the first key of a
 listing: finding it takes one request, however many there are.
@@ -42,7 +42,7 @@ class StoreInfo(msgspec.Struct, frozen=True):
 
 
 class VariantEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Where a variant's manifest is, where its copy is (a pack), and its sizes: raw values, stored chunks."""
+    """A variant's manifest, its copy (a pack), and its sizes: raw values, stored chunks."""
 
     manifest: Digest
     copy: Digest
@@ -83,12 +83,12 @@ R = TypeVar("R", StoreInfo, VersionRecord, TagRecord)
 
 
 def parse(data: bytes, kind: type[R], where: str) -> R:
-    """A record from its bytes; `FormatError` where it is not one, `UnsupportedError` for another format's version."""
+    """A record from its bytes; `FormatError` if it is not one, `UnsupportedError` for another format's version."""
     return unseal(data, kind, where)
 
 
 def parse_version(data: bytes, where: str) -> VersionRecord:
-    """A version's record; `FormatError` also where it belongs at another key, or has no original."""
+    """A version's record; `FormatError` also if it belongs at another key, or does not have an original."""
     record = parse(data, VersionRecord, where)
     if not is_model(record.model) or version_key(record.model, record.version, record.number) != where:
         raise _moved(where, f"version {record.version} of {record.model[:200]!r}")
@@ -120,7 +120,7 @@ def descending(number: int) -> str:
 
 
 def ascending(digits: str) -> int | None:
-    """The number that `descending` wrote, None where the text is not one."""
+    """The number that `descending` wrote, None if the text is not one."""
     return _LAST - int(digits) if len(digits) == 8 and digits.isascii() and digits.isdigit() else None
 
 
@@ -131,18 +131,18 @@ def is_record(rest: str) -> bool:
 
 
 def record_number(key: str, prefix: str) -> int | None:
-    """The number of the record at a key below `prefix`, None where the key is not one of a record there."""
+    """The number of the record at a key below `prefix`, None if the key is not one of a record there."""
     rest = key[len(prefix) :]
     return ascending(rest.removesuffix(".json")) if key.startswith(prefix) and rest.endswith(".json") else None
 
 
 def versions_prefix(model: str) -> str:
-    """Where the records of all versions of a model lie; `ValueError` where its name is not valid."""
+    """The prefix of the records of all versions of a model; `ValueError` if its name is not valid."""
     return f"{MODELS}{check_model(model)}/versions/"
 
 
 def version_prefix(model: str, version: int) -> str:
-    """Where the records of one version lie."""
+    """The prefix of the records of one version."""
     return f"{versions_prefix(model)}{descending(version)}/"
 
 
@@ -152,22 +152,22 @@ def version_key(model: str, version: int, number: int) -> str:
 
 
 def tags_prefix(model: str) -> str:
-    """Where the records of all tags of a model lie."""
+    """The prefix of the records of all tags of a model."""
     return f"{MODELS}{check_model(model)}/tags/"
 
 
 def tag_key(model: str, tag: str, number: int) -> str:
-    """The key of one record of a tag; `ValueError` where its name is not valid."""
+    """The key of one record of a tag; `ValueError` if its name is not valid."""
     return f"{tag_prefix(model, tag)}{descending(number)}.json"
 
 
 def tag_prefix(model: str, tag: str) -> str:
-    """Where the records of a tag lie; `ValueError` where its name is not valid."""
+    """The prefix of the records of a tag; `ValueError` if its name is not valid."""
     return f"{tags_prefix(model)}{check_word(tag, 'tag')}/"
 
 
 def manifests_prefix(model: str) -> str:
-    """Where the manifests of a model lie."""
+    """The prefix of the manifests of a model."""
     return f"{MODELS}{check_model(model)}/manifests/"
 
 
@@ -179,7 +179,7 @@ def manifest_key(model: str, digest: str) -> str:
 def is_own(key: str) -> bool:
     """Whether a key is one that is given to what a store holds for a time: packs, manifests, notes of works and collections.
 
-    What lies in the store's folders under other names is not the store's, and is left alone.
+    Objects in the store's folders under other names are not the store's, and are ignored.
     """
     return _OWN.fullmatch(key) is not None
 

@@ -1,8 +1,8 @@
 """Small JSON objects that carry the digest of their own bytes: records, tags, journals, votes.
 
 The digest is the last member: `…,"blake3":"<64 hexadecimal digits>"}`, of all bytes before it. An object without one was
-written by an earlier release: it is read, if it has no other members than such a release wrote, so that damage to the digest's
-own name is noticed too.
+written by an earlier release. It is read if it has only members that such a release wrote, so that damage to the digest's own
+name is noticed too.
 """
 
 from __future__ import annotations

@@ -48,10 +48,10 @@ def export_gguf(
 ) -> results.Exported:
     """Write a model as one GGUF (v3) file, which takes its name when it is whole; goes on if interrupted.
 
-    `gguf_type`: what matrices are stored as, "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1" (default: BF16 where the most of
-    them are bfloat16, else F16); vectors stay float32, embedding and head are Q8_0 with the 4-bit types, and matrices whose
-    rows are no multiple of 32 are F16 with the block types. A compressed variant is dequantized first. `name`: the model's.
-    `UnsupportedError` for architectures, tokenizers and tensors that llama.cpp has no place for, before anything is written.
+    `gguf_type`: the type of matrices, "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1" (default: BF16 if the most of them are
+    bfloat16, else F16); vectors stay float32, embedding and head are Q8_0 with the 4-bit types, and matrices whose rows are
+    not a multiple of 32 are F16 with the block types. A compressed variant is dequantized first. `name`: the model's.
+    `UnsupportedError` for architectures, tokenizers and tensors that llama.cpp does not support, before anything is written.
     """
     started = time.monotonic()
     path = Path(os.path.abspath(path))  # noqa: PTH100  a link at the end stays what it is
@@ -125,7 +125,7 @@ class _Rows:
 
 
 def _again(reader: Reader, path: str) -> OutFile:
-    """The file whose blocks were saved: the header that it had, and each tensor where it lay."""
+    """The file whose blocks were saved: the header that it had, and each tensor in its place."""
     files = _files(reader)
     raw = files.read(HEADER) if HEADER in files.sizes else None
     size = reader.manifest.metadata.get(SIZE, "")
@@ -179,7 +179,7 @@ def layout(model: GgufModel, vocabulary: Vocabulary | None, path: str, name: str
 
 
 def _header(writer: gguf.GGUFWriter) -> bytes:
-    """All that comes before the tensors, padded to where the first begins."""
+    """All that comes before the tensors, padded to the start of the first."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "header"
         writer.write_header_to_file(file)

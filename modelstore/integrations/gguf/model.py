@@ -39,7 +39,7 @@ class Named:
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A model in llama.cpp's terms. `values`: metadata without its architecture's prefix, where the key begins with a dot."""
+    """A model in llama.cpp's terms. `values`: metadata without its architecture's prefix, if the key starts with a dot."""
 
     arch: str
     values: Mapping[str, Setting]
@@ -49,7 +49,7 @@ class GgufModel:
 
 @dataclass(frozen=True)
 class _TensorPlace:
-    """Where a tensor goes: its name in the file, its sizes and what the config calls them, the rows of a head to turn."""
+    """The place of a tensor: its name in the file, its sizes and the config's names of them, the rows of a head to turn."""
 
     name: str
     sizes: tuple[tuple[str, int], ...]

@@ -7,7 +7,7 @@ A block is 32 numbers of a row, and d, m are float16, little-endian:
     Q4_1  20 bytes: d, m, 16 bytes           number = d · q + m
 
 The bytes equal those of the `gguf` package for finite numbers (the sign of a zero m aside), whose Q8_0 is that of ggml's
-reference code. What is not finite counts as 0.
+reference code. Numbers that are not finite count as 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rotary embeddings in llama.cpp's terms.
 
-What transformers calls the attention factor of yarn is what cosines and sines are multiplied by. llama.cpp multiplies them
-by 1 + ln(factor) / 10 of its own accord, and by `rope.scaling.attn_factor`, which is written where a config wants another one.
+transformers' attention factor of yarn multiplies cosines and sines. llama.cpp multiplies them by 1 + ln(factor) / 10 by
+itself, and by `rope.scaling.attn_factor`, which is written if a config needs another one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BETAS = {
 
 
 def rope(config: Config, width: int, context: int) -> tuple[dict[str, int | float | str | bool], Floats | None]:
-    """Metadata of the rotary embedding, and by what each frequency is divided where llama.cpp has no rule for it."""
+    """Metadata of the rotary embedding, and the divisor of each frequency if llama.cpp does not have a rule for it."""
     said = {**part(config, "rope_scaling"), **part(config, "rope_parameters")}
     nested = [key for key, value in said.items() if isinstance(value, Mapping)]
     if nested:
@@ -84,7 +84,7 @@ def _yarn(said: Config, base: float, context: int, original: int) -> dict[str, i
 
 
 def _attention_factor(said: Config, factor: float) -> float:
-    """What transformers multiplies cosines and sines by."""
+    """The factor by which transformers multiplies cosines and sines."""
     if said.get("attention_factor") is not None:
         return _positive(said, "attention_factor")
     scale, scale_all = number(said, "mscale"), number(said, "mscale_all_dim")

@@ -1,4 +1,4 @@
-"""What a tokenizer.json does to a text before and after its tokens are found, in llama.cpp's terms.
+"""The steps of a tokenizer.json on a text before and after its tokens are found, in llama.cpp's terms.
 
 llama.cpp has these rules built in, and a tokenizer.json spells them out: those that are known here are recognised by what they
 do, never by a model's name. Any other is refused.
@@ -26,7 +26,7 @@ _STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_p
 
 
 def rule(tokenizer: Entries) -> str:
-    """llama.cpp's name of the rule by which a byte-level tokenizer cuts text; `UnsupportedError` where none is known.
+    """llama.cpp's name of the rule by which a byte-level tokenizer cuts text; `UnsupportedError` if none is known.
 
     Text is taken to be in Unicode's form NFC: llama.cpp does not bring it into that form, and most text is.
     """
@@ -73,7 +73,7 @@ def prefixes(tokenizer: Entries) -> bool:
 
 
 def around(tokenizer: Entries) -> tuple[int | None, int | None]:
-    """The tokens that are put before and after every text; `UnsupportedError` where it is more than one each."""
+    """The tokens that are put before and after every text; `UnsupportedError` if it is more than one each."""
     found = [step for step in steps(tokenizer, "post_processor") if step.get("type") != "ByteLevel"]
     if not found:
         return None, None
@@ -108,7 +108,7 @@ def steps(tokenizer: Entries, key: str) -> list[Entries]:
 
 
 def entries(tokenizer: Entries, key: str) -> Entries:
-    """An entry that is an object, an empty one where there is none; `FormatError` where it is anything else."""
+    """An entry that is an object, an empty one where there is none; `FormatError` if it is anything else."""
     value = tokenizer.get(key)
     if value is None:
         return {}
@@ -118,7 +118,7 @@ def entries(tokenizer: Entries, key: str) -> Entries:
 
 
 def objects(tokenizer: Entries, key: str) -> Sequence[Entries]:
-    """An entry that is a list of objects; `FormatError` where it is anything else."""
+    """An entry that is a list of objects; `FormatError` if it is anything else."""
     value = tokenizer.get(key)
     if value is None:
         return ()

@@ -22,7 +22,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class Family:
-    """What a class of transformers says where a config says nothing, and which parts its layers have."""
+    """The defaults of a class of transformers for a config, and the parts of its layers."""
 
     model_type: str
     arch: str  # llama.cpp's name
@@ -71,7 +71,7 @@ class Settings:
 
 
 def settings(config: Config, tensors: int) -> Settings:
-    """What a config says of a model that has so many tensors.
+    """A config's settings for a model that has so many tensors.
 
     `UnsupportedError` for what llama.cpp's architecture does not compute, `FormatError` for values that cannot be.
     """

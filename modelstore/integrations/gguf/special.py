@@ -1,4 +1,4 @@
-"""Special tokens and the chat template: what begins and ends a text, and what a conversation looks like."""
+"""Special tokens and the chat template: the start and end of a text, and the form of a conversation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NEEDED = ("bos", "eos")
 
 @dataclass(frozen=True)
 class Special:
-    """Special tokens by what they are for, and whether every text begins and ends with one."""
+    """Special tokens by purpose, and whether every text starts and ends with one."""
 
     tokens: Mapping[str, int]
     begins: bool
@@ -29,7 +29,7 @@ class Special:
 def special(tokenizer: Entries, said: Entries, config: Config, tokens: Tokens) -> Special:
     """The special tokens of a tokenizer (`said`: its tokenizer_config.json).
 
-    What is put around a text is what tokenizer.json does, as transformers 5 has it; `UnsupportedError` where the
+    The tokens around a text are those of tokenizer.json, as transformers 5 has it; `UnsupportedError` if the
     tokenizer_config.json says otherwise, as versions before might have it.
     """
     _check_added(said, tokens)

@@ -110,7 +110,7 @@ def _text(token: str) -> str:
 
 
 def _check_bytes(model: Entries, numbers: Mapping[str, int], pieces: bool) -> None:
-    """What no token covers must not meet llama.cpp, which then does otherwise than the tokenizer."""
+    """Bytes that no token covers must not meet llama.cpp, which then differs from the tokenizer."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)] if pieces else _alphabet()
     needed = bytes_ if pieces or model.get(_UNKNOWN) is not None else []
     lacks = next((text for text in needed if text not in numbers), None)

@@ -50,7 +50,7 @@ class ModelFiles:
     read: Callable[[str], bytes]
 
     def json(self, name: str) -> Entries | None:
-        """A file that holds a JSON object, None where there is no such file."""
+        """A file that holds a JSON object, None if there is no such file."""
         if name not in self.sizes:
             return None
         found = None
@@ -63,7 +63,7 @@ class ModelFiles:
         return found
 
     def text(self, name: str) -> str | None:
-        """A file of text, None where there is no such file."""
+        """A file of text, None if there is no such file."""
         if name not in self.sizes:
             return None
         if self.sizes[name] > MAX_TEXT:
@@ -101,9 +101,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, found: Vocabulary | None) -> None:
 
 
 def read_vocabulary(files: ModelFiles, config: Config, vocabulary: int) -> Vocabulary | None:
-    """A model's tokenizer, None where it has none; `vocabulary` is the number of the model's embeddings.
+    """A model's tokenizer, None if it has none; `vocabulary` is the number of the model's embeddings.
 
-    `UnsupportedError` for a tokenizer that llama.cpp has no rule for, `FormatError` for one that cannot be.
+    `UnsupportedError` for a tokenizer that llama.cpp does not have a rule for, `FormatError` for one that cannot be.
     """
     tokenizer = files.json("tokenizer.json")
     if tokenizer is None:

@@ -1,1 +1,1 @@
-"""What a trainer saves: which part of it is the model, and what lies beside that."""
+"""Files of trainers: which part of them is the model, and what is beside it."""

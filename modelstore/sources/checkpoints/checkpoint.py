@@ -1,4 +1,4 @@
-"""Which part of what a trainer saved is the model, and what lies beside it."""
+"""Which part of a trainer's file is the model, and what is beside it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from modelstore.errors import FormatError
 from modelstore.sources.pickles.unpickle import Key, Ordered, Record
 
-# What trainers call the model's own state dict.
+# Trainers' names of the model's own state dict.
 USUAL = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")
-# What holds tensors and is no model.
+# Entries that hold tensors and are not a model.
 _OTHER = re.compile(r"optim|sched|scaler|rng|random|\bamp\b|sampler|loss|criterion|metric|callback|hyper|loops", re.I)
 BESIDE = "it is beside the state dict"
 _DEEPEST = 4
@@ -30,7 +30,7 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The model's state dict, the keys that lead to it, and what lies beside and in it that is no weight of it."""
+    """The model's state dict, the keys that lead to it, and the entries beside and in it that are not weights of it."""
 
     path: tuple[str, ...]
     state: dict[str, Any]
@@ -38,7 +38,7 @@ class Chosen:
 
 
 class TensorTest:
-    """What counts as a tensor in a saved structure, and how many bytes it has."""
+    """Decides which values of a saved structure are tensors, and how many bytes each has."""
 
     def __init__(self, kinds: tuple[type, ...], size: Callable[[Any], int]) -> None:
         self.kinds = kinds
@@ -46,7 +46,7 @@ class TensorTest:
 
 
 class _Looking:
-    """What was found out about the dicts of one structure: an object that many refer to is looked at once."""
+    """Findings about the dicts of one structure: an object that many refer to is looked at only once."""
 
     def __init__(self, tensors: TensorTest) -> None:
         self.tensors = tensors
@@ -93,7 +93,7 @@ def choose(saved: Any, tensors: TensorTest, where: str, key: str | None = None) 
 
     `key` names it, as keys joined by dots ("." is the object itself). Else it is the one entry of a usual name (`USUAL`)
     that maps names to tensors, or has such an entry in turn; else the object itself, if it maps names to tensors and no
-    entry of it does; else its one entry that does, and is not an optimizer's or the like. `FormatError` where there are
+    entry of it does; else its one entry that does, and is not an optimizer's or the like. `FormatError` if there are
     several, or none; it names them.
     """
     looking = _Looking(tensors)
@@ -185,7 +185,7 @@ def _several(where: str, path: tuple[str, ...], first: list[str], others: list[s
 
 
 def _advice(saved: Any, looking: _Looking) -> str:
-    """Which entries can be named, where the one that was is no state dict."""
+    """The entries that can be named, if the one that was named is not a state dict."""
     entries = saved.items() if isinstance(saved, dict) else ()
     fit = [key for key, value in entries if isinstance(key, str) and looking.holds(value)]
     if fit:

@@ -35,7 +35,7 @@ _BYTES = "_codecs.encode"
 
 @dataclass(frozen=True)
 class TensorView:
-    """How a tensor lies in memory: what is the same for the same view, the memory, and the place in it in elements."""
+    """A tensor's place in memory: an identity of the view, the memory, and the place in it in elements."""
 
     identity: str
     memory: str
@@ -51,16 +51,16 @@ class TensorView:
 
 
 class Leaves(Protocol):
-    """What knows which values of a structure are tensors."""
+    """Decides which values of a structure are tensors."""
 
     def view(self, value: Any, path: str) -> TensorView | None:
-        """The view of a tensor; None for what is none. `UnsupportedError` for a tensor that has no dense values."""
+        """The view of a tensor; None for what is none. `UnsupportedError` for a tensor that does not have dense values."""
 
 
 class Outline:
     """Collects the tensors of a structure under names that are theirs, and writes down the rest.
 
-    `names`: tensors that have one already, by path. `UnsupportedError` where a value cannot be kept, `FormatError` where
+    `names`: tensors that have one already, by path. `UnsupportedError` if a value cannot be kept, `FormatError` if
     it could not be given back, or the structure is larger than `nodes` values, 64 MiB of JSON, or 100 levels.
     """
 
@@ -273,7 +273,7 @@ def _word(value: Any) -> list[Any] | None:
 
 @dataclass(frozen=True)
 class Beside:
-    """What lies beside a model's state dict: the file of the structure, further tensors by name, and what is said of them."""
+    """The content beside a model's state dict: the file of the structure, further tensors by name, and remarks on them."""
 
     file: bytes
     tensors: Mapping[str, Any]
@@ -337,7 +337,7 @@ def as_bytes(value: Record) -> bytes | None:
 
 
 def as_array(value: Record) -> Any:
-    """The NumPy array or number that a record stands for; None where it is none of plain numbers."""
+    """The NumPy array or number that a record stands for; None if it is none of plain numbers."""
     module, _, name = value.kind.rpartition(".")
     if module.endswith("core.multiarray") and name == "scalar" and len(value.args) == 2:
         dtype, data = _dtype(value.args[0]), _data(value.args[1])

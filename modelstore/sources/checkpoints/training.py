@@ -17,7 +17,7 @@ from modelstore.sources.torch import StateDictSource
 
 
 def _bytes(tensor: Any) -> int:
-    """The bytes of a tensor's elements; 0 where it has none of its own here, as a sparse one."""
+    """The bytes of a tensor's elements; 0 if it has none of its own here, as a sparse one."""
     return int(tensor.nbytes) if isinstance(tensor, np.ndarray) or _dense(tensor) else 0
 
 
@@ -45,7 +45,7 @@ class _Live:
             raise UnsupportedError(
                 f"{path} is a tensor without dense values here, which is not kept: make it dense first"
             )
-        # What is conjugated or negated as it is read has other values than its memory.
+        # A tensor that is conjugated or negated when it is read has other values than its memory.
         memory = f"{value.device} {value.untyped_storage().data_ptr()} {value.is_conj()} {value.is_neg()}"
         offset, strides, shape = int(value.storage_offset()), value.stride(), tuple(value.shape)
         identity = f"{memory} {value.dtype} {(offset, shape, strides)}"
@@ -55,7 +55,7 @@ class _Live:
 def open_training(saved: Mapping[str, Any], key: str | None, *, everything: bool) -> StateDictSource:
     """The model's state dict in a mapping; with `everything` all that is beside it too.
 
-    `TypeError` where it is not clear which dict is the model, or a value cannot be kept.
+    `TypeError` if it is not clear which dict is the model, or a value cannot be kept.
     """
     plain = saved if isinstance(saved, dict) else dict(saved)
     try:

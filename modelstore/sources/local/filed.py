@@ -1,4 +1,4 @@
-"""A source whose tensors lie in local files, each in one piece or several."""
+"""A source whose tensors are in local files, each in one piece or several."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FiledBox(Generic[W]):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointIndex(Generic[W]):
-    """What reading a checkpoint's tables gave: all that a `FiledSource` needs, as plain data.
+    """The result of reading a checkpoint's tables: all that a `FiledSource` needs, as plain data.
 
     `skipped` says what was left out and why: relative path or entry → reason; `skipped_bytes` how large it is.
     """
@@ -53,7 +53,7 @@ class CheckpointIndex(Generic[W]):
 
 
 class FiledSource(Generic[W]):
-    """The `Source` of tensors that lie in files. Subclasses say where a piece lies, by `place`."""
+    """The `Source` of tensors that are in files. Subclasses give the place of a piece by `place`."""
 
     def __init__(self, found: CheckpointIndex[W], opened: Files | None = None) -> None:
         for spec in found.tensors:
@@ -87,7 +87,7 @@ class FiledSource(Generic[W]):
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """What is not saved: relative path, or entry, → why."""
+        """The entries that are not saved: relative path, or entry, → why."""
         return MappingProxyType(dict(self._found.skipped))
 
     @property
@@ -120,7 +120,7 @@ class FiledSource(Generic[W]):
             raise FormatError(f"tensor {name!r}: the checkpoint has no bytes for part of {region}", tensor=name)
 
     def place(self, spec: TensorSpec, piece: FiledBox[W]) -> ArrayPlace:
-        """Where a piece lies. Here `where` already says it."""
+        """The place of a piece. Here `where` already says it."""
         del spec
         assert isinstance(piece.where, ArrayPlace)
         return piece.where
@@ -132,7 +132,7 @@ class FiledSource(Generic[W]):
 def check_expansion(
     where: str, tensors: Iterable[TensorSpec], stored: int, *, most: int = EXPANSION, small: int = SMALL
 ) -> None:
-    """`FormatError` where tensors take so much more than what stores them that their file asks for work without end.
+    """`FormatError` if tensors take so much more than what stores them that their file asks for work without end.
 
     A view of one byte can have any shape: the work of saving it follows its shape, not its file.
     """
@@ -156,7 +156,7 @@ class Budget:
 
 
 def check_tiling(name: str, shape: Shape, boxes: Sequence[Region], budget: Budget | None = None) -> None:
-    """`FormatError` unless the boxes lie in a tensor of that shape and cover it exactly once."""
+    """`FormatError` unless the boxes are in a tensor of that shape and cover it exactly once."""
 
     def bad(what: str) -> FormatError:
         return FormatError(f"the pieces of tensor {name!r} {what}: the checkpoint is not whole", tensor=name)
@@ -171,7 +171,7 @@ def check_tiling(name: str, shape: Shape, boxes: Sequence[Region], budget: Budge
     solid = [box for box in boxes if regions.size(box)]
     if len(solid) < 2:
         return
-    # Sweep along the dimension that is cut most: each box meets only those that begin before it ends.
+    # Sweep along the dimension that is cut most: each box meets only those that start before it ends.
     axis = max(range(len(shape)), key=lambda i: len({box[i][0] for box in solid}))
     solid.sort(key=lambda box: box[axis])
     for i, box in enumerate(solid):
@@ -190,7 +190,7 @@ def fingerprint(
 ) -> str:
     """One text for the state of all files: relative path, inode, size, times, samples, and the bytes of tables read.
 
-    Of very many files, some are sampled.
+    If there are very many files, some are sampled.
     """
     digest = blake3()
 

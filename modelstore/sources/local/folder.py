@@ -27,7 +27,7 @@ PASSED_OVER = frozenset(
 )
 _LITTER = re.compile(r"\.DS_Store|Thumbs\.db|.*\.(incomplete|lock|tmp|pyc)")
 
-# What `from_pretrained` takes in place of a folder's safetensors: the same weights once more, in another format.
+# Weights that `from_pretrained` takes in place of a folder's safetensors: the same weights once more, in another format.
 _TWICE = re.compile(
     r"pytorch_model(-\d+-of-\d+|\.[\w-]+)*\.bin(\.index(\.[\w-]+)?\.json)?"
     r"|diffusion_pytorch_model(-\d+-of-\d+|\.[\w-]+)*\.bin(\.index(\.[\w-]+)?\.json)?"
@@ -57,14 +57,14 @@ class Folder:
     states: dict[Path, State]
 
     def take(self, name: str) -> Path:
-        """The file of that name; `FormatError` where it is missing or was left out."""
+        """The file of that name; `FormatError` if it is missing or was left out."""
         if name in self.files:
             return self.files[name]
         why = self.skipped.get(name, "it is not there")
         raise FormatError(f"{self.root} has no usable file {name!r}: {why}", object=str(self.root / name))
 
     def part(self, prefix: str) -> Folder:
-        """What lies below a folder within (its path, ending in "/"), by paths from there."""
+        """The files below a folder within (its path, ending in "/"), by paths from there."""
         return Folder(
             self.root / prefix,
             {name.removeprefix(prefix): path for name, path in self.files.items() if name.startswith(prefix)},
@@ -76,9 +76,9 @@ class Folder:
 def scan(root: Path, *, keep: frozenset[str] = frozenset()) -> Folder:
     """All regular files under a directory, recursively, in the order of their names.
 
-    Left out: folders of tools (`.git`, caches), litter of downloads, hidden files and folders but for those that belong
-    to a model or are in `keep`, symbolic links that lead out of the directory (but into the blobs of the Hugging Face
-    cache it lies in) or to what would be left out, links to directories, stores, and what is no regular file.
+    Left out: folders of tools (`.git`, caches), litter of downloads, hidden files and folders except those that belong to a
+    model or are in `keep`, symbolic links that lead out of the directory (except into the blobs of its own Hugging Face cache)
+    or to an entry that would be left out, links to directories, stores, and everything that is not a regular file.
     """
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory", object=str(root))
@@ -128,7 +128,7 @@ def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def check_fetched(path: Path) -> None:
-    """`FormatError` where a file is the few lines that Git LFS leaves in the place of one that it has not fetched."""
+    """`FormatError` if a file is the few lines that Git LFS leaves in the place of one that it has not fetched."""
     if len(_LFS) <= path.stat().st_size <= _LFS_MOST and path.read_bytes().startswith(_LFS):
         raise FormatError(
             f"{path} is a pointer of Git LFS, not the file: run 'git lfs pull' where it was cloned", object=str(path)
@@ -144,7 +144,7 @@ def _of_a_store(folder: Path, name: str) -> str | None:
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Where the files of a snapshot of the Hugging Face cache lie: …/models--org--name/{snapshots/<commit>, blobs}.
+    """The places of the files of a snapshot of the Hugging Face cache: …/models--org--name/{snapshots/<commit>, blobs}.
 
     Blobs that are a link themselves are none of the cache's.
     """
@@ -154,7 +154,7 @@ def _blobs(root: Path) -> list[Path]:
 
 
 def hidden(parts: Sequence[str], keep: frozenset[str] = frozenset()) -> str | None:
-    """Why a path is left out whose names are `parts`, where one of them is hidden; None where none is."""
+    """Why a path is left out whose names are `parts`, where one of them is hidden; None if none is."""
     if any(part.startswith(".") and part not in _HIDDEN and part not in keep for part in parts):
         return "it is hidden"
     return None
@@ -211,7 +211,7 @@ def leave_duplicates(folder: Folder, used: set[str]) -> tuple[dict[str, Path], d
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The `weight_map` of an `*.index.json`: tensor → file. `FormatError` where it is not valid or leads outside."""
+    """The `weight_map` of an `*.index.json`: tensor → file. `FormatError` if it is not valid or leads outside."""
 
     def bad(what: str) -> FormatError:
         return FormatError(f"{path}: {what}", object=str(path))
@@ -231,7 +231,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size; `FormatError` where it is anything else, or repeats a key."""
+    """A JSON object from a file of bounded size; `FormatError` if it is anything else, or repeats a key."""
     data = read_whole(path, MAX_INDEX)
     try:
         table = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)

@@ -29,7 +29,7 @@ OPEN_FILES = 200  # descriptors kept; beyond, a file is opened for one read (the
 
 @dataclass(frozen=True, slots=True)
 class ArrayPlace:
-    """Where an array lies in a file: the first element's byte offset, and each dimension's stride in bytes (≥ 0)."""
+    """The place of an array in a file: the first element's byte offset, and each dimension's stride in bytes (≥ 0)."""
 
     path: Path
     start: int
@@ -46,7 +46,7 @@ def row_major(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor of a regular file, for reading; `FormatError` where it is a pipe, a device or a directory.
+    """A descriptor of a regular file, for reading; `FormatError` if it is a pipe, a device or a directory.
 
     A pipe is opened without waiting for who writes to it, so that none holds the reader.
     """
@@ -61,7 +61,7 @@ def open_regular(path: Path) -> int:
 
 
 def beginning(path: Path) -> bytes:
-    """The first 4096 bytes of a regular file, by which its format is told; as `open_regular`."""
+    """The first 4096 bytes of a regular file, which show its format; as `open_regular`."""
     descriptor = open_regular(path)
     try:
         return os.read(descriptor, 4096)
@@ -70,7 +70,7 @@ def beginning(path: Path) -> bytes:
 
 
 def require_file(path: Path) -> None:
-    """`NotFoundError` where there is no such file; `FormatError` where there is a pipe, a device or a folder in its place."""
+    """`NotFoundError` if there is no such file; `FormatError` if there is a pipe, a device or a folder in its place."""
     if path.is_file():
         return
     if not path.exists():
@@ -84,7 +84,7 @@ def require_file(path: Path) -> None:
 
 
 def read_whole(path: Path, limit: int) -> bytes:
-    """A regular file's bytes; `FormatError` where it has more than `limit`."""
+    """A regular file's bytes; `FormatError` if it has more than `limit`."""
     descriptor = open_regular(path)
     try:
         with os.fdopen(descriptor, "rb") as file:
@@ -100,8 +100,8 @@ def read_whole(path: Path, limit: int) -> bytes:
 class Files:
     """Open files for positioned reads, all in the state in which they were first seen; safe for threads.
 
-    Threads share the descriptors. `states` are those of files that are to be read, else a file's first opening counts. A
-    file that is found in another state is a `ConflictError`; `check` looks at all of them.
+    Threads share the descriptors. `states` are those of files to be read, else a file's first opening counts. A file that is
+    found in another state is a `ConflictError`; `check` looks at all of them.
     """
 
     def __init__(self, states: Mapping[Path, State] | None = None) -> None:
@@ -113,7 +113,7 @@ class Files:
     def read(self, path: Path, start: int, out: Bytes) -> None:
         """Fill `out` (1-d, contiguous) with the file's bytes from `start` on.
 
-        `FormatError` where the file ends before, `StorageError` where it cannot be read.
+        `FormatError` if the file ends before, `StorageError` if it cannot be read.
         """
         with self._opened(path) as descriptor:
             view = out.data
@@ -138,7 +138,7 @@ class Files:
             self._states = {**fresh, **self._states}
 
     def check(self) -> None:
-        """`ConflictError` where a file is not as it was when it was first seen: what was read may be of two states."""
+        """`ConflictError` if a file is not as it was when it was first seen: what was read may be of two states."""
         with self._lock:
             for path, state in self._states.items():
                 if not same_bytes(state, self._descriptors.get(path), path):
@@ -228,7 +228,7 @@ class Files:
 
 
 def boxed(out: Bytes, region: Region, itemsize: int) -> NDArray[np.uint8]:
-    """`out` as the array that `Files.box` fills; `ValueError` where its length is not the region's."""
+    """`out` as the array that `Files.box` fills; `ValueError` if its length is not the region's."""
     shape = (*extent(region), itemsize)
     if out.dtype != np.uint8 or out.ndim != 1 or out.size != int(np.prod(shape, dtype=object)):
         raise ValueError(f"out has {out.size} bytes of {out.dtype}, where region {region} takes shape {shape} of uint8")

@@ -1,4 +1,4 @@
-"""What files are at one moment, to tell whether they were changed since."""
+"""The state of files at one moment, to find out whether they were changed since."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class State(NamedTuple):
 
     @property
     def lasting(self) -> tuple[int, ...]:
-        """What also another process, or the next start of the machine, sees: device numbers may change then."""
+        """The state that another process, or the next start of the machine, also sees: device numbers may change then."""
         return self[1:]
 
 
@@ -49,9 +49,9 @@ def states_of(files: Iterable[Path]) -> dict[Path, State]:
 
 
 def state_below(root: Path, file: Path) -> State | None:
-    """The state of a regular file, reached from `root` without following a link; None where that does not lead to one.
+    """The state of a regular file, reached from `root` without following a link; None if that does not lead to one.
 
-    `OSError` where it cannot be read.
+    `OSError` if it cannot be read.
     """
     try:
         descriptor = paths.open_file(root, file.relative_to(root).as_posix())

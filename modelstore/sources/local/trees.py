@@ -12,7 +12,7 @@ from modelstore.sources.local.states import State, changed, settle
 
 
 class TreeFiles(Files):
-    """As `Files`; `check` also looks at every file and folder below `root`, whoever read them."""
+    """As `Files`; `check` also looks at every file and folder below `root`, whichever code read them."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class TreeFiles(Files):
 
 
 def _state(root: Path, *, wait: bool = False) -> str:
-    """One text for the state of all that lies there, links and what they lead to both."""
+    """One text for the state of everything there, links and their targets both."""
     digest, newest = blake3(), State(0, 0, 0, 0, 0)
     for folder, folders, names in os.walk(root):
         folders.sort()

@@ -1,4 +1,4 @@
-"""The zip files that `torch.save` writes: their structure, and where each tensor's bytes lie, without loading them."""
+"""The zip files that `torch.save` writes: their structure, and the place of each tensor's bytes, without loading them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MAX_ITEM = 64 << 10  # directory and pickle of an archive of one tensor
 
 
 class Archive:
-    """A `torch.save` archive at a range of a file. Read once; then `place` says where each tensor lies.
+    """A `torch.save` archive at a range of a file. Read once; then `place` gives the place of each tensor.
 
-    `FormatError` where the archive is not valid or is not what it says, `UnsupportedError` for big-endian ones.
+    `FormatError` if the archive is not valid or is not what it says, `UnsupportedError` for big-endian ones.
     """
 
     def __init__(self, opened: Files, path: Path, start: int = 0, length: int | None = None) -> None:
@@ -40,7 +40,7 @@ class Archive:
                 infos = zipped.infolist()
         except ModelStoreError:
             raise
-        except Exception:  # zipfile fails in its own ways on bytes that are no zip
+        except Exception:  # zipfile fails in its own ways on bytes that are not a zip
             raise self._bad(
                 "it begins as a file of torch.save, and its directory, which is at the end, cannot be read: it was cut short, or "
                 "is damaged, so copy or save it again"
@@ -72,7 +72,7 @@ class Archive:
         return self._length
 
     def place(self, ref: Ref) -> ArrayPlace:
-        """Where a tensor's elements lie in the file; checked against the record's bounds."""
+        """The place of a tensor's elements in the file; checked against the record's bounds."""
         info = self._record(f"data/{ref.storage}")
         if info is None:
             raise self._bad(f"the archive has no storage {ref.storage[:40]!r}")
@@ -111,7 +111,7 @@ class Archive:
 
 
 def placed_in(ref: Ref, path: Path, start: int, length: int) -> ArrayPlace:
-    """Where a tensor lies in a storage of `length` bytes at `start`; `FormatError` where it reaches beyond."""
+    """The place of a tensor in a storage of `length` bytes at `start`; `FormatError` if it reaches beyond."""
     size = ref.dtype.itemsize
     last = ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.strides, strict=True))
     if math.prod(ref.shape) and (last + 1) * size > length:

@@ -1,4 +1,4 @@
-"""The files that torch wrote before 1.6: five pickles, then the storages one after another, read from where they lie."""
+"""The files that torch wrote before 1.6: five pickles, then the storages one after another, read in their places."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBER = 8  # bytes of the count of elements before each storage
 
 
 class LegacyArchive:
-    """As `Archive`, of the old format. `FormatError` where the file is not valid, or of another format."""
+    """As `Archive`, of the old format. `FormatError` if the file is not valid, or of another format."""
 
     def __init__(self, opened: Files, path: Path) -> None:
         self._opened = opened
@@ -60,7 +60,7 @@ class LegacyArchive:
         return storage
 
     def _lie(self, keys: list[str], at: int) -> dict[str, tuple[int, int]]:
-        """Where each storage begins, and its bytes."""
+        """The start of each storage, and its bytes."""
         places: dict[str, tuple[int, int]] = {}
         for key in keys:
             storage = self._storages.get(key)
@@ -96,5 +96,5 @@ class _BoundedReader(io.BufferedReader):
 
 
 def is_legacy(head: bytes) -> bool:
-    """Whether a file that begins so may be of the old format: a pickle of its magic number."""
+    """Whether a file with this start may be of the old format: a pickle of its magic number."""
     return head[:1] == b"\x80" and _MAGIC.to_bytes(10, "little") in head[:32]

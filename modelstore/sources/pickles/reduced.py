@@ -1,4 +1,4 @@
-"""Objects in memory of classes that are no plain data, as the records that a pickle of them would be."""
+"""Objects in memory of other classes than plain data, as the records that a pickle of them would be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MADE = ("copyreg.__newobj__", "copyreg.__newobj_ex__")
 
 
 def as_record(value: Any) -> ClassStub | Record | None:
-    """What a pickle would say of an object: its class's name, and what it is made of. None where it has no such form.
+    """An object as a pickle would describe it: its class's name, and its parts. None if it does not have such a form.
 
     The object's own `__reduce_ex__` is asked, as by `torch.save`; nothing that it names is called.
     """

@@ -1,7 +1,7 @@
 """`.pt`, `.pth` and `.bin` files of `torch.save` as a source. Nothing in them is executed.
 
 The structure is read with a reader that knows tensors and plain values, and makes inert records of the rest; the tensors'
-bytes straight from where they lie.
+bytes are read straight from their places.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _ZIP = b"PK\x03\x04"  # as torch.load tells the two formats apart
-# What trainers leave beside the weights.
+# Files that trainers leave beside the weights.
 _BESIDE = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
 _BESIDE_STEMS = ("rng_state", "random_states")
 
 
 class PickledSource(FiledSource[ArrayPlace]):
-    """The tensors of one or more `torch.save` archives, and NumPy arrays that lie in their pickles.
+    """The tensors of one or more `torch.save` archives, and NumPy arrays in their pickles.
 
     `beside` names the tensors and files that are not the model's own, `remarks` are of what is odd in them.
     """
@@ -76,8 +76,8 @@ def open_file(
 ) -> Source:
     """One file of `torch.save`. `key` names the state dict, where several could be it.
 
-    `everything`: with all that lies beside the state dict, as further tensors and a file of plain values.
-    `FormatError` where it is not clear which dict is the model, and where something in that is no tensor.
+    `everything`: with the content beside the state dict, as further tensors and a file of plain values. `FormatError` if it is
+    not clear which dict is the model, and if something in it is not a tensor.
     """
     require_file(path)
     opened = Files(states_of([path]))
@@ -101,7 +101,7 @@ def open_directory(root: Path, *, key: str | None = None, everything: bool = Fal
 
 
 def recognised(head: bytes) -> bool:
-    """Whether a file that begins so is of `torch.save`, of whatever name."""
+    """Whether a file with this start is of `torch.save`, of whatever name."""
     return is_legacy(head) or (head[:4] == _ZIP and b"data.pkl" in head)
 
 
@@ -195,7 +195,7 @@ def _add_beside(
     specs: list[TensorSpec],
     pieces: dict[str, tuple[FiledBox[ArrayPlace], ...]],
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Add what lies beside the state to the tensors; those of them that are arrays already."""
+    """Add the content beside the state to the tensors; those of them that are arrays already."""
     for name, value in further.items():
         if isinstance(value, np.ndarray):
             specs.append(TensorSpec(name, dtype_of(name, value.dtype), value.shape))

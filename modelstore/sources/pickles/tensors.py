@@ -1,4 +1,4 @@
-"""What the pickles of `torch.save` are made of: storages, tensors that are views of them, and what stands for the rest."""
+"""The parts of `torch.save`'s pickles: storages, tensors that are views of them, and stand-ins for the rest."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class NotDense:
-    """A tensor that has no dense strided form (sparse, quantized, a subclass): named where it is met."""
+    """A tensor that does not have a dense strided form (sparse, quantized, a subclass): named when it is met."""
 
     what: str
 
@@ -81,7 +81,7 @@ class PickledSize(tuple[int, ...]):
 
 
 def storage_of(pid: Any) -> StorageRef:
-    """The storage that a persistent id of `torch.save` names; `FormatError` where it is none."""
+    """The storage that a persistent id of `torch.save` names; `FormatError` if it is none."""
     if not isinstance(pid, tuple) or not 5 <= len(pid) <= 6 or pid[0] != "storage" or not isinstance(pid[2], str):
         raise FormatError("the pickle refers to something that is not a storage")
     if not isinstance(pid[1], _StorageType):

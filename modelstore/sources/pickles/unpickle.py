@@ -1,9 +1,9 @@
 """Reading the structure of a pickle without running anything in it.
 
-Names on a list given by the caller stand for harmless functions of ours. Any other is refused by name, or, where the
-caller says so, stands for an inert `Record` of what the pickle would have made. The reader is Python's own in Python
-(the one in C reserves memory for whatever index a pickle names), less the operations that a checkpoint has no use for.
-Work and memory follow the pickle's length: no operation repeats what an earlier one made.
+Names on a list given by the caller stand for harmless functions of ours. Any other is refused by name, or, where the caller
+says so, stands for an inert `Record` of what the pickle would have made. The reader is Python's own in Python (the one in C
+reserves memory for any index that a pickle names), less the operations that a checkpoint does not need. Work and memory follow
+the pickle's length: no operation repeats what an earlier one made.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Key:
 
 
 class ClassStub:
-    """What `find_class` gives for a class: calling it, or `cls.__new__(cls, …)`, makes a `Record`."""
+    """The result of `find_class` for a class: calling it, or `cls.__new__(cls, …)`, makes a `Record`."""
 
     __slots__ = ("kind",)
 

@@ -51,7 +51,7 @@ def bound(array: Any) -> None:
 
 
 def check_array(name: str, array: Any, files: int, largest: int) -> None:
-    """`FormatError` where an array's chunks are not in proportion to its files: how many, and the largest one's bytes."""
+    """`FormatError` if an array's chunks are not in proportion to its files: how many, and the largest one's bytes."""
     outer = array.shards or array.chunks
     if any(n < 1 for n in (*outer, *array.chunks)):
         raise FormatError(f"array {name!r} has chunks of shape {array.chunks}, which is not valid", tensor=name)

@@ -56,7 +56,7 @@ class RenamedDtypes(WrapperStore[Any]):
         return prototype.buffer.from_bytes(text)
 
     async def _check(self, key: str, byte_range: RangeByteRequest | None) -> None:
-        """`FormatError` where more is asked for than is there (a shard's index may say anything), or metadata is too long."""
+        """`FormatError` if more is asked for than is there (a shard's index may say anything), or metadata is too long."""
         metadata = key.rpartition("/")[2] in _METADATA
         long = byte_range is not None and byte_range.end - byte_range.start > LONG
         if not metadata and not long:
@@ -74,7 +74,7 @@ class RenamedDtypes(WrapperStore[Any]):
 def rename(text: bytes, key: str) -> tuple[bytes, DType | None]:
     """Array metadata with an integer dtype in place of one of ml_dtypes, and that one; other metadata as it is.
 
-    `FormatError` where it is not a JSON object; `UnsupportedError` for a codec that is not on the list, or objects.
+    `FormatError` if it is not a JSON object; `UnsupportedError` for a codec that is not on the list, or objects.
     """
     try:
         table = json.loads(text)

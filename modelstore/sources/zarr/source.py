@@ -218,7 +218,8 @@ _Walked = tuple[
 def _walk(root: Path, skipped: dict[str, str]) -> _Walked:
     """Arrays (path → format), groups, other files, every file, and the arrays' use of them, of a directory.
 
-    Links that lead out are refused, as is what is no file where an array or its metadata should be. Hidden files are `skipped`.
+    Links that lead out are refused, as is anything but a file in the place of an array or its metadata. Hidden files are
+    `skipped`.
     """
     real = root.resolve()
     arrays: dict[str, Literal[2, 3]] = {}
@@ -281,7 +282,8 @@ def _ocdbt(here: Path) -> UnsupportedError:
 def _strange(
     chunks: ChunkNames | None, path: str, owner: str, folders: Iterable[str], names: Iterable[str]
 ) -> set[str]:
-    """What in the folder `path` of the array at `owner` is not the array's: its metadata, its chunks, or a way to them.
+    """The entries in the folder `path` of the array at `owner` that are not the array's: not its metadata, its chunks, or a
+    way to them.
 
     A folder in the place of a chunk is not told of here: it is refused when it is read.
     """
@@ -309,7 +311,7 @@ def _plain(here: Path, folders: list[str], names: list[str], real: Path, *, stri
 
 
 def _node(here: Path, names: list[str]) -> Literal[2, 3] | None:
-    """The Zarr format of the array in this folder, None where it holds none."""
+    """The Zarr format of the array in this folder, None if it holds none."""
     if ".zarray" in names:
         return 2
     if "zarr.json" in names and read_json(here / "zarr.json").get("node_type") == "array":

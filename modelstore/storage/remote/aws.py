@@ -1,4 +1,4 @@
-"""AWS's configuration as botocore reads it: where a bucket is, and as whom. What then carries the bytes is obstore."""
+"""AWS's configuration as botocore reads it: where a bucket is, and as whom. obstore then carries the bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RENEWED = timedelta(minutes=6)
 def s3_settings(bucket: str, options: S3Options) -> ClientSettings:
     """The client of a bucket, from what was said and, where nothing was, from botocore: environment, profiles, services.
 
-    Nothing is asked of the network. `ValueError` where the configuration names no endpoint, profile or region that can be.
+    Nothing is asked of the network. `ValueError` if the configuration names no endpoint, profile or region that can be.
     """
     session, core = _session(options.profile), _botocore()
     try:
@@ -81,7 +81,7 @@ class Credentials:
         self._found: Any = None
 
     def __call__(self) -> dict[str, Any]:
-        """The keys now. `StorageError` where there are none, or they cannot be renewed."""
+        """The keys now. `StorageError` if there are none, or they cannot be renewed."""
         given = self._options
         if given.key is not None:
             return _keys(given.key, given.secret, given.token, renewed=False)
@@ -114,7 +114,7 @@ def _keys(key: str, secret: str | None, token: str | None, *, renewed: bool) -> 
 
 
 def _base(session: Any, bucket: str, options: S3Options) -> tuple[str, str]:
-    """The URL under which a bucket's keys lie, and the region that requests are signed for."""
+    """The URL of a bucket's keys, and the region that requests are signed for."""
     core = _botocore()
     # AWS_REGION is not botocore's, but every other client's.
     region = (
@@ -158,7 +158,7 @@ def _session(profile: str | None) -> Any:
 
 @cache
 def _loader() -> Any:
-    """What reads botocore's descriptions of services: once in a process."""
+    """The reader of botocore's descriptions of services: made once in a process."""
     from botocore.session import Session
 
     return Session().get_component("data_loader")

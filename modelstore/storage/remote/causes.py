@@ -1,4 +1,4 @@
-"""What a client library means by an error: the cause in a few words, what to do, and whether it passes by itself."""
+"""The meaning of a client library's error: the cause in a few words, what to do, and whether it passes by itself."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ _CREDENTIALS = "check the credentials (keys in the environment, profile, or stor
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why a request failed. `passes`: by itself; None where nothing tells. `unreachable`: nobody answered.
+    """Why a request failed. `passes`: by itself; None if nothing tells. `unreachable`: nobody answered.
 
     `refused`: these credentials are not valid, or may not do it.
     """
@@ -93,7 +93,7 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class _Said:
-    """What one error says, taken out of a library's own form."""
+    """The content of one error, taken out of a library's own form."""
 
     text: str  # for a person, without markup
     everything: str
@@ -137,7 +137,7 @@ def _cause(error: BaseException) -> Cause:
 
 
 def _broken(error: BaseException, said: _Said) -> Cause | None:
-    """What was wrong before anything was sent."""
+    """The errors before anything was sent."""
     if type(error).__name__ == "PanicException":
         return Cause(
             f"the client cannot use its settings ({said.text})", "check the keys, the region and the endpoint", False
@@ -230,7 +230,7 @@ def _broke_off(error: BaseException, said: _Said) -> Cause | None:
         what = "did not answer in time" if slow else "ended the connection before its answer was whole"
         return Cause(f"{said.host or 'the server'} {what}", passes=True)
     if (
-        # A short body; its code 400 is no server's status.
+        # A short body; its code 400 is not a server's status.
         _of(error, "aiohttp.http_exceptions", "PayloadEncodingError")
         or _of(error, "aiohttp", "ClientConnectionError", "ClientPayloadError")
         or _of(error, "botocore.exceptions", "HTTPClientError", "IncompleteReadError")

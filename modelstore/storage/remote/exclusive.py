@@ -42,8 +42,7 @@ def prove_exclusive_create(storage: Storage) -> None:
 class ProvedStorage(WrappingStorage):
     """Proves, before the first write through it, that objects are created exclusively.
 
-    `way` names what leads to the server: endpoint, bucket, client. What was proved of it by this process is not proved again
-    for an hour.
+    `way` names what leads to the server: endpoint, bucket, client. A proof of this process is not repeated for an hour.
     """
 
     def __init__(self, inner: Storage, way: str) -> None:
@@ -59,7 +58,7 @@ class ProvedStorage(WrappingStorage):
         proved = _proved.get(self._way)
         if proved is not None and time.monotonic() - proved < PROVED_FOR:
             return
-        with _lock:  # writers of one process that begin together prove it once
+        with _lock:  # writers of one process that start together prove it once
             if _proved.get(self._way) == proved:
                 prove_exclusive_create(self.inner)
                 _proved[self._way] = time.monotonic()

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class OpenedAnew(WrappingStorage):
-    """A storage over the network. In a process that was forked off, its threads and connections are gone: `anew` opens it there.
+    """A storage over the network. In a process that was forked off, its threads and connections are gone: `again` opens it there.
 
     A pickle of it is what `reopen` is called with, again: an address and options, without secrets.
 

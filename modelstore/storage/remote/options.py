@@ -1,4 +1,4 @@
-"""What a user says about an object store (in fsspec's words), as its client's configuration."""
+"""A user's options for an object store (in fsspec's words), as its client's configuration."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ClientSettings:
 
 @dataclass(frozen=True)
 class S3Options:
-    """What was said of S3, None where it is left to AWS's own configuration."""
+    """The options for S3, None for those left to AWS's own configuration."""
 
     endpoint: str | None = None
     region: str | None = None

@@ -1,1 +1,1 @@
-"""What nothing refers to is found, condemned, and removed."""
+"""Finds the objects that nothing refers to, condemns them, and removes them."""

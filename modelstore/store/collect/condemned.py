@@ -1,12 +1,12 @@
 """The collecting side of the handshake: nothing is removed that a writer may be about to publish.
 
-Whoever removes packs or manifests does it so, and garbage collection is the example:
+All code that removes packs or manifests does it in this way, and garbage collection is the example:
 
     candidates = …what looks unneeded…
     with Condemnation(storage, candidates) as condemned:
         held = held_by_writers(storage, catalog, stale_before)      # intents first …
         marked = …mark again from all records…                       # … and then the records
-        condemned.pronounce(candidates - held - marked)              # False: a writer stopped it; begin anew
+        condemned.pronounce(candidates - held - marked)              # False: a writer stopped it; begin again
         for batch in …: condemned.check(); …remove…
 
 It holds whatever the clocks say, and however long anybody sleeps between two of the steps; see docs/design.md.
@@ -37,7 +37,7 @@ from modelstore.store.damage import DAMAGED
 FORGOTTEN = (
     30 * 86_400
 )  # seconds by the storage's clock after which a collection, or a save from memory, is taken to be dead
-VOID = "void-"  # how the writer of a record begins that only takes a number, so that a sleeping writer cannot
+VOID = "void-"  # the first part of the writer of a record that only takes a number, so that a sleeping writer cannot
 
 
 class Condemnation:
@@ -50,7 +50,7 @@ class Condemnation:
         storage.create(hs.candidates_key(self._id), self._encoded(objects))
 
     def pronounce(self, objects: Iterable[str]) -> bool:
-        """Say what is removed, out of the candidates; False where a writer, who wants one of them, has stopped this."""
+        """Create the verdict on the candidates to remove; False if a writer that needs one of them has stopped this."""
         key, data = hs.verdict_key(self._id), self._encoded(objects)
         if not self._storage.create(key, data) and self._storage.get(key) != data:
             return False
@@ -61,12 +61,12 @@ class Condemnation:
         return True
 
     def check(self) -> None:
-        """To be called before each batch of removals: `ConflictError` where this was taken to be dead."""
+        """To be called before each batch of removals: `ConflictError` if this was taken to be dead."""
         if self._storage.info(hs.verdict_key(self._id)) is None:
             raise self._too_late()
 
     def withdraw(self) -> None:
-        """All removals were answered, or none was begun: writers may rely on what is there."""
+        """All removals were answered, or none was started: writers may rely on the objects that are there."""
         self._storage.delete(hs.candidates_key(self._id))
         self._storage.delete(hs.verdict_key(self._id))
 
@@ -111,9 +111,9 @@ def held_by_writers(
 ) -> set[str]:
     """Keys of the objects that intents name. To be called before the records are read.
 
-    Intents that were written before `stale_before` (by the storage's clock) are voided first: their record is created in
-    their writer's place, changing nothing, so that a writer that only sleeps has to begin its last steps anew. Which record
-    that is, the intent's key tells too: one that is damaged is voided like any other, and until then the list gets it.
+    Intents that were written before `stale_before` (by the storage's clock) are voided first: their record is created in their
+    writer's place, changing nothing, so that a writer that only sleeps has to start its last steps again. Which record that
+    is, the intent's key tells too: one that is damaged is voided like any other, and until then the list gets it.
     """
     held: set[str] = set()
     for info in [info for info in storage.list(hs.INTENTS) if rec.is_own(info.key)]:

@@ -29,7 +29,7 @@ from modelstore.store.damage import DAMAGED
 from modelstore.store.mend.records import torn_journals
 from modelstore.store.repo import Repo
 
-_ROUNDS = 5  # how often a collection begins anew that writers have stopped
+_ROUNDS = 5  # how often a collection begins again that writers have stopped
 _BATCH = 256  # objects removed between two looks at whether that is still allowed
 _ONE_LISTING = 1000  # packs up to which one listing is quicker than one a folder
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
@@ -44,8 +44,8 @@ def collect(
 ) -> Swept:
     """Remove the objects that nothing refers to and that are at least `grace` seconds old; with `dry_run` only say which.
 
-    Where something cannot be read, what it may refer to is kept, and it is named in `problems`: of a record all that its
-    model's manifests need; of a manifest without its copy, or a journal of a work under way, every manifest and pack.
+    If something cannot be read, everything that it may refer to is kept, and `problems` names it: for a record, all that its
+    model's manifests need; for a manifest without its copy, or a journal of a running job, every manifest and pack.
 
     May be killed at any point and run again. Superseded records, and those of deleted versions, are kept: they are small, and
     keep numbers from being used twice. `progress` hears of the bytes freed.
@@ -151,7 +151,9 @@ def _held(storage: Storage, limit: float, now_: float, doubt: Doubt, *, dry_run:
 
 @dataclass
 class _Removable:
-    """What can go, in the order in which it goes: what refers to other things before these; how many objects stay."""
+    """The objects that can go, in the order in which they go: objects that refer to others before these; how many objects
+    stay.
+    """
 
     stages: tuple[list[ObjectInfo], ...]
     kept: int = 0
@@ -248,7 +250,7 @@ def _under_packs(storage: Storage) -> list[ObjectInfo]:
 
 
 def _sweep(storage: Storage, info: ObjectInfo, limit: float) -> SweptObject | None:
-    """Remove an object, unless a writer that wants it has written it again meanwhile; None where it stays, or was gone."""
+    """Remove an object, unless a writer that needs it has written it again meanwhile; None if it stays, or was gone."""
     there = storage.info(info.key)
     if there is None or there.modified > limit:
         return None
@@ -257,5 +259,5 @@ def _sweep(storage: Storage, info: ObjectInfo, limit: float) -> SweptObject | No
 
 
 def _temporaries(storage: Storage, limit: float, dry_run: bool) -> list[SweptObject]:
-    """What killed writers left behind."""
+    """Leftovers of killed writers."""
     return [SweptObject(info.key, info.size) for info in storage.sweep(limit, dry_run=dry_run)]

@@ -1,4 +1,4 @@
-"""What records need: their manifests, and those that these are stored against. Garbage collection and compaction go by it."""
+"""The manifests that records need, and those that these are stored against. Garbage collection and compaction go by it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Needed:
 
 @dataclass
 class Doubt:
-    """What cannot be read. Where `everything` is set, it may refer to any manifest and any pack."""
+    """The objects that cannot be read. If `everything` is set, it may refer to any manifest and any pack."""
 
     problems: dict[str | None, Problem] = field(default_factory=dict)
     everything: bool = False

@@ -1,1 +1,1 @@
-"""What is live of packs that are mostly dead moves to new ones."""
+"""Moves the live content of mostly dead packs to new ones."""

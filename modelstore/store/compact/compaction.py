@@ -51,7 +51,9 @@ def clean(
     bound: float,
     work: Work,
 ) -> Swept:
-    """Compact packs of which less than `bound` is live (0: none), then collect garbage; what is dead in packs is said."""
+    """Compact packs of which less than `bound` is live (0: none), then collect garbage; the answer counts the dead bytes in
+    packs.
+    """
     limit = now_of(repo.storage, dry_run) - grace
     found = survey(repo, limit)
     opened = dead_packs(repo.storage, found)
@@ -69,7 +71,7 @@ def clean(
 
 @dataclass
 class Survey:
-    """What is live of a store's packs, in the order in which manifests name them."""
+    """The live content of a store's packs, in the order in which manifests name it."""
 
     manifests: list[Needed] = field(default_factory=list)
     doubt: Doubt = field(default_factory=Doubt)
@@ -87,7 +89,7 @@ class Survey:
 
 
 def survey(repo: Repo, limit: float) -> Survey:
-    """What records need, or needed until after `limit` (Unix seconds by the storage's clock), of each pack."""
+    """The content of each pack that records need, or needed until after `limit` (Unix seconds by the storage's clock)."""
     found = Survey()
     for needed in needed_manifests(repo, limit, found.doubt):
         found.manifests.append(needed)
@@ -99,7 +101,7 @@ def survey(repo: Repo, limit: float) -> Survey:
 
 
 def dead_packs(storage: Storage, found: Survey) -> dict[str, Old | None]:
-    """Packs that have dead bytes, opened; None where one's header does not say where its chunks are."""
+    """Packs that have dead bytes, opened; None if one's header does not say where its chunks are."""
 
     def opened(pack: str) -> Old | None:
         try:
@@ -117,7 +119,9 @@ def dead_bytes(opened: Mapping[str, Old | None]) -> int:
 
 
 def victims(opened: Mapping[str, Old | None], bound: float) -> tuple[list[Old], list[str]]:
-    """The packs of which less than the bound would be moved; and what is to be said of those that cannot be looked into."""
+    """The packs that would be moved, with less live content than the bound; and the remarks on those that cannot be looked
+    into.
+    """
     olds = [old for old in opened.values() if old is not None and old.moved < bound * (old.size - old.start)]
     left = [f"{pack_key(pack)}: its header does not say what lies in it" for pack, old in opened.items() if old is None]
     return olds, left
@@ -159,7 +163,7 @@ def compact(
 
 
 def relocated(manifest: Manifest, places: Mapping[str, Moved], packs: Sequence[str]) -> Manifest:
-    """A manifest whose chunks lie where they were moved; everything else is as it was."""
+    """A manifest with the new places of chunks that were moved; everything else is as it was."""
     old = [places.get(digest) for digest in manifest.packs]
     names: dict[str, int] = {}
     pack = np.zeros(len(manifest.pack), np.int64)

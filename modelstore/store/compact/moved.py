@@ -1,4 +1,4 @@
-"""Where compaction has taken the chunks of a manifest that somebody still reads by."""
+"""Finds the new places of the chunks of a manifest after a compaction, for readers that still use the manifest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelstore.store.manifests import Manifests
 def moved(storage: Storage, model: str, manifest: Manifest) -> Manifest | None:
     """The manifest that live records of the model name now, or its base, of the same chunks row for row in other packs.
 
-    None where there is none: then what is missing was not moved.
+    None if there is none: then what is missing was not moved.
     """
     manifests = Manifests(storage)
     for other in _named(manifests, storage, model):

@@ -29,10 +29,10 @@ class Rehousing:
 
     storage: Storage
     model: str
-    _moved: dict[str, tuple[str, int]] = field(default_factory=dict)  # pack → its copy, how much later its data begins
+    _moved: dict[str, tuple[str, int]] = field(default_factory=dict)  # pack → its copy, how much later its data starts
 
     def entry(self, entry: VariantEntry, taken: set[str]) -> VariantEntry:
-        """An entry that relies on no object that is `taken`; `NotFoundError` where one is gone, or is that of a base."""
+        """An entry that relies on no object that is `taken`; `NotFoundError` if one is gone, or is that of a base."""
         key = manifest_key(self.model, entry.manifest)
         manifest = man.decode(self.storage.get(key), entry.manifest, key)
         ours = {key, pack_key(entry.copy), *map(pack_key, manifest.packs)}

@@ -36,7 +36,7 @@ PlaceRows = NDArray[np.void]  # of PLACE, each once, in the order of their offse
 
 
 class DamagedPackError(CorruptionError):
-    """A live chunk of a pack has no good copy: `pack` cannot be moved."""
+    """A live chunk of a pack does not have a good copy: `pack` cannot be moved."""
 
     def __init__(self, message: str, pack: str) -> None:
         super().__init__(message, object=pack_key(pack))
@@ -89,7 +89,7 @@ class New:
 
 @dataclass(frozen=True)
 class Moved:
-    """Where a pack's entries lie now: for each, its first byte and its end before, its pack's number and first byte now."""
+    """The new places of a pack's entries: for each, its first byte and its end before, its pack's number and first byte now."""
 
     start: NDArray[np.int64]
     stop: NDArray[np.int64]
@@ -98,7 +98,7 @@ class Moved:
 
 
 def old_pack(storage: Storage, digest: str, places: PlaceRows) -> Old | None:
-    """A pack with what is live in it; None where its header does not say where that is, or it is a manifest's copy."""
+    """A pack with what is live in it; None if its header does not say where that is, or it is a manifest's copy."""
     opened = packs.open_pack(storage, pack_key(digest))
     if opened.metadata.get("kind") == "manifest":
         return None
@@ -131,9 +131,9 @@ def arrange(olds: Iterable[Old]) -> list[New]:
 def write(repo: Repo, new: New, work: Work) -> str:
     """Write a new pack; its name.
 
-    Where a sixth of the memory cannot hold it, it is read twice: for its name, then to be written.
+    If a sixth of the memory cannot hold it, it is read twice: for its name, then to be written.
 
-    `DamagedPackError` where a live chunk has no good copy.
+    `DamagedPackError` if a live chunk does not have a good copy.
     """
     header = new.builder.header(new.metadata)
     size = len(header) + new.builder.size
@@ -152,7 +152,7 @@ def write(repo: Repo, new: New, work: Work) -> str:
 
 
 def moved(olds: Iterable[Old], news: Sequence[New], names: Sequence[str]) -> tuple[dict[str, Moved], tuple[str, ...]]:
-    """Where the entries of each old pack lie now; packs are numbered as in the second answer."""
+    """The new places of each old pack's entries; packs are numbered as in the second answer."""
     found: dict[str, list[tuple[int, int, int, int]]] = {old.digest: [] for old in olds}
     for number, new in enumerate(news):
         now = len(new.builder.header(new.metadata))
@@ -164,7 +164,7 @@ def moved(olds: Iterable[Old], news: Sequence[New], names: Sequence[str]) -> tup
 
 
 def _within(entries: Sequence[HeaderEntry], data_start: int, places: PlaceRows) -> NDArray[np.int64] | None:
-    """Of each place, the number of the entry that it lies in; None where one lies in none."""
+    """For each place, the number of the entry that it is in; None if one is in none."""
     starts = np.array([data_start + entry.start for entry in entries], np.int64)
     stops = np.array([data_start + entry.stop for entry in entries], np.int64)
     offset = places["offset"].astype(np.int64)
@@ -177,7 +177,7 @@ def _within(entries: Sequence[HeaderEntry], data_start: int, places: PlaceRows) 
 
 
 def _note(text: str) -> PackNote:
-    """What a pack says of its tensors; nothing where that cannot be read, for it is a help and not needed."""
+    """A pack's notes on its tensors; empty if they cannot be read, because they are a help and not needed."""
     try:
         return msgspec.json.decode(text, type=prepared(PackNote))
     except msgspec.MsgspecError:

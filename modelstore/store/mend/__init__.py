@@ -1,1 +1,1 @@
-"""What is damaged is made again: from the store itself, or from another copy of it."""
+"""Repairs damaged objects: from the store itself, or from another copy of it."""

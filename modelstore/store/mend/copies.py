@@ -28,7 +28,7 @@ class Taken:
 
 
 def good_bytes(source: Storage, key: str, parse: Callable[[bytes, str], T]) -> tuple[bytes, T] | None:
-    """A small object's bytes, and what they say; None where they cannot be had."""
+    """A small object's bytes, and what they say; None if they cannot be had."""
     try:
         data = source.get(key, SMALL)
         return data, parse(data, key)
@@ -40,7 +40,7 @@ def version_record(storage: Storage, sources: Sequence[Storage], model: str, key
     """The record of a version as another copy of the store has it.
 
     The store itself tells whether it can be that one: by a manifest that is here, and that no record which can be read names.
-    Where there is such a manifest, the damaged record is what named it, as far as is known.
+    If there is such a manifest, the damaged record named it, as far as is known.
     """
     refused = ""
     for source in sources:
@@ -122,7 +122,7 @@ def _other(storage: Storage, source: Storage) -> bool:
 
 
 def _manifests(storage: Storage, model: str) -> set[str]:
-    """The digests of all manifests of a model that lie here."""
+    """The digests of all manifests of a model in this store."""
     prefix = rec.manifests_prefix(model)
     return {info.key[len(prefix) :].partition(".")[0] for info in storage.list(prefix) if rec.is_own(info.key)}
 

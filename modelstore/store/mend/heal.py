@@ -27,7 +27,7 @@ def pieces(storage: Storage, key: str, size: int, start: int = 0) -> Iterator[by
 def checked_pieces(storage: Storage, digest: str, size: int) -> Iterator[bytes]:
     """A pack's bytes in pieces; `CorruptionError` before the last one is given out, where they are not what its name says.
 
-    So whoever writes them never has a whole object of wrong bytes.
+    So a writer of the pieces never has a whole object of wrong bytes.
     """
     key = pack_key(digest)
     hasher = blake3()
@@ -59,8 +59,8 @@ def pack_is_good(storage: Storage, digest: str) -> bool:
 def replace_pack(storage: Storage, mirror: Storage, digest: str) -> None:
     """Copy a pack from a mirror, where it is whole, over the one in `storage`.
 
-    The name is the digest of the bytes, so readers at work find the same pack, or a good one where it was bad.
-    `NotFoundError` or `CorruptionError` where the mirror has no good copy.
+    The name is the digest of the bytes, so readers at work find the same pack, or a good one where it was bad. `NotFoundError`
+    or `CorruptionError` if the mirror does not have a good copy.
     """
     key = pack_key(digest)
     info = mirror.info(key)

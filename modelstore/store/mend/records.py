@@ -1,4 +1,4 @@
-"""The small objects of a store, looked at one by one: records, tags, journals, `modelstore.json`; and what mends them.
+"""The small objects of a store, looked at one by one: records, tags, journals, `modelstore.json`; and their repair.
 
 A damaged record is replaced by the same one of another copy of the store, else by what the record before it says (or, where
 there is none before it, the one after it): that is known, and what the damaged one said beyond it is not. The newest record of
@@ -52,7 +52,7 @@ class Series:
         return self.what.startswith("version ")
 
     def problem(self, number: int) -> Problem:
-        """What is to be said of a record that cannot be read."""
+        """The problem of a record that cannot be read."""
         error = self.bad[number]
         which = "newest record" if number == max(self.keys) else f"record {number}"
         message = f"the {which} of {self.what} of model {self.model!r} cannot be read: {error}"
@@ -176,12 +176,12 @@ def torn_journals(storage: Storage, keys: Sequence[str] | None = None) -> list[M
     return [*closed, *(error for error in looked if error is not None)]
 
 
-# ---------------------------------------------------------------------- mending
+# ---------------------------------------------------------------------- repairing
 
 
 @dataclass(frozen=True, slots=True)
 class Mended:
-    """What was put right: keys, what is to be said of them, and what stays wrong."""
+    """The repairs: keys, remarks on them, and the problems that stay."""
 
     repaired: list[str]
     notes: list[str]
@@ -217,7 +217,7 @@ def mend(
 
 
 def _set_back(storage: Storage, lost: TagRecord, one: Series, live: set[int], made: Mended) -> None:
-    """Let a tag that leads nowhere name what it named before, if that is live, or nothing; unless it was set anew meanwhile."""
+    """Let a tag that leads nowhere name what it named before, if that is live, or nothing; unless it was set again meanwhile."""
     before = one.good.get(lost.number - 1)
     version = before.version if isinstance(before, TagRecord) and before.version in live else 0
     record = msgspec.structs.replace(lost, number=lost.number + 1, version=version)
@@ -232,7 +232,7 @@ def _set_back(storage: Storage, lost: TagRecord, one: Series, live: set[int], ma
 
 @dataclass(frozen=True, slots=True)
 class _Mending:
-    """The records of one version or tag, while they are mended; `live`: the versions that a tag may name."""
+    """The records of one version or tag, during their repair; `live`: the versions that a tag may name."""
 
     storage: Storage
     sources: Sequence[Storage]
@@ -342,7 +342,7 @@ def mend_store(
     """Put `modelstore.json` right where it is damaged, or missing though there are models; whether it was.
 
     It says the format, which every record says too, and the store's id, which is random: where no copy has it, and this process
-    has not `known` it before, a new one is made. `FormatError` where nothing tells the format.
+    has not `known` it before, a new one is made. `FormatError` if nothing tells the format.
     """
     try:
         rec.parse(storage.get(rec.STORE_KEY, SMALL), StoreInfo, rec.STORE_KEY)

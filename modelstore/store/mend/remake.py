@@ -1,7 +1,7 @@
 """A damaged pack made again: from its own chunks that are right, and from the same chunks in other packs.
 
-A save stores anew what it needs of a damaged pack, so after it all chunks of that pack may lie somewhere. The pack is
-written only where the bytes found are those that its name stands for.
+A save stores the chunks of a damaged pack that it needs again, so after it all chunks of that pack may be in other places. The
+pack is written only where the bytes found are those that its name stands for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Elsewhere = Mapping[bytes, Iterable[Location]]  # digest of a chunk → where it
 
 
 class PackedChunk(NamedTuple):
-    """A chunk in a pack: where it lies there, and what the pack's header says of it."""
+    """A chunk in a pack: its place there, and its entry in the pack's header."""
 
     offset: int
     length: int
@@ -43,9 +43,9 @@ ReadFrom = tuple[PackedChunk, Location]  # a chunk, and where it is read
 
 
 def remake(storage: Storage, pack: str, parts: Sequence[PackedChunk], elsewhere: Elsewhere) -> bool:
-    """Store a pack anew whose bytes are not what its name says; False, and nothing done, where not all of them can be found.
+    """Store a pack again whose bytes do not match its name; False, and nothing done, if not all of them can be found.
 
-    `parts` are all that lies in it, as `contents` tells. What is read is read in long runs, wherever chunks follow each other.
+    `parts` are all of its contents, as from `contents`. Reads are in long runs, if chunks follow each other.
     """
     if not parts or any(a.offset + a.length != b.offset for a, b in itertools.pairwise(parts)):
         return False
@@ -71,7 +71,8 @@ def remake(storage: Storage, pack: str, parts: Sequence[PackedChunk], elsewhere:
 
 
 def contents(packs: Collection[str], manifests: Iterable[Manifest]) -> dict[str, list[PackedChunk]]:
-    """What lies in packs, in order, as manifests say that refer to them; all is told only where they name everything in it.
+    """The contents of packs, in order, according to the manifests that refer to them; complete only if they name everything in
+    it.
 
     A chunk of several tensors has the name of the first, which is what wrote it.
     """
@@ -109,7 +110,7 @@ def contents(packs: Collection[str], manifests: Iterable[Manifest]) -> dict[str,
 
 
 def locations(manifests: Iterable[Manifest], wanted: Iterable[bytes]) -> dict[bytes, list[Location]]:
-    """Where these chunks lie, as manifests say; each place once."""
+    """The places of these chunks, according to manifests; each place once."""
     found: dict[bytes, dict[Location, None]] = {digest: {} for digest in wanted}
     begin = np.frombuffer(b"".join(digest[:8] for digest in found), "<u8")
     for manifest in manifests:
@@ -123,7 +124,7 @@ def locations(manifests: Iterable[Manifest], wanted: Iterable[bytes]) -> dict[by
 
 
 def _find(storage: Storage, pack: str, parts: Sequence[PackedChunk], elsewhere: Elsewhere) -> list[Location] | None:
-    """Where the right bytes of each part lie: in the pack itself, or in another; None where those of one lie nowhere."""
+    """The places of the right bytes of each part: in the pack itself, or in another; None if those of one are nowhere."""
     found: list[Location | None] = [None] * len(parts)
     candidates = [iter([(pack, p.offset, p.length), *elsewhere.get(p.digest, ())]) for p in parts]
     left = list(range(len(parts)))
@@ -172,7 +173,7 @@ def _wrong(part: PackedChunk, place: Location) -> CorruptionError:
 
 
 def _headers(storage: Storage, pack: str, parts: Sequence[PackedChunk]) -> Iterator[bytes]:
-    """What the pack may begin with: what is there, and what a writer of these chunks writes."""
+    """The possible headers of the pack: the one that is there, and the one that a writer of these chunks writes."""
     size = parts[0].offset
     if size <= _LARGEST_HEADER:
         data = np.empty(size, np.uint8)

@@ -1,6 +1,6 @@
 """Repair: lost manifests from their copies, damaged packs from the same chunks elsewhere, or from another copy of the store.
 
-What cannot be mended stays in the report, with what to do. Nothing that is good is written again.
+Problems that cannot be repaired stay in the report, with what to do. Nothing that is good is written again.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def repair(
     """Mend what a reference names, or all that is live: records, then manifests, then every pack that they refer to.
 
     A bare name stands for all versions of the model, `name@version` for all its variants. `source` is another copy of the
-    store; without one, manifests, their copies, and packs whose chunks all lie in other packs too, can be mended. `progress`
-    hears of the bytes of packs checked. Done anew where problems are left and a version was compacted or deleted meanwhile.
+    store; without one, manifests, their copies, and packs whose chunks are all in other packs too, can be repaired. `progress`
+    hears of the bytes of packs checked. Done again if problems are left and a version was compacted or deleted meanwhile.
     """
     report, looked = _once(repo, ref, source, progress)
     while report.problems and any(repo.catalog.changed(model, numbers) for model, numbers in looked.items()):
@@ -218,7 +218,7 @@ class _Repair:
         "" where there is none such: all of it stays there until the end of the block.
         """
         id = uuid.uuid4().hex
-        needed: dict[str, int] = {}  # 0: this can be made anew
+        needed: dict[str, int] = {}  # 0: this can be made again
         for entry in record.variants.values():
             needed.setdefault(pack_key(entry.copy), 0)
             at: tuple[str, str, str] | None = (record.model, entry.manifest, entry.copy)
@@ -256,7 +256,7 @@ class _Repair:
                 try:
                     self.repo.storage.put(key, [data], len(data))
                     self.repaired.append(key)
-                except (StorageError, CorruptionError) as error:  # all else is mended nevertheless
+                except (StorageError, CorruptionError) as error:  # all else is repaired nevertheless
                     self.problems.append(problem(error, model))
             return manifest, data
         unread = next((error for error in reasons if isinstance(error, StorageError | UnsupportedError)), None)
@@ -270,7 +270,7 @@ class _Repair:
         return None
 
     def _find(self, model: str, digest: str, copy: str) -> tuple[Manifest | None, bytes, list[ModelStoreError]]:
-        """A good manifest, its stored bytes, and why it is not that of its own object; None where there is none anywhere."""
+        """A good manifest, its stored bytes, and why it is not that of its own object; None if there is none anywhere."""
         key = manifest_key(model, digest)
 
         def from_mirror() -> tuple[Manifest, bytes]:
@@ -332,7 +332,7 @@ class _Repair:
         return self._size(digest)
 
     def chunks_of_bad(self) -> tuple[dict[str, list[PackedChunk]], dict[bytes, list[Location]]]:
-        """What lies in the packs that are bad, and where else its chunks lie in this store: manifests are read one by one."""
+        """The contents of bad packs, and the other places of their chunks in this store: manifests are read one by one."""
         if not self.bad:
             return {}, {}
         inside = contents(self.bad, self._readable())
