@@ -59,7 +59,7 @@ class Restructurable(Readable):
             calibration: The text on which it is measured what the model misses least: a path, the text itself, or a `Calibration`
                 (128 samples of 512 tokens). Needed unless layers alone are named.
             by: How layers are compared: "kl", by the divergence of the model without each (default, up to 48 layers), or
-                "influence", by how little each changes its input. On at most 8,192 tokens of the samples.
+                "influence", by how little each changes its input. On at most 2,048 tokens of the samples.
             correct: Solve the weights that read neurons and heads again for those that stay.
             tag: A tag that will name the new version.
             message: A description of the version.
@@ -109,7 +109,7 @@ class Restructurable(Readable):
         """
         from modelstore.restructure.run import Cutback, weights
 
-        cutting = _cutting(self._access, self, Cutback(layers, mlp, heads, by))[1]
+        cutting = cutting_of(self._access, self, Cutback(layers, mlp, heads, by))
         cutting.check()
         return RestructurePlan(
             self.name, self.version, **_counts(cutting), bytes=weights(cutting, cutting.sample()), passes=cutting.passes,
@@ -132,8 +132,8 @@ def _wanted(layers: Any, mlp: Any, heads: Any, by: Any, correct: bool, calibrati
     return wanted
 
 
-def _cutting(access: Access, model: Readable, wanted: Cutback) -> tuple[Variant, Cutting, Any]:
-    """The model, opened, how it is cut, and transformers' config of it."""
+def cutting_of(access: Access, model: Readable, wanted: Cutback) -> Cutting:
+    """A model that is cut back; nothing is measured yet."""
     from modelstore.compress.evaluate.model import class_of, language_config
     from modelstore.restructure.run import Cutting
 
@@ -141,7 +141,7 @@ def _cutting(access: Access, model: Readable, wanted: Cutback) -> tuple[Variant,
         raise ValueError(f"{model.asked!r} names a variant: models are cut out of originals, give {model.name!r}")
     opened = access.opened(model.name, access.repo.catalog.variant(model.record(), ORIGINAL))
     config = language_config(opened)
-    return opened, Cutting(opened, class_of(config), wanted, access.limits()), config
+    return Cutting(opened, class_of(config), wanted, access.limits())
 
 
 def _restructure(
@@ -160,7 +160,8 @@ def _restructure(
 
     started = time.monotonic()
     access.repo.storage.check_writable(f"make {to}")
-    opened, cutting, _ = _cutting(access, model, wanted)
+    cutting = cutting_of(access, model, wanted)
+    opened = cutting.model
     if to == model.name:
         raise ConflictError(f"{to!r} is the model that is cut: give the smaller one a name of its own", model=to)
     cutting.check()

@@ -86,10 +86,14 @@ class Structure:
         if set(self._numbers.values()) != set(range(self.layers)):
             raise UnsupportedError(f"tensors of some layers of {self.stack!r} are missing: save the whole model")
         self._cuts = cuts
+        self._of_layer: list[list[Tensor]] = [[] for _ in range(self.layers)]
+        for tensor in manifest.tensors:
+            if tensor.name in self._numbers:
+                self._of_layer[self._numbers[tensor.name]].append(tensor)
 
     def tensors(self, layer: int) -> list[Tensor]:
         """The tensors of one layer."""
-        return [tensor for tensor in self.manifest.tensors if self._numbers.get(tensor.name) == layer]
+        return self._of_layer[layer]
 
     def along(self, tensor: Tensor) -> Along | None:
         """The units along the axis that is cut; None if the tensor is whole whatever is cut."""

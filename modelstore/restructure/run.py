@@ -27,14 +27,14 @@ from modelstore.restructure.cut import KeptParts, Structure
 from modelstore.restructure.layers import MOST_LAYERS, Dropped, LayerLosses
 from modelstore.restructure.solved import SolvedWeights
 from modelstore.restructure.source import CutModel
-from modelstore.restructure.widths import Widths
+from modelstore.restructure.widths import Widths, room
 
 if TYPE_CHECKING:
     from modelstore.calibrate.text import Samples
 
 ComparedBy = Literal["kl", "influence"]
 BY: tuple[ComparedBy, ...] = ("kl", "influence")
-_LAYER_TOKENS = 8192  # of the samples on which layers are compared
+_LAYER_TOKENS = 2048  # of the samples on which layers are compared
 _SHARE = 4  # the part of the memory budget that blocks' outputs may take
 
 
@@ -139,6 +139,14 @@ class Cutting:
 
     def check(self) -> None:
         """`UnsupportedError` if no config can describe the smaller model, as far as that is known before measuring."""
+        columns = max(self.before.neurons or 0, (self.before.query or 0) * (self.before.head or 0))
+        needed, there = room(columns), self.limits.memory // 2
+        if needed > there:
+            raise UnsupportedError(
+                f"measuring neurons and heads of {self.model.name!r} takes {needed >> 20:,} MiB for a weight of {columns:,} "
+                f"columns, and memory= leaves {there >> 20:,} MiB for it: give more memory",
+                model=self.model.name,
+            )
         if self.by is None:
             self._checked(self.sample())
 

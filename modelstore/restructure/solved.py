@@ -40,7 +40,7 @@ class SolvedWeights:
 
     def digests(self) -> dict[str, str]:
         """The digest of each tensor, by the name that it replaces."""
-        return {name: name_of(array.tobytes()) for name, array in self._arrays.items()}
+        return {name: name_of(array.reshape(-1).view(np.uint8)) for name, array in self._arrays.items()}
 
     def close(self) -> None:
         """Remove the files."""

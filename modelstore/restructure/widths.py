@@ -25,6 +25,7 @@ from modelstore.restructure.cut import Along, KeptParts, Structure, positions
 from modelstore.restructure.solved import SolvedWeights
 
 _DAMP = 0.01  # of the mean diagonal, added to it
+_SUMS = 16  # bytes of sums and factors for each pair of columns
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Widths:
         return manifest.by_name[found[0].tensor], about[found[0].tensor], found[0]
 
     def _sums(self, layer: int, linear: Linear, values: Mapping[str, torch.Tensor], before: Spool) -> torch.Tensor:
-        """The sum of outer products of what a weight reads, float64 (columns, columns)."""
+        """The sum of outer products of what a weight reads (columns, columns): float64 up to 4,096 columns, else float32."""
         gathered = Gathered()
         with self.stages.skeleton.at(layer, values) as run, gathered.watching({linear.parameter: linear}, values):
             for at, ids in enumerate(self.runs):
@@ -110,7 +111,7 @@ class Widths:
                 run(ids, before[at])
         read = gathered.read_by(linear.parameter)
         assert read is not None, "the block has run"
-        return read.taken().double()
+        return read.taken()
 
     def _pass_on(self, layer: int, stored: Mapping[str, torch.Tensor], before: Spool) -> Spool:
         """The layer's output, as it is stored then."""
@@ -131,7 +132,8 @@ def _importance(rows: torch.Tensor, sums: torch.Tensor, at: Along, share: int) -
     found = []
     for first in range(0, rows.shape[1], width):
         mine = rows[:, first : first + width].double()
-        found.append(float(((mine @ sums[first : first + width, first : first + width]) * mine).sum()))
+        inner = sums[first : first + width, first : first + width].double()
+        found.append(float(((mine @ inner) * mine).sum()))
     return found
 
 
@@ -140,6 +142,11 @@ def _solved(rows: torch.Tensor, sums: torch.Tensor, index: torch.Tensor) -> torc
     left = sums[index][:, index]
     mean = float(left.diagonal().mean())
     left.diagonal().add_(_DAMP * mean if mean > 0 else 1.0)
-    wanted = rows.double() @ sums[:, index]
-    found: torch.Tensor = torch.linalg.solve(left, wanted.T)
+    wanted = rows.to(sums.dtype) @ sums[:, index]
+    found: torch.Tensor = torch.cholesky_solve(wanted.T, torch.linalg.cholesky(left))
     return found.T.float()
+
+
+def room(columns: int) -> int:
+    """Bytes that measuring takes for a weight with so many columns: sums of outer products, and a factor of those that stay."""
+    return _SUMS * columns**2

@@ -262,3 +262,14 @@ def test_a_model_is_not_cut_into_itself(saved: Saved) -> None:
     store.compress("m", "int8")
     with pytest.raises(ValueError, match="cut out of originals"):
         store.restructure("m:int8", "small", layers=[0])
+
+
+def test_sums_that_do_not_fit_into_the_memory_are_refused_before_measuring(saved: Saved) -> None:
+    """96 columns take 16 bytes for each pair; layers alone take none."""
+    from modelstore.plan.work import Limits
+    from modelstore.restructure.run import Cutback, Cutting
+
+    model, wanted = saved("llama")["m"].opened(), Cutback(mlp=0.5)
+    Cutting(model, "LlamaForCausalLM", wanted, Limits(2 * 16 * 96**2)).check()
+    with pytest.raises(UnsupportedError, match="give more memory"):
+        Cutting(model, "LlamaForCausalLM", wanted, Limits(2 * 16 * 96**2 - 2)).check()
