@@ -25,8 +25,8 @@ from modelstore.format.region import Region, Shape, extent, full
 class Deep(WeightCodec):
     """Han, Mao, Dally, "Deep Compression" (2016), without its retraining. Pruning as in `sparse`, shared values as in `kmeans`.
 
-    threshold, sparsity, scope the share to prune: half of each tensor by default bits, levels, rate the codebook of what is
-    left; rate in bits of a weight that is left
+    threshold, sparsity, scope    the share to prune: half of each tensor by default
+    bits, levels, rate            the codebook of the kept weights; rate in bits of a kept weight
 
     Planes: `mask`, as that of `sparse`; `indices` and `codebook`, as those of `kmeans`, of the weights kept. The mask takes
     the place of the paper's gaps: coded in bytes it comes within a few percent of its entropy, as gaps do.

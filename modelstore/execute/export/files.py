@@ -1,7 +1,10 @@
 """Writes a variant to local files that other programs load.
 
-layout the files, and the place of each tensor in them target the folder they go to: hidden until whole, resumable, one export
-at a time share ranks' shares of tensors write the work itself view the same files read without being written
+layout   the files, and the place of each tensor in them
+target   the folder they go to: hidden until whole, resumable, one export at a time
+share    ranks' shares of tensors
+write    the work itself
+view     the same files read without being written
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ All code that removes packs or manifests does it in this way, and garbage collec
     with Condemnation(storage, candidates) as condemned:
         held = held_by_writers(storage, catalog, stale_before)      # intents first …
         marked = …mark again from all records…                       # … and then the records
-        condemned.pronounce(candidates - held - marked)              # False: a writer stopped it; begin again
+        condemned.pronounce(candidates - held - marked)              # False: a writer stopped it; start again
         for batch in …: condemned.check(); …remove…
 
 It holds whatever the clocks say, and however long anybody sleeps between two of the steps; see docs/design.md.
