@@ -67,6 +67,7 @@ class Calibrated:
         left = {item.plan.name: item for item in items}
         written: dict[str, Written] = {}
         before = Spool(0)
+        self.asked.stages.read_only(self.shards)
         layers = self.asked.layers()
 
         def keep(solved: Mapping[str, Solution], meant: Mapping[str, torch.Tensor]) -> None:

@@ -204,8 +204,8 @@ class Model(Restructurable):
                 10⁹ weights of a format, if they were measured.
             variant: The name of the variant (default: the recipe's name; "fit-", or the method and "-", and the size, with the
                 batch and context if these are given; "kl-" or "ppl-" and the bound).
-            codes: A ladder's int4 codes, found by GPTQ or the like: a directory of compressed-tensors (pack-quantized,
-                symmetric, in groups), or a reference to a stored variant with such. Weights without any are rounded to nearest.
+            codes: A ladder's int4 codes, found by GPTQ or the like: a directory of compressed-tensors, GPTQ or AWQ
+                (symmetric, in groups), or a reference to a stored variant with such. Weights without any are rounded to nearest.
             include: Further targets to compress by the recipe's first rule: kinds ("embedding", "head", …) or patterns of
                 names.
             skip: Targets to keep as they are.

@@ -1,14 +1,15 @@
 """int4 codes from elsewhere, such as GPTQ's: a compressed-tensors directory, the same saved as a model, or a stored variant.
 
-Directories are of format pack-quantized, 4 bits, symmetric, in groups: for each weight `x.weight` there are `x.weight_packed`,
-int32 (rows, columns / 8), least significant code first, 8 above what it stands for; `x.weight_scale` (rows, groups); and
-`x.weight_shape`. The codes must be of the same model: every tensor that was left as it was must be the model's own, since
-methods that scale weights and the norms before them (AWQ, SmoothQuant) change these too.
+Directories are those of GPTQ and AWQ (see `codes_rows`), or of format pack-quantized, 4 bits, symmetric, in groups: for each
+weight `x.weight` it has `x.weight_packed`, int32 (rows, columns / 8), least significant code first, 8 above what it stands for;
+`x.weight_scale` (rows, groups); and `x.weight_shape`. The codes must be of the same model:
+every tensor that was left as it was must be the model's own, since methods that scale weights and the norms before them (AWQ,
+SmoothQuant) change these too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from modelstore.format.digest import name_of_pieces
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import Region, Shape, extent, size
-from modelstore.sources.base import TensorSpec
+from modelstore.sources.base import Source, TensorSpec
 
 _PACKED, _SCALE, _SHAPE = "_packed", "_scale", "_shape"
 _WORD = 8  # codes of an int32
@@ -68,20 +69,33 @@ class Codes(Protocol):
         """Let go of files."""
 
 
-class PackedCodes:
-    """Codes as a directory of compressed-tensors has them. `FormatError` if it has other ones, or none."""
+class CheckpointCodes:
+    """Codes as a checkpoint of some layout has them: of each weight the tensors that `members` names."""
 
-    def __init__(self, origin: str, tensors: Mapping[str, TensorSpec], read: ReadInto) -> None:
-        """`tensors` by name; `read` reads regions of them. Only the shapes of the values are read here."""
+    def __init__(self, origin: str, tensors: Mapping[str, TensorSpec], read: ReadInto, weights: Iterable[str]) -> None:
+        """`tensors` by name; `read` reads regions of them. `weights`: those that have codes. Only their shapes are read."""
         self._origin, self._tensors, self._read = origin, tensors, read
-        weights = [name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)]
-        if not weights:
-            raise FormatError(
-                f"{origin} has no packed codes, *.weight_packed: give a directory that llm-compressor wrote in format "
-                f"pack-quantized (GPTQ's own layout, with qweight, is not read)",
-                object=origin,
-            )
-        self._given = {name: self._parse(name) for name in weights}
+        self.source: Source | None = None  # closed with this
+        self._given = {name: self.parse(name) for name in weights}
+
+    def parse(self, name: str) -> Given:
+        """What a weight's tensors say of themselves. `FormatError` where they do not go together, or are other codes."""
+        raise NotImplementedError
+
+    def members(self, name: str) -> tuple[str, ...]:
+        """The tensors of a weight: its codes first, its scales second."""
+        raise NotImplementedError
+
+    def is_nothing(self, name: str) -> bool:  # noqa: ARG002
+        """Whether a tensor that the model does not have says nothing."""
+        return False
+
+    def check_values(self, name: str) -> None:
+        """`FormatError` where the values of a weight's tensors other than codes and scales are not fit."""
+
+    def read(self, name: str, region: Region) -> tuple[NDArray[np.int8], Bytes]:
+        """As `Codes.read`."""
+        raise NotImplementedError
 
     @property
     def origin(self) -> str:
@@ -92,11 +106,13 @@ class PackedCodes:
         return self._given
 
     def check(self, manifest: Manifest) -> str:
-        parts = {name + part for name in self._given for part in (_PACKED, _SCALE, _SHAPE)}
+        parts = {part for name in self._given for part in self.members(name)}
         for name in sorted(self._tensors.keys() - parts):
             there = manifest.by_name.get(name)
             spec = self._tensors[name]
             same = there is not None and (there.dtype, there.shape) == (spec.dtype.name, spec.shape)
+            if there is None and self.is_nothing(name):
+                continue
             if there is None or not same or there.digest != name_of_pieces(self._bands(name)):
                 why = "is not in the model" if there is None else "is not what the model has under that name"
                 raise ValueError(
@@ -106,70 +122,31 @@ class PackedCodes:
         whole = blake3()
         for name, given in sorted(self._given.items()):
             whole.update(f"{name}\0{given}\0".encode())
-            for band in self._bands(name + _PACKED):
+            codes, scales, *_ = self.members(name)
+            self.check_values(name)
+            for band in self._bands(codes):
                 whole.update(view(band))
-            for band in self._bands(name + _SCALE):
+            for band in self._bands(scales):
                 if not np.isfinite(to_float32(band, DTYPES[given.dtype])).all():
-                    raise self._bad(name, "has a scale that is not finite")
+                    raise self.bad(name, "has a scale that is not finite")
                 whole.update(view(band))
         return whole.hexdigest()
 
-    def read(self, name: str, region: Region) -> tuple[NDArray[np.int8], Bytes]:
-        given = self._given[name]
-        rows, (a, b) = region
-        words = (a // _WORD, -(-b // _WORD))
-        packed = self._region(name + _PACKED, (rows, words)).reshape(rows[1] - rows[0], -1)
-        codes = unpacked(packed)[:, a - words[0] * _WORD : b - words[0] * _WORD]
-        groups = (a // given.group_size, -(-b // given.group_size))
-        return np.ascontiguousarray(codes), self._region(name + _SCALE, (rows, groups))
-
     def close(self) -> None:
-        """Nothing is held here."""
+        """Let go of the source."""
+        if self.source is not None:
+            self.source.close()
 
-    def _parse(self, name: str) -> Given:
-        """The parameters that a weight's tensors declare."""
-        for part, what in (
-            ("_zero_point", "is asymmetric, and zero points"),
-            ("_g_idx", "is in groups by activation, which"),
-        ):
-            if name + part in self._tensors:
-                raise self._bad(name, f"{what} cannot be put under a ladder")
-        packed, scale, shape = (self._tensors.get(name + part) for part in (_PACKED, _SCALE, _SHAPE))
-        if packed is None or scale is None or shape is None:
-            raise self._bad(
-                name, f"lacks its {_SCALE.removeprefix('_') if scale is None else _SHAPE.removeprefix('_')}"
-            )
-        if shape.dtype.name not in ("int64", "int32") or shape.shape != (2,):
-            raise self._bad(name, f"has a shape of {shape.dtype.name} {list(shape.shape)} where two int64 are due")
-        stored = self._region(name + _SHAPE, ((0, 2),)).view(f"<i{shape.dtype.itemsize}")
-        rows, columns = int(stored[0]), int(stored[1])
-        if rows < 1 or columns < 1 or packed.dtype.name != "int32" or packed.shape != (rows, -(-columns // _WORD)):
-            eight = packed.shape == (rows, -(-columns // 4))
-            what = "8 bits" if eight else f"{packed.dtype.name} {list(packed.shape)}"
-            raise self._bad(name, f"has codes of {what} where 4 bits of {rows} x {columns} are due")
-        if (
-            scale.dtype.name not in ("bfloat16", "float16", "float32")
-            or len(scale.shape) != 2
-            or scale.shape[0] != rows
-        ):
-            raise self._bad(
-                name, f"has scales of {scale.dtype.name} {list(scale.shape)}, which are none of {rows} rows"
-            )
-        group = group_size(columns, scale.shape[1])
-        if not group:
-            raise self._bad(
-                name, f"has {scale.shape[1]} scales for {columns} columns, which are not groups of an even number"
-            )
-        return Given((rows, columns), scale.dtype.name, group)
-
-    def _bad(self, name: str, what: str) -> FormatError:
+    def bad(self, name: str, what: str) -> FormatError:
+        """The error for a weight whose codes are other ones than these."""
         return FormatError(
             f"weight {name!r} of {self._origin} {what}: quantize it with a symmetric int4 scheme in groups of 32, 64 or 128",
             tensor=name,
             object=self._origin,
         )
 
-    def _region(self, name: str, region: Region) -> Bytes:
+    def region(self, name: str, region: Region) -> Bytes:
+        """Raw bytes of a region of a tensor."""
         out = np.empty(size(region) * self._tensors[name].dtype.itemsize, np.uint8)
         self._read(name, region, out)
         return out
@@ -179,12 +156,70 @@ class PackedCodes:
         spec = self._tensors[name]
         shape = spec.shape
         if not shape:
-            yield self._region(name, ())
+            yield self.region(name, ())
             return
         rest: Region = tuple((0, n) for n in shape[1:])
         step = max(1, _BAND // max(1, size(rest) * spec.dtype.itemsize))
         for a in range(0, shape[0], step):
-            yield self._region(name, ((a, min(a + step, shape[0])), *rest))
+            yield self.region(name, ((a, min(a + step, shape[0])), *rest))
+
+
+class PackedCodes(CheckpointCodes):
+    """Codes as a directory of compressed-tensors has them. `FormatError` where it has other ones, or none."""
+
+    def __init__(self, origin: str, tensors: Mapping[str, TensorSpec], read: ReadInto) -> None:
+        weights = [name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)]
+        if not weights:
+            raise FormatError(
+                f"{origin} has no codes, *.weight_packed or *.qweight: give a directory in compressed-tensors' layout "
+                f"pack-quantized, or in that of GPTQ or AWQ",
+                object=origin,
+            )
+        super().__init__(origin, tensors, read, weights)
+
+    def members(self, name: str) -> tuple[str, ...]:
+        return name + _PACKED, name + _SCALE, name + _SHAPE
+
+    def read(self, name: str, region: Region) -> tuple[NDArray[np.int8], Bytes]:
+        given = self._given[name]
+        rows, (a, b) = region
+        words = (a // _WORD, -(-b // _WORD))
+        packed = self.region(name + _PACKED, (rows, words)).reshape(rows[1] - rows[0], -1)
+        codes = unpacked(packed)[:, a - words[0] * _WORD : b - words[0] * _WORD]
+        groups = (a // given.group_size, -(-b // given.group_size))
+        return np.ascontiguousarray(codes), self.region(name + _SCALE, (rows, groups))
+
+    def parse(self, name: str) -> Given:
+        """What a weight's tensors say of themselves."""
+        for part, what in (
+            ("_zero_point", "is asymmetric, and zero points"),
+            ("_g_idx", "is in groups by activation, which"),
+        ):
+            if name + part in self._tensors:
+                raise self.bad(name, f"{what} cannot be put under a ladder")
+        packed, scale, shape = (self._tensors.get(name + part) for part in (_PACKED, _SCALE, _SHAPE))
+        if packed is None or scale is None or shape is None:
+            raise self.bad(name, f"lacks its {_SCALE.removeprefix('_') if scale is None else _SHAPE.removeprefix('_')}")
+        if shape.dtype.name not in ("int64", "int32") or shape.shape != (2,):
+            raise self.bad(name, f"has a shape of {shape.dtype.name} {list(shape.shape)} where two int64 are due")
+        stored = self.region(name + _SHAPE, ((0, 2),)).view(f"<i{shape.dtype.itemsize}")
+        rows, columns = int(stored[0]), int(stored[1])
+        if rows < 1 or columns < 1 or packed.dtype.name != "int32" or packed.shape != (rows, -(-columns // _WORD)):
+            eight = packed.shape == (rows, -(-columns // 4))
+            what = "8 bits" if eight else f"{packed.dtype.name} {list(packed.shape)}"
+            raise self.bad(name, f"has codes of {what} where 4 bits of {rows} x {columns} are due")
+        if (
+            scale.dtype.name not in ("bfloat16", "float16", "float32")
+            or len(scale.shape) != 2
+            or scale.shape[0] != rows
+        ):
+            raise self.bad(name, f"has scales of {scale.dtype.name} {list(scale.shape)}, which are none of {rows} rows")
+        group = group_size(columns, scale.shape[1])
+        if not group:
+            raise self.bad(
+                name, f"has {scale.shape[1]} scales for {columns} columns, which are not groups of an even number"
+            )
+        return Given((rows, columns), scale.dtype.name, group)
 
 
 def encoder_of(under: UnderCodes, codes: Codes, tensor: Tensor) -> Encoder:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -11,7 +13,8 @@ from numpy.typing import NDArray
 
 from modelstore.codecs.numeric.numbers import to_float32
 from modelstore.codecs.weight import EngineView
-from modelstore.compress.codes import Codes, Given, PackedCodes, unpacked
+from modelstore.compress.codes import CheckpointCodes, Codes, Given, PackedCodes, ReadInto, unpacked
+from modelstore.compress.codes_rows import RowCodes
 from modelstore.compress.engine.assembly import lossy_codec, read_parts
 from modelstore.errors import FormatError
 from modelstore.execute.read.loading import Variant
@@ -22,20 +25,43 @@ from modelstore.format.region import Region
 from modelstore.sources import safetensors
 from modelstore.sources.base import TensorSpec
 
+_CONFIGS = ("config.json", "quantize_config.json")  # AutoGPTQ's own says the same beside
 
-class DirectoryCodes(PackedCodes):
-    """The codes of a directory."""
 
-    def __init__(self, root: Path) -> None:
-        self._source = safetensors.open_directory(root)
-        try:
-            super().__init__(str(root), {spec.name: spec for spec in self._source.tensors}, self._source.read)
-        except BaseException:
-            self._source.close()
-            raise
+def of_directory(root: Path) -> Codes:
+    """The codes of a directory: of compressed-tensors, GPTQ or AWQ."""
+    source = safetensors.open_directory(root)
+    try:
+        content = next((found for name in _CONFIGS if (found := _config(root / name)) is not None), None)
+        made = _of_checkpoint(str(root), {spec.name: spec for spec in source.tensors}, source.read, content)
+    except BaseException:
+        source.close()
+        raise
+    made.source = source
+    return made
 
-    def close(self) -> None:
-        self._source.close()
+
+def _of_checkpoint(
+    origin: str, tensors: Mapping[str, TensorSpec], read: ReadInto, config: Mapping[str, Any] | None
+) -> CheckpointCodes:
+    if RowCodes.are_in(tensors):
+        return RowCodes(origin, tensors, read, config)
+    return PackedCodes(origin, tensors, read)
+
+
+def _config(path: Path) -> Mapping[str, Any] | None:
+    """What a file of JSON says of codes; None where there is none that does."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return said(content) or (content if isinstance(content, dict) and "bits" in content else None)
+
+
+def said(config: Any) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a model's config; None where it has none."""
+    found = config.get("quantization_config") if isinstance(config, Mapping) else None
+    return found if isinstance(found, Mapping) else None
 
 
 class VariantCodes:
@@ -108,4 +134,5 @@ def of_model(origin: str, model: Variant) -> Codes:
         return made
     specs = {t.name: TensorSpec(t.name, t.kind, t.shape) for t in model.manifest.tensors}
     by_name = model.manifest.by_name
-    return PackedCodes(origin, specs, lambda name, region, out: model.reader.read_into(by_name[name], region, out))
+    read: ReadInto = lambda name, region, out: model.reader.read_into(by_name[name], region, out)  # noqa: E731
+    return _of_checkpoint(origin, specs, read, said(model.config()))

@@ -37,6 +37,12 @@ class Stages:
             raise UnsupportedError(f"a {class_name} cannot be run block by block: {error}") from None
         self._buffers = {buffer.name: value for buffer, value in made.items()}
 
+    def read_only(self, batches: Sequence[torch.Tensor]) -> None:
+        """From now on the embedding is placed with the rows of these tokens alone: as float32 it is large beside a block."""
+        import torch
+
+        self.skeleton.rows = torch.unique(torch.cat([one.reshape(-1) for one in batches])) if batches else None
+
     def stored(self, stage: int, instead: Reader | None = None) -> dict[str, torch.Tensor]:
         """The stored tensors that make what a stage computes with: its block's parameters and those around the blocks.
 
@@ -60,9 +66,16 @@ class Stages:
 
         needed = self.skeleton.needs(stage)
         found = dict(self._buffers)
+        table, rows = self.skeleton.table, self.skeleton.rows
+        made = self.names.made.get(self.names.tied.get(table, table))
+        cut = made if stage == 0 and rows is not None and made is not None and made.patterns == ("",) else None
         for one in self.names.of(needed):
-            found |= values(self.built, one, stored.__getitem__, torch.float32)
-        return found | {name: found[of] for name, of in self.names.tied.items() if name in needed}
+            if one is cut and rows is not None:
+                found[table] = stored[one.sources[0]][rows].to(torch.float32)
+            else:
+                found |= values(self.built, one, stored.__getitem__, torch.float32)
+        tied = {name: of for name, of in self.names.tied.items() if name in needed and name not in found}
+        return found | {name: found[of] for name, of in tied.items()}
 
     def pass_on(
         self,

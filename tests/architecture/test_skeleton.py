@@ -101,6 +101,12 @@ def test_blocks_and_parameters_are_those_of_the_whole_model(kind: str, tmp_path:
         for one in known.of(needed):
             placed |= values(built, one, lambda name: tensors[name], torch.float32)
         placed |= {name: placed[of] for name, of in known.tied.items() if name in needed}
+        if stage == 0:  # and with the rows of these tokens alone
+            skeleton.rows = torch.unique(ids)
+            few = placed | {skeleton.table: placed[skeleton.table][skeleton.rows]}
+            with skeleton.at(0, few) as run:
+                assert torch.equal(run(ids, None), wanted)
+            skeleton.rows = None
         with skeleton.at(stage, placed) as run:
             before = run(ids, before)
         assert torch.equal(before, wanted), (stage, float((before - wanted).abs().max()))

@@ -256,10 +256,10 @@ def infinite(scales: torch.Tensor) -> torch.Tensor:
 
 
 LAYOUTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
-    "no codes": (lambda tensors: {n: t for n, t in tensors.items() if "proj" not in n}, "no packed codes"),
+    "no codes": (lambda tensors: {n: t for n, t in tensors.items() if "proj" not in n}, "has no codes"),
     "GPTQ's": (
         lambda _: {f"{LAYER}mlp.up_proj.qweight": torch.zeros(8, 8, dtype=torch.int32)},
-        "qweight, is not read",
+        "lacks its scales or qzeros",
     ),
     "no scale": (without("scale"), "lacks its scale"),
     "no shape": (without("shape"), "lacks its shape"),
@@ -325,7 +325,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         store.compress("m", "ladder", codes=tmp_path / "none")
     with pytest.raises(NotFoundError):
         store.compress("m", "ladder", codes="other:int4")
-    with pytest.raises(FormatError, match="no packed codes"):
+    with pytest.raises(FormatError, match="has no codes"):
         store.compress("m", "ladder", codes="m")
     store.compress("m", "int8")
     with pytest.raises(FormatError, match="with other codes than symmetric int4"):

@@ -51,6 +51,22 @@ def test_block_by_block_gives_the_same_figures(store: ms.Store, monkeypatch: pyt
     assert whole[1].measured.kl
 
 
+def test_only_the_rows_of_its_tokens_are_widened(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_run, "_float32", lambda _: 1 << 50)
+    make, rows = Stages.values, []
+
+    def values(self: Stages, stage: int, stored: Any) -> dict[str, torch.Tensor]:
+        made = make(self, stage, stored)
+        if stage == 0:
+            rows.append((len(made[self.skeleton.table]), len(stored[self.skeleton.table])))
+        return made
+
+    monkeypatch.setattr(Stages, "values", values)
+    store.eval(["m"], text=TEXT[:60], context=8, keep=False)
+    assert rows
+    assert all(few < every // 2 for few, every in rows)
+
+
 def test_a_block_is_let_go_before_the_next_is_read(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate_run, "_float32", lambda _: 1 << 50)
     placed: list[weakref.ref[torch.Tensor]] = []

@@ -72,6 +72,9 @@ class Skeleton:
         self._graded = False
         self._embedding = _name_of(model, model.get_input_embeddings())  # type: ignore[operator]
         self._head = _name_of(model, model.get_output_embeddings())  # type: ignore[operator]
+        self.rows: torch.Tensor | None = (
+            None  # the tokens whose rows an embedding that is placed has, ascending; None: all
+        )
 
     def needs(self, stage: int) -> list[str]:
         """The entries of the model's `state_dict` that a stage computes with; those of its block come last."""
@@ -87,6 +90,11 @@ class Skeleton:
     def block(self, number: int) -> torch.nn.Module:
         """One of the blocks."""
         return self._blocks[number]
+
+    @property
+    def table(self) -> str:
+        """The embedding's weight by its name in the `state_dict`; "" where there is none."""
+        return f"{self._embedding}.weight" if self._embedding else ""
 
     @property
     def config(self) -> Any:
@@ -125,12 +133,16 @@ class Skeleton:
         self._graded = gradients is not None
         blocks = list(self._blocks)
         embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        padding = getattr(embedding, "padding_idx", None)
         hooks = []
         try:
             for at in range(min(stage, self.count)):
                 self._blocks[at] = _Stub(self, blocks[at])
             if stage and self._embedding:
                 _set(self.model, self._embedding, _NoEmbedding(embedding.weight.shape[1], _dtype(values)))
+            if stage == 0 and self.rows is not None and self.table in values:
+                hooks.append(embedding.register_forward_pre_hook(_numbered(self.rows)))
+                embedding.padding_idx = None  # which is of no use without gradients, and may be beyond these rows
             got: list[Any] = []
             if stage < self.count:
 
@@ -146,6 +158,7 @@ class Skeleton:
             for at, block in enumerate(blocks):
                 self._blocks[at] = block
             if self._embedding:
+                embedding.padding_idx = padding
                 _set(self.model, self._embedding, embedding)
             _restore(held)
             self._carried = None
@@ -195,6 +208,11 @@ class Skeleton:
                 f"block"
             )
         return first
+
+
+def _numbered(rows: torch.Tensor) -> Callable[[Any, Any], Any]:
+    """A hook that gives an embedding the places of tokens among its rows."""
+    return lambda _, given: (torch.searchsorted(rows, given[0]), *given[1:])
 
 
 def _stack(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:

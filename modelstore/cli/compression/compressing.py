@@ -67,7 +67,7 @@ Codes = Annotated[
         "--codes",
         metavar="DIR",
         show_default=False,
-        help="For ladder: int4 codes of GPTQ or the like, a directory in compressed-tensors' layout, or a stored variant.",
+        help="For ladder: int4 codes of GPTQ or the like, a directory of compressed-tensors, GPTQ or AWQ, or a stored variant.",
     ),
 ]
 

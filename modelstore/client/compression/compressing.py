@@ -231,14 +231,14 @@ def _earlier(access: Access, record: VersionRecord, variants: tuple[str, ...]) -
 @contextmanager
 def _codes(access: Access, where: str | PathLike[str] | None) -> Iterator[Codes | None]:
     """Codes to go under a ladder, of a local directory if there is one of that name, else of a stored variant."""
-    from modelstore.compress.codes_open import DirectoryCodes, of_model
+    from modelstore.compress.codes_open import of_directory, of_model
 
     if where is None:
         yield None
         return
     path = from_home(where)
     if path.is_dir():
-        codes: Codes = DirectoryCodes(path)
+        codes: Codes = of_directory(path)
     else:
         try:
             ref = parse_reference(str(where))

@@ -24,6 +24,7 @@ class Streamed:
     def logits(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """For each batch of tokens (windows, tokens), its logits (windows, tokens, vocabulary)."""
         skeleton, before = self._stages.skeleton, Spool(0)
+        self._stages.read_only(batches)
         try:
             for stage in range(skeleton.count):
                 # Two spools are there at a time.
