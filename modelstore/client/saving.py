@@ -146,7 +146,7 @@ class Saving(OpenedStore):
         session: str,
         rank: int,
         ranks: int,
-        codec: Literal["lossless", "packed", "raw"] = "lossless",
+        codec: Literal["lossless", "packed", "raw", "delta"] = "lossless",
         parent: str | None = None,
         files: Mapping[str, str | Path | bytes] | None = None,
         progress: Progress | None = None,
@@ -163,8 +163,8 @@ class Saving(OpenedStore):
             session: Names this version among all ranks, such as f"step-{step}", and is used for no other.
             rank: The number of this process, from 0.
             ranks: How many processes save.
-            codec: "lossless", "packed" or "raw", as for `save`.
-            parent: A version to reuse chunks from.
+            codec: "lossless", "packed", "raw" or "delta", as for `save`.
+            parent: A version to reuse chunks from. "delta" stores the difference to it, the same version on every rank.
             files: Files beside the source's own: path → local path or bytes.
             progress: Called with the bytes done, the bytes in all, and what is being done.
 
@@ -190,12 +190,13 @@ class Saving(OpenedStore):
             raise ValueError(f"rank={rank} of ranks={ranks} is not valid: ranks are counted from 0, up to {MAX_RANKS}")
         if codec not in CODECS:
             raise ValueError(f"codec {codec!r} is not one of {', '.join(CODECS)}")
+        check_options(codec, "auto", parent)
         against = self._access.against(parse_reference(parent)) if parent is not None else None
         part = open_part(source, files=files)
         try:
             self.repo.catalog.open(create=True, again=True)  # before all of it is written
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in part.source.tensors)
-            page, tally = save_part(
+            page, tally, apart = save_part(
                 self.repo.storage,
                 name,
                 part,
@@ -205,12 +206,13 @@ class Saving(OpenedStore):
                 codec=codec,
                 after=self.repo.catalog.highest(name),
                 earlier=[one for one in (self._access.newest(name), against) if one is not None],
+                parent=against,
                 work=self._access.work(progress).begin(total, f"saving {name}, rank {rank} of {ranks}"),
             )
         finally:
             part.source.close()
         tensors, seconds, left = len(page.manifest.tensors), time.monotonic() - started, left_out(part.source)
-        said = remarks(part.source.files)
+        said = (*apart, *remarks(part.source.files))
         return results.Part(name, session, rank, ranks, tensors, total, tally.stored, tally.reused, seconds, left, said)
 
     def publish(

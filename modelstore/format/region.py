@@ -43,6 +43,11 @@ def shift(region: Region, origin: Region) -> Region:
     return tuple((a - c, b - c) for (a, b), (c, _) in zip(region, origin, strict=True))
 
 
+def placed(region: Region, origin: Region) -> Region:
+    """The reverse of `shift`: a region in coordinates that begin at the corner of `origin`, in those of the whole."""
+    return tuple((a + c, b + c) for (a, b), (c, _) in zip(region, origin, strict=True))
+
+
 def slices(region: Region) -> tuple[slice, ...]:
     """The region as an index for an array."""
     return tuple(slice(a, b) for a, b in region)

@@ -16,22 +16,23 @@ import numpy as np
 
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.errors import ConflictError, CorruptionError, NotFoundError
-from modelstore.execute.read.fetcher import Fetching
+from modelstore.execute.read.fetcher import ChunkSource, Fetching
+from modelstore.execute.read.loading import Variant
 from modelstore.execute.read.reader import Reader
 from modelstore.execute.write.encoding import Input
 from modelstore.execute.write.packs import PackWriter, Written, known_chunks
-from modelstore.execute.write.parts import Published, Stored, published_key, session_id, session_prefix
-from modelstore.execute.write.save import Against, plan_inputs, store_manifest
+from modelstore.execute.write.parts import PartPage, Published, Stored, published_key, session_id, session_prefix
+from modelstore.execute.write.save import Against, against_base, base_of, plan_inputs, store_manifest
 from modelstore.format import boxes, grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.digest import name_of_pieces
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.objects.manifest import CodecSpec, Manifest, Tensor
+from modelstore.format.objects.manifest import Base, CodecSpec, Manifest, Tensor
 from modelstore.format.objects.manifest_builder import Location, ManifestBuilder
 from modelstore.format.objects.note import Note
 from modelstore.format.objects.record import VersionRecord, pack_key
 from modelstore.format.objects.sealed import seal
-from modelstore.format.region import Region, Shape, extent, full, intersect, shift, size
+from modelstore.format.region import Region, Shape, extent, full, intersect, placed, shift, size
 from modelstore.plan.parts import RankSlice, cells, common_chunk, piece_problem
 from modelstore.plan.work import Work
 from modelstore.plan.write import TensorPlan, plan_tensor
@@ -69,6 +70,7 @@ class Merge:
     files: Mapping[str, tuple[int, Tensor]]
     metadata: Mapping[str, str]
     codec: str
+    base: Base | None
 
 
 def plan_merge(parts: Sequence[Stored], replaced: Collection[str] = ()) -> Merge:
@@ -89,6 +91,8 @@ def plan_merge(parts: Sequence[Stored], replaced: Collection[str] = ()) -> Merge
     for page in pages:
         if page.codec != pages[0].codec:
             raise wrong(f"rank {pages[0].rank} has codec {pages[0].codec!r}, rank {page.rank} has {page.codec!r}")
+        if page.manifest.base != pages[0].manifest.base:
+            raise wrong(f"ranks {pages[0].rank} and {page.rank} stored differences to different versions")
     held: dict[str, list[StoredSlice]] = {}
     ties: dict[str, set[str | None]] = {}
     files: dict[str, tuple[int, Tensor]] = {}
@@ -119,7 +123,7 @@ def plan_merge(parts: Sequence[Stored], replaced: Collection[str] = ()) -> Merge
     aliases = {name: found for name, (found, *more) in ((n, tuple(t)) for n, t in ties.items()) if found and not more}
     aliases = {name: to for name, to in aliases.items() if to not in aliases and len(held[to]) == len(held[name])}
     tensors = {name: tuple(pieces) for name, pieces in held.items() if name not in aliases}
-    return Merge(tensors, aliases, files, metadata, pages[0].codec)
+    return Merge(tensors, aliases, files, metadata, pages[0].codec, pages[0].manifest.base)
 
 
 def publish(
@@ -147,10 +151,13 @@ def publish(
     # The session goes on: garbage collection keeps what its pages name.
     storage.create(f"{session_prefix(model, session)}publishing-{uuid.uuid4().hex}.json", b"{}")
     _refresh(storage, parts, set(previous.manifest.packs) if previous else set(), shelf)
-    readers = {p.page.rank: Reader(fetching(model, p.page.manifest, storage, repo.mirrors), None) for p in parts}
+    base = _base(repo, merge.base, fetching)
+    readers = {
+        p.page.rank: _reader(p.page, fetching(model, p.page.manifest, storage, repo.mirrors), base) for p in parts
+    }
     by_rank = {p.page.rank: p.page.manifest for p in parts}
-    cut = {name: common_chunk([h.piece for h in pieces]) for name, pieces in merge.tensors.items()}
-    anew = [_input(name, merge.tensors[name], readers, previous) for name, chunk in cut.items() if chunk is None]
+    cut = {name: _common_cut(name, pieces) for name, pieces in merge.tensors.items()}
+    anew = [_input(name, merge.tensors[name], readers, previous, base) for name, chunk in cut.items() if chunk is None]
     inputs = [*anew, *plan_inputs(files, merge.codec, "auto", None)]
     plans = {item.plan.name: item.plan for item in inputs}
     known = known_chunks([*by_rank.values(), *([previous.manifest] if previous else [])])
@@ -176,7 +183,11 @@ def publish(
         builder.carry(by_rank[rank], file) for path, (rank, file) in merge.files.items() if path not in files.files
     ]
     manifest = builder.build(
-        tensors, [*others, *own], aliases=dict(merge.aliases), metadata={**merge.metadata, **files.metadata}
+        tensors,
+        [*others, *own],
+        aliases=dict(merge.aliases),
+        metadata={**merge.metadata, **files.metadata},
+        base=merge.base,
     )
     entry = store_manifest(repo.manifests, model, manifest, merge.codec, shelf)
     after = min(part.page.after for part in parts)
@@ -184,6 +195,35 @@ def publish(
     storage.create(published_key(model, session), seal(Published(record.version)))
     forget(storage, model, session)
     return record, manifest
+
+
+def _base(repo: Repo, base: Base | None, fetching: Fetching) -> Against | None:
+    """What all parts' deltas are made to."""
+    if base is None:
+        return None
+    found = Variant(repo, base.model, repo.manifests.read(base.model, base.manifest), fetching=fetching)
+    return Against(base.model, base.manifest, found.manifest, found.reader, found.chain)
+
+
+def _reader(page: PartPage, source: ChunkSource, base: Against | None) -> Reader:
+    """Reads a part. A slice's deltas are made to a region of the base's tensor, which is found by the slice's place."""
+    alone = Reader(source, None)
+    if base is None:
+        return alone
+
+    def under(tensor: Tensor, region: Region) -> Bytes:
+        place = page.slices.get(tensor.name)
+        there = region if place is None else placed(region, place.region)
+        return base.reader.region(base.manifest.by_name[tensor.name], there)
+
+    return Reader(source, alone).over(under)
+
+
+def _common_cut(name: str, pieces: Sequence[StoredSlice]) -> Shape | None:
+    """The cut that all pieces kept to; None where there is none, or where they are differences to a tensor of another name."""
+    if any(held.codec.name == "delta" and held.tensor.name != name for held in pieces):
+        return None
+    return common_chunk([held.piece for held in pieces])
 
 
 def forget(storage: Storage, model: str, session: str) -> None:
@@ -261,14 +301,26 @@ class _RankSlices:
             boxes.paste(values, out, extent(region), self._kind.itemsize, shift(both, region))
 
 
-def _input(name: str, pieces: Sequence[StoredSlice], readers: Mapping[int, Reader], previous: Against | None) -> Input:
+def _input(
+    name: str,
+    pieces: Sequence[StoredSlice],
+    readers: Mapping[int, Reader],
+    previous: Against | None,
+    base: Against | None,
+) -> Input:
     """A tensor to cut again, read from its slices."""
     first = pieces[0]
     piece = first.piece
     before = previous.manifest.by_name.get(name) if previous else None
     like = before.chunk if before and (before.shape, before.dtype) == (piece.shape, piece.dtype) else None
-    plan = plan_tensor(name, piece.dtype, piece.shape, first.codec, like=like)
-    return Input(plan, make_codec(first.codec.name, first.codec.params), _RankSlices(pieces, readers).read)
+    spec, encoder = first.codec, None
+    under = base_of(base, name, piece.shape, piece.dtype) if base is not None and spec.name == "delta" else None
+    if spec.name == "delta" and under is None:
+        spec = CodecSpec("lossless")
+    plan, coder = plan_tensor(name, piece.dtype, piece.shape, spec, like=like), make_codec(spec.name, spec.params)
+    if under is not None:
+        encoder = against_base(coder, DTYPES[piece.dtype], under)
+    return Input(plan, coder, _RankSlices(pieces, readers).read, encoder)
 
 
 def _planes(

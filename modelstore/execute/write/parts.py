@@ -18,12 +18,21 @@ from modelstore.errors import ConflictError, FormatError, NotFoundError
 from modelstore.execute.write.encoding import Input
 from modelstore.execute.write.journal import Journal, job_id
 from modelstore.execute.write.packs import PackWriter, Placed, Tally, Written, known_chunks
-from modelstore.execute.write.save import Against, manifest_of, plan_inputs
+from modelstore.execute.write.save import (
+    Against,
+    against_base,
+    base_for,
+    base_of,
+    manifest_of,
+    no_difference,
+    plan_inputs,
+)
+from modelstore.format.dtypes import DTYPES
 from modelstore.format.objects.manifest import FORMAT, MAX_MANIFEST, CodecSpec, Count, Manifest, first_problem
 from modelstore.format.objects.manifest_builder import Location
 from modelstore.format.objects.record import JOBS, ascending, descending, pack_key
 from modelstore.format.objects.sealed import seal, unseal
-from modelstore.format.region import Shape, check, extent
+from modelstore.format.region import Shape, check, extent, placed
 from modelstore.plan.parts import shared_chunk
 from modelstore.plan.work import Work
 from modelstore.plan.write import TensorPlan, plan_tensor
@@ -32,7 +41,7 @@ from modelstore.storage.base import SMALL, Storage
 from modelstore.storage.pool import REQUESTS, ordered
 from modelstore.store.shelf import Shelf
 
-CODECS = ("lossless", "packed", "raw")
+CODECS = ("lossless", "packed", "raw", "delta")
 MAX_RANKS = 100_000
 T = TypeVar("T", bound=msgspec.Struct)
 _ADVICE = "save that rank again"
@@ -104,12 +113,13 @@ def save_part(
     codec: str,
     after: int,
     earlier: Sequence[Against],
+    parent: Against | None = None,
     work: Work,
-) -> tuple[PartPage, Tally]:
-    """Store one rank's tensors and its page; what was written. Nothing is visible before the session is published.
+) -> tuple[PartPage, Tally, tuple[str, ...]]:
+    """Store one rank's tensors and its page; what was written, and remarks. Nothing is visible before the session is published.
 
     Chunks of the `earlier` versions are referred to, and so are those that an earlier run of the same rank stored. `after`
-    is the model's newest version now.
+    is the model's newest version now. `parent`: the version that deltas are made to.
     `ConflictError` if the session was published already.
     """
     done = published(storage, model, session)
@@ -127,10 +137,11 @@ def save_part(
     tally = Tally()
     slices: dict[str, SlicePlace] = {}
     inputs = []
-    for item in plan_inputs(part.source, codec, "auto", None, manifests):
+    base = base_for(codec, parent)
+    for item in plan_inputs(part.source, codec, "auto", base, manifests):
         place = part.places.get(item.plan.name)
         if place is not None:
-            item, slices[item.plan.name] = _slice_input(item, place, codec, ranks, manifests)
+            item, slices[item.plan.name] = _slice_input(item, place, codec, ranks, manifests, base)
         inputs.append(item)
     journal = Journal(storage, job_id(("part", model, session, str(rank))))
     _, stored, _ = journal.finished(shelf)
@@ -144,7 +155,7 @@ def save_part(
 
     written = PackWriter(storage, work, known, shelf, note, tally).write(inputs)
     part.source.opened.check()
-    manifest = manifest_of(part.source, inputs, written)
+    manifest = manifest_of(part.source, inputs, written, base)
     for alias, name in part.source.aliases.items():
         if name in slices:
             slices[alias] = slices[name]
@@ -158,14 +169,26 @@ def save_part(
         )
     _write(storage, page, before, shelf)
     journal.clear()
-    return page, tally
+    said = no_difference(parent, inputs) if codec == "delta" and parent is not None else ()
+    return page, tally, said
 
 
 def _slice_input(
-    item: Input, place: SliceBounds, codec: str, ranks: int, earlier: Sequence[Manifest]
+    item: Input,
+    place: SliceBounds,
+    codec: str,
+    ranks: int,
+    earlier: Sequence[Manifest],
+    base: Against | None,
 ) -> tuple[Input, SlicePlace]:
     """The input of a slice, cut so that it fits the other ranks' slices where that can be."""
-    plan, spec = item.plan, CodecSpec(codec)
+    plan = item.plan
+    under = base_of(base, plan.name, place.shape, plan.dtype) if base is not None else None
+    spec = CodecSpec("lossless" if codec == "delta" and under is None else codec)
+    coder, encoder = make_codec(spec.name), None
+    if under is not None:
+        whole = under
+        encoder = against_base(coder, DTYPES[plan.dtype], lambda region: whole(placed(region, place.region)))
     like = None
     for manifest in reversed(earlier):
         tensor = manifest.by_name.get(plan.name)
@@ -176,7 +199,7 @@ def _slice_input(
         own = plan_tensor(plan.name, plan.dtype, plan.shape, spec)
     else:
         own = TensorPlan(plan.name, plan.dtype, plan.shape, _within(chunk, plan.shape), spec)
-    return replace(item, plan=own, codec=make_codec(codec)), SlicePlace(place.shape, place.region, chunk)
+    return replace(item, plan=own, codec=coder, encoder=encoder), SlicePlace(place.shape, place.region, chunk)
 
 
 def _within(chunk: Shape, shape: Shape) -> Shape:

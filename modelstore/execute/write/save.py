@@ -116,7 +116,7 @@ def store(
     Chunks that `parent` or `previous` (the newest version) have are referred to. `resumable`: with a journal, so that an
     interrupted save of the same source goes on where it stopped.
     """
-    base = parent if codec == "delta" and parent is not None and parent.chain.may_grow else None
+    base = base_for(codec, parent)
     earlier_manifests = [a.manifest for a in (previous, parent) if a is not None]
     architecture = architecture_of(source, earlier_manifests)
     inputs = plan_inputs(source, codec, grid, base, earlier_manifests, architecture)
@@ -155,12 +155,17 @@ def store(
         relied |= {manifest_key(model, whole_of.manifest): 1, pack_key(whole_of.copy): 1, **objects_of(everything)}
     if base is not None:
         relied = {**base_objects(storage, base.model, base.digest), **relied}
-    apart = _no_difference(parent, inputs) if codec == "delta" and parent is not None else ()
+    apart = no_difference(parent, inputs) if codec == "delta" and parent is not None else ()
     said = (*apart, *remarks(source.files), *getattr(source, "remarks", ()))
     return Outcome(entry, tally, journal, relied, left_out(source), said, others)
 
 
-def _no_difference(parent: Against, inputs: Sequence[Input]) -> tuple[str, ...]:
+def base_for(codec: str, parent: Against | None) -> Against | None:
+    """What is to be stored as a difference to, None where everything is to be stored in full."""
+    return parent if codec == "delta" and parent is not None and parent.chain.may_grow else None
+
+
+def no_difference(parent: Against, inputs: Sequence[Input]) -> tuple[str, ...]:
     """A remark where nothing is stored as a difference to a parent, though it was asked for."""
     if any(item.plan.codec.name == "delta" for item in inputs):
         return ()
@@ -224,7 +229,7 @@ def plan_inputs(
                 f"tensor {spec.name!r} has {len(spec.shape)} dimensions, at most {MAX_DIMENSIONS} are stored: reshape it",
                 tensor=spec.name,
             )
-        under = _base_of(base, spec.name, spec.shape, spec.dtype.name) if base else None
+        under = base_of(base, spec.name, spec.shape, spec.dtype.name) if base else None
         before = _stored_before(earlier, spec.name, spec.shape, spec.dtype.name)
         # A lossless save keeps to the ladder that a version before was put on: unchanged chunks are the same then.
         laddered = codec == "lossless" and before is not None and before[1].name == _LADDER
@@ -239,7 +244,7 @@ def plan_inputs(
         )
         key = plan.codec.name, tuple(plan.codec.params.items())
         codec_of = codecs.get(key) or codecs.setdefault(key, make_codec(plan.codec.name, plan.codec.params))
-        encoder = _against_base(codec_of, spec.dtype, under) if under else None
+        encoder = against_base(codec_of, spec.dtype, under) if under else None
         inputs.append(Input(plan, codec_of, _reading(source, spec.name), encoder))
     for path, content in source.files.items():
         check_file(path)
@@ -306,7 +311,7 @@ def _digest(content: Path | bytes) -> str:
     return name_of(content if isinstance(content, bytes) else read_whole(content, MAX_CONFIG))
 
 
-def _base_of(base: Against, name: str, shape: tuple[int, ...], dtype: str) -> Callable[[Region], Bytes] | None:
+def base_of(base: Against, name: str, shape: tuple[int, ...], dtype: str) -> Callable[[Region], Bytes] | None:
     """How regions of the base's tensor of that name are read, where it has one of the same dtype and shape."""
     tensor: Tensor | None = base.manifest.by_name.get(name)
     if tensor is None or tensor.name != name or tensor.shape != shape or tensor.dtype != dtype:
@@ -315,7 +320,7 @@ def _base_of(base: Against, name: str, shape: tuple[int, ...], dtype: str) -> Ca
     return lambda region: base.reader.region(found, region)
 
 
-def _against_base(codec: Codec, dtype: DType, base: Callable[[Region], Bytes]) -> Encoder:
+def against_base(codec: Codec, dtype: DType, base: Callable[[Region], Bytes]) -> Encoder:
     def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
         return codec.encode(values, extent(region), dtype, base(region))
 
