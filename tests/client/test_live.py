@@ -220,6 +220,18 @@ def test_memory_of_old_versions_is_used_again_once_nobody_holds_it(
     assert sum(made) > 0, "what nobody holds waits for the next version"
 
 
+def test_what_is_ready_becomes_current_without_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    counted = CountingStorage(MemoryStorage(uuid.uuid4().hex))
+    store = open_on(counted)
+    steps(store, 2)
+    live = store.follow("m@1")
+    live.prepare(2)
+    counted.reset()
+    assert (live.swap_to(2).version, live.version) == (2, 2)
+    assert not counted.requests
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_sequence_against_plain_loads(data: st.DataObject) -> None:
