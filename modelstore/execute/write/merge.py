@@ -165,18 +165,11 @@ def publish(
     joined = {name: chunk for name, chunk in cut.items() if chunk is not None and len(merge.tensors[name]) > 1}
     digests = _digests({name: (merge.tensors[name], chunk) for name, chunk in joined.items()}, readers, work)
     builder = ManifestBuilder()
-    tensors = []
-    for name, pieces in merge.tensors.items():
-        first = pieces[0]
-        chunk = joined.get(name)
-        if cut[name] is None:
-            tensors.append(_entry(builder, plans, name, written))
-        elif chunk is None:
-            tensors.append(_renamed(builder.carry(by_rank[first.piece.rank], first.tensor), name))
-        else:
-            planes = _planes(pieces, chunk, by_rank)
-            piece = first.piece
-            tensors.append(builder.tensor(name, piece.dtype, piece.shape, chunk, first.codec, digests[name], planes))
+    anew_of = {name: _entry(builder, plans, name, written) for name, chunk in cut.items() if chunk is None}
+    tensors = [
+        anew_of.get(name) or _kept(builder, name, pieces, joined.get(name), by_rank, digests)
+        for name, pieces in merge.tensors.items()
+    ]
     files.opened.check()
     own = [_entry(builder, plans, FILE + path, written) for path in files.files]
     others = [
@@ -236,6 +229,23 @@ def forget(storage: Storage, model: str, session: str) -> None:
 def _renamed(tensor: Tensor, name: str) -> Tensor:
     """The entry of a tensor under another name: a tie that only some ranks have."""
     return Tensor(name, tensor.dtype, tensor.shape, tensor.chunk, tensor.codec, tensor.digest, tensor.planes)
+
+
+def _kept(
+    builder: ManifestBuilder,
+    name: str,
+    pieces: Sequence[StoredSlice],
+    chunk: Shape | None,
+    manifests: Mapping[int, Manifest],
+    digests: Mapping[str, str],
+) -> Tensor:
+    """The entry of a tensor whose chunks stay as its ranks stored them; `chunk`: the cut of its slices, if it came in several."""
+    first = pieces[0]
+    if chunk is None:
+        return _renamed(builder.carry(manifests[first.piece.rank], first.tensor), name)
+    piece = first.piece
+    planes = _planes(pieces, chunk, manifests)
+    return builder.tensor(name, piece.dtype, piece.shape, chunk, first.codec, digests[name], planes)
 
 
 def _entry(

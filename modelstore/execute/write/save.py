@@ -321,6 +321,8 @@ def base_of(base: Against, name: str, shape: tuple[int, ...], dtype: str) -> Cal
 
 
 def against_base(codec: Codec, dtype: DType, base: Callable[[Region], Bytes]) -> Encoder:
+    """Encodes regions as the difference to the same ones of a base."""
+
     def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
         return codec.encode(values, extent(region), dtype, base(region))
 
