@@ -163,8 +163,8 @@ class Live:
 
     def _prepare(self, version: int | None) -> results.Prepared:
         # What was prepared becomes current without a request: over a network each takes longer than the swap.
-        ready = self._next is not None and type(version) is int and self._next.number == version
-        number = version if ready and version is not None else self._resolve(version)
+        there = self._next is not None and type(version) is int and self._next.number == version
+        number = version if there and version is not None else self._resolve(version)
         for known in (self._next, self._now, self._before):
             if known is not None and known.number == number:
                 self._next = known
