@@ -79,6 +79,20 @@ def serve(
         Path | None,
         typer.Option("--cache", metavar="DIR", show_default=False, help="The folder for digests of files."),
     ] = None,
+    spool: Annotated[
+        Path | None,
+        typer.Option("--spool", metavar="DIR", show_default=False, help="Where uploads lie until their commit comes."),
+    ] = None,
+    spool_size: Annotated[
+        int,
+        typer.Option(
+            "--spool-size",
+            metavar="SIZE",
+            parser=size_of,
+            show_default=False,
+            help="How much may lie there at once; 100GB by default.",
+        ),
+    ] = size_of("100GB"),
     access_log: Annotated[
         Path | None,
         typer.Option(
@@ -107,7 +121,21 @@ def serve(
     access = None
     if access_log is not None:
         access = sys.stdout if str(access_log) == "-" else access_log.open("a", encoding="utf-8")
-    settings = ServerSettings(host, port, where, tokens, cert, key, rate, at_once, turns, drain, access)
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        cache=where,
+        tokens=tokens,
+        certificate=cert,
+        key=key,
+        a_minute=rate,
+        at_once=at_once,
+        turns=turns,
+        drain=drain,
+        spool=spool,
+        most=spool_size,
+        access=access,
+    )
 
     def ready(url: str) -> None:
         output.remark(f"serving {opened.url} at {url}: clients find it by HF_ENDPOINT={url}", quiet=quiet)

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -21,40 +20,23 @@ from modelstore.serve.gate import Gate
 from modelstore.serve.library import Library
 from modelstore.serve.limits import CallerLimits
 from modelstore.serve.metrics import Metrics
+from modelstore.serve.posting import Posting
 from modelstore.serve.ranges import parse_range
 from modelstore.serve.reading import PAGE, Answers, Listed, etag, whoami
 from modelstore.serve.refusals import RefusedError, refusal
-from modelstore.serve.routes import Route, parse_path
+from modelstore.serve.routes import METHODS, READS, parse_path
 from modelstore.serve.sending import ClientGoneError, Connection, Turns, send_range
+from modelstore.serve.spool import Spool
+from modelstore.serve.visits import Visit
+from modelstore.serve.writing import Writing
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from modelstore.execute.export.view import ExportedFile
-    from modelstore.serve.tokens import Token
 
 log = logging.getLogger("modelstore")
 _SAFE = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox"}
-
-
-@dataclass
-class Visit:
-    """One request while it is answered: who asks for what, and what the log says of it in the end."""
-
-    request: Request
-    started: float = field(default_factory=time.monotonic)
-    target: Route = field(default_factory=lambda: Route("unknown"))
-    caller: Token | None = None
-    status: int = 0
-    sent: int = 0
-    received: int = 0
-    cut: bool = False
-
-    @property
-    def name(self) -> str:
-        """The caller whose limits count: a token's, else an address's."""
-        client = self.request.client
-        return self.caller.id if self.caller is not None and self.caller.id else client.host if client else ""
 
 
 class HubApp:
@@ -67,6 +49,7 @@ class HubApp:
         gate: Gate,
         limits: CallerLimits,
         turns: Turns,
+        spool: Spool,
         journal: Callable[[Visit], None],
     ) -> None:
         self._library = library
@@ -89,6 +72,7 @@ class HubApp:
             "refs": self._refs,
             "commits": self._commits,
             "paths-info": self._paths_info,
+            **Posting(Writing(library, digests, spool), spool, self._run).kinds,
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -135,12 +119,14 @@ class HubApp:
     def _admit(self, visit: Visit) -> None:
         request = visit.request
         visit.target = target = parse_path(request.scope["raw_path"])
-        reads = request.method in ("GET", "HEAD") or target.kind == "paths-info"
-        allowed = "POST" if target.kind == "paths-info" else "GET, HEAD"
-        if request.method not in allowed.split(", "):
-            raise RefusedError(405, f"{request.method} is not for this path: {allowed} is", headers={"Allow": allowed})
+        allowed = METHODS.get(target.kind, READS)
+        if request.method not in allowed:
+            said = ", ".join(allowed)
+            raise RefusedError(405, f"{request.method} is not for this path: {said} is", headers={"Allow": said})
+        if request.method not in READS and request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise RefusedError(403, "a page of another site may change nothing here")
         visit.caller = self._gate.caller(request.headers.get("authorization", ""))
-        self._gate.check(visit.caller, target, "read" if reads else "write")
+        self._gate.check(visit.caller, target)
 
     async def _run(self, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Work that reads the store, in a thread."""
@@ -252,7 +238,7 @@ def _refused(error: Exception) -> Response:
     headers = {**_SAFE, **found.headers, "X-Error-Message": str(found).encode("ascii", "replace").decode()}
     if found.code:
         headers["X-Error-Code"] = found.code
-    return JSONResponse({"error": str(found)}, found.status, headers)
+    return JSONResponse({"error": str(found), **found.more}, found.status, headers)
 
 
 def _number(visit: Visit, name: str, otherwise: int) -> int:

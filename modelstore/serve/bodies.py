@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 import msgspec
@@ -39,6 +39,15 @@ async def pieces(request: Request, most: int) -> AsyncIterator[bytes]:
                 413, f"the body is longer than the {most} bytes that may be", headers={"Connection": "close"}
             )
         yield piece
+
+
+async def value(request: Request) -> Any:
+    """What the body says in JSON."""
+    data = b"".join([piece async for piece in pieces(request, FORM)])
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.DecodeError:
+        raise RefusedError(400, "the body is not JSON") from None
 
 
 async def fields(request: Request, name: str) -> list[str]:

@@ -8,8 +8,9 @@ from modelstore.serve.refusals import REPO, RefusedError, no_model
 from modelstore.serve.routes import Route
 from modelstore.serve.tokens import EVERYBODY, Role, Token, TokenFile
 
-_OPEN = frozenset({"health", "ready"})
-_NEEDS: dict[str, Role] = {"metrics": "admin"}  # of others: what their method says
+_OPEN = frozenset({"health", "ready", "lfs-object"})  # the last by what its address is signed with
+_WRITE = ("create", "preupload", "commit", "tag", "branch", "lfs-batch", "lfs-verify")
+_NEEDS: dict[str, Role] = {"metrics": "admin", "delete": "admin", **dict.fromkeys(_WRITE, "write")}  # others: read
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Gate:
             )
         return found
 
-    def check(self, caller: Token | None, target: Route, role: Role) -> None:
-        """`RefusedError` if a caller may not do that. A model that it may not know of is answered as one that is not there."""
+    def check(self, caller: Token | None, target: Route) -> None:
+        """`RefusedError` where a caller may not do that. A model that it may not know of is answered as one that is not there."""
         if target.kind in _OPEN:
             return
-        role = _NEEDS.get(target.kind, role)
+        role = _NEEDS.get(target.kind, "read")
         if caller is None:
             raise RefusedError(
                 401,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, TypeVar
 from modelstore.errors import ModelStoreError, NotFoundError, UnsupportedError
 from modelstore.format.digest import name_of
 from modelstore.format.names import LATEST, MAX_VERSION, ORIGINAL, Reference, is_model, is_word
-from modelstore.format.objects.record import VersionRecord
+from modelstore.format.objects.manifest import FORMAT
+from modelstore.format.objects.record import VariantEntry, VersionRecord
 from modelstore.format.structure import CHECKPOINT
 from modelstore.integrations.gguf.quants import TYPES
 from modelstore.serve.refusals import ENTRY, REVISION, RefusedError, no_model
@@ -34,6 +36,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FORM = "1"  # of what is made of a variant: another number where its files get other bytes
 _OPENED = 32  # commits whose files are held open
 _WARMED = 8
+_AWAITED = 10_000
 _KNOWN = 4096  # commits that are found without a look at every version
 
 
@@ -68,6 +71,7 @@ class Library:
         self._catalog = store.repo.catalog
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Reference] = OrderedDict()
+        self._awaited: OrderedDict[str, float] = OrderedDict()  # made, and without a version yet
         self._opened: OrderedDict[str, Mapping[str, ExportedFile]] = OrderedDict()
 
     def models(self) -> list[str]:
@@ -75,7 +79,13 @@ class Library:
         return self._catalog.recorded()
 
     def commit(self, model: str, revision: str) -> Commit:
-        """The version that a revision of a model names; `RefusedError` if there is no such model or revision."""
+        """What a revision of a model names; `RefusedError` where there is no such model or revision.
+
+        Of a model that was made and has no version yet, version 0, which has no files.
+        """
+        since = self._since(model)
+        if since is not None and revision in (MAIN, "HEAD", _empty(model, since).id):
+            return _empty(model, since)
         name = self._name(model)
         if _COMMIT.fullmatch(revision):
             return self._by_id(model, name, revision)
@@ -94,6 +104,9 @@ class Library:
 
     def commits(self, model: str) -> list[Commit]:
         """Every variant of every live version of a model, the newest version first, its original before the others."""
+        since = self._since(model)
+        if since is not None:
+            return [_empty(model, since)]
         name = self._name(model)
         damaged: list[ModelStoreError] = []
         return [
@@ -105,11 +118,15 @@ class Library:
 
     def tags(self, model: str) -> dict[str, int]:
         """A model's tags, and the versions that they name."""
+        if self._since(model) is not None:
+            return {}
         damaged: list[ModelStoreError] = []
         return self._catalog.tags(self._name(model), damaged)
 
     def files(self, commit: Commit) -> Mapping[str, ExportedFile]:
         """The files of a commit by their paths, ascending; none of their bytes are made."""
+        if not commit.record.version:
+            return {}
         with self._lock:
             found = self._opened.get(commit.id)
             if found is not None:
@@ -128,6 +145,26 @@ class Library:
             )
         return found
 
+    def await_first(self, name: str) -> None:
+        """Let a model be, before its first version."""
+        with self._lock:
+            _kept(self._awaited, name, time.time(), _AWAITED)
+
+    def forget_first(self, name: str) -> None:
+        """Await no more: there is a version, or none is to come."""
+        with self._lock:
+            self._awaited.pop(name, None)
+
+    def _since(self, model: str) -> float | None:
+        """Since when a model is without a version; None where it has one, or was not made."""
+        with self._lock:
+            since = self._awaited.get(model)
+        return since if since is not None and not self._lives(model) else None
+
+    def _lives(self, name: str) -> bool:
+        """Whether there is a model with a version that is not deleted."""
+        return self._catalog.head(name) is not None and self._resolved(Reference(name)) is not None
+
     def warm(self) -> None:
         """Open the files of some variants, so that the first who asks does not wait for what reading them imports."""
         left = _WARMED
@@ -142,11 +179,11 @@ class Library:
     # ------------------------------------------------------------------ what is behind a name
 
     def _name(self, model: str) -> str:
-        """The stored model behind a name; `RefusedError` if there is none."""
-        if is_model(model) and self._catalog.head(model) is not None:
+        """The stored model behind a name; `RefusedError` where there is none."""
+        if is_model(model) and self._lives(model):
             return model
         base = model.removesuffix(GGUF)
-        if base != model and is_model(base) and self._catalog.head(base) is not None:
+        if base != model and is_model(base) and self._lives(base):
             return base
         raise no_model(model)
 
@@ -182,9 +219,13 @@ class Library:
         model = self.store[str(commit.reference)]
         if commit.model == commit.reference.name:
             try:
-                return model.exported()
+                made = model.exported()
             except UnsupportedError:  # engines have no packing for it: the weights that it stands for
-                return model.exported(dequantize=True)
+                made = model.exported(dequantize=True)
+            if commit.record.variants[commit.reference.variant].tensors:
+                return made
+            own = {file.path for file in model.describe().files}  # an export has weights, if none
+            return {path: file for path, file in made.items() if path in own}
         return _gguf_files(model.exported)
 
 
@@ -195,6 +236,13 @@ def _gguf_files(exported: Callable[..., Mapping[str, ExportedFile]]) -> Mapping[
         with suppress(UnsupportedError, ValueError):
             found.update(exported(format="gguf", gguf_type=kind))
     return found or exported(format="gguf")
+
+
+def _empty(model: str, since: float) -> Commit:
+    """What a model is before its first version."""
+    entry = VariantEntry("", "", 0, 0, 0, "", since)
+    record = VersionRecord(FORMAT, model, 0, 0, "", since, {ORIGINAL: entry})
+    return Commit(model, Reference(model), name_of(f"{_FORM}\0{model}".encode())[:40], record)
 
 
 def _reference(name: str, where: str) -> Reference | None:

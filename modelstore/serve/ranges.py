@@ -6,7 +6,7 @@ import re
 
 from modelstore.serve.refusals import RefusedError
 
-_RANGE = re.compile(r"bytes=(?:(\d{1,19})-(\d{1,19})?|-(\d{1,19}))")
+_RANGE = re.compile(r"bytes=(?:([0-9]{1,19})-([0-9]{1,19})?|-([0-9]{1,19}))")
 
 
 def parse_range(header: str, size: int) -> tuple[int, int]:

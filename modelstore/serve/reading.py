@@ -104,7 +104,8 @@ class Answers:
         for commit in commits:
             version, variant = commit.record.version, commit.reference.variant
             if variant == ORIGINAL:
-                originals[version] = commit
+                if version:
+                    originals[version] = commit
             elif version == newest:
                 branches.append(_ref(variant, "heads", commit))
             else:

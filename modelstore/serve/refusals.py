@@ -26,15 +26,18 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
 
 
 class RefusedError(ModelStoreError):
-    """A request that is not answered: its HTTP status, the Hub's code where there is one, and more headers."""
+    """A request that is not answered: its HTTP status, the Hub's code where there is one, more headers, more of the answer."""
 
     kind = "refused"
 
-    def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None, **more: str
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.headers = dict(headers or {})
+        self.more = more
 
 
 def no_model(name: str) -> RefusedError:

@@ -17,6 +17,10 @@ _PLAIN = {
     "metrics": "metrics",
     "api/models": "list",
     "api/whoami-v2": "whoami",
+    "api/repos/create": "create",
+    "api/repos/delete": "delete",
+    "api/validate-yaml": "yaml",
+    "api/lfs/object": "lfs-object",
 }
 # The word after a model's name below /api/models, and how many segments follow it at least and at most (None: any number).
 _VERBS: dict[str, tuple[int, int | None]] = {
@@ -25,6 +29,20 @@ _VERBS: dict[str, tuple[int, int | None]] = {
     "refs": (0, 0),
     "commits": (1, 1),
     "paths-info": (1, 1),
+    "preupload": (1, 1),
+    "commit": (1, 1),
+    "tag": (1, 1),
+    "branch": (1, 1),
+}
+
+_LFS = {"info/lfs/objects/batch": "lfs-batch", "info/lfs/verify": "lfs-verify"}
+READS = ("GET", "HEAD")
+_POST = ("paths-info", "create", "yaml", "preupload", "commit", "branch", *_LFS.values())
+METHODS: dict[str, tuple[str, ...]] = {  # of the kinds that are not read alone
+    **dict.fromkeys(_POST, ("POST",)),
+    "delete": ("DELETE",),
+    "tag": ("POST", "DELETE"),
+    "lfs-object": ("PUT", "POST"),
 }
 
 
@@ -54,6 +72,9 @@ def parse_path(raw: bytes) -> Route:
     for length in (2, 1):
         if len(segments) > length + 2 and segments[length] == "resolve":
             return _target("resolve", segments[:length], segments[length + 1], segments[length + 2 :])
+        lfs = _LFS.get("/".join(segments[length:]))
+        if lfs is not None and segments[length - 1].endswith(".git"):
+            return _target(lfs, [*segments[: length - 1], segments[length - 1].removesuffix(".git")], "", ())
     raise RefusedError(404, "there is nothing at this path: see docs/serve.md for what is", ENTRY)
 
 

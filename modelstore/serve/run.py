@@ -18,14 +18,16 @@ from typing import IO, TYPE_CHECKING
 import uvicorn
 
 from modelstore.errors import StorageError, UnsupportedError
-from modelstore.serve.app import HubApp, Visit
+from modelstore.serve.app import HubApp
 from modelstore.serve.connections import BoundedConnection
 from modelstore.serve.digests import Digests
 from modelstore.serve.gate import Gate
 from modelstore.serve.library import Library
 from modelstore.serve.limits import CallerLimits
 from modelstore.serve.sending import Turns
+from modelstore.serve.spool import Spool
 from modelstore.serve.tokens import TokenFile
+from modelstore.serve.visits import Visit
 
 if TYPE_CHECKING:
     from modelstore.client import Store
@@ -50,6 +52,8 @@ class ServerSettings:
     at_once: int | None = None
     turns: int = 8
     drain: float = 30.0
+    spool: Path | None = None
+    most: int = 1 << 40
     access: IO[str] | None = None
 
 
@@ -80,10 +84,12 @@ async def _serve(
     store: Store, settings: ServerSettings, listening: socket.socket, ready: Callable[[str], None]
 ) -> None:
     digests = Digests(settings.cache)
+    own = settings.cache / "spool" / store.repo.catalog.open().id
+    spool = Spool(settings.spool or own, settings.most)
     gate = Gate(TokenFile(settings.tokens) if settings.tokens else None)
     limits = CallerLimits(settings.a_minute, settings.at_once)
     library = Library(store)
-    app = HubApp(library, digests, gate, limits, Turns(settings.turns), _journal(settings.access))
+    app = HubApp(library, digests, gate, limits, Turns(settings.turns), spool, _journal(settings.access))
     threading.Thread(target=_warm, args=(library, app), name="modelstore-warm", daemon=True).start()
     config = uvicorn.Config(
         app,
@@ -108,6 +114,7 @@ async def _serve(
         await server.serve(sockets=[listening])
     finally:
         digests.close()
+        spool.close()
 
 
 def _warm(library: Library, app: HubApp) -> None:
