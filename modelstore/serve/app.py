@@ -14,8 +14,10 @@ from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from modelstore.format.names import is_model
 from modelstore.serve import bodies
 from modelstore.serve.digests import Digests
+from modelstore.serve.feed import MODELS, Feed
 from modelstore.serve.gate import Gate
 from modelstore.serve.library import Library
 from modelstore.serve.limits import CallerLimits
@@ -23,10 +25,10 @@ from modelstore.serve.metrics import Metrics
 from modelstore.serve.posting import Posting
 from modelstore.serve.ranges import parse_range
 from modelstore.serve.reading import PAGE, Answers, Listed, etag, whoami
-from modelstore.serve.refusals import RefusedError, refusal
+from modelstore.serve.refusals import RefusedError, no_model, refusal
 from modelstore.serve.routes import METHODS, READS, parse_path
 from modelstore.serve.sending import ClientGoneError, Connection, Turns, send_range
-from modelstore.serve.spool import Spool
+from modelstore.serve.spool import UploadSpool
 from modelstore.serve.visits import Visit
 from modelstore.serve.writing import Writing
 
@@ -49,7 +51,7 @@ class HubApp:
         gate: Gate,
         limits: CallerLimits,
         turns: Turns,
-        spool: Spool,
+        spool: UploadSpool,
         journal: Callable[[Visit], None],
     ) -> None:
         self._library = library
@@ -61,6 +63,8 @@ class HubApp:
         self._journal = journal
         self._metrics = Metrics()
         self.warmed = threading.Event()  # until then others are better asked
+        self.feed = Feed(library, self._run)
+        self._streams = {"resolve": self._file, "changes": self._changes}
         self._kinds: dict[str, Callable[[Visit], Awaitable[Response | None]]] = {
             "health": self._health,
             "ready": self._ready,
@@ -94,8 +98,8 @@ class HubApp:
         try:
             self._admit(visit)
             with self._limits.request(visit.name):
-                if visit.target.kind == "resolve":
-                    await self._file(visit, receive, send)
+                if visit.target.kind in self._streams:
+                    await self._streams[visit.target.kind](visit, receive, send)
                     return
                 answer = await self._kinds[visit.target.kind](visit)
         except ClientGoneError as gone:
@@ -166,6 +170,24 @@ class HubApp:
             finally:
                 connection.close()
                 visit.sent = connection.sent
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _changes(self, visit: Visit, receive: Receive, send: Send) -> None:
+        models = visit.request.query_params.getlist("model")
+        if not 1 <= len(models) <= MODELS:
+            raise RefusedError(400, f"name 1 to {MODELS} models: ?model=NAME&model=NAME")
+        for model in models:
+            if visit.caller is None or not is_model(model) or not visit.caller.covers(model):
+                raise no_model(model)
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", **_SAFE}
+        await self._head(visit, send, 200, headers)
+        connection = Connection(receive, send)
+        try:
+            async for event in self.feed.events(models):
+                await connection.insist(memoryview(event))
+        finally:
+            connection.close()
+            visit.sent = connection.sent
         await send({"type": "http.response.body", "body": b""})
 
     async def _head(self, visit: Visit, send: Send, status: int, headers: dict[str, str]) -> None:

@@ -30,14 +30,14 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Header:
+class CommitHeader:
     """What a commit says of itself; `parent`: the commit that it was made on, if it says."""
 
     message: str
     parent: str
 
 
-def read_commit(path: Path) -> Iterator[Header | Operation]:
+def read_commit(path: Path) -> Iterator[CommitHeader | Operation]:
     """The header, then the operations; one line is held at a time. `RefusedError` (422) for what is no commit."""
     with path.open("rb") as lines:
         for number in range(_OPERATIONS + 2):
@@ -52,7 +52,7 @@ def read_commit(path: Path) -> Iterator[Header | Operation]:
     raise RefusedError(413, f"a commit has at most {_OPERATIONS} operations")
 
 
-def _parsed(line: bytes, *, first: bool) -> Header | Operation:
+def _parsed(line: bytes, *, first: bool) -> CommitHeader | Operation:
     try:
         found = msgspec.json.decode(line)
         key, value = found["key"], found["value"]
@@ -65,11 +65,11 @@ def _parsed(line: bytes, *, first: bool) -> Header | Operation:
         raise RefusedError(422, f"a line of the commit is not valid: {error}") from None
 
 
-def _header(value: Any) -> Header:
+def _header(value: Any) -> CommitHeader:
     summary, parent = value.get("summary", ""), value.get("parentCommit", "")
     if not isinstance(summary, str) or not isinstance(parent, str):
         raise ValueError("summary and parentCommit are texts")
-    return Header(summary[:1000], parent)
+    return CommitHeader(summary[:1000], parent)
 
 
 def _operation(key: str, value: Any) -> Operation:

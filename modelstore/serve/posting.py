@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from modelstore.serve import bodies
 from modelstore.serve.refusals import RefusedError, no_model
 from modelstore.serve.signing import allowed
-from modelstore.serve.spool import Spool
+from modelstore.serve.spool import UploadSpool
 from modelstore.serve.uploads import Uploads
 from modelstore.serve.writing import Writing, full_name
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from modelstore.serve.visits import Visit
 
 COMMIT = 8 << 30  # bytes of a commit's body
-Run = Callable[..., Awaitable[Any]]
+InThread = Callable[..., Awaitable[Any]]
 
 
 class Posting:
     """What requests that change something are answered."""
 
-    def __init__(self, writing: Writing, spool: Spool, run: Run) -> None:
+    def __init__(self, writing: Writing, spool: UploadSpool, run: InThread) -> None:
         self._writing = writing
         self._spool = spool
         self._uploads = Uploads(spool, writing.has)

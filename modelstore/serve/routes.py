@@ -16,6 +16,7 @@ _PLAIN = {
     "ready": "ready",
     "metrics": "metrics",
     "api/models": "list",
+    "api/changes": "changes",
     "api/whoami-v2": "whoami",
     "api/repos/create": "create",
     "api/repos/delete": "delete",
@@ -40,6 +41,7 @@ READS = ("GET", "HEAD")
 _POST = ("paths-info", "create", "yaml", "preupload", "commit", "branch", *_LFS.values())
 METHODS: dict[str, tuple[str, ...]] = {  # of the kinds that are not read alone
     **dict.fromkeys(_POST, ("POST",)),
+    "changes": ("GET",),
     "delete": ("DELETE",),
     "tag": ("POST", "DELETE"),
     "lfs-object": ("PUT", "POST"),

@@ -25,7 +25,7 @@ from modelstore.serve.gate import Gate
 from modelstore.serve.library import Library
 from modelstore.serve.limits import CallerLimits
 from modelstore.serve.sending import Turns
-from modelstore.serve.spool import Spool
+from modelstore.serve.spool import UploadSpool
 from modelstore.serve.tokens import TokenFile
 from modelstore.serve.visits import Visit
 
@@ -85,7 +85,7 @@ async def _serve(
 ) -> None:
     digests = Digests(settings.cache)
     own = settings.cache / "spool" / store.repo.catalog.open().id
-    spool = Spool(settings.spool or own, settings.most)
+    spool = UploadSpool(settings.spool or own, settings.most)
     gate = Gate(TokenFile(settings.tokens) if settings.tokens else None)
     limits = CallerLimits(settings.a_minute, settings.at_once)
     library = Library(store)
@@ -108,6 +108,7 @@ async def _serve(
         ssl_keyfile=settings.key,
     )
     server = uvicorn.Server(config)
+    app.feed.ends = lambda: server.should_exit
     host, port = listening.getsockname()[:2]
     ready(f"{'https' if settings.certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{port}")
     try:

@@ -26,7 +26,7 @@ _OID = re.compile(r"[0-9a-f]{64}")
 class SpoolFile:
     """A file that is being received: counted against the spool's bound, digested as it passes."""
 
-    def __init__(self, spool: Spool, path: Path, most: int) -> None:
+    def __init__(self, spool: UploadSpool, path: Path, most: int) -> None:
         self._spool = spool
         self._most = most
         self._out: BinaryIO = path.open("xb")
@@ -54,7 +54,7 @@ class SpoolFile:
         self._spool.drop(self.path)
 
 
-class Spool:
+class UploadSpool:
     """The folder. May be used from many threads; `StorageError` where another server uses it."""
 
     def __init__(self, folder: Path, most: int) -> None:

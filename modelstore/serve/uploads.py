@@ -7,7 +7,7 @@ from typing import Any
 
 from modelstore.serve.refusals import RefusedError
 from modelstore.serve.signing import Permit, permit
-from modelstore.serve.spool import Spool
+from modelstore.serve.spool import UploadSpool
 
 PART = 256 << 20  # bytes of a part; larger objects are sent in parts, each of which can be tried again
 LARGEST = 1 << 40
@@ -16,7 +16,7 @@ LARGEST = 1 << 40
 class Uploads:
     """Objects that are received before a commit names them."""
 
-    def __init__(self, spool: Spool, known: Callable[[str, str, int], bool]) -> None:
+    def __init__(self, spool: UploadSpool, known: Callable[[str, str, int], bool]) -> None:
         """`known(model, oid, size)`: whether the model's newest version has that file."""
         self._spool = spool
         self._known = known

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import ConflictError
 from modelstore.format.names import is_model
-from modelstore.serve.commits import REGULAR, Header, Operation, read_commit
+from modelstore.serve.commits import REGULAR, CommitHeader, Operation, read_commit
 from modelstore.serve.digests import Digests
 from modelstore.serve.library import MAIN, Commit, Library
 from modelstore.serve.refusals import REVISION, RefusedError, no_model
-from modelstore.serve.spool import Spool
+from modelstore.serve.spool import UploadSpool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +34,7 @@ _CHECKPOINTS = (*_WEIGHTS, ".bin", ".pt", ".pth", ".ckpt", "model_index.json")
 class Writing:
     """What changes a store. May be used from many threads; commits to one model come one after the other."""
 
-    def __init__(self, library: Library, digests: Digests, spool: Spool) -> None:
+    def __init__(self, library: Library, digests: Digests, spool: UploadSpool) -> None:
         self._library = library
         self._digests = digests
         self._spool = spool
@@ -151,7 +151,7 @@ class Writing:
         message, objects = "", []
         with self._parsing:
             for line in read_commit(body):
-                if isinstance(line, Header):
+                if isinstance(line, CommitHeader):
                     message = line.message
                     if line.parent and line.parent != base.id:
                         raise RefusedError(412, f"{base.model} has changed since {line.parent[:40]}: read it again")
