@@ -47,6 +47,7 @@ ROWS = {  # in the order in which they run
     "faults": "faults:rows",
     "placement": "placement:rows",
     "host": "host:rows",
+    "serve": "serve:rows",
 }
 PEERS = (
     *("torch", "safetensors", "runai-model-streamer", "zipnn", "zstandard", "s3fs", "obstore", "numpy", "numba"),

