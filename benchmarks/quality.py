@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import modelstore as ms
+from modelstore.codecs.look import Look
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.plan import weight_codec
 from modelstore.errors import ModelStoreError
@@ -55,7 +56,7 @@ def one_round(codec: WeightCodec, raw: Any, shape: tuple[int, ...], dtype: Any) 
     region = full(shape)
     out = np.zeros((1, raw.size), np.uint8)
     started = time.perf_counter()
-    planes = codec.fit(lambda part: _part(raw, part, shape, dtype), shape, dtype)(raw, region)
+    planes = codec.fit(Look(lambda part: _part(raw, part, shape, dtype), shape, dtype))(raw, region)
     encoded = time.perf_counter()
     codec.decode([np.frombuffer(plane, np.uint8) for plane in planes], shape, dtype, out)
     return encoded - started, time.perf_counter() - encoded

@@ -34,6 +34,8 @@ _HEAD = re.compile(
 _ROUTER = re.compile(r".*\.(?:gate|router|router\.\w+|gate\.wg|shared_expert_gate|feed_forward\.gate)")
 _NORM = re.compile(r"(?:.*[._])?(?:\w*norm\w*|ln_?\w*|bn\d*|grn)(?:\.(?:weight|bias|gamma|beta|scale|shift))*", re.I)
 _BIAS = re.compile(r"(?:.*[._])?(?:bias(?:es)?(?:_\w+)?|b|b\d)")
+# Of a recurrence: how fast its state decays (Mamba, gated delta nets, RG-LRU, RWKV), how long its steps are, what passes it by.
+_STATE_SPACE = re.compile(r"(?:.*\.)?(?:A_logs?|Ds?|dt_\w+|time_(?:decay|first)|recurrent_param)")
 _TABLE = re.compile(r"(?:.*[._])?(?:scale|shift|objective)")
 # Stacks of matrices, one an expert, and matrices of other names than `weight`.
 _STACK = re.compile(
@@ -82,6 +84,8 @@ def kind_of(name: str, shape: Shape, vocabulary: int | None = None) -> Kind:
     """The kind of a tensor of floats, by its name and shape alone; `vocabulary`: rows that only heads have."""
     owner, _, last = name.rpartition(".")
     weight = last == "weight"
+    if _STATE_SPACE.fullmatch(name):
+        return "state-space"
     if len(shape) < 2:
         return "norm" if _NORM.fullmatch(name) else "bias" if _BIAS.fullmatch(name) else "other"
     what = owner if weight else name

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modelstore.calibrate.gptq import by_column, search
+from modelstore.codecs.integer.weighted import by_column, search
 
 _RATIOS = 20  # from 0 up to below 1
 _LEAST = 1e-4

@@ -12,14 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from modelstore.codecs.integer.weighted import by_column, search
 from modelstore.codecs.kernels import gptq as kernel
 
-_STEPS = 20  # of the search for a clip: from the whole range down to 0.32 of it
-_NORM = 2.4
 _DAMP, _MOST_DAMP = 0.01, 0.1  # of the mean of the diagonal, columns through which nothing comes left out
 _EXACT = 4096  # columns up to which the factor is computed in float64
 _OUTPUTS = 1024  # that are solved together: they need several copies of their weights
-_ROWS = 1 << 22  # numbers that the search looks at a time
 
 
 @dataclass(frozen=True)
@@ -85,47 +83,6 @@ def _solve(
     back = np.empty_like(codes)
     back[:, order.numpy()] = codes
     return np.ascontiguousarray(back.T) if across else back, scales.numpy()
-
-
-def search(
-    weight: torch.Tensor, importance: torch.Tensor, bits: int, group: int, stored: torch.dtype, *, steps: int = _STEPS
-) -> torch.Tensor:
-    """The scale of each group (rows, groups) that loses least, where each column counts by its importance.
-
-    `steps` clips are tried, from the whole range down: 1 is the whole range. The longer side of a group's range is turned to
-    where there is one more code, by a negative scale where that is above zero.
-    """
-    rows, columns = weight.shape
-    groups = -(-columns // group)
-    wide = torch.nn.functional.pad(weight, (0, groups * group - columns)).reshape(rows, groups, group)
-    heavy = torch.nn.functional.pad(importance, (0, groups * group - columns)).reshape(1, groups, group)
-    found = torch.empty(rows, groups)
-    step = max(1, _ROWS // max(1, groups * group))
-    for at in range(0, rows, step):
-        found[at : at + step] = _best(wide[at : at + step], heavy, bits, stored, steps)
-    return found
-
-
-def by_column(groups: torch.Tensor, group: int, columns: int) -> torch.Tensor:
-    """The value of each group (rows, groups), for each of its columns."""
-    return groups.repeat_interleave(group, 1)[:, :columns]
-
-
-def _best(part: torch.Tensor, heavy: torch.Tensor, bits: int, stored: torch.dtype, steps: int) -> torch.Tensor:
-    half = 1 << (bits - 1)
-    low, high = part.amin(-1), part.amax(-1)
-    sign = torch.where(high > -low, -1.0, 1.0)
-    widest = torch.maximum(high, -low)
-    best = torch.full_like(widest, torch.inf)
-    found = torch.ones_like(widest)
-    for at in range(steps):
-        scale = (sign * widest * (1 - at / 28) / (half - 0.5)).to(stored).float()
-        scale = torch.where(scale == 0, 1.0, scale)
-        lost = ((part / scale[..., None]).round_().clamp_(-half, half - 1).mul_(scale[..., None]) - part).abs_()
-        error = (lost.pow_(_NORM) * heavy).sum(-1)
-        better = error < best
-        found, best = torch.where(better, scale, found), torch.where(better, error, best)
-    return found
 
 
 def factor(hessian: torch.Tensor, order: torch.Tensor, dead: torch.Tensor) -> tuple[torch.Tensor | None, float | None]:

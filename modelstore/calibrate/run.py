@@ -21,6 +21,7 @@ from modelstore.calibrate.text import Samples
 from modelstore.compress.calibrated import Begun, Write
 from modelstore.compress.plan import weight_codec
 from modelstore.execute.memory import trim
+from modelstore.execute.read.tensors import bytes_of
 from modelstore.execute.spool import Spool
 from modelstore.execute.write.encoding import Encoder, Input
 from modelstore.execute.write.packs import Written
@@ -161,7 +162,9 @@ class Calibrated:
         one = solved.get(about.name)
         if one is None:
             return as_stored(codec, tensor, about)
-        return decoded(codec, one.planes(full(about.shape)), about)
+        raw = bytes_of(tensor.contiguous())
+        assert raw is not None, "it is the weight of a layer"
+        return decoded(codec, one.encode(raw, full(about.shape)), about)
 
 
 def _page(block: int) -> str:
@@ -188,5 +191,5 @@ def _fresh(item: Input, solved: Solution | None, meant: torch.Tensor | None) -> 
 
 
 def _encoder(solved: Solution) -> Encoder:
-    """How regions of a weight are encoded that was solved, whatever the values."""
-    return lambda part, raw: lambda values, region: solved.planes(region)  # noqa: ARG005
+    """How regions of a weight are encoded that was solved."""
+    return lambda part, raw: solved.encode  # noqa: ARG005  a part adds nothing to what is known

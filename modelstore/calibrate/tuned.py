@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from modelstore.calibrate.gptq import Solved, by_column
+from modelstore.calibrate.gptq import Solved
+from modelstore.codecs.integer.weighted import by_column
 
 _EDGE = 0.49  # from a code, where a number is still rounded to it
 _NARROWEST, _WIDEST = 0.5, 1.5  # scales, by the initial ones

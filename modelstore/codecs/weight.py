@@ -8,17 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.codecs.base import Codec
+from modelstore.codecs.look import Look
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.region import Region, Shape, extent
 
-ReadValues = Callable[[Region], Bytes]  # a region of the tensor → its raw bytes, 1-d
 Encode = Callable[[Bytes, Region], tuple[Buffer, ...]]  # a region's raw bytes, and where it lies → its planes
 EncodeOn = Callable[[Bytes, Shape, DType, str], tuple[Buffer, ...]]  # as `Codec.encode`, on a device of torch
 
@@ -140,12 +139,13 @@ class WeightCodec:
         """Bytes that `fit` and what it returns hold for a tensor, bands of some MiB aside, where these are many."""
         return 0
 
-    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:  # noqa: ARG002
+    def fit(self, look: Look) -> Encode:
         """Look at a whole tensor, region by region, before it is encoded; how its regions are then.
 
-        Codecs that encode each region by itself look at nothing. Memory stays well below the tensor's size.
+        Codecs that encode each region by itself look at nothing. What is held stays within `look.memory`, where `memory` says
+        that it can. A codec that reads `look.statistics` stores what these say; any other one makes nothing of them.
         """
-        return lambda values, region: self.encode(values, extent(region), dtype)
+        return lambda values, region: self.encode(values, extent(region), look.dtype)
 
     @property
     def looks_ahead(self) -> bool:
@@ -166,11 +166,6 @@ class WeightCodec:
         return ()
 
     @property
-    def under_codes(self) -> UnderCodes | None:
-        """How a region is encoded with codes that come from elsewhere; None if the codec finds them itself."""
-        return None
-
-    @property
     def view(self) -> EngineView | None:
         """How engines take what is stored, without dequantizing it; None if none does."""
         return None
@@ -179,25 +174,6 @@ class WeightCodec:
 def as_weight_codec(codec: Codec) -> WeightCodec | None:
     """The codec as one that compresses weights; None if it stores bytes of any kind."""
     return codec if isinstance(codec, WeightCodec) else None
-
-
-@runtime_checkable
-class Weighted(Protocol):
-    """A codec that can look at what comes through each column of a matrix."""
-
-    def weighted(self, values: Bytes, shape: Shape, dtype: DType, importance: NDArray[np.float32]) -> Encode:
-        """How regions of a matrix are encoded so that Σ importance of the column · error² is small.
-
-        values: all of it; importance: of each column, of mean 1.
-        """
-
-
-class UnderCodes(Protocol):
-    """`values` encoded with int4 codes (rows, columns) that are not a function of them, and the raw bytes of their scales."""
-
-    def __call__(
-        self, values: Bytes, shape: Shape, dtype: DType, codes: NDArray[np.int8], scale: Bytes
-    ) -> tuple[Buffer, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)

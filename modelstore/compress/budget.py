@@ -8,6 +8,7 @@ from modelstore.compress.plan import weight_codec
 from modelstore.errors import UnsupportedError
 from modelstore.format.objects.manifest import CodecSpec, Tensor
 
+_WHILE = 8  # a share of the memory that codecs may hold which need none
 SHARE = 4  # of the memory a quarter, at least, is for what is read, encoded and stored meanwhile
 
 
@@ -26,3 +27,8 @@ def check_memory(tensors: Iterable[tuple[Tensor, CodecSpec | None]], memory: int
             tensor=name,
         )
     return most
+
+
+def look_memory(held: int, memory: int) -> int:
+    """The bytes that a codec may hold of a tensor, of this memory: what was found to be needed, or else a small share."""
+    return max(held, memory // _WHILE)

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from modelstore.codecs.look import ReadCodes, Statistics
 from modelstore.codecs.numeric.numbers import to_float32
-from modelstore.codecs.weight import UnderCodes
 from modelstore.errors import FormatError
-from modelstore.execute.write.encoding import Encoder
-from modelstore.format.buffers import Buffer, Bytes, view
+from modelstore.format.buffers import Bytes, view
 from modelstore.format.digest import name_of_pieces
 from modelstore.format.dtypes import DTYPES
-from modelstore.format.objects.manifest import Manifest, Tensor
-from modelstore.format.region import Region, Shape, extent, size
+from modelstore.format.objects.manifest import Manifest
+from modelstore.format.region import Region, Shape, size
 from modelstore.sources.base import Source, TensorSpec
 
 _PACKED, _SCALE, _SHAPE = "_packed", "_scale", "_shape"
@@ -222,14 +222,17 @@ class PackedCodes(CheckpointCodes):
         return Given((rows, columns), scale.dtype.name, group)
 
 
-def encoder_of(under: UnderCodes, codes: Codes, tensor: Tensor) -> Encoder:
-    """How regions of a weight are encoded under its given codes."""
+def statistics_of(codes: Codes, name: str) -> Statistics | None:
+    """What is known of a weight that has been given codes; None of one that has not."""
+    given = codes.given.get(name)
+    if given is None:
+        return None
 
-    def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
-        found, scale = codes.read(tensor.name, region)
-        return under(values, extent(region), tensor.kind, found, scale)
+    def read(bits: int, group_size: int) -> ReadCodes:
+        assert (bits, group_size) == (4, given.group_size), "a plan asks for the codes as they are"
+        return partial(codes.read, name)
 
-    return lambda part, raw: encode  # noqa: ARG005  the part adds nothing
+    return Statistics(codes=read)
 
 
 def group_size(columns: int, groups: int) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from modelstore.codecs.weight import Encode, EncodeOn, ReadValues, WeightCodec
+from modelstore.codecs.look import Look
+from modelstore.codecs.weight import Encode, EncodeOn, WeightCodec
 from modelstore.format.dtypes import DType
-from modelstore.format.region import Shape, extent
+from modelstore.format.region import extent
 
-FitTensor = Callable[[ReadValues, Shape, DType], Encode]
+FitTensor = Callable[[Look], Encode]
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
@@ -18,9 +19,7 @@ def fit_on(codec: WeightCodec, device: str | None) -> FitTensor:
     encode = codec.on_device
     if device is None or encode is None:
         return codec.fit
-    return lambda read, shape, dtype: (
-        _encoding(encode, dtype, device) if dtype.name in _FLOATS else codec.fit(read, shape, dtype)
-    )
+    return lambda look: _encoding(encode, look.dtype, device) if look.dtype.name in _FLOATS else codec.fit(look)
 
 
 def _encoding(encode: EncodeOn, dtype: DType, device: str) -> Encode:

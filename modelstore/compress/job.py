@@ -10,16 +10,18 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from modelstore.architecture.ranks.parallel import axes
+from modelstore.codecs.look import Look, Statistics
 from modelstore.codecs.registry import codec as make_codec
 from modelstore.codecs.weight import Encode, WeightCodec, has_whole_rows
-from modelstore.compress.budget import check_memory
+from modelstore.compress.budget import check_memory, look_memory
 from modelstore.compress.calibrated import Begun, Solver, noted
-from modelstore.compress.codes import Codes, encoder_of
+from modelstore.compress.codes import Codes, statistics_of
 from modelstore.compress.devices import fit_on
 from modelstore.compress.kept import keep_architecture
 from modelstore.compress.made import manifest_of, reader_of, view_spec
@@ -128,13 +130,15 @@ def compress(
     recorded = _recorded(recipe, plan, codes.check(parent.manifest) if codes else None, parent.requantized)
     recorded |= {"calibration": calibrated.recorded} if calibrated else {}
     before = _made_before(repo.manifests, parent, variants, recorded)
+    held = 0
     if before is None:
         _check_free(parent.record, variants)
         if recipe.prune is not None:
             plan = with_threshold(plan, recipe.prune, parent.manifest, parent.reader, work)
         held = check_memory(((parent.manifest.by_name[c.name], c.codec) for c in plan.compressed), work.memory)
         work = work.within(work.memory - held, work.limits.threads)
-    inputs = _inputs(parent, variants, plan, codes, calibrated.gains if calibrated else ())
+    memory = look_memory(held, work.memory)
+    inputs = _inputs(parent, variants, plan, codes, memory, calibrated.gains if calibrated else ())
     tally, shelf = Tally(), Shelf(repo.storage)
     settings = msgspec.json.encode(recorded, order="sorted").decode()
     identity = ("compress", model, parent.content, *variants, settings)
@@ -177,11 +181,18 @@ def compress(
 
 
 def _inputs(
-    parent: Parent, variants: tuple[str, ...], plan: CompressionPlan, codes: Codes | None, gains: Iterable[str]
+    parent: Parent,
+    variants: tuple[str, ...],
+    plan: CompressionPlan,
+    codes: Codes | None,
+    memory: int,
+    gains: Iterable[str],
 ) -> list[Input]:
     """All that a job may write: what is compressed, files, and gains that what looks at data may change."""
     axis = axes(parent.config, known=parent.manifest.architecture) if parent.config else None
-    inputs = [_input(choice, parent, variants, axis, codes) for choice in plan.compressed] + parent.file_inputs()
+    inputs = [
+        _input(choice, parent, variants, axis, codes, memory) for choice in plan.compressed
+    ] + parent.file_inputs()
     return inputs + [_exact_input(parent.manifest.by_name[name], parent.reader) for name in gains]
 
 
@@ -207,10 +218,11 @@ def encode(
     The packs depend on the portion alone, not on who encodes it, nor on the device. Errors as for `compress`.
     """
     axis = axes(config, known=parent_manifest.architecture) if config else None
-    inputs = [
-        _input_of(parent_manifest.by_name[name], spec, reader, portion.variants, axis, device)
-        for name, spec in portion.specs.items()
-    ]
+    inputs = []
+    for name, spec in portion.specs.items():
+        tensor = parent_manifest.by_name[name]
+        memory = look_memory(weight_codec(spec).memory(tensor.shape, tensor.kind), limits.memory)
+        inputs.append(_input_of(tensor, spec, _look(reader, tensor, memory), reader, portion.variants, axis, device))
     tally, shelf = Tally(), Shelf(storage)
     journal = Journal(storage, portion.job)
     known = known_chunks((parent_manifest, *earlier))
@@ -220,9 +232,7 @@ def encode(
     return tally
 
 
-def encoder(
-    codec: WeightCodec, read: Callable[[Region], Bytes], tensor: Tensor, chunks: int, device: str | None = None
-) -> Encoder:
+def encoder(codec: WeightCodec, look: Look, chunks: int, device: str | None = None) -> Encoder:
     """How parts of a tensor are encoded: the codec's first look uses the part, if it has it.
 
     If it does not, the tensor is read for it when its first chunk is encoded, and the findings are released after the last
@@ -237,7 +247,7 @@ def encoder(
         nonlocal left
         with lock:
             if not made:
-                made.append(fit(read, tensor.shape, tensor.kind))
+                made.append(fit(look))
             fitted = made[0]
             left -= 1
             if left == 0:
@@ -245,10 +255,10 @@ def encoder(
         return fitted(values, region)
 
     def choose(part: Region, raw: Bytes) -> EncodeRegion:
-        if not codec.by_rows or not has_whole_rows(part, tensor.shape):
+        if not codec.by_rows or look.statistics or not has_whole_rows(part, look.shape):
             return encode
         shape = extent(part)
-        fitted = fit(lambda region: boxes.cut(raw, shape, tensor.kind.itemsize, region), shape, tensor.kind)
+        fitted = fit(replace(look, read=partial(boxes.cut, raw, shape, look.dtype.itemsize), shape=shape))
         return lambda values, region: fitted(values, shift(region, part))
 
     return choose
@@ -269,19 +279,19 @@ def _input(
     variants: tuple[str, ...],
     axis: Callable[[str], int | None] | None,
     codes: Codes | None,
+    memory: int,
 ) -> Input:
     assert choice.codec is not None
     tensor = parent.manifest.by_name[choice.name]
-    made = _input_of(tensor, choice.codec, parent.reader, variants, axis)
-    under = weight_codec(view_spec(choice.codec, ORIGINAL)).under_codes
-    if codes and under:
-        return replace(made, encoder=encoder_of(under, codes, tensor))
-    return made
+    known = statistics_of(codes, tensor.name) if codes else None
+    look = _look(parent.reader, tensor, memory, known)
+    return _input_of(tensor, choice.codec, look, parent.reader, variants, axis)
 
 
 def _input_of(
     tensor: Tensor,
     chosen: CodecSpec,
+    look: Look,
     reader: Reader,
     variants: tuple[str, ...],
     axis: Callable[[str], int | None] | None,
@@ -291,7 +301,7 @@ def _input_of(
     codec = weight_codec(spec)
     plan = tensor_plan(tensor, spec, axis)
     views = tuple(weight_codec(view_spec(chosen, variant)) for variant in variants)
-    encoding = encoder(codec, _regions(reader, tensor), tensor, grid.count(plan.shape, plan.chunk), device)
+    encoding = encoder(codec, look, grid.count(plan.shape, plan.chunk), device)
     return Input(plan, codec, _reading(reader, tensor), encoding, views)
 
 
@@ -302,8 +312,8 @@ def _exact_input(tensor: Tensor, reader: Reader) -> Input:
     return Input(plan, codec, _reading(reader, tensor), views=(codec,))
 
 
-def _regions(reader: Reader, tensor: Tensor) -> Callable[[Region], Bytes]:
-    return lambda region: reader.region(tensor, region)
+def _look(reader: Reader, tensor: Tensor, memory: int, known: Statistics | None = None) -> Look:
+    return Look(partial(reader.region, tensor), tensor.shape, tensor.kind, memory, known)
 
 
 def _reading(reader: Reader, tensor: Tensor) -> ReadRegion:

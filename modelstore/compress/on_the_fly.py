@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from modelstore.architecture.ranks.parallel import axes
-from modelstore.compress.budget import check_memory
+from modelstore.codecs.look import Look
+from modelstore.compress.budget import check_memory, look_memory
 from modelstore.compress.job import encoder
 from modelstore.compress.plan import plan_compression, tensor_plan, weight_codec
 from modelstore.errors import UnsupportedError
@@ -89,6 +90,7 @@ class OnTheFlyReader(Reader):
         self._original = original
         self._maker = maker
         self._slab = _SLAB
+        self._memory: int | None = None  # that codecs may hold
         self._encoders: dict[str, Encoder] = {}
         self._lock = Lock()
 
@@ -105,7 +107,8 @@ class OnTheFlyReader(Reader):
         alone.
         """
         made = [want.tensor for want in wants if not want.tensor.planes and want.tensor.nbytes]
-        check_memory(((tensor, self.manifest.codecs[tensor.codec]) for tensor in made), work.memory)
+        held = check_memory(((tensor, self.manifest.codecs[tensor.codec]) for tensor in made), work.memory)
+        self._memory = look_memory(held, work.memory)
         less = work.within(
             work.memory // 3, work.limits.threads
         )  # a thread holds the original's chunks, and a slab of it, too
@@ -133,7 +136,8 @@ class OnTheFlyReader(Reader):
             if encode is None:
                 codec = weight_codec(self.manifest.codecs[tensor.codec])
                 slabs = _Slabs(self._original, source, self._slab)
-                encode = encoder(codec, slabs.read, tensor, -1)  # no chunk is the last: `schedule` lets go
+                look = Look(slabs.read, tensor.shape, tensor.kind, self._memory)
+                encode = encoder(codec, look, -1)  # no chunk is the last: `schedule` lets go
                 self._encoders[tensor.name] = encode
         values = self._original.region(source, region)
         return [as_bytes(plane) for plane in encode(region, values)(values, region)]

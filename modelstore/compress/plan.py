@@ -120,6 +120,7 @@ def _spec(tensor: Tensor, kind: Kind, chosen: Recipe, already: str | None) -> tu
 
 _LEFT: Mapping[str, str] = {
     "unknown": "nothing is known of it: it is compressed where it is named",
+    "state-space": "it steers a recurrence, which adds up its errors: it is compressed where it is named",
     "quantized": "it is quantized already",
 }
 

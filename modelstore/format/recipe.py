@@ -23,6 +23,7 @@ Kind = Literal[
     "router",
     "norm",
     "bias",
+    "state-space",
     "quantized",
     "unknown",
     "other",

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from modelstore.calibrate.gptq import Factored, by_column, solve
+from modelstore.calibrate.gptq import Factored, solve
 from modelstore.calibrate.layers import Linears
 from modelstore.calibrate.statistics import Gathered
+from modelstore.codecs.integer.weighted import by_column
 from modelstore.codecs.numeric.scaled import scale_dtype
 from modelstore.format.objects.manifest import Manifest
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modelstore.codecs.look import Look, Statistics
 from modelstore.codecs.loss import Loss, loss_of
 from modelstore.codecs.numeric.numbers import numpy_dtype
 from modelstore.codecs.weight import FLOATS
@@ -192,6 +194,18 @@ class WeightContract:
         assert loss.nonfinite
         assert Loss(loss.signal, loss.noise).sqnr >= self.floor
 
+    def test_little_memory_and_no_statistics_give_the_same_bytes(self) -> None:
+        shape = (130, 1024)
+        values = make("outlier", shape, BF16)
+        if self.codec.refuses(shape, BF16) is not None:
+            pytest.skip("the codec takes no such matrix")
+        look = Look(partial(boxes.cut, values, shape, BF16.itemsize), shape, BF16)
+        least = dataclasses.replace(look, memory=self.codec.memory(shape, BF16) or 256 << 10, statistics=Statistics())
+        free, bound = (
+            [as_bytes(plane).tobytes() for plane in self.codec.fit(one)(values, full(shape))] for one in (look, least)
+        )
+        assert bound == free
+
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_in_regions_as_in_one(self, dtype: str) -> None:
         if not self.regional:
@@ -205,7 +219,7 @@ class WeightContract:
             def read(region: Region, values: Bytes = values, shape: Shape = shape) -> Bytes:
                 return boxes.cut(values, shape, d.itemsize, region)
 
-            encode = self.codec.fit(read, shape, d)
+            encode = self.codec.fit(Look(read, shape, d))
             whole = [as_bytes(plane).tobytes() for plane in encode(values, full(shape))]
             assert whole == [plane.tobytes() for plane in self.encode(values, shape, d)], f"{shape} {kind}"
             expected = self.decode(whole, shape, d)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from modelstore.calibrate.gptq import Factored, factor, search, solve
+from modelstore.calibrate.gptq import Factored, factor, solve
 from modelstore.calibrate.methods import WAYS, Layer
 from modelstore.codecs.integer.codec import Int
+from modelstore.codecs.integer.weighted import search
 from modelstore.format.dtypes import DTYPES
 
 
@@ -77,7 +78,7 @@ def test_a_clip_weighted_by_what_comes_through_loses_less_of_it(bits: int) -> No
 
     def values(moments: torch.Tensor) -> torch.Tensor:
         way = WAYS["imatrix"]
-        planes = way.solve(layer, way.prepare(moments)).planes(((0, 20), (0, 150)))
+        planes = way.solve(layer, way.prepare(moments)).encode(np.empty(0, np.uint8), ((0, 20), (0, 150)))
         out = np.empty((1, 4 * weight.numel()), np.uint8)
         codec.decode(planes, (20, 150), kind, out)
         return torch.from_numpy(out.view(np.float32).reshape(20, 150).copy())

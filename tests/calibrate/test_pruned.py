@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from modelstore.calibrate.gptq import Factored, search, solve
+from modelstore.calibrate.gptq import Factored, solve
 from modelstore.calibrate.methods import WAYS, Layer
 from modelstore.calibrate.pruned import Moments, lost, reconstructed, sparsegpt, wanda
 from modelstore.codecs.integer.codec import Int
+from modelstore.codecs.integer.weighted import search
+from modelstore.codecs.look import Look
 from modelstore.codecs.sparse.codec import Sparse
 from modelstore.codecs.sparse.pruning import Pruning
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.recipe import METHODS
+
+NONE = np.empty(0, np.uint8)  # values that are not looked at
 
 HALF, EACH_ROW, TWO_OF_FOUR = Pruning(sparsity=0.5), Pruning(sparsity=0.5, scope="row"), Pruning(n=2, m=4)
 
@@ -120,7 +124,7 @@ def test_the_share_that_is_pruned_is_exact(share: float) -> None:
 def test_wanda_with_equal_norms_is_magnitude(pruning: Pruning) -> None:
     values = weight(9, 150)
     kind, raw = DTYPES["float32"], values.numpy().tobytes()
-    kept = pruning.fit(lambda _: np.empty(0, np.uint8), (9, 150), kind)
+    kept = pruning.fit(Look(lambda _: np.empty(0, np.uint8), (9, 150), kind))
     mask = kept(np.frombuffer(raw, np.uint8), ((0, 9), (0, 150))).reshape(9, 150)
     for level in (1.0, 1e-30, 1e30, 0.0):  # where nothing comes through at all, magnitude is all that is known
         found = wanda(values, Moments(level * torch.eye(150, dtype=torch.float64)), pruning)
@@ -168,7 +172,7 @@ def test_dead_columns_and_inputs_without_a_factor() -> None:
         layer = Layer(weight(4, 16), Sparse(sparsity=0.5), DTYPES["float32"], {"reconstruct": reconstruct})
         solved = WAYS["sparsegpt"].solve(layer, Moments(broken))
         assert "no factor" in solved.note
-        assert np.isfinite(decoded(solved.planes(((0, 4), (0, 16))), (4, 16), "float32")).all()
+        assert np.isfinite(decoded(solved.encode(NONE, ((0, 4), (0, 16))), (4, 16), "float32")).all()
 
 
 def with_dead(columns: int, dead: torch.Tensor, c: float = 1.0) -> Moments:
@@ -203,7 +207,7 @@ def test_pruned_codes_do_not_depend_on_the_scale_of_the_inputs(params: dict[str,
         planes = (
             WAYS["sparsegpt"]
             .solve(Layer(values, codec, kind, params), with_dead(160, dead, each))
-            .planes(((0, 8), (0, 160)))
+            .encode(NONE, ((0, 8), (0, 160)))
         )
         out = np.empty((1, 4 * values.numel()), np.uint8)
         codec.decode(planes, (8, 160), kind, out)
@@ -245,8 +249,8 @@ def decoded(planes: tuple[object, ...], shape: tuple[int, int], dtype: str) -> n
 def test_what_was_found_is_stored_region_by_region(dtype: str) -> None:
     layer = Layer(weight(12, 40) * 1e5, Sparse(n=2, m=4), DTYPES[dtype], {"reconstruct": True})
     solved = WAYS["sparsegpt"].solve(layer, moments(40))
-    whole = decoded(solved.planes(((0, 12), (0, 40))), (12, 40), dtype)
+    whole = decoded(solved.encode(NONE, ((0, 12), (0, 40))), (12, 40), dtype)
     assert np.isfinite(whole).all()
     assert ((whole != 0).reshape(12, 10, 4).sum(2) <= 2).all()
-    parts = [decoded(solved.planes(((a, a + 4), (8, 40))), (4, 32), dtype) for a in (0, 4, 8)]
+    parts = [decoded(solved.encode(NONE, ((a, a + 4), (8, 40))), (4, 32), dtype) for a in (0, 4, 8)]
     assert np.array_equal(np.concatenate(parts), whole[:, 8:])

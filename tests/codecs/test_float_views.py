@@ -9,6 +9,7 @@ import pytest
 
 from modelstore.codecs import registry
 from modelstore.codecs.floating.view import Fp8View, Mxfp4View, Nvfp4View
+from modelstore.codecs.look import Look
 from modelstore.codecs.weight import EngineTensor, EngineView, WeightCodec
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.buffers import Bytes, as_bytes
@@ -115,7 +116,7 @@ def test_chunks_placed_side_by_side_are_the_whole(name: str, params: dict[str, o
     def read(region: Region) -> Bytes:
         return np.ascontiguousarray(box[tuple(slice(a, b) for a, b in region)]).reshape(-1).view(np.uint8)
 
-    encode = codec.fit(read, shape, d)
+    encode = codec.fit(Look(read, shape, d))
     whole = view.arrays(encode(values, full(shape)), shape, d)
     placed = {key: np.zeros_like(array) for key, array in whole.items()}
     for region in cuts(shape, codec.group(shape)):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from modelstore.codecs.look import Look, ReadValues
 from modelstore.codecs.lowrank import codec as lowrank
 from modelstore.codecs.lowrank import decompose
 from modelstore.codecs.lowrank.codec import LowRank
 from modelstore.codecs.sparse.codec import within
-from modelstore.codecs.weight import ReadValues
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DTYPES
 from modelstore.format.region import Shape
@@ -90,7 +90,7 @@ def test_a_large_matrix_is_read_in_bands(monkeypatch: pytest.MonkeyPatch) -> Non
     for shape in ((200, 64), (64, 200), (3, 40, 64)):
         values = make("normal", shape, F32)
         largest = 0
-        inner = within(values, shape, F32)
+        inner = within(values, shape, F32).read
 
         def read(region: tuple[tuple[int, int], ...], inner: ReadValues = inner) -> Bytes:
             nonlocal largest
@@ -98,7 +98,7 @@ def test_a_large_matrix_is_read_in_bands(monkeypatch: pytest.MonkeyPatch) -> Non
             largest = max(largest, found.size)
             return found
 
-        encode = LowRank(rank=5).fit(read, shape, F32)
+        encode = LowRank(rank=5).fit(Look(read, shape, F32))
         assert largest <= 4096
         planes = encode(values, tuple((0, n) for n in shape))
         out = np.empty((1, values.size), np.uint8)
@@ -130,12 +130,12 @@ def test_a_space_that_is_looked_for_holds_what_the_eigenvectors_hold(
 def test_factors_of_a_stack_are_made_as_its_regions_come(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (6, 32, 48)
     values = make("normal", shape, F32)
-    whole = LowRank(rank=4).fit(within(values, shape, F32), shape, F32)(values, tuple((0, n) for n in shape))
+    whole = LowRank(rank=4).fit(within(values, shape, F32))(values, tuple((0, n) for n in shape))
     made = []
     real = decompose.factors
     monkeypatch.setattr(decompose, "factors", lambda *args: made.append(1) or real(*args))
     monkeypatch.setattr(lowrank, "_HELD", 0)
-    encode = LowRank(rank=4).fit(within(values, shape, F32), shape, F32)
+    encode = LowRank(rank=4).fit(within(values, shape, F32))
     assert not made
     out = np.empty((1, values.size), np.uint8)
     LowRank(rank=4).decode(whole, shape, F32, out)

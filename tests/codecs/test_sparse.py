@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelstore.codecs.look import Look
 from modelstore.codecs.numeric import histogram
 from modelstore.codecs.shared.deep import Deep
 from modelstore.codecs.sparse import pruning
@@ -105,7 +106,7 @@ def test_one_threshold_for_many_tensors(dtype: str) -> None:
     total = kept = 0
     for values in tensors:
         n = values.size // d.itemsize
-        keep = pruning.Pruning(threshold=threshold).fit(lambda _, v=values: v, (n,), d)  # type: ignore[misc]
+        keep = pruning.Pruning(threshold=threshold).fit(Look(lambda _, v=values: v, (n,), d))  # type: ignore[misc]
         total, kept = total + n, kept + int(keep(values, ((0, n),)).sum())
     assert kept / total == pytest.approx(0.4, abs=0.03 if d.itemsize == 1 else 0.002)
 

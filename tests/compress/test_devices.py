@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from modelstore.codecs.floating.half import Half
 from modelstore.codecs.integer.codec import Int
+from modelstore.codecs.look import Look
 from modelstore.codecs.weight import matrix
 from modelstore.compress.devices import fit_on
 from modelstore.format.dtypes import DTYPES
@@ -57,5 +58,5 @@ def test_only_what_gains_goes_to_a_device() -> None:
     assert fit_on(searched, None) == searched.fit
     narrow = DTYPES["float8_e4m3fn"]
     raw = make(KINDS[0], (8, 128), narrow)
-    made = fit_on(searched, "cpu")(lambda _: raw, (8, 128), narrow)(raw, full((8, 128)))
+    made = fit_on(searched, "cpu")(Look(lambda _: raw, (8, 128), narrow))(raw, full((8, 128)))
     assert np.asarray(made[0]).tobytes() == np.asarray(searched.encode(raw, (8, 128), narrow)[0]).tobytes()

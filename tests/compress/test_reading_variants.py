@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import modelstore as ms
 from modelstore.client import Store
 from modelstore.codecs import registry
+from modelstore.codecs.look import Look
 from modelstore.codecs.weight import WeightCodec, part_name
 from modelstore.compress.engine.assembly import Assembly, units
 from modelstore.compress.made import view_spec
@@ -59,7 +60,7 @@ def test_what_is_loaded_is_what_the_codec_decodes(recipe: str) -> None:
         assert isinstance(codec, WeightCodec)
         box = raw.reshape(*shape, 2)
         cut = lambda region, box=box: np.ascontiguousarray(box[slices(region)]).reshape(-1)  # noqa: E731
-        encode = codec.fit(cut, shape, dtype)
+        encode = codec.fit(Look(cut, shape, dtype))
         by_hand = np.empty_like(box)
         for chunk in range(grid.count(shape, chunks[name])):
             region = grid.chunk_region(shape, chunks[name], chunk)
@@ -228,7 +229,7 @@ def test_any_slice_holds_the_numbers_of_the_whole(data: st.DataObject) -> None:
     def read(region: Region) -> np.ndarray:
         return np.ascontiguousarray(values[slices(region)]).reshape(-1).view(np.uint8)
 
-    encode = codec.fit(read, shape, dtype)
+    encode = codec.fit(Look(read, shape, dtype))
     want = Want(Tensor("w", "float32", shape, chunk, 0, "", ()), share)
     assembly = Assembly(want, view)
     for found in chunk_reads([want]):

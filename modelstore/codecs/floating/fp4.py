@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from modelstore.codecs import check
 from modelstore.codecs.floating import view as floatviews
 from modelstore.codecs.floating.weighted import CLIPS, Importance, searched
+from modelstore.codecs.look import Look
 from modelstore.codecs.numeric import scaled
 from modelstore.codecs.numeric.numbers import Floats, limit
 from modelstore.codecs.numeric.scaled import Format4, Grid
-from modelstore.codecs.weight import Encode, EngineView, ReadValues, WeightCodec, group_of, matrix
+from modelstore.codecs.weight import Encode, EngineView, WeightCodec, group_of, matrix
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.grid import bands
@@ -36,7 +37,6 @@ E2M1 = Format4(
 MOST = 6.0  # of E2M1
 MOST_SCALE = 448.0  # of E4M3
 _LEAST_SCALE = 2.0**-9
-_BAND = 4 << 20  # bytes of a tensor that are looked at at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,17 @@ class Mxfp4(WeightCodec):
         codes = scaled.encode4(values, dtype, grid, _powers(exponents), E2M1)
         return codes, exponents.astype(np.uint8).reshape(-1)
 
-    def weighted(self, values: Bytes, shape: Shape, dtype: DType, importance: Importance) -> Encode:
+    @property
+    def looks_ahead(self) -> bool:
+        return False
+
+    def fit(self, look: Look) -> Encode:
+        """Nothing is looked at, unless columns have an importance."""
+        return WeightCodec.fit(self, look) if look.importance is None else self._weighted(look, look.importance)
+
+    def _weighted(self, look: Look, importance: Importance) -> Encode:
         """The power of two that the specification has is tried, and those beside it."""
-        check.values(values, shape, dtype)
+        values, shape, dtype = look.read(full(look.shape)), look.shape, look.dtype
         grid = _grid(shape, 32)
         first = _exponents(scaled.absmax(values, dtype, grid))
         tried = (_powers(np.clip(first + at, 1, 254)) for at in (0, 1, -1))
@@ -130,12 +138,14 @@ class Nvfp4(WeightCodec):
         grid = _grid(shape, 16)
         return grid.rows * (grid.line + grid.groups) + 4
 
-    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
-        """The tensor is looked at for its largest magnitude, in bands of 4 MiB."""
-        greatest = np.float32(0)
-        for region in bands(full(shape), dtype.itemsize, _BAND):
+    def fit(self, look: Look) -> Encode:
+        """The tensor is looked at for its largest magnitude, in bands of 4 MiB; where columns have an importance, whole."""
+        if look.importance is not None:
+            return self._weighted(look, look.importance)
+        dtype, greatest = look.dtype, np.float32(0)
+        for region in bands(full(look.shape), dtype.itemsize, look.band):
             n = size(region)
-            greatest = max(greatest, scaled.absmax(read(region), dtype, Grid(1, n, n)).max())
+            greatest = max(greatest, scaled.absmax(look.read(region), dtype, Grid(1, n, n)).max())
         over = _global(greatest, dtype)
 
         def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
@@ -176,9 +186,9 @@ class Nvfp4(WeightCodec):
         codes = scaled.encode4(values, dtype, grid, scales, E2M1)
         return codes, kept, scaled.plane(np.array([over]), "float32")
 
-    def weighted(self, values: Bytes, shape: Shape, dtype: DType, importance: Importance) -> Encode:
+    def _weighted(self, look: Look, importance: Importance) -> Encode:
         """Scales of down to 0.32 of each block's range are tried."""
-        check.values(values, shape, dtype)
+        values, shape, dtype = look.read(full(look.shape)), look.shape, look.dtype
         grid = _grid(shape, 16)
         largest = scaled.absmax(values, dtype, grid)
         over = _global(largest.max(), dtype)

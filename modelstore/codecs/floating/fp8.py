@@ -10,10 +10,11 @@ import numpy as np
 
 from modelstore.codecs import check
 from modelstore.codecs.floating import view as floatviews
+from modelstore.codecs.look import Look
 from modelstore.codecs.numeric import scaled
 from modelstore.codecs.numeric.numbers import Floats
 from modelstore.codecs.numeric.scaled import E4M3, E5M2, Format8, Grid
-from modelstore.codecs.weight import Encode, EngineView, ReadValues, WeightCodec, group_of, is_convolution, matrix
+from modelstore.codecs.weight import Encode, EngineView, WeightCodec, group_of, is_convolution, matrix
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
 from modelstore.format.grid import bands
@@ -21,7 +22,6 @@ from modelstore.format.region import Region, Shape, extent, full, slices
 
 _FORMATS = {"e4m3": E4M3, "e5m2": E5M2}
 _GRANULARITIES = ("tensor", "channel", "block")
-_BAND = 4 << 20  # bytes of a tensor that are looked at at a time
 _COLUMNS = 128  # regions are cut at multiples of so many columns, though no group asks for it: matrices stay such
 
 
@@ -83,17 +83,18 @@ class Fp8(WeightCodec):
             + math.prod(self._scales(shape)) * scaled.numpy_dtype_of(scaled.scale_dtype(dtype)).itemsize
         )
 
-    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
+    def fit(self, look: Look) -> Encode:
         """Tensors and channels are looked at whole for their largest magnitude, in bands of 4 MiB; blocks are not."""
+        shape, dtype = look.shape, look.dtype
         if self.granularity == "block":
             return lambda values, region: self.encode(values, extent(region), dtype)
         channels = _channels(shape, full(shape))
         largest = np.zeros(channels or (1,), np.float32)
-        for region in bands(full(shape), dtype.itemsize, _BAND):
+        for region in bands(full(shape), dtype.itemsize, look.band):
             rows = math.prod(_channels(shape, region))
             grid = Grid(rows, math.prod(extent(region)) // rows, 1 << 40)
             there = largest[slices(region[: len(channels)])] if channels else largest
-            np.maximum(there, scaled.absmax(read(region), dtype, grid).reshape(there.shape), out=there)
+            np.maximum(there, scaled.absmax(look.read(region), dtype, grid).reshape(there.shape), out=there)
         if self.granularity == "tensor":
             one = self._choose(largest.max(keepdims=True).reshape(1, 1), dtype)
             return lambda values, region: self._encode(values, extent(region), dtype, one)

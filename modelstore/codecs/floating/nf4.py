@@ -10,12 +10,13 @@ import numpy as np
 
 from modelstore.codecs import check
 from modelstore.codecs.floating.weighted import CLIPS, Importance, searched
+from modelstore.codecs.look import Look
 from modelstore.codecs.numeric import scaled
 from modelstore.codecs.numeric.scaled import Format4, Grid
 from modelstore.codecs.weight import Encode, WeightCodec, group_of, matrix
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
-from modelstore.format.region import Region, Shape, extent
+from modelstore.format.region import Region, Shape, extent, full
 
 # The levels as QLoRA's appendix gives them: quantiles of the normal distribution, eight below zero, zero, and seven above.
 LEVELS = (
@@ -75,9 +76,17 @@ class Nf4(WeightCodec):
         scales = scaled.choose(scaled.absmax(values, dtype, grid), 1.0, dtype, "bfloat16")
         return scaled.encode4(values, dtype, grid, scales, NF4), scaled.plane(scales, "bfloat16")
 
-    def weighted(self, values: Bytes, shape: Shape, dtype: DType, importance: Importance) -> Encode:
+    @property
+    def looks_ahead(self) -> bool:
+        return False
+
+    def fit(self, look: Look) -> Encode:
+        """Nothing is looked at, unless columns have an importance."""
+        return WeightCodec.fit(self, look) if look.importance is None else self._weighted(look, look.importance)
+
+    def _weighted(self, look: Look, importance: Importance) -> Encode:
         """Scales of down to 0.32 of each group's range are tried."""
-        check.values(values, shape, dtype)
+        values, shape, dtype = look.read(full(look.shape)), look.shape, look.dtype
         grid = self._grid(shape)
         largest = scaled.absmax(values, dtype, grid)
         tried = (scaled.choose(largest * np.float32(clip), 1.0, dtype, "bfloat16") for clip in CLIPS)

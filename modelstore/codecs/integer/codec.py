@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from modelstore.codecs import check
 from modelstore.codecs.integer.planes import IntLayout
 from modelstore.codecs.integer.view import PackedView
+from modelstore.codecs.look import Look, ReadCodes, ReadValues, Statistics
+from modelstore.codecs.numeric import levels, scaled
 from modelstore.codecs.numeric.numbers import Floats, from_float32, limit, with_nan
 from modelstore.codecs.weight import (
     Encode,
     EncodeOn,
     EngineView,
-    ReadValues,
     WeightCodec,
     group_of,
     is_convolution,
@@ -25,7 +26,7 @@ from modelstore.codecs.weight import (
 )
 from modelstore.format import boxes
 from modelstore.format.buffers import Buffer, Bytes
-from modelstore.format.dtypes import DType
+from modelstore.format.dtypes import DTYPES, DType
 from modelstore.format.grid import bands
 from modelstore.format.region import Region, Shape, extent, full, slices
 
@@ -125,11 +126,19 @@ class Int(WeightCodec):
     def size(self, shape: Shape, dtype: DType) -> int:
         return sum(self.layout.sizes(shape, dtype))
 
-    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
-        """Tensors and channels are looked at whole, in bands of 4 MiB, once, for "mse" twice; groups and blocks are not."""
+    def fit(self, look: Look) -> Encode:
+        """Tensors and channels are looked at whole, in bands of 4 MiB, once, for "mse" twice; groups and blocks are not.
+
+        Where statistics know codes, or the importance of columns, symmetric groups are stored by these.
+        """
+        shape, dtype = look.shape, look.dtype
+        if look.statistics and self.symmetric and self.granularity == "group":
+            read = self._known(look, look.statistics)
+            if read is not None:
+                return self._given(read, dtype)
         if self.granularity in ("group", "block"):
             return lambda values, region: self.encode(values, extent(region), dtype)
-        scales, zeros = self._search(read, shape, dtype)
+        scales, zeros = self._search(look.read, shape, dtype)
 
         def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
             mine = slices(region[: scales.ndim]) if self.granularity == "channel" and shape[:-1] else ()
@@ -142,7 +151,40 @@ class Int(WeightCodec):
         check.values(values, shape, dtype)
         if self.granularity in ("group", "block"):
             return self._encode(values, shape, dtype, None)
-        return self.fit(partial(boxes.cut, values, shape, dtype.itemsize), shape, dtype)(values, full(shape))
+        return self.fit(Look(partial(boxes.cut, values, shape, dtype.itemsize), shape, dtype))(values, full(shape))
+
+    def _known(self, look: Look, statistics: Statistics) -> ReadCodes | None:
+        """The codes and scales that statistics lead to; None where they say nothing of them."""
+        if statistics.codes is not None:
+            return statistics.codes(self.bits, self.group_size)
+        if look.importance is None:
+            return None
+        from modelstore.codecs.integer.weighted import weighted
+
+        codes, scales = (found.numpy() for found in weighted(look, look.importance, self.bits, self.group_size))
+        return self.codes_in(codes, scales, look.dtype)
+
+    def codes_in(self, codes: NDArray[np.int8], scales: Floats, dtype: DType) -> ReadCodes:
+        """Regions of codes (rows, columns), and of scales (rows, groups), float32 that the stored dtype holds."""
+        stored = DTYPES[scaled.scale_dtype(dtype)]
+
+        def read(region: Region) -> tuple[NDArray[np.int8], Bytes]:
+            rows, columns = slices(region)
+            groups = slice(columns.start // self.group_size, -(-columns.stop // self.group_size))
+            return codes[rows, columns], levels.narrowed(np.ascontiguousarray(scales[rows, groups]), stored)
+
+        return read
+
+    def _given(self, read: ReadCodes, dtype: DType) -> Encode:
+        stored = scaled.scale_dtype(dtype)
+
+        def encode(_: Bytes, region: Region) -> tuple[Buffer, ...]:
+            codes, raw = read(region)
+            shape = extent(region)
+            scales = scaled.unplane(raw, self.layout.grid(shape), stored, "scale")
+            return self.encode_with(codes, scales, shape, dtype)
+
+        return encode
 
     def encode_with(self, codes: NDArray[np.int8], scales: Floats, shape: Shape, dtype: DType) -> tuple[Buffer, ...]:
         """A region's planes of given codes (rows, columns) and scales (rows, groups), float32 that the stored dtype holds.

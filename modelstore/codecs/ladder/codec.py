@@ -31,12 +31,13 @@ from modelstore.codecs.ladder.planes import (
     scratch,
 )
 from modelstore.codecs.ladder.view import LadderView
+from modelstore.codecs.look import Look
 from modelstore.codecs.numeric.numbers import from_float32, numpy_dtype, to_float32
-from modelstore.codecs.weight import UnderCodes, WeightCodec, group_of, matrix
+from modelstore.codecs.weight import Encode, WeightCodec, group_of, matrix
 from modelstore.errors import FormatError, UnsupportedError
 from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DType
-from modelstore.format.region import Shape
+from modelstore.format.region import Region, Shape, extent
 
 VIEWS = ("original", "int8", "int4")  # what one encoding serves, the longest first
 _BITS = {  # of high, low and residual, a weight, as measured on real weights
@@ -94,8 +95,8 @@ class Ladder(WeightCodec):
         return VIEWS
 
     @property
-    def under_codes(self) -> UnderCodes | None:
-        return self.encode_with if self.codes_group_size else None
+    def looks_ahead(self) -> bool:
+        return False
 
     @property
     def view(self) -> LadderView | None:
@@ -137,6 +138,17 @@ class Ladder(WeightCodec):
         arrays = near.view.arrays(near.encode(values, shape, dtype)[:2], shape, dtype)
         scale = np.ascontiguousarray(arrays["scales"]).reshape(-1).view(np.uint8)
         return self.encode_with(values, shape, dtype, arrays["codes"], scale)
+
+    def fit(self, look: Look) -> Encode:
+        """Nothing is looked at; with `codes_group_size` the codes are those that statistics know."""
+        if not (self.codes_group_size and look.statistics and look.statistics.codes):
+            return WeightCodec.fit(self, look)
+        read = look.statistics.codes(4, self.codes_group_size)
+
+        def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
+            return self.encode_with(values, extent(region), look.dtype, *read(region))
+
+        return encode
 
     def encode_with(
         self, values: Bytes, shape: Shape, dtype: DType, codes: NDArray[np.int8], scale: Bytes

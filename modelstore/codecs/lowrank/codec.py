@@ -12,13 +12,14 @@ import numpy as np
 
 from modelstore.codecs import check
 from modelstore.codecs.exact import byteplanes
+from modelstore.codecs.look import Look
 from modelstore.codecs.lowrank import decompose
 from modelstore.codecs.lowrank.kernels import product
 from modelstore.codecs.numeric import levels
 from modelstore.codecs.numeric.levels import TILE
 from modelstore.codecs.numeric.numbers import Floats, from_float32, limit, without_nan
 from modelstore.codecs.sparse.codec import within
-from modelstore.codecs.weight import Encode, ReadValues, WeightCodec, group_of, is_convolution, matrix
+from modelstore.codecs.weight import Encode, WeightCodec, group_of, is_convolution, matrix
 from modelstore.errors import FormatError
 from modelstore.format.buffers import Buffer, Bytes, as_bytes
 from modelstore.format.dtypes import DTYPES, DType
@@ -109,13 +110,17 @@ class LowRank(WeightCodec):
         fitting = decompose.memory(rows, columns, rank) + 4 * decompose.BAND
         return max(fitting, 2 * factors + 4 * numbers) + factors * (min(2, count) - 1)
 
-    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
+    def fit(self, look: Look) -> Encode:
         """Decompose each matrix when its first region is encoded (`decompose`), by energy all of them before that.
 
-        In memory are what `memory` says: of a stack the factors of a few matrices, of a tensor never more than a band.
+        In memory are what `memory` says: of a stack the factors of a few matrices, as many as the look's memory has room for,
+        of a tensor never more than a band. Where statistics know better factors of a matrix, these are stored.
         """
+        shape, dtype = look.shape, look.dtype
+        if look.statistics and look.statistics.factors and len(shape) == 2:
+            return _given(*look.statistics.factors(self.rank_of(*shape), self.energy), factor_dtype(dtype))
         count, rows, columns = _stack(shape)
-        bands = [_bands(read, shape, dtype, index) for index in range(count)]
+        bands = [_bands(look, index) for index in range(count)]
         needed = [decompose.enough(one, self.energy) if self.energy else self.rank_of(rows, columns) for one in bands]
         rank = min(max(needed), rows, columns)
         stored = factor_dtype(dtype)
@@ -125,7 +130,8 @@ class LowRank(WeightCodec):
             raw = levels.narrowed(np.clip(numbers, -most, most).astype(np.float32), stored)
             return np.frombuffer(raw, np.uint8).reshape(len(numbers), -1)
 
-        pairs = _Recent(lambda index: decompose.factors(bands[index], rank, narrowed))
+        held = _HELD if look.memory is None else min(_HELD, max(0, look.memory - self.memory(shape, dtype)))
+        pairs = _Recent(lambda index: decompose.factors(bands[index], rank, narrowed), held)
         rights = _Last()
 
         def encode(values: Bytes, region: Region) -> tuple[Buffer, ...]:
@@ -147,7 +153,7 @@ class LowRank(WeightCodec):
 
     def encode(self, values: Bytes, shape: Shape, dtype: DType, base: Bytes | None = None) -> tuple[Buffer, ...]:  # noqa: ARG002
         check.values(values, shape, dtype)
-        return self.fit(within(values, shape, dtype), shape, dtype)(values, full(shape))
+        return self.fit(within(values, shape, dtype))(values, full(shape))
 
     def decode(
         self,
@@ -227,8 +233,20 @@ def _place(region: Region, shape: Shape) -> tuple[list[int], tuple[int, int], tu
     return boxes.reshape(-1).tolist(), region[-2], region[-1]
 
 
-def _bands(read: ReadValues, shape: Shape, dtype: DType, index: int) -> decompose.Bands:
+def _given(left: Floats, right: Floats, stored: DType) -> Encode:
+    """Regions of a matrix whose factors are known, float32 that the stored dtype holds."""
+
+    def encode(_: Bytes, region: Region) -> tuple[Buffer, ...]:
+        (a, b), (c, d) = region
+        rows, columns = (np.ascontiguousarray(part) for part in (left[a:b], right[:, c:d]))
+        return packed(levels.narrowed(rows, stored), levels.narrowed(columns, stored), len(right), stored)
+
+    return encode
+
+
+def _bands(look: Look, index: int) -> decompose.Bands:
     """One matrix of a tensor, which is read in bands of whole rows."""
+    read, shape, dtype = look.read, look.shape, look.dtype
     _, rows, columns = _stack(shape)
     lead: Region = ()
     rest: Region = full(shape)[1:]
@@ -245,8 +263,8 @@ def _bands(read: ReadValues, shape: Shape, dtype: DType, index: int) -> decompos
 class _Recent:
     """The factors of the matrices that were asked for last: a region is of one, or of some that are next to each other."""
 
-    def __init__(self, make: Callable[[int], tuple[Bytes, Bytes]]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[int], tuple[Bytes, Bytes]], memory: int) -> None:
+        self._make, self._memory = make, memory
         self._lock = threading.Lock()
         self._held: dict[int, tuple[Bytes, Bytes]] = {}
 
@@ -255,7 +273,7 @@ class _Recent:
         with self._lock:
             pair = self._held.pop(index, None) or self._make(index)
             self._held[index] = pair
-            most = max(2, _HELD // max(1, pair[0].nbytes + pair[1].nbytes))
+            most = max(2, self._memory // max(1, pair[0].nbytes + pair[1].nbytes))
             while len(self._held) > most:
                 del self._held[next(iter(self._held))]
             return pair

@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 
 from modelstore.codecs.exact.kernels import WORDS
 from modelstore.codecs.kernels import jit
+from modelstore.codecs.look import Look
 from modelstore.codecs.numeric.numbers import Floats, limit, without_nan
-from modelstore.codecs.weight import ReadValues
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
-from modelstore.format.region import Shape, full
+from modelstore.format.region import full
 
 Counts = NDArray[np.int64]
-BAND = 4 << 20  # bytes that are read at once
 SHIFT = 13  # bits of a float32 that a bin leaves out: none that float16 has
+_BAND = 4 << 20  # bytes that are weighed at once: sums of floats keep their order, whatever memory there is
 _TILE = 32 << 10
 _LIGHTEST = 1e-4  # what a number counts at least: it has to go somewhere
 
@@ -46,11 +46,11 @@ def empty(dtype: DType) -> Counts:
     return np.zeros(1 << (8 * dtype.itemsize if dtype.itemsize <= 2 else 32 - SHIFT), np.int64)
 
 
-def of_tensor(read: ReadValues, shape: Shape, dtype: DType) -> Counts:
+def of_tensor(look: Look) -> Counts:
     """The counts of a whole tensor, read once, a few MiB at a time."""
-    counts = empty(dtype)
-    for band in grid.bands(full(shape), dtype.itemsize, BAND):
-        count(read(band), dtype, counts)
+    counts = empty(look.dtype)
+    for band in grid.bands(full(look.shape), look.dtype.itemsize, look.band):
+        count(look.read(band), look.dtype, counts)
     return counts
 
 
@@ -58,7 +58,7 @@ def weighted(values: Bytes, dtype: DType, importance: NDArray[np.float32]) -> ND
     """As counts of the numbers in raw bytes of a matrix, where a number counts by the importance of its column, above 0."""
     width, columns = dtype.itemsize, importance.size
     found, heavy = np.zeros(len(empty(dtype))), np.maximum(importance.astype(np.float64), _LIGHTEST)
-    rows = max(1, BAND // (width * columns))
+    rows = max(1, _BAND // (width * columns))
     for start in range(0, values.size, rows * columns * width):
         part = values[start : start + rows * columns * width]
         if width <= 2:

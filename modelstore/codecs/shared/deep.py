@@ -10,11 +10,12 @@ import numpy as np
 
 from modelstore.codecs import check
 from modelstore.codecs.kernels.codes import gather
+from modelstore.codecs.look import Look
 from modelstore.codecs.numeric import histogram
 from modelstore.codecs.shared import codebook, indices
 from modelstore.codecs.sparse import codec as sparse
 from modelstore.codecs.sparse.pruning import Pruning
-from modelstore.codecs.weight import Encode, ReadValues, WeightCodec, matrix
+from modelstore.codecs.weight import Encode, WeightCodec, matrix
 from modelstore.format import grid
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
@@ -70,13 +71,14 @@ class Deep(WeightCodec):
         book = self._most * dtype.itemsize
         return sparse.mask_size(count, self._pruning) + math.ceil(count * self._pruning.kept * each / 8) + book
 
-    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
+    def fit(self, look: Look) -> Encode:
         """Look for what is pruned, then count what is left: the tensor is read once more than `sparse` does."""
-        keep = self._pruning.fit(read, shape, dtype)
+        shape, dtype = look.shape, look.dtype
+        keep = self._pruning.fit(look)
         counts = histogram.empty(dtype)
         row = matrix(shape)[1] * dtype.itemsize  # bands have whole rows
-        for band in grid.bands(full(shape), dtype.itemsize, max(histogram.BAND, row)):
-            values = read(band)
+        for band in grid.bands(full(shape), dtype.itemsize, max(look.band, row)):
+            values = look.read(band)
             histogram.count(sparse.compacted(values, keep(values, band), dtype), dtype, counts)
         book = codebook.fitted(counts, dtype, self._most, self.rate)
 
@@ -90,7 +92,7 @@ class Deep(WeightCodec):
 
     def encode(self, values: Bytes, shape: Shape, dtype: DType, base: Bytes | None = None) -> tuple[Buffer, ...]:  # noqa: ARG002
         check.values(values, shape, dtype)
-        return self.fit(sparse.within(values, shape, dtype), shape, dtype)(values, full(shape))
+        return self.fit(sparse.within(values, shape, dtype))(values, full(shape))
 
     def decode(
         self,

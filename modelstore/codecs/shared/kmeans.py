@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.codecs import check
+from modelstore.codecs.look import Look
 from modelstore.codecs.numeric import histogram, levels
 from modelstore.codecs.shared import codebook, indices
 from modelstore.codecs.shared.codebook import Codebook
-from modelstore.codecs.weight import Encode, ReadValues, WeightCodec
+from modelstore.codecs.weight import Encode, WeightCodec
 from modelstore.format.buffers import Buffer, Bytes
 from modelstore.format.dtypes import DType
-from modelstore.format.region import Shape, extent
+from modelstore.format.region import Shape, extent, full
 
 _NORMAL = 0.94  # of its bits is the entropy of an index into the 16 best levels for normal weights
 
@@ -59,10 +60,12 @@ class KMeans(WeightCodec):
         each = self.rate or _NORMAL * math.log2(self._most)
         return 1 + math.ceil(math.prod(shape) * each / 8) + self._most * dtype.itemsize
 
-    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
+    def fit(self, look: Look) -> Encode:
         """Count how often each number occurs: the tensor is read once, and only counts of it are kept."""
-        book = codebook.fitted(histogram.of_tensor(read, shape, dtype), dtype, self._most, self.rate)
-        return lambda values, region: _encoded(values, extent(region), dtype, book)
+        if look.importance is not None:
+            return self._weighted(look, look.importance)
+        book = codebook.fitted(histogram.of_tensor(look), look.dtype, self._most, self.rate)
+        return lambda values, region: _encoded(values, extent(region), look.dtype, book)
 
     def encode(self, values: Bytes, shape: Shape, dtype: DType, base: Bytes | None = None) -> tuple[Buffer, ...]:  # noqa: ARG002
         check.values(values, shape, dtype)
@@ -70,9 +73,9 @@ class KMeans(WeightCodec):
         histogram.count(values, dtype, counts)
         return _encoded(values, shape, dtype, codebook.fitted(counts, dtype, self._most, self.rate))
 
-    def weighted(self, values: Bytes, shape: Shape, dtype: DType, importance: NDArray[np.float32]) -> Encode:
+    def _weighted(self, look: Look, importance: NDArray[np.float32]) -> Encode:
         """The values of the codebook are those by which least is lost where each column counts by its importance."""
-        check.values(values, shape, dtype)
+        values, dtype = look.read(full(look.shape)), look.dtype
         counts = histogram.empty(dtype)
         histogram.count(values, dtype, counts)
         heavy = histogram.weighted(values, dtype, importance)

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from modelstore.codecs import check
 from modelstore.codecs.exact import byteplanes
 from modelstore.codecs.exact.kernels import WORDS
+from modelstore.codecs.look import Look
 from modelstore.codecs.numeric.levels import TILE
 from modelstore.codecs.sparse.kernels import movers
 from modelstore.codecs.sparse.pruning import Pruning
-from modelstore.codecs.weight import Encode, ReadValues, WeightCodec
+from modelstore.codecs.weight import Encode, WeightCodec
 from modelstore.errors import FormatError
 from modelstore.format import boxes
 from modelstore.format.buffers import Buffer, Bytes
@@ -73,9 +74,16 @@ class Sparse(WeightCodec):
         kept = self.pruning.kept
         return mask_size(count, self.pruning) + math.ceil(count * kept * _CODED.get(dtype.name, dtype.itemsize))
 
-    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Encode:
-        """Look for the magnitude at which a sparsity over the whole tensor is reached; else nothing is looked at."""
-        keep = self.pruning.fit(read, shape, dtype)
+    def fit(self, look: Look) -> Encode:
+        """Look for the magnitude at which a sparsity over the whole tensor is reached; else nothing is looked at.
+
+        Where statistics say what can be missed, that is pruned, and what they left is stored.
+        """
+        dtype = look.dtype
+        if look.statistics and look.statistics.kept:
+            read = look.statistics.kept()
+            return lambda _, region: Sparse().encode(read(region), extent(region), dtype)  # all that is no zero
+        keep = self.pruning.fit(look)
 
         def encode(values: Bytes, region: tuple[tuple[int, int], ...]) -> tuple[Buffer, ...]:
             check.values(values, extent(region), dtype)
@@ -86,7 +94,7 @@ class Sparse(WeightCodec):
 
     def encode(self, values: Bytes, shape: Shape, dtype: DType, base: Bytes | None = None) -> tuple[Buffer, ...]:  # noqa: ARG002
         check.values(values, shape, dtype)
-        return self.fit(within(values, shape, dtype), shape, dtype)(values, full(shape))
+        return self.fit(within(values, shape, dtype))(values, full(shape))
 
     def decode(
         self,
@@ -104,9 +112,9 @@ class Sparse(WeightCodec):
         spread(bits, kept, out, dtype)
 
 
-def within(values: Bytes, shape: Shape, dtype: DType) -> ReadValues:
-    """Regions of a tensor that is in memory."""
-    return partial(boxes.cut, np.ascontiguousarray(values), shape, dtype.itemsize)
+def within(values: Bytes, shape: Shape, dtype: DType) -> Look:
+    """A tensor that is in memory."""
+    return Look(partial(boxes.cut, np.ascontiguousarray(values), shape, dtype.itemsize), shape, dtype)
 
 
 def mask_size(count: int, pruning: Pruning) -> int:

@@ -13,12 +13,13 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from modelstore.codecs.look import Look
 from modelstore.codecs.numeric import histogram
-from modelstore.codecs.numeric.histogram import BAND, SHIFT, Counts
+from modelstore.codecs.numeric.histogram import SHIFT, Counts
 from modelstore.codecs.numeric.levels import TILE
 from modelstore.codecs.numeric.numbers import Floats, limit, without_nan
 from modelstore.codecs.sparse.kernels import kernels
-from modelstore.codecs.weight import ReadValues, group_of, matrix
+from modelstore.codecs.weight import group_of, matrix
 from modelstore.format import grid
 from modelstore.format.buffers import Bytes
 from modelstore.format.dtypes import DType
@@ -70,8 +71,9 @@ class Pruning:
         """The share of weights that is kept, as far as it is known without them."""
         return self.n / self.m if self.m else 1 - self.sparsity
 
-    def fit(self, read: ReadValues, shape: Shape, dtype: DType) -> Keep:
+    def fit(self, look: Look) -> Keep:
         """How regions of a tensor are pruned. A sparsity over the tensor is exact, for which it is read up to three times."""
+        shape, dtype = look.shape, look.dtype
         if self.m:
             pattern = kernels()[2]
             return lambda values, region: _by_rows(
@@ -86,7 +88,7 @@ class Pruning:
             return lambda values, region: _by_rows(
                 values, extent(region), dtype, lambda tile, mask: rows(tile, pruned, mask)
             )
-        least, end = _cut(read, shape, dtype, math.floor(self.sparsity * math.prod(shape) + 0.5))
+        least, end = _cut(look, math.floor(self.sparsity * math.prod(shape) + 0.5))
         return lambda values, region: _above_or_early(values, region, shape, dtype, least, end)
 
 
@@ -129,16 +131,17 @@ def _keys(values: Bytes, dtype: DType) -> NDArray[np.uint32]:
     return without_nan(values, dtype).view(np.uint32) & np.uint32(_MAGNITUDE)
 
 
-def _cut(read: ReadValues, shape: Shape, dtype: DType, pruned: int) -> tuple[int, int]:
+def _cut(look: Look, pruned: int) -> tuple[int, int]:
     """(the magnitude above which all is kept, the place in the tensor before which that magnitude itself is)."""
     if not pruned:
         return 0, 0
-    counts = histogram.of_tensor(read, shape, dtype)
+    read, shape, dtype = look.read, look.shape, look.dtype
+    counts = histogram.of_tensor(look)
     exact = dtype.itemsize <= 2
     limit, more = _place(_magnitudes(dtype) if exact else _magnitudes(dtype) >> np.uint32(SHIFT), counts, pruned)
     if not exact:  # the bin is known: now its lower bits
         lower = np.zeros(1 << SHIFT, np.int64)
-        for band in grid.bands(full(shape), dtype.itemsize, BAND):
+        for band in grid.bands(full(shape), dtype.itemsize, look.band):
             keys = _keys(read(band), dtype)
             lower += np.bincount(
                 keys[keys >> np.uint32(SHIFT) == limit] & np.uint32((1 << SHIFT) - 1), minlength=1 << SHIFT
@@ -147,7 +150,7 @@ def _cut(read: ReadValues, shape: Shape, dtype: DType, pruned: int) -> tuple[int
         limit = limit << SHIFT | found
     if not more or not limit:  # zeros are not kept
         return limit, 0
-    for band in grid.bands(full(shape), dtype.itemsize, BAND):
+    for band in grid.bands(full(shape), dtype.itemsize, look.band):
         equal = np.flatnonzero(_keys(read(band), dtype) == limit)
         if equal.size >= more:
             return limit, offset(band, shape) + int(equal[more - 1]) + 1
