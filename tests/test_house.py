@@ -375,3 +375,27 @@ def aliases(tree: ast.Module) -> Iterator[tuple[str, str, int]]:
         said = ast.unparse(value) if value is not None else ""
         if not isinstance(value, ast.Call) and "typer." not in said:
             yield target.id, said, node.lineno
+
+
+SIZES = {  # what configs say of how large a model is, by names that are transformers'
+    *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings", "layer_types"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "kv_lora_rank"),
+    *("moe_intermediate_size", "num_kv_shared_layers", "get_text_config", "text_config"),
+}
+# GGUF files are made of a config, and a config of GGUF files, key by key; smaller models change their config.
+TRANSLATORS = {"integrations/gguf", "sources/gguf_names.py", "restructure"}
+
+
+def test_only_architecture_knows_what_configs_call_things() -> None:
+    wrong = []
+    for path in FILES:
+        here = path.relative_to(ROOT).as_posix()
+        if part(path) == "architecture" or any(here.startswith(one) for one in TRANSLATORS):
+            continue
+        for node in ast.walk(parse(path)):
+            name = (
+                node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else None
+            )
+            if isinstance(name, str) and name in SIZES:
+                wrong.append(f"{where(path)}:{getattr(node, 'lineno', 0)}: {name}: ask architecture/sizes.py")
+    assert not wrong, "\n".join(wrong)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from modelstore.architecture.classes.skeleton import Run
+from modelstore.architecture.sizes import Sizes
 from modelstore.calibrate.folding import TRIED, Folding
 from modelstore.calibrate.layers import Linear, Linears, linears, norms
 from modelstore.calibrate.methods import WAYS, Layer, Solution, coded, rounding_of
@@ -262,9 +263,7 @@ def _first(run: Run, solving: Solving, samples: int) -> Callable[[bool], torch.T
 
 def _head(stages: Stages) -> int:
     """The number of rows of a head of attention."""
-    config = stages.skeleton.config
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
-    return int(getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads)
+    return Sizes(stages.skeleton.config).head
 
 
 def _by_input(layers: Linears, gathered: Gathered) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from modelstore.architecture.classes.skeleton import Skeleton
+from modelstore.architecture.sizes import Sizes
 from modelstore.errors import UnsupportedError
 
 _FORWARD = 128 << 20  # bytes of activations of one run that are aimed at
@@ -36,10 +37,8 @@ def runs_of(ids: torch.Tensor, model: Skeleton, memory: int) -> tuple[torch.Tens
 
     `UnsupportedError` if one sample alone is computed in more than `memory` bytes.
     """
-    length, config = ids.shape[1], model.config
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
-    active = int(getattr(config, "num_experts_per_tok", None) or 1)
-    one = activations([tuple(each.shape) for each in model.widest.parameters()], length, heads, active)
+    length, sizes = ids.shape[1], Sizes(model.config)
+    one = activations([tuple(each.shape) for each in model.widest.parameters()], length, sizes.heads, sizes.active)
     if one > memory:
         raise UnsupportedError(
             f"a sample of {length} tokens takes up to {-(-one >> 20)} MiB in one block, and memory= leaves {memory >> 20} MiB "

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import modelstore as ms
+from modelstore.architecture.sizes import Sizes
 from modelstore.errors import ConflictError, UnsupportedError
 from modelstore.format.answers.fitted import Memory
 from modelstore.format.objects.manifest import CodecSpec
@@ -62,7 +63,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> ms.Store:
     ],
 )
 def test_the_cache_is_that_of_the_layers(more: dict[str, Any], numbers: int) -> None:
-    found = footprint(SimpleNamespace(**CONFIG | more), 30, 3, 2)
+    found = footprint(Sizes(SimpleNamespace(**CONFIG | more)), 30, 3, 2)
     assert found.cache == 3 * 2 * numbers
     assert found.logits == 3 * 100 * 4
     dim = more.get("head_dim", 8)
@@ -71,9 +72,9 @@ def test_the_cache_is_that_of_the_layers(more: dict[str, Any], numbers: int) -> 
 
 def test_what_is_not_known_is_not_guessed() -> None:
     with pytest.raises(UnsupportedError, match="layers of 'mamba' keep"):
-        footprint(SimpleNamespace(**CONFIG, layer_types=["full_attention", "mamba"] * 2), 30, 1, 2)
+        footprint(Sizes(SimpleNamespace(**CONFIG, layer_types=["full_attention", "mamba"] * 2)), 30, 1, 2)
     with pytest.raises(ValueError, match="more than the model's 16 positions"):
-        footprint(SimpleNamespace(**CONFIG, max_position_embeddings=16), 17, 1, 2)
+        footprint(Sizes(SimpleNamespace(**CONFIG, max_position_embeddings=16)), 17, 1, 2)
 
 
 def test_what_is_made_fits_the_memory_of_an_engine(measured: ms.Store) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from modelstore.architecture.sizes import Sizes
 from modelstore.client.access import Access
 from modelstore.errors import NotFoundError
 from modelstore.format.answers import results
@@ -199,9 +200,9 @@ def looked_at(opened: Variant, given: str | PathLike[str] | Calibration) -> tupl
 
     how = given if isinstance(given, Calibration) else Calibration(given)
     config = language_config(opened)
-    text = config.get_text_config()
+    sizes = Sizes(config)
     ids = tokens(opened, text_of(how.text)[1])
-    return config, cut(ids, how, int(text.vocab_size), getattr(text, "max_position_embeddings", None))
+    return config, cut(ids, how, sizes.vocabulary, sizes.positions)
 
 
 def _spread(access: Access, parent: Parent, earlier: Iterable[VariantEntry], work: Work) -> Spread | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from modelstore.architecture.sizes import Sizes
 from modelstore.client.access import Access
 from modelstore.client.compression.ahead import check_made, check_writes, recipe_there
 from modelstore.client.compression.compressing import compress, looked_at, planned
@@ -93,7 +94,7 @@ class Fitting:
             return None
         floats = [choice for choice in self.plan.choices if choice.name in set(self.wanted)]
         number = max(DTYPES[choice.dtype].itemsize for choice in floats)
-        return footprint(self.config.get_text_config(), self.wish.context, self.wish.batch or 1, number)
+        return footprint(Sizes(self.config), self.wish.context, self.wish.batch or 1, number)
 
     def within(self, budget: Size) -> int:
         """The bytes that a mix may have: no more than the device has."""
@@ -182,8 +183,7 @@ class Fitting:
     @property
     def positions(self) -> int | None:
         """The most tokens that the model looks at, where its config says it."""
-        found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return found if isinstance(found, int) else None
+        return Sizes(self.config).positions
 
     def _planned(self) -> tuple[tuple[CodecSpec, ...], results.CompressionPlan, VersionRecord]:
         """The formats, and the plan in which each tensor that takes part has the smallest of them."""

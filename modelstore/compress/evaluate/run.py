@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from modelstore.architecture.sizes import Sizes
 from modelstore.compress.evaluate import score as ev
 from modelstore.compress.evaluate.metrics import known, publish
 from modelstore.compress.evaluate.model import check_runs, class_of, language_config, language_model, tokens
@@ -80,15 +81,17 @@ def evaluate(
     """
     original = models[ORIGINAL]
     config = language_config(original)
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and choice.context > longest:
-        raise ValueError(f"context={choice.context} is more than the {longest} positions of model {original.name!r}")
+    sizes = Sizes(config)
+    if sizes.positions is not None and choice.context > sizes.positions:
+        raise ValueError(
+            f"context={choice.context} is more than the {sizes.positions} positions of model {original.name!r}"
+        )
     ids = tokens(original, text)[: choice.limit]
     if len(ids) < 2:
         raise ValueError(
             f"the text has {len(ids)} tokens: give one of two or more, since each is predicted from those before"
         )
-    vocabulary = int(config.get_text_config().vocab_size)
+    vocabulary = sizes.vocabulary
     if max(ids) >= vocabulary:
         raise ValueError(
             f"the tokenizer of model {original.name!r} knows more tokens than the model's {vocabulary}: save the model with its "
