@@ -14,7 +14,7 @@ import torch
 from modelstore.calibrate import awq, gptq, lowrank, pruned, tuned
 from modelstore.codecs.integer.codec import Int
 from modelstore.codecs.integer.weighted import by_column, search
-from modelstore.codecs.look import Factored, Look, ReadCodes, ReadValues, Statistics
+from modelstore.codecs.look import FactorPair, Look, ReadCodes, ReadValues, Statistics
 from modelstore.codecs.lowrank.codec import factor_dtype
 from modelstore.codecs.numeric.levels import narrowed
 from modelstore.codecs.numeric.numbers import limit
@@ -62,7 +62,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Known:
+class LayerStatistics:
     """What a method tells the codec of a layer; what the layer's owner wants to know of that beside it."""
 
     statistics: Statistics
@@ -78,7 +78,7 @@ class Way:
     """
 
     prepare: Callable[[torch.Tensor], Any]
-    by_codec: Mapping[str, Callable[[Layer, Any], Known]]
+    by_codec: Mapping[str, Callable[[Layer, Any], LayerStatistics]]
     tunes: bool = False
     across: bool = False
     folds: bool = False
@@ -89,12 +89,12 @@ class Way:
         return Solution(layer.stored(known.statistics), known.note, known.coded)
 
 
-def _gptq(layer: Layer, inputs: gptq.Factored) -> Known:
+def _gptq(layer: Layer, inputs: gptq.Factored) -> LayerStatistics:
     codec = _int(layer)
     stored = getattr(torch, scale_dtype(layer.kind))
     found = gptq.solve(layer.weight, inputs, codec.bits, codec.group_size, stored, across=layer.across)
     note = "its inputs have no factor: plain rounding" if found.damping is None else ""
-    return Known(_codes(layer, found), note, found)
+    return LayerStatistics(_codes(layer, found), note, found)
 
 
 def coded(layer: Layer, found: gptq.Solved, note: str = "") -> Solution:
@@ -108,14 +108,14 @@ def rounding_of(layer: Layer, start: gptq.Solved) -> tuned.Rounding:
     return tuned.Rounding.of(layer.weight, start, codec.bits, codec.group_size, stored)
 
 
-def _scaled(layer: Layer, inputs: awq.Squares) -> Known:
+def _scaled(layer: Layer, inputs: awq.Squares) -> LayerStatistics:
     """Plain rounding, by the clip of each group that loses least of what the group gives."""
     codec, weight = _int(layer), layer.weight.float()
     bits, group, stored = codec.bits, codec.group_size, getattr(torch, scale_dtype(layer.kind))
     whole = layer.compared
     scales = awq.plain(weight, bits, group, stored) if whole else awq.clipped(weight, inputs, bits, group, stored)
     found = awq.codes(weight, scales, bits, group).to(torch.int8).numpy()
-    return Known(_codes(layer, gptq.Solved(found, scales.numpy(), None)))
+    return LayerStatistics(_codes(layer, gptq.Solved(found, scales.numpy(), None)))
 
 
 def _importance(hessian: torch.Tensor) -> Statistics:
@@ -125,9 +125,9 @@ def _importance(hessian: torch.Tensor) -> Statistics:
     return Statistics(importance=found.numpy())
 
 
-def _weighted(_: Layer, importance: Statistics) -> Known:
+def _weighted(_: Layer, importance: Statistics) -> LayerStatistics:
     """What the codec makes of a weight where each column counts by what comes through it."""
-    return Known(importance)
+    return LayerStatistics(importance)
 
 
 def _codes(layer: Layer, found: gptq.Solved) -> Statistics:
@@ -140,11 +140,11 @@ def _codes(layer: Layer, found: gptq.Solved) -> Statistics:
     return Statistics(codes=codes)
 
 
-def _wanda(layer: Layer, inputs: pruned.Moments) -> Known:
+def _wanda(layer: Layer, inputs: pruned.Moments) -> LayerStatistics:
     return _kept(layer, inputs, pruned.wanda(layer.weight.float(), inputs, _sparse(layer).pruning))
 
 
-def _sparsegpt(layer: Layer, inputs: pruned.Moments) -> Known:
+def _sparsegpt(layer: Layer, inputs: pruned.Moments) -> LayerStatistics:
     weight, pruning = layer.weight.float(), _sparse(layer).pruning
     factored = inputs.factored(pruning.m)
     if factored is None:
@@ -152,7 +152,7 @@ def _sparsegpt(layer: Layer, inputs: pruned.Moments) -> Known:
     return _kept(layer, inputs, pruned.sparsegpt(weight, factored, pruning))
 
 
-def _pruned_codes(layer: Layer, inputs: pruned.Moments) -> Known:
+def _pruned_codes(layer: Layer, inputs: pruned.Moments) -> LayerStatistics:
     """Pruned and rounded column by column: what follows makes up for both."""
     codec, told = _int(layer), layer.params
     weight = torch.where(inputs.diagonal == 0, 0.0, layer.weight.float())  # no scale is as wide as what goes
@@ -170,10 +170,10 @@ def _pruned_codes(layer: Layer, inputs: pruned.Moments) -> Known:
     else:
         found, note = pruned.sparsegpt(weight, factored, pruning, wide, codec.bits), ""
     codes = (found / wide).round().clamp(-half, half - 1).to(torch.int8).numpy()
-    return Known(_codes(layer, gptq.Solved(codes, scales.numpy(), None)), note)
+    return LayerStatistics(_codes(layer, gptq.Solved(codes, scales.numpy(), None)), note)
 
 
-def _kept(layer: Layer, inputs: pruned.Moments, found: torch.Tensor, note: str = "") -> Known:
+def _kept(layer: Layer, inputs: pruned.Moments, found: torch.Tensor, note: str = "") -> LayerStatistics:
     """The remaining weights, or, if asked for, the weights in their places that lose least."""
     if layer.params["reconstruct"]:
         found = pruned.reconstructed(found, layer.weight.float(), inputs)
@@ -181,7 +181,7 @@ def _kept(layer: Layer, inputs: pruned.Moments, found: torch.Tensor, note: str =
     def kept() -> ReadValues:
         return partial(boxes.cut, raw_of(found, layer.kind), tuple(found.shape), layer.kind.itemsize)
 
-    return Known(Statistics(kept=kept), note)
+    return LayerStatistics(Statistics(kept=kept), note)
 
 
 def _int(layer: Layer) -> Int:
@@ -194,15 +194,15 @@ def _sparse(layer: Layer) -> Sparse:
     return layer.codec
 
 
-def _low_rank(layer: Layer, inputs: lowrank.Whitening) -> Known:
+def _low_rank(layer: Layer, inputs: lowrank.Whitening) -> LayerStatistics:
     stored = getattr(torch, factor_dtype(layer.kind).name)
 
-    def factors(rank: int, energy: float) -> Factored:
+    def factors(rank: int, energy: float) -> FactorPair:
         found = lowrank.solve(layer.weight, inputs, rank, energy, stored)
         return found.left.numpy(), found.right.numpy()
 
     note = "" if inputs.known else "its inputs have no factor: plain singular vectors"
-    return Known(Statistics(factors=factors), note)
+    return LayerStatistics(Statistics(factors=factors), note)
 
 
 def raw_of(weight: torch.Tensor, kind: DType) -> Bytes:

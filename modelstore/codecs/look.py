@@ -16,7 +16,7 @@ ReadValues = Callable[[Region], Bytes]  # a region of the tensor → its raw byt
 ReadCodes = Callable[
     [Region], tuple[NDArray[np.int8], Bytes]
 ]  # a region → codes (rows, columns), raw bytes of their scales
-Factored = tuple[NDArray[np.float32], NDArray[np.float32]]  # left (rows, rank), right (rank, columns)
+FactorPair = tuple[NDArray[np.float32], NDArray[np.float32]]  # left (rows, rank), right (rank, columns)
 
 _HELD = 4 << 20  # bytes that are read at once where nobody says how many may be
 _SHARE = 4  # of the memory that may be held: what is read has copies as numbers
@@ -39,7 +39,7 @@ class Statistics:
     importance: NDArray[np.float32] | None = None
     codes: Callable[[int, int], ReadCodes] | None = None
     kept: Callable[[], ReadValues] | None = None
-    factors: Callable[[int, float], Factored] | None = None
+    factors: Callable[[int, float], FactorPair] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,15 +130,13 @@ def compress(
     recorded = _recorded(recipe, plan, codes.check(parent.manifest) if codes else None, parent.requantized)
     recorded |= {"calibration": calibrated.recorded} if calibrated else {}
     before = _made_before(repo.manifests, parent, variants, recorded)
-    held = 0
     if before is None:
         _check_free(parent.record, variants)
         if recipe.prune is not None:
             plan = with_threshold(plan, recipe.prune, parent.manifest, parent.reader, work)
         held = check_memory(((parent.manifest.by_name[c.name], c.codec) for c in plan.compressed), work.memory)
         work = work.within(work.memory - held, work.limits.threads)
-    memory = look_memory(held, work.memory)
-    inputs = _inputs(parent, variants, plan, codes, memory, calibrated.gains if calibrated else ())
+    inputs = _inputs(parent, variants, plan, codes, work.memory, calibrated.gains if calibrated else ())
     tally, shelf = Tally(), Shelf(repo.storage)
     settings = msgspec.json.encode(recorded, order="sorted").decode()
     identity = ("compress", model, parent.content, *variants, settings)
@@ -221,8 +219,9 @@ def encode(
     inputs = []
     for name, spec in portion.specs.items():
         tensor = parent_manifest.by_name[name]
-        memory = look_memory(weight_codec(spec).memory(tensor.shape, tensor.kind), limits.memory)
-        inputs.append(_input_of(tensor, spec, _look(reader, tensor, memory), reader, portion.variants, axis, device))
+        inputs.append(
+            _input_of(tensor, spec, _look(reader, tensor, spec, limits.memory), reader, portion.variants, axis, device)
+        )
     tally, shelf = Tally(), Shelf(storage)
     journal = Journal(storage, portion.job)
     known = known_chunks((parent_manifest, *earlier))
@@ -284,7 +283,7 @@ def _input(
     assert choice.codec is not None
     tensor = parent.manifest.by_name[choice.name]
     known = statistics_of(codes, tensor.name) if codes else None
-    look = _look(parent.reader, tensor, memory, known)
+    look = _look(parent.reader, tensor, choice.codec, memory, known)
     return _input_of(tensor, choice.codec, look, parent.reader, variants, axis)
 
 
@@ -312,7 +311,8 @@ def _exact_input(tensor: Tensor, reader: Reader) -> Input:
     return Input(plan, codec, _reading(reader, tensor), views=(codec,))
 
 
-def _look(reader: Reader, tensor: Tensor, memory: int, known: Statistics | None = None) -> Look:
+def _look(reader: Reader, tensor: Tensor, spec: CodecSpec, memory: int, known: Statistics | None = None) -> Look:
+    memory = look_memory(weight_codec(spec).memory(tensor.shape, tensor.kind), memory)
     return Look(partial(reader.region, tensor), tensor.shape, tensor.kind, memory, known)
 
 
