@@ -146,6 +146,8 @@ def test_the_command_makes_lists_and_revokes(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_server_that_others_reach_asks_for_tokens(models: Path) -> None:
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("starlette")
     done = CliRunner().invoke(app, ["serve", "--store", str(models / "store"), "--host", "0.0.0.0", "--port", "0"])
     assert done.exit_code == 1
     assert "modelstore token create" in done.output
