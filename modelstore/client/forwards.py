@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from modelstore.client.base import OpenedStore
 from modelstore.client.compression.comparing import compare
-from modelstore.client.compression.evaluating import DTypeName, evaluate
+from modelstore.client.compression.evaluating import DTypeName, Text, evaluate
 from modelstore.client.exporting import MAX_SHARD
 from modelstore.client.model import Model
 from modelstore.execute.read.loading import LazyTensor
@@ -295,14 +295,33 @@ class OfModels(OpenedStore):
         progress: Progress | None = ...,
     ) -> list[results.Evaluation]: ...
 
+    @overload
+    def eval(
+        self,
+        ref: str | list[str] | tuple[str, ...],
+        *,
+        text: list[Text] | tuple[Text, ...],
+        context: int = ...,
+        stride: int | None = ...,
+        limit: int | None = ...,
+        baseline: bool = ...,
+        keep: bool = ...,
+        batch: int | None = ...,
+        device: str = ...,
+        dtype: DTypeName = ...,
+        progress: Progress | None = ...,
+    ) -> list[results.Evaluation]: ...
+
     @told_by(
-        Model.eval, "store[ref].eval(…)", "Several variants of one version are compared with one run of the original. "
+        Model.eval,
+        "store[ref].eval(…)",
+        "Several variants of one version are compared with one run of the original; of several texts, one after the other. ",
     )
     def eval(
         self,
         ref: str | list[str] | tuple[str, ...],
         *,
-        text: str | os.PathLike[str],
+        text: Text | list[Text] | tuple[Text, ...],
         context: int = 512,
         stride: int | None = None,
         limit: int | None = None,
@@ -325,9 +344,10 @@ class OfModels(OpenedStore):
             "dtype": dtype,
             "progress": progress,
         }
-        if isinstance(ref, str):
+        if isinstance(ref, str) and not isinstance(text, list | tuple):
             return self._at(ref).eval(**options)
-        return evaluate(self._access, [parse_reference(one) for one in ref], **options)
+        refs = [ref] if isinstance(ref, str) else ref
+        return evaluate(self._access, [parse_reference(one) for one in refs], **options)
 
     def compare(
         self,

@@ -46,6 +46,33 @@ def test_eval_measures_and_show_says_it(run: Command, folder: Path, text: Path, 
     assert about["metrics"]["evaluation"]["perplexity"] == measured.measured.perplexity
 
 
+def test_several_texts_are_measured_one_after_the_other(run: Command, folder: Path, text: Path, tmp_path: Path) -> None:
+    run("save", folder, "m")
+    run("compress", "m", "round")
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[40:600])
+    args = ("eval", "m", "m:round", "--text", text, "--text", other, "--context", "32")
+    found = json.loads(run(*args, "--json").stdout)
+    assert [(one["variant"], one["measured"]["text"]) for one in found] == [
+        ("original", "sea.txt"),
+        ("round", "sea.txt"),
+        ("original", "other.txt"),
+        ("round", "other.txt"),
+    ]
+    shown = run(*args).stdout
+    assert shown.count("PERPLEXITY") == 2 * 2
+    assert shown.index("sea.txt") < shown.index("other.txt")
+    store = ms.open(tmp_path / "store")
+    again = store.eval("m:round", text=[text, other], context=32)
+    assert [one.measured.perplexity for one in again] == [
+        found[1]["measured"]["perplexity"],
+        found[3]["measured"]["perplexity"],
+    ]
+    assert all(one.known for one in again)
+    with pytest.raises(ValueError, match="give a text"):
+        store.eval("m", text=[])
+
+
 def test_the_original_is_left_out_where_it_is_not_wanted(run: Command, folder: Path, text: Path) -> None:
     run("save", folder, "m")
     run("compress", "m", "round")

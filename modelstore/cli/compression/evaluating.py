@@ -29,14 +29,14 @@ def evaluate(
         ),
     ],
     text: Annotated[
-        Path,
+        list[Path],
         typer.Option(
             "--text",
             metavar="FILE",
             exists=True,
             dir_okay=False,
             show_default=False,
-            help="The text to predict, in UTF-8: one that the model was not trained on.",
+            help="The text to predict, in UTF-8: one that the model was not trained on. Give it again for several texts.",
         ),
     ],
     baseline: Annotated[
@@ -81,7 +81,7 @@ def evaluate(
     with output.progress(quiet=quiet) as report:
         found = opened.eval(
             refs,
-            text=text,
+            text=[*text],
             context=context,
             stride=stride,
             limit=limit,
@@ -93,14 +93,20 @@ def evaluate(
         )
 
     def lines() -> Iterator[str]:
-        rows = [
-            (f"{e.model}@{e.version}:{e.variant}", *measures(e.measured), _number(e.measured.baseline_perplexity, 3))
-            for e in found
-        ]
-        heads = ("VARIANT", *_HEADS[4:], "ORIGINAL'S PERPLEXITY")
-        yield from output.table(rows, heads, right=range(1, 5))
-        known = "known before, " if all(e.known for e in found) else ""
-        yield f"{of_text(found[0].measured)}: {known}{units.seconds(found[0].seconds)}"
+        for at in range(0, len(found), len(refs)):
+            mine = found[at : at + len(refs)]
+            rows = [
+                (
+                    f"{e.model}@{e.version}:{e.variant}",
+                    *measures(e.measured),
+                    _number(e.measured.baseline_perplexity, 3),
+                )
+                for e in mine
+            ]
+            heads = ("VARIANT", *_HEADS[4:], "ORIGINAL'S PERPLEXITY")
+            yield from output.table(rows, heads, right=range(1, 5))
+            known = "known before, " if all(e.known for e in mine) else ""
+            yield f"{of_text(mine[0].measured)}: {known}{units.seconds(mine[0].seconds)}"
 
     output.result(found, lines(), as_json=json)
 

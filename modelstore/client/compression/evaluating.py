@@ -15,9 +15,11 @@ from modelstore.paths import read_named
 from modelstore.store.describe import variant_infos, weights_of
 
 if TYPE_CHECKING:
+    from modelstore.compress.evaluate.run import Found
     from modelstore.execute.read.loading import Variant
 
 _LARGEST_TEXT = 256 << 20  # bytes; a novel has one million
+Text = str | os.PathLike[str]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -25,7 +27,7 @@ def evaluate(
     access: Access,
     refs: list[Reference],
     *,
-    text: str | os.PathLike[str],
+    text: Text | list[Text] | tuple[Text, ...],
     keep: bool,
     progress: Progress | None,
     context: int,
@@ -33,33 +35,38 @@ def evaluate(
     stride: int | None = None,
     **options: Any,
 ) -> list[results.Evaluation]:
-    """Evaluate variants of one version, as `Model.eval` says, with one run of the original for all of them."""
+    """Evaluate variants of one version, as `Model.eval` says, with one run of the original for all of them.
+
+    Of several texts, all variants on the first, then all on the next.
+    """
     from modelstore.compress.evaluate import run
 
     choice = run.Choice(context, stride or context, **options)
     choice.check()
-    name, content = text_of(text)
-    started = time.monotonic()
+    given = list(text) if isinstance(text, list | tuple) else [text]
+    if not given:
+        raise ValueError("nothing to evaluate on: give a text")
+    texts = [text_of(one) for one in given]
     access.repo.catalog.open()
     pinned = _pinned(access, refs)
     models: dict[str, Variant] = {}
     for one in (*pinned, Reference(pinned[0].name, version=pinned[0].version)):
         models[one.variant] = access.stored(one)
-    found = run.evaluate(
-        models,
-        [one.variant for one in pinned],
-        name,
-        content,
-        choice,
-        baseline,
-        access.work(progress),
-        access.repo.storage if keep else None,
-    )
-    if keep:
-        for variant, measured in found.fresh.items():
-            at = Reference(pinned[0].name, version=pinned[0].version, variant=variant)
-            run.publish(access.repo, at, models[variant].manifest.content, measured)
-    seconds = time.monotonic() - started
+    made: list[results.Evaluation] = []
+    for name, content in texts:
+        started = time.monotonic()
+        storage = access.repo.storage if keep else None
+        asked = [one.variant for one in pinned]
+        found = run.evaluate(models, asked, name, content, choice, baseline, access.work(progress), storage)
+        if keep:
+            for variant, measured in found.fresh.items():
+                at = Reference(pinned[0].name, version=pinned[0].version, variant=variant)
+                run.publish(access.repo, at, models[variant].manifest.content, measured)
+        made += _evaluations(pinned, found, time.monotonic() - started)
+    return made
+
+
+def _evaluations(pinned: list[Reference], found: Found, seconds: float) -> list[results.Evaluation]:
     return [
         results.Evaluation(
             one.name,
