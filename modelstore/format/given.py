@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from modelstore.text import shortened
@@ -95,3 +95,14 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{name} is one of {listed}, not {told(value)}")
     return value
+
+
+def each(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """A check of one value, or of each value of a list."""
+
+    def checked(name: str, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [check(f"one of {name}", one) for one in value]
+        return check(name, value)
+
+    return checked

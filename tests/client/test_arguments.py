@@ -114,6 +114,7 @@ WRONG: dict[str, list[Any]] = {  # by annotation, None aside
     "str | Recipe | Mapping[str, Any]": [3, ["int8"], WEIGHTS.values(), b"int8"],
     "str | os.PathLike[str] | Calibration": [3, ["text"], b"text"],
     "str | list[str] | tuple[str, ...]": [3, [3], WEIGHTS.values(), b"m", "m@@"],
+    "Text | list[Text] | tuple[Text, ...]": [3, [3], "", [""], ["a\0b"], WEIGHTS, b"x"],
     "DTypeName": ["float64", 3, torch.float32],
 }
 MEANT: dict[str, list[Any]] = {  # by name
