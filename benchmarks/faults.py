@@ -108,7 +108,7 @@ class Nodes:
 
     def pid(self, own: bool = False) -> int:
         """The process of this node's host, or of another one's."""
-        from modelstore.cluster.calls import actor, host_name
+        from modelstore.cluster.network.calls import actor, host_name
 
         member = next(host.member for host in self.hosts() if (host.node == self.here) == own)
         return int(self.ray.get(actor(host_name(member)).pid.remote()))

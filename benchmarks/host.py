@@ -51,8 +51,8 @@ def timed(what: str, store: str) -> dict[str, Any]:
     import numpy as np
     from blake3 import blake3
 
-    from modelstore.cluster.folders import ROOT
     from modelstore.cluster.host.host import HostSettings, ShardHost
+    from modelstore.cluster.node.folders import ROOT
     from modelstore.cluster.pieces import StoreAddress
     from modelstore.format.buffers import view
 

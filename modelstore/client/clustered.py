@@ -59,7 +59,7 @@ def mapped(
     access: Access, ref: Reference, model: Variant, shares: Mapping[str, Share]
 ) -> dict[str, torch.Tensor] | None:
     """Tensors that share the node's memory with every other reader there; None while its host is being replaced."""
-    from modelstore.cluster.calls import HostGoneError
+    from modelstore.cluster.network.calls import HostGoneError
     from modelstore.cluster.read.mapping import mapped
 
     session, source = in_cluster(access)

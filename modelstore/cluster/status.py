@@ -18,8 +18,8 @@ def status(session: Session) -> cluster_results.ClusterStatus:
     """Every host with its content and counters; a host that does not answer does not have figures."""
     import ray  # not before the session, which tells it the cluster's token
 
-    from modelstore.cluster.calls import ask_directory
     from modelstore.cluster.control.protocol import Control
+    from modelstore.cluster.network.calls import ask_directory
 
     stats = session.stats()
     view = session.view()

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from modelstore.cluster import certificates, channel, wire
-from modelstore.cluster.channel import TLS
+from modelstore.cluster.network import certificates, channel, wire
+from modelstore.cluster.network.channel import TLS
+from modelstore.cluster.network.wire import PieceClient, PieceServer, UnreachableError
 from modelstore.cluster.pieces import Piece, StoreAddress
-from modelstore.cluster.wire import PieceClient, PieceServer, UnreachableError
 from modelstore.errors import FormatError
 
 SECRET = b"known to the cluster"

@@ -16,9 +16,9 @@ import torch
 from blake3 import blake3
 
 import modelstore as ms
-from modelstore.cluster.calls import actor, host_name
+from modelstore.cluster.network.calls import actor, host_name
+from modelstore.cluster.network.wire import PieceClient, PieceClients
 from modelstore.cluster.pieces import Piece, StoreAddress
-from modelstore.cluster.wire import PieceClient, PieceClients
 from modelstore.cluster.work import compression, jobs
 from modelstore.format.buffers import Bytes
 

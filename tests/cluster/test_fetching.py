@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import modelstore as ms
-from modelstore.cluster.folders import ROOT
 from modelstore.cluster.host import host as host_module
 from modelstore.cluster.host import origin
 from modelstore.cluster.host.file_tier import local_path
 from modelstore.cluster.host.host import HostSettings, ShardHost
 from modelstore.cluster.host.singleflight import SingleFlight
+from modelstore.cluster.node.folders import ROOT
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.format.buffers import Bytes
 from modelstore.format.objects.record import pack_key

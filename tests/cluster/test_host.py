@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import modelstore as ms
-from modelstore.cluster import folders
-from modelstore.cluster.folders import claim, sweep
 from modelstore.cluster.host import file_tier, host
 from modelstore.cluster.host.file_tier import FileTier, local_path
 from modelstore.cluster.host.host import HostSettings, ShardHost
 from modelstore.cluster.host.lru import SegmentedLRU
+from modelstore.cluster.node import folders
+from modelstore.cluster.node.folders import claim, sweep
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.format.buffers import Bytes
 from modelstore.format.objects.record import pack_key

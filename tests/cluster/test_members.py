@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from modelstore.cluster.control.directory import ClusterSettings, Directory
-from modelstore.cluster.folders import ROOT
 from modelstore.cluster.host.file_tier import local_path
 from modelstore.cluster.host.host import HostSettings, ShardHost
 from modelstore.cluster.host.replicas import others
+from modelstore.cluster.node.folders import ROOT
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.read.hedging import Hedged
 from modelstore.format.buffers import Bytes

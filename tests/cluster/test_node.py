@@ -13,15 +13,15 @@ import pytest
 
 pytest.importorskip("ray")
 
-from modelstore.cluster.calls import HostGoneError
 from modelstore.cluster.control.directory import ClusterSettings
-from modelstore.cluster.futures import in_thread
 from modelstore.cluster.host.actor import StorageActor
 from modelstore.cluster.host.node import NodeHost
 from modelstore.cluster.host.protocol import Host
 from modelstore.cluster.host.replicas import others
-from modelstore.cluster.peers import Peers
-from modelstore.cluster.wire import PieceClient
+from modelstore.cluster.network.calls import HostGoneError
+from modelstore.cluster.network.futures import in_thread
+from modelstore.cluster.network.peers import Peers
+from modelstore.cluster.network.wire import PieceClient
 from modelstore.plan.placement import Member, View
 from tests.cluster.test_host import World
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import modelstore as ms
-from modelstore.cluster.calls import actor, host_name
 from modelstore.cluster.control import runtime
+from modelstore.cluster.network.calls import actor, host_name
 from tests.cluster.test_cluster import equal, held, tensors, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

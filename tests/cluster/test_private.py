@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from modelstore.cluster import private
 from modelstore.cluster.control import nodes, runtime
+from modelstore.cluster.node import private
 from modelstore.errors import NotFoundError, StorageError
 
 OTHER = 12345  # another user

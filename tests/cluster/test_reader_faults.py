@@ -14,8 +14,8 @@ import pytest
 from blake3 import blake3
 
 import modelstore as ms
-from modelstore.cluster.calls import actor, host_name
 from modelstore.cluster.control import runtime
+from modelstore.cluster.network.calls import actor, host_name
 from tests.cluster.test_cluster import equal, fetched, held, tensors, until, until_it_holds
 from tests.cluster.test_node_faults import while_four_read
 from tests.storage.proxy import Proxy

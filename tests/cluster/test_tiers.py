@@ -18,11 +18,11 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelstore.cluster.folders import ROOT, claim, sweep
 from modelstore.cluster.host import file_tier
 from modelstore.cluster.host.device_tier import DeviceTier
 from modelstore.cluster.host.file_tier import FileTier, cost, local_path
 from modelstore.cluster.host.lru import SegmentedLRU
+from modelstore.cluster.node.folders import ROOT, claim, sweep
 from modelstore.errors import ConflictError, StorageError
 from modelstore.format.buffers import Bytes
 
@@ -330,7 +330,7 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
 def test_who_is_killed_is_swept(tmp_path: Path) -> None:
     folder = tmp_path / f"{ROOT}c" / "h"
     script = (
-        "import sys; from modelstore.cluster.folders import claim; from modelstore.cluster.host.file_tier import FileTier\n"
+        "import sys; from modelstore.cluster.node.folders import claim; from modelstore.cluster.host.file_tier import FileTier\n"
         f"claim({str(folder)!r}); tier = FileTier({str(folder)!r}, 1 << 20, trusted=True)\n"
         "import numpy as np; tier.put(bytes(32), np.zeros(777, np.uint8)); print('ready', flush=True); sys.stdin.read()"
     )

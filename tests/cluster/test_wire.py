@@ -17,9 +17,9 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modelstore.cluster import channel, wire
+from modelstore.cluster.network import channel, wire
+from modelstore.cluster.network.wire import PieceClient, PieceClients, PieceServer, UnreachableError
 from modelstore.cluster.pieces import Piece, StoreAddress
-from modelstore.cluster.wire import PieceClient, PieceClients, PieceServer, UnreachableError
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.format.buffers import Bytes
 

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from modelstore.cli.main import app
-from modelstore.cluster.certificates import issue, new_authority
+from modelstore.cluster.network.certificates import issue, new_authority
 from modelstore.errors import FormatError, NotFoundError
 from modelstore.serve.limits import CallerLimits
 from modelstore.serve.refusals import RefusedError

@@ -91,7 +91,7 @@ def stop(
     Saves that were acknowledged from memory are stored before. If a node ended by itself, its leftovers are removed.
     """
     from modelstore.cluster.control import nodes, runtime
-    from modelstore.cluster.folders import sweep
+    from modelstore.cluster.node.folders import sweep
 
     hosts = 0
     if nodes.ended():  # whatever cluster is found on this machine now is another one

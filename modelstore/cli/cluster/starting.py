@@ -114,9 +114,9 @@ def start(
     debug: Debug = False,
 ) -> None:
     """Start a cluster on this machine, join one, or put hosts on a Ray cluster that runs."""
-    from modelstore.cluster import certificates
     from modelstore.cluster.control import nodes, runtime
     from modelstore.cluster.host import capacity
+    from modelstore.cluster.network import certificates
 
     token = _token(token_file)
     joined = address is None or (address != "auto" and not nodes.is_member(address))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from modelstore.cluster.folders import ROOT
+from modelstore.cluster.node.folders import ROOT
 from modelstore.format.answers.cluster_results import JobStatus
 from modelstore.plan.placement import Member, View
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import msgspec
 
-from modelstore.cluster.certificates import issue, new_authority, own_address
-from modelstore.cluster.private import find_file, read_private, run_folder, temporary_folder, write_private
+from modelstore.cluster.network.certificates import issue, new_authority, own_address
+from modelstore.cluster.node.private import find_file, read_private, run_folder, temporary_folder, write_private
 from modelstore.errors import StorageError
 from modelstore.format.objects.decoding import prepared
 

@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelstore.cluster.certificates import environment, issue, own_address
 from modelstore.cluster.control.directory import ClusterSettings
 from modelstore.cluster.control.nodes import (
     ALONE,
@@ -28,9 +27,10 @@ from modelstore.cluster.control.nodes import (
     running,
 )
 from modelstore.cluster.control.protocol import Control
-from modelstore.cluster.folders import sweep
 from modelstore.cluster.host.capacity import check
-from modelstore.cluster.private import temporary_folder
+from modelstore.cluster.network.certificates import environment, issue, own_address
+from modelstore.cluster.node.folders import sweep
+from modelstore.cluster.node.private import temporary_folder
 from modelstore.errors import NotFoundError, StorageError
 from modelstore.execute.memory import free_memory
 from modelstore.plan.placement import View
@@ -228,8 +228,8 @@ def deploy(
     """
     import ray
 
-    from modelstore.cluster.calls import DIRECTORY, NAMESPACE, actor, answer
     from modelstore.cluster.control.actor import DirectoryActor
+    from modelstore.cluster.network.calls import DIRECTORY, NAMESPACE, actor, answer
 
     new = False
     try:
@@ -299,7 +299,7 @@ def undeploy(*, seconds: float = 60.0, force: bool = False) -> int:
     """
     import ray
 
-    from modelstore.cluster.calls import DIRECTORY, actor, ask_directory_within
+    from modelstore.cluster.network.calls import DIRECTORY, actor, ask_directory_within
 
     try:
         directory = actor(DIRECTORY)
@@ -319,7 +319,7 @@ def leave(node: str, *, seconds: float = 60.0, force: bool = False) -> int:
 
     The others go on. Errors as for `undeploy`.
     """
-    from modelstore.cluster.calls import DIRECTORY, actor, ask_directory_within
+    from modelstore.cluster.network.calls import DIRECTORY, actor, ask_directory_within
 
     try:
         actor(DIRECTORY)
@@ -337,9 +337,9 @@ def _close(names: Sequence[str]) -> None:
     """End hosts, and what they hold in memory."""
     import ray
 
-    from modelstore.cluster.calls import actor, host_name
     from modelstore.cluster.host.protocol import Host
-    from modelstore.cluster.peers import Peers
+    from modelstore.cluster.network.calls import actor, host_name
+    from modelstore.cluster.network.peers import Peers
 
     peers = Peers(View(0), "")
     for name in names:
@@ -350,9 +350,9 @@ def _close(names: Sequence[str]) -> None:
 
 def _wait_for_saves(names: Sequence[str], seconds: float) -> None:
     """`StorageError` if hosts still have something to store after so many seconds; one that is gone does not count."""
-    from modelstore.cluster.futures import answers
     from modelstore.cluster.host.protocol import Host
-    from modelstore.cluster.peers import Peers
+    from modelstore.cluster.network.futures import answers
+    from modelstore.cluster.network.peers import Peers
 
     peers = Peers(View(0), "")
     # Hosts that are gone, or too silent to wait for, are left out: the others have their saves.

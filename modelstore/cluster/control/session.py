@@ -12,13 +12,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import ray
 
-from modelstore.cluster.calls import DIRECTORY, HostGoneError, actor, ask_directory, ask_directory_within
 from modelstore.cluster.control.protocol import Control
-from modelstore.cluster.futures import answers
 from modelstore.cluster.host.host import HostStats, local_path
 from modelstore.cluster.host.protocol import Host
 from modelstore.cluster.metrics import ReaderMetrics
-from modelstore.cluster.peers import ANSWER, LEFT, STATS, Peers
+from modelstore.cluster.network.calls import DIRECTORY, HostGoneError, actor, ask_directory, ask_directory_within
+from modelstore.cluster.network.futures import answers
+from modelstore.cluster.network.peers import ANSWER, LEFT, STATS, Peers
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.read.hedging import Hedged, ReadCounts
 from modelstore.cluster.read.images import image_path

@@ -12,10 +12,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from modelstore.cluster.calls import NAMESPACE, actor, host_name, told
 from modelstore.cluster.control.directory import ClusterSettings, Directory, Started
 from modelstore.cluster.host.actor import GROUPS, StorageActor
 from modelstore.cluster.metrics import JobMetrics
+from modelstore.cluster.network.calls import NAMESPACE, actor, host_name, told
 from modelstore.errors import ConflictError
 from modelstore.plan.placement import Member
 

@@ -14,7 +14,7 @@ from modelstore.cluster.host.host import HostStats
 from modelstore.cluster.host.node import NodeHost
 from modelstore.cluster.logs import log_as_json
 from modelstore.cluster.metrics import HostMetrics
-from modelstore.cluster.peers import Peers
+from modelstore.cluster.network.peers import Peers
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.cluster.read.making import MadePlanes, Unstored
 from modelstore.cluster.save.orders import Order

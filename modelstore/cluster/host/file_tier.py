@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from modelstore.cluster.folders import remove_folder
 from modelstore.cluster.host.lru import SegmentedLRU
+from modelstore.cluster.node.folders import remove_folder
 from modelstore.cluster.pieces import check_digest
 from modelstore.format.buffers import Bytes, view
 from modelstore.format.digest import matches

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import msgspec
 
-from modelstore.cluster.folders import claim, sweep
 from modelstore.cluster.host.device_tier import DeviceTier
 from modelstore.cluster.host.file_tier import FileTier, TierStats, local_path
 from modelstore.cluster.host.origin import Origin, runs
 from modelstore.cluster.host.singleflight import Flight, SingleFlight
+from modelstore.cluster.node.folders import claim, sweep
 from modelstore.cluster.pieces import Piece, StoreAddress, batches
 from modelstore.cluster.save.orders import PendingStats
 from modelstore.errors import ConflictError, CorruptionError, StorageError

@@ -13,25 +13,25 @@ from typing import Concatenate, ParamSpec, TypeVar
 import msgspec
 import numpy as np
 
-from modelstore.cluster.channel import TLS
 from modelstore.cluster.control.directory import ClusterSettings
-from modelstore.cluster.folders import own_folder
-from modelstore.cluster.futures import answers
 from modelstore.cluster.host.anti_entropy import BATCH, PERIOD, AntiEntropy
 from modelstore.cluster.host.copies import Copies
 from modelstore.cluster.host.host import HostSettings, HostStats, ShardHost, sweep
 from modelstore.cluster.host.protocol import Host
 from modelstore.cluster.host.replicas import others
-from modelstore.cluster.peers import COPIES, KEEP, PIECES, Peers
+from modelstore.cluster.network.channel import TLS
+from modelstore.cluster.network.futures import answers
+from modelstore.cluster.network.peers import COPIES, KEEP, PIECES, Peers
+from modelstore.cluster.network.wire import PieceServer
+from modelstore.cluster.node.folders import own_folder
+from modelstore.cluster.node.private import private_folder
 from modelstore.cluster.pieces import Piece, StoreAddress, batches
-from modelstore.cluster.private import private_folder
 from modelstore.cluster.read.images import Images
 from modelstore.cluster.read.making import Making
 from modelstore.cluster.read.models import opened
 from modelstore.cluster.read.reader import Holding
 from modelstore.cluster.save.keeper import Keeper
 from modelstore.cluster.save.write_behind import WriteBehind
-from modelstore.cluster.wire import PieceServer
 from modelstore.errors import ModelStoreError
 from modelstore.format.buffers import Bytes
 from modelstore.plan.placement import Member, View, holders

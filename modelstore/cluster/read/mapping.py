@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from modelstore.cluster.calls import HostGoneError
+from modelstore.cluster.network.calls import HostGoneError
 from modelstore.cluster.pieces import StoreAddress
 from modelstore.cluster.read.images import open_image
 from modelstore.errors import UnsupportedError

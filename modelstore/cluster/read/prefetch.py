@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING
 
-from modelstore.cluster.calls import HostGoneError
 from modelstore.cluster.host.protocol import Host
+from modelstore.cluster.network.calls import HostGoneError
 from modelstore.cluster.pieces import Piece, StoreAddress, pieces, section_keys
 from modelstore.errors import StorageError
 from modelstore.format.answers import cluster_results

@@ -18,7 +18,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 import numpy as np
 from blake3 import blake3
 
-from modelstore.cluster.futures import answers
+from modelstore.cluster.network.futures import answers
 from modelstore.cluster.pieces import StoreAddress
 from modelstore.cluster.save.keeper import Keeper
 from modelstore.cluster.save.orders import Order, keepers

@@ -15,9 +15,9 @@ import msgspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from modelstore.cluster.calls import ask_directory, ask_directory_once
 from modelstore.cluster.control.protocol import Control
 from modelstore.cluster.control.session import Session
+from modelstore.cluster.network.calls import ask_directory, ask_directory_once
 from modelstore.errors import CancelledError, ModelStoreError, StorageError
 from modelstore.format.answers.cluster_results import JobStatus
 from modelstore.format.progress import Advance

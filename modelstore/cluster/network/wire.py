@@ -22,8 +22,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from modelstore.cluster.channel import TLS, Greeting, deadline, exactly, fill, greet, meet, send
-from modelstore.cluster.futures import in_thread
+from modelstore.cluster.network.channel import TLS, Greeting, deadline, exactly, fill, greet, meet, send
+from modelstore.cluster.network.futures import in_thread
 from modelstore.cluster.pieces import Piece, StoreAddress
 from modelstore.errors import ModelStoreError, StorageError
 from modelstore.format.buffers import Bytes, view

@@ -9,12 +9,12 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import ray
 
-from modelstore.cluster.calls import actor, answered, failed, host_name
-from modelstore.cluster.channel import TLS
-from modelstore.cluster.futures import in_thread
 from modelstore.cluster.host.protocol import Host
+from modelstore.cluster.network.calls import actor, answered, failed, host_name
+from modelstore.cluster.network.channel import TLS
+from modelstore.cluster.network.futures import in_thread
+from modelstore.cluster.network.wire import PieceClients
 from modelstore.cluster.pieces import Piece, StoreAddress
-from modelstore.cluster.wire import PieceClients
 from modelstore.format.buffers import Bytes
 from modelstore.plan.placement import View, addresses
 

@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from modelstore.cluster.private import private_folder, read_private, write_private
+from modelstore.cluster.node.private import private_folder, read_private, write_private
 from modelstore.errors import FormatError, StorageError, UnsupportedError
 
 AUTHORITY = "authority.pem"  # the certificate and the key of the authority: who has them can join

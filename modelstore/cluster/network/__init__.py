@@ -1,0 +1,1 @@
+"""Between processes: how actors are named and asked, connections that prove who speaks, pieces over TCP."""
