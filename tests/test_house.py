@@ -382,8 +382,8 @@ SIZES = {  # what configs say of how large a model is, by names that are transfo
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "kv_lora_rank"),
     *("moe_intermediate_size", "num_kv_shared_layers", "get_text_config", "text_config"),
 }
-# GGUF files are made of a config, and a config of GGUF files, key by key; smaller models change their config.
-TRANSLATORS = {"integrations/gguf", "sources/gguf_names.py", "restructure"}
+# GGUF files are made of a config, and a config of GGUF files, key by key.
+TRANSLATORS = {"integrations/gguf", "sources/gguf_names.py"}
 
 
 def test_only_architecture_knows_what_configs_call_things() -> None:

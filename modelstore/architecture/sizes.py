@@ -20,7 +20,7 @@ class Cached(NamedTuple):
 
 
 class Sizes:
-    """Of the language model within a config of transformers, which has the defaults of its class."""
+    """The sizes of the language model within a config of transformers, which has the defaults of its class."""
 
     def __init__(self, config: Any) -> None:
         nested = getattr(config, "get_text_config", None)
@@ -74,6 +74,12 @@ class Sizes:
         found = self._number("intermediate_size") or self._number("n_inner") or 4 * self.hidden
         each = self._number("moe_intermediate_size")
         return max(found, each * self.active) if each else found * self.active
+
+    @property
+    def attention(self) -> tuple[str, ...] | None:
+        """The kind of attention of each layer; None if the config has no such list."""
+        found = getattr(self._config, "layer_types", None)
+        return tuple(found) if found and len(found) == self._number("num_hidden_layers") else None
 
     def cached(self) -> list[Cached]:
         """The layers with a cache of their own, as transformers' caches decide it."""

@@ -63,7 +63,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What a method tells the codec of a layer; what the layer's owner wants to know of that beside it."""
+    """The statistics that a method gives the codec of a layer, and remarks for the layer's owner."""
 
     statistics: Statistics
     note: str = ""

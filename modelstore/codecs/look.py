@@ -1,4 +1,4 @@
-"""What a codec for weights is given before it encodes a tensor: how it is read, what may be held, what data say of it."""
+"""The input of a codec for weights before it encodes a tensor: how to read it, the memory to stay within, statistics of data."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _LEAST = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What is known of one tensor beside its values, such as what came to its layer on a text. None: nothing.
+    """Knowledge of one tensor beside its values, such as sums of its layer's inputs on a text. None: not known.
 
     importance    float32 (columns,): the mean square of what comes through each column, in any unit
     codes         (bits, group_size) → symmetric codes, and the scales of their groups in the dtype that the codec stores
     kept          the tensor's values with those that can be missed set to 0, in its dtype
     factors       (rank, energy), as `lowrank` has them → factors in float32 that the dtype of stored factors holds
 
-    What is a function is computed when a codec asks for it: from second moments of the inputs (GPTQ, SparseGPT, SVD-LLM), or read
+    The functions are computed when a codec asks for them: from second moments of the inputs (GPTQ, SparseGPT, SVD-LLM), or read
     from where somebody else left it.
     """
 
@@ -59,10 +59,10 @@ class Look:
 
     @property
     def importance(self) -> NDArray[np.float32] | None:
-        """What each column of a matrix counts, None where that is not known."""
+        """The weight of each column of a matrix, None if it is not known."""
         return self.statistics.importance if self.statistics and len(self.shape) == 2 else None
 
     @property
     def band(self) -> int:
-        """Bytes of the tensor to read at once: 4 MiB, or fewer where less memory is given."""
+        """Bytes of the tensor to read in one piece: 4 MiB, or fewer if less memory is given."""
         return _HELD if self.memory is None else max(_LEAST, min(_HELD, self.memory // _SHARE))

@@ -142,8 +142,9 @@ class WeightCodec:
     def fit(self, look: Look) -> Encode:
         """Look at a whole tensor, region by region, before it is encoded; how its regions are then.
 
-        Codecs that encode each region by itself look at nothing. What is held stays within `look.memory`, where `memory` says
-        that it can. A codec that reads `look.statistics` stores what these say; any other one makes nothing of them.
+        Codecs that encode each region by itself look at nothing. The memory that they hold stays within `look.memory`,
+        where `memory` says that it can. A codec that reads `look.statistics` stores what these say; any other one makes
+        nothing of them.
         """
         return lambda values, region: self.encode(values, extent(region), look.dtype)
 

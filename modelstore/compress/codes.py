@@ -79,7 +79,7 @@ class CheckpointCodes:
         self._given = {name: self.parse(name) for name in weights}
 
     def parse(self, name: str) -> Given:
-        """What a weight's tensors say of themselves. `FormatError` where they do not go together, or are other codes."""
+        """The layout of a weight's codes, as its tensors have it. `FormatError` if they contradict each other."""
         raise NotImplementedError
 
     def members(self, name: str) -> tuple[str, ...]:
@@ -190,7 +190,7 @@ class PackedCodes(CheckpointCodes):
         return np.ascontiguousarray(codes), self.region(name + _SCALE, (rows, groups))
 
     def parse(self, name: str) -> Given:
-        """What a weight's tensors say of themselves."""
+        """The layout of a weight's codes, as its tensors have it."""
         for part, what in (
             ("_zero_point", "is asymmetric, and zero points"),
             ("_g_idx", "is in groups by activation, which"),
@@ -223,7 +223,7 @@ class PackedCodes(CheckpointCodes):
 
 
 def statistics_of(codes: Codes, name: str) -> Statistics | None:
-    """What is known of a weight that has been given codes; None of one that has not."""
+    """The statistics of a weight that has given codes; None if it has none."""
     given = codes.given.get(name)
     if given is None:
         return None

@@ -1,6 +1,6 @@
 """int4 codes as checkpoints of GPTQ and of AWQ have them: with inputs as rows, in words of eight along one side.
 
-Of a weight `x.weight` (outputs, inputs) there are, with n the numbers of a group of inputs,
+A weight `x.weight` (outputs, inputs) has these tensors, with n the numbers of a group of inputs:
 
     x.qweight  int32, from 0 to 15. GPTQ: (inputs / 8, outputs), the first input in the low bits. AWQ: (inputs, outputs / 8),
                with outputs 0, 2, 4, 6, 1, 3, 5, 7 of each eight from the low bits on

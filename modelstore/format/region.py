@@ -44,7 +44,7 @@ def shift(region: Region, origin: Region) -> Region:
 
 
 def placed(region: Region, origin: Region) -> Region:
-    """The reverse of `shift`: a region in coordinates that begin at the corner of `origin`, in those of the whole."""
+    """The reverse of `shift`: a region in coordinates relative to the corner of `origin`, in those of the whole."""
     return tuple((a + c, b + c) for (a, b), (c, _) in zip(region, origin, strict=True))
 
 

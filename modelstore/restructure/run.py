@@ -13,6 +13,8 @@ import numpy as np
 from modelstore.architecture.blocks import blocks
 from modelstore.architecture.described import described
 from modelstore.architecture.ranks.parallel import Cuts
+from modelstore.architecture.rewritten import ShapeCounts, rewritten
+from modelstore.architecture.sizes import Sizes
 from modelstore.compress.stages import Stages
 from modelstore.errors import UnsupportedError
 from modelstore.execute.read.loading import Variant
@@ -22,7 +24,6 @@ from modelstore.format.region import nbytes
 from modelstore.plan.work import Limits, Work
 from modelstore.restructure.check import check
 from modelstore.restructure.choose import Amount, check_amount, count_of, named, neurons_of
-from modelstore.restructure.config import ShapeCounts, rewritten
 from modelstore.restructure.cut import KeptParts, Structure
 from modelstore.restructure.layers import MOST_LAYERS, Dropped, LayerLosses
 from modelstore.restructure.solved import SolvedWeights
@@ -105,8 +106,7 @@ class Cutting:
             key, each = structure.groups()
             key_left = count_of("heads", wanted.heads, key)
             query, query_left = key * each, key_left * each
-            found = self.stages.skeleton.config
-            head = int(getattr(found, "head_dim", None) or found.hidden_size // query)
+            head = Sizes(self.stages.skeleton.config).head
         return (
             ShapeCounts(layers, neurons, query, key, head),
             ShapeCounts(left, neurons_left, query_left, key_left, head),
@@ -152,8 +152,7 @@ class Cutting:
 
     def _checked(self, kept: KeptParts) -> dict[str, Any]:
         """The rewritten config, of which transformers makes just what is kept."""
-        kinds = getattr(self.stages.skeleton.config, "layer_types", None)
-        kinds = list(kinds) if kinds and len(kinds) == self.before.layers else None
+        kinds = Sizes(self.stages.skeleton.config).attention
         config = dict(rewritten(self.config, self.before, self.after, kept.layers, kinds))
         check(self.stages.skeleton, config, self._class_name, self.structure.cut(kept), kept.layers, self._changed())
         return config

@@ -5,5 +5,5 @@ library   models, revisions and files, as the Hub speaks of them
 digests   SHA-256 of files, found once                sending  a file's bytes, within a bounded memory
 reading   answers of the read side                    app      one request from its head to its answer
 tokens    who may do what                       writing  what a commit makes of the newest version
-spool     where uploads lie until then          run      the server as a process
+spool     keeps uploads until then              run      the server as a process
 """

@@ -21,7 +21,7 @@ _OPERATIONS = 100_000
 
 @dataclass(frozen=True)
 class Operation:
-    """What becomes of one path."""
+    """The change of one path."""
 
     kind: Literal["file", "lfsFile", "deletedFile", "deletedFolder"]
     path: str
@@ -31,14 +31,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class CommitHeader:
-    """What a commit says of itself; `parent`: the commit that it was made on, if it says."""
+    """The message of a commit; `parent`: the commit that it was made on, if it names one."""
 
     message: str
     parent: str
 
 
 def read_commit(path: Path) -> Iterator[CommitHeader | Operation]:
-    """The header, then the operations; one line is held at a time. `RefusedError` (422) for what is no commit."""
+    """The header, then the operations; one line is held at a time. `RefusedError` (422) if it is not a commit."""
     with path.open("rb") as lines:
         for number in range(_OPERATIONS + 2):
             line = lines.readline(_LINE)

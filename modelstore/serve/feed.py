@@ -1,7 +1,7 @@
 """A feed of changes: what models are now, and again whenever that changes, as server-sent events.
 
-An event has all of a model's state, so who connects anew has missed nothing. The store is looked at once a second for all that
-listen, and only at the models that they name.
+An event has all of a model's state, so a client that connects again has missed nothing. One look a second at the
+models that clients name serves all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ModelState = dict[str, Any]
 
 
 class Feed:
-    """What models are now, for all that listen; of one event loop."""
+    """The state of models, for all listeners of one event loop."""
 
     def __init__(self, library: Library, run: Callable[..., Awaitable[Any]]) -> None:
         self.ends: Callable[[], bool] = bool  # whether the server drains: listeners come again, to another one

@@ -79,9 +79,9 @@ class Library:
         return self._catalog.recorded()
 
     def commit(self, model: str, revision: str) -> Commit:
-        """What a revision of a model names; `RefusedError` where there is no such model or revision.
+        """The commit that a revision of a model names; `RefusedError` if there is no such model or revision.
 
-        Of a model that was made and has no version yet, version 0, which has no files.
+        A model that has no version yet has version 0, without files.
         """
         since = self._since(model)
         if since is not None and revision in (MAIN, "HEAD", _empty(model, since).id):

@@ -24,7 +24,7 @@ InThread = Callable[..., Awaitable[Any]]
 
 
 class Posting:
-    """What requests that change something are answered."""
+    """The answers to requests that change something."""
 
     def __init__(self, writing: Writing, spool: UploadSpool, run: InThread) -> None:
         self._writing = writing

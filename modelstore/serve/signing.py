@@ -15,7 +15,7 @@ LIFETIME = 3600.0  # seconds
 
 @dataclass(frozen=True)
 class Permit:
-    """What one address allows: to send this object, or one part of it, for this model."""
+    """The permission of one address: to send this object, or one part of it, for this model."""
 
     model: str
     oid: str
@@ -39,7 +39,7 @@ def permit(model: str, oid: str, size: int, part: int = 0) -> Permit:
 
 
 def allowed(query: dict[str, str], key: bytes) -> Permit:
-    """What a query allows; `RefusedError` (403) where it is forged or too old."""
+    """The permission that a query carries; `RefusedError` (403) if it is forged or too old."""
     numbers = [query.get(name, "") for name in ("size", "part", "expires")]
     if all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers):
         found = Permit(query.get("model", ""), query.get("oid", ""), *map(int, numbers))

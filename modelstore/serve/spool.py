@@ -1,6 +1,6 @@
-"""Where uploads lie until a commit takes them: a folder with a bound, of one server, and empty when it starts.
+"""The folder that keeps uploads until a commit takes them: a folder with a bound, of one server, and empty when it starts.
 
-What a client sent for one model is for commits to that model alone: who knows the digest of another's file gets nothing by it.
+Only commits to the same model may use an upload: knowing the digest of another model's file gives nothing.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class UploadSpool:
             shutil.rmtree(path, ignore_errors=True)
 
     def object(self, model: str, oid: str, part: int | None = None) -> Path:
-        """Where a model's object with that SHA-256 lies, or will, or one part of it."""
+        """The path of a model's object with that SHA-256, or of one part of it, whether it is there or not."""
         if not _OID.fullmatch(oid):
             raise RefusedError(422, "an oid is 64 hexadecimal digits, of SHA-256")
         folder = self._root / hashlib.sha256(model.encode()).hexdigest()[:32]
@@ -122,7 +122,7 @@ class UploadSpool:
         return folder / (oid if part is None else f"{oid}.{part}")
 
     def keep(self, file: SpoolFile, path: Path) -> None:
-        """Give a received file its place. What was there is of the same bytes, or of an earlier try."""
+        """Give a received file its place. A file that is there already has the same bytes, or is of an earlier try."""
         self.drop(path)
         file.path.rename(path)
 

@@ -1,4 +1,4 @@
-"""What is known of a request while it is answered."""
+"""A request while it is answered."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ class Visit:
 
     @property
     def name(self) -> str:
-        """Whose limits count: a token's, else an address's."""
+        """The name whose limits count: a token's, else an address."""
         client = self.request.client
         return self.caller.id if self.caller is not None and self.caller.id else client.host if client else ""

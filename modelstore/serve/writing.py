@@ -32,7 +32,7 @@ _CHECKPOINTS = (*_WEIGHTS, ".bin", ".pt", ".pth", ".ckpt", "model_index.json")
 
 
 class Writing:
-    """What changes a store. May be used from many threads; commits to one model come one after the other."""
+    """Changes to a store. May be used from many threads; commits to one model come one after the other."""
 
     def __init__(self, library: Library, digests: Digests, spool: UploadSpool) -> None:
         self._library = library

@@ -37,7 +37,7 @@ def evaluate(
 ) -> list[results.Evaluation]:
     """Evaluate variants of one version, as `Model.eval` says, with one run of the original for all of them.
 
-    Of several texts, all variants on the first, then all on the next.
+    Several texts are taken one after the other: all variants on the first, then all on the next.
     """
     from modelstore.compress.evaluate import run
 

@@ -129,7 +129,7 @@ class Int(WeightCodec):
     def fit(self, look: Look) -> Encode:
         """Tensors and channels are looked at whole, in bands of 4 MiB, once, for "mse" twice; groups and blocks are not.
 
-        Where statistics know codes, or the importance of columns, symmetric groups are stored by these.
+        Symmetric groups use the codes, or the importance of columns, that statistics have.
         """
         shape, dtype = look.shape, look.dtype
         if look.statistics and self.symmetric and self.granularity == "group":

@@ -114,7 +114,7 @@ class LowRank(WeightCodec):
         """Decompose each matrix when its first region is encoded (`decompose`), by energy all of them before that.
 
         In memory are what `memory` says: of a stack the factors of a few matrices, as many as the look's memory has room for,
-        of a tensor never more than a band. Where statistics know better factors of a matrix, these are stored.
+        of a tensor never more than a band. If statistics have better factors of a matrix, it stores those.
         """
         shape, dtype = look.shape, look.dtype
         if look.statistics and look.statistics.factors and len(shape) == 2:

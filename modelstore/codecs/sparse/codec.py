@@ -77,7 +77,7 @@ class Sparse(WeightCodec):
     def fit(self, look: Look) -> Encode:
         """Look for the magnitude at which a sparsity over the whole tensor is reached; else nothing is looked at.
 
-        Where statistics say what can be missed, that is pruned, and what they left is stored.
+        If statistics say which weights to keep, the codec stores those values.
         """
         dtype = look.dtype
         if look.statistics and look.statistics.kept:

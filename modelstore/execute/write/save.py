@@ -161,7 +161,7 @@ def store(
 
 
 def base_for(codec: str, parent: Against | None) -> Against | None:
-    """What is to be stored as a difference to, None where everything is to be stored in full."""
+    """The version that differences are stored against, None if everything is stored in full."""
     return parent if codec == "delta" and parent is not None and parent.chain.may_grow else None
 
 
