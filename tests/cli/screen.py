@@ -23,6 +23,7 @@ from modelstore.format import recipe
 from modelstore.format.answers import cluster_results, inventory, results
 from modelstore.format.answers.comparison import Compared
 from modelstore.format.answers.history import LogEntry
+from modelstore.format.answers.restructured import Restructured, RestructurePlan
 from modelstore.format.objects import manifest
 
 
@@ -51,6 +52,8 @@ HOMES = {
     "inventory": inventory,
     "LogEntry": LogEntry,
     "Compared": Compared,
+    "Restructured": Restructured,
+    "RestructurePlan": RestructurePlan,
     "Any": Any,
 }
 

@@ -39,6 +39,8 @@ NEEDS_MORE = {  # commands that speak with more than a store, or with none
     "presets",
     "jobs",
     "cat",
+    "serve",
+    *(f"token {name}" for name in ("create", "list", "revoke")),
     *(f"cluster {name}" for name in ("start", "status", "top", "stop", "drain", "undrain", "join")),
 }
 

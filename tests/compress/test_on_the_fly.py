@@ -12,6 +12,7 @@ import torch
 
 import modelstore as ms
 from modelstore.client import Store
+from modelstore.codecs.look import Look
 from modelstore.codecs.shared.kmeans import KMeans
 from modelstore.compress.presets import PRESETS
 from modelstore.errors import NotFoundError, UnsupportedError
@@ -116,9 +117,9 @@ def test_a_whole_tensor_is_looked_at_once_however_many_slices(monkeypatch: pytes
     fits = []
     fit = KMeans.fit
 
-    def counted(self: KMeans, *args: Any) -> Any:
-        fits.append(args[1])
-        return fit(self, *args)
+    def counted(self: KMeans, look: Look) -> Any:
+        fits.append(look.shape)
+        return fit(self, look)
 
     monkeypatch.setattr(KMeans, "fit", counted)
     store.load("m:kmeans4")

@@ -30,7 +30,17 @@ PAGES = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("guide", "python", "compression", "layouts", "live", "zarr", "sources", "calibration")
+        for name in (
+            "guide",
+            "python",
+            "compression",
+            "layouts",
+            "live",
+            "zarr",
+            "sources",
+            "calibration",
+            "restructure",
+        )
     ),
 ]
 
