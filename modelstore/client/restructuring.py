@@ -167,7 +167,6 @@ def _restructure(
     cutting.check()
     samples = looked_at(opened, calibration)[1] if calibration is not None else None
     noted = note(message, None, model.ref, model.ref)
-    against = access.against(model.reference)
     with closing(SolvedWeights()) as solved, _files(opened) as files:
         kept, dropped = cutting.measured(samples, solved, access.work(progress))
         metrics = cutting.recorded(model.ref, kept, dropped, samples)
@@ -184,7 +183,7 @@ def _restructure(
                     source,
                     codec=entry.codec if entry.codec in CODECS and entry.codec != "delta" else "lossless",
                     grid="auto",
-                    parent=against,
+                    parent=access.against(model.reference),  # at each try: it may have been compacted meanwhile
                     previous=access.newest(to),
                     work=work,
                 ),

@@ -77,6 +77,14 @@ class Stages:
         tied = {name: of for name, of in self.names.tied.items() if name in needed and name not in found}
         return found | {name: found[of] for name, of in tied.items()}
 
+    def entries(self, batches: Sequence[torch.Tensor], memory: int) -> Spool:
+        """The input of the first block for batches of tokens, in up to `memory` bytes."""
+        found = Spool(memory)
+        with self.skeleton.entry(self.values(0, self.stored(0))) as run:
+            for ids in batches:
+                found.append(run(ids))
+        return found
+
     def pass_on(
         self,
         stage: int,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modelstore.compress.evaluate.score import divergence
+from modelstore.compress.evaluate.score import divergence, log_probabilities
 from modelstore.compress.stages import Stages
 from modelstore.execute.spool import Spool
 from modelstore.format.progress import Advance
@@ -67,7 +67,7 @@ class LayerLosses:
         """The same, by how much each layer changes what comes to it, measured once."""
         skeleton = self.stages.skeleton
         found: list[Dropped] = []
-        before = self._entries()
+        before = self.stages.entries(self.runs, self.memory // 2)
         for stage in range(skeleton.count):
             after, alike, tokens = Spool(self.memory // 2), 0.0, 0
             with skeleton.at(stage, self._values(stage)) as run:
@@ -91,18 +91,10 @@ class LayerLosses:
     def _values(self, stage: int) -> dict[str, torch.Tensor]:
         return self.stages.values(stage, self.stages.stored(stage))
 
-    def _entries(self) -> Spool:
-        """The inputs of the first block, run by run."""
-        found = Spool(self.memory // 2)
-        with self.stages.skeleton.entry(self._values(0)) as run:
-            for ids in self.runs:
-                found.append(run(ids))
-        return found
-
     def _ends(self, kept: Sequence[int]) -> dict[int, Spool]:
         """The output of the last kept block, with all these blocks (`_ALL`), and without each one of them."""
         each = self.memory // (2 * (len(kept) + 2))
-        streams = {_ALL: self._entries()}
+        streams = {_ALL: self.stages.entries(self.runs, self.memory // 2)}
         for stage in kept:
             after: dict[int, Spool] = {}
             with self.stages.skeleton.at(stage, self._values(stage)) as run:
@@ -126,14 +118,9 @@ class LayerLosses:
             for at, ids in enumerate(self.runs):
                 for window in range(len(ids)):  # one after the other: their logits are large
                     one = slice(window, window + 1)
-                    known = _answers(run(ids[one], original[at][one]))
+                    known = log_probabilities(run(ids[one], original[at][one]))
                     tokens += len(known)
                     for name, spool in ends.items():
-                        there = _answers(run(ids[one], spool[at][one]))
+                        there = log_probabilities(run(ids[one], spool[at][one]))
                         sums[name] += float(divergence(known, there).sum())
         return {name: total / tokens for name, total in sums.items()}
-
-
-def _answers(logits: torch.Tensor) -> torch.Tensor:
-    """log p of each token of the vocabulary, float32 (tokens, vocabulary)."""
-    return logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)

@@ -48,18 +48,15 @@ class Widths:
 
     def run(self, layers: Sequence[int]) -> KeptParts:
         """The kept parts of these layers."""
-        skeleton = self.stages.skeleton
-        before = Spool(self.memory // 2)
-        with skeleton.entry(self.stages.values(0, self.stages.stored(0))) as entry:
-            for ids in self.runs:
-                before.append(entry(ids))
+        before = self.stages.entries(self.runs, self.memory // 2)
         try:
             for layer in layers:
                 stored = self.stages.stored(layer)
                 for part, count in (("query", self.groups), ("even", self.neurons)):
                     if count is not None:
                         self._narrow(layer, part, count, stored, before)
-                before = self._pass_on(layer, stored, before)
+                values = self.stages.values(layer, stored)
+                before = self.stages.pass_on(layer, values, self.runs, before, self.memory // 2)
                 if self.advance is not None:
                     self.advance(1)
         finally:
@@ -112,15 +109,6 @@ class Widths:
         read = gathered.read_by(linear.parameter)
         assert read is not None, "the block has run"
         return read.taken()
-
-    def _pass_on(self, layer: int, stored: Mapping[str, torch.Tensor], before: Spool) -> Spool:
-        """The layer's output, as it is stored then."""
-        after = Spool(self.memory // 2)
-        with self.stages.skeleton.at(layer, self.stages.values(layer, stored)) as run:
-            for at, ids in enumerate(self.runs):
-                after.append(run(ids, before[at]))
-        before.close()
-        return after
 
 
 def _importance(rows: torch.Tensor, sums: torch.Tensor, at: Along, share: int) -> list[float]:

@@ -10,7 +10,7 @@ import typer
 
 from modelstore.cli.compression.compressing import Length, Samples, Seed, Text, calibration_of, plan
 from modelstore.cli.terminal import output, units
-from modelstore.cli.terminal.options import AsJson, Debug, Memory, Quiet, Reference, StoreUrl, open_store
+from modelstore.cli.terminal.options import AsJson, Debug, Memory, Quiet, Reference, StoreUrl, open_store, share_of
 
 if TYPE_CHECKING:
     from modelstore.format.answers.restructured import Restructured, RestructurePlan
@@ -26,10 +26,10 @@ class LayerMeasure(StrEnum):
 def amount_of(text: str | float) -> float | int:
     """The value of an option that takes a share such as 0.75 or 75%, or a count such as 24."""
     written = str(text).strip()
+    if "%" in written or "." in written:
+        return share_of(written)
     try:
-        if written.endswith("%"):
-            return float(written[:-1]) / 100
-        return float(written) if "." in written else int(written)
+        return int(written)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is neither a share such as 0.75 or 75%, nor a count such as 24") from None
 

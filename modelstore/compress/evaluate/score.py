@@ -221,6 +221,11 @@ def _against(
     return Score.of(surprises, work, divergences, agreed)
 
 
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """log p of each token of the vocabulary, float32 (predictions, vocabulary)."""
+    return logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)
+
+
 def divergence(known: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
     """KL(known ‖ answers) of each prediction in nats, float64 (predictions), of log p: float32 (predictions, vocabulary)."""
     import torch
@@ -248,7 +253,7 @@ def _answers(
         skip = batch[0].first - batch[0].start
         with torch.inference_mode():
             logits = found[:, skip - 1 : -1]
-            answers = logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)
+            answers = log_probabilities(logits)
         yield answers, ids[:, skip:].to(answers.device)
         if count:
             count(len(answers))
