@@ -36,6 +36,7 @@ ROWS = {  # in the order in which they run
     "versions": "versions:rows",
     "live": "live:rows",
     "steps": "steps:rows",
+    "rollout": "rollout:rows",
     "manifests": "manifests:rows",
     "ladder": "ladder:rows",
     "quantize": "quantize:rows",
