@@ -90,7 +90,7 @@ def save(
             autocompletion=complete.references,
             show_default=False,
             help="Reuse the chunks of this version too, besides those of NAME's newest. "
-            "With --codec delta, store the difference to it.",
+            "With --codec delta, store the difference to it. auto: find the nearest version in the store.",
         ),
     ] = None,
     codec: Annotated[

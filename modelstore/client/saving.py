@@ -6,6 +6,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +14,7 @@ import msgspec
 
 from modelstore.client.base import OpenedStore
 from modelstore.client.clustered import acknowledged, in_cluster, saved
+from modelstore.client.parents import AUTO, found, told
 from modelstore.errors import ConflictError
 from modelstore.execute.write.remarks import remarks
 from modelstore.execute.write.save import Outcome, check_options, publish, store
@@ -67,7 +69,9 @@ class Saving(OpenedStore):
             grid: "whole", with "raw", keeps each tensor in one piece, to be mapped, or read from the packs by any safetensors
                 loader.
             tag: A tag that will name the new version.
-            parent: Another version to reuse chunks from, besides the model's newest. "delta" stores the difference to it.
+            parent: Another version to reuse chunks from, besides the model's newest. "delta" stores the difference to it. "auto"
+                finds the nearest among all versions of the store, by their sketches; `remarks` of the answer names it, and
+                says so if none is near.
             files: Files beside the source's own: path → local path or bytes.
             include: "all" keeps what a checkpoint holds beside weights too, optimizer states and plain values, as the variant
                 "checkpoint", which `checkpoint` gives back. "model" leaves it out, and `left_out` of the answer names it.
@@ -100,9 +104,9 @@ class Saving(OpenedStore):
         check_options(codec, grid, parent, ack)
         if tag is not None:
             check_tag(tag)
-        named = parse_reference(parent) if parent is not None else None
-        known = [self._access.against(named)] if named is not None else []
-        noted = note(message, meta, source, parent or "")
+        chosen = told(parent)
+        known = [self._access.against(chosen.ref)] if chosen.ref is not None else []
+        noted = note(message, meta, source, chosen.name)
         choice = Selection(key, include, gguf)
         if choice.everything and ack == "memory":
             raise ValueError('ack="memory" keeps the weights alone: leave it out, or include="all"')
@@ -110,13 +114,16 @@ class Saving(OpenedStore):
         try:
             check_holds(opened, source, files)
             self.repo.catalog.open(create=True, again=True)  # before all of it is written
+            if parent == AUTO:
+                chosen = found(self._access, opened, codec)
+                noted = msgspec.structs.replace(noted, parent=chosen.name)
             total = sum(nbytes(spec.shape, spec.dtype.itemsize) for spec in opened.tensors)
             work = self._access.work(progress).begin(total, f"saving {name}")
 
             def store_to(repo: Repo, *, resumable: bool = True) -> Outcome:
                 # At another try it is looked at again: the parent may have been compacted meanwhile.
-                against = known.pop() if known else self._access.against(named) if named is not None else None
-                return store(
+                against = known.pop() if known else self._access.against(chosen.ref) if chosen.ref else None
+                outcome = store(
                     repo,
                     name,
                     opened,
@@ -126,7 +133,9 @@ class Saving(OpenedStore):
                     previous=self._access.previous(name) if choice.everything else self._access.newest(name),
                     work=work,
                     resumable=resumable,
+                    sampler=chosen.sampler,
                 )
+                return replace(outcome, remarks=(*chosen.said, *outcome.remarks))
 
             if ack == "memory":
                 return acknowledged(self._access, name, tag, store_to, started, noted)
@@ -191,6 +200,8 @@ class Saving(OpenedStore):
         if codec not in CODECS:
             raise ValueError(f"codec {codec!r} is not one of {', '.join(CODECS)}")
         check_options(codec, "auto", parent)
+        if parent == AUTO:
+            raise ValueError('parent="auto" is for save: all ranks must give the same version, so name it')
         against = self._access.against(parse_reference(parent)) if parent is not None else None
         part = open_part(source, files=files)
         try:

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 
+import msgspec
+
 from modelstore.errors import ConflictError, CorruptionError, ModelStoreError, NotFoundError
 from modelstore.format.names import ORIGINAL, is_word
 from modelstore.format.objects import record as rec
@@ -164,7 +166,7 @@ class Catalog(Lookup):
         `instead_of`: the manifest that a variant had, if it must be replaced. `ConflictError` if a name is taken by another
         manifest, or the version went away.
         """
-        reliance = Reliance(self._storage, model, entries)
+        reliance = Reliance(self._storage, model, _with_sketches(entries, self.version(model, version)))
         for _ in range(_RACES):
             head = self.version(model, version)
             if head.deleted:
@@ -213,7 +215,8 @@ class Catalog(Lookup):
                     f"{model}@{version}:{variant} was changed meanwhile: try again with what it is now", model=model
                 )
             same = head.variants[variant].manifest == entry.manifest
-            reliance = Reliance(self._storage, model, {variant: entry}, only_copies=same)
+            entries = _with_sketches({variant: entry}, head)
+            reliance = Reliance(self._storage, model, entries, only_copies=same)
             made = reliance.create(self._next(head, writer), self._create_version)
             if made is not None:
                 return made
@@ -378,3 +381,12 @@ class Catalog(Lookup):
         return ConflictError(
             f"{_RACES} writers of model {model!r} came first: try again when fewer write at once", model=model
         )
+
+
+def _with_sketches(entries: _Entries, before: VersionRecord) -> _Entries:
+    """Entries that are stored anew, with the sketches that they had: a variant's values do not change."""
+    had = {variant: entry.sketch for variant, entry in before.variants.items() if entry.sketch}
+    return {
+        variant: entry if entry.sketch or variant not in had else msgspec.structs.replace(entry, sketch=had[variant])
+        for variant, entry in entries.items()
+    }

@@ -50,7 +50,7 @@ def encode(values: Bytes, dtype: DType, base: Bytes) -> Bytes | None:
         coded = _coded(gaps >> low)
         if coded.size > frames.BLOCK:
             return None
-        delta = _ordinals(lanes[here], how.magnitude) - _ordinals(under[here], how.magnitude)
+        delta = ordinals(lanes[here], how.magnitude) - ordinals(under[here], how.magnitude)
         signs, sizes = _parted(delta)
         streams = [_piece(s) for s in (coded, np.packbits(signs, bitorder="little"), *_planes(sizes, how.width))]
         lengths = struct.pack(f"<{len(streams)}I", *map(len, streams))
@@ -135,7 +135,7 @@ def _pack(gaps: NDArray[np.int64], low: int) -> Bytes:
 # ---------------------------------------------------------------------- by how much
 
 
-def _ordinals(lanes: NDArray[Word], magnitude: int) -> NDArray[Word]:
+def ordinals(lanes: NDArray[Word], magnitude: int) -> NDArray[Word]:
     """Places in numeric order, of words whose bits below the sign are `magnitude`; and back."""
     kind = lanes.dtype.type
     zero, sign = kind(0), kind(8 * lanes.itemsize - 1)

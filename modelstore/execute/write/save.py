@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from modelstore.architecture.config import MAX_CONFIG, Config, parse
@@ -22,6 +23,7 @@ from modelstore.execute.write.encoding import Encoder, Input, ReadRegion
 from modelstore.execute.write.journal import Journal, resume
 from modelstore.execute.write.packs import PackWriter, Tally, Written, known_chunks, require_bases
 from modelstore.execute.write.remarks import remarks
+from modelstore.execute.write.sketching import Sampler
 from modelstore.execute.write.whole import WholeWriter
 from modelstore.format.answers.results import LeftOut
 from modelstore.format.buffers import Buffer, Bytes
@@ -110,16 +112,19 @@ def store(
     previous: Against | None,
     work: Work,
     resumable: bool = True,
+    sampler: Sampler | None = None,
 ) -> Outcome:
     """Store a source's tensors and files, and a manifest of them; nothing is visible before that is published.
 
     Chunks that `parent` or `previous` (the newest version) have are referred to. `resumable`: with a journal, so that an
-    interrupted save of the same source goes on where it stopped.
+    interrupted save of the same source goes on where it stopped. `sampler`: of this source, if it was sampled before.
     """
     base = base_for(codec, parent)
     earlier_manifests = [a.manifest for a in (previous, parent) if a is not None]
     architecture = architecture_of(source, earlier_manifests)
-    inputs = plan_inputs(source, codec, grid, base, earlier_manifests, architecture)
+    beside: frozenset[str] = getattr(source, "beside", frozenset())
+    sampler = sampler or Sampler(source, beside)
+    inputs = sampler.watching(plan_inputs(source, codec, grid, base, earlier_manifests, architecture))
     tally, storage = Tally(), repo.storage
     shelf = Shelf(storage)
     resumed = None
@@ -142,11 +147,11 @@ def store(
         looked = cut if not base.reader.fetcher.elsewhere else []
         based = {item.plan.name for item in inputs if item.plan.codec.name == "delta"}
         require_bases(shelf, base.reader, based.difference(item.plan.name for item in looked))
+    sketch = sampler.kept()
     source.opened.check()
     shelf.heal(earlier_manifests, known)
-    beside: frozenset[str] = getattr(source, "beside", frozenset())
     manifest = manifest_of(source, inputs, written, base, without=beside, known=architecture)
-    entry = store_manifest(repo.manifests, model, manifest, codec, shelf)
+    entry = msgspec.structs.replace(store_manifest(repo.manifests, model, manifest, codec, shelf), sketch=sketch)
     relied = {manifest_key(model, entry.manifest): 1, pack_key(entry.copy): 1, **objects_of(manifest)}
     others = {}
     if beside:

@@ -42,7 +42,9 @@ class StoreInfo(msgspec.Struct, frozen=True):
 
 
 class VariantEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A variant's manifest, its copy (a pack), and its sizes: raw values, stored chunks."""
+    """A variant's manifest, its copy (a pack), and its sizes: raw values, stored chunks. `sketch`: of its values, as `sketch.py`
+    has it; of originals that `save` made.
+    """
 
     manifest: Digest
     copy: Digest
@@ -51,6 +53,7 @@ class VariantEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     tensors: Count
     codec: str
     created: float
+    sketch: bytes = b""
 
 
 class VersionRecord(msgspec.Struct, frozen=True, omit_defaults=True):
