@@ -231,6 +231,19 @@ def test_parallel_layer_equals_whole(kind: str, size: int) -> None:
         np.testing.assert_allclose(sum(results), whole_result, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("said", "rows"), [({"num_key_value_heads": None}, 16), ({}, 4)], ids=["null", "absent"])
+def test_key_heads_that_the_config_does_not_say_are_those_of_transformers(said: dict[str, None], rows: int) -> None:
+    """16 heads of width 1 for two ranks: an absent entry means the model type's 4, a null one as many as queries have."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model("smollm3", num_attention_heads=16, **said)
+    assert theirs.num_key_value_heads == rows
+    config = {"model_type": "smollm3", "num_attention_heads": 16, **said}
+    [share] = TensorParallel(0, 2).shares(config, {"model.layers.0.self_attn.k_proj.weight": (rows, 8)}).values()
+    assert share.shape == (rows // 2, 8)
+    [whole] = TensorParallel(5, 8).shares(config, {"model.layers.0.self_attn.k_proj.weight": (rows, 8)}).values()
+    assert whole.shape == (max(rows // 8, 1), 8)
+
+
 def test_fused_rows_are_several_ranges() -> None:
     config = {"model_type": "phi3", "num_attention_heads": 8, "num_key_value_heads": 2}
     shares = TensorParallel(5, 8).shares(config, {"model.layers.0.self_attn.qkv_proj.weight": (96, 64)})

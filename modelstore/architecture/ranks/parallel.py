@@ -14,6 +14,7 @@ from modelstore.format.objects.architecture import Architecture, Sliced, find
 
 AxisPlan = Mapping[str, int | None]
 
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -37,6 +38,18 @@ def axes(
 def in_table(config: Config | None) -> bool:
     """Whether the table has the architecture, so that nobody else needs to be asked."""
     return _family(config)[0] is not None
+
+
+def key_heads(config: Config, heads: int, kind: str) -> int:
+    """How many heads keys have, and values, in a model of type `kind` whose queries have `heads`.
+
+    The config says it. Where it has no such entry, the model type has a number; an entry that is null means `heads`, as in
+    transformers: a SmolLM3 without the entry has 4, one whose entry is null has 16.
+    """
+    found = count(config, *_KEY_HEADS)
+    if found is None and not any(key in config for key in _KEY_HEADS) and (family := FAMILIES.get(kind)):
+        found = family.key_heads
+    return found or heads
 
 
 class Cuts:
@@ -63,10 +76,9 @@ class Cuts:
         self.strict = strict
         self.cuts: Mapping[str, AxisCut] = family.cuts if family else {}
         self.heads: dict[Cut, int] = {}
-        if family:
+        if family and config is not None:
             query = _heads(inner) or family.heads
-            key = count(inner, "num_key_value_heads", "num_kv_heads") or family.key_heads or query
-            self.heads = {"query": query, "key": key}
+            self.heads = {"query": query, "key": key_heads(inner, query, _known_type(config, inner))}
         self.plan = [
             (re.compile(translate(pattern)), None if axis is None else AxisCut(axis, ("vocabulary",)))
             for pattern, axis in (plan or {}).items()
@@ -142,5 +154,9 @@ def _family(config: Config | None) -> tuple[ParallelPlan | None, Config]:
     if config is None:
         return None, {}
     inner = language(config)
-    known = FAMILIES.get(model_type(inner)) or FAMILIES.get(model_type(config))
-    return known, inner
+    return FAMILIES.get(_known_type(config, inner)), inner
+
+
+def _known_type(config: Config, inner: Config) -> str:
+    """The model type that the table has: that of the language model, else that of the whole."""
+    return model_type(inner) if model_type(inner) in FAMILIES else model_type(config)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modelstore.architecture.config import Config, absurd, architectures, count, flag, model_type, number, word
+from modelstore.architecture.ranks.parallel import key_heads
 from modelstore.codecs.numeric.numbers import Floats
 from modelstore.errors import UnsupportedError
 from modelstore.integrations.gguf.rope import in_float32, rope
@@ -27,7 +28,6 @@ class Family:
     model_type: str
     arch: str  # llama.cpp's name
     neighbours: bool = False  # it rotates neighbours rather than halves of a head
-    kv_heads: int | None = None  # None: as many as heads
     width: int | None = None  # None: hidden_size / heads
     windows: bool = False  # every layer has a sliding window, unless the config says null
     window_flag: bool = False  # a sliding window counts where use_sliding_window is true
@@ -43,11 +43,9 @@ FAMILIES = {
     "LlamaForCausalLM": Family(
         "llama", "llama", neighbours=True, optional=(("attention_bias", _ATTENTION), ("mlp_bias", _MLP))
     ),
-    "MistralForCausalLM": Family("mistral", "llama", neighbours=True, kv_heads=8, windows=True),
-    "Qwen2ForCausalLM": Family("qwen2", "qwen2", kv_heads=32, window_flag=True, biases=_ATTENTION[:3]),
-    "Qwen3ForCausalLM": Family(
-        "qwen3", "qwen3", kv_heads=32, width=128, window_flag=True, refused=("attention_bias",), norms=True
-    ),
+    "MistralForCausalLM": Family("mistral", "llama", neighbours=True, windows=True),
+    "Qwen2ForCausalLM": Family("qwen2", "qwen2", window_flag=True, biases=_ATTENTION[:3]),
+    "Qwen3ForCausalLM": Family("qwen3", "qwen3", width=128, window_flag=True, refused=("attention_bias",), norms=True),
 }
 
 
@@ -77,7 +75,7 @@ def settings(config: Config, tensors: int) -> Settings:
     """
     name, family = _family(config)
     heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
-    kv_heads = _optional(config, "num_key_value_heads", heads if family.kv_heads is None else family.kv_heads, heads)
+    kv_heads = key_heads(config, heads, family.model_type)
     width = _optional(config, "head_dim", family.width or hidden // heads, family.width or hidden // heads)
     layers = _size(config, "num_hidden_layers")
     context = _size(config, "max_position_embeddings")
