@@ -380,7 +380,7 @@ class OfModels(OpenedStore):
 
         Raises:
             NotFoundError: There is no such model or version, or a variant is not stored.
-            UnsupportedError: A model does not predict tokens.
+            UnsupportedError: A model neither predicts tokens nor gives passages vectors or classes.
             ValueError: The text is too short, or `context` is longer than a model's.
 
         Example:

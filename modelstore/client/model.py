@@ -360,8 +360,8 @@ class Model(Restructurable):
     ) -> results.Evaluation:
         """Measure how well this variant of a language model predicts a text, and how far it is from the original.
 
-        A whole model (or two, the original and a variant) is in memory as `dtype`, beyond the memory budget. The
-        architecture is transformers', chosen by the model's own config.json; no code of the model's is run.
+        An encoder's vectors of the text's paragraphs, and a classifier's classes, are compared with the original's. A language
+        model that does not fit, as `dtype`, into half of the memory budget runs block by block, with the same result.
 
         Args:
             text: A file, or the text itself.
@@ -381,7 +381,7 @@ class Model(Restructurable):
 
         Raises:
             NotFoundError: There is no such model or version, or the variant is not stored.
-            UnsupportedError: The model does not predict tokens.
+            UnsupportedError: The model predicts no tokens, and gives passages neither vectors nor classes.
             ValueError: The text is too short, or `context` is longer than the model's.
 
         Example:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import modelstore as ms
+from modelstore.compress.evaluate import question
 from modelstore.compress.evaluate import run as evaluate_run
 from modelstore.compress.evaluate import score as ev
 from modelstore.compress.stages import Stages
@@ -44,15 +45,15 @@ def test_block_by_block_gives_the_same_figures(store: ms.Store, monkeypatch: pyt
     if not kept:  # the original is run beside the variant
         monkeypatch.setattr(ev, "keeps", lambda *_: False)
     whole = store.eval(["m", "m:nf4"], **how)
-    monkeypatch.setattr(evaluate_run, "_float32", lambda _: 1 << 50)
-    monkeypatch.setattr(evaluate_run, "language_model", None)  # is not used
+    monkeypatch.setattr(question, "float32_bytes", lambda _: 1 << 50)
+    monkeypatch.setattr(evaluate_run, "ready_model", None)  # is not used
     streamed = store.eval(["m", "m:nf4"], **how)
     assert [one.measured for one in streamed] == [one.measured for one in whole]
     assert whole[1].measured.kl
 
 
 def test_only_the_rows_of_its_tokens_are_widened(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate_run, "_float32", lambda _: 1 << 50)
+    monkeypatch.setattr(question, "float32_bytes", lambda _: 1 << 50)
     make, rows = Stages.values, []
 
     def values(self: Stages, stage: int, stored: Any) -> dict[str, torch.Tensor]:
@@ -68,7 +69,7 @@ def test_only_the_rows_of_its_tokens_are_widened(store: ms.Store, monkeypatch: p
 
 
 def test_a_block_is_let_go_before_the_next_is_read(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate_run, "_float32", lambda _: 1 << 50)
+    monkeypatch.setattr(question, "float32_bytes", lambda _: 1 << 50)
     placed: list[weakref.ref[torch.Tensor]] = []
     read, make = Stages.stored, Stages.values
 
@@ -90,7 +91,7 @@ def test_a_block_is_let_go_before_the_next_is_read(store: ms.Store, monkeypatch:
 
 
 def test_a_model_that_cannot_be_streamed_says_what_it_needs(store: ms.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate_run, "_float32", lambda _: 1 << 50)
+    monkeypatch.setattr(question, "float32_bytes", lambda _: 1 << 50)
     monkeypatch.setattr(
         "modelstore.architecture.classes.skeleton._SHARED", {"hidden_size": "its layers share what this test says"}
     )

@@ -43,8 +43,8 @@ def in_table(config: Config | None) -> bool:
 def key_heads(config: Config, heads: int, kind: str) -> int:
     """How many heads keys have, and values, in a model of type `kind` whose queries have `heads`.
 
-    The config says it. Where it has no such entry, the model type has a number; an entry that is null means `heads`, as in
-    transformers: a SmolLM3 without the entry has 4, one whose entry is null has 16.
+    The number is that of the config. If it has no such entry, it is that of the model type. An entry that is null means
+    `heads`, as in transformers: a SmolLM3 without the entry has 4, one whose entry is null has 16.
     """
     found = count(config, *_KEY_HEADS)
     if found is None and not any(key in config for key in _KEY_HEADS) and (family := FAMILIES.get(kind)):

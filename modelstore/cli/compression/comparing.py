@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from modelstore.cli.compression.evaluating import measures, of_text
+from modelstore.cli.compression.evaluating import HEADS, measures, of_text, task_of
 from modelstore.cli.terminal import complete, output, units
 from modelstore.cli.terminal.options import AsJson, Context, Debug, Limit, Memory, Quiet, StoreUrl, open_store
 
-_HEADS = ("VARIANT", "RECIPE", "STORED", "BITS/WEIGHT", "PERPLEXITY", "KL", "TOP-1", "FRONT")
+_HEADS = ("VARIANT", "RECIPE", "STORED", "BITS/WEIGHT")
 
 
 def compare(
@@ -66,18 +66,20 @@ def compare(
         output.remark(f"drew {plot}", quiet=quiet or json)
 
     def lines() -> Iterator[str]:
+        task = task_of(one.measured for one in found)
         rows = [
             (
                 one.ref,
                 one.recipe,
                 units.size(one.stored),
                 f"{one.bits:.2f}",
-                *measures(one.measured),
+                *measures(one.measured, task),
                 "*" if one.front else "",
             )
             for one in found
         ]
-        yield from output.table(rows, _HEADS, right=range(2, 7))
+        heads = (*_HEADS, *HEADS[task], "FRONT")
+        yield from output.table(rows, heads, right=range(2, len(heads) - 1))
         yield of_text(found[0].measured)
 
     output.result(found, lines(), as_json=json)

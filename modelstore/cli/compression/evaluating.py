@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from modelstore.format.answers.results import Measured, Quality
     from modelstore.search.picture import Chart
 
-_HEADS = ("VARIANT", "STORED", "BITS/WEIGHT", "SQNR", "PERPLEXITY", "KL", "TOP-1")
+_HEADS = ("VARIANT", "STORED", "BITS/WEIGHT", "SQNR")
+HEADS = {  # of what is measured, by the task of the model
+    "tokens": ("PERPLEXITY", "KL", "TOP-1"),
+    "vectors": ("COSINE", "NEIGHBOURS"),
+    "classes": ("ACCURACY", "KL", "TOP-1"),
+}
+_ORIGINALS = {"tokens": ("ORIGINAL'S PERPLEXITY",), "vectors": (), "classes": ("ORIGINAL'S ACCURACY",)}
 
 
 def evaluate(
@@ -71,11 +77,14 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how well variants of a language model predict a text.
+    """Measure what variants of a model lose on a text.
 
-    Perplexity, and against the original KL divergence (nats a token) and how often both think the same token likeliest, with
-    standard errors over windows. The arithmetic is float32. A model that does not fit into half of --memory is run block by
-    block, with the same result. Results that were measured before are not computed again.
+    For a language model: perplexity, and against the original KL divergence (nats a token) and how often both think the same
+    token likeliest, with standard errors over windows. For an encoder: the cosine of its vectors of the text's paragraphs with
+    the original's, and how many of the ten nearest paragraphs stay. For a classifier: how often it agrees with the original, and
+    how often it is right where the text is a .jsonl file of {"text": …, "label": …}. The arithmetic is float32. A language
+    model that does not fit into half of --memory is run block by block, with the same result. Results that were measured
+    before are not computed again.
     """
     opened = open_store(store, memory=memory)
     with output.progress(quiet=quiet) as report:
@@ -95,16 +104,13 @@ def evaluate(
     def lines() -> Iterator[str]:
         for at in range(0, len(found), len(refs)):
             mine = found[at : at + len(refs)]
+            task = mine[0].measured.task
             rows = [
-                (
-                    f"{e.model}@{e.version}:{e.variant}",
-                    *measures(e.measured),
-                    _number(e.measured.baseline_perplexity, 3),
-                )
+                (f"{e.model}@{e.version}:{e.variant}", *measures(e.measured, task), *_original(e.measured))
                 for e in mine
             ]
-            heads = ("VARIANT", *_HEADS[4:], "ORIGINAL'S PERPLEXITY")
-            yield from output.table(rows, heads, right=range(1, 5))
+            heads = ("VARIANT", *HEADS[task], *_ORIGINALS[task])
+            yield from output.table(rows, heads, right=range(1, len(heads)))
             known = "known before, " if all(e.known for e in mine) else ""
             yield f"{of_text(mine[0].measured)}: {known}{units.seconds(mine[0].seconds)}"
 
@@ -113,24 +119,34 @@ def evaluate(
 
 def table(found: Sequence[Quality]) -> Iterator[str]:
     """Lines of a table of variants: their sizes and what they are worth."""
+    task = task_of(one.measured for one in found)
     rows = [
         (
             one.variant,
             units.size(one.stored),
             f"{one.bits:.2f}",
             f"{one.sqnr:.1f} dB" if one.sqnr is not None else "–",
-            *measures(one.measured),
+            *measures(one.measured, task),
         )
         for one in found
     ]
-    yield from output.table(rows, _HEADS, right=range(1, len(_HEADS)))
+    heads = (*_HEADS, *HEADS[task])
+    yield from output.table(rows, heads, right=range(1, len(heads)))
     measured = next((one.measured for one in found if one.measured), None)
     if measured:
         yield f"evaluated on {of_text(measured)}"
 
 
+def task_of(found: Iterable[Measured | None]) -> str:
+    """The task that models were measured at; "tokens" if none was measured."""
+    return next((one.task for one in found if one is not None), "tokens")
+
+
 def of_text(measured: Measured) -> str:
-    """Which text was predicted, and how."""
+    """The text that was predicted, or read in passages, and its settings."""
+    if measured.task != "tokens":
+        passages = units.count(measured.predicted, "passage")
+        return f"{measured.text}, {passages} of at most {measured.context} tokens, {measured.dtype}"
     stride = f", stride {measured.stride}" if measured.stride != measured.context else ""
     return f"{measured.text}, {units.count(measured.tokens, 'token')} in windows of {measured.context}{stride}, {measured.dtype}"
 
@@ -156,16 +172,31 @@ def chart(found: Sequence[Quality], title: str) -> Chart:
     return Chart(f"{title}: {of_text(measured)}", "perplexity, lower is better", points, max(values) > 4 * min(values))
 
 
-def measures(measured: Measured | None) -> tuple[str, str, str]:
-    """Perplexity, divergence and agreement as a table has them."""
+def measures(measured: Measured | None, task: str) -> tuple[str, ...]:
+    """The measured values as cells, in the order of `HEADS` of the task."""
     if measured is None:
-        return "–", "–", "–"
-    top1 = f"{100 * measured.top1:.1f} %" if measured.top1 is not None else "–"
+        return ("–",) * len(HEADS[task])
+    if task == "vectors":
+        return _number(measured.cosine, 5, measured.cosine_error), _percent(measured.neighbours)
+    first = _percent(measured.accuracy)
+    if task == "tokens":
+        first = _number(measured.perplexity, 3, measured.perplexity_error)
+    return first, _number(measured.kl, 5, measured.kl_error if measured.kl else None), _percent(measured.top1)
+
+
+def _original(measured: Measured) -> tuple[str, ...]:
+    """The values of the original as cells, in the order of `_ORIGINALS` of the task."""
+    if measured.task == "vectors":
+        return ()
     return (
-        _number(measured.perplexity, 3, measured.perplexity_error),
-        _number(measured.kl, 5, measured.kl_error if measured.kl else None),
-        top1,
+        _percent(measured.baseline_accuracy)
+        if measured.task == "classes"
+        else _number(measured.baseline_perplexity, 3),
     )
+
+
+def _percent(share: float | None) -> str:
+    return f"{100 * share:.1f} %" if share is not None else "–"
 
 
 def _number(value: float | None, digits: int, error: float | None = None) -> str:

@@ -62,11 +62,18 @@ def compare(
             limit=limit,
         )
     rows = [_row(access, one) for one in judged]
-    on_front = front([(row.stored, row.measured.kl) for row in rows])
+    on_front = front([(row.stored, row.measured.loss) for row in rows])
     rows = [msgspec.structs.replace(row, front=best) for row, best in zip(rows, on_front, strict=True)]
     if target is not None:
         draw(_chart(rows, f"{', '.join(model for model, _ in groups)} on {text_of(text)[0]}"), target)
     return rows
+
+
+_AXES = {
+    "tokens": "KL from the original, nats a token",
+    "vectors": "1 − cosine with the original's vectors",
+    "classes": "KL from the original, nats a passage",
+}
 
 
 def _chart(rows: Sequence[Compared], title: str) -> Chart:
@@ -74,11 +81,11 @@ def _chart(rows: Sequence[Compared], title: str) -> Chart:
     from modelstore.search.picture import Chart, Point
 
     points = tuple(
-        Point(row.stored, row.measured.kl, row.variant, row.ref, row.front)
+        Point(row.stored, row.measured.loss, row.variant, row.ref, row.front)
         for row in rows
-        if row.measured.kl is not None
+        if row.measured.loss is not None
     )
-    return Chart(title, "KL from the original, nats a token", points, logarithmic=True)
+    return Chart(title, _AXES[rows[0].measured.task], points, logarithmic=True)
 
 
 def _row(access: Access, one: results.Evaluation) -> Compared:

@@ -57,7 +57,8 @@ def evaluate(
         started = time.monotonic()
         storage = access.repo.storage if keep else None
         asked = [one.variant for one in pinned]
-        found = run.evaluate(models, asked, name, content, choice, baseline, access.work(progress), storage)
+        work = access.work(progress)
+        found = run.evaluate(run.Question(models, asked, name, content, choice, baseline, work, storage))
         if keep:
             for variant, measured in found.fresh.items():
                 at = Reference(pinned[0].name, version=pinned[0].version, variant=variant)

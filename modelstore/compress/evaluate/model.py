@@ -1,4 +1,4 @@
-"""Language models of a store, made ready to be evaluated: the architecture, the tokenizer and the weights, all from it.
+"""Models of a store that read text, made ready to be evaluated: the architecture, the tokenizer and the weights, all from it.
 
 Nothing is fetched from a hub and no code of the model's is run. The attention kernels that a model's `config.json` names are
 ignored, since transformers might fetch them.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.architecture.config import architectures, model_type, type_told
 from modelstore.architecture.quantized import method
@@ -37,12 +38,72 @@ _SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _LARGEST = 256 << 20  # bytes of a file that a tokenizer is made of
 
 
+TextTask = Literal["tokens", "vectors", "classes"]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The task of a model that reads text, transformers' config of it, and the name of the class that does it.
+
+    `tokens`: it predicts the next one; `vectors`: it gives each passage one; `classes`: it tells which one a passage has.
+    """
+
+    task: TextTask
+    config: Any
+    class_name: str
+
+
 def language_config(model: Variant) -> Any:
     """transformers' config of a model that predicts next tokens.
 
     `UnsupportedError` if it does not, where transformers does not know it, or where its weights are quantized by another
     tool; `NotFoundError` if there is no `config.json`.
     """
+    found = evaluated(model)
+    if found.task != "tokens":
+        raise UnsupportedError(
+            f"model {model.name!r} is a {found.class_name}, which does not predict the next token, so it "
+            f"has no perplexity and cannot be calibrated: compress it without data, as by int8, and measure what that costs "
+            f"with 'modelstore eval'",
+            model=model.name,
+        )
+    return found.config
+
+
+def evaluated(model: Variant) -> Evaluated:
+    """The task of a model that reads text; errors as `language_config`, and `UnsupportedError` if it does nothing with one."""
+    config, named = _config(model)
+    transformers = _transformers()
+    kind, name = type(config), (named or ("",))[0]
+    if name.endswith("ForSequenceClassification") and kind in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        many = getattr(config, "problem_type", None) == "multi_label_classification"
+        if config.num_labels < 2 or many:
+            raise UnsupportedError(
+                f"model {model.name!r} is a {name} "
+                f"{'whose passages have several classes' if many else 'with one number for a passage and no classes'}: "
+                f"there is no agreement of classes to measure",
+                model=model.name,
+            )
+        made = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
+        return Evaluated("classes", config, made.__name__)
+    causal = name.endswith(("CausalLM", "LMHeadModel"))
+    encoder = kind in transformers.MODEL_FOR_MASKED_LM_MAPPING and not causal
+    headless = name.endswith("Model") and not causal
+    if not (encoder or headless or config.is_encoder_decoder) and kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return Evaluated("tokens", config, class_of(config))
+    made = transformers.MODEL_MAPPING.get(kind, None)
+    if config.is_encoder_decoder or getattr(made, "main_input_name", "") != "input_ids":
+        raise UnsupportedError(
+            f"model {model.name!r} is a {name or kind.__name__}, which neither predicts the next token of a text nor gives "
+            f"its passages vectors or classes, so it cannot be evaluated or calibrated: compress it without data, as by int8; "
+            f"what that costs each of its tensors is in the metrics of 'modelstore show'",
+            model=model.name,
+        )
+    return Evaluated("vectors", config, made.__name__)
+
+
+def _config(model: Variant) -> tuple[Any, tuple[str, ...]]:
+    """transformers' config, and the architectures that `config.json` names."""
     transformers = _transformers()
     content = model.config()
     if content is None:
@@ -74,21 +135,32 @@ def language_config(model: Variant) -> Any:
                 f"({_short(error)}): use a version that knows it, or save it with its own config.json",
                 model=model.name,
             ) from None
-    named = architectures(content)
-    causal = any(name.endswith(("CausalLM", "LMHeadModel")) for name in named)
-    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not causal
-    if encoder or config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedError(
-            f"model {model.name!r} is a {(named or [type(config).__name__])[0]}, which does not predict the next token, so it "
-            f"has no perplexity and cannot be calibrated: compress it without data, as by int8; what that costs each of its "
-            f"tensors is in the metrics of 'modelstore show'",
-            model=model.name,
-        )
-    return config
+    return config, tuple(architectures(content))
 
 
 def tokens(model: Variant, text: str) -> list[int]:
     """A text as the model's own tokenizer cuts it, with what it puts before a text; `NotFoundError` if it has none."""
+    with _tokenizer(model) as made:
+        found = made(text, verbose=False)["input_ids"]
+    return [int(token) for token in found]
+
+
+def tokens_of_each(model: Variant, texts: Sequence[tuple[str, str | None]], most: int) -> list[dict[str, list[int]]]:
+    """The inputs of the model for each passage, or pair of passages, cut to `most` tokens; errors as `tokens`."""
+    with _tokenizer(model) as made:
+        return [
+            {
+                key: [int(one) for one in values]
+                for key, values in made(text, pair, truncation=True, max_length=most, verbose=False).items()
+                if key in ("input_ids", "token_type_ids", "attention_mask")
+            }
+            for text, pair in texts
+        ]
+
+
+@contextmanager
+def _tokenizer(model: Variant) -> Iterator[Any]:
+    """The model's own tokenizer, made of its files; what goes wrong in it comes out as `UnsupportedError`."""
     transformers = _transformers()
     files = [
         f for f in model.manifest.files if f.name.endswith(_SUFFIXES) and "/" not in f.name and f.nbytes <= _LARGEST
@@ -103,14 +175,12 @@ def tokens(model: Variant, text: str) -> list[int]:
         for file in files:
             (Path(folder) / file.name).write_bytes(model.file(file.name))
         try:
-            made = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            found = made(text, verbose=False)["input_ids"]
+            yield transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a broken file makes of it: the tokenizers library raises bare Exceptions
             raise UnsupportedError(
                 f"the tokenizer of model {model.name!r} cannot be used ({_short(error)}): look at its files",
                 model=model.name,
             ) from None
-    return [int(token) for token in found]
 
 
 def class_of(config: Any) -> str:
@@ -119,16 +189,16 @@ def class_of(config: Any) -> str:
     return name
 
 
-def check_runs(model: Variant, config: Any) -> None:
+def check_runs(model: Variant, class_name: str) -> None:
     """`UnsupportedError` if the model cannot be built, `FormatError` if its config asks for far more than is stored."""
     try:
-        built_of(model, class_of(config))
+        built_of(model, class_name)
     except UnsupportedError as error:
         raise UnsupportedError(f"model {model.name!r} cannot be run: {error}", model=model.name) from error
 
 
-def language_model(model: Variant, config: Any, limits: Limits, *, dtype: str, device: str) -> torch.nn.Module:
-    """The model with its stored weights, ready to predict. The whole of it is in memory, as `dtype`.
+def ready_model(model: Variant, what: Evaluated, limits: Limits, *, dtype: str, device: str) -> torch.nn.Module:
+    """The model with its stored weights, ready to run. The whole of it is in memory, as `dtype`.
 
     `FormatError` if tensors that the architecture needs are missing or have another shape.
     """
@@ -137,15 +207,17 @@ def language_model(model: Variant, config: Any, limits: Limits, *, dtype: str, d
     transformers = _transformers()
     weights = model.load(model.shares(None, None), Work(limits))
     with _quiet(transformers):
-        made, report = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        made, report = getattr(transformers, what.class_name).from_pretrained(
             None,
-            config=config,
+            config=what.config,
             state_dict=weights,
             dtype=getattr(torch, dtype),
             ignore_mismatched_sizes=True,  # they are in the report, and refused below with a sentence
             output_loading_info=True,
         )
     lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if what.task == "vectors":  # of the states of tokens, which come before the pooler
+        lacking = [name for name in lacking if "pooler" not in name.split(".")]
     if lacking:
         raise FormatError(
             f"model {model.name!r} cannot be run as a {type(made).__name__}: {', '.join(lacking[:3])}"

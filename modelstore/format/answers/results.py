@@ -277,6 +277,11 @@ class Measured(Result, frozen=True):
     `kl` (nats a token) and `top1` (share of predictions) are against the original, None if they were not asked for;
     a perplexity is None if the model predicts no numbers. `perplexity_error` and `kl_error` are standard errors, by which
     the same would differ on other windows of such a text: None with less than two windows.
+
+    A model that gives passages vectors has `cosine`, the mean of those with the original's vectors, and `neighbours`, how many
+    of the ten nearest passages are the original's too (a share). A classifier has `kl` and `top1` over passages and classes,
+    and `accuracy` (a share) where the text says the classes. `predicted` are their passages, `context` is where each is cut.
+    `task` says which of these it is: "tokens", "vectors" or "classes".
     """
 
     text: str
@@ -292,6 +297,19 @@ class Measured(Result, frozen=True):
     top1: float | None = None
     perplexity_error: float | None = None
     kl_error: float | None = None
+    cosine: float | None = None
+    cosine_error: float | None = None
+    neighbours: float | None = None
+    accuracy: float | None = None
+    baseline_accuracy: float | None = None
+    task: str = "tokens"
+
+    @property
+    def loss(self) -> float | None:
+        """How far from the original, 0 for itself: KL in nats, or 1 − cosine of vectors; None if that was not asked for."""
+        if self.cosine is not None:
+            return max(0.0, 1 - self.cosine)
+        return self.kl
 
 
 class Evaluation(Result, frozen=True):
