@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from modelstore.compress.presets import presets
     from modelstore.format.recipe import Recipe, Rule
     from modelstore.format.structure import Inert
+    from modelstore.integrations import dcp
     from modelstore.plan.layout import ExpertParallel, Layers, PipelineStage, Regions, TensorParallel
     from modelstore.sources.slices import Slice
 
@@ -42,11 +43,13 @@ __all__ = [
     "Store",
     "TensorParallel",
     "__version__",
+    "dcp",
     "errors",
     "open",
     "presets",
 ]
 
+_MODULES = {"dcp": "modelstore.integrations.dcp", "errors": "modelstore.errors"}
 _HOMES = {
     "Calibration": "modelstore.calibrate.text",
     "CodecSpec": "modelstore.codecs.spec",
@@ -63,8 +66,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return import_module("modelstore.errors")
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'modelstore' has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ from modelstore.format.answers import results
 from modelstore.format.names import ORIGINAL, Reference, parse_reference
 from modelstore.format.objects.record import VariantEntry, VersionRecord
 from modelstore.format.progress import Progress
-from modelstore.format.region import nbytes
-from modelstore.plan.layout import Shard, as_layout
+from modelstore.format.region import Region, extent, nbytes
+from modelstore.format.region import check as check_region
+from modelstore.plan.layout import Shard, Share, as_layout
 from modelstore.store.describe import describe
 
 if TYPE_CHECKING:
@@ -225,6 +226,37 @@ class Readable(Checked):
         """
         work = self._access.work(progress)
         self.opened().load_into(module, work, asked=self.asked, shard=as_layout(shard), strict=strict)
+
+    def fill(self, parts: Sequence[tuple[str, Region, torch.Tensor]], *, progress: Progress | None = None) -> None:
+        """Read boxes of tensors into tensors that exist, in place. Only the chunks that the boxes touch are read.
+
+        Args:
+            parts: For each box the tensor's name, the box as one `(start, stop)` a dimension, and a tensor of the box's shape,
+                on any device. Values of another dtype are converted.
+            progress: Called with the bytes done, the bytes in all, and what is being done.
+
+        Raises:
+            NotFoundError: There is no such model, version, variant or tensor.
+            ValueError: A box is not within its tensor, or its target has another shape; nothing is changed then.
+            CorruptionError: Stored bytes are wrong, and no mirror has good ones.
+
+        Example:
+            >>> half = torch.empty(2048, 4096, dtype=torch.bfloat16)
+            >>> store["acme/llama"].fill([("lm_head.weight", ((0, 2048), (0, 4096)), half)])
+        """
+        model = self.opened()
+        for name, box, target in parts:
+            try:
+                check_region(box, model.tensor(name).shape)
+            except ValueError as error:
+                raise ValueError(f"tensor {name!r}: {error}") from None
+            if extent(box) != tuple(target.shape):
+                raise ValueError(
+                    f"the box {box} of tensor {name!r} has shape {extent(box)}, its target {tuple(target.shape)}"
+                )
+        shares = [(name, Share.of(box), target) for name, box, target in parts]
+        total = sum(nbytes(share.shape, model.tensor(name).kind.itemsize) for name, share, _ in shares)
+        model.fill(shares, self._access.work(progress).begin(total, f"loading {self.asked}"))
 
     def tensor(self, name: str) -> LazyTensor:
         """A tensor to be sliced. Slicing reads only the chunks that the slice touches.

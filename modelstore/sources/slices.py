@@ -107,7 +107,9 @@ def _placed(
         raise ValueError(
             f"the slice of tensor {name!r} has shape {here} at offset {tuple(offset)}, which does not lie within {whole}"
         )
-    if region == full(whole) or 0 in whole:
+    if region == full(whole):
+        return values, None
+    if 0 in whole:
         return values.reshape(whole), None
     return (values, SliceBounds(whole, region)) if 0 not in here else None
 

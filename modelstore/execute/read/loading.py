@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -214,20 +214,9 @@ class Variant:
         shares |= {name: Share.of(box) for name, box in boxes.items() if box is not None and name in shares}
         names = [name for name in shares if name in targets and boxes.get(name, ()) is not None]
         work = work.begin(self.nbytes({name: shares[name] for name in names}), f"loading {asked}")
-        wants = [Want(self.tensor(name), shares[name]) for name in names]
-        direct = [self._own_memory(local_of(targets[name]), want) for name, want in zip(names, wants, strict=True)]
-        arena = Arena()
-
-        def allocate(index: int, nbytes: int) -> Bytes:
-            memory = direct[index]
-            return memory if memory is not None else arena.allocate(nbytes)
-
         made: dict[int, torch.Tensor] = {}
-        for index, buffer in self.reader.stream(wants, work, allocate=allocate):
+        for index, value in self._read_into([(n, shares[n], local_of(targets[n])) for n in names], work):
             target = targets[names[index]]
-            if direct[index] is not None:
-                continue
-            value = ten.to_torch(buffer, wants[index].tensor.dtype, wants[index].shape)
             if target.is_meta:
                 made[id(target)] = like(target, value)
             else:
@@ -237,6 +226,32 @@ class Variant:
             _materialize(module, made)
         for (part, key, _), values in buffers.items():
             part._buffers[key] = values
+
+    def fill(self, parts: Sequence[tuple[str, Share, torch.Tensor]], work: Work) -> None:
+        """Read parts of tensors into tensors that have their shapes, on any device; values of another dtype are converted."""
+        import torch
+
+        for index, value in self._read_into(parts, work):
+            with torch.no_grad():
+                parts[index][2].copy_(value)
+
+    def _read_into(
+        self, parts: Sequence[tuple[str, Share, torch.Tensor]], work: Work
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Decode parts straight into targets in host memory of their dtype; yield the index and values of every other one."""
+        from modelstore.execute.read import tensors as ten
+
+        wants = [Want(self.tensor(name), share) for name, share, _ in parts]
+        direct = [self._own_memory(target, want) for (_, _, target), want in zip(parts, wants, strict=True)]
+        arena = Arena()
+
+        def allocate(index: int, nbytes: int) -> Bytes:
+            memory = direct[index]
+            return memory if memory is not None else arena.allocate(nbytes)
+
+        for index, buffer in self.reader.stream(wants, work, allocate=allocate):
+            if direct[index] is None:
+                yield index, ten.to_torch(buffer, wants[index].tensor.dtype, wants[index].shape)
 
     @staticmethod
     def _own_memory(target: torch.Tensor, want: Want) -> Bytes | None:
