@@ -161,6 +161,16 @@ def read_named(path: str | os.PathLike[str], limit: int) -> bytes:
     return found
 
 
+def read_text(path: Path, limit: int) -> str:
+    """The text in a file, UTF-8 and at most `limit` bytes, with line ends of one kind; `ValueError` if there is none."""
+    try:
+        return read_named(path, limit).decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give the path of a text") from None
+
+
 @contextmanager
 def new_file(path: Path, *, replace: bool) -> Iterator[BinaryIO]:
     """A file to write, which gets its name when the block ends: it is there whole, or not at all.

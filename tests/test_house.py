@@ -35,6 +35,7 @@ LAYERS = {
     "calibrate": 8,
     "search": 9,
     "restructure": 9,
+    "transfer": 9,
     "cluster": 9,
     "client": 10,
     "cli": 11,

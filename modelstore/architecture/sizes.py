@@ -43,6 +43,11 @@ class Sizes:
         return int(self._config.hidden_size)
 
     @property
+    def layers(self) -> int:
+        """Its blocks."""
+        return int(self._config.num_hidden_layers)
+
+    @property
     def heads(self) -> int:
         """Heads of a layer's queries; 1 where the config has none."""
         return self._number("num_attention_heads") or 1
@@ -83,7 +88,7 @@ class Sizes:
 
     def cached(self) -> list[Cached]:
         """The layers with a cache of their own, as transformers' caches decide it."""
-        layers = int(self._config.num_hidden_layers)
+        layers = self.layers
         kinds = getattr(self._config, "layer_types", None)
         if kinds is None:
             of_all = next((kind for kind, key in _WINDOWS.items() if self._number(key)), _WHOLE[0])

@@ -27,14 +27,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 Check = Callable[[str, Any], Any]
 
 LEAST = {  # the least that a number may be
-    "threads": 1,
-    "replicas": 1,
-    "context": 2,
-    "stride": 1,
-    "limit": 2,
-    "batch": 1,
-    "since": 0,
-    "gpus": 0,
+    **dict.fromkeys(("since", "gpus", "seed", "rate", "ce"), 0),
+    **dict.fromkeys(("threads", "replicas", "stride", "batch", "steps", "checkpoint"), 1),
+    **dict.fromkeys(("context", "limit", "tokens", "length"), 2),
 }
 
 
@@ -390,7 +385,7 @@ def _url(name: str, value: str) -> str:
 
 
 MEANINGS: dict[str, Check] = {
-    **dict.fromkeys(("ref", "a", "b", "parent"), _reference),
+    **dict.fromkeys(("ref", "a", "b", "parent", "teacher"), _reference),
     **dict.fromkeys(("name", "old", "new", "to"), lambda _, value: check_model(value)),
     "tag": lambda _, value: check_word(value, "tag"),
     "variant": lambda _, value: check_word(value, "variant"),

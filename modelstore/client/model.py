@@ -15,8 +15,8 @@ from modelstore.client.compression.evaluating import DTypeName, evaluate
 from modelstore.client.compression.fitting import fit as fit_to
 from modelstore.client.compression.fitting import plan_fit
 from modelstore.client.compression.wishes import Wish, check_asked
+from modelstore.client.distilling import Distillable
 from modelstore.client.exporting import MAX_SHARD, export, exported
-from modelstore.client.restructuring import Restructurable
 from modelstore.format.answers import results
 from modelstore.format.answers.fitted import FitPlan
 from modelstore.format.progress import Progress
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from modelstore.execute.export.view import ExportedFile
 
 
-class Model(Restructurable):
+class Model(Distillable):
     """One variant of one version of a model: `store["acme/llama@prod:int4"]`.
 
     It stays at its version, whatever is saved or tagged later. May be used from many threads, and be pickled.

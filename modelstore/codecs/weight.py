@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.codecs.base import Codec
@@ -167,6 +168,11 @@ class WeightCodec:
         return ()
 
     @property
+    def affine(self) -> AffineView | None:
+        """How training rounds as this codec does; None if what is stored is not whole codes with scales."""
+        return None
+
+    @property
     def view(self) -> EngineView | None:
         """How engines take what is stored, without dequantizing it; None if none does."""
         return None
@@ -184,6 +190,38 @@ class EngineTensor:
     dtype: str
     shape: Shape
     data: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AffineCodes:
+    """The scales and zero points of a matrix whose numbers are (code - zero) * scale, computed in float32.
+
+    `cell`: the rows and columns that share a scale; `scales`, `zeros`: float32 (rows / cell's, columns / cell's).
+    """
+
+    bits: int
+    cell: tuple[int, int]
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.float32]
+
+    def within(self, rows: tuple[int, int], columns: tuple[int, int]) -> AffineCodes:
+        """Those of a part of the matrix whose borders respect the cells."""
+        (high, wide), where = self.cell, []
+        for (start, stop), each in ((rows, high), (columns, wide)):
+            where.append(slice(start // each, -(-stop // each)))
+        there = tuple(where)
+        scales, zeros = np.ascontiguousarray(self.scales[there]), np.ascontiguousarray(self.zeros[there])
+        return AffineCodes(self.bits, self.cell, scales, zeros)
+
+
+class AffineView(Protocol):
+    """A codec's planes as whole codes, and what turns them into numbers."""
+
+    def scales(self, planes: Sequence[Buffer], shape: Shape, dtype: DType) -> AffineCodes:
+        """The scales and zero points that planes hold, of a tensor or a region of it."""
+
+    def planes(self, codes: NDArray[np.int8], found: AffineCodes, dtype: DType) -> tuple[Buffer, ...]:
+        """The planes of codes (rows, columns), -2^(bits - 1) to 2^(bits - 1) - 1, with these scales and zero points."""
 
 
 class EngineView(Protocol):

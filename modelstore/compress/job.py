@@ -65,6 +65,7 @@ class Portion(msgspec.Struct, frozen=True):
 
 
 Spread = Callable[[Portion], int]  # bytes that were newly stored
+Publish = Callable[[Parent, Mapping[str, VariantEntry]], VersionRecord]
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,13 @@ def compress(
     work: Work,
     spread: Spread | None = None,
     calibrated: Solver | None = None,
+    publish: Publish | None = None,
 ) -> CompressOutcome:
     """Make a plan's variants of one version and publish them together.
 
     `codes`: those that the plan's choices were given. `earlier`: manifests whose chunks need not be stored again. `spread`
     has others encode what is left, who note it in the journal; what they leave is encoded here. `calibrated`: what solves
-    tensors on data.
+    tensors on data. `publish`: how the variants become visible, where that is not as more variants of a version that is there.
     `ConflictError` if a variant of that name is there and is another, before anything is read; `CorruptionError` if
     a tensor read is not what was saved, or does not decode to what it should: nothing is published then.
     """
@@ -171,7 +173,7 @@ def compress(
         manifest = noted(manifest_of(parent, variants, at, inputs, written, recorded), calibrated)
         entries[variant] = store_manifest(repo.manifests, model, manifest, recipe.name, shelf)
         measured[variant] = manifest.metrics
-    record = _publish(repo.catalog, parent, entries)
+    record = publish(parent, entries) if publish is not None else _publish(repo.catalog, parent, entries)
     if ORIGINAL not in variants and parent.stored is None and parent.architecture != parent.manifest.architecture:
         keep_architecture(repo, parent.record, parent.manifest, parent.architecture, shelf)
     resumed.journal.clear()

@@ -22,6 +22,7 @@ from modelstore.client import Store
 from modelstore.format import recipe
 from modelstore.format.answers import cluster_results, inventory, results
 from modelstore.format.answers.comparison import Compared
+from modelstore.format.answers.distilled import Distilled, DistillPlan
 from modelstore.format.answers.history import LogEntry
 from modelstore.format.answers.restructured import Restructured, RestructurePlan
 from modelstore.format.objects import manifest
@@ -52,6 +53,8 @@ HOMES = {
     "inventory": inventory,
     "LogEntry": LogEntry,
     "Compared": Compared,
+    "Distilled": Distilled,
+    "DistillPlan": DistillPlan,
     "Restructured": Restructured,
     "RestructurePlan": RestructurePlan,
     "Any": Any,

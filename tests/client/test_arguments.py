@@ -42,7 +42,7 @@ METHODS = {
 VALID: dict[str, Any] = {  # by the parameter's name; None does for what is optional
     **dict.fromkeys(("ref", "a", "b"), "acme/m"),
     **dict.fromkeys(("name", "old", "new", "to"), "m"),
-    **dict.fromkeys(("dest", "destination", "url", "path", "text"), "some/where"),
+    **dict.fromkeys(("dest", "destination", "url", "path", "text", "data"), "some/where"),
     "source": WEIGHTS,
     "tag": "prod",
     "module": torch.nn.Linear(2, 2),
@@ -118,7 +118,7 @@ WRONG: dict[str, list[Any]] = {  # by annotation, None aside
     "DTypeName": ["float64", 3, torch.float32],
 }
 MEANT: dict[str, list[Any]] = {  # by name
-    **{key: ["@", "m@0", "m:", "a/b/c", "m@x y"] for key in ("ref", "a", "b", "parent")},
+    **{key: ["@", "m@0", "m:", "a/b/c", "m@x y"] for key in ("ref", "a", "b", "parent", "teacher")},
     **{key: ["a/b/c", "../x", "m@1", "m:int8"] for key in ("name", "old", "new", "to")},
     "tag": ["1", "latest", "a b"],
     "variant": ["4bit", "a/b"],

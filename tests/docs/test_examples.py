@@ -40,6 +40,7 @@ PAGES = [
             "sources",
             "calibration",
             "restructure",
+            "distill",
         )
     ),
 ]
@@ -90,7 +91,8 @@ def names(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "to").symlink_to(models)
-    for name in ("book.txt", "emma.txt"):
+    for name in ("book.txt", "emma.txt", "novels/one.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TEXT * 4)
     model = transformers.AutoModelForCausalLM.from_pretrained(models / "hf_folder", dtype=torch.bfloat16)
     return {

@@ -11,7 +11,7 @@ from modelstore.client.access import Access
 from modelstore.format.answers import results
 from modelstore.format.names import Reference
 from modelstore.format.progress import Progress
-from modelstore.paths import read_named
+from modelstore.paths import read_text
 from modelstore.store.describe import variant_infos, weights_of
 
 if TYPE_CHECKING:
@@ -130,12 +130,7 @@ def text_of(text: str | os.PathLike[str]) -> tuple[str, str]:
     """A text's name and content, of a file or of itself; `ValueError` if there is none."""
     if not isinstance(text, str) or (len(text) < 4096 and not any(c in text for c in "\n\0") and _is_file(text)):
         path = Path(text)
-        try:
-            return path.name, read_named(path, _LARGEST_TEXT).decode().replace("\r\n", "\n").replace("\r", "\n")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is not text in UTF-8") from None
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}): give the path of a text") from None
+        return path.name, read_text(path, _LARGEST_TEXT)
     if text.strip() and not any(c.isspace() for c in text.strip()):
         raise ValueError(f"there is no file {text[:200]!r}, and as a text it is too short")
     return "text", text

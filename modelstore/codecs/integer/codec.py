@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstore.codecs import check
+from modelstore.codecs.integer.affine import IntAffine
 from modelstore.codecs.integer.planes import IntLayout
 from modelstore.codecs.integer.view import PackedView
 from modelstore.codecs.look import Look, ReadCodes, ReadValues, Statistics
 from modelstore.codecs.numeric import levels, scaled
 from modelstore.codecs.numeric.numbers import Floats, from_float32, limit, with_nan
 from modelstore.codecs.weight import (
+    AffineCodes,
     Encode,
     EncodeOn,
     EngineView,
@@ -101,6 +103,10 @@ class Int(WeightCodec):
     def view(self) -> EngineView | None:
         """pack-quantized; engines know no blocks."""
         return None if self.granularity == "block" else PackedView(self.layout)
+
+    @property
+    def affine(self) -> IntAffine:
+        return IntAffine(self.layout)
 
     @property
     def by_rows(self) -> bool:
@@ -196,16 +202,8 @@ class Int(WeightCodec):
             raise ValueError(f"codes {codes.shape} and scales {scales.shape} are not those of {shape}")
         if codes.size and not (-half <= int(codes.min()) and int(codes.max()) < half):
             raise ValueError(f"there are codes beyond {self.bits} bits")
-        return self.pack(codes, scales, np.zeros_like(scales), dtype)
-
-    def pack(self, codes: NDArray[np.int8], scales: Floats, zeros: Floats, dtype: DType) -> tuple[Buffer, ...]:
-        """The planes of codes (rows, columns), scales and zero points (rows, groups), which nobody checks."""
-        from modelstore.codecs.kernels import bits
-
-        words = (codes.astype(np.int16) + (1 << (self.bits - 1))).astype(np.uint8, order="C")
-        packed = np.zeros((len(words), self.layout.line(words.shape[1])), np.uint8)
-        bits.kernels()[0](words, self.bits, packed)
-        return self.layout.plane(packed, scales, zeros, dtype)
+        given = AffineCodes(self.bits, (1, self.group_size), scales, np.zeros_like(scales))
+        return self.affine.planes(codes, given, dtype)
 
     def decode(
         self,
@@ -283,7 +281,9 @@ class Int(WeightCodec):
         weight = torch.from_numpy(values).view(getattr(torch, dtype.name)).reshape(matrix(shape)).to(device)
         found = quantize(weight, self.bits, self.symmetric, self.group_size, self.method)
         scales, zeros = (x.to(torch.float32).cpu().numpy() for x in (found.scale, found.zero))
-        return self.pack(found.codes.cpu().numpy(), scales, zeros, dtype)
+        return self.affine.planes(
+            found.codes.cpu().numpy(), AffineCodes(self.bits, self.layout.cell(shape), scales, zeros), dtype
+        )
 
     def _bands(self, shape: Shape, whole: bool) -> Iterator[tuple[int, int, slice]]:
         """Rows that are worked on at a time, and where their scales are: all rows of a matrix, or a tile of them."""

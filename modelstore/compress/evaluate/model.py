@@ -140,9 +140,13 @@ def _config(model: Variant) -> tuple[Any, tuple[str, ...]]:
 
 def tokens(model: Variant, text: str) -> list[int]:
     """A text as the model's own tokenizer cuts it, with what it puts before a text; `NotFoundError` if it has none."""
+    return tokens_in(model, [text])[0]
+
+
+def tokens_in(model: Variant, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, as `tokens`."""
     with _tokenizer(model) as made:
-        found = made(text, verbose=False)["input_ids"]
-    return [int(token) for token in found]
+        return [[int(token) for token in made(text, verbose=False)["input_ids"]] for text in texts]
 
 
 def tokens_of_each(model: Variant, texts: Sequence[tuple[str, str | None]], most: int) -> list[dict[str, list[int]]]:

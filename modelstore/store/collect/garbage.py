@@ -193,7 +193,9 @@ def _unmarked(storage: Storage, marked: set[str], live: set[str], limit: float, 
             jobs += job
         else:  # a work that goes on: its oldest pages count too
             found.kept += len(job)
-            found.journals += [info.key for info in job]
+            found.journals += [
+                info.key for info in job if info.key.endswith(".json")
+            ]  # a training's state names nothing
     for stage, infos in zip(found.stages[1:], (_manifests(storage), _packs(storage)), strict=True):
         for info in infos:
             if info.key in marked or info.modified > limit:
