@@ -27,6 +27,7 @@ from modelstore.compress.kept import keep_architecture
 from modelstore.compress.made import manifest_of, reader_of, view_spec
 from modelstore.compress.parent import Parent
 from modelstore.compress.plan import tensor_plan, weight_codec
+from modelstore.compress.reused import Previous, reused
 from modelstore.compress.threshold import with_threshold
 from modelstore.errors import ConflictError, CorruptionError
 from modelstore.execute.read.reader import Reader
@@ -115,6 +116,7 @@ def compress(
     *,
     codes: Codes | None = None,
     earlier: Iterable[Manifest] = (),
+    previous: Previous | None = None,
     work: Work,
     spread: Spread | None = None,
     calibrated: Solver | None = None,
@@ -122,7 +124,8 @@ def compress(
 ) -> CompressOutcome:
     """Make a plan's variants of one version and publish them together.
 
-    `codes`: those that the plan's choices were given. `earlier`: manifests whose chunks need not be stored again. `spread`
+    `codes`: those that the plan's choices were given. `earlier`: manifests whose chunks need not be stored again. `previous`:
+    the version before, with this variant: its tensors that did not change are not read, unless data is looked at. `spread`
     has others encode what is left, who note it in the journal; what they leave is encoded here. `calibrated`: what solves
     tensors on data. `publish`: how the variants become visible, where that is not as more variants of a version that is there.
     `ConflictError` if a variant of that name is there and is another, before anything is read; `CorruptionError` if
@@ -143,18 +146,18 @@ def compress(
     settings = msgspec.json.encode(recorded, order="sorted").decode()
     identity = ("compress", model, parent.content, *variants, settings)
     resumed = resume(repo.storage, identity, inputs, shelf, tally, work.advance)
-    if spread is not None and before is None:
-        rest = {c.name: c.codec for c in plan.compressed if c.codec and c.name not in resumed.written}
+    if before is not None:
+        return _found_again(repo, before, variants, shelf, resumed.journal)
+    left = [item for item in inputs if item.plan.name not in resumed.written]
+    same = reused(previous, parent, left, recorded, shelf, tally, work) if calibrated is None else {}
+    if spread is not None:
+        done = resumed.written.keys() | same
+        rest = {c.name: c.codec for c in plan.compressed if c.codec and c.name not in done}
         if rest:
             tally.stored += spread(Portion(job_id(identity), variants, rest))
             resumed = resume(repo.storage, identity, inputs, shelf, Tally(), None)
-    if before is not None:  # and the journal of the run that made it could not be removed
-        for variant in variants:
-            shelf.require(model, repo.manifests.entry(model, before.record.variants[variant]).packs)
-        resumed.journal.clear()
-        return before
     known = known_chunks((parent.manifest, *earlier)) | resumed.known
-    left = [item for item in inputs if item.plan.name not in resumed.written]
+    left = [item for item in left if item.plan.name not in resumed.written.keys() | same]
     threads = work.limits.threads or (None if parent.reader.local else _REMOTE_THREADS)
 
     def write(items: list[Input]) -> dict[str, Written]:
@@ -162,7 +165,7 @@ def compress(
         return PackWriter(repo.storage, within, known, shelf, resumed.journal.note, tally).write(items)
 
     if calibrated is None:
-        written = resumed.written | write(left)
+        written = same | resumed.written | write(left)
     else:
         written = resumed.written | calibrated.run(left, write, _begun(parent, variants, inputs, resumed))
         inputs = [item for item in inputs if item.plan.name in written]
@@ -374,6 +377,17 @@ def _prove(parent: Parent, variants: tuple[str, ...], written: Mapping[str, Writ
                     model=parent.record.model,
                     tensor=tensor.name,
                 )
+
+
+def _found_again(
+    repo: Repo, before: CompressOutcome, variants: tuple[str, ...], shelf: Shelf, journal: Journal
+) -> CompressOutcome:
+    """What was made and published already, by a run that could not remove its journal, or by another one."""
+    model = before.record.model
+    for variant in variants:
+        shelf.require(model, repo.manifests.entry(model, before.record.variants[variant]).packs)
+    journal.clear()
+    return before
 
 
 def _publish(catalog: Catalog, parent: Parent, entries: Mapping[str, VariantEntry]) -> VersionRecord:

@@ -19,14 +19,18 @@ from modelstore.format.objects.record import VersionRecord
 from modelstore.store.repo import Repo
 from modelstore.store.shelf import Shelf
 
+LOSSES = "tensor_loss"  # sums of each tensor, for a later version in which it is the same
+
 
 def metrics(losses: Mapping[str, Loss]) -> dict[str, Any]:
-    """A manifest's entry on the losses: signal to noise in dB, of all and by tensor, and counts of non-finite values."""
+    """A manifest's entry on the losses: signal to noise in dB, of all and by tensor, counts of non-finite values, the sums."""
     total = sum(losses.values(), Loss())
     strange = {name: loss.nonfinite for name, loss in losses.items() if loss.nonfinite}
     sqnr = {name: round(loss.sqnr, 2) for name, loss in losses.items() if loss.noise and loss.signal}
     kept = {"sqnr": round(total.sqnr, 2)} if total.noise and total.signal else {}
-    return kept | ({"tensor_sqnr": sqnr} if sqnr else {}) | ({"nonfinite": strange} if strange else {})
+    sums = {name: [loss.signal, loss.noise, loss.nonfinite] for name, loss in losses.items()}
+    found = {"tensor_sqnr": sqnr, "nonfinite": strange, LOSSES: sums}
+    return kept | {name: value for name, value in found.items() if value}
 
 
 def keep_architecture(

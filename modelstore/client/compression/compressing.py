@@ -20,6 +20,7 @@ from modelstore.format.progress import Progress
 from modelstore.format.recipe import Recipe
 from modelstore.paths import from_home
 from modelstore.plan.work import Work
+from modelstore.store.damage import UNREADABLE
 
 if TYPE_CHECKING:
     from modelstore.calibrate.block import Asked
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from modelstore.compress.codes import Codes
     from modelstore.compress.job import Spread
     from modelstore.compress.parent import Parent
+    from modelstore.compress.reused import Previous
     from modelstore.execute.read.loading import Variant
 
 
@@ -72,6 +74,7 @@ def compress(
             wanted,
             codes=given,
             earlier=[access.repo.manifests.entry(parent.record.model, entry) for entry in entries],
+            previous=_previous(access, parent.record, variants),
             work=work,
             spread=_spread(access, parent, entries, work)
             if given is None and parent.stored is None and calibrated is None
@@ -222,11 +225,32 @@ def _spread(access: Access, parent: Parent, earlier: Iterable[VariantEntry], wor
 def _earlier(access: Access, record: VersionRecord, variants: tuple[str, ...]) -> list[VariantEntry]:
     """The variants with chunks that a compression may find again: all of this version, and these of the version before."""
     entries = list(record.variants.values())
-    for before in access.repo.catalog.readable(record.model):
-        if before.version < record.version:
-            entries += [before.variants[name] for name in variants if name in before.variants]
-            break
+    before = _before(access, record)
+    if before is not None:
+        entries += [before.variants[name] for name in variants if name in before.variants]
     return entries
+
+
+def _before(access: Access, record: VersionRecord) -> VersionRecord | None:
+    """The version before one, of those that can be read."""
+    older = (one for one in access.repo.catalog.readable(record.model) if one.version < record.version)
+    return next(older, None)
+
+
+def _previous(access: Access, record: VersionRecord, variants: tuple[str, ...]) -> Previous | None:
+    """The variant of the version before, where it is made alone, and its original can be read."""
+    from modelstore.compress.reused import Previous
+
+    before = _before(access, record)
+    if before is None or len(variants) != 1 or variants[0] not in before.variants:
+        return None
+    try:
+        original, variant = (
+            access.repo.manifests.entry(record.model, before.variants[name]) for name in (ORIGINAL, variants[0])
+        )
+    except UNREADABLE:
+        return None
+    return Previous(original, variant)
 
 
 @contextmanager

@@ -11,6 +11,21 @@ from modelstore.format.region import Shape
 Location = tuple[str, int, int]  # pack digest, offset, length
 
 
+def chunk_places(manifest: Manifest, tensor: Tensor) -> dict[str, list[tuple[bytes, Location]]]:
+    """The chunks of a tensor by plane: the digest and the place of each."""
+    n = tensor.chunks
+    return {
+        plane.name: [
+            (
+                manifest.digest(row),
+                (manifest.packs[int(manifest.pack[row])], int(manifest.offset[row]), int(manifest.length[row])),
+            )
+            for row in range(plane.first, plane.first + n)
+        ]
+        for plane in tensor.planes
+    }
+
+
 class ManifestBuilder:
     """A manifest on its way: the codecs, packs and rows of the chunk table that its tensors refer to."""
 
@@ -38,18 +53,7 @@ class ManifestBuilder:
 
     def carry(self, manifest: Manifest, tensor: Tensor) -> Tensor:
         """The entry of a tensor that is kept as another manifest has it."""
-        n = tensor.chunks
-        planes = {}
-        for plane in tensor.planes:
-            rows = range(plane.first, plane.first + n)
-            planes[plane.name] = [
-                (
-                    manifest.digest(row),
-                    (manifest.packs[int(manifest.pack[row])], int(manifest.offset[row]), int(manifest.length[row])),
-                )
-                for row in rows
-            ]
-        spec = manifest.codecs[tensor.codec]
+        planes, spec = chunk_places(manifest, tensor), manifest.codecs[tensor.codec]
         return self.tensor(tensor.name, tensor.dtype, tensor.shape, tensor.chunk, spec, tensor.digest, planes)
 
     def build(self, tensors: Sequence[Tensor], files: Sequence[Tensor], **rest: Any) -> Manifest:
