@@ -11,7 +11,7 @@ from modelstore.client.clustered import saved
 from modelstore.client.compression.evaluating import DTypeName, Text
 from modelstore.client.reading import Readable
 from modelstore.client.restructuring import Restructurable
-from modelstore.format.answers.distilled import Distilled, DistillPlan
+from modelstore.format.answers.distilled import CurvePoint, Distilled, DistillPlan
 from modelstore.format.answers.results import Saved
 from modelstore.format.names import ORIGINAL, parse_reference
 from modelstore.format.objects.note import note
@@ -204,11 +204,14 @@ def _distill(
     started = time.monotonic()
     access.repo.storage.check_writable(f"train {model.name}")
     work.check()
-    settings, job = work.settings, work.job()
+    settings = work.settings
+    before = _published_before(access, model.name, work)
+    if before is not None:
+        return before
     for remark in work.data.remarks:
         log.warning("%s", remark)
     taught = "" if teacher is None else Readable(access, teacher).ref
-    states = TrainingStates(access.repo.storage, job)
+    states = TrainingStates(access.repo.storage, work.job(work.student.manifest.content))
     total = settings.steps * settings.windows * settings.length
     done, resumed = work.train(states, access.work(progress).begin(total, f"training {model.name}"))
     metrics = work.recorded(model.ref, taught, done)
@@ -225,6 +228,25 @@ def _distill(
     states.clear()
     seconds = time.monotonic() - started
     return _answer(model.ref, taught, work, done, saved(model.name, record.version, outcome, seconds), resumed, seconds)
+
+
+def _published_before(access: Access, name: str, work: Distilling) -> Distilled | None:
+    """The answer of the same call, if it was killed after it published and before it removed its state; that is removed."""
+    from modelstore.transfer.state import TrainingStates
+
+    record = access.repo.catalog.newest(name)
+    entry = access.repo.catalog.variant(record, ORIGINAL)
+    said = access.repo.manifests.entry(name, entry).metrics.get("distilled")
+    if not isinstance(said, dict) or said.get("job") != work.job(str(said.get("content"))):
+        return None
+    states = TrainingStates(access.repo.storage, said["job"])
+    if not states.any():
+        return None  # that call came to its end, and this one trains further
+    states.clear()
+    made = Saved(name, record.version, ORIGINAL, entry.tensors, entry.nbytes, 0, entry.stored, 0.0, entry.manifest)
+    curve = tuple(CurvePoint(*one) for one in said["curve"])
+    how = said["best"], curve, work.settings.steps, said["skipped"], said["stopped"], work.data.remarks
+    return Distilled(said["of"], said["teacher"], made, work.keeping.variant, work.settings.steps, *how, 0.0)
 
 
 def _answer(

@@ -77,11 +77,11 @@ class Distilling:
             _check_tokens(self.student, self.teacher, self._texts[0])
         return windows(*self._texts, cut, vocabulary, self.settings.length, self.settings.seed)
 
-    def job(self) -> str:
-        """The name of the work: the same for the same student, teacher, data and settings."""
+    def job(self, content: str) -> str:
+        """The name of the work on a student of that content: the same for the same teacher, data and settings."""
         teacher = "" if self.teacher is None else self.teacher.manifest.content
         settings = str(sorted(self.settings.recorded.items()))
-        identity = ("distill", self.student.name, self.student.manifest.content, teacher)
+        identity = ("distill", self.student.name, content, teacher)
         return job_id((*identity, self.data.recorded["digest"], settings))
 
     @cached_property
@@ -160,7 +160,7 @@ class Distilling:
             "teacher": teacher,
             "data": self.data.recorded,
             "settings": self.settings.recorded,
-            "job": self.job(),
+            "job": self.job(self.student.manifest.content),
             "best": done.best,
             "skipped": done.skipped,
             "stopped": done.stopped,

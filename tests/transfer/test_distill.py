@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import modelstore as ms
+from modelstore.cli.main import app
 from modelstore.errors import NotFoundError, UnsupportedError
+from modelstore.format.objects.record import JOBS
+from modelstore.transfer.state import TrainingStates
 from modelstore.transfer.train import Training
 from tests.transfer.conftest import text_of
 
@@ -45,7 +48,7 @@ def test_the_divergence_falls(store: ms.Store, novels: Path, monkeypatch: pytest
     assert done.remarks == ()
 
 
-def test_the_manifest_tells_how(store: ms.Store, novels: Path) -> None:
+def test_the_manifest_tells_how(store: ms.Store, novels: Path, caplog: pytest.LogCaptureFixture) -> None:
     done = store.distill("small", novels, teacher="m@1", ce=0.5, seed=3, tag="won", **FAST)
     said = store.describe("small@won").metrics["distilled"]
     assert (said["of"], said["teacher"], said["settings"]["seed"]) == ("small@1", "m@1", 3)
@@ -53,6 +56,12 @@ def test_the_manifest_tells_how(store: ms.Store, novels: Path) -> None:
     assert said["curve"] == [[one.step, one.loss, one.kl, one.ce] for one in done.curve]
     assert "the same texts" in done.remarks[0]
     assert store.log("small")[0].source == "small@1"
+    caplog.clear()
+    store.eval("small@2", text=str(novels / "0.txt"), context=32)
+    assert "small was trained on 0.txt" in caplog.text
+    caplog.clear()
+    store.eval("small@2", text=str(novels.parent / "other.txt"), context=32)
+    assert "trained on" not in caplog.text
     again = store.distill("small@1", novels, teacher="m@1", ce=0.5, seed=3, **FAST)
     assert store.load("small@3").keys() == store.load("small@2").keys()
     assert all(torch.equal(one, store.load("small@2")[name]) for name, one in store.load("small@3").items())
@@ -144,3 +153,37 @@ def test_memory_is_foretold(store: ms.Store, novels: Path) -> None:
     few = ms.open(store.url, memory="64MiB")
     with pytest.raises(UnsupportedError, match="give memory="):
         few.distill("small", novels, teacher="m", **FAST)
+
+
+def test_a_call_that_was_killed_after_it_published_is_at_its_end(store: ms.Store, novels: Path) -> None:
+    """It is not done twice: not even of the newest version, which is its own by now."""
+    how: dict[str, Any] = {**FAST, "checkpoint": 8, "teacher": "m"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingStates, "clear", lambda _: None)
+        done = store.distill("small", novels, **how)
+    assert list(store.repo.storage.list(JOBS))
+    again = store.distill("small", novels, **how)
+    assert (again.parent, again.saved.version, again.curve) == (done.parent, 2, done.curve)
+    assert not list(store.repo.storage.list(JOBS))
+    assert store.distill("small", novels, **how).saved.version == 3
+
+
+def test_the_command_trains_and_tells(
+    store: ms.Store, novels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MODELSTORE_URL", store.url)
+    how = ["small", "--data", str(novels), "--teacher", "m", "--steps", "24", "--tokens", "128", "--length", "32"]
+    assert not app(["plan", "distill", *how, "--keep", "int4"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "numbers of small@1 would be trained to predict as m does" in said
+    assert "weights would stay int4" in said
+    assert not app(
+        ["distill", *how, "--rate", "3e-3", "--held-out", str(novels.parent / "other.txt")], standalone_mode=False
+    )
+    said = capsys.readouterr().out
+    assert "small@2 was trained from m@1" in said
+    assert "held-out divergence: " in said
+    assert not app(["distill", *how, "--rate", "3e-3", "--json", "--quiet"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["saved"]["version"], found["parent"]) == (3, "small@2")
+    assert len(found["curve"]) == 25

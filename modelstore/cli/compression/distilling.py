@@ -30,7 +30,6 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="PATH",
-        exists=True,
         show_default=False,
         help="A text to train on, or a folder of them: .txt, .md, .jsonl, .parquet. Several times.",
     ),
@@ -59,7 +58,6 @@ HeldOut = Annotated[
     typer.Option(
         "--held-out",
         metavar="PATH",
-        exists=True,
         show_default=False,
         help="Texts to judge by, of another source than the data. Without one, a part of the data. Several times.",
     ),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelstore.client.access import Access
+from modelstore.client.access import Access, log
 from modelstore.format.answers import results
+from modelstore.format.digest import name_of
 from modelstore.format.names import Reference
 from modelstore.format.progress import Progress
 from modelstore.paths import read_text
@@ -54,6 +56,7 @@ def evaluate(
         models[one.variant] = access.stored(one)
     made: list[results.Evaluation] = []
     for name, content in texts:
+        _warn_if_trained_on(models.values(), name, content)
         started = time.monotonic()
         storage = access.repo.storage if keep else None
         asked = [one.variant for one in pinned]
@@ -65,6 +68,20 @@ def evaluate(
                 run.publish(access.repo, at, models[variant].manifest.content, measured)
         made += _evaluations(pinned, found, time.monotonic() - started)
     return made
+
+
+def _warn_if_trained_on(models: Iterable[Variant], name: str, content: str) -> None:
+    """Say so where a model was trained on the very text that it is judged by."""
+    digest = name_of(content.encode())
+    for model in models:
+        trained = model.manifest.metrics.get("distilled")
+        data = trained.get("data") if isinstance(trained, dict) else None
+        sources = data.get("sources") if isinstance(data, dict) else None
+        if isinstance(sources, dict) and digest in sources.values():
+            log.warning(
+                "%s was trained on %s: what is measured on it flatters, judge by another text", model.name, name
+            )
+            return
 
 
 def _evaluations(pinned: list[Reference], found: Found, seconds: float) -> list[results.Evaluation]:
