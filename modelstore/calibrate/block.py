@@ -144,9 +144,9 @@ class Solving:
             turns[-1] |= layers
         return [turn for turn in turns if turn]
 
-    def _gathered(self, layers: Linears, given: Spool | None) -> Gathered:
+    def _gathered(self, layers: Linears, given: Spool | None) -> Gathered[Inputs]:
         """The inputs of layers. `given` is appended what the block gives, where layers are tuned by it."""
-        gathered, skeleton = Gathered(), self.asked.stages.skeleton
+        gathered, skeleton = Gathered(Inputs), self.asked.stages.skeleton
         kept = given is not None and any(self.asked.tunes(layer) for layer in self.layers.values())
         one_by_one = any(layer.part is not None for layer in layers.values())
         with (
@@ -161,7 +161,7 @@ class Solving:
                     given.append(found)
         return gathered
 
-    def _fold(self, layers: Linears, gathered: Gathered) -> None:
+    def _fold(self, layers: Linears, gathered: Gathered[Inputs]) -> None:
         """Scale the columns of layers whose method does, and what comes before them; the sums are then of what comes now."""
         mine = {
             name: layer
@@ -266,7 +266,7 @@ def _head(stages: Stages) -> int:
     return Sizes(stages.skeleton.config).head
 
 
-def _by_input(layers: Linears, gathered: Gathered) -> dict[str, list[str]]:
+def _by_input(layers: Linears, gathered: Gathered[Inputs]) -> dict[str, list[str]]:
     """The layers' names by the first layer that reads the same; those that read nothing each by their own."""
     found: dict[str, list[str]] = {}
     for name in layers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.overrides
@@ -88,14 +88,39 @@ class _Stacks(torch.overrides.TorchFunctionMode):
 
 
 @dataclass
-class Gathered:
-    """The inputs that linear layers read, by the layers' names; layers that read one thing share one sum.
+class ColumnSquares:
+    """The sum of the squares of each column of one input, float64 (columns), and how many vectors it is of."""
+
+    columns: int
+    count: int = 0
+    sums: torch.Tensor | None = None
+
+    def add(self, vectors: torch.Tensor) -> bool:
+        """As `Inputs.add`."""
+        found = vectors.square().sum(0).double()
+        self.sums = found if self.sums is None else self.sums + found
+        self.count += len(vectors)
+        return bool(torch.isfinite(found).all())
+
+
+class _Sums(Protocol):
+    def add(self, vectors: torch.Tensor) -> bool: ...
+
+
+S = TypeVar("S", bound=_Sums)
+
+
+@dataclass
+class Gathered(Generic[S]):
+    """The inputs that linear layers read, by the layers' names; layers that read one thing share one sum, which `start` makes
+    of the number of columns.
 
     Runs are added in their order: the same bits each time.
     """
 
+    start: Callable[[int], S]
     of: dict[str, str] = field(default_factory=dict)  # layer → the first layer that reads the same
-    inputs: dict[str, Inputs] = field(default_factory=dict)
+    inputs: dict[str, S] = field(default_factory=dict)
     _seen: list[tuple[torch.Tensor, str]] = field(default_factory=list)
 
     @contextmanager
@@ -123,7 +148,7 @@ class Gathered:
         """Another run starts."""
         self._seen.clear()
 
-    def read_by(self, layer: str) -> Inputs | None:
+    def read_by(self, layer: str) -> S | None:
         """The input of a layer; None if nothing came to it."""
         return self.inputs.get(self.of.get(layer, ""))
 
@@ -134,7 +159,9 @@ class Gathered:
         self.of[name] = name
         self._seen.append((values, name))
         rows = values.detach().reshape(-1, values.shape[-1]).float()
-        if not self.inputs.setdefault(name, Inputs(rows.shape[1])).add(rows):
+        if name not in self.inputs:
+            self.inputs[name] = self.start(rows.shape[1])
+        if not self.inputs[name].add(rows):
             raise FormatError(
                 f"what comes to {name!r} is not finite on the calibration text: the weights before it, or what they compute, "
                 f"overflow or are not numbers; look at the tensors before it",

@@ -20,7 +20,7 @@ from modelstore.cli import (
     serving,
 )
 from modelstore.cli.cluster import clusters
-from modelstore.cli.compression import comparing, compressing, distilling, evaluating, restructuring
+from modelstore.cli.compression import comparing, compressing, distilling, evaluating, imatrix, restructuring
 from modelstore.cli.demo.command import demo
 from modelstore.cli.terminal.failures import Commands
 
@@ -50,6 +50,7 @@ for command in (
     compressing.presets,
     restructuring.restructure,
     distilling.distill,
+    imatrix.imatrix,
     comparing.compare,
     clusters.jobs,
     listing.ls,

@@ -17,6 +17,7 @@ from modelstore.client.compression.fitting import plan_fit
 from modelstore.client.compression.wishes import Wish, check_asked
 from modelstore.client.distilling import Distillable
 from modelstore.client.exporting import MAX_SHARD, export, exported
+from modelstore.client.imatrix import Measurable
 from modelstore.format.answers import results
 from modelstore.format.answers.fitted import FitPlan
 from modelstore.format.progress import Progress
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from modelstore.execute.export.view import ExportedFile
 
 
-class Model(Distillable):
+class Model(Distillable, Measurable):
     """One variant of one version of a model: `store["acme/llama@prod:int4"]`.
 
     It stays at its version, whatever is saved or tagged later. May be used from many threads, and be pickled.
@@ -360,8 +361,7 @@ class Model(Distillable):
     ) -> results.Evaluation:
         """Measure how well this variant of a language model predicts a text, and how far it is from the original.
 
-        An encoder's vectors of the text's paragraphs, and a classifier's classes, are compared with the original's. A language
-        model that does not fit, as `dtype`, into half of the memory budget runs block by block, with the same result.
+        It compares vectors of encoders and classes of classifiers, too. A large language model runs block by block.
 
         Args:
             text: A file, or the text itself.

@@ -12,6 +12,7 @@ from modelstore.client.checkpoints import Checkpoints
 from modelstore.client.copying import Copying
 from modelstore.client.following import Following
 from modelstore.client.forwards import OfModels
+from modelstore.client.forwards_imatrix import OfImportance
 from modelstore.client.forwards_restructuring import OfSmallerModels
 from modelstore.client.joined import OfCluster
 from modelstore.client.keeping import Keeping
@@ -75,7 +76,9 @@ def open(
     return Store(storage, copies, memory=memory, threads=threads, session=session, source=source, cluster=cluster)
 
 
-class Store(Saving, Looking, Keeping, Copying, Checkpoints, Following, OfModels, OfSmallerModels, OfCluster):
+class Store(
+    Saving, Looking, Keeping, Copying, Checkpoints, Following, OfModels, OfSmallerModels, OfImportance, OfCluster
+):
     """A store of models over a storage. Made by `modelstore.open`; may be used from many threads, and be pickled.
 
     `store[ref]` is one variant of one version, and `store.cluster` the cluster that the store was opened with.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from modelstore.calibrate.layers import Linear, linears
-from modelstore.calibrate.statistics import Gathered
+from modelstore.calibrate.statistics import Gathered, Inputs
 from modelstore.compress.stages import Stages
 from modelstore.errors import UnsupportedError
 from modelstore.execute.memory import trim
@@ -101,7 +101,7 @@ class Widths:
 
     def _sums(self, layer: int, linear: Linear, values: Mapping[str, torch.Tensor], before: Spool) -> torch.Tensor:
         """The sum of outer products of what a weight reads (columns, columns): float64 up to 4,096 columns, else float32."""
-        gathered = Gathered()
+        gathered = Gathered(Inputs)
         with self.stages.skeleton.at(layer, values) as run, gathered.watching({linear.parameter: linear}, values):
             for at, ids in enumerate(self.runs):
                 gathered.begin()

@@ -12,7 +12,7 @@ import torch
 
 from modelstore.calibrate.gptq import Factored, solve
 from modelstore.calibrate.layers import Linears
-from modelstore.calibrate.statistics import Gathered
+from modelstore.calibrate.statistics import Gathered, Inputs
 from modelstore.codecs.integer.weighted import by_column
 from modelstore.codecs.numeric.scaled import scale_dtype
 from modelstore.format.objects.manifest import Manifest
@@ -20,7 +20,7 @@ from modelstore.format.objects.manifest import Manifest
 
 def gains(
     layers: Linears,
-    gathered: Gathered,
+    gathered: Gathered[Inputs],
     values: Mapping[str, torch.Tensor],
     rounded: Callable[[str], torch.Tensor],
     manifest: Manifest,

@@ -15,7 +15,7 @@ import torch
 
 from modelstore.architecture.classes.names import Made, values
 from modelstore.calibrate.layers import as_stored, linears
-from modelstore.calibrate.statistics import Gathered
+from modelstore.calibrate.statistics import Gathered, Inputs
 from modelstore.codecs.weight import WeightCodec
 from modelstore.compress.stages import Stages
 from modelstore.errors import FormatError
@@ -69,7 +69,7 @@ class Measuring:
     def _forward(self, stage: int, sequences: Sequence[torch.Tensor], given: Spool) -> None:
         """Append what a stage gives for each sequence."""
         stored = self.stages.stored(stage)
-        placed, gathered = self.stages.values(stage, stored), Gathered()
+        placed, gathered = self.stages.values(stage, stored), Gathered(Inputs)
         layers = linears(self.stages, self.manifest, stage, self.costs) if self.solved else {}
         layers = {name: layer for name, layer in layers.items() if layer.part is None}  # of stacks' there are many sums
         with self.stages.skeleton.at(stage, placed) as run, gathered.watching(layers, placed):

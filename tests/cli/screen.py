@@ -34,6 +34,8 @@ def filled(kind: Any, text: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         hints = typing.get_type_hints(kind)
         return kind(**{field.name: filled(hints[field.name], text) for field in msgspec.structs.fields(kind)})
+    if origin is typing.Literal:
+        return args[0]
     if origin in (list, tuple):
         return origin(filled(arg, text) for arg in args if arg is not Ellipsis)
     if origin is dict:

@@ -71,7 +71,7 @@ def wanted(command: Any, folder: Path) -> list[str]:
     for parameter in command.params:
         if not parameter.required and not isinstance(parameter, ARGUMENT):
             continue
-        if parameter.name in ("source", "text"):
+        if parameter.name in ("source", "text", "calibration"):
             value = str(folder / "text")
         elif parameter.name in ("out", "path"):
             value = str(folder / "out.safetensors")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from modelstore.architecture.config import architectures, model_type, type_told
 from modelstore.architecture.quantized import method
@@ -21,6 +21,7 @@ from modelstore.compress.built import built_of
 from modelstore.errors import FormatError, NotFoundError, UnsupportedError
 from modelstore.execute.model_files import without_config
 from modelstore.execute.read.loading import Variant
+from modelstore.format.answers.results import TextTask
 from modelstore.plan.work import Limits, Work
 
 if TYPE_CHECKING:
@@ -36,9 +37,6 @@ _TOKENIZERS = (
 )
 _SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _LARGEST = 256 << 20  # bytes of a file that a tokenizer is made of
-
-
-TextTask = Literal["tokens", "vectors", "classes"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from modelstore.compress.evaluate.metrics import known
 from modelstore.execute.read.loading import Variant
-from modelstore.format.answers.results import Measured
+from modelstore.format.answers.results import Measured, TextTask
 from modelstore.format.digest import name_of
 from modelstore.format.names import ORIGINAL
 from modelstore.plan.work import Work
@@ -65,7 +65,7 @@ class Question:
         """The original of the variants."""
         return self.models[ORIGINAL]
 
-    def blank(self, task: str, tokens: int, predicted: int) -> Measured:
+    def blank(self, task: TextTask, tokens: int, predicted: int) -> Measured:
         """An evaluation of so many tokens of the text, before anything is found."""
         how, digest = self.choice, name_of(self.text.encode())
         return Measured(self.name, digest, tokens, predicted, how.context, how.stride, how.dtype, None, task=task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -270,6 +270,9 @@ class Compressed(Timed, frozen=True):
     metrics: dict[str, dict[str, Any]]
 
 
+TextTask = Literal["tokens", "vectors", "classes"]
+
+
 class Measured(Result, frozen=True):
     """One evaluation as a manifest keeps it: of which text, how, and what came out.
 
@@ -302,7 +305,7 @@ class Measured(Result, frozen=True):
     neighbours: float | None = None
     accuracy: float | None = None
     baseline_accuracy: float | None = None
-    task: str = "tokens"
+    task: TextTask = "tokens"
 
     @property
     def loss(self) -> float | None:

@@ -54,9 +54,7 @@ def export_gguf(
     `UnsupportedError` for architectures, tokenizers and tensors that llama.cpp does not support, before anything is written.
     """
     started = time.monotonic()
-    path = Path(os.path.abspath(path))  # noqa: PTH100  a link at the end stays what it is
-    if path.suffix != ".gguf":
-        raise ValueError(f"{path} is not the name of a GGUF file: let it end in .gguf")
+    path = absolute(path)
     output = gguf_file(reader, path.name, name=name, gguf_type=gguf_type)
     with Target(path, [output], single=True, overwrite=overwrite) as target:
         write(reader, [output], target, work)
@@ -68,10 +66,7 @@ def gguf_file(reader: Reader, path: str, *, name: str, gguf_type: str | None = N
     """The one file of a model named `name`, as `export_gguf` writes it to `path`; its errors."""
     if gguf_type is not None and gguf_type not in TYPES:
         raise ValueError(f"gguf_type={gguf_type!r} is not known: {', '.join(TYPES)} are")
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise UnsupportedError("GGUF needs the package gguf: pip install 'modelstore[gguf]'") from None
+    check_installed()
     manifest = reader.manifest
     if manifest.metadata.get(CONTENT) == "blocks":
         if gguf_type is not None:
@@ -81,6 +76,21 @@ def gguf_file(reader: Reader, path: str, *, name: str, gguf_type: str | None = N
     model = gguf_model(manifest, config)
     vocabulary = read_vocabulary(_files(reader), config or {}, int(model.values[".vocab_size"]))
     return layout(model, vocabulary, path, name, gguf_type or _default(model))
+
+
+def absolute(path: Path) -> Path:
+    """The absolute path of a GGUF file; `ValueError` if it is not the name of one."""
+    if path.suffix != ".gguf":
+        raise ValueError(f"{path} is not the name of a GGUF file: let it end in .gguf")
+    return Path(os.path.abspath(path))  # noqa: PTH100  a link at the end stays what it is
+
+
+def check_installed() -> None:
+    """`UnsupportedError` without the package gguf."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UnsupportedError("GGUF needs the package gguf: pip install 'modelstore[gguf]'") from None
 
 
 @dataclass(frozen=True)
