@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import cycle
+from itertools import cycle, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +92,12 @@ def chunk_region(shape: Sequence[int], chunk: Sequence[int], index: int) -> Regi
         index, at = divmod(index, -(-n // c))
         region.append((at * c, min(n, at * c + c)))
     return tuple(reversed(region))
+
+
+def regions(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[Region, Region]]:
+    """Each chunk's region, in row-major order, and the same counted from the chunk's own corner."""
+    cuts = [[(a, min(n, a + c)) for a in range(0, n, c)] for n, c in zip(shape, chunk, strict=True)]
+    return zip(product(*cuts), product(*([(0, b - a) for a, b in along] for along in cuts)), strict=True)
 
 
 def touching(shape: Sequence[int], chunk: Sequence[int], region: Region) -> NDArray[np.int64]:

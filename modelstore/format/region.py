@@ -19,7 +19,7 @@ def full(shape: Sequence[int]) -> Region:
 
 def extent(region: Region) -> Shape:
     """The shape of a region."""
-    return tuple(b - a for a, b in region)
+    return tuple([b - a for a, b in region])
 
 
 def size(region: Region) -> int:

@@ -36,7 +36,7 @@ class Share:
     @property
     def shape(self) -> Shape:
         """The shape of the rank's tensor."""
-        return tuple(sum(b - a for a, b in ranges) for ranges in self.ranges)
+        return tuple([sum([b - a for a, b in ranges]) for ranges in self.ranges])
 
     @property
     def region(self) -> Region | None:

@@ -60,9 +60,10 @@ class ChunkRead:
     @property
     def whole(self) -> Region | None:
         """The chunk's destination, if all of it goes to one place."""
-        if len(self.targets) == 1 and extent(self.targets[0].source) == extent(self.region):
-            return self.targets[0].place
-        return None
+        if len(self.targets) != 1:
+            return None
+        place = self.targets[0].place
+        return place if place == self.region or extent(place) == extent(self.region) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +93,11 @@ def chunk_reads(wants: Iterable[Want]) -> Iterator[ChunkRead]:
     """Every chunk that the wants touch, in their order."""
     for index, want in enumerate(wants):
         tensor = want.tensor
-        if grid.is_one_chunk(tensor.shape, tensor.chunk) and want.share.region == full(tensor.shape):
-            region = full(tensor.shape)  # all of it at once: what most tensors of a model with thousands are
-            rows = tuple(plane.first for plane in tensor.planes)
-            yield ChunkRead(index, 0, region, rows, (Destination(region, region),))
+        if want.share.region == full(tensor.shape):  # as most are: a chunk's place is where it is in the tensor
+            firsts = [plane.first for plane in tensor.planes]
+            for chunk, (region, own) in enumerate(grid.regions(tensor.shape, tensor.chunk)):
+                rows = tuple([first + chunk for first in firsts])
+                yield ChunkRead(index, chunk, region, rows, (Destination(own, region),))
             continue
         pieces = list(want.share.pieces())
         if len(pieces) == 1:
@@ -120,7 +122,7 @@ def plan_read(manifest: Manifest, wants: list[Want]) -> Iterator[ReadJob]:
         size = wants[chunk.want].tensor.kind.itemsize
         for a, b in chunk.region:
             size *= b - a
-        encoded = sum(int(manifest.length[row]) for row in chunk.rows)
+        encoded = sum([manifest.length.item(row) for row in chunk.rows])
         full = nbytes + size > JOB_BYTES or stored + encoded > 2 * JOB_BYTES or len(chunks) == JOB_CHUNKS
         if chunks and full:
             yield read_job(manifest, chunks, nbytes)
@@ -134,10 +136,9 @@ def plan_read(manifest: Manifest, wants: list[Want]) -> Iterator[ReadJob]:
 
 def read_job(manifest: Manifest, chunks: Sequence[ChunkRead], nbytes: int) -> ReadJob:
     """The job that reads these chunks, of `nbytes` raw bytes, in as few requests as their places allow."""
-    pack, offset, length = manifest.pack, manifest.offset, manifest.length
-    at = sorted((int(pack[r]), int(offset[r]), int(length[r])) for c in chunks for r in c.rows)
+    rows = [row for chunk in chunks for row in chunk.rows]
     ranges: list[Range] = []
-    for p, start, n in at:
+    for p, start, n in sorted(manifest.places(rows)):
         last = ranges[-1] if ranges else None
         if last and last.pack == p and start - last.stop <= GAP:
             ranges[-1] = Range(p, last.start, max(last.stop, start + n))

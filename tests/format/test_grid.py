@@ -67,6 +67,13 @@ def test_slabs_are_the_bytes_in_order_in_whole_chunks(cut: tuple[Shape, Shape]) 
     assert chunks == list(range(grid.count(shape, chunk)))
 
 
+@given(cut=small_grids())
+def test_all_chunks_at_once_are_those_one_by_one(cut: tuple[Shape, Shape]) -> None:
+    found = list(grid.regions(*cut))
+    assert [region for region, _ in found] == regions_of(*cut)
+    assert all(own == full(extent(region)) for region, own in found)
+
+
 @given(shape=SMALL, itemsize=ITEMSIZES, limit=st.integers(1, 300))
 def test_bands_are_the_bytes_in_order_and_within_the_limit(shape: Shape, itemsize: int, limit: int) -> None:
     if 0 in shape:

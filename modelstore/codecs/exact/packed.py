@@ -86,7 +86,7 @@ class FixedRate(WeightCodec):
         if dtype.name not in DTYPES:
             raise FormatError(f"an encoded chunk has codes of fixed width, which none of {dtype.name} has")
         data.flags.writeable = False  # of this view; the kernels are compiled for read-only planes
-        _decode(_laid_out(data, out.size // dtype.lane, dtype.lane), dtype, out)
+        _decode(data, dtype, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,31 +150,30 @@ def _encode(values: Bytes, width: int) -> Bytes | None:
     return out[: fixed + nibbles + whole]
 
 
-def _laid_out(data: Bytes, count: int, width: int) -> TileParts:
-    """The parts of stored bytes; `FormatError` if they are not as long as so many words and their escapes."""
+def _decode(data: Bytes, dtype: DType, out: Bytes) -> None:
+    """Write the words of stored bytes into `out`; `FormatError` if they are not such an encoding."""
+    from modelstore.codecs.exact.packed_kernels import kernels
+
+    flat, row, stride = byteplanes.as_words(out, dtype)
+    count = out.size // dtype.lane
+    if not kernels(dtype.lane)[1](data, count, row, stride, flat):
+        raise _problem(data, count, dtype.lane)
+    if flat.flags.owndata:
+        out[:] = flat.view(np.uint8).reshape(out.shape)
+
+
+def _problem(data: Bytes, count: int, width: int) -> FormatError:
+    """What is wrong with stored bytes that are no encoding of so many words."""
     _, _, fixed = _fixed(count, width)
     if data.size < fixed:
-        raise FormatError(f"an encoded chunk has {data.size} bytes where its codes alone take {fixed}")
+        return FormatError(f"an encoded chunk has {data.size} bytes where its codes alone take {fixed}")
     parts = _cut(data, count, width)
     head, whole = data[: HEADER.size].tobytes(), int(parts.whole.sum(dtype=np.uint64))
     if head != HEADER.pack(VERSION, BITS, width, LOG_TILE, whole):
-        raise FormatError(
+        return FormatError(
             f"an encoded chunk has the header {head.hex()}, which does not fit words of {width} bytes, {whole} of them kept whole"
         )
     rest = whole + int(((parts.escapes + np.uint32(1)) // 2).sum(dtype=np.uint64))
     if parts.rest.size != rest:
-        raise FormatError(f"an encoded chunk has {parts.rest.size} bytes for its escapes where they take {rest}")
-    return parts
-
-
-def _decode(parts: TileParts, dtype: DType, out: Bytes) -> None:
-    from modelstore.codecs.exact.packed_kernels import kernels
-
-    flat, row, stride = byteplanes.as_words(out, dtype)
-    _, decode = kernels(dtype.lane)
-    nibbles = parts.rest.size - int(parts.whole.sum(dtype=np.uint64))
-    tables = parts.codes, parts.planes, parts.tops, parts.escapes, parts.whole
-    if not decode(*tables, parts.rest[:nibbles], parts.rest[nibbles:], row, stride, flat):
-        raise FormatError("an encoded chunk has other escapes than it says")
-    if flat.flags.owndata:
-        out[:] = flat.view(np.uint8).reshape(out.shape)
+        return FormatError(f"an encoded chunk has {parts.rest.size} bytes for its escapes where they take {rest}")
+    return FormatError("an encoded chunk has other escapes than it says")

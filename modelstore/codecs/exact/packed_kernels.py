@@ -9,7 +9,7 @@ Codes are stored in eight stripes of `m` bytes: word i of a tile is number i % m
 over neighbours, with one shift for all of them, and vectorises. Escapes are few (1 word in 40 of trained weights): their
 places are read off a mask, 64 words at a time.
 
-Nothing is checked here but the number of escapes: callers in `packed` answer for every length.
+Encoding checks nothing but the room for escapes: `packed` answers for every length. Decoding checks all that it reads.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -26,7 +26,10 @@ from numba.extending import intrinsic, register_jitable
 
 from modelstore.codecs.kernels import jit
 
-TILE = 2048  # words
+VERSION = 2  # `byteplanes` has 1
+HEADER = 16  # bytes
+LOG_TILE = 11
+TILE = 1 << LOG_TILE  # words
 STRIPE = TILE // 8
 BITS = 3
 ESCAPE = np.uint8(7)
@@ -181,9 +184,55 @@ def _encode(words, packed, planes, tops, escapes, whole, nibbles, bytes_):  # ty
     return at, far
 
 
-def _decode(packed, planes, tops, escapes, whole, nibbles, bytes_, row, stride, out):  # type: ignore[no-untyped-def]
-    """The reverse, into rows of `row` words that start `stride` words apart in `out`; False if escapes do not match their
-    counts.
+@register_jitable
+def _fits(data, width, whole, end):  # type: ignore[no-untyped-def]
+    """Whether the header is that of words of `width` bytes, of which so many are kept whole, and all parts end at `end`."""
+    known = data[0] == VERSION and data[1] == BITS and data[2] == width and data[3] == LOG_TILE
+    stored = np.uint64(0)
+    for k in range(8):
+        stored |= np.uint64(data[8 + k]) << np.uint64(8 * k)
+    return known and not data[4:8].any() and stored == np.uint64(whole) and data.size == end
+
+
+def _decode(data, count, row, stride, out):  # type: ignore[no-untyped-def]
+    """The reverse of a whole encoding of `count` words, into rows of `row` words that start `stride` words apart in `out`.
+
+    One call, since for a chunk of 100,000 words the views of its parts would cost as much as they do. data: uint8, as
+    `packed` lays it out. False if it is not such an encoding; nothing is read or written beyond `data` and the rows then.
+    """
+    width = out.itemsize
+    tiles = (count + TILE - 1) // TILE
+    last = count - (tiles - 1) * TILE
+    first = HEADER + BITS * ((tiles - 1) * STRIPE + (last + 63) // 64 * 8)
+    top = first + (width - 1) * count
+    rest = top + 5 * tiles
+    if count < 1 or data.size < rest:
+        return False
+    escapes, whole = data[top + tiles : top + 3 * tiles].view(np.uint16), data[top + 3 * tiles : rest].view(np.uint16)
+    nibbles, kept = np.int64(0), np.int64(0)
+    for t in range(tiles):
+        nibbles += (np.int64(escapes[t]) + 1) // 2
+        kept += np.int64(whole[t])
+    if not _fits(data, width, kept, rest + nibbles + kept):
+        return False
+    planes = data[first:top].reshape((width - 1, count))
+    return _decode_tiles(
+        data[HEADER:first],
+        planes,
+        data[top : top + tiles],
+        escapes,
+        whole,
+        data[rest : rest + nibbles],
+        data[rest + nibbles :],
+        row,
+        stride,
+        out,
+    )
+
+
+@register_jitable
+def _decode_tiles(packed, planes, tops, escapes, whole, nibbles, bytes_, row, stride, out):  # type: ignore[no-untyped-def]
+    """The reverse of `_encode`, of parts that end where they should; False if escapes do not match their counts.
 
     As for `_encode`; nibbles are as many as `escapes` says.
     """
@@ -261,7 +310,6 @@ def kernels(width: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     word = {2: types.uint16, 4: types.uint32}[width]
     byte, number = types.uint8, types.uint16
     stored = (array(byte), array(byte, 2), array(byte), array(number), array(number), array(byte), array(byte))
-    read = tuple(array(one.dtype, one.ndim, True) for one in stored)
     encode = types.UniTuple(types.intp, 2)(array(word, 1, True), *stored)
-    decode = types.boolean(*read, types.intp, types.intp, array(word))
+    decode = types.boolean(array(byte, 1, True), types.intp, types.intp, types.intp, array(word))
     return jit.compiled(_encode, encode), jit.compiled(_decode, decode)

@@ -99,16 +99,16 @@ class Fetcher:
             pieces[r] = piece if self._read(r.pack, r.start, piece) else None
         manifest = self.manifest
         found: dict[int, Bytes] = {}
-        for chunk in job.chunks:
-            for row in chunk.rows:
-                pack, start, n = int(manifest.pack[row]), int(manifest.offset[row]), int(manifest.length[row])
-                r, whole = next(
-                    (r, p) for r, p in pieces.items() if r.pack == pack and r.start <= start and start + n <= r.stop
-                )
-                data = None if whole is None else whole[start - r.start : start - r.start + n]
-                if data is None or not matches(data, manifest.digest(row)):
-                    data = self.recover(row, wants[chunk.want].tensor.name, chunk.chunk)
-                found[row] = data
+        rows = [(row, chunk) for chunk in job.chunks for row in chunk.rows]
+        places = manifest.places([row for row, _ in rows])
+        for (row, chunk), (pack, start, n) in zip(rows, places, strict=True):
+            r, whole = next(
+                (r, p) for r, p in pieces.items() if r.pack == pack and r.start <= start and start + n <= r.stop
+            )
+            data = None if whole is None else whole[start - r.start : start - r.start + n]
+            if data is None or not matches(data, manifest.digest(row)):
+                data = self.recover(row, wants[chunk.want].tensor.name, chunk.chunk)
+            found[row] = data
         return found
 
     def direct(self, row: int, out: Bytes, tensor: str, chunk: int) -> None:

@@ -150,8 +150,7 @@ class Reader:
         """Read a raw chunk straight into its place, where it is one run there; whether that was so."""
         want = wants[chunk.want]
         tensor = want.tensor
-        place = chunk.whole
-        if place is None or self._codecs[tensor.codec].name != "raw" or len(chunk.rows) != 1:
+        if self._codecs[tensor.codec].name != "raw" or len(chunk.rows) != 1 or (place := chunk.whole) is None:
             return False
         out = rows(buffers[chunk.want], want.shape, tensor.kind.itemsize, place)
         if out is None or out.shape[0] != 1 or out.size != self.manifest.length[chunk.rows[0]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Annotated, Any
 
@@ -151,6 +151,10 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
         """BLAKE3 of a chunk's encoded bytes."""
         return self.chunks.digest[DIGEST_BYTES * chunk : DIGEST_BYTES * (chunk + 1)]
 
+    def places(self, chunks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """(pack, first byte, bytes) of each of these chunks."""
+        return zip(*(column[chunks].tolist() for column in (self.pack, self.offset, self.length)), strict=True)
+
     def rows(self, tensor: Tensor) -> NDArray[np.int64]:
         """Rows of the chunk table that hold a tensor, plane after plane."""
         n = tensor.chunks
@@ -174,8 +178,14 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
 
     def stored_in(self, packs: Sequence[int]) -> int:
         """The same of the chunks in some packs, given by their indices."""
-        at = np.stack([self.pack.astype(np.uint64), self.offset, self.length])[:, np.isin(self.pack, list(packs))]
-        return int(np.unique(at, axis=1)[2].sum()) if at.size else 0
+        within = np.isin(self.pack, list(packs))
+        columns = self.pack[within], self.offset[within], self.length[within]
+        order = np.lexsort(columns)  # not `np.unique`, which would load masked arrays
+        first = np.zeros(order.size, np.bool_)
+        first[:1] = True
+        for column in columns:
+            first[1:] |= column[order[1:]] != column[order[:-1]]
+        return int(columns[2][order[first]].sum())
 
 
 _SKIPPED = 0x184D2A50  # starts a frame of zstd that decoders pass over
