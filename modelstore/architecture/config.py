@@ -13,6 +13,7 @@ Config = Mapping[str, Any]
 
 MAX_CONFIG = 16 << 20  # bytes of JSON that are looked into; the largest ones of the hub, with 21,000 labels, have 2 MB
 MAX_MEMBERS = 1 << 18  # names, values and elements: each takes some hundred bytes of memory, however short it is
+MAX_NESTED = 64  # objects and lists within each other: Python stops functions that call themselves some hundred times
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 _DEEPEST = 4
 
@@ -37,7 +38,18 @@ def examined(content: bytes, most_bytes: int = MAX_CONFIG, most_members: int = M
         return "is nested too deeply to be looked into"
     except ValueError as error:
         return f"is not valid JSON ({str(error)[:80]})"
+    if _is_deeper(found, MAX_NESTED):
+        return "is nested too deeply to be looked into"
     return found if isinstance(found, dict) else "holds no JSON object"
+
+
+def _is_deeper(found: object, most: int) -> bool:
+    """Whether more objects and lists than that are within each other."""
+    level = [found]
+    for _ in range(most):
+        held = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [inner for inners in held for inner in inners]
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def oddity(content: bytes) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from modelstore.architecture.config import MAX_CONFIG, parse
 from modelstore.codecs.numeric.numbers import to_float32
 from modelstore.codecs.weight import EngineView
 from modelstore.compress.codes import CheckpointCodes, Codes, Given, PackedCodes, ReadInto, unpacked
@@ -52,10 +52,11 @@ def _of_checkpoint(
 def _config(path: Path) -> Mapping[str, Any] | None:
     """What a file of JSON says of codes; None where there is none that does."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        with path.open("rb") as file:
+            content = parse(file.read(MAX_CONFIG + 1))
+    except OSError:
         return None
-    return said(content) or (content if isinstance(content, dict) and "bits" in content else None)
+    return said(content) or (content if content and "bits" in content else None)
 
 
 def said(config: Any) -> Mapping[str, Any] | None:

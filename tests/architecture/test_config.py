@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import modelstore as ms
-from modelstore.architecture.config import MAX_CONFIG, MAX_MEMBERS, count, language, parse
+from modelstore.architecture.config import MAX_CONFIG, MAX_MEMBERS, MAX_NESTED, count, language, parse
 from modelstore.architecture.ties import tied
 from modelstore.errors import FormatError
 
@@ -24,12 +24,29 @@ from modelstore.errors import FormatError
         b'{"a": 1} x',
         b"\xff{}",
         b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"a":' + b"[" * 700 + b"]" * 700 + b"}",
+        b'{"a":' * 700 + b"1" + b"}" * 700,
         b'{"a": [' + b"1," * MAX_MEMBERS + b"1]}",
         b'{"a": "' + b"x" * MAX_CONFIG + b'"}',
     ],
 )
 def test_what_is_no_config(content: bytes) -> None:
     assert parse(content) is None
+
+
+@pytest.mark.parametrize("content", [b"[" * 900 + b"1" + b"]" * 900, b'{"a":' * 900 + b"1" + b"}" * 900])
+def test_a_config_of_many_levels_is_saved_as_a_file(content: bytes) -> None:
+    content = b'{"model_type": "llama", "x": ' + content + b"}"
+    store = ms.open(f"memory://{uuid.uuid4().hex}")
+    store.save("m", {"model.layers.0.mlp.up_proj.weight": torch.randn(64, 64)}, files={"config.json": content})
+    store.plan_compression("m", "int4-g32")
+    assert store.file("m", "config.json") == content
+
+
+def test_as_many_levels_as_are_looked_into() -> None:
+    """The object itself is one of them."""
+    assert parse(b'{"a":' * MAX_NESTED + b"1" + b"}" * MAX_NESTED) is not None
+    assert parse(b'{"a":' * (MAX_NESTED + 1) + b"1" + b"}" * (MAX_NESTED + 1)) is None
 
 
 def test_labels_of_imagenet_21k_are_taken() -> None:

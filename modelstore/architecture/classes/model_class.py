@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 Rename = Callable[[str, dict[str, Any]], tuple[str, str | None]]
 
-_MOST = 1 << 17  # layers, experts and the like that a config may ask for
+_MOST = 1 << 17  # layers, experts, labels and the like that a config may ask for
+_MOST_TOGETHER = 1 << 20  # of the numbers in a list of such, one for each stage or layer
 _LARGEST = 1 << 40  # of any whole number in a config
-_COUNTS = re.compile(r".*(?:layers?|blocks?|depths?|experts?|heads?|stages?|n_head|n_layer)")
+_COUNTS = re.compile(r".*(?:layers?|blocks?|depths?|experts?|heads?|stages?|labels?|n_head|n_layer|attention_types)")
 _MOST_MODULES = (1 << 13, 16)  # that a model may have: so many, and so many more for each tensor
 _NOT_FOLLOWED = ("auto_map", "use_kernels", "use_pretrained_backbone")  # what fetches code, kernels or weights
 
@@ -107,7 +108,10 @@ def _model(transformers: Any, config: Config, tensors: int) -> Any:
             raise TypeError(f"{name} is not a model")
         built = transformers.CONFIG_MAPPING[kind].from_dict(_plain(config))
         with _bounded(torch, _MOST_MODULES[0] + _MOST_MODULES[1] * tensors), torch.device("meta"), torch.no_grad():
-            return made(built)
+            model = made(built)
+        if not hasattr(model, "all_tied_weights_keys"):  # what others inherit from, such as LlamaPreTrainedModel
+            raise TypeError(f"{name} is not a whole model")
+        return model
     except Exception as error:
         raise UnsupportedError(
             f"transformers cannot build {name} from config.json ({type(error).__name__}: {str(error)[:200]})"
@@ -134,18 +138,32 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
-def _check_counts(config: Any) -> None:
+def _check_counts(config: Mapping[str, Any]) -> None:
     """`UnsupportedError` for more layers or the like than any model has, which would be made one by one."""
     for key, value in config.items():
-        if isinstance(value, Mapping):
-            _check_counts(value)
-            continue
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        most = _MOST if _COUNTS.fullmatch(str(key)) else _LARGEST
-        if whole and value > most:
-            raise UnsupportedError(
-                f"config.json says {str(key)[:80]} = {str(value)[:80]}, more than {most} (correct config.json)"
-            )
+        counted = _COUNTS.fullmatch(str(key)) is not None
+        numbers = _numbers(value)
+        for number in numbers:
+            _check_most(key, number, _MOST if counted else _LARGEST)
+        if counted:
+            _check_most(key, sum(numbers), _MOST_TOGETHER)
+
+
+def _numbers(value: Any) -> list[int]:
+    """The whole numbers of an entry that is one, or a list, however nested; objects in it are checked by themselves."""
+    if isinstance(value, Mapping):
+        _check_counts(value)
+        return []
+    if isinstance(value, list):
+        return [number for one in value for number in _numbers(one)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
+
+
+def _check_most(key: str, number: int, most: int) -> None:
+    if number > most:
+        raise UnsupportedError(
+            f"config.json says {str(key)[:80]} = {str(number)[:80]}, more than {most} (correct config.json)"
+        )
 
 
 @contextmanager
