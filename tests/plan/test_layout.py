@@ -320,6 +320,23 @@ def test_nested_config_and_vision_tower() -> None:
     assert all(axis(name) is None for name in towers)
 
 
+@pytest.mark.parametrize(
+    ("kind", "beside"),
+    [
+        ("idefics2", "model.connector.perceiver_resampler.layers.0"),
+        ("video_llava", "model.video_tower.encoder.layers.0"),
+        ("video_llava", "model.image_tower.encoder.layers.0"),
+    ],
+)
+def test_attention_beside_the_language_model_is_not_cut_by_its_heads(kind: str, beside: str) -> None:
+    """Each class's own plan in transformers leaves these whole."""
+    text = {"model_type": "mistral", "num_attention_heads": 8, "num_key_value_heads": 4}
+    own = "model.language_model.layers.0.self_attn.k_proj.weight"
+    shapes = {f"{beside}.self_attn.{part}_proj.weight": (6, 8) for part in "qkv"} | {own: (8, 8)}
+    held = TensorParallel(0, 2).shares({"model_type": kind, "text_config": text}, shapes)
+    assert {name for name, share in held.items() if share != whole(shapes[name])} == {own}
+
+
 @pytest.mark.parametrize("heads", ["8", True, 0, -1, 1.5, [8]])
 def test_bad_config(heads: object) -> None:
     with pytest.raises(FormatError, match="num_attention_heads"):

@@ -308,5 +308,8 @@ FAMILIES = MappingProxyType(
     }
 )
 
-# Towers beside the language model have heads of their own: they are replicated
-BESIDE = ("vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector")
+# Towers beside the language model, and what connects them, have heads of their own: they are replicated
+BESIDE = (
+    *("vision_tower", "vision_model", "visual", "image_tower", "video_tower", "audio_tower"),
+    *("multi_modal_projector", "connector", "qformer"),
+)
