@@ -72,6 +72,33 @@ def test_what_has_copies_for_tensors_is_refused(store: ms.Store, group: None) ->
         store.load_into(FullyShardedDataParallel(layers(), device_id=torch.device("cpu")), "m")
 
 
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (torch.zeros(8, 8).to_sparse(), "'b' of the module is of layout sparse_coo"),
+        (torch.zeros(8, 1).expand(8, 8), "'b' of the module is expanded"),
+        (torch.quantize_per_tensor(torch.zeros(8, 8), 0.1, 0, torch.qint8), "'b' of the module is quantized"),
+    ],
+    ids=["sparse", "expanded", "quantized"],
+)
+def test_what_cannot_be_written_into_is_refused_before_anything_is(
+    store: ms.Store, place: torch.Tensor, says: str
+) -> None:
+    store.save("m", {"a": torch.ones(8), "b": torch.ones(8, 8)})
+    module = nn.Module()
+    module.a = nn.Parameter(torch.zeros(8))
+    module.register_buffer("b", place)
+    with pytest.raises(ValueError, match=says):
+        store.load_into(module, "m")
+    assert not module.a.any()
+
+
+def test_a_module_without_shapes_is_refused(store: ms.Store) -> None:
+    store.save("m", {"weight": torch.ones(8, 8), "bias": torch.ones(8)})
+    with pytest.raises(ValueError, match="'weight' of the module does not have a shape yet"):
+        store.load_into(nn.LazyLinear(8), "m")
+
+
 @pytest.mark.parametrize("meta", [False, True], ids=["own memory", "meta"])
 def test_a_sharded_module_is_filled(store: ms.Store, group: None, meta: bool) -> None:
     from torch.distributed.fsdp import fully_shard

@@ -14,8 +14,11 @@ from modelstore.sources.torch import unwrapped
 
 
 def targets_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's parameters and buffers by their names, as they are; `ValueError` if these are copies."""
+    """A module's parameters and buffers by their names, as they are; `ValueError` if these are copies, or not made yet."""
     targets = {n: value for n, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    lazy = next((name for name, value in targets.items() if torch.nn.parameter.is_lazy(value)), None)
+    if lazy is not None:
+        raise ValueError(f"{lazy!r} of the module does not have a shape yet: run the module once before it is loaded")
     fully = sys.modules.get("torch.distributed.fsdp")
     if fully is not None and any(isinstance(part, fully.FullyShardedDataParallel) for part in module.modules()):
         raise ValueError(
@@ -23,6 +26,22 @@ def targets_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
             "by fully_shard"
         )
     return targets
+
+
+def check_writable(targets: Mapping[str, torch.Tensor]) -> None:
+    """`ValueError` for a target that values cannot be written into, each to a place of its own."""
+    for name, target in targets.items():
+        if is_dtensor(target):
+            continue
+        if target.layout != torch.strided or target.is_quantized:
+            what = "quantized" if target.is_quantized else f"of layout {str(target.layout).removeprefix('torch.')}"
+        elif any(n > 1 and step == 0 for n, step in zip(target.shape, target.stride(), strict=True)):
+            what = "expanded, with several numbers in one place"
+        else:
+            continue
+        raise ValueError(
+            f"{name!r} of the module is {what}, so values cannot be written into it: make it a plain tensor; nothing was changed"
+        )
 
 
 def boxes_of(targets: Mapping[str, torch.Tensor]) -> dict[str, Region | None]:

@@ -195,7 +195,7 @@ class Variant:
         """
         import torch
 
-        from modelstore.execute.live.module import boxes_of, like, local_of, targets_of, to_fill
+        from modelstore.execute.live.module import boxes_of, check_writable, like, local_of, targets_of, to_fill
         from modelstore.execute.read import tensors as ten
         from modelstore.execute.read.unsaved import made_again
         from modelstore.sources.torch import unwrapped
@@ -210,6 +210,7 @@ class Variant:
         shares = self.shares(shard, None)
         stored = {name: (self.tensor(name).dtype, share.shape) for name, share in shares.items()}
         ten.check_targets(to_fill(targets, stored), stored, strict)
+        check_writable({name: targets[name] for name in stored if name in targets})
         buffers = made_again(module, strict)
         shares |= {name: Share.of(box) for name, box in boxes.items() if box is not None and name in shares}
         names = [name for name in shares if name in targets and boxes.get(name, ()) is not None]
