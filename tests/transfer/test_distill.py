@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import modelstore as ms
 from modelstore.cli.main import app
 from modelstore.errors import NotFoundError, UnsupportedError
 from modelstore.format.objects.record import JOBS
+from modelstore.transfer.data import read
 from modelstore.transfer.state import TrainingStates
 from modelstore.transfer.train import Training
 from tests.transfer.conftest import text_of
@@ -85,6 +87,21 @@ def test_lines_of_json_are_read(store: ms.Store, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"words": "b"}\n')
     with pytest.raises(ValueError, match="line 2 of"):
         store.plan_distill("small", tmp_path / "data.jsonl", teacher="m")
+
+
+def test_parquet_is_read_where_pyarrow_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.parquet"
+    path.write_bytes(b"PAR1")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(UnsupportedError, match="pip install pyarrow"):
+            read(path)
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with pytest.raises(ValueError, match="no column 'text'"):
+        read(path)
+    parquet.write_table(pyarrow.table({"text": ["a b", None, "c"], "other": [1, 2, 3]}), path)
+    assert [one.documents for one in read([path])] == [("a b", "c")]
 
 
 def test_the_plan_reads_no_weights(store: ms.Store, novels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
