@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from modelstore.serve.tokens import Token, TokenFile
 
 LEAST = 64 << 20  # bytes of working memory of one file that is made
+PROGRAM = 256 << 20  # bytes of the process before a file is made: the interpreter and its libraries
 
 token = typer.Typer(name="token", no_args_is_help=True, help="Make, list and revoke the tokens that `serve` asks for.")
 
@@ -62,7 +63,7 @@ def serve(
             metavar="SIZE",
             parser=size_of,
             show_default=False,
-            help="Working memory for all clients; 512MiB by default.",
+            help="Memory of the process; 512MiB by default.",
         ),
     ] = size_of("512MiB"),
     drain: Annotated[
@@ -115,8 +116,9 @@ def serve(
         from modelstore.serve.run import serve as run
     except ImportError as error:
         raise UnsupportedError(f"serve needs more packages ({error}): pip install 'modelstore[serve]'") from None
-    turns = max(1, min(16, memory // LEAST))
-    opened = open_store(store, memory=max(LEAST, memory // turns), mirrors=mirror)
+    room = memory - PROGRAM
+    turns = max(1, min(16, room // LEAST))
+    opened = open_store(store, memory=max(LEAST, room // turns), mirrors=mirror)
     where = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelstore" / "serve"
     access = None
     if access_log is not None:

@@ -90,7 +90,8 @@ class Connection:
             raise ClientGoneError("the client closed the connection")
         message: dict[str, Any] = {"type": "http.response.body", "body": part, "more_body": True}
         try:
-            await asyncio.wait_for(self._send(message), patience)
+            async with asyncio.timeout(patience):  # not `wait_for`, which makes a task for each part
+                await self._send(message)
         except TimeoutError:
             return False
         self.sent += len(part)

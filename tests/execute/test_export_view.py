@@ -20,8 +20,11 @@ from modelstore.execute.export.view import ExportedFile, boxes_of
 from modelstore.format.region import is_contiguous, offset, size
 from modelstore.plan.layout_share import Share, cut
 from modelstore.plan.work import Limits
+from modelstore.storage.memory import MemoryStorage
+from modelstore.testing.faults import CountingStorage
 from tests.compress.llama import CONFIG, llama
 from tests.execute.test_export import stored, weights
+from tests.helpers.stores import open_on
 
 LIMITS = Limits(64 << 20, 2)
 PACKED = ("int8", "int4", "int2", "fp8", "fp8-block", "mxfp4", "nvfp4")
@@ -185,3 +188,14 @@ class _Tensor:
         from modelstore.format.dtypes import dtype
 
         self.shape, self.chunk, self.kind = shape, chunk, dtype("bfloat16")
+
+
+def test_a_whole_file_decodes_each_chunk_once_with_little_memory() -> None:
+    """A row of chunks is larger than a step of a small budget: a part of it would decode all of its chunks again."""
+    storage = CountingStorage(MemoryStorage("memory://once"))
+    wide = torch.randn(4096, 8192).bfloat16()  # in chunks of half a row
+    saved = open_on(storage).save("m", {"wide": wide}, codec="packed")
+    file = open_on(storage, memory="64MiB")["m"].exported()["model.safetensors"]
+    storage.reset()
+    assert file.read()[-wide.nbytes :] == wide.view(torch.uint8).numpy().tobytes()
+    assert storage.bytes["read"] <= saved.stored + 4096

@@ -69,6 +69,8 @@ class ExportedFile:
         self._output = output
         self._limits = limits
         self._limit = block_limit(limits.memory)
+        # Rows of chunks are made as a whole where they fit: a part of them decodes all of their chunks too.
+        self._rows = max(self._limit, limits.memory // 4)
 
     def __repr__(self) -> str:
         return f"ExportedFile({self.path!r}, {self.size} bytes)"
@@ -209,7 +211,7 @@ class ExportedFile:
             yield _Run(start, stop, span, span.region)
             return
         tensor = span.placed.tensor
-        for a, b, box in boxes_of(tensor, start - span.start, stop - span.start, self._limit):
+        for a, b, box in boxes_of(tensor, start - span.start, stop - span.start, self._rows):
             yield _Run(span.start + a, span.start + b, span, box)
 
     def _made(self, run: _Run) -> tuple[_Run, Bytes | None, Mapping[int, Bytes]]:

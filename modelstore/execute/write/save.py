@@ -188,9 +188,11 @@ def left_out(source: Source) -> tuple[LeftOut, ...]:
     return tuple(LeftOut(name, why[name], sizes.get(name, 0)) for name in sorted(why))
 
 
-def publish(catalog: Catalog, model: str, outcome: Outcome, note: Note | None = None) -> tuple[VersionRecord, Outcome]:
-    """Make what was stored visible as the model's next version; what became of it."""
-    record = catalog.publish_version(model, uuid.uuid4().hex, outcome.entry, outcome.others, note=note)
+def publish(
+    catalog: Catalog, model: str, outcome: Outcome, note: Note | None = None, onto: int | None = None
+) -> tuple[VersionRecord, Outcome]:
+    """Make what was stored visible as the model's next version; what became of it. `onto`: see `publish_version`."""
+    record = catalog.publish_version(model, uuid.uuid4().hex, outcome.entry, outcome.others, onto=onto, note=note)
     if outcome.journal:
         outcome.journal.clear()
     return record, replace(outcome, entry=record.variants[ORIGINAL])
