@@ -52,6 +52,7 @@ class Saving(OpenedStore):
         key: str | None = None,
         gguf: Literal["dequantize", "blocks"] | None = None,
         ack: Literal["storage", "memory"] = "storage",
+        onto: int | None = None,
         message: str | None = None,
         meta: Mapping[str, str | int | float | bool] | None = None,
         progress: Progress | None = None,
@@ -80,6 +81,8 @@ class Saving(OpenedStore):
             ack: "memory" returns when hosts on two nodes of a cluster hold all of it. They store it afterwards, and only then is
                 it visible and has a version; `flush` waits for that. If no two nodes can hold it, for example while a host is
                 being replaced, the call returns when it is stored, with a warning.
+            onto: The number of the model's last version, 0 if there is none. If there is another one when this version would
+                become visible, nothing is saved. So two writers never undo each other's changes unseen.
             message: A description of the version; `log` shows it.
             meta: Plain values that are kept with it, by name.
             progress: Called with the bytes done, the bytes in all, and what is being done.
@@ -90,6 +93,7 @@ class Saving(OpenedStore):
         Raises:
             ValueError: An option does not fit the others, or the source holds nothing.
             NotFoundError: There is no such file, or parent.
+            ConflictError: There is a later version than `onto`.
             FormatError: The source is damaged, or of a format that is not known.
             UnsupportedError: The source holds what cannot be stored.
             StorageError: The storage cannot be written.
@@ -102,6 +106,8 @@ class Saving(OpenedStore):
         started = time.monotonic()
         check_model(name)
         check_options(codec, grid, parent, ack)
+        if onto is not None and (onto < 0 or ack == "memory"):
+            raise ValueError(f'onto={onto} is the number of a version, from 0, and goes with ack="storage" alone')
         if tag is not None:
             check_tag(tag)
         chosen = told(parent)
@@ -139,7 +145,7 @@ class Saving(OpenedStore):
 
             if ack == "memory":
                 return acknowledged(self._access, name, tag, store_to, started, noted)
-            record, outcome = again(lambda: publish(self.repo.catalog, name, store_to(self.repo), noted))
+            record, outcome = again(lambda: publish(self.repo.catalog, name, store_to(self.repo), noted, onto))
             version = record.version
         finally:
             opened.close()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from modelstore.execute.export.view import ExportedFile
 
 _WAIT = 5.0  # seconds: clients wait for ten
+_TRIES = 4  # times that a commit is applied to what is the newest version by then
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _CHECKPOINTS = (*_WEIGHTS, ".bin", ".pt", ".pth", ".ckpt", "model_index.json")
 
@@ -75,7 +76,22 @@ class Writing:
             raise RefusedError(
                 422, f"commits go to {MAIN}: {revision[:80]!r} is fixed, as versions, tags and variants are"
             )
-        with self._one_after_another(model), self._spool.folder() as folder:
+        with self._one_after_another(model):
+            for attempt in range(_TRIES):
+                try:
+                    self._commit_once(model, body)
+                    break
+                except (
+                    ConflictError
+                ):  # another server's version came between: this is applied to that one, if it may be
+                    if attempt == _TRIES - 1:
+                        raise
+        return self._library.commit(model, MAIN)
+
+    def _commit_once(self, model: str, body: Path) -> None:
+        """Make the next version of the newest one; `ConflictError` where another came meanwhile, and nothing is visible then."""
+        onto = self._library.store.repo.catalog.highest(model)
+        with self._spool.folder() as folder:
             base = self._base(model)
             message, named, objects = self._applied(base, body, folder)
             if not named:
@@ -83,10 +99,9 @@ class Writing:
             for path, file in named.items():
                 if file is not None:
                     self._materialize(file, folder / path)
-            self._save(model, folder, list(named), message)
+            self._save(model, folder, list(named), message, onto)
             for taken in objects:
                 self._spool.drop(taken)
-        return self._library.commit(model, MAIN)
 
     def tag(self, model: str, revision: str, asked: Any) -> None:
         """Let a tag name the version of a revision."""
@@ -194,17 +209,17 @@ class Writing:
             for piece in file.stream():
                 out.write(piece)
 
-    def _save(self, model: str, folder: Path, paths: list[str], message: str) -> None:
+    def _save(self, model: str, folder: Path, paths: list[str], message: str, onto: int) -> None:
         """Save the folder as what it is: a checkpoint, a GGUF file with others beside it, or files alone."""
         store, said = self._library.store, message or None
         gguf = [path for path in paths if path.endswith(".gguf") and "/" not in path]
         if any(path.endswith(_CHECKPOINTS) and "/" not in path for path in paths):
-            store.save(model, folder, message=said)
+            store.save(model, folder, onto=onto, message=said)
         elif len(gguf) == 1:
             files = {path: folder / path for path in paths if path not in gguf}
-            store.save(model, folder / gguf[0], files=files or None, gguf="blocks", message=said)
+            store.save(model, folder / gguf[0], files=files or None, gguf="blocks", onto=onto, message=said)
         else:
-            store.save(model, {}, files={path: folder / path for path in paths}, message=said)
+            store.save(model, {}, files={path: folder / path for path in paths}, onto=onto, message=said)
         self._library.forget_first(model)
 
     @contextmanager

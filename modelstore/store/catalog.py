@@ -96,13 +96,15 @@ class Catalog(Lookup):
         others: _Entries | None = None,
         *,
         after: int | None = None,
+        onto: int | None = None,
         note: Note | None = None,
     ) -> VersionRecord:
         """Make a new version visible, `original` and `others`; the entries in the record are what became of these.
 
         `after`: a version above that one that this writer made, of the same content, is given back instead, so that several
-        processes may publish one thing, or one process twice, and one version comes of it. `GoneError`, as of all that
-        publishes, where something that the version relies on is gone: nothing is visible then.
+        processes may publish one thing, or one process twice, and one version comes of it. `onto`: the highest number that
+        there may be before it; `ConflictError` where there is another by now. `GoneError`, as of all that publishes, where
+        something that the version relies on is gone. Nothing is visible then.
         """
         before = self.published(model, writer, entry, after=after) if after is not None else None
         if before is not None:
@@ -110,6 +112,12 @@ class Catalog(Lookup):
         version = self.highest(model)
         reliance = Reliance(self._storage, model, {ORIGINAL: entry, **(others or {})})
         for _ in range(_RACES):
+            if onto is not None and version != onto:
+                raise ConflictError(
+                    f"version {version} of model {model!r} is there, where {onto} was the last one: nothing was saved; look "
+                    "at what changed, and save again",
+                    model=model,
+                )
             version += 1
             self._check_number(model, version)
             record = VersionRecord(FORMAT, model, version, 1, writer, time.time(), reliance.entries, note=note)

@@ -8,12 +8,14 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from modelstore.cli.main import app
 from modelstore.client import Store
-from modelstore.errors import ModelStoreError, NotFoundError
+from modelstore.errors import ConflictError, ModelStoreError, NotFoundError
+from modelstore.format.buffers import Buffer
 from modelstore.format.objects import record as rec
 from modelstore.format.objects.note import MAX_MESSAGE, MAX_META, MAX_VALUE
 from modelstore.format.suggest import suggestion
@@ -129,3 +131,34 @@ def test_suggestions_are_few_and_said_in_order() -> None:
     assert suggestion("x", ["abc"]) == ""
     assert suggestion("int9", ["int8", "int4", "int3", "int2"]).count("int") == 3
     assert suggestion("INT8", ["int8"]) == " (did you mean 'int8'?)"
+
+
+def test_a_save_onto_a_version_refuses_another() -> None:
+    store = open_on(MemoryStorage("memory://onto"))
+    assert store.save("m", {"w": torch.ones(2)}, onto=0).version == 1
+    assert store.save("m", {"w": torch.ones(3)}, onto=1).version == 2
+    for stale in (0, 1, 3):
+        with pytest.raises(ConflictError, match=f"version 2 of model 'm' is there, where {stale} was"):
+            store.save("m", {"w": torch.ones(4)}, onto=stale)
+    assert [one.version for one in store.versions("m")] == [1, 2]
+    with pytest.raises(ValueError, match="onto="):
+        store.save("m", {"w": torch.ones(4)}, onto=-1)
+
+
+def test_of_two_saves_onto_one_version_one_wins() -> None:
+    """The other one publishes between this one's look at the versions and its write."""
+
+    class Raced(MemoryStorage):
+        raced = False
+
+        def create(self, key: str, data: Buffer) -> bool:
+            if "/versions/" in key and not self.raced:
+                self.raced = True
+                open_on(self).save("m", {"w": torch.zeros(2)})
+            return super().create(key, data)
+
+    store = open_on(Raced("memory://raced"))
+    with pytest.raises(ConflictError, match="where 0 was"):
+        store.save("m", {"w": torch.ones(2)}, onto=0)
+    assert store.load("m")["w"].equal(torch.zeros(2))
+    assert [one.version for one in store.versions("m")] == [1]

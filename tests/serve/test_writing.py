@@ -10,13 +10,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 import modelstore as ms
+from modelstore.execute.export.view import ExportedFile
+from modelstore.serve.digests import Digests
+from modelstore.serve.library import Commit, Library
+from modelstore.serve.refusals import RefusedError
+from modelstore.serve.spool import UploadSpool
 from modelstore.serve.tokens import TokenFile
+from modelstore.serve.writing import Writing
 from tests.helpers.serving import Reply, Server, serving
 from tests.serve.test_clients import environment
 
@@ -37,9 +43,9 @@ def writable(root: Path) -> Iterator[Server]:
         yield found
 
 
-def lines(*operations: tuple[str, dict[str, object]]) -> bytes:
+def lines(*operations: tuple[str, dict[str, object]], base: str = "") -> bytes:
     """A commit's body."""
-    header = ("header", {"summary": "by hand", "description": ""})
+    header = ("header", {"summary": "by hand", "description": "", **({"parentCommit": base} if base else {})})
     return b"".join(json.dumps({"key": k, "value": v}).encode() + b"\n" for k, v in (header, *operations))
 
 
@@ -159,6 +165,46 @@ def test_a_commit_is_one_version_or_none(writable: Server, root: Path) -> None:
     assert store.file("new@2", "b/c") == b"2"
     spool = root / "server" / "cache" / "spool"
     assert not [path for path in spool.rglob("*") if path.is_file() and path.name != "lock"]
+
+
+class Interrupted(Library):
+    """A library of one of two servers, during whose commit something happens."""
+
+    def __init__(self, store: ms.Store, happens: Callable[[], object]) -> None:
+        super().__init__(store)
+        self._happens: list[Callable[[], object]] = [happens]
+
+    def files(self, commit: Commit) -> Mapping[str, ExportedFile]:
+        found = super().files(commit)
+        while self._happens:
+            self._happens.pop()()
+        return found
+
+
+@pytest.mark.parametrize("parent", [False, True])
+def test_commits_of_two_servers_do_not_undo_each_other(root: Path, parent: bool) -> None:
+    """The second server's commit comes while the first one puts its own together from the version before."""
+    url = str(root / "store")
+
+    def server(name: str, library: Library) -> Writing:
+        return Writing(library, Digests(root / name), UploadSpool(root / f"{name}-spool", 1 << 20))
+
+    def body(name: str, base: str = "") -> Path:
+        (root / f"{name}.body").write_bytes(lines(inline(name, name.encode()), base=base))
+        return root / f"{name}.body"
+
+    other = server("two", Library(ms.open(url)))
+    library = Interrupted(ms.open(url), lambda: other.commit("other", "main", body("b")))
+    first = server("one", library)
+    if parent:
+        with pytest.raises(RefusedError) as refused:
+            first.commit("other", "main", body("c", library.commit("other", "main").id))
+        assert refused.value.status == 412
+    else:
+        first.commit("other", "main", body("c"))
+    store, last = ms.open(url), 2 if parent else 3
+    assert [one.version for one in store.versions("other")] == [*range(1, last + 1)]
+    assert {file.path for file in store["other"].describe().files} == {"a", "b"} | (set() if parent else {"c"})
 
 
 def test_an_address_that_is_forged_is_refused(writable: Server) -> None:
