@@ -49,6 +49,7 @@ ROWS = {  # in the order in which they run
     "placement": "placement:rows",
     "host": "host:rows",
     "serve": "serve:rows",
+    "dcp": "dcp:rows",
 }
 PEERS = (
     *("torch", "safetensors", "runai-model-streamer", "zipnn", "zstandard", "s3fs", "obstore", "numpy", "numba"),
