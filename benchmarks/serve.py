@@ -53,7 +53,7 @@ def plain(folder: str) -> None:
     import uvicorn
 
     from modelstore.serve.connections import BoundedConnection
-    from modelstore.serve.sending import Connection, Turns, send_range
+    from modelstore.serve.reading.sending import Connection, Turns, send_range
 
     files = {f"/{path.name}": PlainFile(path) for path in Path(folder).iterdir()}
 

@@ -15,7 +15,7 @@ from modelstore.cli.terminal.options import AsJson, Debug, Mirrors, Quiet, Store
 from modelstore.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from modelstore.serve.tokens import Token, TokenFile
+    from modelstore.serve.access.tokens import Token, TokenFile
 
 LEAST = 64 << 20  # bytes of working memory of one file that is made
 PROGRAM = 256 << 20  # bytes of the process before a file is made: the interpreter and its libraries
@@ -148,7 +148,7 @@ def serve(
 def _file(path: Path | None) -> TokenFile:
     if path is None:
         raise usage("no file of tokens given: add --tokens FILE, or set MODELSTORE_TOKENS")
-    from modelstore.serve.tokens import TokenFile
+    from modelstore.serve.access.tokens import TokenFile
 
     return TokenFile(path)
 

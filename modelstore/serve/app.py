@@ -15,22 +15,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from modelstore.format.names import is_model
-from modelstore.serve import bodies
-from modelstore.serve.digests import Digests
-from modelstore.serve.feed import MODELS, Feed
-from modelstore.serve.gate import Gate
-from modelstore.serve.library import Library
-from modelstore.serve.limits import CallerLimits
+from modelstore.serve.access.gate import Gate
+from modelstore.serve.access.limits import CallerLimits
 from modelstore.serve.metrics import Metrics
-from modelstore.serve.posting import Posting
-from modelstore.serve.ranges import parse_range
-from modelstore.serve.reading import PAGE, Answers, Listed, etag, whoami
+from modelstore.serve.reading.answers import PAGE, Answers, Listed, etag, whoami
+from modelstore.serve.reading.digests import Digests
+from modelstore.serve.reading.feed import MODELS, Feed
+from modelstore.serve.reading.library import Library
+from modelstore.serve.reading.ranges import parse_range
+from modelstore.serve.reading.sending import ClientGoneError, Connection, Turns, send_range
 from modelstore.serve.refusals import RefusedError, no_model, refusal
 from modelstore.serve.routes import METHODS, READS, parse_path
-from modelstore.serve.sending import ClientGoneError, Connection, Turns, send_range
-from modelstore.serve.spool import UploadSpool
 from modelstore.serve.visits import Visit
-from modelstore.serve.writing import Writing
+from modelstore.serve.writing import bodies
+from modelstore.serve.writing.changes import Writing
+from modelstore.serve.writing.posting import Posting
+from modelstore.serve.writing.spool import UploadSpool
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send

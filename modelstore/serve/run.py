@@ -18,16 +18,16 @@ from typing import IO, TYPE_CHECKING
 import uvicorn
 
 from modelstore.errors import StorageError, UnsupportedError
+from modelstore.serve.access.gate import Gate
+from modelstore.serve.access.limits import CallerLimits
+from modelstore.serve.access.tokens import TokenFile
 from modelstore.serve.app import HubApp
 from modelstore.serve.connections import BoundedConnection
-from modelstore.serve.digests import Digests
-from modelstore.serve.gate import Gate
-from modelstore.serve.library import Library
-from modelstore.serve.limits import CallerLimits
-from modelstore.serve.sending import Turns
-from modelstore.serve.spool import UploadSpool
-from modelstore.serve.tokens import TokenFile
+from modelstore.serve.reading.digests import Digests
+from modelstore.serve.reading.library import Library
+from modelstore.serve.reading.sending import Turns
 from modelstore.serve.visits import Visit
+from modelstore.serve.writing.spool import UploadSpool
 
 if TYPE_CHECKING:
     from modelstore.client import Store

@@ -11,7 +11,7 @@ from modelstore.serve.routes import Route
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from modelstore.serve.tokens import Token
+    from modelstore.serve.access.tokens import Token
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import modelstore as ms
-from modelstore.serve.tokens import TokenFile
+from modelstore.serve.access.tokens import TokenFile
 from tests.helpers.serving import serving
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelstore.serve.ranges import parse_range
+from modelstore.serve.reading.ranges import parse_range
 from modelstore.serve.refusals import RefusedError
 from modelstore.serve.routes import Route, parse_path
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from modelstore.cli.main import app
 from modelstore.cluster.network.certificates import issue, new_authority
 from modelstore.errors import FormatError, NotFoundError
-from modelstore.serve.limits import CallerLimits
+from modelstore.serve.access.limits import CallerLimits
+from modelstore.serve.access.tokens import TokenFile
 from modelstore.serve.refusals import RefusedError
-from modelstore.serve.tokens import TokenFile
 from tests.helpers.serving import Server, serving
 
 hub = pytest.importorskip("huggingface_hub")

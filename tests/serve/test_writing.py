@@ -17,12 +17,12 @@ import pytest
 
 import modelstore as ms
 from modelstore.execute.export.view import ExportedFile
-from modelstore.serve.digests import Digests
-from modelstore.serve.library import Commit, Library
+from modelstore.serve.access.tokens import TokenFile
+from modelstore.serve.reading.digests import Digests
+from modelstore.serve.reading.library import Commit, Library
 from modelstore.serve.refusals import RefusedError
-from modelstore.serve.spool import UploadSpool
-from modelstore.serve.tokens import TokenFile
-from modelstore.serve.writing import Writing
+from modelstore.serve.writing.changes import Writing
+from modelstore.serve.writing.spool import UploadSpool
 from tests.helpers.serving import Reply, Server, serving
 from tests.serve.test_clients import environment
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, Response
 
-from modelstore.serve import bodies
+from modelstore.serve.access.signing import allowed
 from modelstore.serve.refusals import RefusedError, no_model
-from modelstore.serve.signing import allowed
-from modelstore.serve.spool import UploadSpool
-from modelstore.serve.uploads import Uploads
-from modelstore.serve.writing import Writing, full_name
+from modelstore.serve.writing import bodies
+from modelstore.serve.writing.changes import Writing, full_name
+from modelstore.serve.writing.spool import UploadSpool
+from modelstore.serve.writing.uploads import Uploads
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
+from modelstore.serve.access.signing import Permit, permit
 from modelstore.serve.refusals import RefusedError
-from modelstore.serve.signing import Permit, permit
-from modelstore.serve.spool import UploadSpool
+from modelstore.serve.writing.spool import UploadSpool
 
 PART = 256 << 20  # bytes of a part; larger objects are sent in parts, each of which can be tried again
 LARGEST = 1 << 40

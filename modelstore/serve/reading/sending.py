@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import CancelScope, CapacityLimiter, to_thread
 
-from modelstore.serve.digests import FileHash
+from modelstore.serve.reading.digests import FileHash
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Send
 
     from modelstore.execute.export.view import ExportedFile
-    from modelstore.serve.digests import Digests
+    from modelstore.serve.reading.digests import Digests
 
 log = logging.getLogger("modelstore")
 

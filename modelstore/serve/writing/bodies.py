@@ -9,8 +9,8 @@ from urllib.parse import parse_qs
 
 import msgspec
 
+from modelstore.serve.reading.sending import STALLED, ClientGoneError
 from modelstore.serve.refusals import RefusedError
-from modelstore.serve.sending import STALLED, ClientGoneError
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import ConflictError
 from modelstore.format.names import is_model
-from modelstore.serve.commits import REGULAR, CommitHeader, Operation, read_commit
-from modelstore.serve.digests import Digests
-from modelstore.serve.library import MAIN, Commit, Library
+from modelstore.serve.reading.digests import Digests
+from modelstore.serve.reading.library import MAIN, Commit, Library
 from modelstore.serve.refusals import REVISION, RefusedError, no_model
-from modelstore.serve.spool import UploadSpool
+from modelstore.serve.writing.commits import REGULAR, CommitHeader, Operation, read_commit
+from modelstore.serve.writing.spool import UploadSpool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

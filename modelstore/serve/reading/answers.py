@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from modelstore.errors import ModelStoreError
 from modelstore.format.digest import name_of
 from modelstore.format.names import ORIGINAL
-from modelstore.serve.digests import Digests, is_large, pointer
-from modelstore.serve.library import MAIN, Commit, Library
+from modelstore.serve.reading.digests import Digests, is_large, pointer
+from modelstore.serve.reading.library import MAIN, Commit, Library
 from modelstore.serve.refusals import ENTRY, RefusedError
 
 if TYPE_CHECKING:

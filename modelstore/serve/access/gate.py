@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from modelstore.serve.access.tokens import EVERYBODY, Role, Token, TokenFile
 from modelstore.serve.refusals import REPO, RefusedError, no_model
 from modelstore.serve.routes import Route
-from modelstore.serve.tokens import EVERYBODY, Role, Token, TokenFile
 
 _OPEN = frozenset({"health", "ready", "lfs-object"})  # the last by what its address is signed with
 _WRITE = ("create", "preupload", "commit", "tag", "branch", "lfs-batch", "lfs-verify")

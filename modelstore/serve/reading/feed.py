@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from modelstore.format.names import ORIGINAL
-from modelstore.serve.library import Library
+from modelstore.serve.reading.library import Library
 from modelstore.serve.refusals import REPO, RefusedError
 
 POLL = 1.0  # seconds between two looks at a model

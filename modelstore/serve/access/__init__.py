@@ -1,0 +1,1 @@
+"""Access: tokens, what each may do, limits, signed addresses."""

@@ -1,0 +1,1 @@
+"""The read side: models, revisions and files, as the Hub gives them."""

@@ -1,0 +1,1 @@
+"""The write side: uploads, and commits that become versions."""
