@@ -1,7 +1,7 @@
 """Sends bytes of a file as they are made, to many clients in parallel, within a bounded memory.
 
 So many files are made at the same time; who waits longest goes next. The client that has a turn gives it up after some MiB if
-others wait, and immediately when it does not take the bytes: a slow client holds one piece, and no turn. One that takes
+others wait, and immediately when it does not take the bytes: a slow client holds one part of 256 KiB, and no turn. One that takes
 nothing for half a minute is cut off.
 """
 
@@ -128,28 +128,30 @@ async def send_range(
 async def _one_turn(
     file: ExportedFile, at: int, stop: int, connection: Connection, turns: Turns, hashing: FileHash | None
 ) -> tuple[int, memoryview]:
-    """Make and send until the turn ends: up to which byte pieces were made, and what of the last one is not handed over."""
+    """Make and send until the turn ends: the byte up to which parts were taken from pieces, and the part that the client left."""
     pieces, until = file.stream(at, stop), at + TURN
     try:
         while at < stop:
-            piece = await to_thread.run_sync(_next, pieces, hashing, limiter=turns.threads)
-            at += len(piece)
+            piece = await to_thread.run_sync(next, pieces, limiter=turns.threads)
+            left, taken = memoryview(b""), len(piece)
             for given in range(0, len(piece), PART):
                 if not await connection.give(piece[given : given + PART], PATIENCE):
-                    return at, piece[given:]
+                    left = memoryview(
+                        bytes(piece[given : given + PART])
+                    )  # a copy: the piece may be sixty times as large
+                    taken = given + len(left)
+                    break
+            if hashing is not None:
+                await to_thread.run_sync(hashing.update, piece[:taken], limiter=turns.threads)
+            at += taken
+            if left:
+                return at, left
             if at >= until and turns.waiting:
                 break
         return at, memoryview(b"")
     finally:
         with CancelScope(shield=True):  # what reads ahead ends with the turn, also where the request was cancelled
             await to_thread.run_sync(_close, pieces, limiter=turns.threads)
-
-
-def _next(pieces: Iterator[memoryview], hashing: FileHash | None) -> memoryview:
-    piece = next(pieces)
-    if hashing is not None:
-        hashing.update(piece)
-    return piece
 
 
 def _close(pieces: Any) -> None:
