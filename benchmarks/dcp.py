@@ -29,6 +29,7 @@ def rows(setting: Setting) -> list[Row]:
     size = sum(path.stat().st_size for path in setting.model.glob("*.safetensors"))
     count = max(1, size // (MATRIX[0] * MATRIX[1] * 2))
     with emptied(setting.folder / "dcp") as folder:
+        folder.mkdir(parents=True)
         runs = {
             what: [_together(_save, SAVERS, folder, what, count, run)[0] for run in range(setting.repeat)]
             for what in ("torch", *CODECS)
