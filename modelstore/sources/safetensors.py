@@ -118,7 +118,13 @@ def _choose(folder: Folder, place: Weights) -> tuple[set[str], Mapping[str, str]
     if len(plain) == 1 or ranked or _numbered(folder.root, plain):
         return set(plain), {}, set()
     linked = folder.skipped.get(single) or folder.skipped.get(index)
-    found = f"{single} cannot be used: {linked}" if linked else f"found {', '.join(plain) or 'no safetensors'}"
+    if linked:
+        named = single if single in folder.skipped else index
+        raise FormatError(
+            f"{folder.root / named} is not read, since {linked}: copy the file to the folder, or make a hard link to it",
+            object=str(folder.root / named),
+        )
+    found = f"found {', '.join(plain) or 'no safetensors'}"
     raise FormatError(
         f"{folder.root} has neither {single} nor {index} nor one set of numbered shards ({found}): "
         "give the files themselves, as a list",

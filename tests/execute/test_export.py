@@ -653,7 +653,7 @@ def test_a_full_disk_is_seen_beforehand(reader: Reader, tmp_path: Path, monkeypa
     monkeypatch.setattr(
         "modelstore.execute.export.target.os.statvfs", lambda _: SimpleNamespace(f_bavail=1000, f_frsize=4096)
     )
-    with pytest.raises(StorageError, match=r"needs .* bytes and the disk of .* has 4,096,000 left"):
+    with pytest.raises(StorageError, match=r"needs .* bytes and its disk has 4,096,000 left"):
         export(reader, tmp_path / "out", format="hf", work=Work(LIMITS))
     assert not list(tmp_path.iterdir())
 

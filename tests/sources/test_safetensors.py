@@ -182,6 +182,15 @@ class TestDirectory:
         with pytest.raises(FormatError, match="link out of the directory"):
             open_source(tmp_path / "model")
 
+    def test_one_file_behind_a_link_out_is_named_with_what_to_do(self, tmp_path: Path) -> None:
+        (tmp_path / "model").mkdir()
+        save_file({"only": torch.ones(2)}, tmp_path / "elsewhere.safetensors")
+        (tmp_path / "model/model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+        with pytest.raises(
+            FormatError, match=r"model\.safetensors is not read, since it is a link out of .*: copy the file"
+        ):
+            open_source(tmp_path / "model")
+
     def test_a_snapshot_of_the_hugging_face_cache(self, tmp_path: Path) -> None:
         snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
         two_shards(snapshot)

@@ -314,8 +314,7 @@ class Target:
         free = disk.f_bavail * disk.f_frsize
         if need > free:
             raise StorageError(
-                f"the export needs {need:,} bytes and the disk of {self.path} has {free:,} left: "
-                "free some, or give another place",
+                f"{self.path} needs {need:,} bytes and its disk has {free:,} left: free some, or give another place",
                 object=str(self.path),
             )
 
