@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from modelstore.serve.access.tokens import Token, TokenFile
 
 LEAST = 64 << 20  # bytes of working memory of one file that is made
-PROGRAM = 256 << 20  # bytes of the process before a file is made: the interpreter and its libraries
+PROGRAM = 320 << 20  # bytes of the process beside files: the interpreter, its libraries, connections
 
 token = typer.Typer(name="token", no_args_is_help=True, help="Make, list and revoke the tokens that `serve` asks for.")
 

@@ -23,7 +23,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("large")
     store = ms.open(str(root / "store"))
     store.save("big", {"w": torch.randn(SIZE // 4 // 4096, 4096)}, codec="raw")
-    with serving(root / "store", root / "server", "--memory", "384MiB") as found:
+    with serving(root / "store", root / "server", "--memory", "448MiB") as found:
         yield found
 
 
