@@ -11,7 +11,9 @@ Names are looked up when they are first used, so that importing the package cost
 
 from __future__ import annotations
 
+import gc
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,11 +67,25 @@ _HOMES = {
 }
 
 
+def _imported(module: str) -> ModuleType:
+    """The module, imported while no garbage is collected.
+
+    What an import makes stays. A collection would walk all that torch made, which takes longer than the import.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module(module)
+    finally:
+        if collects:
+            gc.enable()
+
+
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(_MODULES[name])
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(_imported(_HOMES[name]), name)
     raise AttributeError(f"module 'modelstore' has no attribute {name!r}")
 
 

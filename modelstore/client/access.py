@@ -15,8 +15,6 @@ from modelstore.errors import CorruptionError, ModelStoreError, NotFoundError, U
 from modelstore.execute.memory import budget
 from modelstore.execute.read.fetcher import Fetcher, Fetching
 from modelstore.execute.read.loading import Variant
-from modelstore.execute.write.save import Against
-from modelstore.format.answers.results import Exported, Saved
 from modelstore.format.locks import Lock
 from modelstore.format.names import ORIGINAL, Reference
 from modelstore.format.objects.manifest import Manifest
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from modelstore.cluster.pieces import StoreAddress
     from modelstore.cluster.save.orders import Order
     from modelstore.compress.on_the_fly import Maker
+    from modelstore.execute.write.save import Against
+    from modelstore.format.answers.results import Exported, Saved
 
 T = TypeVar("T")
 
@@ -208,6 +208,8 @@ class Access:
 
     def against(self, ref: Reference) -> Against:
         """A version to reuse chunks from."""
+
+        from modelstore.execute.write.save import Against
 
         def opened(record: VersionRecord) -> Against:
             entry = self.repo.catalog.variant(record, ref.variant)

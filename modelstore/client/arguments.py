@@ -20,7 +20,7 @@ from modelstore.format.answers.brief import Timed
 from modelstore.format.given import told
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.units import parse_duration, parse_size
-from modelstore.plan.layout import as_layout
+from modelstore.plan.layout_share import as_layout
 from modelstore.restructure.choose import check_amount
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,12 +38,16 @@ def checked(function: F) -> F:
 
     Its `progress` hears, too, when it waits for kernels to be compiled.
     """
-    signature = inspect.signature(function)
-    parameters = [p for p in signature.parameters.values() if p.name != "self"]
-    checks = {p.name: check for p in parameters if (check := check_of(p, signature)) is not None}
+
+    @functools.cache
+    def table() -> tuple[inspect.Signature, dict[str, Check]]:  # made at the first call: most methods are never called
+        signature = inspect.signature(function)
+        parameters = [p for p in signature.parameters.values() if p.name != "self"]
+        return signature, {p.name: check for p in parameters if (check := check_of(p, signature)) is not None}
 
     @functools.wraps(function)
     def call(*args: Any, **named: Any) -> Any:
+        signature, checks = table()
         try:
             bound = signature.bind(*args, **named)
         except TypeError:

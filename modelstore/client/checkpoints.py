@@ -8,8 +8,6 @@ from modelstore.client.base import OpenedStore
 from modelstore.errors import NotFoundError
 from modelstore.format.names import ORIGINAL, parse_reference
 from modelstore.format.progress import Progress
-from modelstore.format.structure import CHECKPOINT, FILE, structure
-from modelstore.plan.layout import as_layout
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +38,10 @@ class Checkpoints(OpenedStore):
             >>> state = store.checkpoint("acme/llama@step-1000")
             >>> optimizer.load_state_dict(state["optimizer"])
         """
+
+        from modelstore.format.structure import CHECKPOINT, FILE, structure
+        from modelstore.plan.layout import as_layout
+
         parsed = parse_reference(ref)
         if parsed.variant not in (ORIGINAL, CHECKPOINT):
             raise ValueError(f"{ref!r} names a variant: give the version, such as {parsed.name!r}")

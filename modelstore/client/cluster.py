@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.client.access import Access
 from modelstore.client.arguments import Checked
-from modelstore.client.clustered import in_cluster
 from modelstore.errors import NotFoundError
-from modelstore.format.answers import cluster_results, results
 from modelstore.format.names import parse_reference
 from modelstore.format.progress import Progress, meter
 from modelstore.format.units import Duration, parse_duration
-from modelstore.plan.layout import Shard, as_layout
 
 if TYPE_CHECKING:
     from modelstore.cluster.control.session import Session
     from modelstore.cluster.pieces import StoreAddress
     from modelstore.cluster.save.orders import Order
+    from modelstore.format.answers import cluster_results, results
+    from modelstore.plan.layout import Shard
 
 
 class Cluster(Checked):
@@ -37,11 +36,17 @@ class Cluster(Checked):
     @property
     def session(self) -> Session:
         """The connection to the cluster's hosts. For tools that look inside."""
+
+        from modelstore.client.clustered import in_cluster
+
         return in_cluster(self._access)[0]
 
     @property
     def source(self) -> StoreAddress:
         """How the cluster's hosts open the store. For tools that look inside."""
+
+        from modelstore.client.clustered import in_cluster
+
         return in_cluster(self._access)[1]
 
     @property
@@ -138,6 +143,7 @@ class Cluster(Checked):
     def _prefetch(
         self, ref: str, tier: str, replicas: int | None, pin: str | None, progress: Progress | None
     ) -> cluster_results.Prefetched:
+        from modelstore.client.clustered import in_cluster
         from modelstore.cluster.read.prefetch import prefetch
 
         session, source = in_cluster(self._access)
@@ -190,7 +196,10 @@ class Cluster(Checked):
         Example:
             >>> store.cluster.deliver("acme/llama:int8", workers, "take_weights")
         """
+
         from modelstore.cluster.read.delivery import deliver
+        from modelstore.format.answers import cluster_results
+        from modelstore.plan.layout import as_layout
 
         access = self._access
         source, started = self.source, time.monotonic()
@@ -230,6 +239,8 @@ class Cluster(Checked):
         Example:
             >>> [job.job for job in store.cluster.jobs()]
         """
+
+        from modelstore.client.clustered import in_cluster
         from modelstore.cluster.work.jobs import jobs
 
         in_cluster(self._access)
@@ -247,6 +258,8 @@ class Cluster(Checked):
         Example:
             >>> store.cluster.cancel(store.cluster.jobs()[0].job)
         """
+
+        from modelstore.client.clustered import in_cluster
         from modelstore.cluster.work.jobs import cancel
 
         in_cluster(self._access)

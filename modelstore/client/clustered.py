@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 
 from modelstore.client.access import Access, log
 from modelstore.execute.read.loading import Variant
-from modelstore.execute.write.save import Outcome
 from modelstore.format.answers import results
 from modelstore.format.names import ORIGINAL, Reference
-from modelstore.format.objects.note import Note
 from modelstore.format.structure import CHECKPOINT
-from modelstore.plan.layout import Share
+from modelstore.plan.layout_share import Share
 from modelstore.store.repo import Repo
 
 if TYPE_CHECKING:
@@ -21,6 +19,8 @@ if TYPE_CHECKING:
 
     from modelstore.cluster.control.session import Session
     from modelstore.cluster.pieces import StoreAddress
+    from modelstore.execute.write.save import Outcome
+    from modelstore.format.objects.note import Note
 
 
 def in_cluster(access: Access) -> tuple[Session, StoreAddress]:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from modelstore.client.base import OpenedStore
 from modelstore.errors import ModelStoreError, NotFoundError
-from modelstore.execute.copy.plan import Wanted
-from modelstore.execute.copy.run import copy
-from modelstore.format.answers import inventory
 from modelstore.format.names import ORIGINAL, Reference, check_model, check_word, parse_reference
 from modelstore.format.objects.record import VersionRecord
 from modelstore.format.progress import Progress
-from modelstore.format.structure import CHECKPOINT
 from modelstore.storage.open import open_storage
 from modelstore.store.repo import Repo
+
+if TYPE_CHECKING:
+    from modelstore.execute.copy.plan import Wanted
+    from modelstore.format.answers import inventory
 
 
 class Copying(OpenedStore):
@@ -67,6 +67,9 @@ class Copying(OpenedStore):
         Example:
             >>> store.copy("acme/llama@prod", "s3://other/models", variants=True, tags=["prod"]).sent
         """
+
+        from modelstore.execute.copy.run import copy
+
         target = self._destination(destination, storage_options)
         self.repo.catalog.open()
         damaged: list[ModelStoreError] = []
@@ -150,6 +153,9 @@ class Copying(OpenedStore):
     def _one(
         self, ref: str | None, name: str | None, variants: bool | Iterable[str], tags: bool | Iterable[str]
     ) -> Wanted:
+        from modelstore.execute.copy.plan import Wanted
+        from modelstore.format.structure import CHECKPOINT
+
         if ref is None:
             raise ValueError("copy needs the reference of a version, or all=True to copy every model")
         parsed = parse_reference(ref)
@@ -183,6 +189,9 @@ class Copying(OpenedStore):
 
         Records that cannot be read are noted in `damaged`.
         """
+
+        from modelstore.execute.copy.plan import Wanted
+
         if variants not in (False, True) or tags not in (False, True):
             raise ValueError("all=True copies all variants and tags: leave variants and tags out")
         if ref is None and name is not None:

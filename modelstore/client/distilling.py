@@ -7,19 +7,16 @@ import uuid
 from typing import TYPE_CHECKING
 
 from modelstore.client.access import Access, log
-from modelstore.client.clustered import saved
-from modelstore.client.compression.evaluating import DTypeName, Text
 from modelstore.client.reading import Readable
 from modelstore.client.restructuring import Restructurable
-from modelstore.format.answers.distilled import CurvePoint, Distilled, DistillPlan
-from modelstore.format.answers.results import Saved
 from modelstore.format.names import ORIGINAL, parse_reference
-from modelstore.format.objects.note import note
 from modelstore.format.progress import Progress
-from modelstore.store.relying import again
 
 if TYPE_CHECKING:
+    from modelstore.client.compression.evaluating import DTypeName, Text
     from modelstore.execute.read.loading import Variant
+    from modelstore.format.answers.distilled import Distilled, DistillPlan
+    from modelstore.format.answers.results import Saved
     from modelstore.transfer.run import Distilling, Finished
     from modelstore.transfer.settings import TrainingSettings
 
@@ -124,6 +121,9 @@ class Distillable(Restructurable):
             >>> store["acme/llama-small"].plan_distill("novels/", teacher="acme/llama").memory
             1610612736
         """
+
+        from modelstore.format.answers.distilled import DistillPlan
+
         settings = _settings(steps, tokens, length, 3e-4, 0.0, keep, "float32", seed, 50, "cpu")
         work = _distilling(self._access, self, teacher, data, held_out, settings)
         found = work.data
@@ -198,6 +198,9 @@ def _distill(
     message: str | None,
     progress: Progress | None,
 ) -> Distilled:
+    from modelstore.client.clustered import saved
+    from modelstore.format.objects.note import note
+    from modelstore.store.relying import again
     from modelstore.transfer.publish import Publishing
     from modelstore.transfer.state import TrainingStates
 
@@ -232,6 +235,9 @@ def _distill(
 
 def _published_before(access: Access, name: str, work: Distilling) -> Distilled | None:
     """The answer of the same call, if it was killed after it published and before it removed its state; that is removed."""
+
+    from modelstore.format.answers.distilled import CurvePoint, Distilled
+    from modelstore.format.answers.results import Saved
     from modelstore.transfer.state import TrainingStates
 
     record = access.repo.catalog.newest(name)
@@ -252,6 +258,8 @@ def _published_before(access: Access, name: str, work: Distilling) -> Distilled 
 def _answer(
     parent: str, teacher: str, work: Distilling, done: Finished, made: Saved, resumed: int, seconds: float
 ) -> Distilled:
+    from modelstore.format.answers.distilled import Distilled
+
     return Distilled(
         parent,
         teacher,

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.client.access import Access, log
 from modelstore.execute.read.loading import Variant
-from modelstore.format.answers import results
 from modelstore.format.progress import Progress
 from modelstore.format.units import Size, parse_size
-from modelstore.plan.layout import Shard, Share, as_layout
+from modelstore.plan.layout_share import Shard, Share, as_layout
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from modelstore.client.reading import Readable
     from modelstore.compress.engine.export import EngineLayout
     from modelstore.execute.export.view import ExportedFile
+    from modelstore.format.answers import results
 
 MAX_SHARD = 5_000_000_000  # bytes of one file of an exported folder
 

@@ -7,18 +7,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from modelstore.client.base import OpenedStore
-from modelstore.execute.write.vote import Vote
 from modelstore.format.names import check_model, check_word, parse_reference
 from modelstore.format.progress import Progress
 from modelstore.format.units import Duration, parse_duration
-from modelstore.plan.layout import Shard, as_layout
-from modelstore.store.watch import Watch
 
 if TYPE_CHECKING:
     import torch
 
     from modelstore.client.live import Live
     from modelstore.execute.read.loading import Variant
+    from modelstore.execute.write.vote import Vote
+    from modelstore.plan.layout import Shard
+    from modelstore.store.watch import Watch
 
 
 class Following(OpenedStore):
@@ -46,6 +46,9 @@ class Following(OpenedStore):
             >>> for version in store.watch("acme/llama", tag="prod"):
             ...     live.swap_to(version.version)
         """
+
+        from modelstore.store.watch import Watch
+
         check_model(name)
         if tag is not None:
             check_word(tag, "tag")
@@ -83,9 +86,11 @@ class Following(OpenedStore):
             >>> live = store.follow("acme/llama@prod", device="cuda")
             >>> live.swap_to()
         """
+
         import torch
 
         from modelstore.client.live import Live
+        from modelstore.plan.layout import as_layout
 
         parsed = parse_reference(ref)
 
@@ -134,6 +139,9 @@ class Following(OpenedStore):
         Example:
             >>> live.swap_to(7, together=store.together("swap-7", rank=rank, ranks=8))
         """
+
+        from modelstore.execute.write.vote import Vote
+
         vote = Vote(self.repo.storage, session, rank=rank, ranks=ranks, timeout=parse_duration(timeout))
         self.repo.catalog.open()
         return vote

@@ -7,26 +7,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from modelstore.client.base import OpenedStore
-from modelstore.client.compression.comparing import compare
-from modelstore.client.compression.evaluating import DTypeName, Text, evaluate
 from modelstore.client.exporting import MAX_SHARD
 from modelstore.client.model import Model
-from modelstore.execute.read.loading import LazyTensor
-from modelstore.format.answers import results
-from modelstore.format.answers.comparison import Compared
-from modelstore.format.answers.fitted import FitPlan
 from modelstore.format.names import parse_reference
 from modelstore.format.progress import Progress
-from modelstore.format.recipe import Recipe
 from modelstore.format.units import Size
-from modelstore.plan.layout import Shard
 
 if TYPE_CHECKING:
     import torch
 
     from modelstore.calibrate.text import Calibration
+    from modelstore.client.compression.evaluating import DTypeName, Text
     from modelstore.execute.export.view import ExportedFile
+    from modelstore.execute.read.loading import LazyTensor
+    from modelstore.format.answers import results
+    from modelstore.format.answers.comparison import Compared
+    from modelstore.format.answers.fitted import FitPlan
+    from modelstore.format.recipe import Recipe
     from modelstore.integrations.zarr import ModelArrays
+    from modelstore.plan.layout import Shard
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -332,6 +331,8 @@ class OfModels(OpenedStore):
         dtype: DTypeName = "float32",
         progress: Progress | None = None,
     ) -> results.Evaluation | list[results.Evaluation]:
+        from modelstore.client.compression.evaluating import evaluate
+
         options: dict[str, Any] = {
             "text": text,
             "context": context,
@@ -386,6 +387,9 @@ class OfModels(OpenedStore):
         Example:
             >>> store.compare(["acme/llama:int4", "acme/llama:gptq4"], text="book.txt", plot="front.svg")
         """
+
+        from modelstore.client.compression.comparing import compare
+
         named = [parse_reference(one) for one in ((ref,) if isinstance(ref, str) else ref)]
         if not named:
             raise ValueError("nothing to compare: name variants, or a model")

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from modelstore.client.base import OpenedStore
-from modelstore.client.compression.evaluating import DTypeName, Text
 from modelstore.client.forwards import told_by
 from modelstore.client.model import Model
-from modelstore.format.answers.distilled import Distilled, DistillPlan
-from modelstore.format.answers.restructured import Restructured, RestructurePlan
 from modelstore.format.progress import Progress
 
 if TYPE_CHECKING:
     from modelstore.calibrate.text import Calibration
+    from modelstore.client.compression.evaluating import DTypeName, Text
+    from modelstore.format.answers.distilled import Distilled, DistillPlan
+    from modelstore.format.answers.restructured import Restructured, RestructurePlan
 
 
 class OfSmallerModels(OpenedStore):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from modelstore.client.base import OpenedStore
 from modelstore.client.cluster import Cluster
 from modelstore.client.forwards import told_by
-from modelstore.format.answers import cluster_results
 from modelstore.format.progress import Progress
 from modelstore.format.units import Duration
-from modelstore.plan.layout import Shard
+
+if TYPE_CHECKING:
+    from modelstore.format.answers import cluster_results
+    from modelstore.plan.layout import Shard
 
 
 class OfCluster(OpenedStore):

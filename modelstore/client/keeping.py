@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import uuid
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from modelstore.client.access import log
 from modelstore.client.base import OpenedStore, copy_of
-from modelstore.format.answers import inventory, results
 from modelstore.format.names import check_model, check_tag, check_word, of_version, parse_reference
 from modelstore.format.progress import Progress, meter
 from modelstore.format.units import Duration, parse_duration
 from modelstore.store.catalog import Catalog
 from modelstore.store.damage import DAMAGED
-from modelstore.store.full import freeing
+
+if TYPE_CHECKING:
+    from modelstore.format.answers import inventory, results
 
 GRACE = 86_400  # seconds for which garbage collection leaves what nothing refers to
 
@@ -148,6 +150,9 @@ class Keeping(OpenedStore):
         Example:
             >>> store.delete("acme/llama@1")
         """
+
+        from modelstore.store.full import freeing
+
         parsed = parse_reference(ref)
         catalog, storage = self.repo.catalog, self.repo.storage
         catalog.open()
@@ -192,7 +197,9 @@ class Keeping(OpenedStore):
         Example:
             >>> store.gc(dry_run=False, compact=True).bytes
         """
+
         from modelstore.store.compact.compaction import LIVE_SHARE, clean
+        from modelstore.store.full import freeing
 
         bound = LIVE_SHARE if compact is True else float(compact)
         self.repo.catalog.open(again=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from modelstore.client.access import warn
 from modelstore.client.base import OpenedStore
-from modelstore.client.compression.evaluating import quality
 from modelstore.errors import ModelStoreError
-from modelstore.format.answers import results
-from modelstore.format.answers.history import LogEntry
 from modelstore.format.names import check_model, of_version, parse_reference
 from modelstore.storage.pool import REQUESTS, ordered
-from modelstore.store.collect.condemned import never_was
-from modelstore.store.compare import diff
-from modelstore.store.describe import log_entry, model_info, variant_infos, version_info
+
+if TYPE_CHECKING:
+    from modelstore.format.answers import results
+    from modelstore.format.answers.history import LogEntry
 
 
 class Looking(OpenedStore):
@@ -35,6 +35,8 @@ class Looking(OpenedStore):
         return [info for info in infos if info.versions or info.problems]
 
     def _info(self, name: str) -> results.ModelInfo:
+        from modelstore.store.describe import model_info
+
         damaged: list[ModelStoreError] = []
         live, tags = self.repo.catalog.live(name, damaged), self.repo.catalog.tags(name, damaged)
         warn(damaged)
@@ -55,6 +57,9 @@ class Looking(OpenedStore):
         Example:
             >>> store.versions("acme/llama")[-1].version
         """
+
+        from modelstore.store.describe import version_info
+
         self.repo.catalog.open()
         damaged: list[ModelStoreError] = []
         records = self.repo.catalog.live(check_model(name), damaged)
@@ -79,6 +84,9 @@ class Looking(OpenedStore):
         Example:
             >>> {one.variant: one.stored for one in store.variants("acme/llama@prod")}
         """
+
+        from modelstore.store.describe import variant_infos
+
         named = of_version(
             ref, f"variants are those of a version: write {ref.partition(':')[0]!r}, or describe({ref!r})"
         )
@@ -101,6 +109,9 @@ class Looking(OpenedStore):
         Example:
             >>> store.diff("acme/llama@1", "acme/llama@2").changed
         """
+
+        from modelstore.store.compare import diff
+
         return diff(self._access.manifest(parse_reference(a)), self._access.manifest(parse_reference(b)))
 
     def log(self, name: str) -> list[LogEntry]:
@@ -121,6 +132,10 @@ class Looking(OpenedStore):
             >>> for entry in store.log("acme/llama"):
             ...     print(entry.version, entry.message)
         """
+
+        from modelstore.store.collect.condemned import never_was
+        from modelstore.store.describe import log_entry
+
         self.repo.catalog.open()
         damaged: list[ModelStoreError] = []
         records = [one for one in self.repo.catalog.versions(check_model(name), damaged) if not never_was(one)]
@@ -147,5 +162,8 @@ class Looking(OpenedStore):
         Example:
             >>> {one.variant: one.bits for one in store.quality("acme/llama")}
         """
+
+        from modelstore.client.compression.evaluating import quality
+
         parsed = of_version(ref, f"quality is told of all variants of a version: write {ref.partition(':')[0]!r}")
         return quality(self._access, parsed)

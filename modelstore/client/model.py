@@ -6,27 +6,21 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelstore.calibrate.text import Calibration
 from modelstore.client.access import Access
-from modelstore.client.compression.bounded import bounded
-from modelstore.client.compression.bounds import BOUNDS
-from modelstore.client.compression.compressing import compress, plan_compression
-from modelstore.client.compression.evaluating import DTypeName, evaluate
-from modelstore.client.compression.fitting import fit as fit_to
-from modelstore.client.compression.fitting import plan_fit
-from modelstore.client.compression.wishes import Wish, check_asked
 from modelstore.client.distilling import Distillable
 from modelstore.client.exporting import MAX_SHARD, export, exported
 from modelstore.client.imatrix import Measurable
-from modelstore.format.answers import results
-from modelstore.format.answers.fitted import FitPlan
 from modelstore.format.progress import Progress
-from modelstore.format.recipe import Recipe
 from modelstore.format.units import Size
-from modelstore.plan.layout import Shard
 
 if TYPE_CHECKING:
+    from modelstore.calibrate.text import Calibration
+    from modelstore.client.compression.evaluating import DTypeName
     from modelstore.execute.export.view import ExportedFile
+    from modelstore.format.answers import results
+    from modelstore.format.answers.fitted import FitPlan
+    from modelstore.format.recipe import Recipe
+    from modelstore.plan.layout import Shard
 
 
 class Model(Distillable, Measurable):
@@ -230,17 +224,21 @@ class Model(Distillable, Measurable):
             >>> store["acme/llama"].compress("int4")
             >>> store["acme/llama"].compress(fit="8GiB", context=8192, batch=4, calibration="book.txt")
         """
+        from modelstore.client.compression import bounded, compressing, fitting
+        from modelstore.client.compression.bounds import BOUNDS
+        from modelstore.client.compression.wishes import Wish, check_asked
+
         wish = Wish(calibration, method, tuple(formats), tuple(include), tuple(skip), context, batch, engine, device)
         bounds = {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase}
         check_asked(recipe=recipe, fit=fit, text=text, wish=wish, codes=codes, requantize=requantize, **bounds)
         wish.check()
         if fit is not None:
-            return fit_to(self._access, self, fit, wish, variant=variant, progress=progress)
+            return fitting.fit(self._access, self, fit, wish, variant=variant, progress=progress)
         bound = next((BOUNDS[name](float(limit)) for name, limit in bounds.items() if limit is not None), None)
         if bound is not None and text is not None:
-            return bounded(self._access, self, bound, text, wish, variant=variant, progress=progress)
+            return bounded.bounded(self._access, self, bound, text, wish, variant=variant, progress=progress)
         assert recipe is not None, "or it was refused"
-        return compress(
+        return compressing.compress(
             self._access,
             self,
             recipe,
@@ -285,6 +283,8 @@ class Model(Distillable, Measurable):
         Example:
             >>> store["acme/llama"].plan_compression("int4", skip=["head"]).compressed
         """
+        from modelstore.client.compression.compressing import plan_compression
+
         return plan_compression(
             self._access,
             self,
@@ -341,6 +341,9 @@ class Model(Distillable, Measurable):
         Example:
             >>> store["acme/llama"].plan_fit("120MiB", calibration="book.txt", measure=True).cost
         """
+        from modelstore.client.compression.fitting import plan_fit
+        from modelstore.client.compression.wishes import Wish
+
         wish = Wish(calibration, method, tuple(formats), tuple(include), tuple(skip), context, batch, engine, device)
         wish.check()
         return plan_fit(self._access, self, fit, wish, measure=measure, progress=progress)
@@ -387,14 +390,9 @@ class Model(Distillable, Measurable):
         Example:
             >>> store["acme/llama:int4"].eval(text="book.txt").measured.perplexity
         """
-        options: dict[str, Any] = {
-            "context": context,
-            "stride": stride,
-            "limit": limit,
-            "batch": batch,
-            "device": device,
-            "dtype": dtype,
-        }
+        from modelstore.client.compression.evaluating import evaluate
+
+        options = dict[str, Any](context=context, stride=stride, limit=limit, batch=batch, device=device, dtype=dtype)
         return evaluate(
             self._access, [self.reference], text=text, baseline=baseline, keep=keep, progress=progress, **options
         )[0]

@@ -9,21 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from modelstore.client.access import Access, warn
 from modelstore.client.arguments import Checked
-from modelstore.client.clustered import mapped
 from modelstore.errors import ConflictError, CorruptionError, ModelStoreError
 from modelstore.execute.read.loading import LazyTensor, Variant
-from modelstore.format.answers import results
 from modelstore.format.names import ORIGINAL, Reference, parse_reference
 from modelstore.format.objects.record import VariantEntry, VersionRecord
 from modelstore.format.progress import Progress
 from modelstore.format.region import Region, extent, nbytes
 from modelstore.format.region import check as check_region
-from modelstore.plan.layout import Shard, Share, as_layout
-from modelstore.store.describe import describe
+from modelstore.plan.layout_share import Shard, Share, as_layout
 
 if TYPE_CHECKING:
     import torch
 
+    from modelstore.format.answers import results
     from modelstore.integrations.zarr import ModelArrays
 
 
@@ -144,6 +142,9 @@ class Readable(Checked):
             >>> weights = store["acme/llama@prod"].load()
             >>> part = store["acme/llama:int4"].load(shard=ms.TensorParallel(rank=3, size=8), device="cuda")
         """
+
+        from modelstore.client.clustered import mapped
+
         if mmap and not dequantize:
             raise ValueError(
                 "mmap=True maps tensors as they are stored, in their own dtypes: leave dequantize=False out"
@@ -349,6 +350,9 @@ class Readable(Checked):
         Example:
             >>> store["acme/llama:int4"].describe().stored
         """
+
+        from modelstore.store.describe import describe
+
         repo, record = self._access.repo, self.record()
         entry = repo.catalog.variant(record, self.variant)
         damaged: list[ModelStoreError] = []

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from modelstore.format import grid
 from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import Region, Shape, extent, full, shift
-from modelstore.plan.layout import Share
-from modelstore.plan.layout_share import overlaps
+from modelstore.plan.layout_share import Share, overlaps
 
 JOB_BYTES = 8 << 20  # raw bytes that one job decodes, about
 JOB_CHUNKS = 4096  # that one job reads, at most

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelstore.errors import CorruptionError, FormatError, NotFoundError
 from modelstore.format.locks import Lock
@@ -12,8 +12,9 @@ from modelstore.format.objects import manifest as man
 from modelstore.format.objects.manifest import Manifest
 from modelstore.format.objects.record import VariantEntry, manifest_key
 from modelstore.storage.base import Storage
-from modelstore.store import packs
-from modelstore.store.shelf import Shelf
+
+if TYPE_CHECKING:
+    from modelstore.store.shelf import Shelf
 
 _CACHED_BYTES = 256 << 20
 
@@ -38,6 +39,9 @@ class Manifests:
 
     def write(self, model: str, manifest: Manifest, shelf: Shelf) -> tuple[str, str]:
         """Store a manifest, and a copy of it as a pack, from which a lost one is rebuilt: both digests."""
+
+        from modelstore.store import packs
+
         digest, data = man.encode(manifest)
         copy = packs.copy_pack(model, digest, data)
         shelf.put(copy)

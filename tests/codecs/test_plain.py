@@ -35,8 +35,30 @@ def test_the_allowance_is_used_up() -> None:
     assert [left.takes(plain.CALL), left.takes(plain.CALL), left.takes(0), left.takes(0)] == [True, False, True, False]
 
 
-def test_a_small_load_imports_no_numba(tmp_path: Path) -> None:
+NOT_FOR_A_LOAD = ("numba", "numpy.ma", "ray", "fsspec", "pyarrow", "transformers")
+
+
+def test_a_small_load_imports_what_it_needs_alone(tmp_path: Path) -> None:
     ms.open(tmp_path).save("a/b", {"w": torch.randn(64, 64).bfloat16()}, files={"notes.txt": b"a" * 500})
-    script = f"import sys, modelstore as ms; print(ms.open({str(tmp_path)!r}).load('a/b')['w'].shape, 'numba' in sys.modules)"
+    script = f"""
+import sys, modelstore as ms
+print(ms.open({str(tmp_path)!r}).load("a/b")["w"].shape)
+print([m for m in sys.modules if any(m == n or m.startswith(n + ".") for n in {NOT_FOR_A_LOAD!r})])
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == "False"
+    assert done.stdout.splitlines() == ["torch.Size([64, 64])", "[]"]
+
+
+def test_no_garbage_is_collected_while_the_package_is_imported() -> None:
+    script = """
+import gc, modelstore as ms
+seen = []
+gc.callbacks.append(lambda phase, about: seen.append(phase))
+ms.open
+print(len(seen), gc.isenabled())
+gc.disable()
+ms.Recipe
+print(gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "True", "False"]

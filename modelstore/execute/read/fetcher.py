@@ -18,8 +18,6 @@ from modelstore.format.objects.manifest import Manifest
 from modelstore.format.objects.record import pack_key
 from modelstore.plan.read import Range, ReadJob, Want
 from modelstore.storage.base import Storage
-from modelstore.store.compact.moved import moved
-from modelstore.store.mend.heal import replace_pack
 
 log = logging.getLogger("modelstore")
 
@@ -157,6 +155,9 @@ class Fetcher:
 
     def _read_where_moved(self, row: int, out: Bytes) -> bool:
         """Whether a row's bytes were found at the new place of its chunk according to live records."""
+
+        from modelstore.store.compact.moved import moved
+
         for look_again in (False, True):
             with self._lock:
                 if look_again or self._moved is None:
@@ -198,6 +199,8 @@ class Fetcher:
         return True
 
     def _heal(self, pack: int, mirror: Storage) -> None:
+        from modelstore.store.mend.heal import replace_pack
+
         with self._lock:
             if pack in self._healed:
                 return

@@ -19,7 +19,7 @@ from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.region import from_index, nbytes
 from modelstore.format.suggest import suggestion
 from modelstore.plan.chain import LONGEST_CHAIN, Chain
-from modelstore.plan.layout import Layout, Share, whole
+from modelstore.plan.layout_share import Layout, Share, whole
 from modelstore.plan.read import Want
 from modelstore.plan.work import Limits, Work
 from modelstore.store.repo import Repo

@@ -16,7 +16,7 @@ from modelstore.format.buffers import Bytes
 from modelstore.format.objects.manifest import Manifest, Tensor
 from modelstore.format.objects.record import pack_key
 from modelstore.format.region import slices
-from modelstore.plan.layout import Share
+from modelstore.plan.layout_share import Share
 from modelstore.storage.base import Storage
 
 
