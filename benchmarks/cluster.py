@@ -121,18 +121,19 @@ def between(url: str, repeat: int) -> dict[str, float]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     import modelstore as ms
+    from modelstore.cluster.host.protocol import Host
     from modelstore.cluster.pieces import pieces
 
     with nodes([1, 1]):
         store = ms.open(url, cluster="auto")
-        session, here = store.cluster.session, ray.get_runtime_context().get_node_id()
-        assert session is not None
         assert store.cluster is not None
+        session, source = store.cluster.session, store.cluster.source
+        here = ray.get_runtime_context().get_node_id()
         store.prefetch("bench")
         manifest = store["bench"].opened().manifest
         other = next(m for m in session.view().members if m.node != here)
         parts = list({p.digest: p for p in pieces(manifest, range(len(manifest.pack)))}.values())
-        held = ray.get(session.handle(other.id).read.remote(store.cluster.source, parts, False))
+        held = session.peers.ask(other.id, Host.read, source, parts, fetch=False).result()
         away = [part for part, data in zip(parts, held, strict=True) if data is not None][:400]
         del held
         nbytes = sum(part.length for part in away)
@@ -151,7 +152,7 @@ def between(url: str, repeat: int) -> dict[str, float]:
 
         def ours() -> None:
             for at in range(0, len(away), 12):
-                assert session.read(store.cluster.source, away[at : at + 12])
+                assert session.read(source, away[at : at + 12])
 
         def theirs() -> None:
             for at in range(0, nbytes, PIECE):

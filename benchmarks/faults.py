@@ -184,8 +184,8 @@ def killed_control(nodes: Nodes) -> Callable[[], bool]:
 
 
 def changed_memory(nodes: Nodes) -> Callable[[], bool]:
+    assert nodes.store.cluster is not None
     session = nodes.store.cluster.session
-    assert session is not None
     for path in Path(session.settings.root).glob("*/??/*"):
         with contextlib.suppress(OSError), path.open("r+b") as file:
             file.seek(path.stat().st_size // 2)
@@ -201,8 +201,8 @@ def evicted(nodes: Nodes) -> Callable[[], bool]:
 
 
 def full_memory(nodes: Nodes) -> Callable[[], bool]:
+    assert nodes.store.cluster is not None
     session = nodes.store.cluster.session
-    assert session is not None
     filler = Path(session.settings.root) / "filler"
     nodes.store.evict()
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -233,8 +233,8 @@ def read(url: str, address: str, remote: bool) -> None:
 
     wanted = tensors()
     store = ms.open(url, cluster=address, memory=BUDGET)
+    assert store.cluster is not None
     session = store.cluster.session
-    assert session is not None
     if remote:
         session.here = list  # type: ignore[method-assign]
     over = threading.Event()

@@ -130,6 +130,7 @@ def delivering(url: str, size: int, repeat: int) -> list[str]:
 
         worker: Any = Worker.remote()  # type: ignore[attr-defined]
         rows = []
+        assert store.cluster is not None
         store.cluster.prefetch("raw@1", tier="gpu")
         seconds = median(repeat, lambda: store.load("raw@1"))
         rows.append(f"| load to the host from chunks on the GPU | {seconds:.2f} s | {size / seconds / 1e9:.2f} GB/s |")
