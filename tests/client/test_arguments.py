@@ -42,7 +42,7 @@ METHODS = {
 VALID: dict[str, Any] = {  # by the parameter's name; None does for what is optional
     **dict.fromkeys(("ref", "a", "b"), "acme/m"),
     **dict.fromkeys(("name", "old", "new", "to"), "m"),
-    **dict.fromkeys(("dest", "destination", "url", "path", "text", "data"), "some/where"),
+    **dict.fromkeys(("dest", "destination", "url", "path", "text", "data", "calibration"), "some/where"),
     "source": WEIGHTS,
     "tag": "prod",
     "module": torch.nn.Linear(2, 2),
