@@ -163,12 +163,13 @@ class Lookup:
         record = self.resolve(ref)
         return record, self.variant(record, ref.variant)
 
-    @staticmethod
-    def variant(record: VersionRecord, variant: str) -> VariantEntry:
+    def variant(self, record: VersionRecord, variant: str) -> VariantEntry:
         """The entry of a version's variant; `NotFoundError` if it has none of that name."""
         if variant not in record.variants:
             known = ", ".join(record.variants)
             like = suggestion(variant, record.variants)
+            if variant in self.tags(record.model, []):
+                like = f" (it is a tag: write {record.model}@{variant})"
             raise NotFoundError(
                 f"version {record.version} of model {record.model!r} has no variant {variant!r}{like}: it has {known}",
                 model=record.model,

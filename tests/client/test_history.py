@@ -127,6 +127,13 @@ def test_names_that_are_nearly_right(store: Store) -> None:
     assert "did you mean" not in str(caught.value)
 
 
+def test_a_tag_in_the_place_of_a_variant_is_recognised() -> None:
+    store = open_on(MemoryStorage(uuid.uuid4().hex))
+    store.save("m", {"w": torch.ones(2)}, tag="prod")
+    with pytest.raises(NotFoundError, match=r"has no variant 'prod' \(it is a tag: write m@prod\): it has original"):
+        store.load("m:prod")
+
+
 def test_suggestions_are_few_and_said_in_order() -> None:
     assert suggestion("x", ["abc"]) == ""
     assert suggestion("int9", ["int8", "int4", "int3", "int2"]).count("int") == 3
