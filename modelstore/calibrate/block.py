@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -146,19 +145,9 @@ class Solving:
 
     def _gathered(self, layers: Linears, given: Spool | None) -> Gathered[Inputs]:
         """The inputs of layers. `given` is appended what the block gives, where layers are tuned by it."""
-        gathered, skeleton = Gathered(Inputs), self.asked.stages.skeleton
-        kept = given is not None and any(self.asked.tunes(layer) for layer in self.layers.values())
-        one_by_one = any(layer.part is not None for layer in layers.values())
-        with (
-            skeleton.at(self.number, self.values) as run,
-            skeleton.experts_one_by_one() if one_by_one else nullcontext(),
-            gathered.watching(layers, self.values),
-        ):
-            for at, ids in enumerate(self.shards):
-                gathered.begin()
-                found = run(ids, self.came(at))
-                if kept and given is not None:
-                    given.append(found)
+        gathered = Gathered(Inputs)
+        kept = given if any(self.asked.tunes(layer) for layer in self.layers.values()) else None
+        gathered.run(self.asked.stages.skeleton, self.number, layers, self.values, self.shards, self.before, kept)
         return gathered
 
     def _fold(self, layers: Linears, gathered: Gathered[Inputs]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ def importance(stages: Stages, manifest: Manifest, ids: torch.Tensor, memory: in
     """
     shards = runs_of(ids, stages.skeleton, memory // 4)
     stages.read_only(shards)
-    before = Spool(0)
+    before = after = Spool(0)
     try:
         for block in range(stages.skeleton.count):
             after = Spool(memory // 4)
@@ -45,6 +44,7 @@ def importance(stages: Stages, manifest: Manifest, ids: torch.Tensor, memory: in
             before = after
     finally:
         before.close()
+        after.close()
 
 
 def _of_block(
@@ -54,15 +54,7 @@ def _of_block(
     layers = linears(stages, manifest, block, manifest.by_name)
     values = stages.values(block, stages.stored(block))
     gathered = Gathered(ColumnSquares)
-    stacks = any(layer.part is not None for layer in layers.values())
-    with (
-        stages.skeleton.at(block, values) as run,
-        stages.skeleton.experts_one_by_one() if stacks else nullcontext(),
-        gathered.watching(layers, values),
-    ):
-        for at, one in enumerate(shards):
-            gathered.begin()
-            after.append(run(one, before[at] if block else None))
+    gathered.run(stages.skeleton, block, layers, values, shards, before, after)
     for name, layer in layers.items():
         found = gathered.read_by(name)
         if found is None or found.sums is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -10,8 +10,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.overrides
 
+from modelstore.architecture.classes.skeleton import Skeleton
 from modelstore.calibrate.layers import Linears
 from modelstore.errors import FormatError
+from modelstore.execute.spool import Spool
 
 TOKENS = 2  # for each column: an input that fewer came to says too little
 _PANEL = 256  # columns whose products are computed together
@@ -143,6 +145,32 @@ class Gathered(Generic[S]):
             self._seen.clear()
             for hook in hooks:
                 hook.remove()
+
+    def run(
+        self,
+        skeleton: Skeleton,
+        block: int,
+        layers: Linears,
+        values: Mapping[str, torch.Tensor],
+        shards: Sequence[torch.Tensor],
+        before: Spool,
+        given: Spool | None = None,
+    ) -> None:
+        """Run a block of these values on shards of samples, and sum up what its layers read; `given` is appended its output.
+
+        `before` has the output of the block before, which the first block does not need.
+        """
+        stacks = any(layer.part is not None for layer in layers.values())
+        with (
+            skeleton.at(block, values) as run,
+            skeleton.experts_one_by_one() if stacks else nullcontext(),
+            self.watching(layers, values),
+        ):
+            for at, ids in enumerate(shards):
+                self.begin()
+                found = run(ids, before[at] if block else None)
+                if given is not None:
+                    given.append(found)
 
     def begin(self) -> None:
         """Another run starts."""

@@ -16,6 +16,7 @@ from modelstore.cli.terminal.options import (
     Debug,
     Memory,
     ModelName,
+    NewTag,
     Quiet,
     StoreUrl,
     lasting,
@@ -79,9 +80,7 @@ def save(
         ),
     ],
     name: ModelName,
-    tag: Annotated[
-        str | None, typer.Option("--tag", metavar="TAG", show_default=False, help="Let this tag name the new version.")
-    ] = None,
+    tag: NewTag = None,
     parent: Annotated[
         str | None,
         typer.Option(

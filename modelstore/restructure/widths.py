@@ -102,10 +102,7 @@ class Widths:
     def _sums(self, layer: int, linear: Linear, values: Mapping[str, torch.Tensor], before: Spool) -> torch.Tensor:
         """The sum of outer products of what a weight reads (columns, columns): float64 up to 4,096 columns, else float32."""
         gathered = Gathered(Inputs)
-        with self.stages.skeleton.at(layer, values) as run, gathered.watching({linear.parameter: linear}, values):
-            for at, ids in enumerate(self.runs):
-                gathered.begin()
-                run(ids, before[at])
+        gathered.run(self.stages.skeleton, layer, {linear.parameter: linear}, values, self.runs, before)
         read = gathered.read_by(linear.parameter)
         assert read is not None, "the block has run"
         return read.taken()

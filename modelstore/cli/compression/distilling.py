@@ -11,7 +11,17 @@ import typer
 
 from modelstore.cli.compression.compressing import Seed, plan
 from modelstore.cli.terminal import output, units
-from modelstore.cli.terminal.options import AsJson, Debug, Memory, Quiet, Reference, StoreUrl, open_store
+from modelstore.cli.terminal.options import (
+    AsJson,
+    Debug,
+    Memory,
+    Message,
+    NewTag,
+    Quiet,
+    Reference,
+    StoreUrl,
+    open_store,
+)
 
 if TYPE_CHECKING:
     from modelstore.format.answers.distilled import Distilled, DistillPlan
@@ -90,13 +100,8 @@ def distill(
     device: Annotated[
         str, typer.Option("--device", metavar="DEVICE", help="Where it is computed: cpu, cuda:0.")
     ] = "cpu",
-    tag: Annotated[
-        str | None, typer.Option("--tag", metavar="TAG", show_default=False, help="Let this tag name the new version.")
-    ] = None,
-    message: Annotated[
-        str | None,
-        typer.Option("--message", "-m", metavar="TEXT", show_default=False, help="What is said of the version in log."),
-    ] = None,
+    tag: NewTag = None,
+    message: Message = None,
     store: StoreUrl = None,
     memory: Memory = None,
     json: AsJson = False,

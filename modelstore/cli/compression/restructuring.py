@@ -10,7 +10,18 @@ import typer
 
 from modelstore.cli.compression.compressing import Length, Samples, Seed, Text, calibration_of, plan
 from modelstore.cli.terminal import output, units
-from modelstore.cli.terminal.options import AsJson, Debug, Memory, Quiet, Reference, StoreUrl, open_store, share_of
+from modelstore.cli.terminal.options import (
+    AsJson,
+    Debug,
+    Memory,
+    Message,
+    NewTag,
+    Quiet,
+    Reference,
+    StoreUrl,
+    open_store,
+    share_of,
+)
 
 if TYPE_CHECKING:
     from modelstore.format.answers.restructured import Restructured, RestructurePlan
@@ -103,13 +114,8 @@ def restructure(
             "--correct/--no-correct", help="Solve the weights that read neurons and heads again for those that stay."
         ),
     ] = True,
-    tag: Annotated[
-        str | None, typer.Option("--tag", metavar="TAG", show_default=False, help="Let this tag name the new version.")
-    ] = None,
-    message: Annotated[
-        str | None,
-        typer.Option("--message", "-m", metavar="TEXT", show_default=False, help="What is said of the version in log."),
-    ] = None,
+    tag: NewTag = None,
+    message: Message = None,
     store: StoreUrl = None,
     memory: Memory = None,
     json: AsJson = False,

@@ -127,6 +127,13 @@ Limit = Annotated[
     int | None,
     typer.Option("--limit", metavar="TOKENS", min=2, show_default=False, help="Only so many tokens of the text."),
 ]
+NewTag = Annotated[
+    str | None, typer.Option("--tag", metavar="TAG", show_default=False, help="Let this tag name the new version.")
+]
+Message = Annotated[
+    str | None,
+    typer.Option("--message", "-m", metavar="TEXT", show_default=False, help="What is said of the version in log."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 
 

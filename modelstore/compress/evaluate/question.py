@@ -11,6 +11,7 @@ from modelstore.execute.read.loading import Variant
 from modelstore.format.answers.results import Measured, TextTask
 from modelstore.format.digest import name_of
 from modelstore.format.names import ORIGINAL
+from modelstore.format.progress import Advance, meter
 from modelstore.plan.work import Work
 from modelstore.storage.base import Storage
 
@@ -75,6 +76,14 @@ class Question:
         """Bytes of memory with which the model runs whole: twice those of its weights as float32."""
         return 2 * float32_bytes(self.original)
 
+    def check_tokens(self, highest: int, vocabulary: int) -> None:
+        """`ValueError` if a token of the text is none of the model's."""
+        if highest >= vocabulary:
+            raise ValueError(
+                f"the tokenizer of model {self.original.name!r} knows more tokens than the model's {vocabulary}: save the model "
+                f"with its own, files={{'tokenizer.json': …}}"
+            )
+
     def is_too_large(self) -> bool:
         """Whether the model does not run whole in the memory given; only what runs on the processor as float32 is asked."""
         return self.choice.dtype == "float32" and self.choice.device == "cpu" and self.whole > self.work.memory
@@ -106,6 +115,12 @@ class ModelsToRun:
         if question.keep is not None and (todo or runs_original):
             question.keep.check_writable("keep what is found (keep=False does without)")
         return cls(before, todo, runs_original)
+
+    def counter(self, question: Question, units: int) -> Advance | None:
+        """Tells of bytes of the text, so that a bar has the unit of all others, as `units` of it are done by each model."""
+        nbytes, runs = len(question.text.encode()), len(self.todo) + self.runs_original
+        count = meter(question.work.progress, nbytes * runs, f"evaluating {', '.join(self.todo) or ORIGINAL}")
+        return None if count is None else lambda done: count(round(done * nbytes / max(1, units)))
 
     def found(self, variants: Sequence[str], fresh: Mapping[str, Measured]) -> Found:
         """The answer for all variants, of what was known and what is `fresh`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -19,7 +19,6 @@ from modelstore.errors import UnsupportedError
 from modelstore.execute.read.loading import Variant
 from modelstore.format.answers.results import Measured
 from modelstore.format.names import ORIGINAL
-from modelstore.format.progress import Advance, Progress, meter
 
 __all__ = ["Choice", "Found", "Question", "evaluate", "publish"]
 
@@ -47,18 +46,13 @@ def _predicted(question: Question, what: Evaluated) -> Found:
             f"the text has {len(ids)} tokens: give one of two or more, since each is predicted from those before"
         )
     vocabulary = Sizes(what.config).vocabulary
-    if max(ids) >= vocabulary:
-        raise ValueError(
-            f"the tokenizer of model {original.name!r} knows more tokens than the model's {vocabulary}: save the model with its "
-            f"own, files={{'tokenizer.json': …}}"
-        )
+    question.check_tokens(max(ids), vocabulary)
     windows = ev.windows(len(ids), choice.context, choice.stride)
     blank = question.blank(what.task, len(ids), sum(window.predicted for window in windows))
     to_run = ModelsToRun.of(question, blank)
     turns = ev.batches(windows, choice.batch or ev.batch_size(choice.context, vocabulary))
-    per_token = len(question.text.encode()) / max(1, blank.predicted)
     maker = _maker(question, what)
-    count = _counter(work.progress, per_token, blank.predicted * (len(to_run.todo) + to_run.runs_original), to_run.todo)
+    count = to_run.counter(question, blank.predicted)
     rest: dict[str, Any] = {"memory": work.memory // 2, "vocabulary": vocabulary, "count": count}
     made = [maker(variant) for variant in to_run.todo]
     first = maker(ORIGINAL) if to_run.runs_original else None
@@ -119,9 +113,3 @@ def _measured(blank: Measured, score: ev.Score, reference: Measured | None, *, c
         kl_error=rounded(score.divergence_error) if compared else None,
         top1=rounded(score.agreed / score.predicted) if compared else None,
     )
-
-
-def _counter(progress: Progress | None, per_token: float, predictions: int, variants: Sequence[str]) -> Advance | None:
-    """Tells of bytes of text, so that a bar has the unit of all others."""
-    count = meter(progress, round(predictions * per_token), f"evaluating {', '.join(variants) or ORIGINAL}")
-    return None if count is None else lambda predicted: count(round(predicted * per_token))

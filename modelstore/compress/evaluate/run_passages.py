@@ -18,7 +18,7 @@ from modelstore.errors import UnsupportedError
 from modelstore.execute.read.loading import Variant
 from modelstore.format.answers.results import Measured
 from modelstore.format.names import ORIGINAL
-from modelstore.format.progress import Advance, meter
+from modelstore.format.progress import Advance
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def passages_evaluated(question: Question, what: Evaluated) -> Found:
     if not (to_run.todo or to_run.runs_original):
         return to_run.found(question.variants, {})
     check_runs(original, what.class_name)
-    count = _counter(question, read.tokens, to_run)
+    count = to_run.counter(question, read.tokens)
     head = _head(original, what)
 
     def outputs(variant: str) -> torch.Tensor:
@@ -92,12 +92,7 @@ def _read(question: Question, what: Evaluated) -> _Text:
         )
     inputs = [one for _, one in kept]
     most = max(max(one["input_ids"]) for one in inputs)
-    vocabulary = Sizes(what.config).vocabulary
-    if most >= vocabulary:
-        raise ValueError(
-            f"the tokenizer of model {original.name!r} knows more tokens than the model's {vocabulary}: save the model with its "
-            f"own, files={{'tokenizer.json': …}}"
-        )
+    question.check_tokens(most, Sizes(what.config).vocabulary)
     if what.task == "vectors":
         return _Text(inputs, None)
     labels = [passage.label for passage, _ in kept]
@@ -163,10 +158,3 @@ def _measured(
             made, kl=rounded(max(0.0, found.kl)), kl_error=rounded(found.error), top1=rounded(found.agreed)
         )
     return made
-
-
-def _counter(question: Question, tokens: int, to_run: ModelsToRun) -> Advance | None:
-    """Tells of bytes of text, so that a bar has the unit of all others."""
-    nbytes, runs = len(question.text.encode()), len(to_run.todo) + to_run.runs_original
-    count = meter(question.work.progress, nbytes * runs, f"evaluating {', '.join(to_run.todo) or ORIGINAL}")
-    return None if count is None else lambda done: count(round(done * nbytes / tokens))
