@@ -82,7 +82,9 @@ class Distillable(Restructurable):
         Example:
             >>> store["acme/llama-small"].distill("novels/", teacher="acme/llama", steps=500)
         """
-        settings = _settings(steps, tokens, length, rate, ce, keep, dtype, seed, checkpoint, device)
+        from modelstore.transfer.settings import TrainingSettings
+
+        settings = TrainingSettings(steps, tokens, length, rate, ce, keep, dtype, seed, checkpoint, device)
         work = _distilling(self._access, self, teacher, data, held_out, settings)
         return _distill(self._access, self, work, teacher, tag, message, progress)
 
@@ -123,8 +125,9 @@ class Distillable(Restructurable):
         """
 
         from modelstore.format.answers.distilled import DistillPlan
+        from modelstore.transfer.settings import TrainingSettings
 
-        settings = _settings(steps, tokens, length, 3e-4, 0.0, keep, "float32", seed, 50, "cpu")
+        settings = TrainingSettings(steps, tokens, length, keep=keep, seed=seed)
         work = _distilling(self._access, self, teacher, data, held_out, settings)
         found = work.data
         return DistillPlan(
@@ -141,23 +144,6 @@ class Distillable(Restructurable):
             tuple(work.keeping.codecs),
             found.remarks,
         )
-
-
-def _settings(
-    steps: int,
-    tokens: int,
-    length: int,
-    rate: float,
-    ce: float,
-    keep: str | None,
-    dtype: str,
-    seed: int,
-    checkpoint: int,
-    device: str,
-) -> TrainingSettings:
-    from modelstore.transfer.settings import TrainingSettings
-
-    return TrainingSettings(steps, tokens, length, rate, ce, keep, dtype, seed, checkpoint, device)
 
 
 def _distilling(
